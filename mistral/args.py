@@ -1,0 +1,113 @@
+"""The shape of a model: ModelArgs, checked on construction.
+
+Knows nothing about files or tensors. What a folder leaves unsaid (rope_theta) is decided
+here by one rule, and the rule that was used can be read back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+class ArgsError(ValueError):
+    """An impossible or contradictory model shape."""
+
+
+# 7B v0.1 was trained with 1e4 and Mixtral 8x7B with 1e6, and neither says so in params.json.
+THETA_WITH_WINDOW = 1e4
+THETA_WITHOUT_WINDOW = 1e6
+
+Window = int | None
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Shape of a Mistral transformer (Mistral 7B, arXiv 2310.06825, table 1).
+
+    Args:
+        dim: width of the residual stream.
+        n_layers: number of layers, L.
+        head_dim: width of one head, D; even, because RoPE turns pairs.
+        hidden_dim: width of the feed-forward block.
+        n_heads: query heads, H.
+        n_kv_heads: key/value heads, K; divides H.
+        norm_eps: epsilon of RMSNorm.
+        vocab_size: V.
+        sliding_window: W, the number of keys a query sees, itself included; None means all of
+            them. A list gives one window per layer and repeats until every layer has one
+            (Ministral 8B: [None, 32768, 32768, 32768]).
+        rope_theta: base of the rotary frequencies. None: 1e4 if a window is declared, else 1e6.
+        max_batch_size: most sequences in one forward; 0 sets no limit.
+        theta_rule: how rope_theta was found; filled in when left empty.
+
+    Raises:
+        ArgsError: a value has the wrong type or cannot be.
+    """
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    norm_eps: float
+    vocab_size: int
+    sliding_window: int | None | tuple[int | None, ...] = None
+    rope_theta: float | None = None
+    max_batch_size: int = 0
+    theta_rule: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size"):
+            _check_int(name, getattr(self, name), least=1)
+        _check_int("max_batch_size", self.max_batch_size, least=0)
+        _check_positive("norm_eps", self.norm_eps)
+        if self.n_heads % self.n_kv_heads:
+            raise ArgsError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
+        self._check_window()
+        if self.rope_theta is None:
+            windowed = any(w is not None for w in self.windows)
+            theta = THETA_WITH_WINDOW if windowed else THETA_WITHOUT_WINDOW
+            rule = "absent, and a sliding window is declared" if windowed else "absent, and no sliding window"
+            object.__setattr__(self, "rope_theta", theta)
+            object.__setattr__(self, "theta_rule", self.theta_rule or rule)
+        else:
+            _check_positive("rope_theta", self.rope_theta)
+            object.__setattr__(self, "rope_theta", float(self.rope_theta))
+            object.__setattr__(self, "theta_rule", self.theta_rule or "given")
+
+    def _check_window(self) -> None:
+        window = self.sliding_window
+        if isinstance(window, list | tuple):
+            if not window or self.n_layers % len(window):
+                raise ArgsError(
+                    f"sliding_window lists {len(window)} windows, which do not repeat evenly over {self.n_layers} layers"
+                )
+            object.__setattr__(self, "sliding_window", tuple(window))
+        for w in self.windows:
+            if w is not None:
+                _check_int("sliding_window", w, least=1)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The window of each layer, `n_layers` of them."""
+        window = self.sliding_window
+        per_layer = window if isinstance(window, tuple) else (window,)
+        return per_layer * (self.n_layers // len(per_layer))
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgsError(f"{name} must be an integer, not {value!r}")
+    if value < least:
+        raise ArgsError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgsError(f"{name} must be a number, not {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ArgsError(f"{name} is {value}; it must be a finite number above 0")

@@ -1,0 +1,319 @@
+"""Where keys and values live: the rolling buffer, and the plan of a step.
+
+A step is `plan = cache.plan(seqlens)`, the layers (which write through `LayerStore.extend`), and
+`cache.commit(plan)`. Lengths are host ints and move only in commit. Knows nothing about weights,
+masks or what the step is for.
+
+Position i of a sequence lives in slot i % C. A step is written in tiles of at most `block`
+tokens, each read before the next is written; with C = W + block - 1 slots no write touches a key
+that the tile's queries still see, so nothing is ever copied aside, rotated back or concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mistral.args import ModelArgs
+
+QUERY_BLOCK = 128  # most tokens a sequence writes before they are attended to
+GROWTH = 256  # capacity that nobody reserved grows to the next power of two, from here
+
+
+class CacheError(ValueError):
+    """A step or a reset that the cache cannot take; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Adjacent sequences that bring the same number of tokens to a step: a rectangle.
+
+    Args:
+        rows: the sequences, as a slice of the batch.
+        tokens: where their tokens lie in the packed step.
+        n: tokens each of them brings, at least 1.
+    """
+
+    rows: slice
+    tokens: slice
+    n: int
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The run's part of a packed tensor: [T, ...] to [R, n, ...], a view."""
+        return x[self.tokens].unflatten(0, (-1, self.n))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The facts of one step, made once from host ints and shared by all layers.
+
+    Args:
+        seqlens: new tokens of each sequence; may be 0.
+        starts: absolute position of each sequence's first new token.
+        origins: absolute position at which each sequence began (0 unless it was started further on).
+        positions: [T] absolute positions of the packed tokens, int64, on the CPU.
+        device_positions: the same on the model's device.
+        device_origins: [B] int64, on the model's device.
+        runs: the sequences that bring tokens, grouped.
+        memo: what an attention backend derived from these facts, kept for the next layer.
+    """
+
+    seqlens: tuple[int, ...]
+    starts: tuple[int, ...]
+    origins: tuple[int, ...]
+    positions: Tensor
+    device_positions: Tensor
+    device_origins: Tensor
+    runs: tuple[Run, ...]
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+
+def make_plan(
+    seqlens: Sequence[int], starts: Sequence[int], origins: Sequence[int], device: torch.device | str
+) -> Plan:
+    """The plan of a step in which sequence b brings seqlens[b] tokens from position starts[b] on."""
+    runs: list[Run] = []
+    row = token = 0
+    while row < len(seqlens):
+        n, first = seqlens[row], row
+        while row < len(seqlens) and seqlens[row] == n:
+            row += 1
+        if n:
+            count = n * (row - first)
+            runs.append(Run(slice(first, row), slice(token, token + count), n))
+            token += count
+    spans = [torch.arange(start, start + n, device="cpu") for n, start in zip(seqlens, starts, strict=True)]
+    positions = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64, device="cpu")
+    return Plan(
+        seqlens=tuple(seqlens),
+        starts=tuple(starts),
+        origins=tuple(origins),
+        positions=positions,
+        device_positions=positions.to(device),
+        device_origins=torch.tensor(origins, dtype=torch.int64, device=device),
+        runs=tuple(runs),
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Up to `block` tokens of each sequence of a run, and the keys their queries look at.
+
+    Args:
+        run: the run it belongs to.
+        start, stop: which of the run's n tokens.
+        q_pos: [R, stop - start] absolute positions of the queries.
+        k_pos: [R, S] absolute position of every key offered, in the order offered; -1 where empty.
+        slots: [R, stop - start] where the new keys are written; None without a cache.
+    """
+
+    run: Run
+    start: int
+    stop: int
+    q_pos: Tensor
+    k_pos: Tensor
+    slots: Tensor | None = None
+
+
+class LayerStore(Protocol):
+    """What attention needs of a place for keys: one layer's."""
+
+    window: int | None
+    capacity: int
+    block: int
+
+    def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
+        """Where the tokens start..stop of each sequence of `run` go and what they look at."""
+
+    def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""
+
+
+def block_for(window: int | None) -> int:
+    """Tokens per tile: QUERY_BLOCK, or W when that is smaller, so that the buffer stays below 2 W."""
+    return QUERY_BLOCK if window is None else min(QUERY_BLOCK, window)
+
+
+class RollingBuffer:
+    """One layer's keys and values: two zeroed [B, C, K, D] tensors, position i in slot i % C.
+
+    Args:
+        window: W, or None to keep every key.
+        rows: B, the number of sequences.
+        n_kv_heads, head_dim: K and D.
+        device, dtype: of the storage.
+    """
+
+    def __init__(
+        self,
+        window: int | None,
+        rows: int,
+        n_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.window = window
+        self.block = block_for(window)
+        self.k = torch.zeros(rows, 0, n_kv_heads, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def capacity(self) -> int:
+        """C, the slots of a sequence."""
+        return self.k.shape[1]
+
+    def capacity_for(self, length: int) -> int:
+        """Slots that a sequence of `length` positions needs: all of them, or enough to roll."""
+        return length if self.window is None else min(length, self.window + self.block - 1)
+
+    def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
+        """Move to `capacity` slots; every position still held keeps its key."""
+        old = self.capacity
+        for name in ("k", "v"):
+            storage = getattr(self, name)
+            wider = storage.new_zeros(storage.shape[0], capacity, *storage.shape[2:])
+            for row, (start, origin) in enumerate(zip(starts, origins, strict=True)):
+                held = torch.arange(max(origin, start - old), start, device=storage.device)
+                wider[row, held % capacity] = storage[row, held % old] if old else storage[row]
+            setattr(self, name, wider)
+
+    def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
+        q_pos = run.pick(plan.device_positions)[:, start:stop]
+        last = q_pos[:, -1:]
+        rows = range(run.rows.start, run.rows.stop)
+        end = max(plan.starts[row] for row in rows) + stop
+        # Read only slots in use; a sequence that began further on may be anywhere in the buffer.
+        used = end if end <= self.capacity else self.capacity
+        k_pos = last - (last - torch.arange(used, device=last.device)) % self.capacity
+        k_pos = torch.where(k_pos >= plan.device_origins[run.rows, None], k_pos, -1)
+        return Tile(run, start, stop, q_pos, k_pos, q_pos % self.capacity)
+
+    def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.k[tile.run.rows], self.v[tile.run.rows]
+        row = torch.arange(len(keys), device=keys.device)[:, None]
+        keys[row, tile.slots] = k[:, tile.start : tile.stop].to(keys.dtype)
+        values[row, tile.slots] = v[:, tile.start : tile.stop].to(values.dtype)
+        used = tile.k_pos.shape[1]
+        return keys[:, :used], values[:, :used]
+
+
+class StepKeys:
+    """No cache: a tile looks at the keys of its own step, and nothing is kept. Differentiable."""
+
+    capacity = 0
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.block = block_for(window)
+
+    def _first(self, start: int) -> int:
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
+        positions = run.pick(plan.device_positions)
+        return Tile(run, start, stop, positions[:, start:stop], positions[:, self._first(start) : stop])
+
+    def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        span = slice(self._first(tile.start), tile.stop)
+        return k[:, span], v[:, span]
+
+
+class NoCache:
+    """The plan and stores of a forward without a cache: every sequence begins and ends in it."""
+
+    def __init__(self, args: ModelArgs, device: torch.device | str) -> None:
+        self.device = device
+        self._stores = {window: StepKeys(window) for window in set(args.windows)}
+        self._windows = args.windows
+
+    def layer(self, i: int) -> LayerStore:
+        return self._stores[self._windows[i]]
+
+    def plan(self, seqlens: Sequence[int]) -> Plan:
+        zeros = [0] * len(seqlens)
+        return make_plan(seqlens, zeros, zeros, self.device)
+
+    def commit(self, plan: Plan) -> None:
+        """Nothing is kept."""
+
+
+class RollingBufferCache:
+    """Keys and values of a batch of sequences, for all layers (Mistral 7B, section 2, "rolling buffer").
+
+    Args:
+        args: the model's shape; each layer's window is its own.
+        rows: B, sequences held.
+        device, dtype: of the storage.
+        positions: positions each sequence is expected to reach; storage for them is allocated at
+            once. Sequences may grow past it: the storage then moves to a larger one.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        positions: int = 0,
+    ) -> None:
+        if rows < 1:
+            raise CacheError(f"a cache of {rows} rows holds nothing; ask for at least 1")
+        self.device = device
+        self.lengths = [0] * rows  # positions each sequence has reached; the next token's position
+        self.origins = [0] * rows
+        self.layers = [RollingBuffer(w, rows, args.n_kv_heads, args.head_dim, device, dtype) for w in args.windows]
+        for layer in self.layers:
+            layer.grow(layer.capacity_for(positions), self.lengths, self.origins)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return sum(2 * layer.k.nbytes for layer in self.layers)
+
+    def layer(self, i: int) -> RollingBuffer:
+        """The store of layer i."""
+        return self.layers[i]
+
+    def reset(self, row: int | None = None, position: int = 0) -> None:
+        """Forget a sequence (all of them if row is None); the next one begins at `position`.
+
+        Raises:
+            CacheError: position is negative.
+        """
+        if position < 0:
+            raise CacheError(f"a sequence cannot begin at position {position}")
+        for r in range(len(self.lengths)) if row is None else [row]:
+            self.lengths[r] = self.origins[r] = position
+
+    def plan(self, seqlens: Sequence[int]) -> Plan:
+        """The plan of a step that brings seqlens[b] new tokens (0 or more) to sequence b.
+
+        Storage that is too small grows here. Fewer seqlens than rows leave the last rows alone.
+
+        Raises:
+            CacheError: more sequences than rows, or a negative length.
+        """
+        if len(seqlens) > len(self.lengths):
+            raise CacheError(f"{len(seqlens)} sequences for a cache of {len(self.lengths)} rows; make a larger cache")
+        if any(n < 0 for n in seqlens):
+            raise CacheError(f"negative sequence length in {list(seqlens)}")
+        counts = [*seqlens, *[0] * (len(self.lengths) - len(seqlens))]
+        longest = max(
+            start + n - origin for start, n, origin in zip(self.lengths, counts, self.origins, strict=True)
+        )
+        for layer in self.layers:
+            if layer.capacity < layer.capacity_for(longest):
+                roomy = max(GROWTH, 1 << (longest - 1).bit_length())
+                layer.grow(layer.capacity_for(roomy), self.lengths, self.origins)
+        return make_plan(counts, self.lengths, self.origins, self.device)
+
+    def commit(self, plan: Plan) -> None:
+        """Advance the lengths by a step that every layer has taken in."""
+        for row, n in enumerate(plan.seqlens):
+            self.lengths[row] += n

@@ -1,0 +1,179 @@
+"""The transformer: RMSNorm, Attention, FeedForward, Transformer.
+
+Pure arithmetic on (tokens, plan, store): no files, no devices, no options, no sampling. Module
+names are the names in Mistral's checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mistral.args import ModelArgs
+from mistral.attention import Attend, sdpa, tiled
+from mistral.cache import LayerStore, NoCache, Plan, RollingBufferCache
+from mistral.linear import Linear
+from mistral.rope import cos_sin, inverse_frequencies, rotate
+
+__all__ = ["ModelArgs", "Transformer"]
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the root mean square in at least fp32 (arXiv 1910.07467): [..., dim] to the same."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = widen(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: [T, dim] to [T, dim].
+
+    Head counts are read from the weights' shapes; query head h uses key head h // (H // K).
+    """
+
+    def __init__(self, args: ModelArgs, attend: Attend) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.attend = attend
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore) -> Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, store, plan)
+        return self.wo(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); w1 is the gate, w3 up, w2 down. [T, dim] to [T, dim]."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = Linear(args.dim, args.hidden_dim)
+        self.w2 = Linear(args.hidden_dim, args.dim)
+        self.w3 = Linear(args.dim, args.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: attention and feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, args: ModelArgs, attend: Attend) -> None:
+        super().__init__()
+        self.attention = Attention(args, attend)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), cos, sin, plan, store)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """A Mistral model: packed token ids in, logits out.
+
+    Args:
+        args: the shape.
+        attend: the attention backend; PyTorch SDPA in tiles unless one is given.
+        compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
+    """
+
+    def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.args = args
+        self.compute_dtype = compute_dtype
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = Linear(args.dim, args.vocab_size)
+        assert args.rope_theta is not None
+        # Plain attribute, not a buffer: it stays fp32 on the CPU wherever the weights go.
+        self._frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
+
+    @staticmethod
+    def from_folder(
+        folder: str | PathLike[str],
+        max_batch_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **options: object,
+    ) -> Transformer:
+        """Load a model folder; see `mistral.formats.load`, which takes more options."""
+        from mistral.formats import load
+
+        return load(folder, max_batch_size=max_batch_size, device=device, dtype=dtype, **options).model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return self.compute_dtype or self.tok_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.tok_embeddings.weight.device
+
+    def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        """One step through all layers, without moving the cache's lengths: [T] ids to [T, dim], normalised."""
+        cos, sin = (x.to(self.device) for x in cos_sin(plan.positions, self._frequencies))
+        h = self.tok_embeddings(input_ids).to(self.dtype)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, cos, sin, plan, cache.layer(i))
+        return self.norm(h)
+
+    def forward_partial(
+        self, input_ids: Tensor, seqlens: Sequence[int], cache: RollingBufferCache | None = None
+    ) -> Tensor:
+        """Hidden states before the output matrix: [T, dim] in the compute dtype.
+
+        Args:
+            input_ids: [T] the sequences' new tokens, packed one after the other, int64.
+            seqlens: new tokens of each sequence; sums to T. With a cache, 0 is allowed.
+            cache: holds what came before. None: each sequence stands alone, causal and windowed.
+
+        Raises:
+            ValueError: the lengths and ids do not fit together, or do not fit the cache.
+        """
+        self._check(input_ids, seqlens)
+        keys = NoCache(self.args, self.device) if cache is None else cache
+        plan = keys.plan(seqlens)
+        h = self.step(input_ids, plan, keys)
+        keys.commit(plan)
+        return h
+
+    def forward(self, input_ids: Tensor, seqlens: Sequence[int], cache: RollingBufferCache | None = None) -> Tensor:
+        """Logits of every token: [T, vocab_size] in at least fp32. See `forward_partial`."""
+        return self.logits(self.forward_partial(input_ids, seqlens, cache))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """[n, dim] hidden states to [n, vocab_size]: the product in the compute dtype, widened after."""
+        return widen(self.output(h))
+
+    def _check(self, input_ids: Tensor, seqlens: Sequence[int]) -> None:
+        if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):
+            raise ValueError(
+                f"seqlens sum to {sum(seqlens)}, but input_ids has shape {tuple(input_ids.shape)}: "
+                "pack the sequences one after the other into one dimension"
+            )
+        if self.args.max_batch_size and len(seqlens) > self.args.max_batch_size:
+            raise ValueError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}")
