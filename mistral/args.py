@@ -18,6 +18,8 @@ class ArgsError(ValueError):
 THETA_WITH_WINDOW = 1e4
 THETA_WITHOUT_WINDOW = 1e6
 
+LARGEST = 2**31 - 1  # of any size here: products of two stay inside 64 bits
+
 Window = int | None
 
 
@@ -53,7 +55,7 @@ class ModelArgs:
     n_kv_heads: int
     norm_eps: float
     vocab_size: int
-    sliding_window: int | None | tuple[int | None, ...] = None
+    sliding_window: int | tuple[int | None, ...] | None = None
     rope_theta: float | None = None
     max_batch_size: int = 0
     theta_rule: str = field(default="", compare=False)
@@ -84,7 +86,7 @@ class ModelArgs:
         if isinstance(window, list | tuple):
             if not window or self.n_layers % len(window):
                 raise ArgsError(
-                    f"sliding_window lists {len(window)} windows, which do not repeat evenly over {self.n_layers} layers"
+                    f"sliding_window lists {len(window)} windows: they do not repeat evenly over {self.n_layers} layers"
                 )
             object.__setattr__(self, "sliding_window", tuple(window))
         for w in self.windows:
@@ -104,6 +106,8 @@ def _check_int(name: str, value: object, least: int) -> None:
         raise ArgsError(f"{name} must be an integer, not {value!r}")
     if value < least:
         raise ArgsError(f"{name} is {value}; it must be at least {least}")
+    if value > LARGEST:
+        raise ArgsError(f"{name} is {value}; nothing that large exists (at most {LARGEST})")
 
 
 def _check_positive(name: str, value: object) -> None:

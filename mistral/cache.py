@@ -119,8 +119,29 @@ class Tile:
     slots: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Pack:
+    """Sequences of a step with every key their queries reach, in order of position and without padding.
+
+    Args:
+        q_lens: new tokens of each sequence.
+        k_lens: keys of each: the held ones within the window of its first query, then the new ones.
+        held: flat slots (row * C + slot) of the held keys, sequence after sequence.
+        order: [S] where in (held keys, new keys) each packed key is; None if nothing is held.
+        kept: which new keys the storage keeps.
+        slots: the flat slots they go to.
+    """
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    held: Tensor | None = None
+    order: Tensor | None = None
+    kept: Tensor | None = None
+    slots: Tensor | None = None
+
+
 class LayerStore(Protocol):
-    """What attention needs of a place for keys: one layer's."""
+    """What attention needs of a place for keys: one layer's. Read by tiles, or by packed sequences."""
 
     window: int | None
     capacity: int
@@ -132,6 +153,12 @@ class LayerStore(Protocol):
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""
 
+    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
+        """What the sequences `rows`, each of which brings tokens, look at when packed."""
+
+    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
+
 
 def block_for(window: int | None) -> int:
     """Tokens per tile: QUERY_BLOCK, or W when that is smaller, so that the buffer stays below 2 W."""
@@ -140,6 +167,8 @@ def block_for(window: int | None) -> int:
 
 class RollingBuffer:
     """One layer's keys and values: two zeroed [B, C, K, D] tensors, position i in slot i % C.
+
+    It holds numbers, not their history: gradients do not flow through it (train without a cache).
 
     Args:
         window: W, or None to keep every key.
@@ -196,10 +225,40 @@ class RollingBuffer:
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.k[tile.run.rows], self.v[tile.run.rows]
         row = torch.arange(len(keys), device=keys.device)[:, None]
-        keys[row, tile.slots] = k[:, tile.start : tile.stop].to(keys.dtype)
-        values[row, tile.slots] = v[:, tile.start : tile.stop].to(values.dtype)
+        keys[row, tile.slots] = k[:, tile.start : tile.stop].detach().to(keys.dtype)
+        values[row, tile.slots] = v[:, tile.start : tile.stop].detach().to(values.dtype)
         used = tile.k_pos.shape[1]
         return keys[:, :used], values[:, :used]
+
+    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
+        C, q_lens = self.capacity, tuple(plan.seqlens[row] for row in rows)
+        behind = [plan.starts[row] - plan.origins[row] for row in rows]
+        if self.window is not None:
+            behind = [min(m, self.window - 1) for m in behind]
+        held, order, kept, slots = [], [], [], []
+        old, new = 0, sum(behind)  # where in (held keys, new keys) the next sequence's own begin
+        for row, n, m in zip(rows, q_lens, behind, strict=True):
+            start, last = plan.starts[row], min(n, C)
+            held.append(row * C + torch.arange(start - m, start, device="cpu") % C)
+            order += [torch.arange(old, old + m, device="cpu"), torch.arange(new, new + n, device="cpu")]
+            kept.append(torch.arange(new + n - last, new + n, device="cpu") - sum(behind))
+            slots.append(row * C + torch.arange(start + n - last, start + n, device="cpu") % C)
+            old, new = old + m, new + n
+        device = plan.device_positions.device
+        k_lens = tuple(n + m for n, m in zip(q_lens, behind, strict=True))
+        moved = [torch.cat(x).to(device) for x in (held, order, kept, slots)]
+        return Pack(q_lens, k_lens, moved[0], moved[1] if any(behind) else None, moved[2], moved[3])
+
+    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        packed = []
+        for storage, new in ((self.k, k), (self.v, v)):
+            flat = storage.view(-1, *storage.shape[2:])
+            # Cast also what is not read back: numbers must not depend on the chunking.
+            new = new.detach().to(flat.dtype)
+            # Read before anything is written: the new keys may land on the held ones.
+            packed.append(new if pack.order is None else torch.cat([flat[pack.held], new])[pack.order])
+            flat[pack.slots] = new[pack.kept]
+        return packed[0], packed[1]
 
 
 class StepKeys:
@@ -221,6 +280,13 @@ class StepKeys:
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         span = slice(self._first(tile.start), tile.stop)
         return k[:, span], v[:, span]
+
+    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
+        lens = tuple(plan.seqlens[row] for row in rows)
+        return Pack(lens, lens)
+
+    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
 
 
 class NoCache:
@@ -304,9 +370,7 @@ class RollingBufferCache:
         if any(n < 0 for n in seqlens):
             raise CacheError(f"negative sequence length in {list(seqlens)}")
         counts = [*seqlens, *[0] * (len(self.lengths) - len(seqlens))]
-        longest = max(
-            start + n - origin for start, n, origin in zip(self.lengths, counts, self.origins, strict=True)
-        )
+        longest = max(start + n - origin for start, n, origin in zip(self.lengths, counts, self.origins, strict=True))
         for layer in self.layers:
             if layer.capacity < layer.capacity_for(longest):
                 roomy = max(GROWTH, 1 << (longest - 1).bit_length())

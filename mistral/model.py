@@ -37,7 +37,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -116,12 +117,12 @@ class Transformer(nn.Module):
         max_batch_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
-        **options: object,
+        attention: str | None = None,
     ) -> Transformer:
-        """Load a model folder; see `mistral.formats.load`, which takes more options."""
+        """The model of a folder; see `mistral.formats.load`, which also gives its tokenizer."""
         from mistral.formats import load
 
-        return load(folder, max_batch_size=max_batch_size, device=device, dtype=dtype, **options).model
+        return load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size).model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,5 +176,7 @@ class Transformer(nn.Module):
                 f"seqlens sum to {sum(seqlens)}, but input_ids has shape {tuple(input_ids.shape)}: "
                 "pack the sequences one after the other into one dimension"
             )
+        if any(n < 0 for n in seqlens):
+            raise ValueError(f"negative sequence length in {list(seqlens)}")
         if self.args.max_batch_size and len(seqlens) > self.args.max_batch_size:
             raise ValueError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}")

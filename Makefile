@@ -1,0 +1,83 @@
+# On a bare clone, each of these is enough; it makes .venv and installs what it needs:
+#
+#   make demo     the model that ships continues three prompts
+#   make test     the logits-equivalence checks, then the whole suite
+#   make lint     ruff, mypy and codespell, as pre-commit and .ci/run do
+#   make clean    remove .venv and everything else that was made here
+#
+# Variables, given after the command or in the environment:
+#
+#   PYTHON=python3.12        the interpreter that makes .venv (3.10 or newer)
+#   TORCH_INDEX=URL          where torch comes from. For PyTorch without CUDA, on Linux:
+#                            make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   PYTEST_FLAGS="-x -k rope"
+#
+# .venv is made once: to change PYTHON or TORCH_INDEX, `make clean` first.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-input
+TORCH := $(shell grep '^torch==' requirements.txt)
+
+.PHONY: help demo test imports lint lint-ruff lint-format lint-types lint-spelling clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed
+	@echo "==> demo: the model that ships"
+	$(RUN) -m main demo
+
+# pytest comes last, so that its closing line is the last one printed.
+test: $(VENV)/.installed-dev
+	@echo "==> test: logits equivalence"
+	$(RUN) -m test_generate
+	@echo "==> test: the whole suite"
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+# With requirements.txt alone: no module may need what only tests install.
+imports: $(VENV)/.installed
+	@echo "==> imports: every module of the package"
+	$(RUN) -m tools.import_all
+
+lint: lint-ruff lint-format lint-types lint-spelling
+
+lint-ruff: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+
+lint-format: $(VENV)/.installed-dev
+	$(RUN) -m ruff format --check .
+
+lint-types: $(VENV)/.installed-dev
+	$(RUN) -m mypy
+
+lint-spelling: $(VENV)/.installed-dev
+	$(VENV)/bin/codespell
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . \( -name .git -o -name out \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The empty files below say how far .venv has come, so that nothing is installed twice.
+
+$(VENV)/.made:
+	@echo "==> $(VENV): a virtual environment, by $(PYTHON)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch goes first and alone: its own index lacks most of the others, and nothing after may replace it.
+$(VENV)/.installed: requirements.txt $(VENV)/.made
+	@echo "==> $(VENV): $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX)), then the rest of requirements.txt"
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "==> $(VENV): requirements-dev.txt"
+	$(INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,398 @@
+"""The commands: check flags, load, run, print. Text goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 a mistake of the caller's (one line says which), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mistral import __version__, flags
+
+if TYPE_CHECKING:
+    from mistral.formats import Loaded
+    from mistral.generate import Completion
+
+SEPARATOR = "====================="
+DEMO_PROMPTS = (
+    "This is a test",
+    "This is another test",
+    "This is a third test, mistral AI is very good at testing. ",
+)
+
+
+def demo(
+    folder: str | None = None,
+    *,
+    max_tokens: int = 35,
+    temperature: float = 0.0,
+    top_p: float = 0.8,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Continue three prompts in one ragged batch, and print each text.
+
+    python -m main demo
+    python -m main demo mistral-7B-v0.1 --max_tokens 35 --temperature 0
+    python -m main demo mistral-7B-v0.1 --device cuda --dtype bfloat16
+
+    Without FOLDER: the small model that ships, on prompts that suit it.
+    """
+    from mistral.formats import BUNDLED
+    from mistral.generate import generate
+
+    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=3)
+    prompts = DEMO_PROMPTS if folder is not None else json.loads((BUNDLED / "prompts.json").read_text())
+    texts, _ = generate(
+        prompts,
+        loaded.model,
+        loaded.tokenizer,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chunk_size=chunk_size,
+    )
+    for text in texts:
+        print(text)
+        print(SEPARATOR)
+
+
+def interactive(
+    folder: str | None = None,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.8,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Read prompts, a line each, and continue them; text appears as it is made.
+
+    python -m main interactive
+    python -m main interactive mistral-7B-v0.1 --max_tokens 256 --temperature 1.0 --top_p 0.9 --seed 1
+    printf 'Once upon a time\\nThe wolf said\\n' | python -m main interactive --max_tokens 20
+
+    Ctrl-C stops the answer and asks for the next prompt; Ctrl-D leaves.
+    """
+    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=1)
+    for prompt in _lines("Prompt: "):
+        if not prompt.strip():
+            continue
+        try:
+            _write(prompt)
+            _stream_one(
+                loaded,
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                seed=seed,
+                stop=stop or (),
+                chunk_size=chunk_size,
+            )
+        except KeyboardInterrupt:
+            _write("\n")
+            _say("[interrupted]")
+
+
+def complete(
+    folder: str | None = None,
+    prompt: str | None = None,
+    *,
+    file: str | None = None,
+    json: bool = False,
+    top_logprobs: int = 0,
+    max_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 0.8,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: list[str] | None = None,
+    max_batch_size: int = 16,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Continue a prompt, or many; only the continuation goes to stdout, so it pipes.
+
+    python -m main complete "Once upon a time" --max_tokens 40
+    python -m main complete mistral-7B-v0.1 "The capital of France is" --temperature 0
+    echo "Once upon a time" | python -m main complete mistral-7B-v0.1
+    python -m main complete mistral-7B-v0.1 --file prompts.jsonl --json > answers.jsonl
+
+    One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
+    JSON string, or an object with "prompt" (text, or a list of ids) and perhaps "max_tokens".
+    --json prints one object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason,
+    and top_logprobs if asked for.
+    """
+    folder, prompt = _which(folder, prompt, file)
+    prompts, limits = _read_prompts(prompt, file, max_tokens)
+    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop or (),
+        "chunk_size": chunk_size,
+        "top_logprobs": top_logprobs,
+    }
+    if len(prompts) == 1 and not json:
+        _stream_one(loaded, prompts[0], max_tokens=limits[0], **options)
+        return
+    from mistral.generate import complete as complete_all
+
+    for index, result in enumerate(complete_all(prompts, loaded.model, loaded.tokenizer, max_tokens=limits, **options)):
+        print(_as_json(index, result, bool(top_logprobs)) if json else result.text)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "interactive": interactive, "complete": complete}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(_overview())
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(__version__)
+            return 0
+        name, rest = words[0], words[1:]
+        if name not in COMMANDS:
+            raise flags.UsageError(f"no command {name!r}: {', '.join(COMMANDS)}; see --help")
+        command = COMMANDS[name]
+        options = rest[: rest.index("--")] if "--" in rest else rest
+        if "--help" in options or "-h" in options:
+            print(_help(name, command))
+            return 0
+        checked = flags.canonical(command, rest)
+        import fire
+
+        fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+        sys.stdout.flush()
+        return 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as `head` does; nothing more is wanted, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _overview() -> str:
+    lines = [f"Mistral 7B and its family, version {__version__}.", "", "Commands (COMMAND --help tells more):"]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _help(name: str, command: Callable[..., None]) -> str:
+    parameters = inspect.signature(command).parameters.values()
+    places = [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    lines = [f"usage: python -m main {name} {' '.join(f'[{p}]' for p in places)} [flags]", ""]
+    lines += [inspect.getdoc(command) or "", "", "flags:"]
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY:
+            kind = str(p.annotation).removesuffix(" | None").replace("list[str]", "str, may be repeated")
+            default = "" if p.default in (None, False) else f", default {p.default}"
+            lines.append(f"  --{p.name:15} {FLAG_HELP[p.name]} ({kind}{default})")
+    return "\n".join(lines)
+
+
+FLAG_HELP = {
+    "max_tokens": "most tokens to make",
+    "temperature": "0 takes the likeliest token; higher is more random",
+    "top_p": "draw from the likeliest tokens that sum to this probability; 1 is all",
+    "top_k": "draw from this many of the likeliest tokens; 0 is all",
+    "min_p": "drop tokens less likely than this share of the likeliest",
+    "seed": "makes sampling repeatable",
+    "stop": "text that ends a continuation; not printed",
+    "device": "cpu, cuda, cuda:1 or mps; left out: the best one here",
+    "dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: what the device does well",
+    "attention": "sdpa, plain, flash or xformers; left out: the device's default",
+    "threads": "CPU threads",
+    "chunk_size": "most prompt tokens a sequence takes in at a step",
+    "file": "prompts, one JSON value a line",
+    "json": "print JSON lines instead of text",
+    "top_logprobs": "with --json: how many of the likeliest tokens to report for each token",
+    "max_batch_size": "most prompts run at once; the others wait",
+}
+
+
+def _load(
+    folder: str | None,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
+    threads: int | None,
+    max_batch_size: int,
+) -> Loaded:
+    from mistral.formats import load
+
+    if threads is not None:
+        if threads < 1:
+            raise flags.UsageError(f"--threads is {threads}; it must be at least 1")
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded = load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size)
+    bundled = "the model that ships, " if folder is None else ""
+    _say(f"loaded {bundled}{loaded.describe()}")
+    return loaded
+
+
+def _stream_one(loaded: Loaded, prompt: Any, **options: Any) -> None:
+    """Continue one prompt on stdout as it is made, then say how fast on stderr."""
+    from mistral.generate import stream
+
+    began = time.perf_counter()
+    first, made, reason = began, 0, None
+    try:
+        for piece in stream([prompt], loaded.model, loaded.tokenizer, **options):
+            _write(piece.text)
+            if piece.token:
+                made += 1
+                first = first if made > 1 else time.perf_counter()
+            reason = piece.finish_reason or reason
+        _write("\n")
+    finally:
+        seconds = time.perf_counter() - first
+        rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
+        _say(f"[{made} tokens{rate}; first after {first - began:.2f} s; {reason or 'interrupted'}]")
+
+
+def _lines(ask: str) -> Iterator[str]:
+    """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        try:
+            import readline  # noqa: F401  (line editing and history for input())
+        except ImportError:
+            pass
+    while True:
+        try:
+            if terminal:
+                yield input(ask)
+            else:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                yield line.rstrip("\r\n")
+        except EOFError:
+            _write("\n")
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _write("\n")
+
+
+def _which(folder: str | None, prompt: str | None, file: str | None) -> tuple[str | None, str | None]:
+    """Tell FOLDER from PROMPT when only one word was given."""
+    if folder is None or prompt is not None or os.path.isdir(folder):
+        return folder, prompt
+    if file is not None or folder.startswith(("/", "./", "../", "~")):
+        return folder, None  # a path, and one that load will say is no folder
+    return None, folder
+
+
+def _read_prompts(prompt: str | None, file: str | None, max_tokens: int) -> tuple[list[Any], list[int]]:
+    """The prompts and the most tokens for each: from the word, the file, or stdin."""
+    if file is not None:
+        if prompt is not None:
+            raise flags.UsageError("a prompt and --file: give one of them")
+        return _read_jsonl(file, max_tokens)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
+        prompt = sys.stdin.read().removesuffix("\n")
+    return [prompt], [max_tokens]
+
+
+def _read_jsonl(file: str, max_tokens: int) -> tuple[list[Any], list[int]]:
+    prompts: list[Any] = []
+    limits: list[int] = []
+    try:
+        with sys.stdin if file == "-" else open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                prompt, limit = _one_prompt(line, f"{file} line {number}", max_tokens)
+                prompts.append(prompt)
+                limits.append(limit)
+    except (OSError, UnicodeDecodeError) as error:
+        raise flags.UsageError(f"{file} cannot be read: {error}") from None
+    return prompts, limits
+
+
+def _one_prompt(line: str, where: str, max_tokens: int) -> tuple[Any, int]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise flags.UsageError(f"{where} is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        entry = {"prompt": entry}
+    unknown = set(entry) - {"prompt", "max_tokens"}
+    if unknown:
+        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt and max_tokens")
+    prompt, limit = entry.get("prompt"), entry.get("max_tokens", max_tokens)
+    ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+    if not (isinstance(prompt, str) or ids):
+        raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
+    if type(limit) is not int:
+        raise flags.UsageError(f"{where}: max_tokens must be a whole number, not {limit!r}")
+    return prompt, limit
+
+
+def _as_json(index: int, result: Completion, with_top: bool) -> str:
+    entry: dict[str, Any] = {
+        "index": index,
+        "prompt_tokens": result.prompt_tokens,
+        "tokens": result.tokens,
+        "text": result.text,
+        "logprobs": result.logprobs,
+        "finish_reason": result.finish_reason,
+    }
+    if with_top:
+        entry["top_logprobs"] = [[[token, lp] for token, lp in top.items()] for top in result.top_logprobs]
+    return json.dumps(entry, ensure_ascii=False)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""Command lines checked against a function's signature, before the function runs.
+
+Fire calls first and complains about a misspelled flag after, and it reads prompts as Python. Here
+every flag is matched and converted by its annotation, and Fire gets a line that cannot be misread.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fire.decorators
+
+
+class UsageError(ValueError):
+    """A command line that cannot be meant; nothing was run."""
+
+
+def canonical(command: Callable[..., None], words: Sequence[str]) -> list[str]:
+    """The words of a command line as `--name=value`, each checked and of its parameter's type.
+
+    `--name value`, `--name=value`, `--name` for switches, dashes or underscores within names, and
+    `--` before words that are not flags. A flag of type list may be repeated.
+
+    Raises:
+        UsageError: an unknown or repeated flag, a missing or ill-typed value, a word too many.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    given: dict[str, Any] = {}
+    loose: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            loose += queue
+            break
+        if not word.startswith("--"):
+            loose.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in parameters:
+            raise UsageError(f"no flag --{flag}{_suggestion(name, parameters)}")
+        kind = _kind(parameters[name])
+        if not equals:
+            if kind is bool:
+                value = "true"
+            elif queue and not queue[0].startswith("--"):
+                value = queue.pop(0)
+            else:
+                raise UsageError(f"--{flag} needs a value")
+        converted = _convert(f"--{flag}", value, kind)
+        if kind is list:
+            given.setdefault(name, []).append(value)
+        elif name in given:
+            raise UsageError(f"--{flag} is given twice")
+        else:
+            given[name] = converted
+    free = [p for p in places if p.name not in given]
+    if len(loose) > len(free):
+        raise UsageError(f"a word too many: {loose[len(free)]!r} (a prompt of several words wants quotes)")
+    for parameter, word in zip(free, loose, strict=False):
+        given[parameter.name] = _convert(parameter.name, word, _kind(parameter))
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
+    if missing:
+        raise UsageError(f"missing: {', '.join(name.upper() for name in missing)}")
+    return [f"--{name}={json.dumps(value)}" for name, value in given.items()]
+
+
+def readable_by_fire(command: Callable[..., None]) -> Callable[..., None]:
+    """Have Fire read each value as the JSON that `canonical` wrote, and as nothing else."""
+    names = inspect.signature(command).parameters
+    return fire.decorators.SetParseFns(**dict.fromkeys(names, json.loads))(command)
+
+
+def _kind(parameter: inspect.Parameter) -> type:
+    annotation = parameter.annotation
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    (kind,) = [o for o in options if o is not types.NoneType]
+    return typing.get_origin(kind) or kind
+
+
+def _convert(what: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"{what} is a switch: give it no value, or true or false, not {text!r}")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            article = "a whole number" if kind is int else "a number"
+            raise UsageError(f"{what} must be {article}, not {text!r}") from None
+    return text
+
+
+def _suggestion(name: str, parameters: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, parameters, n=1)
+    return f"; did you mean --{close[0]}?" if close else "; see --help"

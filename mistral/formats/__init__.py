@@ -1,0 +1,162 @@
+"""Folders in, models out: find, check everything, see that it fits, then load.
+
+from mistral.formats import load
+loaded = load("mistral-7B-v0.1")
+print(loaded.describe())
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral import memory, runtime
+from mistral.args import ModelArgs
+from mistral.formats.params import read_params, to_args
+from mistral.formats.weights import WeightFiles, WeightsError, check_tensors, find_weights
+from mistral.model import Transformer
+from mistral.runtime import Runtime
+from mistral.tokenizer import Tokenizer, TokenizerError
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+class FolderError(ValueError):
+    """Not a folder with a model in it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, and what is known about it.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the folder's.
+        args, runtime: its shape, and how it runs.
+        folder, files: where it came from.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    args: ModelArgs
+    runtime: Runtime
+    folder: Path
+    files: tuple[Path, ...]
+
+    def describe(self) -> str:
+        """One line: what was loaded, from where, and every choice that was made."""
+        run, args = self.runtime, self.args
+        names = ", ".join(f.name for f in self.files[:1]) + (
+            f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
+        return (
+            f"{self.folder}: {parameters / 1e6:.1f} M parameters from {names}; device {run.device}; "
+            f"weights/compute/cache {dtypes}; attention {run.attention}; window {window_text(args)}; "
+            f"rope_theta {args.rope_theta:g} ({args.theta_rule}); tokenizer {self.tokenizer.path.name}"
+        )
+
+
+def window_text(args: ModelArgs) -> str:
+    """The window for people: 4096, none, or a count of each where layers differ."""
+    counts = Counter("none" if w is None else str(w) for w in args.windows)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return " + ".join(f"{name} x{n}" for name, n in counts.items()) + " layers"
+
+
+def load(
+    folder: str | PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attention: str | None = None,
+    max_batch_size: int = 0,
+) -> Loaded:
+    """Load a folder in Mistral's layout: params.json, consolidated weights, tokenizer.
+
+    Everything is checked against headers before a tensor is read, and memory before it is taken.
+
+    Args:
+        folder: None is the small model that ships.
+        device, dtype, attention: see `runtime.resolve`; None lets it choose.
+        max_batch_size: most sequences in one forward; 0 sets no limit.
+
+    Raises:
+        ValueError: a subclass that names what is wrong with the folder, the options or the memory.
+    """
+    place = BUNDLED if folder is None else Path(folder)
+    if not place.is_dir():
+        raise FolderError(f"no such folder: {place}")
+    args = to_args(read_params(place), max_batch_size)
+    weights = find_weights(place)
+    where = weights.files[0].name
+    check_tensors(weights.tensors, _shapes(args, len(weights.tensors), where), where)
+    tokenizer = load_tokenizer(place, args.vocab_size)
+
+    (stored, _), *_ = Counter(t.dtype for t in weights.tensors.values()).most_common()
+    assert stored is not None
+    parameters = sum(math.prod(t.shape) for t in weights.tensors.values())
+    run = runtime.resolve(device, dtype, attention, stored=stored, parameters=parameters, head_dim=args.head_dim)
+    memory.require(
+        parameters * run.weights.itemsize,
+        run.device,
+        f"the weights in {str(run.weights).removeprefix('torch.')}",
+        "use --dtype bfloat16, another --device, or a smaller model",
+    )
+    with torch.device("meta"):
+        model = Transformer(args, attend=run.attend, compute_dtype=run.compute)
+    _fill(model, weights, run)
+    return Loaded(model, tokenizer, args, run, place, weights.files)
+
+
+def _shapes(args: ModelArgs, stored: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor the model needs."""
+    if args.n_layers > stored:
+        raise WeightsError(f"params.json says n_layers {args.n_layers}, but {where} holds {stored} tensors in all")
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(args).state_dict().items()}
+
+
+def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
+    tensors: dict[str, Tensor] = {}
+    bar = tqdm(
+        weights.read(), total=len(weights.tensors), desc="loading", unit="tensor", delay=2, disable=None, leave=False
+    )
+    for name, tensor in bar:
+        tensors[name] = tensor.to(run.device, run.weights)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.eval()
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a folder: the newest tokenizer.model.vN, else tekken.json, else tokenizer.model.
+
+    Raises:
+        TokenizerError: none, broken, or with more words than the model.
+    """
+    versions = {
+        int(match[1]): path
+        for path in folder.glob("tokenizer.model.v*")
+        if (match := re.search(r"\.v(\d+)", path.name))
+    }
+    newest = [versions[max(versions)]] if versions else []
+    candidates = [*newest, folder / "tekken.json", folder / "tokenizer.model"]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        raise TokenizerError(f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3 or tekken.json")
+    tokenizer = Tokenizer(path)
+    if tokenizer.n_words > vocab_size:
+        raise TokenizerError(
+            f"{path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
+        )
+    return tokenizer

@@ -1,0 +1,117 @@
+"""params.json: what the keys of every release mean, as data, and the way from there to ModelArgs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mistral.args import ArgsError, ModelArgs
+
+REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
+OPTIONAL = ("sliding_window", "rope_theta")
+
+# Seen in releases; they change no number of a dense text model.
+HARMLESS = {
+    "max_seq_len": "how long the training sequences were",
+    "max_position_embeddings": "how long the training sequences were",
+    "max_batch_size": "a setting of the machine it was exported on",
+    "model_type": "a label",
+}
+# Would make the numbers wrong if they were ignored; where to go instead.
+REFUSED = {
+    "moe": "a mixture of experts (Mixtral): use transformers or vLLM",
+    "vision_encoder": "a vision model (Pixtral): use transformers or vLLM",
+    "audio_encoder": "an audio model (Voxtral): use transformers or vLLM",
+    "multimodal": "a model with other inputs than text: use transformers or vLLM",
+    "yarn": "YaRN positions: use vLLM",
+    "rope_scaling": "scaled rotary positions: use transformers or vLLM",
+    "llama_4_scaling": "scaled attention: use vLLM",
+    "quantization": "a quantized checkpoint: use vLLM",
+    "quantization_config": "a quantized checkpoint: use vLLM",
+    "ssm_config": "a Mamba model: use transformers or mamba-ssm",
+    "lora": "a LoRA adapter, not a model: merge it into its base first",
+}
+# Harmless only with the one value that means "not used".
+REFUSED_UNLESS = {
+    "tied_embeddings": (False, None),
+    "causal": (True, None),
+    "use_biases": (False, None),
+    "attn_bias": (False, None),
+    "qk_norm": (False, None),
+    "lora": (None,),
+    "moe": (None,),
+}
+
+
+class ParamsError(ValueError):
+    """A params.json that is missing, broken, or describes another kind of model."""
+
+
+def read_params(folder: Path) -> dict[str, Any]:
+    """The object in params.json.
+
+    Raises:
+        ParamsError: no such file, or not a JSON object.
+    """
+    path = folder / "params.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParamsError(
+            f"no params.json in {folder}: a Mistral folder has params.json, weights and a tokenizer"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} cannot be read: {error}") from None
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ParamsError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
+    """ModelArgs from the object in a params.json.
+
+    Raises:
+        ParamsError: a key is missing, refused or unknown, or a value cannot be.
+    """
+    raw = dict(raw)
+    if "_sliding_window" in raw:  # Ministral 8B's spelling
+        if raw.get("sliding_window", raw["_sliding_window"]) != raw["_sliding_window"]:
+            raise ParamsError("params.json gives both sliding_window and _sliding_window, and they differ")
+        raw["sliding_window"] = raw.pop("_sliding_window")
+    for key, value in raw.items():
+        if key in REQUIRED or key in OPTIONAL or key in HARMLESS:
+            continue
+        if key in REFUSED_UNLESS and value in REFUSED_UNLESS[key]:
+            continue
+        if key in REFUSED:
+            raise ParamsError(f"params.json has {key!r}: {REFUSED[key]}")
+        if key in REFUSED_UNLESS:
+            raise ParamsError(
+                f"params.json has {key} = {value!r}, which this model does not have: use transformers or vLLM"
+            )
+        raise ParamsError(f"params.json has {key!r}, which no supported release has: remove it if it changes nothing")
+    missing = [key for key in REQUIRED if key not in raw]
+    if missing:
+        raise ParamsError(f"params.json lacks {', '.join(missing)}")
+    values = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if key in raw}
+    window = values.get("sliding_window")
+    if isinstance(window, str):
+        values["sliding_window"] = _window_from_text(window)
+    rule = "given in params.json" if raw.get("rope_theta") is not None else ""
+    try:
+        return ModelArgs(**values, max_batch_size=max_batch_size, theta_rule=rule)
+    except ArgsError as error:
+        raise ParamsError(f"params.json: {error}") from None
+
+
+def _window_from_text(window: str) -> int | None:
+    if window.strip().isdecimal():
+        return int(window)
+    if window.strip().lower() in ("", "none", "null"):
+        return None
+    raise ParamsError(f"params.json: sliding_window is {window!r}, neither a number nor null")

@@ -1,0 +1,162 @@
+"""Weights on disk: which files, what is in them (headers only), and tensors one at a time.
+
+safetensors and `.pth` files are mapped, not read, so a tensor is copied at most once, to its device
+and dtype. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, broken, or not those of the model described."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file: its shape and dtype (None if it is not a floating-point dtype we know)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    dtype_name: str
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of a folder.
+
+    Args:
+        files: in order.
+        tensors: what they hold, by name.
+    """
+
+    files: tuple[Path, ...]
+    tensors: dict[str, Stored]
+    _readers: dict[str, Any] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(f.stat().st_size for f in self.files)
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) one after the other, backed by the file's pages, on the CPU."""
+        for name, reader in self._readers.items():
+            try:
+                yield name, (reader if isinstance(reader, Tensor) else reader.get_tensor(name))
+            except (SafetensorError, RuntimeError, OSError) as error:
+                raise WeightsError(f"{name} cannot be read: {error}") from None
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The weights of a folder in Mistral's layout; safetensors are preferred where both are there.
+
+    Raises:
+        WeightsError: none, parts missing, or a file that cannot be read.
+    """
+    single = folder / "consolidated.safetensors"
+    if single.is_file():
+        return _open_safetensors((single,))
+    parts = _numbered_parts(folder)
+    if parts:
+        return _open_safetensors(parts)
+    pth = folder / "consolidated.00.pth"
+    if pth.is_file():
+        if (folder / "consolidated.01.pth").exists():
+            raise WeightsError(f"{folder} holds a model split over several .pth files, which is not supported")
+        return _open_pth(pth)
+    raise WeightsError(
+        f"no weights in {folder}: expected consolidated.safetensors, "
+        "consolidated-00001-of-0000N.safetensors or consolidated.00.pth"
+    )
+
+
+def _numbered_parts(folder: Path) -> tuple[Path, ...]:
+    found: dict[int, dict[int, Path]] = {}
+    for path in folder.glob("consolidated-*-of-*.safetensors"):
+        match = re.fullmatch(r"consolidated-(\d+)-of-(\d+)\.safetensors", path.name)
+        if match:
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    if not found:
+        return ()
+    if len(found) > 1:
+        raise WeightsError(f"{folder} mixes parts of several sets: {', '.join(f'of {n}' for n in sorted(found))}")
+    ((total, parts),) = found.items()
+    lacking = [i for i in range(1, total + 1) if i not in parts]
+    if lacking:
+        raise WeightsError(f"{folder} lacks part {', '.join(map(str, lacking))} of {total} of its weights")
+    return tuple(parts[i] for i in range(1, total + 1))
+
+
+def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
+    tensors: dict[str, Stored] = {}
+    readers: dict[str, Any] = {}
+    for path in files:
+        try:
+            opened = safe_open(path, framework="pt", device="cpu")
+            names = list(opened.keys())
+            slices = {name: opened.get_slice(name) for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
+        for name, piece in slices.items():
+            if name in tensors:
+                raise WeightsError(f"{name} is in {path.name} and in an earlier part")
+            kind = piece.get_dtype()
+            tensors[name] = Stored(tuple(piece.get_shape()), _DTYPES.get(kind), kind)
+            readers[name] = opened
+    return WeightFiles(files, tensors, readers)
+
+
+def _open_pth(path: Path) -> WeightFiles:
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises what its unpickler and zip reader happen to raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be loaded as plain tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise WeightsError(f"{path} does not hold tensors by name")
+    tensors = {
+        name: Stored(tuple(t.shape), t.dtype if t.dtype in SUPPORTED else None, str(t.dtype))
+        for name, t in state.items()
+    }
+    return WeightFiles((path,), tensors, dict(state))
+
+
+def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compare what files hold with what the model needs, all of it, before anything is read.
+
+    Raises:
+        WeightsError: names, shapes or dtypes differ; the message names them.
+    """
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing or unknown:
+        parts = [f"{what} {_some(names)}" for what, names in (("lack", missing), ("hold unknown", unknown)) if names]
+        raise WeightsError(f"the weights in {where} {' and '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise WeightsError(
+                f"params.json makes {name} {list(shape)}, but in {where} it is {list(found[name].shape)}: "
+                "one of the two is from another model, and tensors are rarely wrong"
+            )
+        if found[name].dtype is None:
+            raise WeightsError(
+                f"{name} in {where} is {found[name].dtype_name}; weights are float64, float32, float16 or bfloat16"
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

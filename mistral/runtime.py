@@ -1,0 +1,124 @@
+"""Where and in which dtypes a model runs: options in, one frozen Runtime out, once, at load.
+
+Layers never see options; they see tensors that are already in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mistral import backends, memory
+from mistral.attention import Attend
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# Widened weights cost memory and, one row at a time, speed: only where there is plenty.
+WIDEN_SHARE = 0.6
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or that this machine cannot honour."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model runs.
+
+    Args:
+        device: of weights, activations and cache.
+        weights, compute, cache: dtypes of what is stored, of the activations, of keys and values.
+        attention: name of the backend in use.
+        attend: the backend.
+    """
+
+    device: torch.device
+    weights: torch.dtype
+    compute: torch.dtype
+    cache: torch.dtype
+    attention: str
+    attend: Attend
+
+
+def resolve(
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    attention: str | None,
+    *,
+    stored: torch.dtype,
+    parameters: int,
+    head_dim: int,
+) -> Runtime:
+    """Decide what the caller left open.
+
+    Args:
+        device: None takes CUDA, else Apple's MPS, else the CPU.
+        dtype: of the arithmetic; None takes what the device computes well.
+        attention: name of a backend; None takes the default of the device.
+        stored: dtype of the weights in their file.
+        parameters: how many there are.
+        head_dim: D, which some attention kernels limit.
+
+    Raises:
+        OptionError: a name is unknown, or the device is not there.
+    """
+    place = pick_device(device)
+    compute = pick_dtype(dtype, place, stored)
+    weights = compute
+    if compute.itemsize > stored.itemsize:
+        left = memory.available(place)
+        if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
+            weights = stored
+    name, attend = backends.resolve(attention, place, compute, head_dim)
+    return Runtime(place, weights, compute, compute, name, attend)
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, if it is there, or the best one that is."""
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise OptionError(f"no device is called {device!r}: cpu, cuda, cuda:1 or mps") from None
+    if place.type not in ("cpu", "cuda", "mps"):
+        raise OptionError(f"device {device!r} is not supported: cpu, cuda, cuda:1 or mps")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"device {device!r} asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} of them"
+        )
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} sees no Apple GPU")
+    return place
+
+
+def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype asked for, or the one the device computes well: fp32 on a CPU, 16 bits on a GPU."""
+    if dtype is not None and dtype != "auto":
+        chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if chosen is None or chosen not in DTYPES.values():
+            raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if chosen == torch.float64 and device.type == "mps":
+            raise OptionError("Apple's MPS has no float64; use --device cpu for it")
+        return chosen
+    if device.type == "cpu":
+        return torch.float64 if stored == torch.float64 else torch.float32
+    if stored == torch.float16:
+        return torch.float16
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _bf16_on_mps()
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _bf16_on_mps() -> bool:
+    return bool(torch.backends.mps.is_macos_or_newer(14, 0))

@@ -1,0 +1,184 @@
+"""Text to ids and back, and text that appears piece by piece.
+
+SentencePiece models are read directly; tekken.json goes through mistral-common, imported only then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is missing, broken, or cannot do what was asked."""
+
+
+class TokenizerLike(Protocol):
+    """What generation needs of a tokenizer; anything with these will do."""
+
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    def encode(self, s: str) -> list[int]: ...
+    def decode(self, t: list[int]) -> str: ...
+
+
+class Tokenizer:
+    """Mistral's tokenizers: a SentencePiece `tokenizer.model*` or a `tekken.json`.
+
+    Raises:
+        TokenizerError: no such file, or not a tokenizer.
+    """
+
+    def __init__(self, model_path: str | PathLike[str]) -> None:
+        path = Path(model_path)
+        if not path.is_file():
+            raise TokenizerError(f"no tokenizer at {path}")
+        self.path = path
+        self._model: Any = _Tekken(path) if path.suffix == ".json" else _SentencePiece(path)
+
+    @property
+    def n_words(self) -> int:
+        """Size of the vocabulary."""
+        return self._model.n_words
+
+    @property
+    def bos_id(self) -> int:
+        """Id that begins a text."""
+        return self._model.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a text."""
+        return self._model.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """Padding id; -1 where there is none."""
+        return self._model.pad_id
+
+    def encode(self, s: str, bos: bool = True) -> list[int]:
+        """Ids of a text, begun by bos. Text that looks like a control token stays text.
+
+        Raises:
+            TokenizerError: the text is not valid Unicode.
+        """
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
+        ids = self._model.encode(s)
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of ids; control ids have none.
+
+        Raises:
+            TokenizerError: an id outside the vocabulary.
+        """
+        ids = list(t)
+        for i in ids:
+            if not 0 <= i < self.n_words:
+                raise TokenizerError(f"id {i} is outside the tokenizer's {self.n_words} words")
+        return self._model.decode(ids)
+
+
+class _SentencePiece:
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._sp = SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(path.read_bytes())
+        except (RuntimeError, OSError):
+            raise TokenizerError(f"{path} is not a SentencePiece model: fetch it again") from None
+        self.n_words = self._sp.vocab_size()
+        self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise TokenizerError(f"{path} has no bos or no eos: it is not one of Mistral's")
+
+    def encode(self, s: str) -> list[int]:
+        return self._sp.encode(s)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._sp.decode(ids)
+
+
+class _Tekken:
+    def __init__(self, path: Path) -> None:
+        try:
+            from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+            from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+        except ImportError:
+            raise TokenizerError(f"{path} needs mistral-common: pip install mistral-common") from None
+        try:
+            self._tekken = Tekkenizer.from_file(path)
+        except Exception as error:  # whatever the library makes of a broken file
+            raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
+        self._ignore = SpecialTokenPolicy.IGNORE
+        self.n_words = self._tekken.n_words
+        self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
+
+    def encode(self, s: str) -> list[int]:
+        return self._tekken.encode(s, bos=False, eos=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tekken.decode(ids, special_token_policy=self._ignore)
+
+
+def encode(tokenizer: TokenizerLike, text: str) -> list[int]:
+    """Ids of a text with bos in front, from any tokenizer: its own `bos` and `eos` switches are used if it has them."""
+    accepted = inspect.signature(tokenizer.encode).parameters
+    switches = {name: value for name, value in (("bos", True), ("eos", False)) if name in accepted}
+    ids = list(tokenizer.encode(text, **switches))
+    return ids if "bos" in accepted else [tokenizer.bos_id, *ids]
+
+
+class StreamDecoder:
+    """Text of a growing list of ids, handed out as soon as it is certain.
+
+    Only the last few ids are decoded again for each new one. A character whose bytes have not all
+    arrived is held back, so the pieces are valid text and join to the text of the whole.
+
+    Args:
+        tokenizer: decodes.
+        context: ids that came before; their text is not handed out again, but shapes what follows.
+    """
+
+    CONTEXT = 8  # enough that the first piece is not taken for the start of a text
+
+    def __init__(self, tokenizer: TokenizerLike, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context)[-self.CONTEXT :]
+        self._told = len(_certain(self._text()))
+        self._fresh = 0
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._ids)
+
+    def push(self, token: int) -> str:
+        """Take in one id; return the text that is now certain, often none."""
+        self._ids.append(token)
+        self._fresh += 1
+        text = self._text()
+        certain = _certain(text)
+        piece = certain[self._told :]
+        self._told = max(self._told, len(certain))
+        if self._fresh > self.CONTEXT and text == certain:
+            self._ids = self._ids[-self.CONTEXT :]
+            self._told, self._fresh = len(self._text()), 0
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, as it stands: broken bytes come out as U+FFFD."""
+        text = self._text()
+        piece, self._told = text[self._told :], len(text)
+        return piece
+
+
+def _certain(text: str) -> str:
+    return text.rstrip("\ufffd")

@@ -1,0 +1,400 @@
+"""Mistral 7B in one file: read it from top to bottom and you know how the model works.
+
+    python -m one_file_ref [FOLDER] [--max_tokens 35] [--device cpu|cuda] [--dtype float32] [--chunk_size N]
+
+continues three prompts greedily, in one batch, and prints them. FOLDER holds params.json, the weights
+(consolidated*.safetensors or consolidated.00.pth) and the tokenizer; without it the small bundled model runs.
+
+This is the plain version: nothing is fused, captured or quantized, and nothing is imported from mistral/. The
+library is tested against it, so it says what is meant wherever two readings are possible.
+
+Shapes: T packed tokens of a forward, B sequences, n tokens of one of them, H query heads, K key/value heads, D head
+dim, W sliding window, S cache slots, L layers, V vocabulary. Positions are absolute and start at 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import sys
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+BUNDLED = Path(__file__).resolve().parent / "mistral" / "bundled"
+PROMPTS = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings"}  # in params.json, without effect on the numbers
+
+
+@dataclass
+class ModelArgs:
+    """The contents of params.json. Mistral 7B v0.1: 4096, 32, 128, 14336, 32, 8, 1e-5, 32000, window 4096."""
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    norm_eps: float
+    vocab_size: int
+    sliding_window: int | list[int | None] | None = None  # a list repeats over the layers; None is full attention
+    rope_theta: Any = None  # a number; None: chosen below
+    theta_rule: str = field(init=False, default="given")
+    windows: list[int | None] = field(init=False)  # W of each layer
+
+    def __post_init__(self) -> None:
+        windows = self.sliding_window if isinstance(self.sliding_window, list) else [self.sliding_window]
+        sizes = [(f.name, getattr(self, f.name)) for f in fields(self) if f.type == "int"]
+        for name, n in sizes + [("sliding_window", w) for w in windows if w is not None]:
+            if type(n) is not int or n < 1:
+                raise ValueError(f"{name} must be a positive integer, not {n!r}")
+        if not windows or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError("sliding_window is an empty list, n_heads no multiple of n_kv_heads, or head_dim odd")
+        self.windows = [windows[layer % len(windows)] for layer in range(self.n_layers)]
+        if self.rope_theta is None:  # v0.1 has a window and needs 1e4; Mixtral 8x7B has none and needs 1e6
+            self.rope_theta = 1e4 if any(windows) else 1e6
+            self.theta_rule = f"chosen: no rope_theta and {'a' if any(windows) else 'no'} sliding window declared"
+        for name in ("norm_eps", "rope_theta"):
+            if type(value := getattr(self, name)) not in (int, float) or not value > 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+
+    @staticmethod
+    def from_folder(folder: Path) -> ModelArgs:
+        """Read params.json. A key that this file does not know is refused: it might describe another model."""
+        if not (path := folder / "params.json").is_file():
+            raise ValueError(f"no params.json in {folder}" if folder.is_dir() else f"no such folder: {folder}")
+        known = [f.name for f in fields(ModelArgs) if f.init]
+        try:
+            params = json.loads(path.read_text(encoding="utf-8"))
+            params = {name: value for name, value in params.items() if name not in HARMLESS}
+            if "_sliding_window" in params and params.get("sliding_window") is None:  # how some releases spell it
+                params["sliding_window"] = params.pop("_sliding_window")
+            if isinstance(window := params.get("sliding_window"), str):
+                params["sliding_window"] = json.loads(window)
+            unknown, missing = params.keys() - {*known}, {*known} - params.keys() - {"sliding_window", "rope_theta"}
+            if unknown or missing:
+                raise ValueError(f"unknown keys: {sorted(unknown)}, missing keys: {sorted(missing)}")
+            return ModelArgs(**params)
+        except (ValueError, AttributeError) as e:  # refused above, not JSON, or not an object
+            raise ValueError(f"{path}: {e}") from e
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32: half precision is for storage and matrix products; sums and angles need more bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, dim] -> [T, dim]
+        y = wide(x) * torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight  # cast first, then scale: in bf16 the order shows
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D/2], fp32, of the angles by which the pairs of a head turn at these positions [T].
+
+    Pair i turns by position * theta^(-2i/D): the first fast, the last slowly, like the hands of a clock."""
+    # On the CPU, in fp32, in exactly this spelling: others differ by a bit, which at position 100,000 is 1e-2 of angle.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # [D/2]
+    angles = torch.outer(positions.float(), frequencies)  # [T, D/2]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the adjacent pairs (2i, 2i+1) of x [T, heads, D] by their angles. A query and a key then meet at an angle
+    that depends on q - k only: this is how attention knows about distance."""
+    a, b = wide(x)[..., 0::2], wide(x)[..., 1::2]  # [T, heads, D/2] each
+    cos, sin = cos[:, None].to(a.dtype), sin[:, None].to(a.dtype)  # [T, 1, D/2]: the same for all heads
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+    """The mask [n, keys]: a query sees a key if 0 <= q - k < W: that is W keys, its own included. k_pos is -1 where a
+    cache slot is still empty. Without a window a query sees everything up to itself. Across L layers information
+    travels L * (W - 1) positions: the window bounds what a token costs more than what it can know."""
+    distance = q_pos[:, None] - k_pos[None, :]
+    seen = (distance >= 0) & (k_pos >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one sequence: q [n, H, D], k and v [keys, K, D], mask [n, keys] -> [n, H * D].
+
+    Query head h reads key/value head h // (H/K): neighbouring query heads share one, so the cache is H/K times smaller.
+    No row of the mask is empty, because a query always sees its own key."""
+    groups = wide(q).unflatten(1, (k.shape[1], -1))  # [n, K, H/K, D]
+    scores = torch.einsum("nkgd,skd->kgns", groups, wide(k)) * q.shape[-1] ** -0.5  # [K, H/K, n, keys]
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("kgns,skd->nkgd", weights, wide(v)).flatten(1).to(q.dtype)
+
+
+class Cache:
+    """Rolling buffers: keys and values of `rows` sequences, up to `max_positions` tokens each; lengths says how many.
+
+    Position i lives in slot i % S, so a new token takes the place of one that is out of view. Keys are stored after
+    rotation, and each slot knows its position (-1 is empty), so slots need never be put back in order."""
+
+    def __init__(self, args: ModelArgs, rows: int, max_positions: int, device: Any = "cpu", dtype: Any = torch.float32):
+        self.max_positions, self.lengths = max_positions, [0] * rows
+        slots = [min(window or max_positions, max_positions) for window in args.windows]  # S of each layer
+        shapes = [(rows, S, args.n_kv_heads, args.head_dim) for S in slots]
+        # Zeros, not empty: a masked slot weighs 0, but 0 * NaN would be NaN.
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]  # L times [B, S, K, D]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.positions = [torch.full((rows, S), -1, device=device) for S in slots]  # L times [B, S]
+
+    def extend(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> list[Tensor]:
+        """What n new tokens may look at: the stored keys, values and positions, then their own. Stores the latter.
+
+        The two are joined before anything is overwritten: the first new token still needs the old keys that the last
+        one will displace. It costs a copy of the buffer, and at most S + n keys however long the text is."""
+        buffers = [self.k[layer][row], self.v[layer][row], self.positions[layer][row]]  # views
+        joined = [torch.cat(pair) for pair in zip(buffers, (k, v, positions), strict=True)]  # [S + n, ...]
+        S = len(buffers[0])
+        for buffer, new in zip(buffers, (k, v, positions), strict=True):
+            buffer[positions[-S:] % S] = new[-S:]  # of a chunk longer than the buffer only the end stays
+        return joined
+
+
+class Attention(nn.Module):
+    """Tokens look at earlier tokens of their own sequence: the only place where positions mix."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, args.windows[layer], args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, seqlens: list[int], cache: Cache | None
+    ) -> Tensor:  # [T, dim] -> [T, dim]
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [T, H or K, D]
+        packed = (rotate(q, cos, sin), rotate(k, cos, sin), v, positions)
+        outputs = []
+        for row, (q, k, v, pos) in enumerate(zip(*(t.split(seqlens) for t in packed), strict=True)):
+            if len(pos):  # otherwise this sequence has nothing to say in this step
+                keys, values, k_pos = (k, v, pos) if cache is None else cache.extend(self.layer, row, k, v, pos)
+                outputs.append(attend(q, keys, values, visible(pos, k_pos, self.window)))
+        return self.wo(torch.cat(outputs))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w1 is a gate on what w3 brings up to hidden_dim, w2 brings it down again."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, dim] -> [T, dim]
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: attention and feed-forward, each adding to the stream it reads a normalized copy of."""
+
+    def __init__(self, args: ModelArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *where)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The model; its parameters are named as in Mistral's checkpoints."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def forward(self, ids: Tensor, seqlens: list[int], cache: Cache | None = None) -> Tensor:
+        """Logits [T, V], fp32 or wider, of ids [T]: the next seqlens[i] tokens (0 is fine) of sequence i, end to end.
+
+        Packing needs no padding, and no token sees another sequence. Without a cache every sequence starts at 0 and
+        is forgotten afterwards; it is causal and windowed all the same."""
+        if ids.dim() != 1 or len(ids) == 0 or len(ids) != sum(seqlens) or min(seqlens) < 0:
+            raise ValueError(f"ids of shape {list(ids.shape)} do not fit seqlens {seqlens}")
+        starts = [0] * len(seqlens) if cache is None else cache.lengths
+        ends = [start + n for start, n in zip(starts, seqlens, strict=True)]
+        if cache is not None and max(ends) > cache.max_positions:
+            raise ValueError(f"{max(ends)} positions do not fit a cache made for {cache.max_positions}")
+        positions = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])  # [T]
+        where = [*rope_angles(positions, self.args.head_dim, self.args.rope_theta), positions]
+        ids, *where = (t.to(self.tok_embeddings.weight.device) for t in (ids, *where))
+        h = self.tok_embeddings(ids)  # [T, dim]
+        for layer in self.layers:
+            h = layer(h, *where, seqlens, cache)
+        if cache is not None:
+            cache.lengths = ends  # only now: all layers must agree on where this step began
+        return wide(self.output(self.norm(h)))
+
+
+@torch.inference_mode()
+def generate(
+    prompts: list[list[int]], model: Transformer, max_tokens: int, eos_id: int | None, chunk_size: int | None = None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Continue each prompt greedily by up to max_tokens ids; a row ends before eos_id, the others go on without it.
+
+    Returns the new ids, and per row the log-probability of prompt tokens 1.. and then of the new ones. max_tokens = 0
+    scores the prompts. chunk_size bounds how many tokens of a prompt are read at once, and with it the memory."""
+    if max_tokens < 0 or (chunk_size is not None and chunk_size < 1):
+        raise ValueError(f"max_tokens must be at least 0, chunk_size at least 1, not {max_tokens} and {chunk_size}")
+    for i, prompt in enumerate(prompts):
+        if not prompt or min(prompt) < 0 or max(prompt) >= model.args.vocab_size:
+            raise ValueError(f"prompt {i} must have ids, all in 0..{model.args.vocab_size - 1}")
+    longest, weight = max(map(len, prompts)), model.output.weight
+    cache = Cache(model.args, len(prompts), longest + max_tokens, weight.device, weight.dtype)
+    last: list[Tensor] = [torch.empty(0)] * len(prompts)  # [V] each: the logits after a row's latest token
+    new: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+
+    def step(tokens: list[list[int]]) -> list[Tensor]:
+        """Feed every row its next tokens, none to some perhaps. Logits [n, V] of each row."""
+        seqlens = [len(row) for row in tokens]
+        logits = list(model(torch.tensor([i for row in tokens for i in row]), seqlens, cache).split(seqlens))
+        last[:] = [rows[-1] if len(rows) else old for rows, old in zip(logits, last, strict=True)]
+        return logits
+
+    chunk_size = chunk_size or longest
+    for start in range(0, longest, chunk_size):
+        logits = step([prompt[start : start + chunk_size] for prompt in prompts])
+        for prompt, rows, scores in zip(prompts, logits, logprobs, strict=True):
+            following = prompt[start + 1 : start + 1 + len(rows)]  # the last logits of a chunk predict the next chunk
+            scores += rows.log_softmax(-1)[range(len(following)), following].tolist()
+
+    alive = list(range(len(prompts)))
+    for count in range(1, max_tokens + 1):
+        picks = {row: int(last[row].argmax()) for row in alive}  # ties go to the lowest id
+        alive = [row for row in alive if picks[row] != eos_id]
+        for row in alive:
+            new[row].append(picks[row])
+            logprobs[row].append(float(last[row].log_softmax(-1)[picks[row]]))
+        if not alive or count == max_tokens:  # nobody would read the next logits
+            break
+        step([new[row][-1:] if row in alive else [] for row in range(len(prompts))])
+    return new, logprobs
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights: one .safetensors or a numbered set, else one .pth."""
+    if files := sorted(folder.glob("consolidated*.safetensors")) or sorted(folder.glob("consolidated.00.pth")):
+        return files
+    raise ValueError(f"no consolidated*.safetensors or consolidated.00.pth in {folder}")
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Tensors by name. The file is mapped, not read: its bytes come in when they are used."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # A .pth is a pickle, which may hold code: weights_only takes tensors and refuses the rest.
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, TypeError, ValueError) as e:
+        why = "it holds more than tensors, perhaps code" if isinstance(e, pickle.UnpicklingError) else e
+        raise ValueError(f"{path} was not loaded: {why}") from e
+
+
+def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The model in a folder, every tensor accounted for. dtype None: float32 on the CPU, bfloat16 on cuda."""
+    folder, dtype = Path(folder), dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no cuda device here")
+    with torch.device("meta"):  # shapes without memory; the tensors of the file become the parameters
+        model = Transformer(ModelArgs.from_folder(folder))
+    expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+    state, problems = dict[str, Tensor](), list[str]()
+    for name, tensor in (pair for path in weight_files(folder) for pair in read_tensors(path).items()):
+        if name not in expected or name in state or not isinstance(tensor, Tensor):
+            problems.append(f"{name} is {'there twice' if name in state else 'unknown'}")
+            continue
+        if tensor.dtype not in DTYPES.values() or list(tensor.shape) != expected[name]:
+            problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, params.json says {expected[name]}")
+        state[name] = tensor.to(device, dtype)
+    problems += [f"{name} is missing" for name in expected if name not in state]
+    if problems:
+        raise ValueError(f"{len(problems)} tensors of {folder} do not fit: {'; '.join(problems[:8])}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> tuple[Any, Any, int, int]:
+    """encode (beginning of sequence first), decode, the number of ids, and the id that ends a text."""
+    paths = sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))
+    if not paths:
+        raise ValueError(f"no tokenizer.model or tekken.json in {folder}")
+    try:
+        if paths[-1].suffix == ".json":
+            from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+            tekken = Tekkenizer.from_file(paths[-1])
+            return partial(tekken.encode, bos=True, eos=False), tekken.decode, tekken.n_words, tekken.eos_id
+        sp = SentencePieceProcessor(model_file=str(paths[-1]))
+        return partial(sp.encode, add_bos=True), sp.decode, sp.vocab_size(), sp.eos_id()
+    except Exception as e:  # whatever those libraries raise: a broken file, mistral-common not installed
+        raise ValueError(f"{paths[-1]} cannot be read: {e}") from e
+
+
+def main() -> None:
+    """Parse, load, generate, print: texts to stdout, what was loaded to stderr."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)  # one line, like all other errors
+
+    parser = Parser(prog="python -m one_file_ref", allow_abbrev=False, description="Greedy continuation of 3 prompts.")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="default: the small bundled model")
+    parser.add_argument("--max_tokens", type=int, default=35)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--chunk_size", type=int, help="read prompts in pieces of so many tokens")
+    options = parser.parse_args()
+    folder, note = options.folder or BUNDLED, "" if options.folder else " (the bundled model: no FOLDER given)"
+    prompts = PROMPTS if options.folder else json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
+    model = load(folder, options.device, DTYPES.get(options.dtype))
+    encode, decode, n_words, eos_id = load_tokenizer(folder)
+    args, files = model.args, " ".join(path.name for path in weight_files(folder))
+    what = f"{files}, {options.device}, {str(model.output.weight.dtype).removeprefix('torch.')}, window "
+    what += f"{args.sliding_window}, rope_theta {args.rope_theta:g} ({args.theta_rule})"
+    print(f"loaded {folder}{note}: {what}", file=sys.stderr)
+    prompt_ids = [encode(prompt) for prompt in prompts]
+    new_ids, _ = generate(prompt_ids, model, options.max_tokens, eos_id, options.chunk_size)
+    for prompt, new in zip(prompt_ids, new_ids, strict=True):
+        print(decode([i for i in prompt + new if i < n_words]))  # a model may have ids that have no text
+        print("=" * 21)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:  # what the caller can change, in one line
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)

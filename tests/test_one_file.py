@@ -1,0 +1,603 @@
+"""one_file_ref.py against a naive computation written here (no cache, one query at a time, float64), and its command
+line. The file is the specification for the library, so nothing of mistral/ is used. Letters as in the file: T, B, ...
+"""
+
+import ast
+import cmath
+import json
+import math
+import os
+import pickle
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+import one_file_ref
+from one_file_ref import Cache, ModelArgs, RMSNorm, Transformer, generate, load, rope_angles, rotate, visible
+
+FILE = Path(one_file_ref.__file__)
+LENGTHS = [1, 9, 14, 4]
+WINDOWS = [1, 3, 100, None, [None, 3], [2, 5, None]]
+SHAPE = {"dim": 20, "n_layers": 3, "head_dim": 6, "hidden_dim": 28, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
+
+
+def make_args(window=None, theta=100.0, vocab=40) -> ModelArgs:
+    return ModelArgs(**SHAPE, vocab_size=vocab, sliding_window=window, rope_theta=theta)
+
+
+def make_model(args: ModelArgs, dtype=torch.float64, hot=4.0) -> Transformer:
+    """Random weights. hot queries make attention pick, so that a wrong mask or angle shows; norms are not all 1."""
+    torch.manual_seed(0)
+    model = Transformer(args).to(dtype).requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            p.copy_(torch.rand_like(p) + 0.5)
+        if name.endswith("wq.weight"):
+            p.mul_(hot)
+    return model
+
+
+def make_prompts(vocab=40, lengths=LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def packed(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([i for row in rows for i in row])
+
+
+def naive(model: Transformer, ids: list[int]) -> torch.Tensor:
+    """Logits [n, V] of one sequence, float64: a token, a head and a query at a time."""
+    a, w = model.args, {name: t.double() for name, t in model.state_dict().items()}
+    windows = a.sliding_window if isinstance(a.sliding_window, list) else [a.sliding_window]
+    D, n = a.head_dim, len(ids)
+
+    def norm(x, weight):
+        return x / math.sqrt(sum(float(e) ** 2 for e in x) / len(x) + a.norm_eps) * weight
+
+    def turned(x, position):  # one head of one token
+        out = []
+        for i in range(D // 2):
+            frequency = 1.0 / torch.tensor(a.rope_theta) ** torch.tensor(2 * i / D)  # fp32, like the angle
+            angle = float(torch.tensor(float(position)) * frequency)
+            z = complex(x[2 * i], x[2 * i + 1]) * cmath.exp(1j * angle)
+            out += [z.real, z.imag]
+        return torch.tensor(out, dtype=torch.float64)
+
+    h = [w["tok_embeddings.weight"][i] for i in ids]
+    for layer in range(a.n_layers):
+        W, p = windows[layer % len(windows)], f"layers.{layer}."
+        normed = [norm(x, w[p + "attention_norm.weight"]) for x in h]
+        q, k, v = (
+            [(w[f"{p}attention.w{c}.weight"] @ x).reshape(-1, D) for x in normed] for c in "qkv"
+        )  # n times [H, D] or [K, D]
+        for t in range(n):
+            heads = []
+            for head in range(a.n_heads):
+                kv = head // (a.n_heads // a.n_kv_heads)
+                seen = [s for s in range(n) if s <= t and (W is None or t - s < W)]
+                scores = [float(turned(q[t][head], t) @ turned(k[s][kv], s)) / math.sqrt(D) for s in seen]
+                weights = [math.exp(score - max(scores)) for score in scores]
+                heads.append(sum(e * v[s][kv] for e, s in zip(weights, seen, strict=True)) / sum(weights))
+            h[t] = h[t] + w[p + "attention.wo.weight"] @ torch.cat(heads)
+        for t in range(n):
+            x = norm(h[t], w[p + "ffn_norm.weight"])
+            gate = w[p + "feed_forward.w1.weight"] @ x
+            up = w[p + "feed_forward.w3.weight"] @ x
+            h[t] = h[t] + w[p + "feed_forward.w2.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+    return torch.stack([w["output.weight"] @ norm(x, w["norm.weight"]) for x in h])
+
+
+def close(a: list[list[float]], b: list[list[float]], tolerance: float) -> None:
+    assert [len(row) for row in a] == [len(row) for row in b]
+    assert sum(len(row) for row in a) > 0
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), rtol=0, atol=tolerance)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_forward_is_the_naive_computation(window):
+    model, prompts = make_model(make_args(window)), make_prompts()
+    logits = model(packed(prompts), LENGTHS)
+    assert logits.shape == (sum(LENGTHS), 40)
+    assert logits.dtype == torch.float64
+    # The angles are fp32, and cosines of fp32 numbers differ in their last bit from one routine to another.
+    torch.testing.assert_close(logits, torch.cat([naive(model, ids) for ids in prompts]), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("chunk", [None, 1, 3, 5, 50])
+def test_generate_is_the_naive_computation(window, chunk):
+    model, prompts = make_model(make_args(window)), make_prompts(lengths=[1, 6, 4])
+    ids, logprobs = generate(prompts, model, 5, None, chunk)
+    assert [len(row) for row in ids] == [5, 5, 5]
+    for prompt, new, scores in zip(prompts, ids, logprobs, strict=True):
+        logits = naive(model, prompt + new)
+        assert new == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        expected = logits.log_softmax(-1)[range(len(prompt) + 4), (prompt + new)[1:]]
+        close([scores], [expected.tolist()], 2e-6)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_chunked_is_whole_is_token_by_token(window):
+    model, prompts = make_model(make_args(window), torch.float32, hot=1.0), make_prompts()
+    ids, whole = generate(prompts, model, 6, None)
+    for chunk in (1, 2, 3, 4, 7, 13, 100):
+        other_ids, chunked = generate(prompts, model, 6, None, chunk)
+        assert ids == other_ids
+        close(chunked, whole, 1e-5)
+    alone = [generate([prompt], model, 6, None)[1][0] for prompt in prompts]
+    close(alone, whole, 1e-5)
+    logits = model(packed(prompts), LENGTHS).split(LENGTHS)  # no cache
+    scored = [rows.log_softmax(-1)[range(len(p) - 1), p[1:]].tolist() for rows, p in zip(logits, prompts, strict=True)]
+    close(scored, [row[: n - 1] for row, n in zip(whole, LENGTHS, strict=True)], 1e-5)
+
+
+def test_rows_may_bring_any_number_of_tokens_to_a_step():
+    model, prompts = make_model(make_args([3, None])), make_prompts()
+    cache, left, rows = Cache(model.args, 4, 14, dtype=torch.float64), [list(p) for p in prompts], [[], [], [], []]
+    for take in ([0, 4, 1, 0], [1, 0, 9, 2], [0, 5, 0, 1], [0, 0, 4, 1]):
+        tokens = [ids[:n] for ids, n in zip(left, take, strict=True)]
+        left = [ids[n:] for ids, n in zip(left, take, strict=True)]
+        for row, logits in zip(rows, model(packed(tokens), take, cache).split(take), strict=True):
+            row.append(logits)
+    assert left == [[], [], [], []]
+    assert cache.lengths == LENGTHS
+    whole = model(packed(prompts), LENGTHS)
+    torch.testing.assert_close(torch.cat([logits for row in rows for logits in row]), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_reach_is_exactly_layers_times_window_minus_one(window):
+    model, ids = make_model(make_args(window)), torch.tensor(make_prompts(lengths=[20])[0])
+    changed = ids.clone()
+    changed[0] = (changed[0] + 1) % 40
+    same = (model(ids, [20]) == model(changed, [20])).all(-1)
+    reach = 3 * (window - 1)
+    assert same.tolist() == [False] * (reach + 1) + [True] * (19 - reach)
+
+
+def test_mask_rows_see_w_keys():
+    positions = torch.arange(7)
+    assert visible(positions, positions, 3).sum(-1).tolist() == [1, 2, 3, 3, 3, 3, 3]
+    assert visible(positions, positions, None).sum(-1).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    slots = torch.tensor([6, 3, -1, 4, 5, 2])
+    assert visible(torch.tensor([5]), slots, 3).tolist() == [[False, True, False, True, True, False]]
+
+
+def test_angles_and_rotation_are_the_originals():
+    positions = torch.tensor([0, 1, 4095, 130_000, 2_000_000])
+    cos, sin = rope_angles(positions, 128, 1e6)
+    frequencies = 1.0 / 1e6 ** (torch.arange(0, 128, 2).float() / 128)
+    polar = torch.polar(torch.ones(5, 64), torch.outer(positions.float(), frequencies))
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos, polar.real, rtol=0, atol=2e-7)
+    torch.testing.assert_close(sin, polar.imag, rtol=0, atol=2e-7)
+    x = torch.randn(5, 3, 128, generator=torch.Generator().manual_seed(0))
+    turned = torch.view_as_real(torch.view_as_complex(x.view(5, 3, 64, 2)) * polar[:, None]).flatten(2)
+    torch.testing.assert_close(rotate(x, cos, sin), turned, rtol=0, atol=2e-6)
+    half = rotate(x.bfloat16(), cos, sin)
+    assert torch.equal(half, rotate(x.bfloat16().float(), cos, sin).bfloat16())  # turned in fp32, rounded once
+
+
+def test_half_precision_rounds_where_the_contract_says():
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = RMSNorm(20, 1e-5).bfloat16()
+    norm.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    f = x.float()
+    expected = (f * torch.rsqrt((f**2).mean(-1, keepdim=True) + 1e-5)).bfloat16() * norm.weight
+    assert torch.equal(norm(x), expected)
+    prompts = make_prompts()
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = make_model(make_args(3), dtype)(packed(prompts), LENGTHS)
+        assert logits.dtype == torch.float32  # widened, after a product in half precision
+        assert torch.equal(logits, logits.to(dtype).float())
+
+
+def test_gradients_reach_every_weight():
+    model = make_model(make_args(3)).requires_grad_(True)
+    model(torch.arange(9), [4, 5]).logsumexp(-1).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# The cache
+
+
+@pytest.mark.parametrize("window", [1, 3, None, [None, 3]])
+def test_empty_slots_weigh_nothing(window):
+    model, prompts = make_model(make_args(window), torch.float32), make_prompts()
+    plain, poisoned = (Cache(model.args, 4, 40) for _ in range(2))
+    for buffer in poisoned.k + poisoned.v:
+        assert not buffer.any()  # zeroed, not empty
+        buffer.fill_(1e4)
+    for take in ([1, 1, 2, 0], [0, 8, 1, 1], [0, 0, 11, 3]):
+        ids = packed([p[s : s + n] for p, s, n in zip(prompts, plain.lengths, take, strict=True)])
+        assert torch.equal(model(ids, take, plain), model(ids, take, poisoned))
+
+
+def test_position_i_lives_in_slot_i_modulo_slots():
+    model = make_model(make_args([5, None, 100]))
+    cache = Cache(model.args, 2, 16, dtype=torch.float64)
+    assert [buffer.shape for buffer in cache.k] == [(2, 5, 2, 6), (2, 16, 2, 6), (2, 16, 2, 6)]
+    model(torch.arange(3, 15), [9, 3], cache)
+    assert cache.positions[0].tolist() == [[5, 6, 7, 8, 4], [0, 1, 2, -1, -1]]
+    assert cache.positions[1].tolist() == [[*range(9), *[-1] * 7], [0, 1, 2, *[-1] * 13]]
+    before = [buffer.clone() for buffer in cache.k]
+    with pytest.raises(ValueError, match="17 positions do not fit a cache made for 16"):
+        model(torch.arange(8), [8, 0], cache)
+    assert cache.lengths == [9, 3]
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.k, strict=True))
+
+
+def test_chunks_bound_the_masks(monkeypatch):
+    shapes = []
+
+    def spy(q_pos, k_pos, window):
+        shapes.append((len(q_pos), len(k_pos)))
+        return visible(q_pos, k_pos, window)
+
+    monkeypatch.setattr(one_file_ref, "visible", spy)
+    generate(make_prompts(lengths=[90, 2]), make_model(make_args(4)), 1, None, chunk_size=8)
+    assert max(n for n, _ in shapes) == 8
+    assert max(keys for _, keys in shapes) == 4 + 8
+
+
+# Generation
+
+
+def test_eos_ends_its_row_only():
+    model, prompts = make_model(make_args(3)), make_prompts()
+    eos = generate(prompts, model, 8, None)[0][1][4]
+    prompts[2][3] = eos  # in a prompt it stops nothing
+    free_ids, free_logprobs = generate(prompts, model, 8, None)
+    cut = [row.index(eos) if eos in row else 8 for row in free_ids]
+    assert 0 < min(cut) < max(cut) == 8
+    stopped_ids, stopped = generate(prompts, model, 8, eos)
+    assert stopped_ids == [row[:n] for row, n in zip(free_ids, cut, strict=True)]
+    close(stopped, [row[: len(p) - 1 + n] for p, row, n in zip(prompts, free_logprobs, cut, strict=True)], 1e-12)
+
+
+def test_no_new_tokens_scores_the_prompt():
+    model, prompts = make_model(make_args(3)), make_prompts()
+    ids, logprobs = generate(prompts, model, 0, None, 4)
+    assert ids == [[], [], [], []]
+    close(logprobs, [row[: n - 1] for row, n in zip(generate(prompts, model, 2, None)[1], LENGTHS, strict=True)], 1e-12)
+
+
+def test_ties_go_to_the_lowest_id():
+    model = make_model(make_args(3))
+    model.output.weight[:] = model.output.weight[5]
+    assert generate([[4, 5], [6]], model, 3, None)[0] == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [
+        ([[1], []], (1, 2)),
+        ([[1, 40]], (1, 2)),
+        ([[-1]], (1, 2)),
+        ([], (1, 2)),
+        ([[1]], (-1, 2)),
+        ([[1]], (1, 2, 0)),
+    ],
+)
+def test_generate_refuses(prompts, options):
+    with pytest.raises(ValueError):
+        generate(prompts, make_model(make_args(3)), *options)
+
+
+@pytest.mark.parametrize("seqlens", [[3, 1], [6, -1], [4], []])
+def test_forward_refuses_lengths_that_do_not_fit(seqlens):
+    with pytest.raises(ValueError, match="do not fit"):
+        make_model(make_args(3))(torch.arange(5), seqlens)
+
+
+# Folders
+
+PIECES = 300
+
+
+@pytest.fixture(scope="module")
+def sp(tmp_path_factory) -> Path:
+    """A tiny SentencePiece model in the style of Mistral's first: byte fallback, bos 1, eos 2."""
+    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
+    lines = [f"this is another line {i}, about kings, queens, woods and very good tests" for i in range(50)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(prefix), vocab_size=PIECES, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture
+def folder(tmp_path, sp) -> Path:
+    """A tiny model as v0.1 is written: a window, no rope_theta, bf16 weights."""
+    (folder := tmp_path / "model").mkdir()
+    (folder / "params.json").write_text(json.dumps({**SHAPE, "vocab_size": PIECES, "sliding_window": 6}))
+    save_file(weights(), folder / "consolidated.safetensors")
+    shutil.copy(sp, folder / "tokenizer.model")
+    return folder
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return make_model(make_args(6, 1e4, PIECES), torch.bfloat16, hot=1.0).state_dict()
+
+
+def set_params(folder: Path, **changes) -> None:
+    params = json.loads((folder / "params.json").read_text()) | changes
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v != "drop"}))
+
+
+def test_names_are_those_of_the_checkpoints():
+    layer = ["attention_norm", "ffn_norm", *(f"attention.w{c}" for c in "qkvo"), *(f"feed_forward.w{i}" for i in "123")]
+    names = [f"layers.{i}.{name}.weight" for i in range(3) for name in layer]
+    assert sorted(weights()) == sorted([*names, "tok_embeddings.weight", "norm.weight", "output.weight"])
+
+
+def test_all_weight_files_load_alike(folder):
+    expected = weights()
+    assert {p.dtype for p in load(folder).parameters()} == {torch.float32}
+    assert {p.dtype for p in load(folder, "cpu", torch.float64).parameters()} == {torch.float64}
+    (folder / "consolidated.safetensors").unlink()
+    names = sorted(expected)
+
+    def check():
+        state = load(folder, dtype=torch.bfloat16).state_dict()
+        assert sorted(state) == names
+        assert all(torch.equal(state[name], expected[name]) for name in names)
+
+    for i in range(3):
+        save_file(
+            {name: expected[name] for name in names[i::3]}, folder / f"consolidated-0000{i + 1}-of-00003.safetensors"
+        )
+    check()
+    for path in folder.glob("consolidated*"):
+        path.unlink()
+    torch.save(expected, folder / "consolidated.00.pth")
+    check()
+    ids = torch.arange(3, 20)
+    model = load(folder, dtype=torch.float64)
+    torch.testing.assert_close(model(ids, [17]), naive(model, ids.tolist()), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "windows"),
+    [
+        ({"sliding_window": 6}, 1e4, [6, 6, 6]),
+        ({"sliding_window": "drop"}, 1e6, [None, None, None]),
+        ({"sliding_window": None}, 1e6, [None, None, None]),
+        ({"sliding_window": [None, None]}, 1e6, [None, None, None]),
+        ({"sliding_window": [None, 3]}, 1e4, [None, 3, None]),
+        ({"sliding_window": "drop", "_sliding_window": [4, None]}, 1e4, [4, None, 4]),
+        ({"sliding_window": "6"}, 1e4, [6, 6, 6]),
+        ({"rope_theta": 77.0}, 77.0, [6, 6, 6]),
+        ({"rope_theta": None, "max_seq_len": 32768}, 1e4, [6, 6, 6]),
+    ],
+)
+def test_theta_and_window_rules(folder, changes, theta, windows):
+    set_params(folder, **changes)
+    args = load(folder).args
+    assert args.rope_theta == theta
+    assert args.windows == windows
+    assert (args.theta_rule == "given") == (theta == 77.0)
+
+
+# The command line
+
+
+def cli(capsys, monkeypatch, *options: object, file: Path = FILE) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m one_file_ref`, in this process: starting torch takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["one_file_ref.py", *map(str, options)])
+    try:
+        runpy.run_path(str(file), run_name="__main__")
+        code = 0
+    except SystemExit as e:
+        code = int(e.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def expected_output(folder: Path, sp: Path, prompts: list[str], max_tokens: int) -> str:
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(sp))
+    model, text = load(folder), ""
+    for prompt in prompts:
+        ids = [1, *tokenizer.encode(prompt)]
+        for _ in range(max_tokens):
+            token = int(model(torch.tensor(ids), [len(ids)])[-1].argmax())
+            if token == 2:
+                break
+            ids.append(token)
+        text += f"{tokenizer.decode(ids)}\n=====================\n"
+        assert text.count(prompt) == 1
+    return text
+
+
+ORIGINAL = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
+
+
+def test_command_in_a_process_of_its_own(folder, sp):
+    command = [sys.executable, "-m", "one_file_ref", str(folder)]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=FILE.parent, env=env, capture_output=True, timeout=120)
+    assert run.stdout.decode() == expected_output(folder, sp, ORIGINAL, 35)
+    assert run.returncode == 0
+    assert len(run.stderr.decode().splitlines()) == 1
+    bad = subprocess.run([*command, "--dtype", "int3"], cwd=FILE.parent, env=env, capture_output=True, timeout=120)
+    assert (bad.returncode, bad.stdout) == (2, b"")
+    assert bad.stderr.startswith(b"error: ")
+    assert bad.stderr.count(b"\n") == 1
+
+
+def test_command_says_what_it_loaded(folder, sp, capsys, monkeypatch):
+    code, out, err = cli(capsys, monkeypatch, folder, "--max_tokens", 7, "--chunk_size", 3, "--dtype", "float64")
+    assert code == 0
+    assert out == expected_output(folder, sp, ORIGINAL, 7)
+    assert err.count("\n") == 1
+    rule = "chosen: no rope_theta and a sliding window declared"
+    for part in (str(folder), "consolidated.safetensors", "cpu", "float64", "window 6", f"rope_theta 10000 ({rule})"):
+        assert part in err
+
+
+def test_nothing_is_printed_from_eos_on(folder, sp, capsys, monkeypatch):
+    tensors = weights()
+    tensors["output.weight"] *= 0
+    tensors["output.weight"][2] = 1  # eos: the hidden state is all ones, and stays so
+    tensors["norm.weight"].fill_(1)
+    tensors["tok_embeddings.weight"].fill_(1)
+    for name, tensor in tensors.items():
+        if "attention.wo" in name or "w2" in name:
+            tensor.zero_()
+    save_file(tensors, folder / "consolidated.safetensors")
+    code, out, _ = cli(capsys, monkeypatch, folder)
+    assert code == 0
+    assert out == "".join(f"{prompt}\n=====================\n" for prompt in ORIGINAL)
+
+
+def test_without_a_folder_the_bundled_model_next_to_the_file(folder, sp, tmp_path, capsys, monkeypatch):
+    prompts = json.loads((FILE.parent / "mistral" / "bundled" / "prompts.json").read_text(encoding="utf-8"))
+    assert len(prompts) == 3
+    shutil.copy(FILE, tmp_path / "one_file_ref.py")
+    shutil.copytree(folder, bundled := tmp_path / "mistral" / "bundled")
+    (bundled / "prompts.json").write_text(json.dumps(prompts))
+    code, out, err = cli(capsys, monkeypatch, "--max_tokens", 3, file=tmp_path / "one_file_ref.py")
+    assert code == 0
+    assert out == expected_output(folder, sp, prompts, 3)
+    assert err.count("\n") == 1
+    assert "bundled" in err
+
+
+def test_tekken_tokenizers_are_read(folder):
+    installed = Path(pytest.importorskip("mistral_common").__file__).parent
+    tekken = json.loads((installed / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
+    tekken["vocab"] = tekken["vocab"][:1000]  # all of it takes seconds
+    tekken["config"]["default_vocab_size"] = 2000
+    (folder / "tekken.json").write_text(json.dumps(tekken))  # beside tokenizer.model: the later kind is taken
+    encode, decode, n_words, eos = one_file_ref.load_tokenizer(folder)
+    ids = encode("This is a test")
+    assert ids[0] == 1
+    assert len(ids) > 2
+    assert (decode(ids), n_words, eos) == ("This is a test", 2000, 2)
+
+
+class Mischief:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in weights().items() if key != name}
+
+
+def save_pth(folder: Path, content: object) -> None:
+    (folder / "consolidated.safetensors").unlink()
+    torch.save(content, folder / "consolidated.00.pth")
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "consolidated.safetensors")
+
+
+BREAK = {
+    "no such folder": lambda f: shutil.rmtree(f),
+    "no params.json": lambda f: (f / "params.json").unlink(),
+    "params.json: Expecting": lambda f: (f / "params.json").write_text("{"),
+    "params.json: 'list'": lambda f: (f / "params.json").write_text("[1]"),
+    "unknown keys: ['moe', 'yarn']": lambda f: set_params(f, yarn={}, moe={"num_experts": 8}),
+    "missing keys: ['dim', 'norm_eps']": lambda f: set_params(f, dim="drop", norm_eps="drop"),
+    "unknown keys: ['_sliding_window']": lambda f: set_params(f, _sliding_window=3),
+    "n_layers must be a positive integer, not '3'": lambda f: set_params(f, n_layers="3"),
+    "sliding_window must be a positive integer, not 0": lambda f: set_params(f, sliding_window=[None, 0]),
+    "sliding_window must be a positive integer, not True": lambda f: set_params(f, sliding_window=True),
+    "empty list": lambda f: set_params(f, sliding_window=[]),
+    "rope_theta must be a positive number, not -1.0": lambda f: set_params(f, rope_theta=-1.0),
+    "norm_eps must be a positive number, not 'x'": lambda f: set_params(f, norm_eps="x"),
+    "n_heads no multiple": lambda f: set_params(f, n_kv_heads=3),
+    "head_dim odd": lambda f: set_params(f, head_dim=5),
+    "layers.1.feed_forward.w2.weight is torch.bfloat16 [20, 28], params.json says [20, 14]": lambda f: set_params(
+        f, hidden_dim=14
+    ),
+    "layers.2.attention.wk.weight is unknown": lambda f: set_params(f, n_layers=2),
+    "layers.3.attention.wk.weight is missing": lambda f: set_params(f, n_layers=4),
+    "lora_A is unknown": lambda f: save_weights(f, weights() | {"lora_A": torch.zeros(2)}),
+    "output.weight is missing": lambda f: save_weights(f, without("output.weight")),
+    "norm.weight is torch.int8": lambda f: save_weights(
+        f, weights() | {"norm.weight": torch.ones(20, dtype=torch.int8)}
+    ),
+    "norm.weight is there twice": lambda f: save_file(
+        {"norm.weight": torch.ones(20)}, f / "consolidated-00001-of-00001.safetensors"
+    ),
+    "safetensors was not loaded": lambda f: (f / "consolidated.safetensors").write_bytes(b"nothing"),
+    "no consolidated*.safetensors or": lambda f: (f / "consolidated.safetensors").unlink(),
+    "holds more than tensors": lambda f: save_pth(f, weights() | {"x": Mischief(f / "harm")}),
+    "pth was not loaded": lambda f: save_pth(f, [torch.ones(3)]),
+    "model is unknown": lambda f: save_pth(f, {"model": weights()}),
+    "norm.weight is unknown": lambda f: save_pth(f, weights() | {"norm.weight": "text"}),
+    "no tokenizer.model or": lambda f: (f / "tokenizer.model").unlink(),
+    "tokenizer.model cannot be read": lambda f: (f / "tokenizer.model").write_bytes(b"nothing"),
+}
+
+
+@pytest.mark.parametrize("message", BREAK)
+def test_a_broken_folder_is_one_line_and_exit_code_2(message, folder, capsys, monkeypatch):
+    BREAK[message](folder)
+    code, out, err = cli(capsys, monkeypatch, folder)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (folder / "harm").exists()
+
+
+def test_an_old_pickle_is_refused_before_it_runs(folder, capsys, monkeypatch):
+    (folder / "consolidated.safetensors").unlink()
+    (folder / "consolidated.00.pth").write_bytes(pickle.dumps(Mischief(folder / "harm")))
+    code, out, err = cli(capsys, monkeypatch, folder)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not (folder / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--oops", "--max_token=3", "--max_tokens=x", "--max_tokens=-1", "--chunk_size=0", "--device=tpu", "more"]
+)
+def test_wrong_options_are_one_line_and_exit_code_2(option, folder, capsys, monkeypatch):
+    code, out, err = cli(capsys, monkeypatch, folder, option)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(folder, capsys, monkeypatch):
+    code, out, err = cli(capsys, monkeypatch, folder, "--device", "cuda")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+# The file itself
+
+
+def test_the_file_stands_alone_and_is_short():
+    source = FILE.read_text(encoding="utf-8")
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            modules.add((node.module or "").partition(".")[0])
+    assert modules - sys.stdlib_module_names == {"torch", "safetensors", "sentencepiece", "mistral_common"}
+    assert len(source.splitlines()) <= 400
