@@ -195,10 +195,9 @@ def test_make_demo_and_test_run_what_they_say() -> None:
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     for target, last in {"demo": "-m main demo", "test": "-m pytest"}.items():
         command = ["make", "--dry-run", "--always-make", target, "TORCH_INDEX=https://example.invalid/cpu"]
-        said = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        assert said[-1].strip().endswith(last), said
+        printed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+        said = printed.splitlines()
+        assert last in said[-1], printed
         installs = [line for line in said if "-m pip install" in line]
         # torch alone and from the index that was named; the others from where pip looks by itself.
         assert installs[0].endswith("--index-url https://example.invalid/cpu torch==2.13.0")
