@@ -206,11 +206,10 @@ class Generation:
         draws = [0.0] * len(ready) if self.sampler.greedy else [s.uniforms() for s in ready]
         chosen = self.sampler(logits, torch.tensor(draws, dtype=torch.float32).to(logits.device))
         logprobs = logits.log_softmax(-1)
-        values, ids = logprobs.topk(self.top_logprobs, dim=-1)
         of_chosen = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
         tokens = []
-        for sequence, token, logprob, top_ids, top_values in zip(
-            ready, chosen.tolist(), of_chosen.tolist(), ids.tolist(), values.tolist(), strict=True
+        for sequence, token, logprob, top in zip(
+            ready, chosen.tolist(), of_chosen.tolist(), self._likeliest(logprobs), strict=True
         ):
             if logprob != logprob:
                 raise GenerationError(
@@ -221,10 +220,17 @@ class Generation:
                 self._end(sequence, "stop")
                 continue
             sequence.made.append(token)
-            tokens.append(Token(sequence.index, token, logprob, dict(zip(top_ids, top_values, strict=True))))
+            tokens.append(Token(sequence.index, token, logprob, top))
             if len(sequence.made) == sequence.max_tokens:
                 self._end(sequence, "length")
         return tokens
+
+    def _likeliest(self, logprobs: Tensor) -> list[dict[int, float]]:
+        """The likeliest ids of each row and their log-probabilities, as many as asked for."""
+        if not self.top_logprobs:
+            return [{} for _ in logprobs]
+        values, ids = logprobs.topk(self.top_logprobs, dim=-1)
+        return [dict(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
