@@ -330,6 +330,8 @@ class RollingBufferCache:
     ) -> None:
         if rows < 1:
             raise CacheError(f"a cache of {rows} rows holds nothing; ask for at least 1")
+        if positions < 0:
+            raise CacheError(f"positions is {positions}; it must be at least 0")
         self.device = device
         self.lengths = [0] * rows  # positions each sequence has reached; the next token's position
         self.origins = [0] * rows
@@ -350,8 +352,10 @@ class RollingBufferCache:
         """Forget a sequence (all of them if row is None); the next one begins at `position`.
 
         Raises:
-            CacheError: position is negative.
+            CacheError: there is no such row, or position is negative.
         """
+        if row is not None and not 0 <= row < len(self.lengths):
+            raise CacheError(f"no row {row} in a cache of {len(self.lengths)} rows")
         if position < 0:
             raise CacheError(f"a sequence cannot begin at position {position}")
         for r in range(len(self.lengths)) if row is None else [row]:

@@ -178,5 +178,7 @@ class Transformer(nn.Module):
             )
         if any(n < 0 for n in seqlens):
             raise ValueError(f"negative sequence length in {list(seqlens)}")
+        if len(input_ids) and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.args.vocab_size:
+            raise ValueError(f"input_ids holds ids outside the vocabulary of {self.args.vocab_size}")
         if self.args.max_batch_size and len(seqlens) > self.args.max_batch_size:
             raise ValueError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}")

@@ -367,6 +367,19 @@ def test_full_attention_holds_one_tile_of_scores_at_a_time(cached):
     assert prefill(2048, None, cached).largest < 2048 * 2048 / 4
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_plan_does_not_keep_the_masks_of_a_long_prompt(cached):
+    """Layers share what was derived for a short step; kept for each tile, it would grow with length times window."""
+    model = tiny_model(tiny_args(sliding_window=16))
+    cache = RollingBufferCache(model.args, 1) if cached else NoCache(model.args, "cpu")
+    plan = cache.plan([640])
+    model.step(ragged([640], model.args.vocab_size)[0], plan, cache)
+    assert len(plan.memo) < 5
+    plan = cache.plan([1])
+    model.step(torch.tensor([1]), plan, cache)
+    assert len(plan.memo) == 1, "the layers of one window do not share their mask"
+
+
 def test_a_t_by_t_mask_would_be_noticed():
     with Tensors() as noted:
         positions = torch.arange(2048)

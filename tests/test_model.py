@@ -414,7 +414,8 @@ def test_bf16_is_near_the_truth():
     want = true_logprobs(model, prompts)
     ways = whole(model, prompts), play(model, prompts, at_random(LENS, 4), make_cache(model, 4))
     for got in ways:
-        assert got[0].dtype == torch.float32, "rule 10: the product is widened"
+        assert got[0].dtype == torch.float32
+        assert all(torch.equal(x, x.bfloat16().float()) for x in got), "rule 10: a bf16 product, widened after"
         assert 1e-5 < distance(got, want) < 0.05
 
 
@@ -547,6 +548,10 @@ def test_what_does_not_fit_together_is_refused_by_name(with_cache):
         model.forward(ids.view(2, 3), [1, 1], cache)
     with pytest.raises(ValueError, match="3 sequences.*max_batch_size is 2"):
         model.forward(ids, [2, 2, 2], cache)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model(torch.tensor([0, model.args.vocab_size]), [2])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        model(torch.tensor([-1, 0]), [2])
     with pytest.raises(ValueError, match="negative"):
         model.forward(ids, [7, -1], cache)
     if cache is not None:
@@ -562,6 +567,10 @@ def test_a_cache_refuses_what_it_cannot_hold():
         cache.plan([1, -1])
     with pytest.raises(CacheError, match="-1"):
         cache.reset(position=-1)
+    with pytest.raises(CacheError, match="no row 2"):
+        cache.reset(row=2)
+    with pytest.raises(CacheError, match="positions is -3"):
+        RollingBufferCache(args, 1, positions=-3)
     with pytest.raises(CacheError, match="0 rows"):
         RollingBufferCache(args, 0)
     assert issubclass(CacheError, ValueError)

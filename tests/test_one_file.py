@@ -477,6 +477,13 @@ def test_without_a_folder_the_bundled_model_next_to_the_file(folder, sp, tmp_pat
     assert "bundled" in err
 
 
+def test_texts_begin_with_bos(folder, sp):
+    encode, decode, n_words, eos = one_file_ref.load_tokenizer(folder)
+    ids = encode(ORIGINAL[2])
+    assert ids == [1, *sentencepiece.SentencePieceProcessor(model_file=str(sp)).encode(ORIGINAL[2])]
+    assert (decode(ids), n_words, eos) == (ORIGINAL[2], PIECES, 2)
+
+
 def test_tekken_tokenizers_are_read(folder):
     installed = Path(pytest.importorskip("mistral_common").__file__).parent
     tekken = json.loads((installed / "data" / "tekken_240718.json").read_text(encoding="utf-8"))
