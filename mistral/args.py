@@ -6,7 +6,7 @@ here by one rule, and the rule that was used can be read back.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field
 
 
@@ -71,7 +71,7 @@ class ModelArgs:
             raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
         self._check_window()
         if self.rope_theta is None:
-            windowed = any(w is not None for w in self.windows)
+            windowed = any(w is not None for w in self._distinct_windows)
             theta = THETA_WITH_WINDOW if windowed else THETA_WITHOUT_WINDOW
             rule = "absent, and a sliding window is declared" if windowed else "absent, and no sliding window"
             object.__setattr__(self, "rope_theta", theta)
@@ -89,15 +89,19 @@ class ModelArgs:
                     f"sliding_window lists {len(window)} windows: they do not repeat evenly over {self.n_layers} layers"
                 )
             object.__setattr__(self, "sliding_window", tuple(window))
-        for w in self.windows:
+        for w in self._distinct_windows:
             if w is not None:
                 _check_int("sliding_window", w, least=1)
 
     @property
+    def _distinct_windows(self) -> tuple[Window, ...]:
+        # Not `windows`: n_layers has not been compared with any weights yet, and may be a billion.
+        return self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
+
+    @property
     def windows(self) -> tuple[Window, ...]:
         """The window of each layer, `n_layers` of them."""
-        window = self.sliding_window
-        per_layer = window if isinstance(window, tuple) else (window,)
+        per_layer = self._distinct_windows
         return per_layer * (self.n_layers // len(per_layer))
 
 
@@ -113,5 +117,5 @@ def _check_int(name: str, value: object, least: int) -> None:
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgsError(f"{name} must be a number, not {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:
         raise ArgsError(f"{name} is {value}; it must be a finite number above 0")

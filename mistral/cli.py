@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 a mistake of the caller's (one line says which), 130 inter
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
@@ -53,7 +54,9 @@ def demo(
     from mistral.generate import generate
 
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=3)
-    prompts = DEMO_PROMPTS if folder is not None else json.loads((BUNDLED / "prompts.json").read_text())
+    prompts: Sequence[str] = DEMO_PROMPTS
+    if folder is None:
+        prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
     texts, _ = generate(
         prompts,
         loaded.model,
@@ -98,10 +101,10 @@ def interactive(
         if not prompt.strip():
             continue
         try:
-            _write(prompt)
             _stream_one(
                 loaded,
                 prompt,
+                echo=prompt,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -112,8 +115,12 @@ def interactive(
                 chunk_size=chunk_size,
             )
         except KeyboardInterrupt:
-            _write("\n")
-            _say("[interrupted]")
+            if not _typed():
+                raise
+        except ValueError as error:
+            if not _typed():
+                raise
+            _say_error(error)  # one prompt's fault; the next may be better
 
 
 def complete(
@@ -149,6 +156,8 @@ def complete(
     --json prints one object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason,
     and top_logprobs if asked for.
     """
+    if top_logprobs and not json:
+        raise flags.UsageError("--top_logprobs are printed with --json only: give both")
     folder, prompt = _which(folder, prompt, file)
     prompts, limits = _read_prompts(prompt, file, max_tokens)
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
@@ -177,37 +186,65 @@ COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "interactive": interac
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _speak_utf8()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(_overview())
-            return 0 if words else 2
-        if words[0] == "--version":
-            print(__version__)
-            return 0
-        name, rest = words[0], words[1:]
-        if name not in COMMANDS:
-            raise flags.UsageError(f"no command {name!r}: {', '.join(COMMANDS)}; see --help")
-        command = COMMANDS[name]
-        options = rest[: rest.index("--")] if "--" in rest else rest
-        if "--help" in options or "-h" in options:
-            print(_help(name, command))
-            return 0
-        checked = flags.canonical(command, rest)
-        import fire
-
-        fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+        _run(words)
         sys.stdout.flush()
         return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone, as `head` does; nothing more is wanted, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is wanted
+        _drop_output()
         return 0
+    except ValueError as error:
+        _say_error(error)
+        return 2
+    except OSError as error:  # no permission, a full disk
+        _drop_output()
+        _say_error(error)
+        return 2
+
+
+def _run(words: list[str]) -> None:
+    if not words:
+        raise flags.UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
+    name, rest = words[0], words[1:]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if name == "--version":
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        raise flags.UsageError(f"no command {name!r}: {', '.join(COMMANDS)}; see --help")
+    command = COMMANDS[name]
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if "--help" in options or "-h" in options:
+        print(_help(name, command))
+        return
+    checked = flags.canonical(command, rest, RANGES)
+    import fire
+
+    fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+
+
+def _speak_utf8() -> None:
+    """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            try:
+                stream.reconfigure(encoding="utf-8", errors=errors)
+            except io.UnsupportedOperation:  # a caller in Python has already read from it
+                pass
+
+
+def _drop_output() -> None:
+    """Have what is still buffered for stdout go nowhere, or Python complains once more at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # not a file, in a test or a notebook
+        pass
 
 
 def _overview() -> str:
@@ -250,6 +287,20 @@ FLAG_HELP = {
 }
 
 
+# Checked before anything is loaded. What only the model can tell (ids, memory) is checked after.
+RANGES = {
+    "max_tokens": (0, 2**63 - 1),
+    "temperature": (0, sys.float_info.max),
+    "top_p": (0, 1),
+    "top_k": (0, 2**63 - 1),
+    "min_p": (0, 1),
+    "top_logprobs": (0, 2**63 - 1),
+    "max_batch_size": (0, 2**31 - 1),
+    "chunk_size": (1, 2**63 - 1),
+    "threads": (1, 1024),  # what PyTorch can start depends on the machine; far more ends the process
+}
+
+
 def _load(
     folder: str | None,
     device: str | None,
@@ -261,8 +312,6 @@ def _load(
     from mistral.formats import load
 
     if threads is not None:
-        if threads < 1:
-            raise flags.UsageError(f"--threads is {threads}; it must be at least 1")
         import torch
 
         torch.set_num_threads(threads)
@@ -272,29 +321,39 @@ def _load(
     return loaded
 
 
-def _stream_one(loaded: Loaded, prompt: Any, **options: Any) -> None:
-    """Continue one prompt on stdout as it is made, then say how fast on stderr."""
+def _stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> None:
+    """Continue one prompt on stdout as it is made, `echo` first; then say how fast on stderr, also after Ctrl-C."""
     from mistral.generate import stream
 
-    began = time.perf_counter()
-    first, made, reason = began, 0, None
+    began = first = time.perf_counter()
+    made, reason, interrupt = 0, "", None
     try:
-        for piece in stream([prompt], loaded.model, loaded.tokenizer, **options):
+        pieces = stream([prompt], loaded.model, loaded.tokenizer, **options)
+        _write(echo)
+        for piece in pieces:
             _write(piece.text)
             if piece.token:
                 made += 1
                 first = first if made > 1 else time.perf_counter()
             reason = piece.finish_reason or reason
-        _write("\n")
-    finally:
-        seconds = time.perf_counter() - first
-        rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
-        _say(f"[{made} tokens{rate}; first after {first - began:.2f} s; {reason or 'interrupted'}]")
+    except KeyboardInterrupt as stopped:
+        reason, interrupt = "interrupted", stopped
+    seconds = time.perf_counter() - first
+    _write("\n")
+    rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
+    _say(f"[{made} tokens{rate}{f'; first after {first - began:.2f} s' if made else ''}; {reason}]")
+    if interrupt:
+        raise interrupt
+
+
+def _typed() -> bool:
+    """Whether somebody types at stdin. (A process may also have no stdin at all.)"""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _lines(ask: str) -> Iterator[str]:
     """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line."""
-    terminal = sys.stdin.isatty()
+    terminal = _typed()
     if terminal:
         try:
             import readline  # noqa: F401  (line editing and history for input())
@@ -303,12 +362,16 @@ def _lines(ask: str) -> Iterator[str]:
     while True:
         try:
             if terminal:
-                yield input(ask)
+                yield _ask(ask)
             else:
-                line = sys.stdin.readline()
+                line = sys.stdin.readline() if sys.stdin else ""
                 if not line:
                     return
                 yield line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            if not terminal:
+                raise _not_utf8("stdin", error) from None
+            _say_error(_not_utf8("the line", error))
         except EOFError:
             _write("\n")
             return
@@ -316,6 +379,18 @@ def _lines(ask: str) -> Iterator[str]:
             if not terminal:
                 raise
             _write("\n")
+
+
+def _ask(ask: str) -> str:
+    if not sys.stdout.isatty():  # the answers are being kept; the question is not one of them
+        print(ask, end="", file=sys.stderr, flush=True)
+        ask = ""
+    return input(ask)
+
+
+def _not_utf8(what: str, error: UnicodeDecodeError) -> flags.UsageError:
+    byte = error.object[error.start]
+    return flags.UsageError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
 
 
 def _which(folder: str | None, prompt: str | None, file: str | None) -> tuple[str | None, str | None]:
@@ -334,9 +409,12 @@ def _read_prompts(prompt: str | None, file: str | None, max_tokens: int) -> tupl
             raise flags.UsageError("a prompt and --file: give one of them")
         return _read_jsonl(file, max_tokens)
     if prompt is None:
-        if sys.stdin.isatty():
+        try:
+            prompt = "" if _typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise _not_utf8("stdin", error) from None
+        if not prompt:
             raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
-        prompt = sys.stdin.read().removesuffix("\n")
     return [prompt], [max_tokens]
 
 
@@ -344,15 +422,20 @@ def _read_jsonl(file: str, max_tokens: int) -> tuple[list[Any], list[int]]:
     prompts: list[Any] = []
     limits: list[int] = []
     try:
-        with sys.stdin if file == "-" else open(file, encoding="utf-8") as lines:
+        # A byte order mark, as some editors put in front, is no part of the first line.
+        with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 prompt, limit = _one_prompt(line, f"{file} line {number}", max_tokens)
                 prompts.append(prompt)
                 limits.append(limit)
-    except (OSError, UnicodeDecodeError) as error:
-        raise flags.UsageError(f"{file} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, error) from None
+    except OSError as error:
+        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+    if not prompts:
+        raise flags.UsageError(f"no prompts in {file}: it has no line that is not empty")
     return prompts, limits
 
 
@@ -370,8 +453,10 @@ def _one_prompt(line: str, where: str, max_tokens: int) -> tuple[Any, int]:
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
-    if type(limit) is not int:
-        raise flags.UsageError(f"{where}: max_tokens must be a whole number, not {limit!r}")
+    if prompt == []:
+        raise flags.UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
+    if type(limit) is not int or limit < 0:
+        raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
     return prompt, limit
 
 
@@ -396,3 +481,8 @@ def _write(text: str) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _say_error(error: Exception) -> None:
+    # One line, whatever is in the names and words that it quotes.
+    _say(f"error: {' '.join(str(error).splitlines())}")

@@ -11,7 +11,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fire.decorators
@@ -21,14 +21,20 @@ class UsageError(ValueError):
     """A command line that cannot be meant; nothing was run."""
 
 
-def canonical(command: Callable[..., None], words: Sequence[str]) -> list[str]:
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def canonical(command: Callable[..., None], words: Sequence[str], ranges: Ranges | None = None) -> list[str]:
     """The words of a command line as `--name=value`, each checked and of its parameter's type.
 
     `--name value`, `--name=value`, `--name` for switches, dashes or underscores within names, and
     `--` before words that are not flags. A flag of type list may be repeated.
 
+    Args:
+        ranges: the least and the most of each number that has them.
+
     Raises:
-        UsageError: an unknown or repeated flag, a missing or ill-typed value, a word too many.
+        UsageError: an unknown or repeated flag, a missing, ill-typed or impossible value, a word too many.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -41,6 +47,8 @@ def canonical(command: Callable[..., None], words: Sequence[str]) -> list[str]:
             loose += queue
             break
         if not word.startswith("--"):
+            if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
+                raise UsageError(f"{word}: flags begin with two dashes; for a prompt, put -- before it")
             loose.append(word)
             continue
         flag, equals, value = word[2:].partition("=")
@@ -56,7 +64,11 @@ def canonical(command: Callable[..., None], words: Sequence[str]) -> list[str]:
             else:
                 raise UsageError(f"--{flag} needs a value")
         converted = _convert(f"--{flag}", value, kind)
+        if ranges and name in ranges:
+            _check_range(f"--{flag}", converted, *ranges[name])
         if kind is list:
+            if not value:
+                raise UsageError(f"--{flag} is empty")
             given.setdefault(name, []).append(value)
         elif name in given:
             raise UsageError(f"--{flag} is given twice")
@@ -100,6 +112,13 @@ def _convert(what: str, text: str, kind: type) -> Any:
     return text
 
 
+def _check_range(what: str, value: float, least: float, most: float) -> None:
+    if not value >= least:  # this way round, what is not a number is refused too
+        raise UsageError(f"{what} is {value}; it must be at least {least:g}")
+    if value > most:
+        raise UsageError(f"{what} is {value}; it must be at most {most:g}")
+
+
 def _suggestion(name: str, parameters: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, parameters, n=1)
-    return f"; did you mean --{close[0]}?" if close else "; see --help"
+    return f"; did you mean --{close[0]}?" if close else "; see --help, and put -- before a prompt that begins so"

@@ -6,8 +6,9 @@ over a plan and any tokenizer that encodes and decodes; knows nothing about file
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,8 +128,8 @@ class Generation:
         self._waiting = deque(s for s in self.sequences if s.max_tokens or score_prompts)
         for s in self.sequences:
             s.finish = "length" if not (s.max_tokens or score_prompts) else None
-        # The last token made is never fed back.
-        positions = max((len(s.prompt) + s.max_tokens - 1 for s in self._waiting), default=0)
+        # The last token made is never fed back; a prompt that is only scored goes in whole.
+        positions = max((len(s.prompt) + max(s.max_tokens - 1, 0) for s in self._waiting), default=0)
         rows = rows_that_fit(model, len(self._waiting), positions)
         self.cache = RollingBufferCache(
             model.args, max(rows, 1), device=model.device, dtype=model.dtype, positions=positions
@@ -198,7 +199,10 @@ class Generation:
         for first in range(0, len(targets), rows):
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
             logprobs = self.model.logits(h[first : first + len(wanted)]).log_softmax(-1)
-            sequence.prompt_logprobs += logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist()
+            found = logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist()
+            for logprob in found:
+                _check_number(logprob, sequence.index)
+            sequence.prompt_logprobs += found
 
     def _choose(self, h: Tensor, ready: list[PromptState]) -> list[Token]:
         """Sample a token for each sequence and take note of those that end with it."""
@@ -211,11 +215,7 @@ class Generation:
         for sequence, token, logprob, top in zip(
             ready, chosen.tolist(), of_chosen.tolist(), self._likeliest(logprobs), strict=True
         ):
-            if logprob != logprob:
-                raise GenerationError(
-                    f"the model's logits for prompt {sequence.index} are not numbers: "
-                    "the weights are broken, or too large for the dtype (try --dtype float32)"
-                )
+            _check_number(logprob, sequence.index)
             if token == self.eos_id:
                 self._end(sequence, "stop")
                 continue
@@ -229,8 +229,18 @@ class Generation:
         """The likeliest ids of each row and their log-probabilities, as many as asked for."""
         if not self.top_logprobs:
             return [{} for _ in logprobs]
-        values, ids = logprobs.topk(self.top_logprobs, dim=-1)
-        return [dict(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+        # A stable sort, because topk breaks ties anyhow.
+        values, ids = (x[:, : self.top_logprobs].tolist() for x in logprobs.sort(dim=-1, descending=True, stable=True))
+        return [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+
+
+def _check_number(logprob: float, index: int) -> None:
+    """Refuse what a model whose logits are not numbers makes."""
+    if logprob != logprob:
+        raise GenerationError(
+            f"the model's logits for prompt {index} are not numbers: "
+            "the weights are broken, or too large for the dtype (try --dtype float32)"
+        )
 
 
 def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
@@ -264,7 +274,11 @@ def _check(
     """Refuse what cannot be generated from; return max_tokens for each prompt."""
     if not len(prompts):
         raise GenerationError("no prompts: give at least one")
-    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    each = max_tokens if isinstance(max_tokens, Iterable) else [max_tokens] * len(prompts)
+    try:
+        limits = [operator.index(n) for n in each]
+    except TypeError:
+        raise GenerationError(f"max_tokens is {max_tokens!r}; it must be a whole number, or one a prompt") from None
     if len(limits) != len(prompts):
         raise GenerationError(f"{len(limits)} values of max_tokens for {len(prompts)} prompts")
     for limit in limits:
@@ -356,7 +370,14 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     if isinstance(prompts, str):
         raise GenerationError("prompts is one string; give a list of them")
-    return [encode(tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+    return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
+
+
+def _ids(prompt: Sequence[int], i: int) -> list[int]:
+    try:
+        return [operator.index(t) for t in prompt]  # not int(): that would take 2.7, or "2"
+    except TypeError:
+        raise GenerationError(f"prompt {i} is {prompt!r:.60}; it must be a string or a list of ids") from None
 
 
 def stream(

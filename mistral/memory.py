@@ -35,7 +35,7 @@ def available_on_host(root: Path = Path("/")) -> int | None:
         root: where /proc and /sys are found (tests give a folder of their own).
     """
     limits = [left for left in (_machine(root), *_control_groups(root)) if left is not None]
-    return min(limits) if limits else None
+    return max(0, min(limits)) if limits else None
 
 
 def require(needed: int, device: torch.device | str, what: str, advice: str) -> None:
@@ -81,7 +81,8 @@ def _control_groups(root: Path) -> list[int]:
         return []
     left = []
     for line in lines:
-        number, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if number == "0":
             base, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
@@ -96,9 +97,16 @@ def _control_groups(root: Path) -> list[int]:
             try:
                 most = int((here / limit).read_text())
                 spent = int((here / used).read_text())
-                stat = dict(entry.split() for entry in (here / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # absent, or "max"
                 continue
-            # Cached file pages count as used, but are given back on demand.
-            left.append(most - spent + int(stat.get(cache, 0)))
+            left.append(most - spent + _reclaimable(here / "memory.stat", cache))
     return left
+
+
+def _reclaimable(stat: Path, cache: str) -> int:
+    """Cached file pages: they count as used, but are given back on demand."""
+    try:
+        entries = dict(entry.split() for entry in stat.read_text().splitlines())
+        return int(entries.get(cache, 0))
+    except (OSError, ValueError):  # the limit holds all the same
+        return 0

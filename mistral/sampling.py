@@ -72,12 +72,16 @@ class Sampler:
         target = uniform[:, None].to(probs.dtype) * cumulative[:, -1:]
         # Count what lies below the target; rounding must not carry it past the last token kept.
         place = torch.minimum((cumulative <= target).sum(-1), (probs > 0).sum(-1) - 1)
+        place = place.clamp(min=0)  # logits that are not numbers keep no token; the caller sees it in the log-probs
         return ids.gather(-1, place[:, None]).squeeze(-1)
 
     def distribution(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The filtered probabilities, likeliest first and not renormalised, and their ids: two [R, V]."""
-        # Subtracting the maximum first keeps a tiny temperature from overflowing.
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # Subtracting the maximum first keeps a tiny temperature from overflowing; one beyond the dtype
+        # would become 0 or inf, and 0 / 0 and inf / inf are not numbers.
+        limits = torch.finfo(logits.dtype)
+        temperature = min(max(self.temperature, limits.tiny), limits.max)
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
         probs, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if self.top_k:
             probs[:, self.top_k :] = 0

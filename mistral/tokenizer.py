@@ -153,9 +153,21 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: TokenizerLike, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context)[-self.CONTEXT :]
+        self._ids = list(context)
+        self._ids = self._window()
         self._told = len(_certain(self._text()))
         self._fresh = 0
+
+    def _window(self) -> list[int]:
+        """The last CONTEXT ids, or more until their text begins as it does in the whole.
+
+        Without text they would be taken for the start of one, where SentencePiece drops a space; with
+        U+FFFD in front they may begin within a character, which has at most four bytes.
+        """
+        size = self.CONTEXT
+        while size < len(self._ids) and self._tokenizer.decode(self._ids[-size:])[:1] in ("", "\ufffd"):
+            size += 1 if size < self.CONTEXT + 3 else size
+        return self._ids[-size:]
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._ids)
@@ -169,7 +181,7 @@ class StreamDecoder:
         piece = certain[self._told :]
         self._told = max(self._told, len(certain))
         if self._fresh > self.CONTEXT and text == certain:
-            self._ids = self._ids[-self.CONTEXT :]
+            self._ids = self._window()
             self._told, self._fresh = len(self._text()), 0
         return piece
 

@@ -8,6 +8,7 @@ print(loaded.describe())
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from mistral import memory, runtime
 from mistral.args import ModelArgs
 from mistral.formats.params import read_params, to_args
-from mistral.formats.weights import WeightFiles, WeightsError, check_tensors, find_weights
+from mistral.formats.weights import WeightFiles, WeightsError, check_tensors, file_names, find_weights
 from mistral.model import Transformer
 from mistral.runtime import Runtime
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -54,13 +55,10 @@ class Loaded:
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
         run, args = self.runtime, self.args
-        names = ", ".join(f.name for f in self.files[:1]) + (
-            f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
-        )
         parameters = sum(p.numel() for p in self.model.parameters())
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
         return (
-            f"{self.folder}: {parameters / 1e6:.1f} M parameters from {names}; device {run.device}; "
+            f"{self.folder}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; device {run.device}; "
             f"weights/compute/cache {dtypes}; attention {run.attention}; window {window_text(args)}; "
             f"rope_theta {args.rope_theta:g} ({args.theta_rule}); tokenizer {self.tokenizer.path.name}"
         )
@@ -95,23 +93,30 @@ def load(
         ValueError: a subclass that names what is wrong with the folder, the options or the memory.
     """
     place = BUNDLED if folder is None else Path(folder)
-    if not place.is_dir():
+    if not os.path.isdir(place):  # not Path.is_dir, which raises where a name is too long
+        if os.path.isfile(place):
+            raise FolderError(f"{place} is a file: give the folder that it is in")
         raise FolderError(f"no such folder: {place}")
     args = to_args(read_params(place), max_batch_size)
     weights = find_weights(place)
-    where = weights.files[0].name
-    check_tensors(weights.tensors, _shapes(args, len(weights.tensors), where), where)
+    where = file_names(weights.files)
+    if args.n_layers > len(weights.tensors):
+        raise WeightsError(
+            f"params.json says n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
+        )
+    check_tensors(weights.tensors, expected_shapes(args), where)
     tokenizer = load_tokenizer(place, args.vocab_size)
 
     (stored, _), *_ = Counter(t.dtype for t in weights.tensors.values()).most_common()
     assert stored is not None
     parameters = sum(math.prod(t.shape) for t in weights.tensors.values())
     run = runtime.resolve(device, dtype, attention, stored=stored, parameters=parameters, head_dim=args.head_dim)
+    narrower = "use --dtype bfloat16, " if run.weights.itemsize > 2 else "use "
     memory.require(
         parameters * run.weights.itemsize,
         run.device,
         f"the weights in {str(run.weights).removeprefix('torch.')}",
-        "use --dtype bfloat16, another --device, or a smaller model",
+        f"{narrower}another --device, or a smaller model",
     )
     with torch.device("meta"):
         model = Transformer(args, attend=run.attend, compute_dtype=run.compute)
@@ -119,12 +124,28 @@ def load(
     return Loaded(model, tokenizer, args, run, place, weights.files)
 
 
-def _shapes(args: ModelArgs, stored: int, where: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor the model needs."""
-    if args.n_layers > stored:
-        raise WeightsError(f"params.json says n_layers {args.n_layers}, but {where} holds {stored} tensors in all")
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Transformer(args).state_dict().items()}
+def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, in its order.
+
+    Worked out, not read off a model: with sizes that are wrong by a factor of a million none can be made.
+    """
+    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (q, args.dim),
+        "attention.wk": (kv, args.dim),
+        "attention.wv": (kv, args.dim),
+        "attention.wo": (args.dim, q),
+        "feed_forward.w1": (args.hidden_dim, args.dim),
+        "feed_forward.w2": (args.dim, args.hidden_dim),
+        "feed_forward.w3": (args.hidden_dim, args.dim),
+        "attention_norm": (args.dim,),
+        "ffn_norm": (args.dim,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
+    shapes.update({"norm": (args.dim,), "output": (args.vocab_size, args.dim)})
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
 def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
@@ -139,7 +160,7 @@ def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder: the newest tokenizer.model.vN, else tekken.json, else tokenizer.model.
+    """The tokenizer of a folder: tekken.json, else the newest tokenizer.model.vN, else tokenizer.model.
 
     Raises:
         TokenizerError: none, broken, or with more words than the model.
@@ -150,7 +171,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         if (match := re.search(r"\.v(\d+)", path.name))
     }
     newest = [versions[max(versions)]] if versions else []
-    candidates = [*newest, folder / "tekken.json", folder / "tokenizer.model"]
+    candidates = [folder / "tekken.json", *newest, folder / "tokenizer.model"]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise TokenizerError(f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3 or tekken.json")

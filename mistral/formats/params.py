@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,17 @@ def read_params(folder: Path) -> dict[str, Any]:
     """
     path = folder / "params.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ParamsError(
-            f"no params.json in {folder}: a Mistral folder has params.json, weights and a tokenizer"
-        ) from None
+        hint = "a Mistral folder has params.json, weights and a tokenizer"
+        if (folder / "config.json").is_file():
+            hint += "; this one is in Hugging Face's layout, which is not read yet"
+        raise ParamsError(f"no params.json in {folder}: {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {error}") from None
     try:
         raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ParamsError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")
@@ -104,14 +106,16 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         values["sliding_window"] = _window_from_text(window)
     rule = "given in params.json" if raw.get("rope_theta") is not None else ""
     try:
-        return ModelArgs(**values, max_batch_size=max_batch_size, theta_rule=rule)
+        args = ModelArgs(**values, theta_rule=rule)
     except ArgsError as error:
         raise ParamsError(f"params.json: {error}") from None
+    return replace(args, max_batch_size=max_batch_size)  # the caller's; its errors are not the file's
 
 
 def _window_from_text(window: str) -> int | None:
-    if window.strip().isdecimal():
-        return int(window)
-    if window.strip().lower() in ("", "none", "null"):
+    word = window.strip().lower()
+    if word.isdecimal() and len(word) < 20:
+        return int(word)
+    if word in ("", "none", "null"):
         return None
-    raise ParamsError(f"params.json: sliding_window is {window!r}, neither a number nor null")
+    raise ParamsError(f"params.json: sliding_window is {window[:40]!r}, neither a number nor null")

@@ -7,6 +7,7 @@ and dtype. Nothing in a file is executed.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,11 @@ class WeightFiles:
                 raise WeightsError(f"{name} cannot be read: {error}") from None
 
 
+def file_names(files: tuple[Path, ...]) -> str:
+    """Files for people: the first one's name, and how many more."""
+    return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
 def find_weights(folder: Path) -> WeightFiles:
     """The weights of a folder in Mistral's layout; safetensors are preferred where both are there.
 
@@ -94,9 +100,11 @@ def _numbered_parts(folder: Path) -> tuple[Path, ...]:
     if len(found) > 1:
         raise WeightsError(f"{folder} mixes parts of several sets: {', '.join(f'of {n}' for n in sorted(found))}")
     ((total, parts),) = found.items()
-    lacking = [i for i in range(1, total + 1) if i not in parts]
-    if lacking:
-        raise WeightsError(f"{folder} lacks part {', '.join(map(str, lacking))} of {total} of its weights")
+    if strange := [path.name for number, path in parts.items() if not 1 <= number <= total]:
+        raise WeightsError(f"{folder} has {strange[0]}, a part that its own name rules out")
+    if len(parts) < total:
+        lacking = next(i for i in range(1, total + 1) if i not in parts)
+        raise WeightsError(f"{folder} has {len(parts)} of {total} parts of its weights: part {lacking} is missing")
     return tuple(parts[i] for i in range(1, total + 1))
 
 
@@ -108,7 +116,7 @@ def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
             opened = safe_open(path, framework="pt", device="cpu")
             names = list(opened.keys())
             slices = {name: opened.get_slice(name) for name in names}
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
         for name, piece in slices.items():
             if name in tensors:
@@ -121,17 +129,36 @@ def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
 
 def _open_pth(path: Path) -> WeightFiles:
     try:
+        with path.open("rb") as file:
+            complete = zipfile.is_zipfile(file)  # the directory of a zip file is its end
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    if not complete:
+        raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")
+    try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises what its unpickler and zip reader happen to raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be loaded as plain tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise WeightsError(f"{path} does not hold tensors by name")
+        raise WeightsError(f"{path} cannot be loaded as plain tensors: {_reason(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+        raise WeightsError(f"{path} does not hold tensors by name, and nothing else")
     tensors = {
         name: Stored(tuple(t.shape), t.dtype if t.dtype in SUPPORTED else None, str(t.dtype))
         for name, t in state.items()
     }
     return WeightFiles((path,), tensors, dict(state))
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load objects to, in one line, and without its advice to trust the file."""
+    text = str(error)
+    if code := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {code[1]}, which is code and was not run"
+    lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str) -> None:
