@@ -189,7 +189,11 @@ def test_a_safetensors_file_that_is_something_else(cli: Command, folder: Path) -
     ],
 )
 def test_tensors_that_do_not_fit(
-    cli: Command, folder: Path, form: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], said: str
+    cli: Command,
+    folder: Path,
+    form: str,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    said: str,
 ) -> None:
     (folder / "consolidated.safetensors").unlink()
     write_weights(folder, change(random_state()), form)
@@ -203,7 +207,11 @@ def test_tensors_that_do_not_fit(
     [
         ("n_layers", 1, "hold unknown layers.1."),
         ("n_layers", 3, "lack layers.2."),
-        ("vocab_size", 4095, "makes tok_embeddings.weight [4095, 24], but in consolidated.safetensors it is [4096, 24]"),
+        (
+            "vocab_size",
+            4095,
+            "makes tok_embeddings.weight [4095, 24], but in consolidated.safetensors it is [4096, 24]",
+        ),
         ("dim", 26, "makes tok_embeddings.weight [4096, 26], but in consolidated.safetensors it is [4096, 24]"),
         ("hidden_dim", 24, "feed_forward.w1.weight [24, 24], but in consolidated.safetensors it is [40, 24]"),
         ("n_heads", 2, "attention.wq.weight [16, 24], but in consolidated.safetensors it is [32, 24]"),

@@ -21,7 +21,7 @@ if sys.platform == "win32":
 
 PARROT = "é🙂漢"
 ASK = "Prompt: "
-PATIENCE = 300
+PATIENCE = 120
 
 
 class Terminal:
@@ -133,10 +133,10 @@ def test_an_empty_line_asks_again(session: Terminal) -> None:
 
 def test_a_line_that_is_not_utf8_is_refused_and_the_session_goes_on(session: Terminal) -> None:
     decode, session.decoder = session.decoder, codecs.getincrementaldecoder("utf-8")("replace")  # the echo of it
-    session.child.sendline(b"caf\xe9!")
+    session.child.sendline(b"caf\xff!")
     text = session.until(rf"error: .*\n.*{ASK}")
     session.decoder = decode
-    assert "error: the line is not UTF-8 (byte 0xe9): convert it first" in text
+    assert "error: the line is not UTF-8 (byte 0xff): convert it first" in text
     assert interrupt_after(session, "and on", PARROT).startswith(f"and on\nand on{PARROT}")
 
 
@@ -147,7 +147,9 @@ def test_a_prompt_that_does_not_fit_is_refused_and_ctrl_d_leaves(tmp_path: Path)
     for _ in range(2):
         terminal.child.sendline("Hello")
         text = terminal.until(ASK)
-        assert re.search(r"^error: keys and values of one sequence of \d+ positions need .* GB, but cpu has", text, re.M)
+        assert re.search(
+            r"^error: keys and values of one sequence of \d+ positions need .* GB, but cpu has", text, re.M
+        )
         assert "tokens]" not in text
     terminal.child.sendeof()
     assert terminal.end() == 0
@@ -188,7 +190,9 @@ def test_piped_lines(cli: Command, parrot: Path) -> None:
 def test_piped_lines_are_alike_with_a_seed(cli: Command, tmp_path: Path) -> None:
     words = ("interactive", make_folder(tmp_path / "tiny"), "--max_tokens", 8, "--temperature", 1.5, "--top_p", 1)
     first = cli(*words, "--seed", 1, stdin="Hello\nHello\n").text
-    assert first == cli(*words, "--seed", 1, stdin="Hello\nHello\n").text != cli(*words, "--seed", 2, stdin="Hello\n").text
+    assert (
+        first == cli(*words, "--seed", 1, stdin="Hello\nHello\n").text != cli(*words, "--seed", 2, stdin="Hello\n").text
+    )
 
 
 def test_an_error_in_piped_lines_ends_with_exit_code_2(cli: Command, tmp_path: Path) -> None:
@@ -204,11 +208,11 @@ def test_no_half_character_is_ever_written(parrot: Path) -> None:
     with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as running:
         assert running.stdin is not None
         assert running.stdout is not None
-        running.stdin.write("é\n".encode())
+        running.stdin.write("é!\n".encode())
         running.stdin.close()
         chunks = []
         while chunk := running.stdout.read(4096):
             chunks.append(chunk.decode())  # strictly
         assert running.wait(timeout=PATIENCE) == 0
-    assert "".join(chunks) == f"é{PARROT * 10}\n"
+    assert "".join(chunks) == f"é!{PARROT * 10}\n"
     assert len(chunks) > 2
