@@ -58,10 +58,16 @@ class Loaded:
         parameters = sum(p.numel() for p in self.model.parameters())
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
         return (
-            f"{self.folder}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; device {run.device}; "
+            f"{_short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; device {run.device}; "
             f"weights/compute/cache {dtypes}; attention {run.attention}; window {window_text(args)}; "
             f"rope_theta {args.rope_theta:g} ({args.theta_rule}); tokenizer {self.tokenizer.path.name}"
         )
+
+
+def _short(folder: Path) -> Path:
+    """A folder as seen from here, where that is shorter."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def window_text(args: ModelArgs) -> str:
