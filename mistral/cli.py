@@ -318,6 +318,8 @@ def _load(
     loaded = load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size)
     bundled = "the model that ships, " if folder is None else ""
     _say(f"loaded {bundled}{loaded.describe()}")
+    for note in loaded.notes:
+        _say(f"note: {note}")
     return loaded
 
 

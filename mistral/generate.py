@@ -422,7 +422,7 @@ def stream(
         max_tokens=max_tokens,
         eos_id=tokenizer.eos_id,
         sampler=sampler,
-        seed=_seed(seed, sampler),
+        seed=_seed(seed, sampler, max_tokens),
         chunk_size=chunk_size,
         top_logprobs=top_logprobs,
     )
@@ -452,8 +452,8 @@ def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
-def _seed(seed: int | None, sampler: Sampler) -> int:
-    if seed is not None or sampler.greedy:
+def _seed(seed: int | None, sampler: Sampler, max_tokens: int | Sequence[int]) -> int:
+    if seed is not None or sampler.greedy or not max_tokens:
         return seed or 0
     return int(torch.randint(2**62, ()))
 
@@ -513,7 +513,7 @@ def generate(
         max_tokens=max_tokens,
         eos_id=tokenizer.eos_id,
         sampler=sampler,
-        seed=_seed(seed, sampler),
+        seed=_seed(seed, sampler, max_tokens),
         chunk_size=chunk_size,
         score_prompts=True,
     )

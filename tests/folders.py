@@ -85,7 +85,8 @@ def make_parrot(folder: Path, text: str) -> Path:
     """
     tokenizer = SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
     ids = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-    assert len(set(ids)) == len(ids) and tokenizer.unk_id() not in ids
+    assert len(set(ids)) == len(ids)
+    assert tokenizer.unk_id() not in ids
     params = {"dim": 2 * len(ids)}
     state = random_state(**params)
     for name, tensor in state.items():

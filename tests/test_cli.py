@@ -75,10 +75,10 @@ def test_demo_of_the_bundled_model() -> None:
 
 def test_text_is_utf8_where_the_locale_is_ascii(parrot: Path) -> None:
     words = ("complete", parrot, "--max_tokens", len(PARROT.encode()) * 2, "--temperature", 0)
-    for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
-        code, out, err = process(*words, stdin="é!".encode(), **environment)
-        assert (code, out) == (0, PARROT * 2 + "\n")
-        assert "Traceback" not in err
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    code, out, err = process(*words, stdin="é!".encode(), **environment)
+    assert (code, out) == (0, PARROT * 2 + "\n")
+    assert "Traceback" not in err
 
 
 def test_a_reader_that_leaves_is_no_error(parrot: Path) -> None:

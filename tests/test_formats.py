@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats import expected_shapes, load, load_tokenizer
+from mistral.formats import load, load_tokenizer
+from mistral.formats.folder import expected_shapes
 from mistral.formats.params import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
 from mistral.formats.weights import WeightsError, find_weights
 from mistral.model import Transformer

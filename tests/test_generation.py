@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mistral.generate as generate_module
@@ -47,6 +47,13 @@ class Letters:
 
     def decode(self, t: list[int]) -> str:
         return "".join(self.characters[i - 2] for i in t if i > 1)
+
+
+class Spaced(Letters):
+    """A space before each character, but none at the start of a text: as SentencePiece does with words."""
+
+    def decode(self, t: list[int]) -> str:
+        return "".join(" " + self.characters[i - 2] for i in t if i > 1).removeprefix(" ")
 
 
 class Spelled(Letters):
@@ -449,6 +456,8 @@ def counting_model() -> Transformer:
     return alphabet_model()
 
 
+@example(texts=["a", "a", "a", "b"], stops=["aab"])  # a longer beginning is held back, not a shorter one
+@example(texts=["ab", "ab", "b"], stops=["abb", "ba"])
 @given(
     texts=st.lists(st.text("ab", max_size=3), min_size=1, max_size=9),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
@@ -471,6 +480,25 @@ def test_stop_strings_of_any_shape(texts: list[str], stops: list[str]) -> None:
         assert shown == whole[: len(whole) - claimed]
     assert shown + pieces[-1].text == whole
     assert (len(pieces), pieces[-1].finish_reason) == (len(texts) + 1, "length")
+
+
+def test_a_stop_string_in_what_was_held_back_until_the_end() -> None:
+    """U+FFFD at the end may be half a character, so only the end shows that it is the stop string."""
+    (c,) = complete([[0]], counting_model(), Spelled(["a", "b\ufffd"]), max_tokens=2, stop=["\ufffd"], temperature=0)
+    assert (c.text, c.tokens, c.finish_reason) == ("ab", [2, 3], "stop")
+    (c,) = complete([[0]], counting_model(), Spelled(["a", "b\ufffd"]), max_tokens=2, stop=["x"], temperature=0)
+    assert (c.text, c.tokens, c.finish_reason) == ("ab\ufffd", [2, 3], "length")
+
+
+def test_a_sequence_can_be_stopped_from_outside() -> None:
+    running = Generation([[2], [9], [5]], alphabet_model(2), max_tokens=4, eos_id=None, sampler=Sampler(0), seed=0)
+    assert [(t.index, t.id) for t in running.step()] == [(0, 3), (1, 10)]
+    running.stop(0)
+    assert [(t.index, t.id) for t in running.step()] == [(2, 6), (1, 11)]  # the one that waited has the row
+    while not running.done:
+        running.step()
+    assert [s.finish for s in running.sequences] == ["stop", "length", "length"]
+    assert [s.made for s in running.sequences] == [[3], [10, 11, 12, 13], [6, 7, 8, 9]]
 
 
 # Top log-probs, streams.
@@ -543,6 +571,16 @@ def test_pieces_join_to_the_text_and_the_text_to_the_ids(max_batch_size: int) ->
     texts, _ = generate(prompts, model, tokenizer, max_tokens=20, temperature=1.5, top_p=1.0, seed=2)
     short = complete(prompts, model, tokenizer, max_tokens=20, temperature=1.5, top_p=1.0, seed=2)
     assert texts == [tokenizer.decode(c.prompt_tokens) + c.text for c in short]
+
+
+def test_the_text_goes_on_where_the_prompt_ends() -> None:
+    prompts = ["a", "", [5, 1, 9], [5, *[1] * 9, 9], [1] * 9]
+    done = complete(prompts, alphabet_model(), Spaced(), max_tokens=3, **GREEDY)
+    assert [c.text for c in done] == [" b c d", "a b c", " i j k", " i j k", "a b c"]
+    done = complete([[5, *[1] * 20]], alphabet_model(), Spaced(), max_tokens=3, **GREEDY)
+    assert [c.text for c in done] == [" a b c"]
+    texts, _ = generate(prompts, alphabet_model(), Spaced(), max_tokens=3, temperature=0)
+    assert texts == ["a b c d", "a b c", "d h i j k", "d h i j k", "a b c"]
 
 
 def test_a_stream_hands_out_each_token_when_it_is_made() -> None:

@@ -133,7 +133,7 @@ def test_an_empty_line_asks_again(session: Terminal) -> None:
 
 def test_a_line_that_is_not_utf8_is_refused_and_the_session_goes_on(session: Terminal) -> None:
     decode, session.decoder = session.decoder, codecs.getincrementaldecoder("utf-8")("replace")  # the echo of it
-    session.child.sendline(b"caf\xff!")
+    session.child.sendline(b"voil\xff!")
     text = session.until(rf"error: .*\n.*{ASK}")
     session.decoder = decode
     assert "error: the line is not UTF-8 (byte 0xff): convert it first" in text

@@ -7,8 +7,6 @@ print(loaded.describe())
 
 from __future__ import annotations
 
-import math
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -21,17 +19,13 @@ from tqdm import tqdm
 
 from mistral import memory, runtime
 from mistral.args import ModelArgs
-from mistral.formats.params import read_params, to_args
-from mistral.formats.weights import WeightFiles, WeightsError, check_tensors, file_names, find_weights
+from mistral.formats.folder import read_folder
+from mistral.formats.weights import WeightFiles, file_names
 from mistral.model import Transformer
 from mistral.runtime import Runtime
 from mistral.tokenizer import Tokenizer, TokenizerError
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-
-
-class FolderError(ValueError):
-    """Not a folder with a model in it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,7 @@ class Loaded:
         tokenizer: the folder's.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
+        notes: what was assumed or left aside, a sentence each.
     """
 
     model: Transformer
@@ -51,6 +46,7 @@ class Loaded:
     runtime: Runtime
     folder: Path
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -58,9 +54,10 @@ class Loaded:
         parameters = sum(p.numel() for p in self.model.parameters())
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
         return (
-            f"{_short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; device {run.device}; "
-            f"weights/compute/cache {dtypes}; attention {run.attention}; window {window_text(args)}; "
-            f"rope_theta {args.rope_theta:g} ({args.theta_rule}); tokenizer {self.tokenizer.path.name}"
+            f"{_short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
+            f"device {run.device}; weights/compute/cache {dtypes}; attention {run.attention}; "
+            f"window {window_text(args)}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
+            f"tokenizer {self.tokenizer.path.name}"
         )
 
 
@@ -86,7 +83,7 @@ def load(
     attention: str | None = None,
     max_batch_size: int = 0,
 ) -> Loaded:
-    """Load a folder in Mistral's layout: params.json, consolidated weights, tokenizer.
+    """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
 
     Everything is checked against headers before a tensor is read, and memory before it is taken.
 
@@ -98,28 +95,15 @@ def load(
     Raises:
         ValueError: a subclass that names what is wrong with the folder, the options or the memory.
     """
-    place = BUNDLED if folder is None else Path(folder)
-    if not os.path.isdir(place):  # not Path.is_dir, which raises where a name is too long
-        if os.path.isfile(place):
-            raise FolderError(f"{place} is a file: give the folder that it is in")
-        raise FolderError(f"no such folder: {place}")
-    args = to_args(read_params(place), max_batch_size)
-    weights = find_weights(place)
-    where = file_names(weights.files)
-    if args.n_layers > len(weights.tensors):
-        raise WeightsError(
-            f"params.json says n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
-        )
-    check_tensors(weights.tensors, expected_shapes(args), where)
-    tokenizer = load_tokenizer(place, args.vocab_size)
-
+    found = read_folder(BUNDLED if folder is None else folder, max_batch_size)
+    args, weights = found.args, found.weights
+    tokenizer = load_tokenizer(found.path, args.vocab_size)
     (stored, _), *_ = Counter(t.dtype for t in weights.tensors.values()).most_common()
     assert stored is not None
-    parameters = sum(math.prod(t.shape) for t in weights.tensors.values())
-    run = runtime.resolve(device, dtype, attention, stored=stored, parameters=parameters, head_dim=args.head_dim)
+    run = runtime.resolve(device, dtype, attention, stored=stored, parameters=found.parameters, head_dim=args.head_dim)
     narrower = "use --dtype bfloat16, " if run.weights.itemsize > 2 else "use "
     memory.require(
-        parameters * run.weights.itemsize,
+        found.parameters * run.weights.itemsize,
         run.device,
         f"the weights in {str(run.weights).removeprefix('torch.')}",
         f"{narrower}another --device, or a smaller model",
@@ -127,31 +111,7 @@ def load(
     with torch.device("meta"):
         model = Transformer(args, attend=run.attend, compute_dtype=run.compute)
     _fill(model, weights, run)
-    return Loaded(model, tokenizer, args, run, place, weights.files)
-
-
-def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, in its order.
-
-    Worked out, not read off a model: with sizes that are wrong by a factor of a million none can be made.
-    """
-    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    layer = {
-        "attention.wq": (q, args.dim),
-        "attention.wk": (kv, args.dim),
-        "attention.wv": (kv, args.dim),
-        "attention.wo": (args.dim, q),
-        "feed_forward.w1": (args.hidden_dim, args.dim),
-        "feed_forward.w2": (args.dim, args.hidden_dim),
-        "feed_forward.w3": (args.hidden_dim, args.dim),
-        "attention_norm": (args.dim,),
-        "ffn_norm": (args.dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (args.vocab_size, args.dim)}
-    for i in range(args.n_layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    shapes.update({"norm": (args.dim,), "output": (args.vocab_size, args.dim)})
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+    return Loaded(model, tokenizer, args, run, found.path, weights.files, found.notes)
 
 
 def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:

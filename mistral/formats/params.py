@@ -49,20 +49,14 @@ class ParamsError(ValueError):
     """A params.json that is missing, broken, or describes another kind of model."""
 
 
-def read_params(folder: Path) -> dict[str, Any]:
-    """The object in params.json.
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        ParamsError: no such file, or not a JSON object.
+        ParamsError: the file cannot be read, or holds no JSON object.
     """
-    path = folder / "params.json"
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        hint = "a Mistral folder has params.json, weights and a tokenizer"
-        if (folder / "config.json").is_file():
-            hint += "; this one is in Hugging Face's layout, which is not read yet"
-        raise ParamsError(f"no params.json in {folder}: {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {error}") from None
     try:

@@ -6,12 +6,13 @@ and dtype. Nothing in a file is executed.
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,9 @@ from torch import Tensor
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+INDEX = "model.safetensors.index.json"
 
 
 class WeightsError(ValueError):
@@ -41,11 +45,12 @@ class WeightFiles:
     Args:
         files: in order.
         tensors: what they hold, by name.
+        readers: how to get each tensor, on the CPU; nothing is read before they are called.
     """
 
     files: tuple[Path, ...]
     tensors: dict[str, Stored]
-    _readers: dict[str, Any] = field(repr=False)
+    readers: dict[str, Callable[[], Tensor]] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +59,9 @@ class WeightFiles:
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) one after the other, backed by the file's pages, on the CPU."""
-        for name, reader in self._readers.items():
+        for name, reader in self.readers.items():
             try:
-                yield name, (reader if isinstance(reader, Tensor) else reader.get_tensor(name))
+                yield name, reader()
             except (SafetensorError, RuntimeError, OSError) as error:
                 raise WeightsError(f"{name} cannot be read: {error}") from None
 
@@ -64,6 +69,66 @@ class WeightFiles:
 def file_names(files: tuple[Path, ...]) -> str:
     """Files for people: the first one's name, and how many more."""
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def has_mistral_weights(folder: Path) -> bool:
+    """Whether any file is named as weights in Mistral's layout are."""
+    return any(folder.glob("consolidated*.safetensors")) or any(folder.glob("consolidated.*.pth"))
+
+
+def has_hf_weights(folder: Path) -> bool:
+    """Whether any file is named as weights in Hugging Face's layout are."""
+    return any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()
+
+
+def find_hf_weights(folder: Path) -> WeightFiles:
+    """The weights of a folder in Hugging Face's layout, under Hugging Face's names.
+
+    Raises:
+        WeightsError: none, parts missing, an index that does not fit them, or a file that cannot be read.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return _check_index(_open_safetensors(_indexed_parts(index)), index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return _open_safetensors((single,))
+    parts = _numbered_parts(folder, "model")
+    if parts:
+        return _open_safetensors(parts)
+    old = next(folder.glob("pytorch_model*.bin"), None)
+    advice = f"; {old.name} must be saved as safetensors first" if old else ""
+    raise WeightsError(
+        f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors{advice}"
+    )
+
+
+def _indexed_parts(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, all of them in its own folder."""
+    files = set(_weight_map(index).values())
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(f"{index} names {name!r}, which is no safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index} names {name}, which is missing")
+    return tuple(index.parent / name for name in sorted(files))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise WeightsError(f"{index} is not an index of weights: fetch it again") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise WeightsError(f"{index} does not say which file holds which tensor: fetch it again")
+    return found
+
+
+def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:
+    lacking = [name for name in _weight_map(index) if name not in weights.tensors]
+    if lacking:
+        raise WeightsError(f"{index} promises {_some(lacking)}, which the files do not hold")
+    return weights
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -75,7 +140,7 @@ def find_weights(folder: Path) -> WeightFiles:
     single = folder / "consolidated.safetensors"
     if single.is_file():
         return _open_safetensors((single,))
-    parts = _numbered_parts(folder)
+    parts = _numbered_parts(folder, "consolidated")
     if parts:
         return _open_safetensors(parts)
     pth = folder / "consolidated.00.pth"
@@ -89,10 +154,10 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def _numbered_parts(folder: Path) -> tuple[Path, ...]:
+def _numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
     found: dict[int, dict[int, Path]] = {}
-    for path in folder.glob("consolidated-*-of-*.safetensors"):
-        match = re.fullmatch(r"consolidated-(\d+)-of-(\d+)\.safetensors", path.name)
+    for path in folder.glob(f"{stem}-*-of-*.safetensors"):
+        match = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", path.name)
         if match:
             found.setdefault(int(match[2]), {})[int(match[1])] = path
     if not found:
@@ -110,7 +175,7 @@ def _numbered_parts(folder: Path) -> tuple[Path, ...]:
 
 def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     tensors: dict[str, Stored] = {}
-    readers: dict[str, Any] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     for path in files:
         try:
             opened = safe_open(path, framework="pt", device="cpu")
@@ -123,7 +188,7 @@ def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
                 raise WeightsError(f"{name} is in {path.name} and in an earlier part")
             kind = piece.get_dtype()
             tensors[name] = Stored(tuple(piece.get_shape()), _DTYPES.get(kind), kind)
-            readers[name] = opened
+            readers[name] = partial(opened.get_tensor, name)
     return WeightFiles(files, tensors, readers)
 
 
@@ -145,7 +210,11 @@ def _open_pth(path: Path) -> WeightFiles:
         name: Stored(tuple(t.shape), t.dtype if t.dtype in SUPPORTED else None, str(t.dtype))
         for name, t in state.items()
     }
-    return WeightFiles((path,), tensors, dict(state))
+    return WeightFiles((path,), tensors, {name: partial(_itself, t) for name, t in state.items()})
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_plain(value: object) -> bool:
@@ -161,8 +230,12 @@ def _reason(error: Exception) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str) -> None:
+def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str, source: str) -> None:
     """Compare what files hold with what the model needs, all of it, before anything is read.
+
+    Args:
+        where: the files, for people.
+        source: the file that says what the model needs.
 
     Raises:
         WeightsError: names, shapes or dtypes differ; the message names them.
@@ -175,7 +248,7 @@ def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]]
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise WeightsError(
-                f"params.json makes {name} {list(shape)}, but in {where} it is {list(found[name].shape)}: "
+                f"{source} makes {name} {list(shape)}, but in {where} it is {list(found[name].shape)}: "
                 "one of the two is from another model, and tensors are rarely wrong"
             )
         if found[name].dtype is None:

@@ -1,0 +1,147 @@
+"""What a folder holds, from its headers: layout, shape, weights; everything checked, no tensor read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from mistral.args import ModelArgs
+from mistral.formats import huggingface as hf
+from mistral.formats.params import ParamsError, read_object, to_args
+from mistral.formats.weights import (
+    WeightFiles,
+    WeightsError,
+    check_tensors,
+    file_names,
+    find_hf_weights,
+    find_weights,
+    has_hf_weights,
+    has_mistral_weights,
+)
+
+
+class FolderError(ValueError):
+    """Not a folder with a model in it."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model on disk.
+
+    Args:
+        path: the folder.
+        layout: "mistral" or "huggingface".
+        args: the model's shape.
+        weights: under Mistral's names and in Mistral's row order, whatever the layout.
+        notes: what was assumed or left aside, a sentence each.
+    """
+
+    path: Path
+    layout: str
+    args: ModelArgs
+    weights: WeightFiles
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many weights there are."""
+        return sum(math.prod(t.shape) for t in self.weights.tensors.values())
+
+
+def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
+    """Read what a folder says of itself, and check that its parts fit together.
+
+    Where both layouts are there, Mistral's is taken, and a note says so.
+
+    Raises:
+        FolderError, ParamsError, WeightsError: no such folder, or what is wrong in it.
+    """
+    path = Path(folder)
+    if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
+        if os.path.isfile(path):
+            raise FolderError(f"{path} is a file: give the folder that it is in")
+        raise FolderError(f"no such folder: {path}")
+    notes: list[str] = []
+    layout = _layout(path, notes)
+    if layout == "mistral":
+        source = "params.json"
+        args = to_args(read_object(path / source), max_batch_size)
+        weights = find_weights(path)
+    else:
+        source = "config.json"
+        raw = read_object(path / source)
+        args, assumed = hf.config_to_args(raw, max_batch_size)
+        notes += assumed
+        weights = _as_mistral(find_hf_weights(path), args, tied=raw.get("tie_word_embeddings") is True)
+    where = file_names(weights.files)
+    if args.n_layers > len(weights.tensors):
+        raise WeightsError(
+            f"{source} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
+        )
+    check_tensors(weights.tensors, expected_shapes(args), where, source)
+    return Folder(path, layout, args, weights, tuple(notes))
+
+
+def _layout(path: Path, notes: list[str]) -> str:
+    params, config = (path / "params.json").exists(), (path / "config.json").exists()
+    if params and (has_mistral_weights(path) or not (config and has_hf_weights(path))):
+        if config and has_hf_weights(path):
+            notes.append("the folder holds both layouts: Mistral's was read, Hugging Face's left aside")
+        return "mistral"
+    if config:
+        return "huggingface"
+    raise ParamsError(
+        f"no params.json and no config.json in {path}: a model folder has one of them, weights and a tokenizer"
+    )
+
+
+def _as_mistral(weights: WeightFiles, args: ModelArgs, tied: bool) -> WeightFiles:
+    """Weights in Hugging Face's layout, under Mistral's names and in Mistral's row order."""
+    tensors, readers = {}, {}
+    for name, stored in weights.tensors.items():
+        ours = hf.to_mistral(name)
+        if ours is None:
+            continue
+        tensors[ours] = stored
+        heads = hf.heads_of(ours, args)
+        reader = weights.readers[name]
+        readers[ours] = reader if heads is None else partial(_reordered, reader, heads)
+    if tied and "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+        readers["output.weight"] = readers["tok_embeddings.weight"]
+    return WeightFiles(weights.files, tensors, readers)
+
+
+def _reordered(reader: Callable[[], Tensor], heads: int) -> Tensor:
+    return hf.rows_to_mistral(reader(), heads)
+
+
+def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, in its order.
+
+    Worked out, not read off a model: with sizes that are wrong by a factor of a million none can be made.
+    """
+    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    layer = {
+        "attention.wq": (q, args.dim),
+        "attention.wk": (kv, args.dim),
+        "attention.wv": (kv, args.dim),
+        "attention.wo": (args.dim, q),
+        "feed_forward.w1": (args.hidden_dim, args.dim),
+        "feed_forward.w2": (args.dim, args.hidden_dim),
+        "feed_forward.w3": (args.hidden_dim, args.dim),
+        "attention_norm": (args.dim,),
+        "ffn_norm": (args.dim,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
+    shapes.update({"norm": (args.dim,), "output": (args.vocab_size, args.dim)})
+    return {f"{name}.weight": shape for name, shape in shapes.items()}

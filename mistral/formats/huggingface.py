@@ -1,0 +1,212 @@
+"""Hugging Face's layout: config.json to ModelArgs, tensor names, and the order of q and k rows.
+
+Mistral's rows rotate adjacent pairs, Hugging Face's halves; nothing else in a tensor differs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from mistral.args import ArgsError, ModelArgs
+from mistral.formats.params import ParamsError
+
+# Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
+NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.layers.N.self_attn.q_proj.weight": "layers.N.attention.wq.weight",
+    "model.layers.N.self_attn.k_proj.weight": "layers.N.attention.wk.weight",
+    "model.layers.N.self_attn.v_proj.weight": "layers.N.attention.wv.weight",
+    "model.layers.N.self_attn.o_proj.weight": "layers.N.attention.wo.weight",
+    "model.layers.N.mlp.gate_proj.weight": "layers.N.feed_forward.w1.weight",
+    "model.layers.N.mlp.down_proj.weight": "layers.N.feed_forward.w2.weight",
+    "model.layers.N.mlp.up_proj.weight": "layers.N.feed_forward.w3.weight",
+    "model.layers.N.input_layernorm.weight": "layers.N.attention_norm.weight",
+    "model.layers.N.post_attention_layernorm.weight": "layers.N.ffn_norm.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+MISTRAL_NAMES = {mistral: hf for hf, mistral in NAMES.items()}
+# Buffers that old exports carry; they are computed here.
+IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+# transformers takes these where config.json leaves the key out.
+DEFAULT_WINDOW = 4096
+DEFAULT_THETA = 1e4
+
+
+def to_mistral(name: str) -> str | None:
+    """Mistral's name of a tensor in Hugging Face's layout; None if it is known and ignored; unknown names stay."""
+    if IGNORED.fullmatch(name):
+        return None
+    return _renamed(name, NAMES)
+
+
+def to_hf(name: str) -> str:
+    """Hugging Face's name of a tensor in Mistral's layout."""
+    return _renamed(name, MISTRAL_NAMES)
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = table.get(name if number is None else name.replace(number[0], ".N.", 1))
+    if pattern is None:
+        return name
+    return pattern if number is None else pattern.replace(".N.", number[0])
+
+
+def rows_to_mistral(w: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k weight [heads * D, dim], from halves to adjacent pairs."""
+    return w.view(heads, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def rows_to_hf(w: Tensor, heads: int) -> Tensor:
+    """Rows of a q or k weight [heads * D, dim], from adjacent pairs to halves."""
+    return w.view(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def heads_of(name: str, args: ModelArgs) -> int | None:
+    """Heads of a tensor whose rows the layouts order differently; None for all others. Mistral's names."""
+    if name.endswith("attention.wq.weight"):
+        return args.n_heads
+    return args.n_kv_heads if name.endswith("attention.wk.weight") else None
+
+
+# config.json keys that shape the model, and ModelArgs' names for them.
+SHAPE = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "intermediate_size": "hidden_dim",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "vocab_size": "vocab_size",
+}
+MODEL_TYPES = ("mistral", "ministral")
+# Known keys that change no number of a forward.
+HARMLESS = {
+    "_name_or_path": "where it was exported",
+    "architectures": "a label; model_type decides",
+    "attention_dropout": "training",
+    "auto_map": "code, which is never run",
+    "bos_token_id": "the tokenizer's",
+    "dtype": "the weights have their own",
+    "eos_token_id": "the tokenizer's",
+    "initializer_range": "training",
+    "max_position_embeddings": "how long the training sequences were",
+    "model_type": "checked on its own",
+    "output_attentions": "an option of transformers",
+    "output_hidden_states": "an option of transformers",
+    "pad_token_id": "the tokenizer's",
+    "return_dict": "an option of transformers",
+    "torch_dtype": "the weights have their own",
+    "transformers_version": "where it was exported",
+    "unk_token_id": "the tokenizer's",
+    "use_cache": "an option of transformers",
+}
+# Keys with a meaning that is worked out below.
+HANDLED = {
+    "head_dim",
+    "sliding_window",
+    "layer_types",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "tie_word_embeddings",
+}
+# Keys that are harmless with one of these values only.
+ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pretraining_tp": (1,),
+    "use_sliding_window": (True, None),
+}
+ELSEWHERE = {
+    "mixtral": "a mixture of experts (Mixtral)",
+    "mistral3": "a vision model",
+    "pixtral": "a vision model (Pixtral)",
+    "voxtral": "an audio model (Voxtral)",
+    "mamba2": "a Mamba model",
+    "mamba": "a Mamba model",
+}
+
+
+def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
+    """ModelArgs from the object in a config.json, and what was assumed, a sentence each.
+
+    Raises:
+        ParamsError: another kind of model, a key missing or unknown, or a value that cannot be.
+    """
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        what = ELSEWHERE.get(kind, f"a model of type {kind!r}") if isinstance(kind, str) else "no model_type"
+        raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
+    for key, value in raw.items():
+        if key in ONLY:
+            if value not in ONLY[key]:
+                raise ParamsError(f"config.json has {key} = {value!r}, which this model does not have")
+        elif key == "quantization_config" and value is not None:
+            raise ParamsError("config.json has 'quantization_config': a quantized checkpoint: use transformers or vLLM")
+        elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
+            raise ParamsError(
+                f"config.json has {key!r}, which no supported release has: remove it if it changes nothing"
+            )
+    missing = [key for key in SHAPE if key not in raw]
+    if missing:
+        raise ParamsError(f"config.json lacks {', '.join(missing)}")
+    values = {ours: raw[theirs] for theirs, ours in SHAPE.items()}
+    notes: list[str] = []
+    if raw.get("head_dim") is not None:
+        values["head_dim"] = raw["head_dim"]
+    else:
+        dim, heads = values["dim"], values["n_heads"]
+        if not (type(dim) is int and type(heads) is int and heads > 0 and dim % heads == 0):
+            raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
+        values["head_dim"] = dim // heads
+    values["sliding_window"] = _window(raw, kind, notes)
+    theta, rule = _theta(raw)
+    try:
+        return ModelArgs(**values, rope_theta=theta, max_batch_size=max_batch_size, theta_rule=rule), notes
+    except ArgsError as error:
+        raise ParamsError(f"config.json: {error}") from None
+
+
+def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
+    if "sliding_window" not in raw:
+        notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")
+    window = raw.get("sliding_window", DEFAULT_WINDOW)
+    types = raw.get("layer_types")
+    if types is None:
+        return window
+    known = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(types, list) or any(t not in known for t in types):
+        raise ParamsError(f"config.json: layer_types must list {' or '.join(known)} for each layer")
+    if len(types) != raw["num_hidden_layers"]:
+        raise ParamsError(f"config.json: {len(types)} layer_types for {raw['num_hidden_layers']} layers")
+    if window is None and "sliding_attention" in types:
+        raise ParamsError("config.json: layer_types has sliding_attention, but sliding_window is null")
+    return [known[t] for t in types]
+
+
+def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
+    scaling = raw.get("rope_scaling")
+    parameters = raw.get("rope_parameters")
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ParamsError(f"config.json: {key} must be an object, not {value!r}")
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default":
+            raise ParamsError(f"config.json: {key} has rope_type {kind!r}: use transformers or vLLM")
+    if raw.get("rope_theta") is not None:
+        return raw["rope_theta"], "given in config.json"
+    if parameters and parameters.get("rope_theta") is not None:
+        return parameters["rope_theta"], "given in config.json's rope_parameters"
+    return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
