@@ -41,6 +41,15 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight.to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """[T] ids to [T, dim]."""
+
+    def reset_parameters(self) -> None:
+        # Weights about to be loaded are on the meta device, where drawing numbers imports a compiler: a second.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: [T, dim] to [T, dim].
 
@@ -103,7 +112,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)

@@ -203,3 +203,14 @@ def test_make_demo_and_test_run_what_they_say() -> None:
         assert installs[0].endswith("--index-url https://example.invalid/cpu torch==2.13.0")
         assert len(installs) >= 2
         assert all("--index-url" not in line for line in installs[1:])
+
+
+def test_the_first_token_imports_nothing_heavy_beside_torch() -> None:
+    """Each of these would add a large part of a second to every command."""
+    script = (
+        "import sys; from mistral.cli import main; code = main(['complete', 'hi', '--max_tokens', '1']); "
+        "heavy = {'torch._dynamo', 'sympy', 'mistral_common', 'xformers', 'transformers', 'numba', 'matplotlib'}; "
+        "print(code, sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.stdout.splitlines()[-1] == "0 []", run.stderr
