@@ -3,6 +3,7 @@
 python -m main demo
 python -m main interactive FOLDER
 python -m main complete FOLDER "Once upon a time"
+python -m main inspect FOLDER
 python -m main --help
 """
 

@@ -165,6 +165,17 @@ def block_for(window: int | None) -> int:
     return QUERY_BLOCK if window is None else min(QUERY_BLOCK, window)
 
 
+def slots_for(window: int | None, length: int) -> int:
+    """Slots that a sequence of `length` positions needs in a layer: all of them, or enough to roll."""
+    return length if window is None else min(length, window + block_for(window) - 1)
+
+
+def row_bytes(args: ModelArgs, positions: int, itemsize: int) -> int:
+    """Bytes of keys and values of one sequence of `positions`, all layers, in numbers of `itemsize` bytes."""
+    slots = sum(slots_for(window, positions) for window in args.windows)
+    return 2 * slots * args.n_kv_heads * args.head_dim * itemsize
+
+
 class RollingBuffer:
     """One layer's keys and values: two zeroed [B, C, K, D] tensors, position i in slot i % C.
 
@@ -198,7 +209,7 @@ class RollingBuffer:
 
     def capacity_for(self, length: int) -> int:
         """Slots that a sequence of `length` positions needs: all of them, or enough to roll."""
-        return length if self.window is None else min(length, self.window + self.block - 1)
+        return slots_for(self.window, length)
 
     def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
         """Move to `capacity` slots; every position still held keeps its key."""

@@ -180,7 +180,49 @@ def complete(
         print(_as_json(index, result, bool(top_logprobs)) if json else result.text)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "interactive": interactive, "complete": complete}
+def convert(src: str, dst: str, *, to: str, dtype: str | None = None) -> None:
+    """Write a model folder anew: in the other layout, as safetensors, or in another dtype.
+
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
+    python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
+
+    SRC is a folder in either layout, and DST one that is not there yet. Weights stay the same bit for
+    bit unless --dtype is given, and are never all in memory. DST appears when it is complete, not before.
+    """
+    from mistral.formats.convert import convert as convert_folder
+
+    written = convert_folder(src, dst, to, dtype=dtype)
+    _say(f"wrote {written.describe()}")
+    for note in written.notes:
+        _say(f"note: {note}")
+
+
+def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
+    """Say what a folder is, what it needs, and what looks wrong; no tensor is read.
+
+    python -m main inspect
+    python -m main inspect mistral-7B-v0.1
+    python -m main inspect mistral-7B-v0.1 --json
+
+    Release, layout, files, dtypes, window and theta with the rule used, tokenizer, memory for weights
+    and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder.
+    Without FOLDER: the small model that ships. --json prints one object.
+    """
+    from mistral.formats.inspect import as_json, as_text
+    from mistral.formats.inspect import inspect_folder as report_on
+
+    report = report_on(folder)
+    print(as_json(report) if json else as_text(report))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "interactive": interactive,
+    "complete": complete,
+    "inspect": inspect_folder,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,14 +298,22 @@ def _overview() -> str:
 
 def _help(name: str, command: Callable[..., None]) -> str:
     parameters = inspect.signature(command).parameters.values()
-    places = [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    lines = [f"usage: python -m main {name} {' '.join(f'[{p}]' for p in places)} [flags]", ""]
+    required = [p for p in parameters if p.default is p.empty]
+    places = [
+        p.name.upper() if p in required else f"[{p.name.upper()}]"
+        for p in parameters
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    places += [f"--{p.name} {p.name.upper()}" for p in required if p.kind is p.KEYWORD_ONLY]
+    lines = [f"usage: python -m main {name} {' '.join(places)} [flags]", ""]
     lines += [inspect.getdoc(command) or "", "", "flags:"]
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY:
             kind = str(p.annotation).removesuffix(" | None").replace("list[str]", "str, may be repeated")
             default = "" if p.default in (None, False) else f", default {p.default}"
-            lines.append(f"  --{p.name:15} {FLAG_HELP[p.name]} ({kind}{default})")
+            default = ", required" if p in required else default
+            text = FLAG_HELP.get(f"{name} --{p.name}", FLAG_HELP[p.name])
+            lines.append(f"  --{p.name:15} {text} ({kind}{default})")
     return "\n".join(lines)
 
 
@@ -284,6 +334,10 @@ FLAG_HELP = {
     "json": "print JSON lines instead of text",
     "top_logprobs": "with --json: how many of the likeliest tokens to report for each token",
     "max_batch_size": "most prompts run at once; the others wait",
+    "to": "the layout to write: mistral or hf",
+    # Where a flag means something else in one command.
+    "inspect --json": "print one JSON object instead of text",
+    "convert --dtype": "of the weights written: float32, bfloat16 or float16; left out: as they are",
 }
 
 

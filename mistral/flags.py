@@ -79,9 +79,10 @@ def canonical(command: Callable[..., None], words: Sequence[str], ranges: Ranges
         raise UsageError(f"a word too many: {loose[len(free)]!r} (a prompt of several words wants quotes)")
     for parameter, word in zip(free, loose, strict=False):
         given[parameter.name] = _convert(parameter.name, word, _kind(parameter))
-    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in given]
+    needed = [p for p in parameters.values() if p.default is p.empty and p.name not in given]
+    missing = [f"--{p.name}" if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in needed]
     if missing:
-        raise UsageError(f"missing: {', '.join(name.upper() for name in missing)}")
+        raise UsageError(f"missing: {', '.join(missing)}")
     return [f"--{name}={json.dumps(value)}" for name, value in given.items()]
 
 

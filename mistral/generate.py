@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mistral import memory
-from mistral.cache import RollingBufferCache, block_for
+from mistral.cache import RollingBufferCache, row_bytes
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.tokenizer import StreamDecoder, TokenizerLike, encode
@@ -250,18 +250,17 @@ def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
         DoesNotFit: not even one.
     """
     args = model.args
-    slots = sum(positions if w is None else min(positions, w + block_for(w) - 1) for w in args.windows)
-    row_bytes = 2 * slots * args.n_kv_heads * args.head_dim * model.dtype.itemsize
+    needed = row_bytes(args, positions, model.dtype.itemsize)
     rows = min(prompts, args.max_batch_size or prompts)
     left = memory.available(model.device)
-    if rows and left is not None and row_bytes > left:
+    if rows and left is not None and needed > left:
         memory.require(
-            row_bytes,
+            needed,
             model.device,
             f"keys and values of one sequence of {positions} positions",
             "lower --max_tokens, shorten the prompt, or use --dtype bfloat16",
         )
-    return rows if left is None or not row_bytes else min(rows, left // row_bytes)
+    return rows if left is None or not needed else min(rows, left // needed)
 
 
 def _check(

@@ -14,8 +14,9 @@ import pytest
 from mistral.cli import main
 from tests.folders import ROOT
 
-# For commands that run as processes: one thread, and nothing of this terminal's.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+# For commands that run as processes: the CPU, one thread, and buffers as usual, so that a missing flush shows.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ def in_process(capfd: pytest.CaptureFixture[str]) -> Command:
     def run(*words: object, stdin: str | bytes = "") -> Outcome:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         capfd.readouterr()
-        with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")):
+        with (
+            mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")),
+            mock.patch("torch.cuda.is_available", return_value=False),
+            mock.patch("torch.backends.mps.is_available", return_value=False),
+        ):
             code = main([str(word) for word in words])
         out, err = capfd.readouterr()
         return Outcome(code, out, err)

@@ -127,10 +127,12 @@ def test_help_and_version_import_no_torch() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
-    assert f"usage: python -m main {name} [FOLDER]" in text
+    takes = {"convert": "SRC DST --to TO"}
+    assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
     assert text.count(f"python -m main {name}") >= 3  # examples
     names = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
-    assert {"--max_tokens", "--device", "--dtype", "--attention", "--threads", "--chunk_size"} <= set(names)
+    of_all = {"--max_tokens", "--device", "--dtype", "--attention", "--threads", "--chunk_size"}
+    assert {"convert": {"--to", "--dtype"}, "inspect": {"--json"}}.get(name, of_all) <= set(names)
     assert cli(name, "/nowhere", "--max_tokens", "x", "-h").text == text
     # What help shows is what a user may type.
     for line in text.splitlines():
@@ -147,8 +149,9 @@ def test_overview_and_version(cli: Command) -> None:
 
 
 def test_no_command_and_no_such_command(cli: Command) -> None:
-    assert cli().error == "no command: demo, interactive, complete; see --help"
-    assert cli("chat").error == "no command 'chat': demo, interactive, complete; see --help"
+    assert {"demo", "interactive", "complete", "convert"} <= set(COMMANDS)
+    assert cli().error == f"no command: {', '.join(COMMANDS)}; see --help"
+    assert cli("chat").error == f"no command 'chat': {', '.join(COMMANDS)}; see --help"
     assert cli("--max_tokens", 3, "demo").error.startswith("no command '--max_tokens'")
     assert cli("two\nlines").error.startswith("no command 'two\\nlines'")
 

@@ -54,14 +54,14 @@ class Loaded:
         parameters = sum(p.numel() for p in self.model.parameters())
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
         return (
-            f"{_short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
+            f"{short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"device {run.device}; weights/compute/cache {dtypes}; attention {run.attention}; "
             f"window {window_text(args)}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
             f"tokenizer {self.tokenizer.path.name}"
         )
 
 
-def _short(folder: Path) -> Path:
+def short(folder: Path) -> Path:
     """A folder as seen from here, where that is shorter."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
@@ -125,20 +125,25 @@ def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
     model.eval()
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder: tekken.json, else the newest tokenizer.model.vN, else tokenizer.model.
-
-    Raises:
-        TokenizerError: none, broken, or with more words than the model.
-    """
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizers of a folder, best first: tekken.json, tokenizer.model.vN from the newest on, tokenizer.model."""
     versions = {
         int(match[1]): path
         for path in folder.glob("tokenizer.model.v*")
         if (match := re.search(r"\.v(\d+)", path.name))
     }
-    newest = [versions[max(versions)]] if versions else []
-    candidates = [folder / "tekken.json", *newest, folder / "tokenizer.model"]
-    path = next((p for p in candidates if p.is_file()), None)
+    newest_first = [versions[n] for n in sorted(versions, reverse=True)]
+    candidates = [folder / "tekken.json", *newest_first, folder / "tokenizer.model"]
+    return [path for path in candidates if path.is_file()]
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a folder, the first of its `tokenizer_files`.
+
+    Raises:
+        TokenizerError: none, broken, or with more words than the model.
+    """
+    path = next(iter(tokenizer_files(folder)), None)
     if path is None:
         raise TokenizerError(f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3 or tekken.json")
     tokenizer = Tokenizer(path)

@@ -74,18 +74,24 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         source = "params.json"
         args = to_args(read_object(path / source), max_batch_size)
         weights = find_weights(path)
+        tied = False
     else:
         source = "config.json"
         raw = read_object(path / source)
         args, assumed = hf.config_to_args(raw, max_batch_size)
         notes += assumed
-        weights = _as_mistral(find_hf_weights(path), args, tied=raw.get("tie_word_embeddings") is True)
+        weights = find_hf_weights(path)
+        tied = raw.get("tie_word_embeddings") is True
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
             f"{source} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
         )
-    check_tensors(weights.tensors, expected_shapes(args), where, source)
+    expected = expected_shapes(args)
+    if layout == "mistral":
+        check_tensors(weights.tensors, expected, where, source)
+    else:
+        weights = _as_mistral(weights, args, tied, where, source)
     return Folder(path, layout, args, weights, tuple(notes))
 
 
@@ -102,21 +108,21 @@ def _layout(path: Path, notes: list[str]) -> str:
     )
 
 
-def _as_mistral(weights: WeightFiles, args: ModelArgs, tied: bool) -> WeightFiles:
-    """Weights in Hugging Face's layout, under Mistral's names and in Mistral's row order."""
-    tensors, readers = {}, {}
-    for name, stored in weights.tensors.items():
-        ours = hf.to_mistral(name)
-        if ours is None:
-            continue
-        tensors[ours] = stored
+def _as_mistral(weights: WeightFiles, args: ModelArgs, tied: bool, where: str, source: str) -> WeightFiles:
+    """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
+    stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
+    shapes = expected_shapes(args)
+    names = {ours: hf.to_hf(ours) for ours in shapes}
+    if tied and names["output.weight"] not in stored:
+        names["output.weight"] = names["tok_embeddings.weight"]
+    # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
+    check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, source)
+    readers = {}
+    for ours, name in names.items():
         heads = hf.heads_of(ours, args)
         reader = weights.readers[name]
         readers[ours] = reader if heads is None else partial(_reordered, reader, heads)
-    if tied and "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]
-        readers["output.weight"] = readers["tok_embeddings.weight"]
-    return WeightFiles(weights.files, tensors, readers)
+    return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
 
 
 def _reordered(reader: Callable[[], Tensor], heads: int) -> Tensor:

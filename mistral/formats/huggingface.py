@@ -87,23 +87,32 @@ SHAPE = {
 MODEL_TYPES = ("mistral", "ministral")
 # Known keys that change no number of a forward.
 HARMLESS = {
+    "_attn_implementation": "an option of transformers",
+    "_flash_attn_2_enabled": "an option of transformers",
     "_name_or_path": "where it was exported",
     "architectures": "a label; model_type decides",
     "attention_dropout": "training",
     "auto_map": "code, which is never run",
     "bos_token_id": "the tokenizer's",
+    "chunk_size_feed_forward": "an option of transformers",
     "dtype": "the weights have their own",
     "eos_token_id": "the tokenizer's",
+    "id2label": "a classifier's",
     "initializer_range": "training",
+    "label2id": "a classifier's",
     "max_position_embeddings": "how long the training sequences were",
     "model_type": "checked on its own",
     "output_attentions": "an option of transformers",
     "output_hidden_states": "an option of transformers",
     "pad_token_id": "the tokenizer's",
+    "problem_type": "a classifier's",
     "return_dict": "an option of transformers",
+    "tokenizer_class": "the tokenizer's",
     "torch_dtype": "the weights have their own",
     "transformers_version": "where it was exported",
     "unk_token_id": "the tokenizer's",
+    "unsloth_fixed": "where it was exported",
+    "unsloth_version": "where it was exported",
     "use_cache": "an option of transformers",
 }
 # Keys with a meaning that is worked out below.
@@ -151,8 +160,9 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
         if key in ONLY:
             if value not in ONLY[key]:
                 raise ParamsError(f"config.json has {key} = {value!r}, which this model does not have")
-        elif key == "quantization_config" and value is not None:
-            raise ParamsError("config.json has 'quantization_config': a quantized checkpoint: use transformers or vLLM")
+        elif key == "quantization_config":
+            if value is not None:
+                raise ParamsError(f"config.json has {key!r}: a quantized checkpoint: use transformers or vLLM")
         elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
             raise ParamsError(
                 f"config.json has {key!r}, which no supported release has: remove it if it changes nothing"
@@ -185,7 +195,7 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
     if types is None:
         return window
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or any(t not in known for t in types):
+    if not isinstance(types, list) or not all(isinstance(t, str) and t in known for t in types):
         raise ParamsError(f"config.json: layer_types must list {' or '.join(known)} for each layer")
     if len(types) != raw["num_hidden_layers"]:
         raise ParamsError(f"config.json: {len(types)} layer_types for {raw['num_hidden_layers']} layers")
@@ -195,18 +205,24 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
 
 
 def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
-    scaling = raw.get("rope_scaling")
-    parameters = raw.get("rope_parameters")
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+    given = {"rope_theta": raw.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = raw.get(key)
         if value is None:
             continue
         if not isinstance(value, dict):
             raise ParamsError(f"config.json: {key} must be an object, not {value!r}")
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default":
-            raise ParamsError(f"config.json: {key} has rope_type {kind!r}: use transformers or vLLM")
-    if raw.get("rope_theta") is not None:
-        return raw["rope_theta"], "given in config.json"
-    if parameters and parameters.get("rope_theta") is not None:
-        return parameters["rope_theta"], "given in config.json's rope_parameters"
-    return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
+        for name in ("rope_type", "type"):
+            if value.get(name, "default") != "default":
+                raise ParamsError(f"config.json: {key} has {name} {value[name]!r}: use transformers or vLLM")
+        if unknown := [name for name in value if name not in ("rope_type", "type", "rope_theta")]:
+            raise ParamsError(f"config.json: {key} has {unknown[0]!r}: use transformers or vLLM")
+        given[f"{key}.rope_theta"] = value.get("rope_theta")
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
+    (first, theta), *others = given.items()
+    for key, value in others:
+        if value != theta:  # transformers takes the one, older programs the other
+            raise ParamsError(f"config.json gives both {first} = {theta!r} and {key} = {value!r}: they differ")
+    return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"

@@ -7,6 +7,7 @@ and dtype. Nothing in a file is executed.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -59,11 +60,15 @@ class WeightFiles:
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) one after the other, backed by the file's pages, on the CPU."""
-        for name, reader in self.readers.items():
-            try:
-                yield name, reader()
-            except (SafetensorError, RuntimeError, OSError) as error:
-                raise WeightsError(f"{name} cannot be read: {error}") from None
+        for name in self.readers:
+            yield name, self.get(name)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, likewise."""
+        try:
+            return self.readers[name]()
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise WeightsError(f"{name} cannot be read: {error}") from None
 
 
 def file_names(files: tuple[Path, ...]) -> str:
@@ -87,10 +92,14 @@ def find_hf_weights(folder: Path) -> WeightFiles:
     Raises:
         WeightsError: none, parts missing, an index that does not fit them, or a file that cannot be read.
     """
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / "model.safetensors"
     if index.is_file():
-        return _check_index(_open_safetensors(_indexed_parts(index)), index)
-    single = folder / "model.safetensors"
+        parts = _indexed_parts(index)
+        if single.is_file() and single not in parts:  # transformers reads the one, vLLM the others
+            raise WeightsError(
+                f"{folder} holds {single.name} and an index of other files: remove those of another model"
+            )
+        return _check_index(_open_safetensors(parts), index)
     if single.is_file():
         return _open_safetensors((single,))
     parts = _numbered_parts(folder, "model")
@@ -108,9 +117,9 @@ def _indexed_parts(index: Path) -> tuple[Path, ...]:
     files = set(_weight_map(index).values())
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise WeightsError(f"{index} names {name!r}, which is no safetensors file beside it")
-        if not (index.parent / name).is_file():
-            raise WeightsError(f"{index} names {name}, which is missing")
+            raise WeightsError(f"{index} names {name[:80]!r}, which is no safetensors file beside it")
+        if not os.path.isfile(index.parent / name):  # not Path.is_file, which raises where a name is too long
+            raise WeightsError(f"{index} names {name[:80]!r}, which is missing")
     return tuple(index.parent / name for name in sorted(files))
 
 

@@ -1,0 +1,424 @@
+"""Folders out: a model into the other layout, into safetensors, or into another dtype.
+
+One tensor at a time, so memory is about one tensor's; into a folder beside the destination, which is
+renamed once everything is in it, so what is at the destination is complete. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral.args import ModelArgs, Window
+from mistral.formats import huggingface as hf
+from mistral.formats import load_tokenizer
+from mistral.formats.folder import Folder, expected_shapes, read_folder
+from mistral.formats.params import REQUIRED, read_object
+from mistral.formats.weights import INDEX
+from mistral.memory import gigabytes
+from mistral.tokenizer import TokenizerError
+
+LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
+PIECE = 2**24  # weights written at a time
+
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
+TOKENIZER_FILES = (
+    "tokenizer.model*",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+HF_FILES = ("generation_config.json",)
+# Keys of a config.json that say nothing about shape and stay true of the converted model.
+HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
+# How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
+LENGTH = 32768
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be done; the destination is as it was."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder that was written.
+
+    Args:
+        path: the folder.
+        layout: "mistral" or "huggingface".
+        files: its weights.
+        nbytes: of the weights.
+        dtypes: of the weights.
+        notes: what was assumed, rounded or left aside, a sentence each.
+    """
+
+    path: Path
+    layout: str
+    files: tuple[str, ...]
+    nbytes: int
+    dtypes: tuple[torch.dtype, ...]
+    notes: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line: what was written, and where."""
+        layout = "Mistral's layout" if self.layout == "mistral" else "Hugging Face's layout"
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        dtypes = "/".join(_name(d) for d in self.dtypes)
+        return f"{self.path}: {layout}, {gigabytes(self.nbytes)} of {dtypes} in {self.files[0]}{more}"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written: Mistral's name and the layout's, shape, dtype."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    to: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int = SHARD,
+) -> Converted:
+    """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
+
+    Args:
+        src: a folder in either layout.
+        dst: a folder that is not there yet, or is empty.
+        to: "mistral" or "hf", which may be the layout that src has.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
+
+    Raises:
+        ConvertError: the two folders, the layout, the dtype or the disk do not allow it; or a value
+            would become infinite.
+        ValueError: another subclass, if src is not a model; see `read_folder`.
+    """
+    if to not in LAYOUTS:
+        raise ConvertError(f"no layout is called {to!r}: {' or '.join(LAYOUTS)}")
+    target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and target not in DTYPES.values():
+        raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
+    folder = read_folder(src)
+    place = _destination(folder.path, Path(dst))
+    notes = list(folder.notes)
+    files = _plan(folder, to, target, shard_size)
+    tensors = [tensor for part in files.values() for tensor in part]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    described = _describe(folder, to, tensors, notes)
+    patterns = TOKENIZER_FILES + (HF_FILES if to == "hf" else ())
+    carried = sorted({path for pattern in patterns for path in folder.path.glob(pattern) if path.is_file()})
+    if to == "hf" and carried and not (folder.path / "tokenizer.json").is_file():
+        notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
+    rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
+    _check_disk(place, nbytes + rest + sum(len(_header(part)) for part in files.values()), notes)
+    try:
+        with _appears_complete(place) as work:
+            notes += _write_weights(folder, work, files, to)
+            if len(files) > 1:
+                names = {tensor.name: file for file, part in files.items() for tensor in part}
+                _write_text(work / INDEX, _json({"metadata": {"total_size": nbytes}, "weight_map": names}))
+            for path in carried:
+                shutil.copyfile(path, work / path.name)  # what a link leads to, with the modes of a new file
+            for name, text in described.items():  # last, because no folder without them is taken for a model
+                _write_text(work / name, text)
+            read_folder(work)
+    except OSError as error:
+        raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
+    dtypes = Counter(tensor.dtype for tensor in tensors)
+    return Converted(Path(dst), LAYOUTS[to], tuple(files), nbytes, tuple(dtypes), tuple(notes))
+
+
+# --- where to
+
+
+def _destination(src: Path, dst: Path) -> Path:
+    """Where the folder will be, without links, once it is sure that nothing is there."""
+    try:
+        origin, place = src.resolve(), dst.resolve()
+        if place == origin:
+            raise ConvertError(f"{dst} is the folder to convert: give another one")
+        if origin in place.parents:
+            raise ConvertError(f"{dst} is inside {src}, the folder to convert: give one beside it")
+        if os.path.isdir(place):
+            if any(place.iterdir()):
+                raise ConvertError(f"{dst} is there already and not empty: give another folder, or remove it first")
+        elif os.path.lexists(place):
+            raise ConvertError(f"{dst} is a file: give a folder that is not there yet")
+        if not os.path.isdir(place.parent):
+            raise ConvertError(f"no such folder: {place.parent}, in which to make {place.name}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ConvertError(f"{dst} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return place
+
+
+def _check_disk(place: Path, needed: int, notes: list[str]) -> None:
+    left = sorted(path.name for path in place.parent.glob(f".{glob.escape(place.name)}.*.partial"))
+    remains = f"{' and '.join(left)} in {place.parent}, left by a killed run or still being written"
+    if left:
+        notes.append(remains)
+    free = shutil.disk_usage(place.parent).free
+    if needed > free:
+        advice = f" (there is {remains})" if left else ""
+        raise ConvertError(
+            f"{place} needs {gigabytes(needed)}, but its disk has {gigabytes(free)} free: "
+            f"free some, or give a folder on another disk{advice}"
+        )
+
+
+@contextmanager
+def _appears_complete(place: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C."""
+    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
+    try:
+        work.mkdir()
+        yield work
+        _sync(work)
+        if place.is_dir():
+            place.rmdir()
+        os.rename(work, place)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    _sync(place.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder's names survive a power cut, where folders can be opened at all."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+# --- weights
+
+
+def _plan(folder: Folder, to: str, target: torch.dtype | None, shard_size: int) -> dict[str, list[_Tensor]]:
+    """The files to write, by name, and what goes into each."""
+    parts: list[list[_Tensor]] = [[]]
+    size = 0
+    for source, shape in expected_shapes(folder.args).items():
+        stored = folder.weights.tensors[source].dtype
+        assert stored is not None
+        tensor = _Tensor(source, hf.to_hf(source) if to == "hf" else source, shape, target or stored)
+        if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.nbytes
+    for part in parts:
+        part.sort(key=lambda tensor: -tensor.dtype.itemsize)  # so that every tensor is aligned to its own dtype
+    if to == "mistral":
+        return {"consolidated.safetensors": parts[0]}
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _header(tensors: list[_Tensor]) -> bytes:
+    """The start of a safetensors file: length (8 bytes, little-endian), then JSON, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], to: str) -> list[str]:
+    rounding = _Rounding()
+    total = sum(tensor.nbytes for part in files.values() for tensor in part)
+    bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    with bar:
+        for name, part in files.items():
+            with open(work / name, "wb") as file:
+                file.write(_header(part))
+                for tensor in part:
+                    _write_tensor(file, tensor, folder, to, rounding, bar)
+                file.flush()
+                os.fsync(file.fileno())
+    return rounding.verdict()
+
+
+def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
+    weight = folder.weights.get(tensor.source)
+    heads = hf.heads_of(tensor.source, folder.args)
+    if to == "hf" and heads is not None:
+        weight = hf.rows_to_hf(weight.contiguous(), heads)
+    rows = max(1, PIECE // math.prod(weight.shape[1:]))
+    for piece in weight.split(rows):
+        written = piece.to(tensor.dtype).contiguous()
+        if written.dtype != piece.dtype:
+            rounding.compare(tensor, piece, written)
+        if not rounding.infinite:  # else only counting goes on
+            file.write(written.view(torch.uint8).numpy().data)
+        bar.update(written.nbytes)
+
+
+class _Rounding:
+    """What a narrower dtype makes of the values: how many become infinite, how many zero."""
+
+    def __init__(self) -> None:
+        self.infinite = self.zero = self.values = 0
+        self.first = ""
+        self.dtype: torch.dtype | None = None
+
+    def compare(self, tensor: _Tensor, before: Tensor, after: Tensor) -> None:
+        self.dtype = after.dtype
+        self.values += before.numel()
+        if torch.promote_types(before.dtype, after.dtype) == after.dtype:
+            return  # wider: exact
+        infinite = int((after.isinf() & before.isfinite()).sum())
+        if infinite and not self.infinite:
+            self.first = tensor.source
+        self.infinite += infinite
+        self.zero += int(((after == 0) & (before != 0)).sum())
+
+    def verdict(self) -> list[str]:
+        """Notes, a sentence each.
+
+        Raises:
+            ConvertError: values became infinite.
+        """
+        if self.dtype is None:
+            return []
+        of = f"of {self.values:,} values"
+        if self.infinite:
+            largest = torch.finfo(self.dtype).max
+            raise ConvertError(
+                f"{self.infinite:,} {of} are beyond {_name(self.dtype)}, which ends at {largest:g} "
+                f"(the first in {self.first}): choose another --dtype"
+            )
+        return [f"{self.zero:,} {of} are so small that they are 0 in {_name(self.dtype)}"] if self.zero else []
+
+
+# --- what else is in a folder
+
+
+def _describe(folder: Folder, to: str, tensors: list[_Tensor], notes: list[str]) -> dict[str, str]:
+    """The file that gives the shape: its name and its text."""
+    from_mistral = folder.layout == "mistral"
+    raw = read_object(folder.path / ("params.json" if from_mistral else "config.json"))
+    given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
+    length = next((n for n in given if type(n) is int and n > 0), None)
+    if to == "mistral":
+        return {"params.json": _json(_params(folder.args, length))}
+    if length is None:
+        length = LENGTH
+        notes.append(f"how long texts may be is not said; config.json has max_position_embeddings {length}")
+    (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
+    kept = {} if from_mistral else {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
+    if "bos_token_id" not in kept or "eos_token_id" not in kept:
+        kept = {**_special_tokens(folder, notes), **kept}
+    return {"config.json": _json(_config(folder.args, length, dtype, kept))}
+
+
+def _params(args: ModelArgs, length: int | None) -> dict[str, Any]:
+    params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
+    params["sliding_window"] = _shortest(args.windows)
+    params["rope_theta"] = args.rope_theta
+    if length is not None:
+        params["max_seq_len"] = length
+    return params
+
+
+def _shortest(windows: tuple[Window, ...]) -> Window | list[Window]:
+    """One window if all layers have it, else the shortest list that repeats to these."""
+    for n in range(1, len(windows) + 1):
+        if len(windows) % n == 0 and windows[:n] * (len(windows) // n) == windows:
+            return windows[0] if n == 1 else list(windows[:n])
+    raise AssertionError("a list repeats itself")
+
+
+def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
+    distinct = set(args.windows) - {None}
+    if len(distinct) > 1:
+        raise ConvertError(
+            f"layers have windows of {' and '.join(map(str, sorted(filter(None, distinct))))} tokens: "
+            "a config.json has one for all layers, or for some of them"
+        )
+    window = next(iter(distinct), None)
+    mixed = len(set(args.windows)) > 1
+    config: dict[str, Any] = {
+        "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
+        "model_type": "ministral" if mixed else "mistral",
+        **{theirs: getattr(args, ours) for theirs, ours in hf.SHAPE.items()},
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": length,
+        "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "sliding_window": window,  # null included: left out, it is 4096
+        "tie_word_embeddings": False,
+        "dtype": _name(dtype),
+        "torch_dtype": _name(dtype),
+        **kept,
+    }
+    if mixed:
+        config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
+    return config
+
+
+def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    except TokenizerError as error:
+        notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")
+        return {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

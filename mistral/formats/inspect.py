@@ -1,0 +1,302 @@
+"""What a folder is: the facts of `read_folder`, what it takes to run it, and what looks wrong.
+
+Reads headers, the small JSON files and the tokenizer; no tensor. Refuses only what cannot be a model;
+all else that is odd is reported under "suspicious".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mistral.args import ModelArgs
+from mistral.cache import row_bytes
+from mistral.formats import BUNDLED, short, tokenizer_files, window_text
+from mistral.formats import huggingface as hf
+from mistral.formats.folder import Folder, read_folder
+from mistral.formats.params import ParamsError, read_object, to_args
+from mistral.formats.releases import COMPARED, Release, recognise
+from mistral.formats.weights import INDEX, WeightsError, file_names
+from mistral.tokenizer import Tokenizer, TokenizerError
+
+POSITIONS = (2048, 8192, 32768, 131072)
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+LAYOUTS = {"mistral": "Mistral's", "huggingface": "Hugging Face's"}
+CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
+KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
+# Ends of the names of weights that are not read, and of downloads that have not ended.
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2", ".download")
+
+
+def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
+    """Everything there is to say about a folder, ready for JSON.
+
+    Sizes are in bytes; `memory.cache` is of one sequence. None is the small model that ships.
+
+    Raises:
+        FolderError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
+    """
+    path = short(BUNDLED) if folder is None else Path(folder)
+    try:
+        found = read_folder(path)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_known_mistake(path)}") from None
+    args, source = found.args, CONFIGS[found.layout]
+    raw = read_object(path / source)
+    tokenizer = _tokenizer(path)
+    release, odd = recognise(args, None if tokenizer["error"] else tokenizer["kind"])
+    files = _files(found, tokenizer["file"])
+    stored = Counter(t.dtype_name for t in found.weights.tensors.values())
+    size = {
+        name: sum(math.prod(t.shape) for t in found.weights.tensors.values() if t.dtype_name == name) for name in stored
+    }
+    dtypes = {_dtype(name): {"tensors": stored[name], "parameters": size[name]} for name in stored}
+    suspicious = [
+        *found.notes,
+        *odd,
+        *_about_shape(found, release, raw, source),
+        *_about_tokenizer(path, tokenizer, args, release),
+        *_about_files(path, files, dtypes),
+    ]
+    return {
+        "folder": str(path),
+        "release": None if release is None else _release(release),
+        "layout": found.layout,
+        "files": files,
+        "bytes": sum(f["bytes"] for f in files),
+        "parameters": found.parameters,
+        "dtypes": dtypes,
+        "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
+        "window": {"text": window_text(args), "layers": list(args.windows), "rule": _window_rule(raw, source)},
+        "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
+        "tokenizer": tokenizer,
+        "memory": {
+            "weights": {dtype: found.parameters * n for dtype, n in ITEMSIZE.items()},
+            "cache": [
+                {"positions": n, "bytes": {dtype: row_bytes(args, n, size) for dtype, size in ITEMSIZE.items()}}
+                for n in POSITIONS
+            ],
+        },
+        "suspicious": suspicious,
+        "serve": _serve(found, raw),
+    }
+
+
+def _known_mistake(path: Path) -> str:
+    """What is known about a params.json whose shape is not that of the tensors."""
+    try:
+        _, warnings = recognise(to_args(read_object(path / "params.json")))
+    except ParamsError:
+        return ""
+    return "".join(f"; {warning}" for warning in warnings)
+
+
+def _release(release: Release) -> dict[str, Any]:
+    return {
+        "name": release.name,
+        "variants": list(release.variants),
+        "template": release.template,
+        "tokenizer": release.tokenizer_file,
+        "files": list(release.files),
+        "md5": dict(release.md5),
+    }
+
+
+def _dtype(name: str) -> str:
+    """float32, bfloat16, ... for the names that safetensors and torch have for them."""
+    short = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return short.get(name, name.removeprefix("torch."))
+
+
+def _window_rule(raw: dict[str, Any], source: str) -> str:
+    if raw.get("layer_types") is not None:
+        return f"given by layer_types in {source}"
+    for key in ("sliding_window", "_sliding_window"):
+        if key in raw:
+            return f"given in {source}" if key == "sliding_window" else f"given as {key} in {source}"
+    return f"absent from {source}, which means {'none' if source == 'params.json' else hf.DEFAULT_WINDOW}"
+
+
+def _tokenizer(path: Path) -> dict[str, Any]:
+    paths = tokenizer_files(path)
+    facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
+    if not paths:
+        return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
+    facts |= {"file": paths[0].name, "kind": "tekken" if paths[0].suffix == ".json" else "sentencepiece"}
+    try:
+        return facts | {"words": Tokenizer(paths[0]).n_words}
+    except TokenizerError as error:
+        return facts | {"error": str(error)}
+
+
+def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
+    """Name, size and role of every file; sizes of links are those of what they point to."""
+    roles = dict.fromkeys((f.name for f in found.weights.files), "weights")
+    roles[CONFIGS[found.layout]] = "shape"
+    if found.layout == "huggingface":
+        roles[INDEX] = "index"
+    if tokenizer is not None:
+        roles[tokenizer] = "tokenizer"
+    files = []
+    for file in sorted(found.path.iterdir()):
+        if file.is_file():
+            role = roles.get(file.name) or ("leftover" if file.name.endswith(WEIGHTS + UNFINISHED) else "other")
+            files.append({"name": file.name, "bytes": file.stat().st_size, "role": role})
+    return files
+
+
+def _about_shape(found: Folder, release: Release | None, raw: dict[str, Any], source: str) -> list[str]:
+    said = []
+    args = found.args
+    if release is None and args.theta_rule.startswith("absent"):
+        said.append(f"rope_theta is {args.theta_rule}: no release tells whether {args.rope_theta:g} is right")
+    if found.layout == "mistral" and "_sliding_window" in raw:
+        said.append("params.json spells it _sliding_window, which vLLM does not read: rename it, or vLLM has no window")
+    if isinstance(raw.get("sliding_window"), str):
+        said.append(f"{source} gives sliding_window as text, which other programs refuse: write a number or null")
+    (other,) = set(CONFIGS.values()) - {source}
+    if (found.path / other).is_file():
+        try:
+            there = read_object(found.path / other)
+            theirs = hf.config_to_args(there)[0] if other == "config.json" else to_args(there)
+        except ParamsError as error:
+            said.append(f"{other} is there too, left aside, and wrong: {error}")
+        else:
+            said += _differences(args, theirs, source, other)
+    return said
+
+
+def _differences(args: ModelArgs, theirs: ModelArgs, source: str, other: str) -> list[str]:
+    names = [n for n in COMPARED if n != "sliding_window" and getattr(args, n) != getattr(theirs, n)]
+    said = [f"{n} {getattr(args, n):g} and {getattr(theirs, n):g}" for n in names]
+    if args.n_layers == theirs.n_layers and args.windows != theirs.windows:
+        said.append(f"window {window_text(args)} and {window_text(theirs)}")
+    return [f"{source}, which was read, and {other} differ: {', '.join(said)}"] if said else []
+
+
+def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, release: Release | None) -> list[str]:
+    said = [] if tokenizer["error"] is None else [tokenizer["error"]]
+    words, name = tokenizer["words"], tokenizer["file"]
+    if words is not None and words > args.vocab_size:
+        said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
+    elif words is not None and words < args.vocab_size - (release.added_words if release else 0):
+        said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
+    others = [p.name for p in tokenizer_files(path)[1:]]
+    if others:
+        said.append(f"several tokenizers: {name} is read, {', '.join(others)} left aside")
+    return said
+
+
+def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]]) -> list[str]:
+    said = []
+    left = [f for f in files if f["role"] == "leftover"]
+    unfinished = [f["name"] for f in left if f["name"].endswith(UNFINISHED)]
+    unread = [f for f in left if f["name"] not in unfinished]
+    if unread:
+        first = file_names(tuple(Path(f["name"]) for f in unread))
+        said.append(f"not read, {_size(sum(f['bytes'] for f in unread))}: {first}")
+    if unfinished:
+        said.append(f"a download that has not ended: {', '.join(unfinished)}")
+    for link in sorted(path.iterdir()):
+        if link.is_symlink() and not link.exists():
+            said.append(f"{link.name} is a link to a file that is gone")
+    if len(dtypes) > 1:
+        counts = ", ".join(f"{count['tensors']} {name}" for name, count in dtypes.items())
+        said.append(f"weights of several dtypes: {counts}")
+    for name, times in (("float32", "twice"), ("float64", "four times")):
+        if name in dtypes:
+            said.append(f"stored as {name}, {times} the size of bfloat16, which is what the releases have")
+    return said
+
+
+def _serve(found: Folder, raw: dict[str, Any]) -> dict[str, Any]:
+    """How vLLM serves it: commands in order, and why the first converts, if it does."""
+    folder, first = str(found.path), None
+    if any(f.suffix == ".pth" for f in found.weights.files):
+        first = "vLLM does not read .pth files"
+    elif found.layout == "huggingface" and len(set(found.args.windows)) > 1:
+        first = "vLLM reads a window for each layer in Mistral's layout"
+    commands = []
+    if first:
+        folder = f"{folder}-converted"
+        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to mistral")
+    if found.layout == "mistral" or first:
+        options = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
+    else:
+        options = "--config_format hf --load_format safetensors"
+        if not (found.path / "tokenizer.json").is_file():
+            options = f"--tokenizer_mode mistral {options}"
+    return {"commands": [*commands, f"vllm serve {_word(folder)} {options}"], "convert_first": first}
+
+
+def _word(path: str) -> str:
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report as one object, on one line, in ASCII whatever the names of files."""
+    return json.dumps(report)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: one fact a line, aligned."""
+    lines = [*_facts(report), "", *_table(report), "", "files"]
+    width = max(len(_printable(f["name"])) for f in report["files"])
+    lines += [f"  {_printable(f['name']):{width}}  {_size(f['bytes']):>9}  {f['role']}" for f in report["files"]]
+    lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
+    first = report["serve"]["convert_first"]
+    lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
+    lines += [f"  {command}" for command in report["serve"]["commands"]]
+    return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
+    weights = [f for f in report["files"] if f["role"] == "weights"]
+    each = "" if report["window"]["text"].endswith("layers") else " in every layer"
+    words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
+    facts = {
+        "folder": report["folder"],
+        "release": "none that is known" if release is None else " or ".join(release["variants"]),
+        "layout": f"{LAYOUTS[report['layout']]}: {CONFIGS[report['layout']]}, "
+        + file_names(tuple(Path(f["name"]) for f in weights)),
+        "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {' and '.join(report['dtypes'])}",
+        "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
+        f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
+        f"vocabulary {shape['vocab_size']}",
+        "window": f"{report['window']['text']}{each} ({report['window']['rule']})",
+        "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
+        "tokenizer": f"{tokenizer['file']}: {KINDS[tokenizer['kind']]}{words}" if tokenizer["file"] else "none",
+    }
+    if release is not None:
+        facts["template"] = f"{release['template']}, of the instruct variants"
+    return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    memory = report["memory"]
+    columns = {"float32": "float32", "bfloat16": "bfloat16, float16"}
+    rows = {"weights": memory["weights"]}
+    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in memory["cache"]}
+    width = max(map(len, rows))
+    lines = [f"{'memory':{width + 2}}" + "".join(f"  {title:>17}" for title in columns.values())]
+    for name, sizes in rows.items():
+        lines.append(f"  {name:{width}}" + "".join(f"  {_size(sizes[dtype]):>17}" for dtype in columns))
+    return lines
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
+
+
+def _size(n: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n} B"
