@@ -62,6 +62,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     G = H // K
     # The G query heads of a group become G * n query rows of one head, so keys are never repeated.
     rows = q.view(R, n, K, G, D).permute(0, 2, 3, 1, 4).reshape(R, K, G * n, D)
+    # Added to the scores rather than given as bools, which the CPU kernel would convert at every call.
     bias = torch.zeros(R, 1, 1, n, S, dtype=q.dtype, device=q.device).masked_fill_(~mask[:, None, None], float("-inf"))
     bias = bias.expand(R, 1, G, n, S).reshape(R, 1, G * n, S)
     k, v = k.to(q.dtype).transpose(1, 2), v.to(q.dtype).transpose(1, 2)

@@ -119,29 +119,8 @@ class Tile:
     slots: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Pack:
-    """Sequences of a step with every key their queries reach, in order of position and without padding.
-
-    Args:
-        q_lens: new tokens of each sequence.
-        k_lens: keys of each: the held ones within the window of its first query, then the new ones.
-        held: flat slots (row * C + slot) of the held keys, sequence after sequence.
-        order: [S] where in (held keys, new keys) each packed key is; None if nothing is held.
-        kept: which new keys the storage keeps.
-        slots: the flat slots they go to.
-    """
-
-    q_lens: tuple[int, ...]
-    k_lens: tuple[int, ...]
-    held: Tensor | None = None
-    order: Tensor | None = None
-    kept: Tensor | None = None
-    slots: Tensor | None = None
-
-
 class LayerStore(Protocol):
-    """What attention needs of a place for keys: one layer's. Read by tiles, or by packed sequences."""
+    """What attention needs of a place for keys: one layer's."""
 
     window: int | None
     capacity: int
@@ -152,12 +131,6 @@ class LayerStore(Protocol):
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""
-
-    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
-        """What the sequences `rows`, each of which brings tokens, look at when packed."""
-
-    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
 
 
 def block_for(window: int | None) -> int:
@@ -229,6 +202,7 @@ class RollingBuffer:
         end = max(plan.starts[row] for row in rows) + stop
         # Read only slots in use; a sequence that began further on may be anywhere in the buffer.
         used = end if end <= self.capacity else self.capacity
+        # Slot s holds the newest position p up to the last one written with p % C = s; below 0 there is none.
         k_pos = last - (last - torch.arange(used, device=last.device)) % self.capacity
         k_pos = torch.where(k_pos >= plan.device_origins[run.rows, None], k_pos, -1)
         return Tile(run, start, stop, q_pos, k_pos, q_pos % self.capacity)
@@ -240,36 +214,6 @@ class RollingBuffer:
         values[row, tile.slots] = v[:, tile.start : tile.stop].detach().to(values.dtype)
         used = tile.k_pos.shape[1]
         return keys[:, :used], values[:, :used]
-
-    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
-        C, q_lens = self.capacity, tuple(plan.seqlens[row] for row in rows)
-        behind = [plan.starts[row] - plan.origins[row] for row in rows]
-        if self.window is not None:
-            behind = [min(m, self.window - 1) for m in behind]
-        held, order, kept, slots = [], [], [], []
-        old, new = 0, sum(behind)  # where in (held keys, new keys) the next sequence's own begin
-        for row, n, m in zip(rows, q_lens, behind, strict=True):
-            start, last = plan.starts[row], min(n, C)
-            held.append(row * C + torch.arange(start - m, start, device="cpu") % C)
-            order += [torch.arange(old, old + m, device="cpu"), torch.arange(new, new + n, device="cpu")]
-            kept.append(torch.arange(new + n - last, new + n, device="cpu") - sum(behind))
-            slots.append(row * C + torch.arange(start + n - last, start + n, device="cpu") % C)
-            old, new = old + m, new + n
-        device = plan.device_positions.device
-        k_lens = tuple(n + m for n, m in zip(q_lens, behind, strict=True))
-        moved = [torch.cat(x).to(device) for x in (held, order, kept, slots)]
-        return Pack(q_lens, k_lens, moved[0], moved[1] if any(behind) else None, moved[2], moved[3])
-
-    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        packed = []
-        for storage, new in ((self.k, k), (self.v, v)):
-            flat = storage.view(-1, *storage.shape[2:])
-            # Cast also what is not read back: numbers must not depend on the chunking.
-            new = new.detach().to(flat.dtype)
-            # Read before anything is written: the new keys may land on the held ones.
-            packed.append(new if pack.order is None else torch.cat([flat[pack.held], new])[pack.order])
-            flat[pack.slots] = new[pack.kept]
-        return packed[0], packed[1]
 
 
 class StepKeys:
@@ -291,13 +235,6 @@ class StepKeys:
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         span = slice(self._first(tile.start), tile.stop)
         return k[:, span], v[:, span]
-
-    def pack(self, plan: Plan, rows: Sequence[int]) -> Pack:
-        lens = tuple(plan.seqlens[row] for row in rows)
-        return Pack(lens, lens)
-
-    def exchange(self, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v
 
 
 class NoCache:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral import __version__, flags
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mistral.formats import Loaded
     from mistral.generate import Completion
 
+# What a user types: installed, there is a script and no main.py.
+PROGRAM = "mistral-ref" if Path(sys.argv[0]).stem == "mistral-ref" else "python -m main"
 SEPARATOR = "====================="
 DEMO_PROMPTS = (
     "This is a test",
@@ -153,8 +156,9 @@ def complete(
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
     JSON string, or an object with "prompt" (text, or a list of ids) and perhaps "max_tokens".
-    --json prints one object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason,
-    and top_logprobs if asked for.
+    The texts of FILE's prompts are each followed by a line of =====================. --json prints one
+    object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason, and top_logprobs if
+    asked for.
     """
     if top_logprobs and not json:
         raise flags.UsageError("--top_logprobs are printed with --json only: give both")
@@ -171,13 +175,24 @@ def complete(
         "chunk_size": chunk_size,
         "top_logprobs": top_logprobs,
     }
-    if len(prompts) == 1 and not json:
+    if file is None and not json:
         _stream_one(loaded, prompts[0], max_tokens=limits[0], **options)
         return
-    from mistral.generate import complete as complete_all
+    from tqdm import tqdm
 
-    for index, result in enumerate(complete_all(prompts, loaded.model, loaded.tokenizer, max_tokens=limits, **options)):
-        print(_as_json(index, result, bool(top_logprobs)) if json else result.text)
+    from mistral.generate import completions
+
+    ended = completions(prompts, loaded.model, loaded.tokenizer, max_tokens=limits, **options)
+    bar = tqdm(ended, total=len(prompts), desc="prompts", unit="prompt", delay=2, disable=None, leave=False)
+    early: dict[int, Completion] = {}  # ended before one that comes before it
+    turn = 0
+    for index, result in bar:
+        early[index] = result
+        while turn in early:
+            shown = early.pop(turn)
+            with bar.external_write_mode():
+                _write(_as_json(turn, shown, bool(top_logprobs)) + "\n" if json else f"{shown.text}\n{SEPARATOR}\n")
+            turn += 1
 
 
 def convert(src: str, dst: str, *, to: str, dtype: str | None = None) -> None:
@@ -305,12 +320,12 @@ def _help(name: str, command: Callable[..., None]) -> str:
         if p.kind is p.POSITIONAL_OR_KEYWORD
     ]
     places += [f"--{p.name} {p.name.upper()}" for p in required if p.kind is p.KEYWORD_ONLY]
-    lines = [f"usage: python -m main {name} {' '.join(places)} [flags]", ""]
-    lines += [inspect.getdoc(command) or "", "", "flags:"]
+    lines = [f"usage: {PROGRAM} {name} {' '.join(places)} [flags]", ""]
+    lines += [(inspect.getdoc(command) or "").replace("python -m main", PROGRAM), "", "flags:"]
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY:
             kind = str(p.annotation).removesuffix(" | None").replace("list[str]", "str, may be repeated")
-            default = "" if p.default in (None, False) else f", default {p.default}"
+            default = "" if p.default is None or p.default is False else f", default {p.default}"
             default = ", required" if p in required else default
             text = FLAG_HELP.get(f"{name} --{p.name}", FLAG_HELP[p.name])
             lines.append(f"  --{p.name:15} {text} ({kind}{default})")
@@ -323,13 +338,13 @@ FLAG_HELP = {
     "top_p": "draw from the likeliest tokens that sum to this probability; 1 is all",
     "top_k": "draw from this many of the likeliest tokens; 0 is all",
     "min_p": "drop tokens less likely than this share of the likeliest",
-    "seed": "makes sampling repeatable",
+    "seed": "makes sampling repeatable: the same seed, the same text for the same prompt; left out: random",
     "stop": "text that ends a continuation; not printed",
     "device": "cpu, cuda, cuda:1 or mps; left out: the best one here",
     "dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: what the device does well",
     "attention": "sdpa, plain, flash or xformers; left out: the device's default",
-    "threads": "CPU threads",
-    "chunk_size": "most prompt tokens a sequence takes in at a step",
+    "threads": "CPU threads; left out: as many as PyTorch takes",
+    "chunk_size": "most prompt tokens a sequence takes in at a step; left out: 2048 shared by all; changes no number",
     "file": "prompts, one JSON value a line",
     "json": "print JSON lines instead of text",
     "top_logprobs": "with --json: how many of the likeliest tokens to report for each token",
@@ -455,6 +470,8 @@ def _which(folder: str | None, prompt: str | None, file: str | None) -> tuple[st
         return folder, prompt
     if file is not None or folder.startswith(("/", "./", "../", "~")):
         return folder, None  # a path, and one that load will say is no folder
+    if " " not in folder:
+        _say(f"note: there is no folder {folder!r} here, so it is the prompt")
     return None, folder
 
 

@@ -1,7 +1,8 @@
 """Command lines checked against a function's signature, before the function runs.
 
 Fire calls first and complains about a misspelled flag after, and it reads prompts as Python. Here
-every flag is matched and converted by its annotation, and Fire gets a line that cannot be misread.
+every flag is matched and converted by its annotation, and Fire, which then dispatches the command, gets a
+line that it cannot misread.
 """
 
 from __future__ import annotations

@@ -125,9 +125,10 @@ class Generation:
             PromptState(i, list(prompt), limit, Uniforms(seed, i))
             for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
-        self._waiting = deque(s for s in self.sequences if s.max_tokens or score_prompts)
         for s in self.sequences:
-            s.finish = "length" if not (s.max_tokens or score_prompts) else None
+            if not s.max_tokens and not score_prompts:
+                s.finish = "length"  # nothing to make and nothing to score
+        self._waiting = deque(s for s in self.sequences if s.finish is None)
         # The last token made is never fed back; a prompt that is only scored goes in whole.
         positions = max((len(s.prompt) + max(s.max_tokens - 1, 0) for s in self._waiting), default=0)
         rows = rows_that_fit(model, len(self._waiting), positions)
@@ -457,6 +458,24 @@ def _seed(seed: int | None, sampler: Sampler, max_tokens: int | Sequence[int]) -
     return int(torch.randint(2**62, ()))
 
 
+def completions(
+    prompts: Sequence[Prompt], model: Transformer, tokenizer: TokenizerLike, **options: object
+) -> Iterator[tuple[int, Completion]]:
+    """Continue prompts, handing out each one's index and result when it has ended; takes what `stream` takes."""
+    ids = encode_prompts(prompts, tokenizer)
+    results = [Completion("", [], [], [], "length", prompt) for prompt in ids]
+    for piece in stream(ids, model, tokenizer, **options):  # type: ignore[arg-type]
+        result = results[piece.index]
+        result.text += piece.text
+        if piece.token:
+            result.tokens.append(piece.token.id)
+            result.logprobs.append(piece.token.logprob)
+            result.top_logprobs.append(piece.token.top)
+        if piece.finish_reason:
+            result.finish_reason = piece.finish_reason
+            yield piece.index, result
+
+
 def complete(
     prompts: Sequence[Prompt], model: Transformer, tokenizer: TokenizerLike, **options: object
 ) -> list[Completion]:
@@ -465,18 +484,8 @@ def complete(
     Returns:
         One Completion a prompt, in order.
     """
-    ids = encode_prompts(prompts, tokenizer)
-    done = [Completion("", [], [], [], "length", prompt) for prompt in ids]
-    for piece in stream(ids, model, tokenizer, **options):  # type: ignore[arg-type]
-        result = done[piece.index]
-        result.text += piece.text
-        if piece.token:
-            result.tokens.append(piece.token.id)
-            result.logprobs.append(piece.token.logprob)
-            result.top_logprobs.append(piece.token.top)
-        if piece.finish_reason:
-            result.finish_reason = piece.finish_reason
-    return done
+    results = dict(completions(prompts, model, tokenizer, **options))
+    return [results[i] for i in range(len(results))]
 
 
 def generate(

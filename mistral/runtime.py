@@ -95,9 +95,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if place.type not in ("cpu", "cuda", "mps"):
         raise OptionError(f"device {device!r} is not supported: cpu, cuda, cuda:1 or mps")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"device {device!r} asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} of them"
-        )
+        reason = f"sees {torch.cuda.device_count()} of them" if torch.version.cuda else "was built without CUDA"
+        raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} {reason}")
     if place.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} sees no Apple GPU")
     return place

@@ -236,8 +236,8 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
         plan = make_plan(step, done, [0, 0], "cpu")
         rows = [row for row in (0, 1) if step[row]]
         k = (plan.positions.float() + 1)[:, None, None].expand(-1, 1, 2)
-        pack = buffer.pack(plan, rows)
-        keys, values = buffer.exchange(pack, k, -k)
+        pack = packed.pack_keys(buffer, plan, rows)
+        keys, values = packed.exchange(buffer, pack, k, -k)
         behind = [done[row] if window is None else min(done[row], window - 1) for row in rows]
         want = [torch.arange(done[r] - m, done[r] + step[r]) + 1.0 for r, m in zip(rows, behind, strict=True)]
         assert pack.q_lens == tuple(step[row] for row in rows)
@@ -252,10 +252,10 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
 
 def test_step_keys_pass_through():
     store, plan = StepKeys(3), make_plan([2, 0, 1], [0, 0, 0], [0, 0, 0], "cpu")
-    pack = store.pack(plan, [0, 2])
+    pack = packed.pack_keys(store, plan, [0, 2])
     assert pack.q_lens == pack.k_lens == (2, 1)
     k, v = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
-    assert all(a is b for a, b in zip(store.exchange(pack, k, v), (k, v), strict=True))
+    assert all(a is b for a, b in zip(packed.exchange(store, pack, k, v), (k, v), strict=True))
 
 
 # The choice by name.

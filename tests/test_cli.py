@@ -261,7 +261,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli._load", lambda folder, *_, **__: None)
     monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop)))
-    ways = ((prompt,), (f"--prompt={prompt}",), ("/folder", prompt), ("--prompt", prompt), ("--", prompt))
+    ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
         assert cli("complete", f"--stop=s{prompt}", *words).code == 0
     assert seen == [(prompt, [f"s{prompt}"])] * len(ways)
@@ -324,7 +324,7 @@ def test_files_of_prompts(cli: Command, tiny: Path, tmp_path: Path) -> None:
     assert {r["finish_reason"] for r in results} == {"length"}
     assert results[1]["prompt_tokens"] == [1, 400, 500]
     assert results[0] == {**results[4], "index": 0}
-    assert text == "".join(r["text"] + "\n" for r in results)
+    assert text == "".join(f"{r['text']}\n{'=' * 21}\n" for r in results)
     assert not any("top_logprobs" in r for r in results)
     # The same as in a script, and as each alone; queued or not.
     loaded = load(tiny, device="cpu")

@@ -60,6 +60,8 @@ def draw_masks() -> plt.Figure:
         grid(ax, mask_colours(visible(positions, positions, window)))
         ticks(ax, WORDS, WORDS)
         ax.set_xlabel("full attention" if window is None else f"sliding window, W = {window}", fontsize=10)
+        ax.set_ylabel("query", fontsize=10)
+        ax.set_title("key", fontsize=10)
     return figure
 
 
@@ -74,7 +76,7 @@ def draw_reach() -> plt.Figure:
         rows.append((rows[-1] @ mask > 0).float())
     figure, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
     grid(ax, mask_colours(torch.stack(rows) > 0))
-    ticks(ax, WORDS, ["the last token's own", "after 1 layer", "after 2 layers", "after 3 layers"], rotation=0)
+    ticks(ax, WORDS, ["the last token's input", "after 1 layer", "after 2 layers", "after 3 layers"], rotation=0)
     return figure
 
 
@@ -109,19 +111,21 @@ def draw_buffer() -> plt.Figure:
         cache.commit(plan)
         grid(ax, colours, labels)
         ticks(ax, [str(s) for s in range(store.capacity)], [f"sequence {i}" for i in range(3)], rotation=0)
-        ax.set_xlabel(f"after {list(cache.lengths)} positions", fontsize=9)
+        ax.set_title("slot", fontsize=9)
+        ax.set_xlabel(f"lengths {list(cache.lengths)}, W = {WINDOW}, C = {store.capacity}", fontsize=9)
     return figure
 
 
 def draw_chunks() -> plt.Figure:
     """Chunked prefill: keys a chunk's queries see in the cache (blue) and in the chunk itself (orange)."""
     cache = small_cache(rows=1)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 2.3), layout="constrained", width_ratios=(4, 4, 2))
-    for ax, n in zip(axes, (4, 4, 2), strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained", width_ratios=(4, 8, 10))
+    for number, (ax, n) in enumerate(zip(axes, (4, 4, 2), strict=True), 1):
         plan = cache.plan([n])
         start = plan.starts[0]
         grid(ax, [[colour(k, start, start + q) for k in range(start + n)] for q in range(n)])
         ticks(ax, WORDS[: start + n], WORDS[start : start + n])
+        ax.set_xlabel(f"chunk {number}, W = {WINDOW}", fontsize=9)
         cache.commit(plan)
     return figure
 

@@ -7,7 +7,7 @@ be worth the gathering are left to the tiles of attention.py. Knows no library.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mistral.attention import plain, sdpa, tiled, visible
-from mistral.cache import LayerStore, Pack, Plan, Run
+from mistral.cache import LayerStore, Plan, RollingBuffer, Run
 
 # (q_lens, k_lens, window, device) -> the kernel's own description of who sees what; made once a step and
 # window. A sequence's last query is at the position of its last key; the window is as in `visible`.
@@ -24,6 +24,67 @@ Describe = Callable[[tuple[int, ...], tuple[int, ...], int | None, torch.device]
 PackedKernel = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 _tiles = tiled(sdpa)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences of a step with every key their queries reach, in order of position and without padding.
+
+    Args:
+        q_lens: new tokens of each sequence.
+        k_lens: keys of each: the held ones within the window of its first query, then the new ones.
+        held: flat slots (row * C + slot) of the held keys, sequence after sequence.
+        order: [S] where in (held keys, new keys) each packed key is; None if nothing is held.
+        kept: which new keys the storage keeps.
+        slots: the flat slots they go to.
+    """
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    held: Tensor | None = None
+    order: Tensor | None = None
+    kept: Tensor | None = None
+    slots: Tensor | None = None
+
+
+def pack_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> Pack:
+    """What the sequences `rows`, each of which brings tokens, look at when packed."""
+    q_lens = tuple(plan.seqlens[row] for row in rows)
+    if not isinstance(store, RollingBuffer):
+        return Pack(q_lens, q_lens)
+    C = store.capacity
+    behind = [plan.starts[row] - plan.origins[row] for row in rows]
+    if store.window is not None:
+        behind = [min(m, store.window - 1) for m in behind]
+    held, order, kept, slots = [], [], [], []
+    old, new = 0, 0  # where among the held keys, and among the new ones, the next sequence's own begin
+    for row, n, m in zip(rows, q_lens, behind, strict=True):
+        start, last = plan.starts[row], min(n, C)
+        held.append(row * C + torch.arange(start - m, start, device="cpu") % C)
+        order.append(torch.arange(old, old + m, device="cpu"))
+        order.append(sum(behind) + torch.arange(new, new + n, device="cpu"))
+        kept.append(torch.arange(new + n - last, new + n, device="cpu"))
+        slots.append(row * C + torch.arange(start + n - last, start + n, device="cpu") % C)
+        old, new = old + m, new + n
+    device = plan.device_positions.device
+    moved = [torch.cat(x).to(device) for x in (held, order, kept, slots)]
+    k_lens = tuple(n + m for n, m in zip(q_lens, behind, strict=True))
+    return Pack(q_lens, k_lens, moved[0], moved[1] if any(behind) else None, moved[2], moved[3])
+
+
+def exchange(store: LayerStore, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
+    if not isinstance(store, RollingBuffer):
+        return k, v
+    packed = []
+    for storage, new in ((store.k, k), (store.v, v)):
+        flat = storage.view(-1, *storage.shape[2:])
+        # Cast also what is not read back: numbers must not depend on the chunking.
+        new = new.detach().to(flat.dtype)
+        # Read before anything is written: the new keys may land on the held ones.
+        packed.append(new if pack.order is None else torch.cat([flat[pack.held], new])[pack.order])
+        flat[pack.slots] = new[pack.kept]
+    return packed[0], packed[1]
 
 
 @dataclass(frozen=True)
@@ -70,7 +131,7 @@ class Packed:
         parts = self._parts(plan, store)
         if parts is None:
             return _tiles(q, k, v, store, plan)
-        keys, values = store.exchange(parts.pack, k[parts.packed], v[parts.packed])
+        keys, values = exchange(store, parts.pack, k[parts.packed], v[parts.packed])
         out = self.kernel(q[parts.packed], keys.to(q.dtype), values.to(q.dtype), parts.description)
         if not parts.rest_plan.runs:
             return out
@@ -96,7 +157,7 @@ class Packed:
             return None
         others = [run for run in plan.runs if not worth(run)]
         device = plan.device_positions.device
-        pack = store.pack(plan, _rows(runs))
+        pack = pack_keys(store, plan, _rows(runs))
         return _Parts(
             packed=_tokens(runs, device) if others else slice(None),
             pack=pack,

@@ -6,6 +6,7 @@ sequence. Which of its kernels runs is xformers' choice; whether one runs here i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,14 @@ def backend(attention: Callable[..., Tensor] | None = None) -> Packed:
         ImportError: xformers is not installed, or does not fit this torch.
     """
     if attention is None:
-        from xformers.ops import memory_efficient_attention
+        # Its own complaint about a mismatched build is a page; what comes of it is said in one line.
+        log = logging.getLogger("xformers")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            from xformers.ops import memory_efficient_attention
+        finally:
+            log.setLevel(level)
 
         attention = memory_efficient_attention
     attend = attention
