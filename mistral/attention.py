@@ -10,6 +10,7 @@ Shapes: T packed tokens, R sequences, n queries of a tile, S keys, H / K query /
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -83,10 +84,13 @@ def _facts(plan: Plan, store: LayerStore, run: Run, start: int, stop: int) -> tu
     return facts
 
 
-def tiled(kernel: Kernel) -> Attend:
-    """An `Attend` that runs `kernel` over tiles: the memory of one tile, whatever the prompt's length."""
+@dataclass(frozen=True)
+class Tiled:
+    """An `Attend` that runs a kernel over tiles: the memory of one tile, whatever the prompt's length."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, store: LayerStore, plan: Plan) -> Tensor:
+    kernel: Kernel
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, store: LayerStore, plan: Plan) -> Tensor:
         out = []
         for run in plan.runs:
             q_run, k_run, v_run = run.pick(q), run.pick(k), run.pick(v)
@@ -95,8 +99,11 @@ def tiled(kernel: Kernel) -> Attend:
                 stop = min(start + store.block, run.n)
                 tile, mask = _facts(plan, store, run, start, stop)
                 keys, values = store.extend(tile, k_run, v_run)
-                pieces.append(kernel(q_run[:, start:stop], keys, values, mask))
+                pieces.append(self.kernel(q_run[:, start:stop], keys, values, mask))
             out.append(torch.cat(pieces, dim=1).flatten(0, 1))
         return torch.cat(out) if out else torch.empty_like(q)
 
-    return attend
+
+def tiled(kernel: Kernel) -> Attend:
+    """The `Attend` of a kernel."""
+    return Tiled(kernel)

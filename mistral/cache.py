@@ -172,6 +172,7 @@ class RollingBuffer:
     ) -> None:
         self.window = window
         self.block = block_for(window)
+        self.written = False  # by a step that has not been committed
         self.k = torch.zeros(rows, 0, n_kv_heads, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
 
@@ -184,6 +185,8 @@ class RollingBuffer:
         """Slots that a sequence of `length` positions needs: all of them, or enough to roll."""
         return slots_for(self.window, length)
 
+    @torch.inference_mode(False)  # storage outlives the block it was made in, and may be used outside
+    @torch.no_grad()
     def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
         """Move to `capacity` slots; every position still held keeps its key."""
         old = self.capacity
@@ -208,6 +211,7 @@ class RollingBuffer:
         return Tile(run, start, stop, q_pos, k_pos, q_pos % self.capacity)
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.written = True
         keys, values = self.k[tile.run.rows], self.v[tile.run.rows]
         row = torch.arange(len(keys), device=keys.device)[:, None]
         keys[row, tile.slots] = k[:, tile.start : tile.stop].detach().to(keys.dtype)
@@ -306,6 +310,8 @@ class RollingBufferCache:
             raise CacheError(f"no row {row} in a cache of {len(self.lengths)} rows")
         if position < 0:
             raise CacheError(f"a sequence cannot begin at position {position}")
+        if row is None:
+            self._settle()
         for r in range(len(self.lengths)) if row is None else [row]:
             self.lengths[r] = self.origins[r] = position
 
@@ -315,8 +321,11 @@ class RollingBufferCache:
         Storage that is too small grows here. Fewer seqlens than rows leave the last rows alone.
 
         Raises:
-            CacheError: more sequences than rows, or a negative length.
+            CacheError: more sequences than rows, a negative length, or the last step was broken off, so that
+                some layers have taken it in and others have not.
         """
+        if any(layer.written for layer in self.layers):
+            raise CacheError("the last step on this cache did not finish, and its keys are lost: reset() it")
         if len(seqlens) > len(self.lengths):
             raise CacheError(f"{len(seqlens)} sequences for a cache of {len(self.lengths)} rows; make a larger cache")
         if any(n < 0 for n in seqlens):
@@ -331,5 +340,10 @@ class RollingBufferCache:
 
     def commit(self, plan: Plan) -> None:
         """Advance the lengths by a step that every layer has taken in."""
+        self._settle()
         for row, n in enumerate(plan.seqlens):
             self.lengths[row] += n
+
+    def _settle(self) -> None:
+        for layer in self.layers:
+            layer.written = False

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -162,7 +163,8 @@ def complete(
     """
     if top_logprobs and not json:
         raise flags.UsageError("--top_logprobs are printed with --json only: give both")
-    folder, prompt = _which(folder, prompt, file)
+    if folder is not None and not os.path.exists(folder):  # before stdin is waited for
+        raise flags.UsageError(f"no such folder: {folder}")
     prompts, limits = _read_prompts(prompt, file, max_tokens)
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
     options: dict[str, Any] = {
@@ -267,6 +269,8 @@ def _run(words: list[str]) -> None:
     if not words:
         raise flags.UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
     name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(_overview())
         return
@@ -280,7 +284,7 @@ def _run(words: list[str]) -> None:
     if "--help" in options or "-h" in options:
         print(_help(name, command))
         return
-    checked = flags.canonical(command, rest, RANGES)
+    checked = flags.canonical(command, rest, RANGES, lone=_folder_or_prompt if command is complete else None)
     import fire
 
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
@@ -288,6 +292,9 @@ def _run(words: list[str]) -> None:
 
 def _speak_utf8() -> None:
     """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; print would write to the other one
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             try:
@@ -464,15 +471,13 @@ def _not_utf8(what: str, error: UnicodeDecodeError) -> flags.UsageError:
     return flags.UsageError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
 
 
-def _which(folder: str | None, prompt: str | None, file: str | None) -> tuple[str | None, str | None]:
-    """Tell FOLDER from PROMPT when only one word was given."""
-    if folder is None or prompt is not None or os.path.isdir(folder):
-        return folder, prompt
-    if file is not None or folder.startswith(("/", "./", "../", "~")):
-        return folder, None  # a path, and one that load will say is no folder
-    if " " not in folder:
-        _say(f"note: there is no folder {folder!r} here, so it is the prompt")
-    return None, folder
+def _folder_or_prompt(word: str) -> str:
+    """Which of the two a single word after `complete` is: a path that is there, or looks like one, is FOLDER."""
+    one_word = not re.search(r"\s", word)
+    path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+$", word))
+    if one_word and not path:
+        _say(f"note: there is no folder {word!r} here, so it is the prompt")
+    return "folder" if path else "prompt"
 
 
 def _read_prompts(prompt: str | None, file: str | None, max_tokens: int) -> tuple[list[Any], list[int]]:

@@ -10,12 +10,18 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fire.decorators
+
+NUMBERS = {
+    int: r"[+-]?[0-9]{1,300}",
+    float: r"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|nan|inf)",
+}
 
 
 class UsageError(ValueError):
@@ -25,7 +31,12 @@ class UsageError(ValueError):
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def canonical(command: Callable[..., None], words: Sequence[str], ranges: Ranges | None = None) -> list[str]:
+def canonical(
+    command: Callable[..., None],
+    words: Sequence[str],
+    ranges: Ranges | None = None,
+    lone: Callable[[str], str] | None = None,
+) -> list[str]:
     """The words of a command line as `--name=value`, each checked and of its parameter's type.
 
     `--name value`, `--name=value`, `--name` for switches, dashes or underscores within names, and
@@ -33,6 +44,7 @@ def canonical(command: Callable[..., None], words: Sequence[str], ranges: Ranges
 
     Args:
         ranges: the least and the most of each number that has them.
+        lone: names the parameter meant by a single word where several could be; None takes the first.
 
     Raises:
         UsageError: an unknown or repeated flag, a missing, ill-typed or impossible value, a word too many.
@@ -76,6 +88,8 @@ def canonical(command: Callable[..., None], words: Sequence[str], ranges: Ranges
         else:
             given[name] = converted
     free = [p for p in places if p.name not in given]
+    if lone and len(loose) == 1 and len(free) == len(places):
+        free = [parameters[lone(loose[0])]]
     if len(loose) > len(free):
         raise UsageError(f"a word too many: {loose[len(free)]!r} (a prompt of several words wants quotes)")
     for parameter, word in zip(free, loose, strict=False):
@@ -106,11 +120,11 @@ def _convert(what: str, text: str, kind: type) -> Any:
             raise UsageError(f"{what} is a switch: give it no value, or true or false, not {text!r}")
         return text.lower() == "true"
     if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
+        # Stricter than Python, which takes 1_0, blanks, and the digits of every script.
+        if not re.fullmatch(NUMBERS[kind], text):
             article = "a whole number" if kind is int else "a number"
-            raise UsageError(f"{what} must be {article}, not {text!r}") from None
+            raise UsageError(f"{what} must be {article}, not {text!r}")
+        return kind(text)
     return text
 
 

@@ -209,7 +209,7 @@ class Generation:
         """Sample a token for each sequence and take note of those that end with it."""
         logits = self.model.logits(h)
         draws = [0.0] * len(ready) if self.sampler.greedy else [s.uniforms() for s in ready]
-        chosen = self.sampler(logits, torch.tensor(draws, dtype=torch.float32).to(logits.device))
+        chosen = self.sampler(logits, torch.tensor(draws, dtype=torch.float32, device=logits.device))
         logprobs = logits.log_softmax(-1)
         of_chosen = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
         tokens = []
@@ -284,6 +284,9 @@ def _check(
     for limit in limits:
         if limit < 0:
             raise GenerationError(f"max_tokens is {limit}; it must be at least 0")
+    for name, number in (("chunk_size", chunk_size), ("top_logprobs", top_logprobs)):
+        if number is not None and not isinstance(number, int):
+            raise GenerationError(f"{name} is {number!r}; it must be a whole number")
     if chunk_size is not None and chunk_size < 1:
         raise GenerationError(f"chunk_size is {chunk_size}; it must be at least 1")
     if not 0 <= top_logprobs <= vocab_size:
@@ -370,11 +373,15 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     if isinstance(prompts, str):
         raise GenerationError("prompts is one string; give a list of them")
+    if not isinstance(prompts, Iterable):
+        raise GenerationError(f"prompts is {prompts!r}; it must be a list of strings or of lists of ids")
     return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
 
 
 def _ids(prompt: Sequence[int], i: int) -> list[int]:
     try:
+        if isinstance(prompt, bytes):
+            raise TypeError
         return [operator.index(t) for t in prompt]  # not int(): that would take 2.7, or "2"
     except TypeError:
         raise GenerationError(f"prompt {i} is {prompt!r:.60}; it must be a string or a list of ids") from None
@@ -446,7 +453,9 @@ def _pieces(running: Generation, texts: list[_Text]) -> Iterator[Piece]:
 
 
 def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(s, str) for s in stops):
+        raise GenerationError(f"stop is {stop!r}; it must be strings")
     if "" in stops:
         raise GenerationError("an empty stop string would stop everything at once")
     return stops
@@ -455,7 +464,7 @@ def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
 def _seed(seed: int | None, sampler: Sampler, max_tokens: int | Sequence[int]) -> int:
     if seed is not None or sampler.greedy or not max_tokens:
         return seed or 0
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def completions(
@@ -530,5 +539,6 @@ def generate(
         for token in running.step():
             made[token.index].append(token.logprob)
     logprobs = [s.prompt_logprobs + more for s, more in zip(running.sequences, made, strict=True)]
-    texts = [tokenizer.decode(s.prompt + s.made) for s in running.sequences] if max_tokens else []
+    wanted = any(s.max_tokens for s in running.sequences)
+    texts = [tokenizer.decode(s.prompt + s.made) for s in running.sequences] if wanted else []
     return texts, logprobs

@@ -6,6 +6,7 @@ names are the names in Mistral's checkpoints.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from os import PathLike
 
@@ -170,6 +171,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the lengths and ids do not fit together, or do not fit the cache.
         """
+        seqlens = [operator.index(n) for n in seqlens]
         self._check(input_ids, seqlens)
         keys = NoCache(self.args, self.device) if cache is None else cache
         plan = keys.plan(seqlens)

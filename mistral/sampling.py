@@ -41,6 +41,10 @@ class Sampler:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "top_k", "min_p"):
+            kind = int if name == "top_k" else int | float
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), kind):
+                raise SamplingError(f"{name} is {getattr(self, name)!r}; it must be a number")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise SamplingError(f"temperature is {self.temperature}; it must be finite and at least 0")
         for name in ("top_p", "min_p"):
@@ -101,8 +105,8 @@ class Uniforms:
 
     def __init__(self, seed: int, index: int) -> None:
         digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def __call__(self) -> float:
         """The next number in [0, 1)."""
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()

@@ -75,16 +75,15 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of ids; control ids have none.
+        """Text of ids. Control ids have none, nor have ids past the last word, which a padded model may make.
 
         Raises:
-            TokenizerError: an id outside the vocabulary.
+            TokenizerError: an id below 0.
         """
-        ids = list(t)
-        for i in ids:
-            if not 0 <= i < self.n_words:
-                raise TokenizerError(f"id {i} is outside the tokenizer's {self.n_words} words")
-        return self._model.decode(ids)
+        for i in t:
+            if i < 0:
+                raise TokenizerError(f"id {i} is below 0")
+        return self._model.decode([i for i in t if i < self.n_words])
 
 
 class _SentencePiece:

@@ -221,14 +221,13 @@ def test_one_word_that_is_a_folder_is_the_folder(
     monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
-    cli("complete", tmp_path / "nowhere", stdin="from stdin")
+    assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
     monkeypatch.chdir(tiny.parent)
     cli("complete", "tiny", stdin="x")
     cli("complete", "tinier", stdin="x")
     assert seen == [
         *(str(tiny), "from stdin\nin two lines"),
         *(None, "Once upon a time"),
-        *(str(tmp_path / "nowhere"), "from stdin"),
         *("tiny", "x"),
         *(None, "tinier"),
     ]

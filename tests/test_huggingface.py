@@ -152,7 +152,7 @@ def test_a_release_in_both_layouts_is_transformers(tmp_path: Path, release: str)
         assert (len(loaded.files) > 1) == (folder.name == "sharded" or (form == "parts" and folder == tmp_path))
         assert loaded.args.windows == args.windows
         assert loaded.args.rope_theta == args.rope_theta
-        assert not loaded.notes
+        assert not [note for note in loaded.notes if "no word for" not in note]
         assert_same(loaded.model.state_dict(), state)
         assert log_probs_apart(loaded, want, prompts) < TOLERANCE
         with torch.no_grad():

@@ -306,7 +306,7 @@ def values_rotated_too(patch):
 
 
 def lengths_never_advance(patch):
-    patch.setattr(mistral.cache.RollingBufferCache, "commit", lambda self, plan: None)
+    patch.setattr(mistral.cache.RollingBufferCache, "commit", lambda self, plan: self._settle())
 
 
 def angles_in_bf16(patch):

@@ -76,6 +76,7 @@ def exchange(store: LayerStore, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tenso
     """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
     if not isinstance(store, RollingBuffer):
         return k, v
+    store.written = True
     packed = []
     for storage, new in ((store.k, k), (store.v, v)):
         flat = storage.view(-1, *storage.shape[2:])

@@ -109,9 +109,12 @@ def load(
         f"{narrower}another --device, or a smaller model",
     )
     with torch.device("meta"):
-        model = Transformer(args, attend=run.attend, compute_dtype=run.compute)
+        # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
+        model = Transformer(args, run.attend, compute_dtype=None if run.weights == run.compute else run.compute)
     _fill(model, weights, run)
-    return Loaded(model, tokenizer, args, run, found.path, weights.files, found.notes)
+    spare = args.vocab_size - tokenizer.n_words
+    padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
+    return Loaded(model, tokenizer, args, run, found.path, weights.files, found.notes + padded)
 
 
 def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
