@@ -53,6 +53,38 @@ def test_a_stop_string_that_overlaps_itself() -> None:
     assert result.finish_reason == "stop"
 
 
+class Pieces:
+    """Ids from 2 on are byte strings that split characters anywhere, as tekken's do."""
+
+    bos_id = 0
+    eos_id = 1
+    pieces = (b"a", b"b", b"X\xe6", b"\xbc", b"\xa2!", b"c", b"\xf0\x9f", b"\x99\x82d", b"e\xe6")
+
+    def encode(self, s: str) -> list[int]:
+        return [2 + self.pieces.index(s.encode())]
+
+    def decode(self, t: list[int]) -> str:
+        known = [i - 2 for i in t if 2 <= i < 2 + len(self.pieces)]
+        return b"".join(self.pieces[i] for i in known).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("stop", "max_tokens", "text", "reason"),
+    [
+        ((), 8, "bX漢!c🙂de\ufffd", "length"),  # what never became a character comes out as it stands
+        (("X",), 8, "b", "stop"),  # nothing of the half character after the stop string
+        (("\ufffd",), 8, "bX漢!c🙂de", "stop"),  # found in what was held back until the end
+        (("d",), 7, "bX漢!c🙂", "stop"),  # with the last token: it stops, whatever the length
+        (("漢!",), 8, "bX", "stop"),
+    ],
+)
+def test_tokens_of_text_and_half_a_character(stop: Any, max_tokens: int, text: str, reason: str) -> None:
+    shown = list(stream(["a"], alphabet_model(), Pieces(), max_tokens=max_tokens, temperature=0, stop=stop))
+    assert "".join(piece.text for piece in shown) == text
+    assert not any("\ufffd" in piece.text for piece in shown if piece.token)
+    assert shown[-1].finish_reason == reason
+
+
 def test_a_float64_model_generates_in_float64() -> None:
     model = tiny_model(tiny_args()).double()
     prompts = ragged([9, 3], model.args.vocab_size)
