@@ -204,7 +204,7 @@ class RollingBuffer:
         rows = range(run.rows.start, run.rows.stop)
         end = max(plan.starts[row] for row in rows) + stop
         # Read only slots in use; a sequence that began further on may be anywhere in the buffer.
-        used = end if end <= self.capacity else self.capacity
+        used = min(end, self.capacity)
         # Slot s holds the newest position p up to the last one written with p % C = s; below 0 there is none.
         k_pos = last - (last - torch.arange(used, device=last.device)) % self.capacity
         k_pos = torch.where(k_pos >= plan.device_origins[run.rows, None], k_pos, -1)

@@ -253,14 +253,14 @@ def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
     args = model.args
     needed = row_bytes(args, positions, model.dtype.itemsize)
     rows = min(prompts, args.max_batch_size or prompts)
-    left = memory.available(model.device)
-    if rows and left is not None and needed > left:
+    if rows:
         memory.require(
             needed,
             model.device,
             f"keys and values of one sequence of {positions} positions",
             "lower --max_tokens, shorten the prompt, or use --dtype bfloat16",
         )
+    left = memory.available(model.device)
     return rows if left is None or not needed else min(rows, left // needed)
 
 

@@ -28,8 +28,9 @@ from mistral.args import ModelArgs, Window
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
 from mistral.formats.folder import Folder, expected_shapes, read_folder
-from mistral.formats.params import REQUIRED, read_object
-from mistral.formats.weights import INDEX
+from mistral.formats.params import REQUIRED
+from mistral.formats.weights import DTYPES as STORED_DTYPES
+from mistral.formats.weights import INDEX, file_names
 from mistral.memory import gigabytes
 from mistral.tokenizer import TokenizerError
 
@@ -38,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
 PIECE = 2**24  # weights written at a time
 
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 
 # What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
 TOKENIZER_FILES = (
@@ -84,9 +85,9 @@ class Converted:
     def describe(self) -> str:
         """One line: what was written, and where."""
         layout = "Mistral's layout" if self.layout == "mistral" else "Hugging Face's layout"
-        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         dtypes = "/".join(_name(d) for d in self.dtypes)
-        return f"{self.path}: {layout}, {gigabytes(self.nbytes)} of {dtypes} in {self.files[0]}{more}"
+        names = file_names(tuple(map(Path, self.files)))
+        return f"{self.path}: {layout}, {gigabytes(self.nbytes)} of {dtypes} in {names}"
 
 
 @dataclass(frozen=True)
@@ -338,8 +339,7 @@ class _Rounding:
 
 def _describe(folder: Folder, to: str, tensors: list[_Tensor], notes: list[str]) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
-    from_mistral = folder.layout == "mistral"
-    raw = read_object(folder.path / ("params.json" if from_mistral else "config.json"))
+    raw = folder.raw
     given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
     length = next((n for n in given if type(n) is int and n > 0), None)
     if to == "mistral":
@@ -348,7 +348,7 @@ def _describe(folder: Folder, to: str, tensors: list[_Tensor], notes: list[str])
         length = LENGTH
         notes.append(f"how long texts may be is not said; config.json has max_position_embeddings {length}")
     (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
-    kept = {} if from_mistral else {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
+    kept = {} if folder.layout == "mistral" else {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
     if "bos_token_id" not in kept or "eos_token_id" not in kept:
         kept = {**_special_tokens(folder, notes), **kept}
     return {"config.json": _json(_config(folder.args, length, dtype, kept))}

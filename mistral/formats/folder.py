@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,9 @@ from mistral.formats.weights import (
     has_mistral_weights,
 )
 
+# The file that gives the shape, by layout.
+CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
+
 
 class FolderError(ValueError):
     """Not a folder with a model in it."""
@@ -38,6 +42,7 @@ class Folder:
     Args:
         path: the folder.
         layout: "mistral" or "huggingface".
+        source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         notes: what was assumed or left aside, a sentence each.
@@ -45,6 +50,8 @@ class Folder:
 
     path: Path
     layout: str
+    source: str
+    raw: dict[str, Any]
     args: ModelArgs
     weights: WeightFiles
     notes: tuple[str, ...]
@@ -70,18 +77,15 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         raise FolderError(f"no such folder: {path}")
     notes: list[str] = []
     layout = _layout(path, notes)
+    source = CONFIGS[layout]
+    raw = read_object(path / source)
     if layout == "mistral":
-        source = "params.json"
-        args = to_args(read_object(path / source), max_batch_size)
+        args = to_args(raw, max_batch_size)
         weights = find_weights(path)
-        tied = False
     else:
-        source = "config.json"
-        raw = read_object(path / source)
         args, assumed = hf.config_to_args(raw, max_batch_size)
         notes += assumed
         weights = find_hf_weights(path)
-        tied = raw.get("tie_word_embeddings") is True
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
@@ -91,8 +95,9 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     if layout == "mistral":
         check_tensors(weights.tensors, expected, where, source)
     else:
-        weights = _as_mistral(weights, args, tied, where, source)
-    return Folder(path, layout, args, weights, tuple(notes))
+        tied = raw.get("tie_word_embeddings") is True
+        weights = _as_mistral(weights, args, expected, tied, where, source)
+    return Folder(path, layout, source, raw, args, weights, tuple(notes))
 
 
 def _layout(path: Path, notes: list[str]) -> str:
@@ -108,10 +113,16 @@ def _layout(path: Path, notes: list[str]) -> str:
     )
 
 
-def _as_mistral(weights: WeightFiles, args: ModelArgs, tied: bool, where: str, source: str) -> WeightFiles:
+def _as_mistral(
+    weights: WeightFiles,
+    args: ModelArgs,
+    shapes: dict[str, tuple[int, ...]],
+    tied: bool,
+    where: str,
+    source: str,
+) -> WeightFiles:
     """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
     stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
-    shapes = expected_shapes(args)
     names = {ours: hf.to_hf(ours) for ours in shapes}
     if tied and names["output.weight"] not in stored:
         names["output.weight"] = names["tok_embeddings.weight"]

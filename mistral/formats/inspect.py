@@ -18,16 +18,15 @@ from mistral.args import ModelArgs
 from mistral.cache import row_bytes
 from mistral.formats import BUNDLED, short, tokenizer_files, window_text
 from mistral.formats import huggingface as hf
-from mistral.formats.folder import Folder, read_folder
+from mistral.formats.folder import CONFIGS, Folder, read_folder
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
-from mistral.formats.weights import INDEX, WeightsError, file_names
+from mistral.formats.weights import DTYPES, INDEX, WeightsError, file_names
 from mistral.tokenizer import Tokenizer, TokenizerError
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 LAYOUTS = {"mistral": "Mistral's", "huggingface": "Hugging Face's"}
-CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -47,8 +46,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         found = read_folder(path)
     except WeightsError as error:
         raise WeightsError(f"{error}{_known_mistake(path)}") from None
-    args, source = found.args, CONFIGS[found.layout]
-    raw = read_object(path / source)
+    args, source, raw = found.args, found.source, found.raw
     tokenizer = _tokenizer(path)
     release, odd = recognise(args, None if tokenizer["error"] else tokenizer["kind"])
     files = _files(found, tokenizer["file"])
@@ -60,7 +58,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     suspicious = [
         *found.notes,
         *odd,
-        *_about_shape(found, release, raw, source),
+        *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
         *_about_files(path, files, dtypes),
     ]
@@ -84,7 +82,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             ],
         },
         "suspicious": suspicious,
-        "serve": _serve(found, raw),
+        "serve": _serve(found),
     }
 
 
@@ -110,8 +108,7 @@ def _release(release: Release) -> dict[str, Any]:
 
 def _dtype(name: str) -> str:
     """float32, bfloat16, ... for the names that safetensors and torch have for them."""
-    short = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return short.get(name, name.removeprefix("torch."))
+    return str(DTYPES.get(name, name)).removeprefix("torch.")
 
 
 def _window_rule(raw: dict[str, Any], source: str) -> str:
@@ -138,7 +135,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
     roles = dict.fromkeys((f.name for f in found.weights.files), "weights")
-    roles[CONFIGS[found.layout]] = "shape"
+    roles[found.source] = "shape"
     if found.layout == "huggingface":
         roles[INDEX] = "index"
     if tokenizer is not None:
@@ -151,9 +148,9 @@ def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     return files
 
 
-def _about_shape(found: Folder, release: Release | None, raw: dict[str, Any], source: str) -> list[str]:
+def _about_shape(found: Folder, release: Release | None) -> list[str]:
     said = []
-    args = found.args
+    args, source, raw = found.args, found.source, found.raw
     if release is None and args.theta_rule.startswith("absent"):
         said.append(f"rope_theta is {args.theta_rule}: no release tells whether {args.rope_theta:g} is right")
     if found.layout == "mistral" and "_sliding_window" in raw:
@@ -215,7 +212,7 @@ def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict
     return said
 
 
-def _serve(found: Folder, raw: dict[str, Any]) -> dict[str, Any]:
+def _serve(found: Folder) -> dict[str, Any]:
     """How vLLM serves it: commands in order, and why the first converts, if it does."""
     folder, first = str(found.path), None
     if any(f.suffix == ".pth" for f in found.weights.files):

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# As safetensors spells them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 INDEX = "model.safetensors.index.json"
@@ -196,7 +197,7 @@ def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
             if name in tensors:
                 raise WeightsError(f"{name} is in {path.name} and in an earlier part")
             kind = piece.get_dtype()
-            tensors[name] = Stored(tuple(piece.get_shape()), _DTYPES.get(kind), kind)
+            tensors[name] = Stored(tuple(piece.get_shape()), DTYPES.get(kind), kind)
             readers[name] = partial(opened.get_tensor, name)
     return WeightFiles(files, tensors, readers)
 
