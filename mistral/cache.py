@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
+from mistral.capacity import block_for, slots_for
 
-QUERY_BLOCK = 128  # most tokens a sequence writes before they are attended to
 GROWTH = 256  # capacity that nobody reserved grows to the next power of two, from here
 
 
@@ -131,22 +131,6 @@ class LayerStore(Protocol):
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""
-
-
-def block_for(window: int | None) -> int:
-    """Tokens per tile: QUERY_BLOCK, or W when that is smaller, so that the buffer stays below 2 W."""
-    return QUERY_BLOCK if window is None else min(QUERY_BLOCK, window)
-
-
-def slots_for(window: int | None, length: int) -> int:
-    """Slots that a sequence of `length` positions needs in a layer: all of them, or enough to roll."""
-    return length if window is None else min(length, window + block_for(window) - 1)
-
-
-def row_bytes(args: ModelArgs, positions: int, itemsize: int) -> int:
-    """Bytes of keys and values of one sequence of `positions`, all layers, in numbers of `itemsize` bytes."""
-    slots = sum(slots_for(window, positions) for window in args.windows)
-    return 2 * slots * args.n_kv_heads * args.head_dim * itemsize
 
 
 class RollingBuffer:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mistral import memory
-from mistral.cache import RollingBufferCache, row_bytes
+from mistral.cache import RollingBufferCache
+from mistral.capacity import row_bytes
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.tokenizer import StreamDecoder, TokenizerLike, encode

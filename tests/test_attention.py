@@ -200,7 +200,7 @@ def test_each_token_sees_its_window_and_nothing_else(lens, window, seed, start, 
         for q in range(n)
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistral.cache.QUERY_BLOCK", block)
+        patch.setattr("mistral.capacity.QUERY_BLOCK", block)
         patch.setattr("mistral.cache.GROWTH", growth)
         assert who_sees_whom(all_at_once(lens), window, cached=False) == want
         for schedule in (all_at_once(lens), at_random(lens, seed)):

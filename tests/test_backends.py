@@ -11,7 +11,8 @@ from torch import Tensor
 from mistral import backends
 from mistral.attention import plain, sdpa, tiled
 from mistral.backends import flash, packed, xformers
-from mistral.cache import QUERY_BLOCK, RollingBuffer, StepKeys, make_plan
+from mistral.cache import RollingBuffer, StepKeys, make_plan
+from mistral.capacity import QUERY_BLOCK
 from tests.tiny import (
     POISON,
     TOLERANCE,

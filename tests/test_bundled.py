@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral.cache import block_for
+from mistral.capacity import block_for
 from mistral.formats import BUNDLED, Loaded, load
 from mistral.generate import generate
 

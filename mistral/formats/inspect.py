@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.cache import row_bytes
+from mistral.capacity import row_bytes
 from mistral.formats import BUNDLED, short, tokenizer_files, window_text
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import CONFIGS, Folder, read_folder
