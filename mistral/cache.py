@@ -169,6 +169,12 @@ class RollingBuffer:
         """Slots that a sequence of `length` positions needs: all of them, or enough to roll."""
         return slots_for(self.window, length)
 
+    def holds(self, length: int, now: int, origin: int) -> bool:
+        """Whether a sequence that has reached `now` still has all that a token at `length` sees."""
+        first = origin if self.window is None else max(origin, length - self.window + 1)
+        # Slots whose newer position is forgotten are taken to hold the one before it, C earlier: out of the window.
+        return now - first <= self.capacity
+
     @torch.inference_mode(False)  # storage outlives the block it was made in, and may be used outside
     @torch.no_grad()
     def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
@@ -298,6 +304,30 @@ class RollingBufferCache:
             self._settle()
         for r in range(len(self.lengths)) if row is None else [row]:
             self.lengths[r] = self.origins[r] = position
+
+    def rewind(self, row: int, length: int) -> int:
+        """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.
+
+        A layer that has rolled holds C positions, of which the next token wants W: it goes back C - W,
+        that is block - 1, and no further. Where `length` is out of reach in any layer, or the last step was
+        broken off, the sequence (then: every sequence) is forgotten as a whole, back to its origin.
+
+        Raises:
+            CacheError: there is no such row, or its sequence does not reach from its origin to `length`.
+        """
+        if not 0 <= row < len(self.lengths):
+            raise CacheError(f"no row {row} in a cache of {len(self.lengths)} rows")
+        origin, now = self.origins[row], self.lengths[row]
+        if not origin <= length <= now:
+            raise CacheError(f"row {row} holds positions {origin} to {now}; it cannot be rewound to {length}")
+        if any(layer.written for layer in self.layers):
+            self.lengths = list(self.origins)
+            self._settle()
+        elif all(layer.holds(length, now, origin) for layer in self.layers):
+            self.lengths[row] = length
+        else:
+            self.lengths[row] = origin
+        return self.lengths[row]
 
     def plan(self, seqlens: Sequence[int]) -> Plan:
         """The plan of a step that brings seqlens[b] new tokens (0 or more) to sequence b.

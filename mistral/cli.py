@@ -12,16 +12,17 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral import __version__, flags
+from mistral import __version__, flags, terminal
 
 if TYPE_CHECKING:
     from mistral.formats import Loaded
     from mistral.generate import Completion
+    from mistral.templates import Template
 
 # What a user types: installed, there is a script and no main.py.
 PROGRAM = "mistral-ref" if Path(sys.argv[0]).stem == "mistral-ref" else "python -m main"
@@ -86,51 +87,60 @@ def interactive(
     min_p: float = 0.0,
     seed: int | None = None,
     stop: list[str] | None = None,
+    instruct: bool = False,
+    system: str | None = None,
+    template: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     attention: str | None = None,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
-    """Read prompts, a line each, and continue them; text appears as it is made.
+    """Read prompts, a line each, and continue them; with --instruct, have a conversation.
 
     python -m main interactive
     python -m main interactive mistral-7B-v0.1 --max_tokens 256 --temperature 1.0 --top_p 0.9 --seed 1
     printf 'Once upon a time\\nThe wolf said\\n' | python -m main interactive --max_tokens 20
+    python -m main interactive mistral-7B-Instruct-v0.3 --instruct --system "Answer in one sentence."
 
-    Ctrl-C stops the answer and asks for the next prompt; Ctrl-D leaves.
+    Text appears as it is made. Ctrl-C stops the answer and asks for the next prompt; Ctrl-D leaves. A
+    conversation keeps its turns and takes in only what is new of them; /help lists its commands: /undo,
+    /reset, /system, /save and /load. Its template is the one that goes with the tokenizer, or that of --template.
     """
+    if not instruct and (system is not None or template is not None):
+        raise flags.UsageError("--system and --template belong to a conversation: add --instruct")
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=1)
-    for prompt in _lines("Prompt: "):
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "stop": stop or [],
+        "chunk_size": chunk_size,
+    }
+    if instruct:
+        _converse(loaded, template, system=system or "", seed=seed, **options)
+        return
+    for prompt in terminal.lines("Prompt: "):
         if not prompt.strip():
             continue
         try:
-            _stream_one(
-                loaded,
-                prompt,
-                echo=prompt,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                seed=seed,
-                stop=stop or (),
-                chunk_size=chunk_size,
-            )
+            _stream_one(loaded, prompt, echo=prompt, seed=seed, **options)
         except KeyboardInterrupt:
-            if not _typed():
+            if not terminal.typed():
                 raise
         except ValueError as error:
-            if not _typed():
+            if not terminal.typed():
                 raise
-            _say_error(error)  # one prompt's fault; the next may be better
+            terminal.say_error(error)  # one prompt's fault; the next may be better
 
 
 def complete(
     folder: str | None = None,
     prompt: str | None = None,
     *,
+    suffix: str | None = None,
     file: str | None = None,
     json: bool = False,
     top_logprobs: int = 0,
@@ -154,9 +164,10 @@ def complete(
     python -m main complete mistral-7B-v0.1 "The capital of France is" --temperature 0
     echo "Once upon a time" | python -m main complete mistral-7B-v0.1
     python -m main complete mistral-7B-v0.1 --file prompts.jsonl --json > answers.jsonl
+    python -m main complete codestral-22B-v0.1 "def fibonacci(n):" --suffix "    return a"
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
-    JSON string, or an object with "prompt" (text, or a list of ids) and perhaps "max_tokens".
+    JSON string, or an object with "prompt" (text, or a list of ids) and perhaps "max_tokens" and "suffix".
     The texts of FILE's prompts are each followed by a line of =====================. --json prints one
     object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason, and top_logprobs if
     asked for.
@@ -165,8 +176,9 @@ def complete(
         raise flags.UsageError("--top_logprobs are printed with --json only: give both")
     if folder is not None and not os.path.exists(folder):  # before stdin is waited for
         raise flags.UsageError(f"no such folder: {folder}")
-    prompts, limits = _read_prompts(prompt, file, max_tokens)
+    asked = _read_prompts(prompt, suffix, file, max_tokens)
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
+    prompts, limits = _with_gaps(asked, loaded), [one.max_tokens for one in asked]
     options: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -193,7 +205,9 @@ def complete(
         while turn in early:
             shown = early.pop(turn)
             with bar.external_write_mode():
-                _write(_as_json(turn, shown, bool(top_logprobs)) + "\n" if json else f"{shown.text}\n{SEPARATOR}\n")
+                terminal.write(
+                    _as_json(turn, shown, bool(top_logprobs)) + "\n" if json else f"{shown.text}\n{SEPARATOR}\n"
+                )
             turn += 1
 
 
@@ -210,9 +224,9 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None) -> None:
     from mistral.formats.convert import convert as convert_folder
 
     written = convert_folder(src, dst, to, dtype=dtype)
-    _say(f"wrote {written.describe()}")
+    terminal.say(f"wrote {written.describe()}")
     for note in written.notes:
-        _say(f"note: {note}")
+        terminal.say(f"note: {note}")
 
 
 def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
@@ -257,11 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except ValueError as error:
-        _say_error(error)
+        terminal.say_error(error)
         return 2
     except OSError as error:  # no permission, a full disk
         _drop_output()
-        _say_error(error)
+        terminal.say_error(error)
         return 2
 
 
@@ -347,6 +361,10 @@ FLAG_HELP = {
     "min_p": "drop tokens less likely than this share of the likeliest",
     "seed": "makes sampling repeatable: the same seed, the same text for the same prompt; left out: random",
     "stop": "text that ends a continuation; not printed",
+    "instruct": "have a conversation, with the template of the model",
+    "system": "the system prompt",
+    "template": "v1, v2, v3, v7 or mistrallite; left out: the one that goes with the tokenizer",
+    "suffix": "text that follows: fill the gap between it and the prompt (Codestral)",
     "device": "cpu, cuda, cuda:1 or mps; left out: the best one here",
     "dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: what the device does well",
     "attention": "sdpa, plain, flash or xformers; left out: the device's default",
@@ -393,9 +411,9 @@ def _load(
         torch.set_num_threads(threads)
     loaded = load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size)
     bundled = "the model that ships, " if folder is None else ""
-    _say(f"loaded {bundled}{loaded.describe()}")
+    terminal.say(f"loaded {bundled}{loaded.describe()}")
     for note in loaded.notes:
-        _say(f"note: {note}")
+        terminal.say(f"note: {note}")
     return loaded
 
 
@@ -403,72 +421,26 @@ def _stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> 
     """Continue one prompt on stdout as it is made, `echo` first; then say how fast on stderr, also after Ctrl-C."""
     from mistral.generate import stream
 
-    began = first = time.perf_counter()
-    made, reason, interrupt = 0, "", None
-    try:
-        pieces = stream([prompt], loaded.model, loaded.tokenizer, **options)
-        _write(echo)
-        for piece in pieces:
-            _write(piece.text)
-            if piece.token:
-                made += 1
-                first = first if made > 1 else time.perf_counter()
-            reason = piece.finish_reason or reason
-    except KeyboardInterrupt as stopped:
-        reason, interrupt = "interrupted", stopped
-    seconds = time.perf_counter() - first
-    _write("\n")
-    rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
-    _say(f"[{made} tokens{rate}{f'; first after {first - began:.2f} s' if made else ''}; {reason}]")
-    if interrupt:
-        raise interrupt
+    pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=terminal.PromptBar(), **options)
+    terminal.show(pieces, echo)
 
 
-def _typed() -> bool:
-    """Whether somebody types at stdin. (A process may also have no stdin at all.)"""
-    return sys.stdin is not None and sys.stdin.isatty()
+def _converse(loaded: Loaded, template: str | None, **options: Any) -> None:
+    from mistral.chat import Chat
+    from mistral.formats.fingerprint import fingerprint
+
+    found = _template(loaded, template)
+    terminal.say(f"template {found.name}, by {'--template' if template else loaded.tokenizer.path.name}")
+    chat = Chat(loaded.model, loaded.tokenizer, found, **options)
+    terminal.Conversation(chat, lambda: fingerprint(loaded.folder)).run()
 
 
-def _lines(ask: str) -> Iterator[str]:
-    """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line."""
-    terminal = _typed()
-    if terminal:
-        try:
-            import readline  # noqa: F401  (line editing and history for input())
-        except ImportError:
-            pass
-    while True:
-        try:
-            if terminal:
-                yield _ask(ask)
-            else:
-                line = sys.stdin.readline() if sys.stdin else ""
-                if not line:
-                    return
-                yield line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            if not terminal:
-                raise _not_utf8("stdin", error) from None
-            _say_error(_not_utf8("the line", error))
-        except EOFError:
-            _write("\n")
-            return
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            _write("\n")
+def _template(loaded: Loaded, name: str | None) -> Template:
+    from mistral.templates import find_template
 
-
-def _ask(ask: str) -> str:
-    if not sys.stdout.isatty():  # the answers are being kept; the question is not one of them
-        print(ask, end="", file=sys.stderr, flush=True)
-        ask = ""
-    return input(ask)
-
-
-def _not_utf8(what: str, error: UnicodeDecodeError) -> flags.UsageError:
-    byte = error.object[error.start]
-    return flags.UsageError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
+    return find_template(
+        loaded.tokenizer, name=name, release=getattr(loaded, "release", None) and loaded.release.template
+    )
 
 
 def _folder_or_prompt(word: str) -> str:
@@ -476,66 +448,83 @@ def _folder_or_prompt(word: str) -> str:
     one_word = not re.search(r"\s", word)
     path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+$", word))
     if one_word and not path:
-        _say(f"note: there is no folder {word!r} here, so it is the prompt")
+        terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
     return "folder" if path else "prompt"
 
 
-def _read_prompts(prompt: str | None, file: str | None, max_tokens: int) -> tuple[list[Any], list[int]]:
-    """The prompts and the most tokens for each: from the word, the file, or stdin."""
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, text or ids; the text that follows it, if it is a gap to fill; and the most tokens to make."""
+
+    prompt: Any
+    suffix: str | None
+    max_tokens: int
+
+
+def _read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[Asked]:
+    """What to continue: the word, the lines of the file, or stdin."""
     if file is not None:
         if prompt is not None:
             raise flags.UsageError("a prompt and --file: give one of them")
+        if suffix is not None:
+            raise flags.UsageError("--suffix and --file: give each line of the file its own suffix")
         return _read_jsonl(file, max_tokens)
     if prompt is None:
         try:
-            prompt = "" if _typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
+            prompt = "" if terminal.typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise _not_utf8("stdin", error) from None
+            raise terminal.not_utf8("stdin", error) from None
         if not prompt:
             raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
-    return [prompt], [max_tokens]
+    return [Asked(prompt, suffix, max_tokens)]
 
 
-def _read_jsonl(file: str, max_tokens: int) -> tuple[list[Any], list[int]]:
-    prompts: list[Any] = []
-    limits: list[int] = []
+def _with_gaps(asked: list[Asked], loaded: Loaded) -> list[Any]:
+    """The prompts, those with a suffix as the ids after which its model fills the gap."""
+    if all(one.suffix is None for one in asked):
+        return [one.prompt for one in asked]
+    template = _template(loaded, None)
+    return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+
+
+def _read_jsonl(file: str, max_tokens: int) -> list[Asked]:
+    asked: list[Asked] = []
     try:
         # A byte order mark, as some editors put in front, is no part of the first line.
         with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                prompt, limit = _one_prompt(line, f"{file} line {number}", max_tokens)
-                prompts.append(prompt)
-                limits.append(limit)
+                if line.strip():
+                    asked.append(_one_prompt(line, f"{file} line {number}", max_tokens))
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
+        raise terminal.not_utf8(file, error) from None
     except OSError as error:
         raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
-    if not prompts:
+    if not asked:
         raise flags.UsageError(f"no prompts in {file}: it has no line that is not empty")
-    return prompts, limits
+    return asked
 
 
-def _one_prompt(line: str, where: str, max_tokens: int) -> tuple[Any, int]:
+def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise flags.UsageError(f"{where} is not JSON: {error}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
-    unknown = set(entry) - {"prompt", "max_tokens"}
+    unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
     if unknown:
-        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt and max_tokens")
-    prompt, limit = entry.get("prompt"), entry.get("max_tokens", max_tokens)
+        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
+    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
     if prompt == []:
         raise flags.UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
+    if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
+        raise flags.UsageError(f"{where}: a suffix must be text, and so must its prompt")
     if type(limit) is not int or limit < 0:
         raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
-    return prompt, limit
+    return Asked(prompt, suffix, limit)
 
 
 def _as_json(index: int, result: Completion, with_top: bool) -> str:
@@ -550,17 +539,3 @@ def _as_json(index: int, result: Completion, with_top: bool) -> str:
     if with_top:
         entry["top_logprobs"] = [[[token, lp] for token, lp in top.items()] for top in result.top_logprobs]
     return json.dumps(entry, ensure_ascii=False)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _say_error(error: Exception) -> None:
-    # One line, whatever is in the names and words that it quotes.
-    _say(f"error: {' '.join(str(error).splitlines())}")

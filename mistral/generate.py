@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,9 +24,11 @@ from mistral.tokenizer import StreamDecoder, TokenizerLike, encode
 
 Prompt = str | Sequence[int]
 Finish = Literal["stop", "length"]
+Progress = Callable[[int, int], None]
 
 STEP_TOKENS = 2048  # prompt tokens a step takes in, over all rows, unless a chunk size is given
 LOGIT_FLOATS = 1 << 24  # logits held at once while a prompt is scored: 64 MB
+LESS = "lower --max_tokens, shorten the prompt, or use --dtype bfloat16"  # where keys and values do not fit
 
 
 class GenerationError(ValueError):
@@ -96,9 +98,12 @@ class Generation:
         chunk_size: most prompt tokens a sequence takes in at a step; None shares STEP_TOKENS.
         score_prompts: also keep the log-probabilities of the prompts' tokens.
         top_logprobs: how many of the likeliest tokens to report with each token.
+        cache: one to go on from, with a row for each prompt, whose row b holds the first `lengths[b]`
+            tokens of prompt b: they are not taken in again (nor scored). None makes one.
 
     Raises:
-        GenerationError: an empty prompt, an id outside the vocabulary, or a number out of range.
+        GenerationError: an empty prompt, an id outside the vocabulary, or a number out of range; a cache
+            that has too few rows, or holds all of a prompt.
         DoesNotFit: not even one row of cache fits the memory left.
     """
 
@@ -114,6 +119,7 @@ class Generation:
         chunk_size: int | None = None,
         score_prompts: bool = False,
         top_logprobs: int = 0,
+        cache: RollingBufferCache | None = None,
     ) -> None:
         limits = _check(prompts, model.args.vocab_size, max_tokens, chunk_size, top_logprobs)
         self.model = model
@@ -132,16 +138,41 @@ class Generation:
         self._waiting = deque(s for s in self.sequences if s.finish is None)
         # The last token made is never fed back; a prompt that is only scored goes in whole.
         positions = max((len(s.prompt) + max(s.max_tokens - 1, 0) for s in self._waiting), default=0)
+        self._rows: list[PromptState | None]
+        if cache is not None:
+            self.cache = cache
+            self._rows = self._go_on(cache, positions)
+            self._waiting.clear()
+            return
         rows = rows_that_fit(model, len(self._waiting), positions)
         self.cache = RollingBufferCache(
             model.args, max(rows, 1), device=model.device, dtype=model.dtype, positions=positions
         )
-        self._rows: list[PromptState | None] = [None] * rows
+        self._rows = [None] * rows
+
+    def _go_on(self, cache: RollingBufferCache, positions: int) -> list[PromptState | None]:
+        """Each prompt in its own row, with what the row holds already taken in."""
+        if len(cache.lengths) < len(self.sequences):
+            raise GenerationError(f"{len(self.sequences)} prompts for a cache of {len(cache.lengths)} rows")
+        for s, held in zip(self.sequences, cache.lengths, strict=False):
+            if held >= len(s.prompt):
+                raise GenerationError(
+                    f"the cache holds {held} tokens of prompt {s.index}, which has {len(s.prompt)}: rewind it"
+                )
+            s.fed = held
+        grown = len(cache.lengths) * row_bytes(self.model.args, positions, self.model.dtype.itemsize) - cache.nbytes
+        memory.require(max(0, grown), self.model.device, f"{positions} positions in the cache", LESS)
+        return [s if s.finish is None else None for s in self.sequences]
 
     @property
     def done(self) -> bool:
         """Whether every sequence has ended."""
         return not self._waiting and not any(self._rows)
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Tokens of the prompts that the model has taken in, and all there are."""
+        return sum(min(s.fed, len(s.prompt)) for s in self.sequences), sum(len(s.prompt) for s in self.sequences)
 
     def stop(self, index: int) -> None:
         """End a sequence from outside, as if it had made eos."""
@@ -259,7 +290,7 @@ def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
             needed,
             model.device,
             f"keys and values of one sequence of {positions} positions",
-            "lower --max_tokens, shorten the prompt, or use --dtype bfloat16",
+            LESS,
         )
     left = memory.available(model.device)
     return rows if left is None or not needed else min(rows, left // needed)
@@ -402,6 +433,8 @@ def stream(
     stop: Sequence[str] = (),
     chunk_size: int | None = None,
     top_logprobs: int = 0,
+    cache: RollingBufferCache | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is made.
 
@@ -414,6 +447,9 @@ def stream(
         stop: strings that end a continuation; neither they nor what follows is shown.
         chunk_size: most prompt tokens a sequence takes in at a step; changes no number.
         top_logprobs: how many of the likeliest tokens to report with each token.
+        cache: one that holds the beginnings of the prompts; see `Generation`.
+        progress: called between steps with the tokens of the prompts taken in so far and in all. What it
+            raises ends the generation there, with the cache whole.
 
     Yields:
         Pieces, at least one a prompt; a sequence's last one carries its finish reason.
@@ -433,13 +469,16 @@ def stream(
         seed=_seed(seed, sampler, max_tokens),
         chunk_size=chunk_size,
         top_logprobs=top_logprobs,
+        cache=cache,
     )
-    return _pieces(running, [_Text(tokenizer, prompt, stops) for prompt in ids])
+    return _pieces(running, [_Text(tokenizer, prompt, stops) for prompt in ids], progress)
 
 
-def _pieces(running: Generation, texts: list[_Text]) -> Iterator[Piece]:
+def _pieces(running: Generation, texts: list[_Text], progress: Progress | None) -> Iterator[Piece]:
     open_ = {s.index: s for s in running.sequences}
     while open_:
+        if progress is not None:
+            progress(*running.taken)
         for token in [] if running.done else running.step():
             text = texts[token.index]
             shown = text.push(token.id)

@@ -6,6 +6,7 @@ SentencePiece models are read directly; tekken.json goes through mistral-common,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -61,6 +62,34 @@ class Tokenizer:
         """Padding id; -1 where there is none."""
         return self._model.pad_id
 
+    @property
+    def is_tekken(self) -> bool:
+        """Whether it is a tekken.json; else it is a SentencePiece model."""
+        return isinstance(self._model, _Tekken)
+
+    @property
+    def version(self) -> str:
+        """Which of Mistral's it is: "v1", "v3", ... by the file's name where that says so, else by its contents."""
+        if isinstance(self._model, _Tekken):
+            return self._model.version
+        if match := re.search(r"\.(v\d+)\w*$", self.path.name):
+            return match[1]
+        if self.has_control("[SYSTEM_PROMPT]"):
+            return "v7"
+        return "v3" if self.has_control("[INST]") else "v1"
+
+    def has_control(self, word: str) -> bool:
+        """Whether a control token, such as "[INST]", has an id of its own."""
+        return self._model.has_control(word)
+
+    def for_mistral_common(self, version: str) -> Any:
+        """The same tokenizer as mistral-common's templates want it.
+
+        Raises:
+            TokenizerError: mistral-common is missing.
+        """
+        return self._model.for_mistral_common(version)
+
     def encode(self, s: str, bos: bool = True) -> list[int]:
         """Ids of a text, begun by bos. Text that looks like a control token stays text.
 
@@ -90,6 +119,7 @@ class _SentencePiece:
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self._path = path
         self._sp = SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(path.read_bytes())
@@ -106,6 +136,17 @@ class _SentencePiece:
     def decode(self, ids: list[int]) -> str:
         return self._sp.decode(ids)
 
+    def has_control(self, word: str) -> bool:
+        return self._sp.IsControl(self._sp.piece_to_id(word))
+
+    def for_mistral_common(self, version: str) -> Any:
+        try:
+            from mistral_common.tokens.tokenizers.base import TokenizerVersion
+            from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+        except ImportError:
+            raise TokenizerError("templates need mistral-common: pip install mistral-common") from None
+        return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
+
 
 class _Tekken:
     def __init__(self, path: Path) -> None:
@@ -119,6 +160,7 @@ class _Tekken:
         except Exception as error:  # whatever the library makes of a broken file
             raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
         self._ignore = SpecialTokenPolicy.IGNORE
+        self.version = str(self._tekken.version.value)
         self.n_words = self._tekken.n_words
         self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
 
@@ -127,6 +169,12 @@ class _Tekken:
 
     def decode(self, ids: list[int]) -> str:
         return self._tekken.decode(ids, special_token_policy=self._ignore)
+
+    def has_control(self, word: str) -> bool:
+        return bool(self._tekken.is_special(word))
+
+    def for_mistral_common(self, version: str) -> Any:
+        return self._tekken
 
 
 def encode(tokenizer: TokenizerLike, text: str) -> list[int]:

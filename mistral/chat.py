@@ -1,0 +1,139 @@
+"""A conversation: its turns, and a cache that is never told more than it needs.
+
+Knows nothing about terminals or files. The ids of the whole conversation are worked out anew for every
+answer; what the cache holds of them already is kept, whatever has happened in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mistral.cache import RollingBufferCache
+from mistral.generate import GenerationError, Piece, Progress, stream
+from mistral.model import Transformer
+from mistral.templates import Template, TemplateError, Turn
+from mistral.tokenizer import Tokenizer
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model: the model.
+        tokenizer: decodes.
+        template: says what surrounds a turn.
+        system: the system prompt; "" is none.
+        seed: of the answers' random draws: answer n draws with seed + n. None takes one at random.
+        options: what `stream` takes: max_tokens, temperature, top_p, ...
+
+    Attributes:
+        turns: the conversation; may be changed between answers.
+        answers: how many were begun, those that were undone included.
+        prefilled, kept: tokens of the last prompt that the model took in, and that the cache held already.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        system: str = "",
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.system = system
+        self.seed = int(torch.randint(2**53, (), device="cpu")) if seed is None else seed
+        self.options = options
+        self.turns: list[Turn] = []
+        self.answers = 0
+        self.prefilled = self.kept = 0
+        self._held: list[int] = []
+        self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
+        probe = template.conversation(system, [Turn("")])  # refuses a system prompt that has no place
+        if max(probe) >= model.args.vocab_size:
+            raise TemplateError(
+                f"template {template.name} has the id {max(probe)}, outside the vocabulary of {model.args.vocab_size}: "
+                "it is for other models"
+            )
+
+    def answer(self, question: str, progress: Progress | None = None) -> Iterator[Piece]:
+        """Answer a question, handing out text as it is made, without the space that some tokenizers put first.
+
+        The turn joins the conversation when the iterator ends, is closed or is broken off; a turn of which no
+        token was made does not.
+
+        Args:
+            progress: see `stream`.
+
+        Raises:
+            ValueError: a subclass that names what cannot be; the conversation is as before.
+        """
+        ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
+        self.kept = self._cache.rewind(0, _common(self._held, ids[:-1]))
+        self.prefilled = len(ids) - self.kept
+        self._held = ids[: self.kept]
+        pieces = stream(
+            [ids],
+            self.model,
+            self.tokenizer,
+            seed=self.seed + self.answers,
+            cache=self._cache,
+            progress=progress,
+            **self.options,
+        )
+        self.answers += 1
+        return self._answer(Turn(question, []), ids, pieces)
+
+    def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
+        assert turn.answer is not None
+        ended = False
+        try:
+            for piece in pieces:
+                if piece.token:
+                    turn.answer.append(piece.token.id)
+                text = piece.text
+                if not turn.text and text[:1] == " " and self.tokenizer.decode(turn.answer)[:1] != " ":
+                    text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
+                turn.text += text
+                ended = ended or piece.finish_reason is not None
+                yield Piece(piece.index, text, piece.token, piece.finish_reason)
+        finally:
+            # Its length moves only with whole steps, so this is true after an interruption too.
+            self._held = (ids + turn.answer)[: self._cache.lengths[0]]
+            if turn.answer or ended:
+                self.turns.append(turn)
+
+    def undo(self) -> Turn:
+        """Drop the last question and its answer, and return them.
+
+        Raises:
+            GenerationError: there is none.
+        """
+        if not self.turns:
+            raise GenerationError("there is nothing to undo")
+        return self.turns.pop()
+
+    def reset(self) -> None:
+        """Begin a new conversation, with the same system prompt."""
+        self.turns.clear()
+
+    def set_system(self, system: str) -> None:
+        """Change the system prompt, for the conversation so far too; "" is none.
+
+        Raises:
+            TemplateError: the template has no place for one.
+        """
+        self.template.conversation(system, [Turn("")])
+        self.system = system
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many ids two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

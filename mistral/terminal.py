@@ -1,0 +1,294 @@
+"""What is typed and what is shown: lines in, text out as it is made, and the commands of a conversation.
+
+Text goes to stdout, everything else to stderr. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mistral.chat import Chat
+    from mistral.generate import Piece
+
+
+class InputError(ValueError):
+    """A line that cannot be read, or a command that cannot be meant."""
+
+
+def typed() -> bool:
+    """Whether somebody types at stdin. (A process may also have no stdin at all.)"""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def write(text: str) -> None:
+    """Text for stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    """A line for stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_error(error: Exception) -> None:
+    """One line, whatever is in the names and words that it quotes."""
+    say(f"error: {' '.join(str(error).splitlines())}")
+
+
+def not_utf8(what: str, error: UnicodeDecodeError) -> InputError:
+    """The error for bytes that are no text."""
+    byte = error.object[error.start]
+    return InputError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
+
+
+def lines(ask: str) -> Iterator[str]:
+    """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line.
+
+    Raises:
+        InputError: a piped line is not UTF-8.
+    """
+    if not typed():
+        yield from _piped()
+        return
+    read = _reader(ask)
+    while True:
+        try:
+            yield read()
+        except UnicodeDecodeError as error:
+            say_error(not_utf8("the line", error))
+        except EOFError:
+            write("\n")
+            return
+        except KeyboardInterrupt:
+            write("\n")
+
+
+def _piped() -> Iterator[str]:
+    while line := _piped_line():
+        yield line.rstrip("\r\n")
+
+
+def _piped_line() -> str:
+    try:
+        return sys.stdin.readline() if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise not_utf8("stdin", error) from None
+
+
+def _reader(ask: str) -> Callable[[], str]:
+    """How to read a typed line: with prompt_toolkit, which edits, remembers and takes pasted lines as one."""
+    # Where the answers are being kept, the question is not one of them.
+    asked_on = sys.stdout if sys.stdout.isatty() else sys.stderr
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+    except ImportError:
+        return lambda: _plain(ask, asked_on)
+    session: Any = PromptSession(ask, output=create_output(stdout=asked_on))
+    return lambda: str(session.prompt())
+
+
+def _plain(ask: str, asked_on: Any) -> str:
+    try:
+        import readline  # noqa: F401  (line editing and history for input())
+    except ImportError:
+        pass
+    if asked_on is sys.stdout:
+        return input(ask)
+    print(ask, end="", file=asked_on, flush=True)
+    return input()
+
+
+class PromptBar:
+    """Progress through a prompt: shown after two seconds, on stderr, not when that is piped."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, taken: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total, initial=taken, desc="prompt", unit="token", delay=2, disable=None, leave=False
+            )
+        self._bar.update(taken - self._bar.n)
+        if taken == total:
+            self._bar.close()
+
+
+class Interrupt:
+    """Ctrl-C while an answer is made: the first ends it between two steps, a second one at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._hit)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _hit(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def check(self) -> None:
+        """End the answer if that was asked for.
+
+        Raises:
+            KeyboardInterrupt: it was.
+        """
+        if self._asked:
+            raise KeyboardInterrupt
+
+
+def show(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
+    """Text on stdout as it is made, `echo` first; then how fast, on stderr, also after Ctrl-C.
+
+    Args:
+        more: what else to tell at the end.
+    """
+    began = first = time.perf_counter()
+    made, reason, interrupt = 0, "", None
+    try:
+        write(echo)
+        for piece in pieces:
+            write(piece.text)
+            if piece.token:
+                made += 1
+                first = first if made > 1 else time.perf_counter()
+            reason = piece.finish_reason or reason
+    except KeyboardInterrupt as stopped:
+        reason, interrupt = "interrupted", stopped
+    seconds = time.perf_counter() - first
+    write("\n")
+    rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
+    say(f"[{made} tokens{rate}{f'; first after {first - began:.2f} s' if made else ''}{more()}; {reason}]")
+    if interrupt:
+        raise interrupt
+
+
+class Conversation:
+    """A chat on a terminal, or over a pipe: a line is a question, or a command.
+
+    Args:
+        chat: the conversation.
+        fingerprint: gives the model's, for files.
+    """
+
+    def __init__(self, chat: Chat, fingerprint: Callable[[], str]) -> None:
+        self._chat = chat
+        self._fingerprint = fingerprint
+        self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/help": ("this list", self._help),
+            "/reset": ("begin anew, with the same system prompt", self._reset),
+            "/undo": ("drop the last question and its answer", self._undo),
+            "/system": ("TEXT sets the system prompt, - removes it, nothing shows it", self._system),
+            "/save": ("FILE keeps the conversation in a file", self._save),
+            "/load": ("FILE goes on with a conversation from a file", self._load),
+            "/quit": ("leave, as Ctrl-D does", self._quit),
+        }
+        self._over = False
+
+    def run(self) -> None:
+        """Read lines until they end.
+
+        Raises:
+            ValueError, KeyboardInterrupt: where lines are piped; on a terminal only the answer ends.
+        """
+        if typed():
+            say("A question a line; /help lists commands; Ctrl-C ends an answer, Ctrl-D the conversation.")
+        for line in lines("> "):
+            try:
+                self._one(line)
+            except KeyboardInterrupt:
+                if not typed():
+                    raise
+            except ValueError as error:
+                if not typed():
+                    raise
+                say_error(error)  # one line's fault; the next may be better
+            if self._over:
+                return
+
+    def _one(self, line: str) -> None:
+        if line.startswith("//"):
+            self._ask(line[1:])
+        elif line.startswith("/"):
+            word, _, rest = line.partition(" ")
+            if word not in self._commands:
+                raise InputError(f"no command {word}: /help lists them; // begins a question with a slash")
+            if rest.strip() and word not in ("/system", "/save", "/load"):
+                raise InputError(f"{word} takes nothing after it")
+            self._commands[word][1](rest.strip())
+        elif line.strip():
+            self._ask(line)
+
+    def _ask(self, question: str) -> None:
+        bar = PromptBar()
+        with Interrupt() as interrupt:
+
+            def between_steps(taken: int, total: int) -> None:
+                interrupt.check()
+                bar(taken, total)
+
+            show(self._chat.answer(question, between_steps), more=self._read)
+
+    def _read(self) -> str:
+        kept = f", {self._chat.kept} kept" if self._chat.kept else ""
+        return f"; {self._chat.prefilled} prompt tokens read{kept}"
+
+    def _help(self, rest: str) -> None:
+        for name, (what, _) in self._commands.items():
+            say(f"{name:9}{what}")
+        say("//...    asks a question that begins with a slash")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.reset()
+        say("a new conversation")
+
+    def _undo(self, rest: str) -> None:
+        say(f"dropped: {self._chat.undo().question}")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._chat.set_system("" if rest == "-" else rest)
+        say(f"system prompt: {self._chat.system or 'none'}")
+
+    def _save(self, rest: str) -> None:
+        from mistral.session import save
+
+        save(self._chat, _file("/save", rest), self._fingerprint())
+        say(f"saved {_turns(self._chat)} in {rest}")
+
+    def _load(self, rest: str) -> None:
+        from mistral.session import OPTIONS, load
+
+        load(self._chat, _file("/load", rest), self._fingerprint())
+        options = ", ".join(f"{name} {self._chat.options[name]}" for name in OPTIONS if name in self._chat.options)
+        say(f"loaded {_turns(self._chat)} from {rest}; {options}, seed {self._chat.seed}")
+
+    def _quit(self, rest: str) -> None:
+        self._over = True
+
+
+def _file(command: str, name: str) -> str:
+    if not name:
+        raise InputError(f"{command} wants the name of a file")
+    return name
+
+
+def _turns(chat: Chat) -> str:
+    n = len(chat.turns)
+    return f"{n} turn" if n == 1 else f"{n} turns"
