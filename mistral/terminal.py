@@ -89,7 +89,10 @@ def _reader(ask: str) -> Callable[[], str]:
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
+        from prompt_toolkit.utils import is_dumb_terminal
     except ImportError:
+        return lambda: _plain(ask, asked_on)
+    if is_dumb_terminal():
         return lambda: _plain(ask, asked_on)
     session: Any = PromptSession(ask, output=create_output(stdout=asked_on))
     return lambda: str(session.prompt())
