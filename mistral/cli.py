@@ -438,9 +438,8 @@ def _converse(loaded: Loaded, template: str | None, **options: Any) -> None:
 def _template(loaded: Loaded, name: str | None) -> Template:
     from mistral.templates import find_template
 
-    return find_template(
-        loaded.tokenizer, name=name, release=getattr(loaded, "release", None) and loaded.release.template
-    )
+    release = None if loaded.release is None else loaded.release.template
+    return find_template(loaded.tokenizer, name=name, release=release)
 
 
 def _folder_or_prompt(word: str) -> str:

@@ -1,14 +1,17 @@
 """What fits: memory left on a device, container limits honoured, and the refusal when it is too little.
 
 Knows nothing about models; callers say how much they need, for what, and what the user may change.
+PyTorch is imported only to ask about a device.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class DoesNotFit(ValueError):
@@ -17,6 +20,8 @@ class DoesNotFit(ValueError):
 
 def available(device: torch.device | str) -> int | None:
     """Bytes that can still be allocated on a device; None where nobody can say."""
+    import torch
+
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -51,12 +56,15 @@ def require(needed: int, device: torch.device | str, what: str, advice: str) -> 
     """
     left = available(device)
     if left is not None and needed > left:
-        raise DoesNotFit(f"{what} need {gigabytes(needed)}, but {device} has {gigabytes(left)} left: {advice}")
+        raise DoesNotFit(f"{what} need {as_text(needed)}, but {device} has {as_text(left)} left: {advice}")
 
 
-def gigabytes(n: int) -> str:
-    """Bytes for people: 14.5 GB, 88 MB."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+def as_text(n: int) -> str:
+    """Bytes for people: 14.5 GB, 88.0 MB, 2.5 kB, 200 B."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n} B"
 
 
 def _machine(root: Path) -> int | None:

@@ -507,7 +507,7 @@ def test_a_model_that_does_not_fit(cli: Command, good: Path, monkeypatch: pytest
     monkeypatch.setattr(mistral.formats, "_fill", nothing_more)
     error = spoilt(cli, good)
     need = 4 * sum(tensor.numel() for tensor in random_state().values())
-    assert error.startswith(f"the weights in float32 need {need / 1e6:.1f} MB, but cpu has 0.6 MB left: ")
+    assert error.startswith(f"the weights in float32 need {need / 1e3:.1f} kB, but cpu has 600.0 kB left: ")
     assert "use --dtype bfloat16, another --device, or a smaller model" in error
     # That advice helps, and is not given to those who have taken it.
     monkeypatch.setattr(memory, "available", lambda device: need // 4)

@@ -499,13 +499,13 @@ def test_a_disk_with_too_little_room(cli: Command, tmp_path: Path) -> None:
     needed = sum(path.stat().st_size for path in (tmp_path / "full").iterdir())
     with usage(needed - 1):
         error = cli("convert", src, tmp_path / "b", "--to", "hf").error
-    assert error.startswith(f"{tmp_path / 'b'} needs 0.9 MB, but its disk has 0.9 MB free: ")
+    assert error.startswith(f"{tmp_path / 'b'} needs {needed / 1e3:.1f} kB, but its disk has {(needed - 1) / 1e3:.1f} kB free: ")
     assert asked == [tmp_path]
     assert_nothing_at(tmp_path / "b")
     (tmp_path / ".b.0123.partial").mkdir()
     with usage(3_000):
         error = cli("convert", src, tmp_path / "b", "--to", "hf").error
-    assert "but its disk has 0.0 MB free" in error
+    assert "but its disk has 3.0 kB free" in error
     assert f".b.0123.partial in {tmp_path}, left by a killed run" in error
     (tmp_path / ".b.0123.partial").rmdir()
     with usage(needed):
@@ -582,10 +582,10 @@ def test_the_command_says_what_it_wrote(cli: Command, tmp_path: Path) -> None:
     (src / "tokenizer.json").write_text("{}")
     done = cli("convert", src, tmp_path / "b", "--to", "hf", "--dtype", "float32")
     assert done.text == ""
-    assert done.err == f"wrote {tmp_path / 'b'}: Hugging Face's layout, 0.8 MB of float32 in model.safetensors\n"
+    assert done.err == f"wrote {tmp_path / 'b'}: Hugging Face's layout, 828.4 kB of float32 in model.safetensors\n"
     done = cli("convert", f"--src={tmp_path / 'b'}", f"--dst={tmp_path / '1e5'}", "--to=mistral")
     assert done.text == ""
-    assert done.err == f"wrote {tmp_path / '1e5'}: Mistral's layout, 0.8 MB of float32 in consolidated.safetensors\n"
+    assert done.err == f"wrote {tmp_path / '1e5'}: Mistral's layout, 828.4 kB of float32 in consolidated.safetensors\n"
     assert cli("complete", tmp_path / "1e5", "Hi", "--max_tokens", 2).code == 0
 
 

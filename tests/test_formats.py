@@ -152,6 +152,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 import mistral.formats as formats
+from mistral.formats.weights import WeightFiles
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -164,14 +165,13 @@ touch(formats.load(sys.argv[1], device="cpu").model)  # a tiny one: whatever is 
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before, most = status("VmHWM"), 0
 
-def watched(tensors):
+def watched(self, name, progress):
     global most
-    for item in tensors:
-        yield item
-        most = max(most, status("RssAnon"))
+    most = max(most, status("RssAnon"))
+    return get(self, name, progress)
 
-read = formats.WeightFiles.read
-formats.WeightFiles.read = lambda self: watched(read(self))
+get = WeightFiles.get
+WeightFiles.get = watched
 anonymous = status("RssAnon")
 model = formats.load(sys.argv[2], device="cpu", dtype=sys.argv[3]).model
 touch(model)

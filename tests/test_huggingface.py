@@ -468,7 +468,7 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
         ({"sliding_window": "5"}, "sliding_window must be an integer, not '5'"),
         ({"hidden_size": ...}, "lacks hidden_size"),
         ({"rms_norm_eps": ..., "vocab_size": ...}, "lacks rms_norm_eps, vocab_size"),
-        ({"num_key_value_heads": None}, "n_kv_heads must be an integer, not None"),
+        ({"num_key_value_heads": None}, "num_key_value_heads must be an integer, not None"),
         ({"head_dim": ..., "hidden_size": 25}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": ..., "num_attention_heads": 0}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": 0}, "head_dim is 0"),

@@ -3,6 +3,8 @@
 from mistral.formats import load
 loaded = load("mistral-7B-v0.1")
 print(loaded.describe())
+
+PyTorch is imported by `load`, and not before: what a folder is can be said without it.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ from collections import Counter
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from mistral import memory, runtime
+from mistral import memory
 from mistral.args import ModelArgs
-from mistral.formats.folder import read_folder
-from mistral.formats.weights import WeightFiles, file_names
-from mistral.model import Transformer
-from mistral.runtime import Runtime
+from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, read_folder
+from mistral.formats.releases import Release, recognise
+from mistral.formats.weights import file_names
 from mistral.tokenizer import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mistral.model import Transformer
+    from mistral.runtime import Runtime
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
@@ -37,7 +42,8 @@ class Loaded:
         tokenizer: the folder's.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
-        notes: what was assumed or left aside, a sentence each.
+        release: the release that it is, as far as its shape tells; None if it is none that is known.
+        notes: what was assumed or left aside and what is odd, a sentence each.
     """
 
     model: Transformer
@@ -46,6 +52,7 @@ class Loaded:
     runtime: Runtime
     folder: Path
     files: tuple[Path, ...]
+    release: Release | None = None
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
@@ -95,12 +102,25 @@ def load(
     Raises:
         ValueError: a subclass that names what is wrong with the folder, the options or the memory.
     """
+    import torch
+
+    from mistral import runtime
+    from mistral.model import Transformer
+
     found = read_folder(BUNDLED if folder is None else folder, max_batch_size)
-    args, weights = found.args, found.weights
+    args = found.args
     tokenizer = load_tokenizer(found.path, args.vocab_size)
-    (stored, _), *_ = Counter(t.dtype for t in weights.tensors.values()).most_common()
+    release, odd = recognise(args, tokenizer_kind(tokenizer.path))
+    (stored, _), *_ = Counter(t.dtype for t in found.tensors.values()).most_common()
     assert stored is not None
-    run = runtime.resolve(device, dtype, attention, stored=stored, parameters=found.parameters, head_dim=args.head_dim)
+    run = runtime.resolve(
+        device,
+        dtype,
+        attention,
+        stored=getattr(torch, stored),
+        parameters=found.parameters,
+        head_dim=args.head_dim,
+    )
     narrower = "use --dtype bfloat16, " if run.weights.itemsize > 2 else "use "
     memory.require(
         found.parameters * run.weights.itemsize,
@@ -111,21 +131,33 @@ def load(
     with torch.device("meta"):
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
         model = Transformer(args, run.attend, compute_dtype=None if run.weights == run.compute else run.compute)
-    _fill(model, weights, run)
-    spare = args.vocab_size - tokenizer.n_words
+    _fill(model, found, run)
+    spare = wordless(args, tokenizer.n_words, release)
     padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
-    return Loaded(model, tokenizer, args, run, found.path, weights.files, found.notes + padded)
+    notes = (*found.notes, *odd, *padded)
+    return Loaded(model, tokenizer, args, run, found.path, found.weights.files, release, notes)
 
 
-def _fill(model: Transformer, weights: WeightFiles, run: Runtime) -> None:
+def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
+    """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
+    from tqdm import tqdm
+
     tensors: dict[str, Tensor] = {}
-    bar = tqdm(
-        weights.read(), total=len(weights.tensors), desc="loading", unit="tensor", delay=2, disable=None, leave=False
-    )
-    for name, tensor in bar:
-        tensors[name] = tensor.to(run.device, run.weights)
+    total = sum(tensor.nbytes for tensor in found.tensors.values())
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+        for name in found.tensors:
+            tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights)
+    if found.tied:
+        tensors[OUTPUT] = tensors[EMBEDDINGS]
     model.load_state_dict(tensors, strict=True, assign=True)
+    if found.tied:  # one parameter, also to those who count them, train them or move them
+        model.output.weight = model.tok_embeddings.weight
     model.eval()
+
+
+def wordless(args: ModelArgs, words: int, release: Release | None) -> int:
+    """Ids of the model that its tokenizer should have a word for and has not."""
+    return max(0, args.vocab_size - words - (release.added_words if release else 0))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -138,6 +170,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
     newest_first = [versions[n] for n in sorted(versions, reverse=True)]
     candidates = [folder / "tekken.json", *newest_first, folder / "tokenizer.model"]
     return [path for path in candidates if path.is_file()]
+
+
+def tokenizer_kind(path: Path) -> str:
+    """ "sentencepiece" or "tekken"."""
+    return "tekken" if path.suffix == ".json" else "sentencepiece"
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

@@ -24,22 +24,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral import memory
 from mistral.args import ModelArgs, Window
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
 from mistral.formats.folder import Folder, expected_shapes, read_folder
 from mistral.formats.params import REQUIRED
-from mistral.formats.weights import DTYPES as STORED_DTYPES
-from mistral.formats.weights import INDEX, file_names
-from mistral.memory import gigabytes
+from mistral.formats.weights import CODES, INDEX, file_names
 from mistral.tokenizer import TokenizerError
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
 PIECE = 2**24  # weights written at a time
-
-_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 
 # What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
 TOKENIZER_FILES = (
@@ -87,7 +84,7 @@ class Converted:
         layout = "Mistral's layout" if self.layout == "mistral" else "Hugging Face's layout"
         dtypes = "/".join(_name(d) for d in self.dtypes)
         names = file_names(tuple(map(Path, self.files)))
-        return f"{self.path}: {layout}, {gigabytes(self.nbytes)} of {dtypes} in {names}"
+        return f"{self.path}: {layout}, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ def _check_disk(place: Path, needed: int, notes: list[str]) -> None:
     if needed > free:
         advice = f" (there is {remains})" if left else ""
         raise ConvertError(
-            f"{place} needs {gigabytes(needed)}, but its disk has {gigabytes(free)} free: "
+            f"{place} needs {memory.as_text(needed)}, but its disk has {memory.as_text(free)} free: "
             f"free some, or give a folder on another disk{advice}"
         )
 
@@ -235,7 +232,8 @@ def _plan(folder: Folder, to: str, target: torch.dtype | None, shard_size: int) 
     for source, shape in expected_shapes(folder.args).items():
         stored = folder.weights.tensors[source].dtype
         assert stored is not None
-        tensor = _Tensor(source, hf.to_hf(source) if to == "hf" else source, shape, target or stored)
+        dtype = target or getattr(torch, stored)
+        tensor = _Tensor(source, hf.to_hf(source) if to == "hf" else source, shape, dtype)
         if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
             parts.append([])
             size = 0
@@ -257,7 +255,7 @@ def _header(tensors: list[_Tensor]) -> bytes:
     for tensor in tensors:
         end = begin + tensor.nbytes
         entries[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": CODES[_name(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }

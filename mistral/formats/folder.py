@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
+from mistral.formats.mapped import Progress
 from mistral.formats.params import ParamsError, read_object, to_args
+from mistral.formats.releases import recognise
 from mistral.formats.weights import (
+    Reader,
+    Stored,
     WeightFiles,
     WeightsError,
     check_tensors,
@@ -27,8 +27,12 @@ from mistral.formats.weights import (
     has_mistral_weights,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # The file that gives the shape, by layout.
 CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
+OUTPUT, EMBEDDINGS = "output.weight", "tok_embeddings.weight"
 
 
 class FolderError(ValueError):
@@ -45,6 +49,7 @@ class Folder:
         source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
+        tied: whether output.weight is tok_embeddings.weight under another name.
         notes: what was assumed or left aside, a sentence each.
     """
 
@@ -54,12 +59,19 @@ class Folder:
     raw: dict[str, Any]
     args: ModelArgs
     weights: WeightFiles
+    tied: bool
     notes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """The tensors that there are, each once, in the files' order: a tied output is not among them."""
+        names = (name for name in self.weights.readers if not (self.tied and name == OUTPUT))
+        return {name: self.weights.tensors[name] for name in names}
 
     @property
     def parameters(self) -> int:
         """How many weights there are."""
-        return sum(math.prod(t.shape) for t in self.weights.tensors.values())
+        return sum(tensor.parameters for tensor in self.tensors.values())
 
 
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
@@ -86,6 +98,18 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         args, assumed = hf.config_to_args(raw, max_batch_size)
         notes += assumed
         weights = find_hf_weights(path)
+    tied = raw.get("tie_word_embeddings") is True and hf.to_hf(OUTPUT) not in weights.tensors
+    try:
+        weights = _checked(weights, args, layout, source, tied)
+    except WeightsError as error:
+        _, mistakes = recognise(args)
+        hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
+        raise WeightsError("; ".join([str(error), *hints])) from None
+    return Folder(path, layout, source, raw, args, weights, tied, tuple(notes))
+
+
+def _checked(weights: WeightFiles, args: ModelArgs, layout: str, source: str, tied: bool) -> WeightFiles:
+    """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
@@ -94,10 +118,8 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     expected = expected_shapes(args)
     if layout == "mistral":
         check_tensors(weights.tensors, expected, where, source)
-    else:
-        tied = raw.get("tie_word_embeddings") is True
-        weights = _as_mistral(weights, args, expected, tied, where, source)
-    return Folder(path, layout, source, raw, args, weights, tuple(notes))
+        return weights
+    return _as_mistral(weights, args, expected, tied, where, source)
 
 
 def _layout(path: Path, notes: list[str]) -> str:
@@ -124,20 +146,21 @@ def _as_mistral(
     """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
     stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
     names = {ours: hf.to_hf(ours) for ours in shapes}
-    if tied and names["output.weight"] not in stored:
-        names["output.weight"] = names["tok_embeddings.weight"]
+    if tied:
+        names[OUTPUT] = names[EMBEDDINGS]
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
     check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, source)
-    readers = {}
-    for ours, name in names.items():
+    place = {name: i for i, name in enumerate(weights.readers)}
+    readers: dict[str, Reader] = {}
+    for ours, name in sorted(names.items(), key=lambda pair: place[pair[1]]):
         heads = hf.heads_of(ours, args)
         reader = weights.readers[name]
         readers[ours] = reader if heads is None else partial(_reordered, reader, heads)
     return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
 
 
-def _reordered(reader: Callable[[], Tensor], heads: int) -> Tensor:
-    return hf.rows_to_mistral(reader(), heads)
+def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
+    return hf.rows_to_mistral(reader(progress), heads)
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:

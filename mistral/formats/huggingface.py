@@ -6,12 +6,14 @@ Mistral's rows rotate adjacent pairs, Hugging Face's halves; nothing else in a t
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.params import ParamsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
 NAMES = {
@@ -182,9 +184,17 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     values["sliding_window"] = _window(raw, kind, notes)
     theta, rule = _theta(raw)
     try:
-        return ModelArgs(**values, rope_theta=theta, max_batch_size=max_batch_size, theta_rule=rule), notes
+        args = ModelArgs(**values, rope_theta=theta, theta_rule=rule)
     except ArgsError as error:
-        raise ParamsError(f"config.json: {error}") from None
+        raise ParamsError(f"config.json: {in_their_words(str(error))}") from None
+    return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
+
+
+def in_their_words(text: str) -> str:
+    """A sentence about ModelArgs, with config.json's names of what it is about."""
+    ours = {ours: theirs for theirs, ours in SHAPE.items()}
+    # Not what is in quotes: that is a value, and stands in the file as it is.
+    return re.sub(rf"(?<!['\"])\b({'|'.join(ours)})\b", lambda found: ours[found[1]], text)
 
 
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:

@@ -1,27 +1,26 @@
 """What a folder is: the facts of `read_folder`, what it takes to run it, and what looks wrong.
 
-Reads headers, the small JSON files and the tokenizer; no tensor. Refuses only what cannot be a model;
-all else that is odd is reported under "suspicious".
+Reads headers, the small JSON files and the tokenizer's vocabulary; no tensor. Refuses only what cannot be a
+model; all else that is odd is reported under "suspicious". Needs no PyTorch, except for a `.pth` file.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections import Counter
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mistral import memory
 from mistral.args import ModelArgs
 from mistral.capacity import row_bytes
-from mistral.formats import BUNDLED, short, tokenizer_files, window_text
+from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, window_text, wordless
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import CONFIGS, Folder, read_folder
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
-from mistral.formats.weights import DTYPES, INDEX, WeightsError, file_names
+from mistral.formats.weights import INDEX, Stored, file_names
 from mistral.tokenizer import Tokenizer, TokenizerError
 
 POSITIONS = (2048, 8192, 32768, 131072)
@@ -42,19 +41,12 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         FolderError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
     """
     path = short(BUNDLED) if folder is None else Path(folder)
-    try:
-        found = read_folder(path)
-    except WeightsError as error:
-        raise WeightsError(f"{error}{_known_mistake(path)}") from None
+    found = read_folder(path)
     args, source, raw = found.args, found.source, found.raw
     tokenizer = _tokenizer(path)
     release, odd = recognise(args, None if tokenizer["error"] else tokenizer["kind"])
     files = _files(found, tokenizer["file"])
-    stored = Counter(t.dtype_name for t in found.weights.tensors.values())
-    size = {
-        name: sum(math.prod(t.shape) for t in found.weights.tensors.values() if t.dtype_name == name) for name in stored
-    }
-    dtypes = {_dtype(name): {"tensors": stored[name], "parameters": size[name]} for name in stored}
+    dtypes = _dtypes(found.tensors)
     suspicious = [
         *found.notes,
         *odd,
@@ -86,15 +78,6 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     }
 
 
-def _known_mistake(path: Path) -> str:
-    """What is known about a params.json whose shape is not that of the tensors."""
-    try:
-        _, warnings = recognise(to_args(read_object(path / "params.json")))
-    except ParamsError:
-        return ""
-    return "".join(f"; {warning}" for warning in warnings)
-
-
 def _release(release: Release) -> dict[str, Any]:
     return {
         "name": release.name,
@@ -106,9 +89,14 @@ def _release(release: Release) -> dict[str, Any]:
     }
 
 
-def _dtype(name: str) -> str:
-    """float32, bfloat16, ... for the names that safetensors and torch have for them."""
-    return str(DTYPES.get(name, name)).removeprefix("torch.")
+def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
+    """Tensors and parameters of each dtype."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in tensors.values():
+        count = found.setdefault(str(tensor.dtype), {"tensors": 0, "parameters": 0})
+        count["tensors"] += 1
+        count["parameters"] += tensor.parameters
+    return found
 
 
 def _window_rule(raw: dict[str, Any], source: str) -> str:
@@ -125,11 +113,29 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
     if not paths:
         return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
-    facts |= {"file": paths[0].name, "kind": "tekken" if paths[0].suffix == ".json" else "sentencepiece"}
+    facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
-        return facts | {"words": Tokenizer(paths[0]).n_words}
+        return facts | {"words": _words(paths[0])}
     except TokenizerError as error:
         return facts | {"error": str(error)}
+
+
+def _words(path: Path) -> int:
+    """Words of a tokenizer; those of a tekken.json as it says itself, for mistral-common takes a second to read it."""
+    if tokenizer_kind(path) == "sentencepiece":
+        return Tokenizer(path).n_words
+    try:
+        raw = read_object(path)
+        config, vocabulary = raw["config"], raw["vocab"]
+        words, special = config["default_vocab_size"], config["default_num_special_tokens"]
+        sane = type(words) is type(special) is int and 0 < special < words and len(vocabulary) >= words - special
+    except (ParamsError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
+    if not sane:
+        raise TokenizerError(
+            f"{path} is not a tekken tokenizer: it says {words!r} words and has others; fetch it again"
+        )
+    return words
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
@@ -182,7 +188,7 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     words, name = tokenizer["words"], tokenizer["file"]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
-    elif words is not None and words < args.vocab_size - (release.added_words if release else 0):
+    elif words is not None and wordless(args, words, release):
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
     others = [p.name for p in tokenizer_files(path)[1:]]
     if others:
@@ -197,7 +203,7 @@ def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict
     unread = [f for f in left if f["name"] not in unfinished]
     if unread:
         first = file_names(tuple(Path(f["name"]) for f in unread))
-        said.append(f"not read, {_size(sum(f['bytes'] for f in unread))}: {first}")
+        said.append(f"not read, {memory.as_text(sum(f['bytes'] for f in unread))}: {first}")
     if unfinished:
         said.append(f"a download that has not ended: {', '.join(unfinished)}")
     for link in sorted(path.iterdir()):
@@ -245,7 +251,9 @@ def as_text(report: dict[str, Any]) -> str:
     """The report for people: one fact a line, aligned."""
     lines = [*_facts(report), "", *_table(report), "", "files"]
     width = max(len(_printable(f["name"])) for f in report["files"])
-    lines += [f"  {_printable(f['name']):{width}}  {_size(f['bytes']):>9}  {f['role']}" for f in report["files"]]
+    lines += [
+        f"  {_printable(f['name']):{width}}  {memory.as_text(f['bytes']):>9}  {f['role']}" for f in report["files"]
+    ]
     lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
     first = report["serve"]["convert_first"]
     lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
@@ -277,23 +285,16 @@ def _facts(report: dict[str, Any]) -> list[str]:
 
 
 def _table(report: dict[str, Any]) -> list[str]:
-    memory = report["memory"]
+    needs = report["memory"]
     columns = {"float32": "float32", "bfloat16": "bfloat16, float16"}
-    rows = {"weights": memory["weights"]}
-    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in memory["cache"]}
+    rows = {"weights": needs["weights"]}
+    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in needs["cache"]}
     width = max(map(len, rows))
     lines = [f"{'memory':{width + 2}}" + "".join(f"  {title:>17}" for title in columns.values())]
     for name, sizes in rows.items():
-        lines.append(f"  {name:{width}}" + "".join(f"  {_size(sizes[dtype]):>17}" for dtype in columns))
+        lines.append(f"  {name:{width}}" + "".join(f"  {memory.as_text(sizes[dtype]):>17}" for dtype in columns))
     return lines
 
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
-
-
-def _size(n: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.1f} {name}"
-    return f"{n} B"

@@ -1,28 +1,32 @@
 """Weights on disk: which files, what is in them (headers only), and tensors one at a time.
 
 safetensors and `.pth` files are mapped, not read, so a tensor is copied at most once, to its device
-and dtype. Nothing in a file is executed.
+and dtype. Nothing in a file is executed. PyTorch is imported by what needs it: a `.pth` file, and reading a tensor.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from mistral.formats.header import HeaderError, read_header
+from mistral.formats.mapped import Part, Progress, touch
 
-SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# As safetensors spells them.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+if TYPE_CHECKING:
+    from torch import Tensor
 
+# Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+NAMES = {code: name for name, code in CODES.items()}
+PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,11 +37,34 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: its shape and dtype (None if it is not a floating-point dtype we know)."""
+    """One tensor in a file.
+
+    Args:
+        shape: its sizes.
+        dtype: PyTorch's name of it, one of ITEMSIZE; None if weights cannot have it.
+        dtype_name: the file's name of it.
+    """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: str | None
     dtype_name: str
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, of a dtype that weights can have."""
+        assert self.dtype is not None
+        return self.parameters * ITEMSIZE[self.dtype]
+
+
+class Reader(Protocol):
+    """A tensor that can be had: on the CPU, in its file's dtype."""
+
+    def __call__(self, progress: Progress = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,28 +74,27 @@ class WeightFiles:
     Args:
         files: in order.
         tensors: what they hold, by name.
-        readers: how to get each tensor, on the CPU; nothing is read before they are called.
+        readers: how to get each tensor, in the files' order; nothing is read before they are called.
     """
 
     files: tuple[Path, ...]
     tensors: dict[str, Stored]
-    readers: dict[str, Callable[[], Tensor]] = field(repr=False)
+    readers: dict[str, Reader] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(f.stat().st_size for f in self.files)
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) one after the other, backed by the file's pages, on the CPU."""
-        for name in self.readers:
-            yield name, self.get(name)
+    def get(self, name: str, progress: Progress = None) -> Tensor:
+        """One tensor, on the CPU, backed by the file's pages; with `progress` all of it is in memory already.
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, likewise."""
+        Raises:
+            WeightsError: the file cannot be read, or has changed since its header was.
+        """
         try:
-            return self.readers[name]()
-        except (SafetensorError, RuntimeError, OSError) as error:
+            return self.readers[name](progress)
+        except (RuntimeError, OSError) as error:
             raise WeightsError(f"{name} cannot be read: {error}") from None
 
 
@@ -185,20 +211,26 @@ def _numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
 
 def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     tensors: dict[str, Stored] = {}
-    readers: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Reader] = {}
     for path in files:
         try:
-            opened = safe_open(path, framework="pt", device="cpu")
-            names = list(opened.keys())
-            slices = {name: opened.get_slice(name) for name in names}
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            entries = read_header(path)
+        except HeaderError as error:
             raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
-        for name, piece in slices.items():
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+        part = Part(path, 0, 0)
+        for name, entry in entries.items():
             if name in tensors:
                 raise WeightsError(f"{name} is in {path.name} and in an earlier part")
-            kind = piece.get_dtype()
-            tensors[name] = Stored(tuple(piece.get_shape()), DTYPES.get(kind), kind)
-            readers[name] = partial(opened.get_tensor, name)
+            dtype = NAMES.get(entry.dtype)
+            tensors[name] = Stored(entry.shape, dtype, entry.dtype)
+            if dtype is None:
+                continue  # refused by name before anything is read
+            if entry.end - part.begin > PART:
+                part = Part(path, entry.begin, entry.end)
+            part.end = entry.end
+            readers[name] = partial(part.tensor, entry.begin, entry.end, entry.shape, dtype)
     return WeightFiles(files, tensors, readers)
 
 
@@ -210,25 +242,32 @@ def _open_pth(path: Path) -> WeightFiles:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if not complete:
         raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises what its unpickler and zip reader happen to raise
         raise WeightsError(f"{path} cannot be loaded as plain tensors: {_reason(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         raise WeightsError(f"{path} does not hold tensors by name, and nothing else")
-    tensors = {
-        name: Stored(tuple(t.shape), t.dtype if t.dtype in SUPPORTED else None, str(t.dtype))
-        for name, t in state.items()
-    }
-    return WeightFiles((path,), tensors, {name: partial(_itself, t) for name, t in state.items()})
+    tensors = {}
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = Stored(tuple(tensor.shape), dtype if dtype in ITEMSIZE else None, str(tensor.dtype))
+    return WeightFiles((path,), tensors, {name: partial(_in_memory, tensor) for name, tensor in state.items()})
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _in_memory(tensor: Tensor, progress: Progress = None) -> Tensor:
+    if progress is not None:
+        touch(tensor)
+        progress(tensor.nbytes)
     return tensor
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _reason(error: Exception) -> str:
