@@ -123,12 +123,28 @@ def convert(
             would become infinite.
         ValueError: another subclass, if src is not a model; see `read_folder`.
     """
-    if to not in LAYOUTS:
-        raise ConvertError(f"no layout is called {to!r}: {' or '.join(LAYOUTS)}")
-    target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and target not in DTYPES.values():
-        raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
-    folder = read_folder(src)
+    _layout_and_dtype(to, dtype)  # before a folder is looked for
+    return write_folder(read_folder(src), dst, to, dtype=dtype, shard_size=shard_size)
+
+
+def write_folder(
+    folder: Folder,
+    dst: str | PathLike[str],
+    to: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    shard_size: int = SHARD,
+) -> Converted:
+    """`convert` for a folder that is read already, or whose weights never were in files.
+
+    Args:
+        folder: what to write; its tokenizer is taken from its path.
+        dst, to, dtype, shard_size: as in `convert`.
+
+    Raises:
+        ConvertError: as in `convert`.
+    """
+    target = _layout_and_dtype(to, dtype)
     place = _destination(folder.path, Path(dst))
     notes = list(folder.notes)
     files = _plan(folder, to, target, shard_size)
@@ -156,6 +172,15 @@ def convert(
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
     dtypes = Counter(tensor.dtype for tensor in tensors)
     return Converted(Path(dst), LAYOUTS[to], tuple(files), nbytes, tuple(dtypes), tuple(notes))
+
+
+def _layout_and_dtype(to: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if to not in LAYOUTS:
+        raise ConvertError(f"no layout is called {to!r}: {' or '.join(LAYOUTS)}")
+    target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and target not in DTYPES.values():
+        raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
+    return target
 
 
 # --- where to
@@ -268,7 +293,7 @@ def _header(tensors: list[_Tensor]) -> bytes:
 def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], to: str) -> list[str]:
     rounding = _Rounding()
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
-    bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
     with bar:
         for name, part in files.items():
             with open(work / name, "wb") as file:

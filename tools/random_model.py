@@ -1,0 +1,136 @@
+"""Write a folder of random weights in the shape of a release: what its speed and memory are can be tried without it.
+
+    python -m tools.random_model "7B v0.1" DST [--layout mistral|hf] [--dtype bfloat16|float16|float32] [--seed 0]
+    python -m tools.random_model path/to/params.json DST
+
+The tokenizer is the release's own where mistral-common has it, or the one beside params.json. What the model says
+is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mistral.args import ModelArgs
+from mistral.formats import tokenizer_files
+from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
+from mistral.formats.folder import Folder, expected_shapes
+from mistral.formats.mapped import Progress
+from mistral.formats.params import read_object, to_args
+from mistral.formats.releases import COMPARED, RELEASES, Release, recognise
+from mistral.formats.weights import Reader, Stored, WeightFiles
+
+STD = 0.02
+# Random numbers that are drawn once. Every tensor is these over and over, from a place of its own on; the length is
+# odd, so that no row of a matrix is another one's copy.
+BLOCK = 2**24 - 1
+STEP = 1_000_003  # from one tensor's place to the next one's
+# The tokenizers that mistral-common carries, by the template of the releases that have them.
+TOKENIZERS = {
+    "v1": "tokenizer.model.v1",
+    "mistrallite": "tokenizer.model.v1",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "v3-tekken": "tekken_240718.json",
+}
+
+
+class ShapeError(ValueError):
+    """Neither a release nor a params.json."""
+
+
+def write_random(shape: str, dst: Path, layout: str = "mistral", dtype: str = "bfloat16", seed: int = 0) -> Converted:
+    """Write a folder; it appears once it is complete, and takes the memory of about one tensor.
+
+    Args:
+        shape: a release's name, or the path of a params.json.
+        dst: a folder that is not there yet, or is empty.
+        layout: "mistral" or "hf".
+        dtype: of the weights: float32, bfloat16 or float16.
+        seed: the same one gives the same weights.
+
+    Raises:
+        ShapeError: no such release and no such file.
+        ValueError: another subclass: the params.json is wrong, or the folder cannot be written.
+    """
+    args, release = _shape(shape)
+    generator = torch.Generator().manual_seed(seed)
+    block = (torch.randn(BLOCK, generator=generator) * STD).to(DTYPES[dtype])
+    tensors: dict[str, Stored] = {}
+    readers: dict[str, Reader] = {}
+    for i, (name, sizes) in enumerate(expected_shapes(args).items()):
+        tensors[name] = Stored(sizes, dtype, dtype)
+        readers[name] = partial(_weight, block, i * STEP % BLOCK, sizes)
+    with tempfile.TemporaryDirectory() as described:
+        found = _tokenizer(shape, release)
+        if found is not None:
+            source, name = found
+            shutil.copyfile(source, Path(described) / name)
+        weights = WeightFiles((), tensors, readers)
+        folder = Folder(Path(described), "mistral", "params.json", {}, args, weights, tied=False, notes=())
+        return write_folder(folder, dst, layout)
+
+
+def _weight(block: Tensor, place: int, shape: tuple[int, ...], progress: Progress = None) -> Tensor:
+    """A matrix of the block's numbers from `place` on, or the ones that a norm begins with."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=block.dtype)
+    numbers = math.prod(shape)
+    return block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(shape)
+
+
+def _shape(shape: str) -> tuple[ModelArgs, Release | None]:
+    if shape.endswith(".json"):
+        args = to_args(read_object(Path(shape)))
+        return args, recognise(args)[0]
+    for release in RELEASES:
+        if shape.lower() in (name.lower() for name in (release.name, *release.variants)):
+            return ModelArgs(**{name: getattr(release, name) for name in COMPARED}), release
+    names = ", ".join(release.name for release in RELEASES)
+    raise ShapeError(f"no release is called {shape!r}: give the path of a params.json, or one of {names}")
+
+
+def _tokenizer(shape: str, release: Release | None) -> tuple[Path, str] | None:
+    """The tokenizer to take along, and the name that it gets."""
+    beside = tokenizer_files(Path(shape).parent) if shape.endswith(".json") else []
+    if beside:
+        return beside[0], beside[0].name
+    if release is None or release.template not in TOKENIZERS:
+        return None
+    return Path(str(files("mistral_common") / "data" / TOKENIZERS[release.template])), release.tokenizer_file
+
+
+def main() -> int:
+    """Read the flags, write the folder, say what was written."""
+    parser = argparse.ArgumentParser(prog="python -m tools.random_model", description="Write random weights.")
+    parser.add_argument("shape", help='a release, such as "7B v0.1", or the path of a params.json')
+    parser.add_argument("dst", type=Path, help="a folder that is not there yet, or is empty")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="mistral")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    try:
+        written = write_random(given.shape, given.dst, given.layout, given.dtype, given.seed)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {written.describe()}")
+    for note in written.notes:
+        print(f"note: {note}")
+    if not tokenizer_files(written.path):
+        print(f"note: {written.path} has no tokenizer: copy the release's into it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
