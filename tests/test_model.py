@@ -368,8 +368,10 @@ def test_hot_weights_stay_within_four_times_the_plain_path(scale):
     assert distance(play(model, prompts, at_random(LENS, 2), make_cache(model, 4)), want) <= allowed
 
 
-def test_narrow_weights_compute_as_their_widened_selves():
-    args = tiny_args(vocab_size=1500)  # more than the rows widened at once
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_narrow_weights_compute_as_their_widened_selves(at_once, monkeypatch):
+    monkeypatch.setattr("mistral.linear.WIDEN", at_once)
+    args = tiny_args(vocab_size=150)  # more than the rows widened at least
     narrow = tiny_model(args, seed=20, compute_dtype=torch.float32).bfloat16()
     wide = tiny_model(args, seed=20)
     wide.load_state_dict({name: w.float() for name, w in narrow.state_dict().items()})
