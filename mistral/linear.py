@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Numbers widened at once: few enough that they stay in a CPU's cache, and that the memory they are in is used again
-# for the next ones. Larger blocks go back to the system each time, which takes longer than the product.
+# Numbers widened at once: few enough that they stay in a CPU's cache until they are multiplied.
 WIDEN = 2**20
 ROWS = 64  # tiles are multiples of this, so that every row is summed up as it is in the whole product
 
@@ -34,5 +33,11 @@ def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     Never holds more than about WIDEN widened numbers, so the memory stays that of the narrow weight.
     """
     rows = max(ROWS, WIDEN // weight.shape[1] // ROWS * ROWS)
-    tiles = [F.linear(x, tile.to(x.dtype)) for tile in weight.split(rows)]
+    # One place for all tiles: memory taken anew for each may be the system's to find and clear, which is slower than
+    # the product. Backward wants every tile to stay as it was.
+    place = None if torch.is_grad_enabled() else x.new_empty(rows, weight.shape[1])
+    tiles = []
+    for tile in weight.split(rows):
+        wide = tile.to(x.dtype) if place is None else place[: len(tile)].copy_(tile)
+        tiles.append(F.linear(x, wide))
     return torch.cat(tiles, dim=-1)

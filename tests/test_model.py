@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mistral.args import ModelArgs
 from mistral.attention import plain, tiled
 from mistral.cache import CacheError, RollingBufferCache
+from mistral.linear import widened_product
 from mistral.model import RMSNorm, Transformer
 from tests.tiny import (
     TOLERANCE,
@@ -366,6 +367,20 @@ def test_hot_weights_stay_within_four_times_the_plain_path(scale):
     allowed = max(TOLERANCE, 4 * distance(whole(reference, prompts), want))
     assert distance(whole(model, prompts), want) <= allowed
     assert distance(play(model, prompts, at_random(LENS, 2), make_cache(model, 4)), want) <= allowed
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+def test_a_widened_product_is_the_whole_product(rows, monkeypatch):
+    monkeypatch.setattr("mistral.linear.WIDEN", 1)  # tiles of 64 rows
+    x, weight = torch.randn(5, 48, requires_grad=True), torch.randn(rows, 48).bfloat16()
+    whole = torch.nn.functional.linear(x, weight.float())
+    (wanted,) = torch.autograd.grad(whole.square().sum(), x)
+    product = widened_product(x, weight)
+    (found,) = torch.autograd.grad(product.square().sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    with torch.inference_mode():  # one place for all tiles
+        assert torch.equal(widened_product(x, weight), product)
+    torch.testing.assert_close(product, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 2**20])
