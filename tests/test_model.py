@@ -373,12 +373,12 @@ def test_hot_weights_stay_within_four_times_the_plain_path(scale):
 def test_a_widened_product_is_the_whole_product(rows, monkeypatch):
     monkeypatch.setattr("mistral.linear.WIDEN", 1)  # tiles of 64 rows
     x, weight = torch.randn(5, 48, requires_grad=True), torch.randn(rows, 48).bfloat16()
-    whole = torch.nn.functional.linear(x, weight.float())
-    (wanted,) = torch.autograd.grad(whole.square().sum(), x)
-    product = widened_product(x, weight)
-    (found,) = torch.autograd.grad(product.square().sum(), x)
+    with torch.enable_grad():
+        whole, product = torch.nn.functional.linear(x, weight.float()), widened_product(x, weight)
+        (wanted,) = torch.autograd.grad(whole.square().sum(), x)
+        (found,) = torch.autograd.grad(product.square().sum(), x)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
-    with torch.inference_mode():  # one place for all tiles
+    with torch.inference_mode():  # where all tiles share one place
         assert torch.equal(widened_product(x, weight), product)
     torch.testing.assert_close(product, whole, rtol=1e-5, atol=1e-5)
 
