@@ -499,7 +499,8 @@ def test_a_disk_with_too_little_room(cli: Command, tmp_path: Path) -> None:
     needed = sum(path.stat().st_size for path in (tmp_path / "full").iterdir())
     with usage(needed - 1):
         error = cli("convert", src, tmp_path / "b", "--to", "hf").error
-    assert error.startswith(f"{tmp_path / 'b'} needs {needed / 1e3:.1f} kB, but its disk has {(needed - 1) / 1e3:.1f} kB free: ")
+    need, free = needed / 1e3, (needed - 1) / 1e3
+    assert error.startswith(f"{tmp_path / 'b'} needs {need:.1f} kB, but its disk has {free:.1f} kB free: ")
     assert asked == [tmp_path]
     assert_nothing_at(tmp_path / "b")
     (tmp_path / ".b.0123.partial").mkdir()

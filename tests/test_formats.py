@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -286,6 +287,27 @@ def test_keys_that_change_the_model_are_known(key: str) -> None:
     assert key in REFUSED
     with pytest.raises(ParamsError, match=f"'{key}'"):
         to_args({**PARAMS, key: {}})
+
+
+def test_later_releases_are_refused_by_what_they_are() -> None:
+    """Keys of their params.json, in its order, beside those that are known."""
+    releases: list[tuple[dict[str, Any], str]] = [
+        (
+            {"tied_embeddings": True, "yarn": {"factor": 16}, "vision_encoder": {"hidden_size": 1024}},
+            "'vision_encoder': a vi",
+        ),
+        (
+            {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128, "moe": {"num_experts": 128}},
+            "latent attention",
+        ),
+        ({"causal": True, "multimodal": {"whisper_model_args": {}}}, "other inputs than text (Voxtral)"),
+        ({"n_groups": 8, "rms_norm": True, "model_type": "mamba"}, "describes a Mamba model (Codestral Mamba): use"),
+        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "a quantized checkpoint: use vLLM"),
+    ]
+    for more, said in releases:
+        with pytest.raises(ParamsError, match=re.escape(said)):
+            to_args({**more, **PARAMS})
+    assert to_args({**PARAMS, **dict.fromkeys(REFUSED), "model_type": "transformer"}) == to_args(PARAMS)
 
 
 @pytest.mark.parametrize("key", ["dimm", "Dim", "", "n_experts", "sliding_windows"])

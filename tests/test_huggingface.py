@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral.args import ModelArgs
+from mistral.args import ArgsError, ModelArgs
 from mistral.formats import Loaded, load, read_folder
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import expected_shapes
@@ -427,12 +427,16 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
     [
         ({"model_type": "mixtral"}, "a mixture of experts (Mixtral): use transformers or vLLM"),
         ({"model_type": "pixtral"}, "a vision model (Pixtral): use transformers or vLLM"),
-        ({"model_type": "llava"}, "a model of type 'llava': use transformers or vLLM"),
-        ({"model_type": "mistral3"}, "a vision model: use transformers or vLLM"),
-        ({"model_type": "ministral3"}, "a model of type 'ministral3': use transformers or vLLM"),
+        ({"model_type": "llava"}, "a vision model (LLaVA, as Pixtral is exported): use transformers or vLLM"),
+        (
+            {"model_type": "mistral3"},
+            "a vision model (Mistral Small 3.1 and later, Ministral 3): use transformers or vLLM",
+        ),
+        ({"model_type": "ministral3"}, "YaRN positions and scaled attention (Ministral 3): use transformers or vLLM"),
+        ({"model_type": "mistral4"}, "a mixture of experts (Mistral Small 4): use transformers or vLLM"),
         ({"model_type": "voxtral"}, "an audio model (Voxtral): use transformers or vLLM"),
         ({"model_type": "mamba"}, "a Mamba model: use transformers or vLLM"),
-        ({"model_type": "mamba2"}, "a Mamba model: use transformers or vLLM"),
+        ({"model_type": "mamba2"}, "a Mamba model (Codestral Mamba): use transformers or vLLM"),
         ({"model_type": "llama"}, "a model of type 'llama': use transformers or vLLM"),
         ({"model_type": ...}, "no model_type"),
         ({"model_type": ["mistral"]}, "no model_type"),
@@ -479,6 +483,28 @@ def test_configs_that_are_refused(changes: dict[str, Any], said: str) -> None:
         hf.config_to_args(config(**changes))
     assert said in str(error.value)
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "dim"}, "config.json: hidden_size must be an integer, not 'dim'"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers is 0; it must be at least 1"),
+        ({"intermediate_size": True}, "config.json: intermediate_size must be an integer, not True"),
+        ({"num_key_value_heads": 3}, "config.json: num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"rms_norm_eps": 0}, "config.json: rms_norm_eps is 0; it must be a finite number above 0"),
+        ({"head_dim": 7}, "config.json: head_dim 7 is odd: RoPE turns pairs, so it must be even"),
+    ],
+)
+def test_errors_have_the_files_own_names(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParamsError) as error:
+        hf.config_to_args(config(**changes))
+    assert str(error.value) == said
+
+
+def test_the_callers_limit_is_not_the_files() -> None:
+    with pytest.raises(ArgsError, match=r"^max_batch_size is -1"):
+        hf.config_to_args(config(), max_batch_size=-1)
 
 
 @pytest.mark.parametrize("key", [*hf.HARMLESS, "quantization_config"])

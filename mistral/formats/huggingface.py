@@ -138,12 +138,19 @@ ONLY = {
     "pretraining_tp": (1,),
     "use_sliding_window": (True, None),
 }
+# Other kinds of model of the family, by model_type; transformers and vLLM have them.
 ELSEWHERE = {
     "mixtral": "a mixture of experts (Mixtral)",
-    "mistral3": "a vision model",
+    "mistral4": "a mixture of experts (Mistral Small 4)",
+    "mistral_large4": "a mixture of experts with a vision encoder (Mistral Large 4)",
+    "mistral3": "a vision model (Mistral Small 3.1 and later, Ministral 3)",
+    "ministral3": "a model with YaRN positions and scaled attention (Ministral 3)",
     "pixtral": "a vision model (Pixtral)",
+    "llava": "a vision model (LLaVA, as Pixtral is exported)",
+    "llava_next": "a vision model (LLaVA-NeXT)",
     "voxtral": "an audio model (Voxtral)",
-    "mamba2": "a Mamba model",
+    "voxtral_realtime": "an audio model (Voxtral Realtime)",
+    "mamba2": "a Mamba model (Codestral Mamba)",
     "mamba": "a Mamba model",
 }
 

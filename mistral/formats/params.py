@@ -17,20 +17,24 @@ HARMLESS = {
     "max_seq_len": "how long the training sequences were",
     "max_position_embeddings": "how long the training sequences were",
     "max_batch_size": "a setting of the machine it was exported on",
-    "model_type": "a label",
+    "dtype": "the weights have their own",
+    "model_type": "a label, unless it is that of a Mamba model",
 }
-# Would make the numbers wrong if they were ignored; where to go instead.
+# Would make the numbers wrong if they were ignored, unless they are null; where to go instead. What says most about
+# the model comes first: a later release has several of them.
 REFUSED = {
-    "moe": "a mixture of experts (Mixtral): use transformers or vLLM",
-    "vision_encoder": "a vision model (Pixtral): use transformers or vLLM",
+    "vision_encoder": "a vision model (Pixtral, Mistral Small 3.1 and later, Ministral 3): use transformers or vLLM",
     "audio_encoder": "an audio model (Voxtral): use transformers or vLLM",
-    "multimodal": "a model with other inputs than text: use transformers or vLLM",
+    "multimodal": "a model with other inputs than text (Voxtral): use transformers or vLLM",
+    "kv_lora_rank": "latent attention (Mistral Large 3): use vLLM",
+    "qk_nope_head_dim": "latent attention (Mistral Large 3): use vLLM",
+    "moe": "a mixture of experts (Mixtral): use transformers or vLLM",
     "yarn": "YaRN positions: use vLLM",
     "rope_scaling": "scaled rotary positions: use transformers or vLLM",
     "llama_4_scaling": "scaled attention: use vLLM",
     "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
-    "ssm_config": "a Mamba model: use transformers or mamba-ssm",
+    "ssm_config": "a Mamba model (Codestral Mamba): use transformers or mamba-ssm",
     "lora": "a LoRA adapter, not a model: merge it into its base first",
 }
 # Harmless only with the one value that means "not used".
@@ -40,8 +44,7 @@ REFUSED_UNLESS = {
     "use_biases": (False, None),
     "attn_bias": (False, None),
     "qk_norm": (False, None),
-    "lora": (None,),
-    "moe": (None,),
+    "activation": ("silu", None),
 }
 
 
@@ -79,14 +82,17 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         if raw.get("sliding_window", raw["_sliding_window"]) != raw["_sliding_window"]:
             raise ParamsError("params.json gives both sliding_window and _sliding_window, and they differ")
         raw["sliding_window"] = raw.pop("_sliding_window")
+    for key, reason in REFUSED.items():
+        if raw.get(key) is not None:
+            raise ParamsError(f"params.json has {key!r}: {reason}")
+    if raw.get("model_type") == "mamba":
+        raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
-        if key in REQUIRED or key in OPTIONAL or key in HARMLESS:
+        if key in REQUIRED or key in OPTIONAL or key in HARMLESS or key in REFUSED:
             continue
-        if key in REFUSED_UNLESS and value in REFUSED_UNLESS[key]:
-            continue
-        if key in REFUSED:
-            raise ParamsError(f"params.json has {key!r}: {REFUSED[key]}")
         if key in REFUSED_UNLESS:
+            if value in REFUSED_UNLESS[key]:
+                continue
             raise ParamsError(
                 f"params.json has {key} = {value!r}, which this model does not have: use transformers or vLLM"
             )
