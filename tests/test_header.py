@@ -67,7 +67,7 @@ def test_files_of_the_library_are_read_as_it_reads_them(
     tensors = {
         name: torch.zeros(data.draw(shapes), dtype=data.draw(st.sampled_from(list(DTYPES.values())))) for name in names
     }
-    # Metadata that is there and empty comes out of the library as something that it does not read itself.
+    # Of no tensors with empty metadata the library writes what it does not read itself.
     raw = save(tensors, data.draw(st.none() | st.dictionaries(text, text, min_size=1, max_size=3)))
     path = tmp_path_factory.getbasetemp() / "drawn"
     path.write_bytes(raw)
