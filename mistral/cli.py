@@ -174,7 +174,9 @@ def complete(
     """
     if top_logprobs and not json:
         raise flags.UsageError("--top_logprobs are printed with --json only: give both")
-    if folder is not None and not os.path.exists(folder):  # before stdin is waited for
+    from mistral.formats.hub import is_hub_id
+
+    if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
         raise flags.UsageError(f"no such folder: {folder}")
     asked = _read_prompts(prompt, suffix, file, max_tokens)
     loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
@@ -218,8 +220,8 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None) -> None:
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
 
-    SRC is a folder in either layout, and DST one that is not there yet. Weights stay the same bit for
-    bit unless --dtype is given, and are never all in memory. DST appears when it is complete, not before.
+    SRC is a folder in either layout, or a hub id, and DST a folder that is not there yet. Weights stay the
+    same bit for bit unless --dtype is given, and are never all in memory. DST appears when it is complete, not before.
     """
     from mistral.formats.convert import convert as convert_folder
 
@@ -329,6 +331,7 @@ def _overview() -> str:
     lines = [f"Mistral 7B and its family, version {__version__}.", "", "Commands (COMMAND --help tells more):"]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+    lines += ["", "FOLDER is a folder, or a model of the Hugging Face hub: owner/name, or owner/name@revision."]
     return "\n".join(lines)
 
 
@@ -443,9 +446,9 @@ def _template(loaded: Loaded, name: str | None) -> Template:
 
 
 def _folder_or_prompt(word: str) -> str:
-    """Which of the two a single word after `complete` is: a path that is there, or looks like one, is FOLDER."""
+    """Which of the two a single word after `complete` is: a path that is there, or looks like one or a hub id."""
     one_word = not re.search(r"\s", word)
-    path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+$", word))
+    path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+(@\S+)?$", word))
     if one_word and not path:
         terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
     return "folder" if path else "prompt"

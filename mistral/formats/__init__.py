@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from mistral import memory
 from mistral.args import ModelArgs
 from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, read_folder
+from mistral.formats.hub import locate
 from mistral.formats.releases import Release, recognise
 from mistral.formats.weights import file_names
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -95,19 +96,20 @@ def load(
     Everything is checked against headers before a tensor is read, and memory before it is taken.
 
     Args:
-        folder: None is the small model that ships.
+        folder: a path, or a hub id (see `hub.locate`); None is the small model that ships.
         device, dtype, attention: see `runtime.resolve`; None lets it choose.
         max_batch_size: most sequences in one forward; 0 sets no limit.
 
     Raises:
         ValueError: a subclass that names what is wrong with the folder, the options or the memory.
     """
+    path = BUNDLED if folder is None else locate(folder)  # its mistakes are told before PyTorch is imported
     import torch
 
     from mistral import runtime
     from mistral.model import Transformer
 
-    found = read_folder(BUNDLED if folder is None else folder, max_batch_size)
+    found = read_folder(path, max_batch_size)
     args = found.args
     tokenizer = load_tokenizer(found.path, args.vocab_size)
     release, odd = recognise(args, tokenizer_kind(tokenizer.path))

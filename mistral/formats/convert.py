@@ -29,6 +29,7 @@ from mistral.args import ModelArgs, Window
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
 from mistral.formats.folder import Folder, expected_shapes, read_folder
+from mistral.formats.hub import locate
 from mistral.formats.params import REQUIRED
 from mistral.formats.weights import CODES, INDEX, file_names
 from mistral.tokenizer import TokenizerError
@@ -112,7 +113,7 @@ def convert(
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
 
     Args:
-        src: a folder in either layout.
+        src: a folder in either layout, or a hub id (see `hub.locate`).
         dst: a folder that is not there yet, or is empty.
         to: "mistral" or "hf", which may be the layout that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
@@ -124,7 +125,7 @@ def convert(
         ValueError: another subclass, if src is not a model; see `read_folder`.
     """
     _layout_and_dtype(to, dtype)  # before a folder is looked for
-    return write_folder(read_folder(src), dst, to, dtype=dtype, shard_size=shard_size)
+    return write_folder(read_folder(locate(src)), dst, to, dtype=dtype, shard_size=shard_size)
 
 
 def write_folder(

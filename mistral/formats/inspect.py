@@ -18,6 +18,7 @@ from mistral.capacity import row_bytes
 from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, window_text, wordless
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import CONFIGS, Folder, read_folder
+from mistral.formats.hub import locate
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.weights import INDEX, Stored, file_names
@@ -35,12 +36,13 @@ UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2
 def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     """Everything there is to say about a folder, ready for JSON.
 
-    Sizes are in bytes; `memory.cache` is of one sequence. None is the small model that ships.
+    Sizes are in bytes; `memory.cache` is of one sequence. None is the small model that ships, and a hub id
+    (see `hub.locate`) is fetched, weights included.
 
     Raises:
-        FolderError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
+        FolderError, HubError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
     """
-    path = short(BUNDLED) if folder is None else Path(folder)
+    path = short(BUNDLED) if folder is None else locate(folder)
     found = read_folder(path)
     args, source, raw = found.args, found.source, found.raw
     tokenizer = _tokenizer(path)

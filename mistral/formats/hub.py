@@ -1,0 +1,258 @@
+"""Models on the Hugging Face hub: an id, `owner/name` or `owner/name@revision`, becomes a folder on disk.
+
+Of the weights one layout is fetched, the one that `read_folder` would read, into the cache that Hugging
+Face's libraries share. huggingface_hub is imported where an id is given, and not before.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from mistral import memory
+from mistral.formats import huggingface as hf
+from mistral.formats.params import read_object, to_args
+from mistral.formats.weights import INDEX
+
+log = logging.getLogger("mistral")
+
+PART = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
+ID = re.compile(rf"(?![^@]*(--|\.\.|\.git(@|$))){PART}/{PART}(@\S+)?", re.ASCII)
+# What is fetched besides weights: shape, tokenizer, templates and what people should read; never code.
+WANTED = re.compile(
+    r"(params|config|generation_config)\.json"
+    r"|tokenizer\.model(\.v\w+)?|tekken\.json|tokenizer(_config)?\.json|added_tokens\.json|special_tokens_map\.json"
+    r"|chat_template\.\w+|README\.md|LICEN[CS]E[\w.-]*"
+)
+LOG_IN = "run `hf auth login`, or set HF_TOKEN"
+
+
+class HubError(ValueError):
+    """A model that cannot be had from the hub; what is complete in the cache stays there."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The files to fetch: the one that gives the shape, the other small ones, the weights."""
+
+    config: str
+    small: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+def is_hub_id(word: str) -> bool:
+    """Whether a word is written as hub ids are, `owner/name` or `owner/name@revision`; relative paths may be too."""
+    return ID.fullmatch(word) is not None
+
+
+def locate(folder: str | PathLike[str]) -> Path:
+    """The folder meant: a path as it is, or the snapshot of a hub id, fetched if need be.
+
+    A path that is there wins over a hub id, and a Path is never one. Where there is a folder called as the
+    id's owner, a path may be meant, and nothing is fetched. What is fetched is logged as a warning, before it is.
+
+    Raises:
+        HubError: huggingface_hub, the network, the repository, access to it, its revision, weights that are
+            read here, or room on the disk is lacking.
+        ParamsError: the repository's model has a shape that is not supported.
+    """
+    if not isinstance(folder, str) or not is_hub_id(folder) or os.path.lexists(folder):
+        return Path(folder)
+    repo, _, revision = folder.partition("@")
+    owner = repo.partition("/")[0]
+    if os.path.isdir(owner):
+        raise HubError(
+            f"no such folder: {folder}; it is not looked for on the hub, because there is a folder {owner} here: "
+            "for the hub's, run this elsewhere"
+        )
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise HubError(
+            f"no such folder: {folder}; to have it fetched from the Hugging Face hub, "
+            "pip install huggingface_hub (or mistral-oracle-ref[hub])"
+        ) from None
+    try:
+        names = _list(repo, revision or None)
+    except (OSError, errors.HTTPError, json.JSONDecodeError) as error:
+        reason = _out_of_reach(error)
+        if reason is None:
+            raise HubError(_explain(error, repo, revision)) from None
+        return _cached(repo, revision or None, reason)
+    try:
+        return _fetch(repo, revision or None, names)
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # RuntimeError: of the library for Xet storage
+        raise HubError(_explain(error, repo, revision)) from None
+
+
+def _list(repo: str, revision: str | None) -> list[str]:
+    """The repository's files, by name."""
+    from huggingface_hub import HfApi, constants
+
+    info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return [file.rfilename for file in info.siblings or ()]
+
+
+def _fetch(repo: str, revision: str | None, names: list[str]) -> Path:
+    """Have all that is wanted in the cache; one file after the other, so that Ctrl-C takes effect at once."""
+    from huggingface_hub import hf_hub_download
+
+    choice = _choose(names)
+    if choice is None:
+        raise HubError(_unsupported(repo, names))
+    # The first file says which commit the revision is; that, the cache remembers for when there is no network.
+    config = Path(hf_hub_download(repo, choice.config, revision=revision))
+    commit = config.parent.name
+    _check_shape(config)
+    # Weights come last: a snapshot that has them all is complete.
+    wanted = (*choice.small, *choice.weights)
+    files = [hf_hub_download(repo, name, revision=commit, dry_run=True) for name in wanted]
+    missing = [file.file_size or 0 for file in files if file.will_download]
+    if missing:
+        _check_disk(repo, sum(missing))
+        plural = "" if len(missing) == 1 else "s"
+        log.warning("fetching %s: %d file%s, %s", repo, len(missing), plural, memory.as_text(sum(missing)))
+    for name in wanted:
+        hf_hub_download(repo, name, revision=commit)
+    return config.parent
+
+
+def _cached(repo: str, revision: str | None, reason: str) -> Path:
+    """The snapshot that the cache has, if it is complete."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    has = "no"
+    for name in ("params.json", "config.json"):
+        found = try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            if _choose([path.name for path in folder.iterdir() if path.exists()]):
+                log.warning("the hub cannot be reached (%s): %s is taken from the cache", reason, repo)
+                return folder
+            has = "only part of"
+    at = f" at {revision}" if revision else ""
+    advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "try again with a network"
+    raise HubError(f"the hub cannot be reached ({reason}), and {constants.HF_HUB_CACHE} has {has} {repo}{at}: {advice}")
+
+
+def _check_shape(config: Path) -> None:
+    """Refuse a model that is not supported before its weights are fetched."""
+    raw = read_object(config)
+    if config.name == "params.json":
+        to_args(raw)
+    else:
+        hf.config_to_args(raw)
+
+
+def _check_disk(repo: str, needed: int) -> None:
+    from huggingface_hub import constants
+
+    free = shutil.disk_usage(constants.HF_HUB_CACHE).free
+    if needed > free:
+        raise HubError(
+            f"{repo} needs {memory.as_text(needed)} more in {constants.HF_HUB_CACHE}, but its disk has "
+            f"{memory.as_text(free)} free: free some, or set HF_HOME to a folder on another disk"
+        )
+
+
+# --- which files
+
+
+def _choose(names: Collection[str]) -> _Choice | None:
+    """One layout, complete: Mistral's if it is there, safetensors before .pth. None if there is none."""
+    here = set(names)
+    pth = ("consolidated.00.pth",) if "consolidated.01.pth" not in here else ()
+    parts = _parts(here, "model")
+    hugging_face = (parts, ("model.safetensors",)) if INDEX in here else (("model.safetensors",), parts)
+    candidates = (
+        ("params.json", ("consolidated.safetensors",)),
+        ("params.json", _parts(here, "consolidated")),
+        ("params.json", pth),
+        *(("config.json", weights) for weights in hugging_face),
+    )
+    for config, weights in candidates:
+        if weights and here.issuperset((config, *weights)):
+            small = {name for name in here if WANTED.fullmatch(name)} - {config}
+            if weights == parts and INDEX in here:
+                small.add(INDEX)
+            return _Choice(config, tuple(sorted(small)), weights)
+    return None
+
+
+def _parts(names: set[str], stem: str) -> tuple[str, ...]:
+    """The parts of a set of which all are there."""
+    for name in sorted(names):
+        if match := re.fullmatch(stem + r"-0*1-of-(\d{1,5})\.safetensors", name):
+            total, width = int(match[1]), len(match[1])
+            parts = tuple(f"{stem}-{number:0{width}}-of-{match[1]}.safetensors" for number in range(1, total + 1))
+            if names.issuperset(parts):
+                return parts
+    return ()
+
+
+def _unsupported(repo: str, names: Collection[str]) -> str:
+    """What a repository without weights that are read here has instead, in one line."""
+    kinds = {
+        "GGUF files: give the repository that they were made from": r".*\.gguf",
+        "an adapter: merge it into its model first": r"adapter_(model|config)\..*",
+        "pytorch_model.bin: it must be saved as safetensors first": r"pytorch_model.*\.bin",
+        ".pth files in several parts: they must be joined first": r"consolidated\.01\.pth",
+    }
+    expected = "expected consolidated.safetensors with params.json, or model.safetensors with config.json"
+    for what, pattern in kinds.items():
+        if any(re.fullmatch(pattern, name.rpartition("/")[2]) for name in names):
+            return f"{repo} has no weights that are read here ({expected}), but {what}"
+    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    return f"{repo} is no model that is read here: {expected}, but it has {shown or 'no files'}"
+
+
+# --- what went wrong
+
+
+def _out_of_reach(error: Exception) -> str | None:
+    """Why the hub cannot be asked; None where it has answered."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, json.JSONDecodeError):
+        return f"what answers at {constants.ENDPOINT} is no hub"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        return f"it answers {status}" if status == 429 or status >= 500 else None
+    return _first_line(error) if isinstance(error, errors.HTTPError) else None
+
+
+def _explain(error: Exception, repo: str, revision: str) -> str:
+    """What an error of huggingface_hub means, and what to do about it, in one line."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its conditions on {constants.ENDPOINT}/{repo}, then {LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"no such folder: {repo}, and no model of that name on the hub that you may see: check the name; "
+            f"for one that is private, {LOG_IN}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}: give a branch, a tag or a full commit, as in {repo}@main"
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"the hub does not give you {repo} ({error.response.status_code}): {LOG_IN} to a token that may read it"
+    if isinstance(error, OSError) and error.errno is not None:
+        advice = "free some of it" if error.errno == errno.ENOSPC else "make it writable"
+        return f"{constants.HF_HUB_CACHE}: {error.strerror}: {advice}, or set HF_HOME to another folder"
+    cause = _first_line(error.__cause__ or error)
+    return f"{repo} was not fetched to its end ({cause}): run this again; the files that are complete are kept"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
