@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats import load, load_tokenizer
+from mistral.formats import load, load_tokenizer, releases
+from mistral.formats.convert import convert
 from mistral.formats.folder import expected_shapes
 from mistral.formats.params import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
+from mistral.formats.releases import Release, WrongCopy
 from mistral.formats.weights import WeightsError, find_weights
 from mistral.model import Transformer
 from mistral.tokenizer import TokenizerError
@@ -94,6 +96,17 @@ def test_dtype_is_the_arithmetics(
     assert (loaded.runtime.compute, loaded.runtime.cache, loaded.model.dtype) == (compute,) * 3
     assert loaded.runtime.weights == compute  # there is room to widen so few
     assert_same(loaded.model.state_dict(), {name: tensor.to(compute) for name, tensor in state.items()})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_weights_in_their_own_dtype_are_the_files_pages(tmp_path: Path) -> None:
+    """One copy, and it is the system's: nothing is allocated for them."""
+    model = load(make_folder(tmp_path, random_state(dtype=torch.bfloat16)), device="cpu", dtype="bfloat16").model
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ours = [line[0].split("-") for line in mapped if line[-1].endswith("consolidated.safetensors")]
+    places = [range(int(begin, 16), int(end, 16)) for begin, end in ours]
+    assert len(places) == 1
+    assert all(p.data_ptr() in places[0] and p.data_ptr() + p.nbytes - 1 in places[0] for p in model.parameters())
 
 
 def test_weights_stay_narrow_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +226,52 @@ def test_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     assert used["bfloat16"]["anonymous"] < 100e6
     # Widened, only the wide ones are ours; the file's pages are given back on demand.
     assert 2 * size * 0.5 < used["float32"]["anonymous"] < 2 * size + 100e6
+
+
+# --- what is said about a release
+
+TINY = Release(
+    name="Tiny",
+    variants=("Tiny",),
+    dim=PARAMS["dim"],
+    n_layers=PARAMS["n_layers"],
+    hidden_dim=PARAMS["hidden_dim"],
+    n_heads=PARAMS["n_heads"],
+    n_kv_heads=PARAMS["n_kv_heads"],
+    head_dim=PARAMS["head_dim"],
+    vocab_size=4099,
+    sliding_window=(None, 5),
+    rope_theta=1e4,
+    tokenizer_kind="sentencepiece",
+    tokenizer_file="tokenizer.model",
+    template="v1",
+    files=(),
+    added_words=3,
+    wrong_copies=(WrongCopy({"sliding_window": 5}, "take the original"),),
+)
+
+
+def test_a_release_is_known_once_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path, vocab_size=4099, rope_theta=1e4, sliding_window=[None, 5])
+    nobodys = load(folder, device="cpu")
+    assert nobodys.release is None
+    assert nobodys.notes == ("the model knows 3 ids that the tokenizer has no word for: they have no text",)
+    monkeypatch.setattr(releases, "RELEASES", (TINY,))
+    assert (load(folder, device="cpu").release, load(folder, device="cpu").notes) == (TINY, ())  # they were added
+
+
+@pytest.mark.parametrize("kind", ["mistral", "ministral"])
+def test_a_wrong_copy_is_warned_about_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    convert(make_folder(tmp_path / "a", vocab_size=4099), tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    monkeypatch.setattr(releases, "RELEASES", (TINY,))
+    loaded = load(tmp_path / "hf", device="cpu")
+    assert loaded.release == TINY
+    assert loaded.notes == ("sliding_window is 5: take the original",)
+    assert loaded.args.windows == (5, 5)  # as it says
 
 
 # --- params

@@ -17,8 +17,10 @@ from mistral.args import ArgsError, ModelArgs
 from mistral.formats import Loaded, load, read_folder
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import expected_shapes
+from mistral.formats.inspect import inspect_folder
 from mistral.formats.params import ParamsError, to_args
-from mistral.formats.weights import INDEX, WeightsError
+from mistral.formats.weights import INDEX, WeightsError, find_hf_weights
+from mistral.memory import DoesNotFit
 from tests.commands import in_process
 from tests.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_model, whole
@@ -190,6 +192,35 @@ def test_tied_output(tmp_path: Path) -> None:
     assert_same(loaded.model.state_dict(), state)
     prompts = ragged(LENS, args.vocab_size, seed=8)
     assert log_probs_apart(loaded, their_logits(other, prompts), prompts) < TOLERANCE
+
+
+def test_a_tied_output_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_hf_folder(tmp_path, change=lambda state: state.pop("lm_head.weight"), tie_word_embeddings=True)
+    tied = PARAMS["vocab_size"] * PARAMS["dim"]
+    count = sum(tensor.numel() for tensor in random_state().values()) - tied
+    found = read_folder(tmp_path)
+    assert found.tied
+    assert found.parameters == count
+    assert inspect_folder(tmp_path)["parameters"] == count
+    assert inspect_folder(tmp_path)["dtypes"] == {"float32": {"tensors": 20, "parameters": count}}
+    monkeypatch.setattr("mistral.memory.available", lambda device: 4 * count)  # enough for one of them
+    loaded = load(tmp_path, device="cpu")
+    model = loaded.model
+    assert model.output.weight is model.tok_embeddings.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert f"{count / 1e6:.1f} M parameters" in loaded.describe()
+    wide = model.to(torch.bfloat16)
+    assert wide.output.weight is wide.tok_embeddings.weight
+    monkeypatch.setattr("mistral.memory.available", lambda device: 4 * count - 1)
+    with pytest.raises(DoesNotFit):
+        load(tmp_path, device="cpu")
+
+
+def test_weights_are_read_in_the_files_order(tmp_path: Path) -> None:
+    make_hf_folder(tmp_path, shards=3)
+    weights = read_folder(tmp_path).weights
+    assert [hf.to_hf(name) for name in weights.readers] == list(find_hf_weights(tmp_path).readers)
+    assert list(weights.readers) != list(weights.tensors)  # which have the model's
 
 
 # --- planted mistakes

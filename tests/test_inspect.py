@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
+from mistral.formats import inspect as inspect_module
 from mistral.formats import load
 from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, recognise
+from mistral.tokenizer import Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state
 
@@ -38,7 +40,7 @@ TOKENIZERS = {
     "v7-tekken": ("tekken_240911.json", 131072),
     "mistrallite": ("tokenizer.model.v1", 32000),
 }
-PART = 5 * 10**9  # a larger file is mapped only where that much memory could be had
+PART = 5 * 10**9  # bytes of a file, as in the releases that have several
 # As their params.json have them: what the table of releases leaves out is left out here.
 WRITTEN: dict[str, dict[str, Any]] = {
     "7B v0.1": {"sliding_window": 4096},
@@ -203,6 +205,15 @@ def test_the_mirror_with_a_wrong_hidden_dim(cli: Command, tmp_path: Path) -> Non
     error = cli("inspect", tmp_path).error
     assert "layers.0.feed_forward.w1.weight [4096, 4096]" in error
     assert error.endswith("; hidden_dim is 4096: a mirror shipped this by mistake: set it to 14336")
+    assert cli("complete", tmp_path, "Hi").error == error
+    config = {theirs: getattr(args_of(v01, hidden_dim=4096), ours) for theirs, ours in hf.SHAPE.items()}
+    more = {"model_type": "mistral", "head_dim": v01.head_dim, "rope_theta": v01.rope_theta, "sliding_window": 4096}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **more}))
+    shapes = {hf.to_hf(name): shape for name, shape in expected_shapes(args_of(v01)).items()}
+    hollow(tmp_path / "hf" / "model.safetensors", shapes)
+    error = cli("inspect", tmp_path / "hf").error
+    assert error.endswith("; intermediate_size is 4096: a mirror shipped this by mistake: set it to 14336")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +354,50 @@ def test_of_a_14_gb_file_only_the_header_is_read(tmp_path: Path) -> None:
     assert touched > 200e6  # one tensor would have been noticed
 
 
+IMPORTED = """
+import json, resource, sys
+from mistral.cli import main
+code = main(["inspect", sys.argv[1], "--json"])
+used = resource.getrusage(resource.RUSAGE_SELF)
+slow = [name for name in ("torch", "numpy", "mistral_common", "safetensors", "tqdm") if name in sys.modules]
+print(json.dumps([code, slow, used.ru_utime + used.ru_stime]))
+"""
+
+
+def inspected(folder: Path) -> tuple[dict[str, Any], list[str], float]:
+    """The report of a process of its own, what it imported of the slow libraries, and the processor's time it took."""
+    words = [sys.executable, "-c", IMPORTED, str(folder)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report, facts = done.stdout.splitlines()
+    code, slow, seconds = json.loads(facts)
+    assert code == 0
+    return json.loads(report), slow, seconds
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for times as POSIX does")
+@pytest.mark.parametrize("name", ["7B v0.1", "Nemo 12B 2407", "MistralLite"])
+def test_pytorch_and_mistral_common_are_not_imported(tmp_path: Path, name: str) -> None:
+    (release,) = (r for r in RELEASES if r.name == name)
+    report, slow, _ = inspected(make_release(tmp_path, release))
+    assert (report["release"]["name"], slow) == (name, [])
+    assert report["tokenizer"]["words"] == TOKENIZERS[release.template][1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for times as POSIX does")
+def test_a_file_far_larger_than_memory_takes_less_than_a_second(tmp_path: Path) -> None:
+    (large,) = (r for r in RELEASES if r.name == "Large 2411")
+    make_release(tmp_path, large)
+    for part in tmp_path.glob("*.safetensors"):
+        part.unlink()
+    hollow(tmp_path / "consolidated.safetensors", expected_shapes(args_of(large)))
+    assert (tmp_path / "consolidated.safetensors").stat().st_size > 240e9
+    report, _, seconds = inspected(tmp_path)
+    assert report["release"]["name"] == "Large 2411"
+    assert report["memory"]["weights"]["bfloat16"] > 240e9
+    assert min(seconds, inspected(tmp_path)[2], inspected(tmp_path)[2]) < 1
+
+
 # --- what looks wrong
 
 
@@ -374,6 +429,49 @@ def test_a_tokenizer_smaller_than_the_model(tmp_path: Path) -> None:
     assert (
         suspicious(tmp_path) == "tokenizer.model has 4096 words, but the model knows 4100: the ids above have no text"
     )
+
+
+def tekken(**changes: Any) -> dict[str, Any]:
+    config = {"default_vocab_size": 4096, "default_num_special_tokens": 1000}
+    return {"config": {**config, **changes}, "vocab": [{"rank": i} for i in range(3096)]}
+
+
+def test_words_of_a_tekken_are_those_of_mistral_common(tmp_path: Path) -> None:
+    path = tmp_path / "tekken.json"
+    shutil.copy(str(files("mistral_common") / "data" / "tekken_240911.json"), path)
+    for words in (131072, 100_000):
+        raw = json.loads(path.read_text())
+        raw["config"]["default_vocab_size"] = words
+        path.write_text(json.dumps(raw))
+        assert inspect_module._words(path) == Tokenizer(path).n_words == words
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        tekken(default_vocab_size=4097),  # more than the words that are there
+        tekken(default_vocab_size="4096"),
+        tekken(default_vocab_size=True),
+        tekken(default_vocab_size=0),
+        tekken(default_num_special_tokens=0),
+        tekken(default_num_special_tokens=4096),
+        {**tekken(), "config": None},
+        {**tekken(), "config": {}},
+        {**tekken(), "vocab": 3096},
+        {},
+        [],
+        "{",
+    ],
+    ids=lambda broken: json.dumps(broken)[:90],
+)
+def test_a_tekken_that_is_broken(tiny: Path, broken: Any) -> None:
+    (tiny / "tokenizer.model").unlink()
+    (tiny / "tekken.json").write_text(json.dumps(tekken()))
+    assert inspect_folder(tiny)["tokenizer"] == {"file": "tekken.json", "kind": "tekken", "words": 4096, "error": None}
+    (tiny / "tekken.json").write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    assert suspicious(tiny).startswith(f"{tiny}/tekken.json is not a tekken tokenizer")
+    assert suspicious(tiny).endswith("fetch it again")
+    assert inspect_folder(tiny)["tokenizer"]["words"] is None
 
 
 def test_several_tokenizers(tiny: Path) -> None:
