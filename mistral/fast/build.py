@@ -1,0 +1,137 @@
+"""kernels.c, compiled once for this machine and kept; called through ctypes.
+
+The compiler is the machine's own `cc` (or what CC names). Without one that knows OpenMP there are no kernels, which
+costs speed and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# The functions of torch's own OpenMP are used, so both share one set of threads.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC", "-lm")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4 = 3, 4
+PATIENCE = 120  # seconds; it takes about three
+
+
+class NoKernels(RuntimeError):
+    """The kernels cannot be built here; says why."""
+
+
+class Matrix(ctypes.Structure):
+    """A weight matrix as kernels.c has it: [n, k], and how it is stored."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("kind", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer as kernels.c has it."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "keys", "values")),
+        ("capacity", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    """A model as kernels.c has it."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        ("norm", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
+        ("eps", ctypes.c_double),
+    )
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's numbers are."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The compiled kernels; built at the first call on a machine.
+
+    Raises:
+        NoKernels: no compiler, or one that cannot build them.
+    """
+    if ctypes.sizeof(ctypes.c_void_p) != 8 or os.name != "posix":
+        raise NoKernels("they want a 64-bit Unix")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(compiler[0]) is None:
+        raise NoKernels(f"there is no compiler ({compiler[0]})")
+    library = _place(compiler)
+    if not library.exists():
+        _compile(compiler, library)
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NoKernels(f"{library} cannot be loaded: {error}") from None
+    loaded.scratch_floats.restype = ctypes.c_int64
+    for function in (loaded.product, loaded.widen, loaded.decode):
+        function.restype = None
+    return loaded
+
+
+def _place(compiler: list[str]) -> Path:
+    """Where the library belongs: its name tells source, compiler, flags and processor."""
+    told = [SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, _processor()]
+    name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mistral-ref" / f"kernels-{name}.so"
+
+
+def _processor() -> str:
+    """What tells processors apart on which the same home may be used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    """Build beside the library's place and move it there whole."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / "kernels.so"
+            done = subprocess.run(
+                [*compiler, "-o", str(built), str(SOURCE), *FLAGS],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PATIENCE,
+                stdin=subprocess.DEVNULL,
+            )
+            if done.returncode:
+                reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+                raise NoKernels(f"{compiler[0]} cannot build them: {reason.strip()}")
+            os.replace(built, library)
+    except subprocess.TimeoutExpired:
+        raise NoKernels(f"{compiler[0]} did not end within {PATIENCE} s") from None
+    except OSError as error:
+        raise NoKernels(f"{library.parent} cannot be written: {error.strerror}") from None

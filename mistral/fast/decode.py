@@ -1,0 +1,107 @@
+"""A decode step in one call: each sequence brings one token, and the kernels do all layers.
+
+Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of the plain Transformer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral.cache import NoCache, Plan, RollingBufferCache
+from mistral.fast.build import Layer, Matrix, Model, kernels, pointer
+from mistral.fast.linear import FEW
+from mistral.model import Transformer
+from mistral.rope import cos_sin
+
+
+class FastTransformer(Transformer):
+    """`Transformer` whose decode steps are one call of the kernels."""
+
+    def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        if not self._is_for_kernels(plan, cache):
+            return super().step(input_ids, plan, cache)
+        assert isinstance(cache, RollingBufferCache)
+        model = self._described(cache)
+        if model is None:
+            return super().step(input_ids, plan, cache)
+        h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
+        rows = [row for row, n in enumerate(plan.seqlens) if n]
+        which, origins = torch.tensor(rows), torch.tensor([plan.origins[row] for row in rows])
+        cos, sin = cos_sin(plan.positions, self._frequencies)
+        seen = max(plan.starts[row] - plan.origins[row] + 1 for row in rows)
+        if None not in self.args.windows:
+            seen = min(seen, max(w for w in self.args.windows if w is not None))
+        floats = kernels().scratch_floats(ctypes.byref(model), ctypes.c_int64(len(rows)), ctypes.c_int64(seen))
+        scratch = torch.empty(floats)
+        for i in range(len(self.layers)):
+            cache.layer(i).written = True
+        kernels().decode(
+            ctypes.byref(model),
+            ctypes.c_int64(len(rows)),
+            pointer(which),
+            pointer(plan.positions),
+            pointer(origins),
+            pointer(cos),
+            pointer(sin),
+            ctypes.c_int64(seen),
+            pointer(h),
+            pointer(scratch),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return h
+
+    def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache | NoCache) -> bool:
+        return (
+            isinstance(cache, RollingBufferCache)
+            and not torch.is_grad_enabled()
+            and max(plan.seqlens, default=0) == 1
+            and sum(plan.seqlens) <= FEW
+            and self.device.type == "cpu"
+            and self.dtype == torch.float32
+            and cache.layer(0).k.dtype == torch.float32
+        )
+
+    def _described(self, cache: RollingBufferCache) -> Model | None:
+        """The model and its cache as the kernels have them, made anew for each step; None if they are not for them.
+
+        What it points at may have moved since the last step: storage that grew, weights that were replaced.
+        """
+        args = self.args
+        layers = (Layer * len(self.layers))()
+        keep: list[Any] = [layers]
+
+        def floats(tensor: Tensor) -> int:
+            wide = tensor.detach().float().contiguous()
+            keep.append(wide)
+            return wide.data_ptr()
+
+        for i, module in enumerate(self.layers):
+            layer, store = layers[i], cache.layer(i)
+            for part, names in ((module.attention, ("wq", "wk", "wv", "wo")), (module.feed_forward, ("w1", "w2", "w3"))):
+                for name in names:
+                    linear = getattr(part, name)
+                    matrix: Matrix | None = linear.matrix() if hasattr(linear, "matrix") else None
+                    if matrix is None:
+                        return None
+                    setattr(layer, name, matrix)
+            layer.attention_norm = floats(module.attention_norm.weight)
+            layer.ffn_norm = floats(module.ffn_norm.weight)
+            layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
+            layer.capacity, layer.window = store.capacity, store.window or 0
+        model = Model(
+            layers,
+            floats(self.norm.weight),
+            len(self.layers),
+            args.dim,
+            args.hidden_dim,
+            args.n_heads,
+            args.n_kv_heads,
+            args.head_dim,
+            args.norm_eps,
+        )
+        model.keep = keep
+        return model

@@ -1,0 +1,476 @@
+/* Products of few rows with many weights, and a whole decode step, on a CPU.
+
+   Built once by fast/build.py, with whatever compiler is there, for the machine it runs on; called through
+   ctypes. Plain C with the vector types that GCC and Clang share, so every instruction set is the
+   compiler's affair. The arithmetic is that of model.py; tests compare the two.
+
+   Every output is summed in one order, whatever the number of rows and of threads: LANES partial sums
+   over the columns, then the sum of these. So a row's bits do not depend on what else is in the batch. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* How the weights of a matrix are stored. Rows are outputs. */
+enum { F32, BF16, F16, INT8, INT4 };
+
+enum {
+    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in INT4 */
+    LINE = 64,  /* bytes that come from memory together */
+    GROUP = 32, /* columns that share a scale in INT4 */
+};
+
+typedef struct {
+    const void *data;  /* [n, k] of the kind; INT4: see int4_tile */
+    const void *scale; /* INT8: [n] float; INT4: with the data */
+    int64_t kind, n, k;
+} Matrix;
+
+typedef struct {
+    Matrix wq, wk, wv, wo, w1, w2, w3;
+    const float *attention_norm, *ffn_norm;
+    float *keys, *values; /* [B, capacity, K, D]: position p in slot p % capacity */
+    int64_t capacity, window; /* window 0: none */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const float *norm;
+    int64_t n_layers, dim, hidden_dim, n_heads, n_kv_heads, head_dim;
+    double eps;
+} Model;
+
+/* ---- loading LANES weights as floats */
+
+INLINE floats load_floats(const float *p) { return (floats) * (const floats_at *)p; }
+
+INLINE floats load_bf16(const uint16_t *p) {
+    words w = __builtin_convertvector((halves) * (const halves_at *)p, words) << 16;
+    return (floats)w;
+}
+
+INLINE floats load_f16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    floats out;
+    for (int i = 0; i < LANES; i++) {
+        uint32_t h = p[i], sign = (h & 0x8000) << 16, rest = h & 0x7fff, bits;
+        float f;
+        if (rest >= 0x7c00) /* inf and nan */
+            bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+        else if (rest >= 0x400)
+            bits = sign | ((rest << 13) + 0x38000000);
+        else { /* subnormal: rest * 2^-24 */
+            f = (float)rest * 5.9604644775390625e-8f;
+            memcpy(&bits, &f, 4);
+            bits |= sign;
+        }
+        memcpy(&f, &bits, 4);
+        out[i] = f;
+    }
+    return out;
+#endif
+}
+
+INLINE floats load_int8(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    shorts wider = __builtin_convertvector((bytes) * (const bytes_at *)p, shorts);
+    return __builtin_convertvector(__builtin_convertvector(wider, ints), floats);
+#endif
+}
+
+INLINE int64_t size_of(int kind) { return kind == F32 ? 4 : kind == INT8 ? 1 : 2; }
+
+INLINE floats load(int kind, const char *p) {
+    switch (kind) {
+    case F32: return load_floats((const float *)p);
+    case BF16: return load_bf16((const uint16_t *)p);
+    case F16: return load_f16((const uint16_t *)p);
+    default: return load_int8((const int8_t *)p);
+    }
+}
+
+INLINE float sum(floats v) {
+    float s[LANES];
+    memcpy(s, &v, sizeof s);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+}
+
+/* ---- products: y[r, j] = w[j] . x[r] */
+
+/* Adds to the J x R sums of a tile what `whole` columns bring (a multiple of a LINE's), and asks for the weights `ahead`
+   bytes further on: where there is much to do with each weight, the machine's own guess at what comes next is too late. */
+INLINE void dot_tile(int kind, int J, int R, const char *w, int64_t row, int64_t whole, const float *x, int64_t ldx,
+                     int64_t ahead, floats (*sums)[8]) {
+    floats acc[8][8]; /* J x R of them are used, and stay in registers */
+    UNROLL for (int j = 0; j < J; j++)
+        UNROLL for (int r = 0; r < R; r++) acc[j][r] = sums[j][r];
+    for (int64_t i = 0; i < whole; i += LINE / size_of(kind)) {
+        if (R >= 4)
+            UNROLL for (int j = 0; j < J; j++) __builtin_prefetch(w + j * row + i * size_of(kind) + ahead, 0, 2);
+        UNROLL for (int64_t c = i; c < i + LINE / size_of(kind); c += LANES) {
+            floats ws[8];
+            UNROLL for (int j = 0; j < J; j++) ws[j] = load(kind, w + j * row + c * size_of(kind));
+            UNROLL for (int r = 0; r < R; r++) {
+                floats v = load_floats(x + r * ldx + c);
+                UNROLL for (int j = 0; j < J; j++) acc[j][r] += ws[j] * v;
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < J; j++)
+        UNROLL for (int r = 0; r < R; r++) sums[j][r] = acc[j][r];
+}
+
+/* n <= ROWS rows of weights times R rows of x, J rows of weights at a time, `chunk` columns at a time: as many as
+   leave x in the fastest cache. */
+INLINE void stripe(int kind, int J, int R, int64_t chunk, const char *w, int64_t n, int64_t k, const float *x,
+                   int64_t ldx, float *out) {
+    const int64_t row = k * size_of(kind), line = LINE / size_of(kind), whole = k - k % line;
+    floats sums[ROWS][8];
+    for (int64_t j = 0; j < n; j++)
+        UNROLL for (int r = 0; r < R; r++) sums[j][r] = (floats){0};
+    for (int64_t i = 0; i < whole; i += chunk) {
+        const int64_t columns = whole - i < chunk ? whole - i : chunk;
+        const char *from = w + i * size_of(kind);
+        const int64_t ahead = (i + chunk < whole ? chunk : ROWS * k - i) * size_of(kind);
+        int64_t j = 0;
+        for (; j + J <= n; j += J) dot_tile(kind, J, R, from + j * row, row, columns, x + i, ldx, ahead, sums + j);
+        for (; j < n; j++) dot_tile(kind, 1, R, from + j * row, row, columns, x + i, ldx, ahead, sums + j);
+    }
+    if (whole < k) { /* the last columns, with zeros after them */
+        float end[8][LINE] = {{0}};
+        for (int r = 0; r < R; r++) memcpy(end[r], x + r * ldx + whole, (k - whole) * 4);
+        for (int64_t j = 0; j < n; j++) {
+            char last[LINE] = {0};
+            memcpy(last, w + j * row + whole * size_of(kind), (k - whole) * size_of(kind));
+            dot_tile(kind, 1, R, last, 0, line, end[0], LINE, 0, sums + j);
+        }
+    }
+    for (int64_t j = 0; j < n; j++)
+        UNROLL for (int r = 0; r < R; r++) out[r * ROWS + j] = sum(sums[j][r]);
+}
+
+INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *x, int64_t ldx, int64_t rows,
+                    float *out) {
+    while (rows) {
+        int64_t done;
+#if LANES == 16 /* 32 registers */
+        if (rows >= 8) stripe(kind, 2, done = 8, 512, w, n, k, x, ldx, out);
+        else if (rows >= 4) stripe(kind, 4, done = 4, 1024, w, n, k, x, ldx, out);
+#else /* 16 registers */
+        if (rows >= 8) stripe(kind, 1, done = 8, 512, w, n, k, x, ldx, out);
+        else if (rows >= 4) stripe(kind, 2, done = 4, 1024, w, n, k, x, ldx, out);
+#endif
+        else if (rows >= 2) stripe(kind, 4, done = 2, k, w, n, k, x, ldx, out);
+        else stripe(kind, 8, done = 1, k, w, n, k, x, ldx, out);
+        x += done * ldx, out += done * ROWS, rows -= done;
+    }
+}
+
+/* INT4: blocks of ROWS rows; in each, for every group of GROUP columns, 4 x ROWS words (word j of a row holds
+   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, in two's complement) and then ROWS scales (bfloat16).
+   x has its columns padded with zeros to whole groups. */
+enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2, HALVES = ROWS / LANES };
+
+INLINE void int4_tile(int R, const char *w, int64_t groups, const float *x, int64_t ldx, float *out) {
+    floats total[4][HALVES];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
+    for (int64_t g = 0; g < groups; g++, w += INT4_GROUP) {
+        const float *xs = x + g * GROUP;
+        const uint16_t *scales = (const uint16_t *)(w + 4 * ROWS * 4);
+        floats acc[4][HALVES];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] = (floats){0};
+        UNROLL for (int j = 0; j < 4; j++) {
+            words v[HALVES];
+            UNROLL for (int h = 0; h < HALVES; h++) v[h] = *(const words_at *)(w + (j * ROWS + h * LANES) * 4);
+            UNROLL for (int i = 0; i < 8; i++) {
+                floats q[HALVES];
+                UNROLL for (int h = 0; h < HALVES; h++)
+                    q[h] = __builtin_convertvector((ints)(v[h] << (28 - 4 * i)) >> 28, floats);
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] += q[h] * xs[r * ldx + j * 8 + i];
+            }
+        }
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            floats scale = load_bf16(scales + h * LANES);
+            UNROLL for (int r = 0; r < R; r++) total[r][h] += scale * acc[r][h];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
+}
+
+static void int4_block(const char *w, int64_t groups, const float *x, int64_t ldx, int64_t rows, float *out) {
+    while (rows) {
+        int64_t done;
+        if (rows >= 4) { done = 4; int4_tile(4, w, groups, x, ldx, out); }
+        else if (rows >= 2) { done = 2; int4_tile(2, w, groups, x, ldx, out); }
+        else { done = 1; int4_tile(1, w, groups, x, ldx, out); }
+        x += done * ldx, out += done * ROWS, rows -= done;
+    }
+}
+
+static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
+
+/* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. */
+static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t rows, float *out) {
+    const char *w = m->data;
+    switch (m->kind) {
+    case F32: stripes(F32, w + first * m->k * 4, n, m->k, x, ldx, rows, out); break;
+    case BF16: stripes(BF16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
+    case F16: stripes(F16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
+    case INT8:
+        stripes(INT8, w + first * m->k, n, m->k, x, ldx, rows, out);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < n; j++) out[r * ROWS + j] *= ((const float *)m->scale)[first + j];
+        break;
+    case INT4: int4_block(w + first / ROWS * groups_of(m->k) * INT4_GROUP, groups_of(m->k), x, ldx, rows, out);
+    }
+}
+
+static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
+
+/* y [rows, n] = x [rows, ldx] times a matrix. INT4 wants columns padded to whole groups. */
+void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, float *y, int64_t threads) {
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+    for (int64_t b = 0; b < blocks_of(m); b++) {
+        int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
+        float out[rows * ROWS];
+        block(m, first, n, x, ldx, rows, out);
+        for (int64_t r = 0; r < rows; r++) memcpy(y + r * m->n + first, out + r * ROWS, n * 4);
+    }
+}
+
+/* Rows first .. first + n of a matrix as floats, [n, k]: for products of many rows, by somebody else. */
+void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t threads) {
+    const int64_t k = m->k;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t j = 0; j < n; j++) {
+        float *to = out + j * k;
+        if (m->kind == INT8) {
+            const int8_t *from = (const int8_t *)m->data + (first + j) * k;
+            float scale = ((const float *)m->scale)[first + j];
+            int64_t i = 0;
+            for (; i + LANES <= k; i += LANES) *(floats_at *)(to + i) = load_int8(from + i) * scale;
+            for (; i < k; i++) to[i] = from[i] * scale;
+        } else {
+            const char *from = (const char *)m->data + (first + j) / ROWS * groups_of(k) * INT4_GROUP;
+            int lane = (first + j) % ROWS;
+            for (int64_t g = 0; g < groups_of(k); g++, from += INT4_GROUP) {
+                uint32_t bits = (uint32_t)((const uint16_t *)(from + 4 * ROWS * 4))[lane] << 16;
+                float scale;
+                memcpy(&scale, &bits, 4);
+                for (int i = 0; i < GROUP && g * GROUP + i < k; i++) {
+                    uint32_t word = ((const uint32_t *)from)[i / 8 * ROWS + lane];
+                    to[g * GROUP + i] = (float)((int32_t)(word << (28 - 4 * (i % 8))) >> 28) * scale;
+                }
+            }
+        }
+    }
+}
+
+/* ---- a decode step */
+
+/* exp for x <= 0, to a few units in the last place; below about -87 it is 0. */
+INLINE floats exp_of(floats x) {
+    floats low = (floats){0} - 87.0f;
+    ints keep = x > low;
+    x = (floats)(((ints)x & keep) | ((ints)low & ~keep));
+    ints n = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* rounds to nearest: x <= 0 */
+    floats f = __builtin_convertvector(n, floats);
+    floats r = x - f * 0.693359375f - f * -2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (floats)((ints)(p * (floats)((n + 127) << 23)) & keep);
+}
+
+INLINE floats sigmoid(floats x) {
+    ints negative = x < 0;
+    floats e = exp_of((floats)((ints)x | (int32_t)0x80000000)); /* of -|x| */
+    floats top = (floats)(((ints)e & negative) | ((ints)((floats){0} + 1) & ~negative));
+    return top / (1 + e);
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    floats s = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) s += load_floats(a + i) * load_floats(b + i);
+    float last = 0;
+    for (; i < n; i++) last += a[i] * b[i];
+    return sum(s) + last;
+}
+
+static void rms_norm(const float *x, const float *weight, int64_t n, double eps, float *out) {
+    float scale = 1 / sqrtf(dot(x, x, n) / n + (float)eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t head_dim) {
+    for (int64_t i = 0; i < head_dim / 2; i++) {
+        float even = x[2 * i], odd = x[2 * i + 1];
+        x[2 * i] = even * cos[i] - odd * sin[i];
+        x[2 * i + 1] = even * sin[i] + odd * cos[i];
+    }
+}
+
+/* The query heads of one key head, over the positions first .. last of a sequence; q is [heads, D], overwritten by
+   the result. scores has room for one float per position and head. */
+static void attend(float *q, int64_t heads, const float *keys, const float *values, int64_t stride, int64_t capacity,
+                   int64_t first, int64_t last, int64_t d, float *scores) {
+    const int64_t n = last - first + 1, padded = (n + LANES - 1) / LANES * LANES;
+    const float scale = 1 / sqrtf(d);
+    for (int64_t i = 0, slot = first % capacity; i < n; i++) {
+        for (int64_t h = 0; h < heads; h++) scores[h * padded + i] = dot(q + h * d, keys + slot * stride, d) * scale;
+        slot = slot + 1 == capacity ? 0 : slot + 1;
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        float *s = scores + h * padded, top = -INFINITY;
+        for (int64_t i = 0; i < n; i++) top = s[i] > top ? s[i] : top;
+        for (int64_t i = n; i < padded; i++) s[i] = -INFINITY;
+        floats total = {0};
+        for (int64_t i = 0; i < padded; i += LANES) {
+            floats p = exp_of(load_floats(s + i) - top);
+            *(floats_at *)(s + i) = p;
+            total += p;
+        }
+        float whole = 1 / sum(total);
+        for (int64_t i = 0; i < n; i++) s[i] *= whole;
+    }
+    memset(q, 0, heads * d * sizeof *q);
+    for (int64_t i = 0, slot = first % capacity; i < n; i++) {
+        const float *v = values + slot * stride;
+        for (int64_t h = 0; h < heads; h++) {
+            const float p = scores[h * padded + i];
+            for (int64_t j = 0; j < d; j++) q[h * d + j] += p * v[j];
+        }
+        slot = slot + 1 == capacity ? 0 : slot + 1;
+    }
+}
+
+/* Floats that decode wants as scratch for R rows and up to `keys` positions seen. */
+static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
+
+int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys) {
+    int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
+    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim) + m->n_heads * (keys + LANES));
+}
+
+/* One token for each of `rows` sequences, through all layers.
+   which: the row of the cache that each has; positions, origins: where each is and where it began;
+   cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out. */
+void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
+            const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, int64_t threads) {
+    const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
+    const int64_t ldd = padded(dim), ldq = padded(m->n_heads * d), ldkv = kv_heads * d, ldw = padded(m->hidden_dim);
+    float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
+    float *scores = wide + rows * ldw;
+    memset(scratch, 0, (scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
+
+#pragma omp parallel num_threads(threads)
+    for (int64_t l = 0; l < m->n_layers; l++) {
+        const Layer *layer = m->layers + l;
+        float out[rows * ROWS], gate[rows * ROWS];
+
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
+        const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t b = 0; b < bq + bk + bv; b++) {
+            const Matrix *w = b < bq ? &layer->wq : b < bq + bk ? &layer->wk : &layer->wv;
+            float *to = b < bq ? q : b < bq + bk ? k : v;
+            const int64_t ld = b < bq ? ldq : ldkv, first = (b < bq ? b : b < bq + bk ? b - bq : b - bq - bk) * ROWS;
+            const int64_t n = w->n - first < ROWS ? w->n - first : ROWS;
+            block(w, first, n, x, ldd, rows, out);
+            for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld + first, out + r * ROWS, n * 4);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < rows * kv_heads; i++) {
+            const int64_t r = i / kv_heads, g = i % kv_heads, stride = kv_heads * d, last = positions[r];
+            const float *c = cos + r * d / 2, *s = sin + r * d / 2;
+            float *keys = layer->keys + which[r] * layer->capacity * stride + g * d;
+            float *values = layer->values + which[r] * layer->capacity * stride + g * d;
+            float *mine = q + r * ldq + g * heads * d;
+            int64_t first = origins[r];
+            if (layer->window && last - layer->window + 1 > first) first = last - layer->window + 1;
+            rotate(k + r * ldkv + g * d, c, s, d);
+            memcpy(keys + last % layer->capacity * stride, k + r * ldkv + g * d, d * 4);
+            memcpy(values + last % layer->capacity * stride, v + r * ldkv + g * d, d * 4);
+            for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, c, s, d);
+            attend(mine, heads, keys, values, stride, layer->capacity, first, last, d,
+                   scores + i * heads * (most_keys + LANES));
+        }
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
+            const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
+            block(&layer->wo, first, n, q, ldq, rows, out);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t j = 0; j < n; j++) h[r * dim + first + j] += out[r * ROWS + j];
+        }
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {
+            const int64_t first = b * ROWS, n = m->hidden_dim - first < ROWS ? m->hidden_dim - first : ROWS;
+            block(&layer->w1, first, n, x, ldd, rows, gate);
+            block(&layer->w3, first, n, x, ldd, rows, out);
+            for (int64_t r = 0; r < rows; r++) {
+                for (int64_t j = 0; j < ROWS; j += LANES) {
+                    const floats g = load_floats(gate + r * ROWS + j);
+                    *(floats_at *)(out + r * ROWS + j) *= g * sigmoid(g);
+                }
+                memcpy(wide + r * ldw + first, out + r * ROWS, n * 4);
+            }
+        }
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
+            const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
+            block(&layer->w2, first, n, wide, ldw, rows, out);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t j = 0; j < n; j++) h[r * dim + first + j] += out[r * ROWS + j];
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        rms_norm(h + r * dim, m->norm, dim, m->eps, x);
+        memcpy(h + r * dim, x, dim * 4);
+    }
+}

@@ -1,0 +1,137 @@
+"""Kinds of `Linear` for a CPU: products of few rows by the kernels, and weights in 8 or 4 bits.
+
+Many rows at once are PyTorch's to multiply, by weights that are widened a tile at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mistral.fast import quantize
+from mistral.fast.build import INT4, INT8, KINDS, Matrix, kernels, pointer
+from mistral.linear import ROWS, WIDEN, Linear
+
+FEW = 16  # rows of activations up to which the kernels are faster than one large product
+
+
+def few(x: Tensor) -> bool:
+    """Whether a product with x is one for the kernels."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return 0 < rows <= FEW and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def product(matrix: Matrix, x: Tensor) -> Tensor:
+    """x [..., k] times a matrix [n, k], by the kernels: [..., n] fp32."""
+    flat = x.reshape(-1, matrix.k)
+    width = matrix.k
+    if matrix.kind == INT4 and matrix.k % quantize.GROUP:
+        width = quantize.groups(matrix.k) * quantize.GROUP
+        flat = F.pad(flat, (0, width - matrix.k))
+    flat = flat.contiguous()
+    y = flat.new_empty(len(flat), matrix.n)
+    kernels().product(
+        ctypes.byref(matrix),
+        pointer(flat),
+        ctypes.c_int64(width),
+        ctypes.c_int64(len(flat)),
+        pointer(y),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    return y.view(*x.shape[:-1], matrix.n)
+
+
+class FastLinear(Linear):
+    """`Linear` whose products with few rows are the kernels'; the weights are where and what they were."""
+
+    def matrix(self) -> Matrix | None:
+        """The weights as the kernels have them; None if they are not for them."""
+        w = self.weight
+        if w.device.type != "cpu" or w.dtype not in KINDS or not w.is_contiguous():
+            return None
+        return Matrix(w.data_ptr(), None, KINDS[w.dtype], *w.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.matrix() if few(x) else None
+        return super().forward(x) if matrix is None else product(matrix, x)
+
+
+class QuantizedLinear(nn.Module):
+    """Weights in few bits, and products with them: [..., in_features] to [..., out_features], in x's dtype.
+
+    Inference only: nothing flows back into the weights.
+    """
+
+    kind: int
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def matrix(self) -> Matrix | None:
+        """The weights as the kernels have them; None if they are not for them."""
+        raise NotImplementedError
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.matrix()
+        if matrix is not None and few(x):
+            return product(matrix, x)
+        tiles = max(ROWS, WIDEN // self.in_features // ROWS * ROWS)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        wide = x.new_empty(tiles, self.in_features, dtype=torch.float32)
+        for first in range(0, self.out_features, tiles):
+            last = min(first + tiles, self.out_features)
+            if matrix is None:
+                tile = self.rows(first, last)
+            else:
+                tile = wide[: last - first]
+                size = ctypes.c_int64(last - first), pointer(tile), ctypes.c_int64(torch.get_num_threads())
+                kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
+            y[..., first:last] = F.linear(x, tile.to(x.dtype))
+        return y
+
+
+class Int8Linear(QuantizedLinear):
+    """A byte a weight and a scale a row."""
+
+    kind = INT8
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        q, scale = quantize.int8(weight)
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    def matrix(self) -> Matrix | None:
+        if self.q.device.type != "cpu" or self.scale.dtype != torch.float32:
+            return None
+        return Matrix(self.q.data_ptr(), self.scale.data_ptr(), INT8, *self.q.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.q[first:last].float() * self.scale[first:last, None]
+
+
+class Int4Linear(QuantizedLinear):
+    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them."""
+
+    kind = INT4
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.register_buffer("packed", quantize.pack(*quantize.int4(weight)))
+
+    def matrix(self) -> Matrix | None:
+        if self.packed.device.type != "cpu":
+            return None
+        return Matrix(self.packed.data_ptr(), None, INT4, self.out_features, self.in_features)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        q, scale = quantize.unpack(self.packed, self.out_features, self.in_features)
+        return quantize.meant(q[first:last], scale[first:last], self.in_features)

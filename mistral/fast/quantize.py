@@ -1,0 +1,89 @@
+"""Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
+
+int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
+of a row share. Both are symmetric: 0 stays 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUP = 32  # columns that share a scale
+ROWS = 16  # rows that are interleaved
+# The largest weight of a group becomes -8 or +-7 at this share of its size: the one with the least squared error is taken.
+SHARES = (1.0, 0.93, 0.86)
+
+
+def groups(columns: int) -> int:
+    """Groups in a row; the last may be filled up with zeros."""
+    return -(-columns // GROUP)
+
+
+def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, k] weights to [n, k] int8 and [n] fp32 scales: weight is about q * scale."""
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight), dtype=torch.float32)
+    for first in range(0, len(weight), 1024):
+        rows = weight[first : first + 1024].float()
+        step = rows.abs().amax(-1) / 127
+        q[first : first + 1024] = (rows / step.clamp(min=1e-30)[:, None]).round_().clamp_(-127, 127)
+        scale[first : first + 1024] = step
+    return q, scale
+
+
+def int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, k] weights to [n, groups * 32] int8 in -8 .. 7 and [n, groups] bf16 scales."""
+    n, k = weight.shape
+    q = torch.empty(n, groups(k) * GROUP, dtype=torch.int8)
+    scale = torch.empty(n, groups(k), dtype=torch.bfloat16)
+    for first in range(0, n, 1024):
+        rows = F.pad(weight[first : first + 1024].float(), (0, groups(k) * GROUP - k)).unflatten(-1, (-1, GROUP))
+        q[first : first + 1024], scale[first : first + 1024] = _best(rows)
+    return q, scale
+
+
+def _best(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[r, g, 32] to [r, g * 32] int8 and [r, g] bf16, each group with the scale that fits it best."""
+    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))  # with its sign: -8 has no +8 beside it
+    found = error = None
+    for share in SHARES:
+        scale = (largest * (share / -8)).bfloat16()
+        step = scale.float()
+        q = (rows / torch.where(step == 0, 1.0, step)).round_().clamp_(-8, 7)
+        off = (q * step - rows).square_().sum(-1, keepdim=True)
+        if found is None or error is None:
+            found, error = (q, scale), off
+        else:
+            better = off < error
+            found = torch.where(better, q, found[0]), torch.where(better, scale, found[1])
+            error = torch.minimum(off, error)
+    assert found is not None
+    return found[0].to(torch.int8).flatten(-2), found[1].squeeze(-1)
+
+
+def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """The weights that `int4` stands for: [n, columns] fp32."""
+    return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns]
+
+
+def pack(q: Tensor, scale: Tensor) -> Tensor:
+    """What `int4` gives, as kernels.c reads it: [blocks of 16 rows, groups, 288] bytes."""
+    n, g = scale.shape
+    spare = -n % ROWS
+    nibbles = F.pad(q, (0, 0, 0, spare)).view(torch.uint8) & 15
+    pairs = nibbles.view(-1, ROWS, g, 4, 4, 2)  # block, row, group, word, byte, nibble
+    packed = (pairs[..., 0] | pairs[..., 1] << 4).permute(0, 2, 3, 1, 4)  # block, group, word, row, byte
+    scales = F.pad(scale, (0, 0, 0, spare)).view(-1, ROWS, g).transpose(1, 2).contiguous().view(torch.uint8)
+    return torch.cat((packed.reshape(-1, g, 4 * ROWS * 4), scales), dim=-1)
+
+
+def unpack(packed: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor]:
+    """What `pack` was given."""
+    g = groups(columns)
+    data = packed[..., : 4 * ROWS * 4].view(-1, g, 4, ROWS, 4).permute(0, 3, 1, 2, 4)
+    q = torch.stack((data << 4, data & 240), dim=-1).view(torch.int8) >> 4
+    q = q.reshape(-1, g * GROUP)[:n]
+    scale = packed[..., 4 * ROWS * 4 :].contiguous().view(torch.bfloat16).transpose(1, 2).reshape(-1, g)[:n]
+    return q, scale
