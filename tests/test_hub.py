@@ -109,10 +109,11 @@ def test_a_path_is_itself(hub: Hub, tmp_path: Path) -> None:
     assert hub.asked == []
 
 
-def test_what_may_be_a_path_is_not_fetched(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_what_may_be_a_path_is_not_fetched(hub: Hub, model: Path, cli: Command, tmp_path: Path) -> None:
     hub.add("owner/name", model)
     (tmp_path / "owner").mkdir()
     assert refused("owner/name").startswith("no such folder: owner/name; it is not looked for on the hub")
+    assert cli("complete", "owner/name", stdin="never read").error == "no such folder: owner/name"
     assert hub.asked == []
 
 

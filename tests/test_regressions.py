@@ -213,7 +213,7 @@ def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_mistyped_folder_is_not_a_prompt() -> None:
-    for words in (["--folder=nosuch"], ["models/nosuch"], ["nosuch/"], ["nosuch", "hello"]):
+    for words in (["--folder=nosuch"], ["tests/nosuch"], ["no/such/folder"], ["nosuch/"], ["nosuch", "hello"]):
         run = command("complete", *words, capture_output=True, stdin=subprocess.DEVNULL)
         assert (run.returncode, run.stdout) == (2, "")
         assert run.stderr.startswith("error: no such folder: ")

@@ -49,8 +49,8 @@ class _Choice:
 
 
 def is_hub_id(word: str) -> bool:
-    """Whether a word is written as hub ids are, `owner/name` or `owner/name@revision`; relative paths may be too."""
-    return ID.fullmatch(word) is not None
+    """Whether a word is an id, `owner/name` or `owner/name@revision`, and no path into a folder that is here."""
+    return ID.fullmatch(word) is not None and not os.path.isdir(word.partition("/")[0])
 
 
 def locate(folder: str | PathLike[str]) -> Path:
@@ -64,14 +64,13 @@ def locate(folder: str | PathLike[str]) -> Path:
             read here, or room on the disk is lacking.
         ParamsError: the repository's model has a shape that is not supported.
     """
-    if not isinstance(folder, str) or not is_hub_id(folder) or os.path.lexists(folder):
+    if not isinstance(folder, str) or not ID.fullmatch(folder) or os.path.lexists(folder):
         return Path(folder)
     repo, _, revision = folder.partition("@")
-    owner = repo.partition("/")[0]
-    if os.path.isdir(owner):
+    if not is_hub_id(folder):
         raise HubError(
-            f"no such folder: {folder}; it is not looked for on the hub, because there is a folder {owner} here: "
-            "for the hub's, run this elsewhere"
+            f"no such folder: {folder}; it is not looked for on the hub, because there is a folder "
+            f"{repo.partition('/')[0]} here: for the hub's, run this elsewhere"
         )
     try:
         from huggingface_hub import errors
