@@ -151,7 +151,7 @@ BROKEN: dict[str, tuple[Any, bytes, str]] = {
     "other digits": ('{"a":{"dtype":"U8","shape":[٢],"data_offsets":[0,2]}}', b"ab", "no list of whole numbers"),
     "a huge number": ({"a": entry(0, 2, [10**400])}, b"ab", "the shape of 'a' is no list of whole numbers"),
     "a huge product": ({"a": entry(0, 0, [2**62, 2**62, 0])}, b"", "the shape of 'a' is larger than any file"),
-    "too many sizes": ({"a": entry(0, 1, [1] * 5000)}, b"a", "the shape of 'a' is no list of whole numbers"),
+    "too many sizes": ({"a": entry(0, 1, [1] * 500)}, b"a", "the shape of 'a' is no list of whole numbers"),
     "the wrong size": ({"a": entry(0, 2, [3])}, b"ab", r"'a' has 2 bytes, which U8 of shape \[3\] does not take"),
     "no dtype": (
         {"a": {"shape": [2], "data_offsets": [0, 2]}},
@@ -275,6 +275,7 @@ def test_memory_is_that_of_the_header(tmp_path: Path) -> None:
     for name, filling in fillings.items():
         for where, front in {"shape": '{"a":{"shape":[', "metadata": '{"__metadata__":{"a":', "top": '{"a":'}.items():
             paths.append(write(tmp_path / f"{name}-{where}", front + filling * (size // len(filling))))
+    paths.append(write(tmp_path / "wrong", "{}", length=LONGEST))
     words = [sys.executable, "-c", MEMORY, *map(str, paths)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise HeaderError(f"it has {size} bytes, and the length of its header alone takes 8")
         if length > LONGEST:
             raise HeaderError(f"its header would take {length:,} bytes, and at most {LONGEST:,} are allowed")
-        raw = file.read(length)
+        raw = file.read(min(length, size))  # a length that is wrong costs no memory
     if len(raw) < length:
         raise HeaderError(f"its header takes {length:,} bytes, but it ends after {len(raw):,} of them")
     try:
@@ -135,7 +135,7 @@ class _Reader:
     """
 
     SPACE = re.compile(r"[ \t\n\r]*")
-    LIST = re.compile(r"\[([0-9, \t\n\r]{0,2000})\]")
+    LIST = re.compile(r"\[([0-9, \t\n\r]{0,400})\]")
     NUMBER = re.compile(r"[ \t\n\r]*(0|[1-9][0-9]{0,18})[ \t\n\r]*")
     DECODER = json.JSONDecoder()
 
