@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +97,19 @@ def test_dtype_is_the_arithmetics(
     assert (loaded.runtime.compute, loaded.runtime.cache, loaded.model.dtype) == (compute,) * 3
     assert loaded.runtime.weights == compute  # there is room to widen so few
     assert_same(loaded.model.state_dict(), {name: tensor.to(compute) for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_progress_bar_counts_the_files_bytes(tmp_path: Path, form: str, dtype: str) -> None:
+    state = random_state(dtype=torch.bfloat16)
+    make_folder(tmp_path, state, form)
+    with mock.patch("tqdm.tqdm") as bar:
+        load(tmp_path, device="cpu", dtype=dtype)
+    options, told = bar.call_args.kwargs, bar.return_value.__enter__.return_value.update.call_args_list
+    assert options["total"] == sum(tensor.nbytes for tensor in state.values()) == sum(call.args[0] for call in told)
+    assert (options["unit"], options["unit_scale"], options["delay"]) == ("B", True, 2)
+    assert options["disable"] is None  # off where stderr is no terminal
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
