@@ -240,7 +240,7 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
 
     Release, layout, files, dtypes, window and theta with the rule used, tokenizer, memory for weights
     and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder.
-    Without FOLDER: the small model that ships. --json prints one object.
+    Without FOLDER: the small model that ships. --json prints one object. Only a .pth file takes PyTorch, and seconds.
     """
     from mistral.formats.inspect import as_json, as_text
     from mistral.formats.inspect import inspect_folder as report_on
