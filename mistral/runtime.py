@@ -22,6 +22,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+QUANTS = ("int8", "int4")
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
 WIDEN_SHARE = 0.6
 
@@ -39,6 +40,10 @@ class Runtime:
         weights, compute, cache: dtypes of what is stored, of the activations, of keys and values.
         attention: name of the backend in use.
         attend: the backend.
+        kernels: whether products of few rows are those of `fast`.
+        decode: whether whole decode steps are, attention included.
+        quant: "int8", "int4", or None for weights as they are stored.
+        notes: what could not be had, a sentence each.
     """
 
     device: torch.device
@@ -47,12 +52,18 @@ class Runtime:
     cache: torch.dtype
     attention: str
     attend: Attend
+    kernels: bool = False
+    decode: bool = False
+    quant: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
     attention: str | None,
+    kernels: bool | None = None,
+    quant: str | None = None,
     *,
     stored: torch.dtype,
     parameters: int,
@@ -64,6 +75,8 @@ def resolve(
         device: None takes CUDA, else Apple's MPS, else the CPU.
         dtype: of the arithmetic; None takes what the device computes well.
         attention: name of a backend; None takes the default of the device.
+        kernels: whether to use the kernels of `fast`; None does where they can be built.
+        quant: "int8" or "int4" for weights in few bits; None leaves them as they are stored.
         stored: dtype of the weights in their file.
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
@@ -73,13 +86,43 @@ def resolve(
     """
     place = pick_device(device)
     compute = pick_dtype(dtype, place, stored)
+    fits = place.type == "cpu" and compute == torch.float32
+    if quant is not None and quant not in QUANTS:
+        raise OptionError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
+    if quant is not None and not fits:
+        raise OptionError(f"quantized weights are for a CPU in float32, not for {place.type} in {_name(compute)}")
+    fast, notes = _kernels(kernels, fits)
     weights = compute
-    if compute.itemsize > stored.itemsize:
+    if fast and compute.itemsize > stored.itemsize:
+        weights = stored  # the kernels read narrow weights as fast as memory gives them
+    elif compute.itemsize > stored.itemsize:
         left = memory.available(place)
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
     name, attend = backends.resolve(attention, place, compute, head_dim)
-    return Runtime(place, weights, compute, compute, name, attend)
+    decode = fast and attention is None  # a backend that was asked for is the one that is used
+    return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, notes)
+
+
+def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
+    """Whether the kernels are used, and what to say if they cannot be."""
+    if wanted is False or (wanted is None and not fits):
+        return False, ()
+    if not fits:
+        raise OptionError("the kernels are for a CPU in float32: leave --kernels out")
+    from mistral.fast.build import NoKernels, kernels
+
+    try:
+        kernels()
+    except NoKernels as error:
+        if wanted:
+            raise OptionError(f"no kernels: {error}") from None
+        return False, (f"no kernels, which are several times faster: {error}",)
+    return True, ()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, Plan, RollingBufferCache
-from mistral.fast.build import Layer, Matrix, Model, kernels, pointer
-from mistral.fast.linear import FEW
-from mistral.model import Transformer
+from mistral.fast.build import Layer, Model, kernels, pointer
+from mistral.fast.linear import FEW, FastLinear, QuantizedLinear
+from mistral.model import Transformer, TransformerBlock
 from mistral.rope import cos_sin
 
 
@@ -79,17 +79,17 @@ class FastTransformer(Transformer):
             keep.append(wide)
             return wide.data_ptr()
 
-        for i, module in enumerate(self.layers):
-            layer, store = layers[i], cache.layer(i)
-            for part, names in ((module.attention, ("wq", "wk", "wv", "wo")), (module.feed_forward, ("w1", "w2", "w3"))):
-                for name in names:
-                    linear = getattr(part, name)
-                    matrix: Matrix | None = linear.matrix() if hasattr(linear, "matrix") else None
-                    if matrix is None:
-                        return None
-                    setattr(layer, name, matrix)
-            layer.attention_norm = floats(module.attention_norm.weight)
-            layer.ffn_norm = floats(module.ffn_norm.weight)
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, TransformerBlock)
+            layer, store, a, f = layers[i], cache.layer(i), block.attention, block.feed_forward
+            linears = {"wq": a.wq, "wk": a.wk, "wv": a.wv, "wo": a.wo, "w1": f.w1, "w2": f.w2, "w3": f.w3}
+            for name, linear in linears.items():
+                matrix = linear.matrix() if isinstance(linear, FastLinear | QuantizedLinear) else None
+                if matrix is None:
+                    return None
+                setattr(layer, name, matrix)
+            layer.attention_norm = floats(block.attention_norm.weight)
+            layer.ffn_norm = floats(block.ffn_norm.weight)
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
             layer.capacity, layer.window = store.capacity, store.window or 0
         model = Model(

@@ -102,6 +102,8 @@ class Int8Linear(QuantizedLinear):
     """A byte a weight and a scale a row."""
 
     kind = INT8
+    q: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
@@ -122,6 +124,7 @@ class Int4Linear(QuantizedLinear):
     """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them."""
 
     kind = INT4
+    packed: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 GROUP = 32  # columns that share a scale
 ROWS = 16  # rows that are interleaved
-# The largest weight of a group becomes -8 or +-7 at this share of its size: the one with the least squared error is taken.
+# Shares of a group's largest weight that may become the -8; the one with the least squared error does.
 SHARES = (1.0, 0.93, 0.86)
 
 
