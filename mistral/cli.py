@@ -44,6 +44,8 @@ def demo(
     device: str | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -58,7 +60,7 @@ def demo(
     from mistral.formats import BUNDLED
     from mistral.generate import generate
 
-    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=3)
+    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=3)
     prompts: Sequence[str] = DEMO_PROMPTS
     if folder is None:
         prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
@@ -93,6 +95,8 @@ def interactive(
     device: str | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -109,7 +113,7 @@ def interactive(
     """
     if not instruct and (system is not None or template is not None):
         raise flags.UsageError("--system and --template belong to a conversation: add --instruct")
-    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=1)
+    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=1)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -155,6 +159,8 @@ def complete(
     device: str | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -179,7 +185,7 @@ def complete(
     if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
         raise flags.UsageError(f"no such folder: {folder}")
     asked = _read_prompts(prompt, suffix, file, max_tokens)
-    loaded = _load(folder, device, dtype, attention, threads, max_batch_size=max_batch_size)
+    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=max_batch_size)
     prompts, limits = _with_gaps(asked, loaded), [one.max_tokens for one in asked]
     options: dict[str, Any] = {
         "temperature": temperature,
@@ -371,6 +377,8 @@ FLAG_HELP = {
     "device": "cpu, cuda, cuda:1 or mps; left out: the best one here",
     "dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: what the device does well",
     "attention": "sdpa, plain, flash or xformers; left out: the device's default",
+    "kernels": "compiled products and decode steps on a CPU; =false is the plain path; left out: where they build",
+    "quant": "round the weights while they are loaded: int8 or int4 (less memory, faster; other numbers)",
     "threads": "CPU threads; left out: as many as PyTorch takes",
     "chunk_size": "most prompt tokens a sequence takes in at a step; left out: 2048 shared by all; changes no number",
     "file": "prompts, one JSON value a line",
@@ -403,6 +411,8 @@ def _load(
     device: str | None,
     dtype: str | None,
     attention: str | None,
+    kernels: bool | None,
+    quant: str | None,
     threads: int | None,
     max_batch_size: int,
 ) -> Loaded:
@@ -412,7 +422,15 @@ def _load(
         import torch
 
         torch.set_num_threads(threads)
-    loaded = load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size)
+    loaded = load(
+        folder,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        kernels=kernels,
+        quant=quant,
+        max_batch_size=max_batch_size,
+    )
     bundled = "the model that ships, " if folder is None else ""
     terminal.say(f"loaded {bundled}{loaded.describe()}")
     for note in loaded.notes:

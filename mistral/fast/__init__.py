@@ -6,26 +6,41 @@ plain path stays what all of this is compared with.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from mistral.fast.linear import FastLinear, Int4Linear, Int8Linear, QuantizedLinear
+from mistral.fast.quantize import GROUP, ROWS, groups
 from mistral.linear import Linear
 from mistral.model import Transformer
 
 OUTPUT = "output"
 
 
-def is_quantized(name: str, model: Transformer) -> bool:
-    """Whether a tensor of this name is one that `--quant` stores in few bits: every weight of a product."""
-    module, _, kind = name.rpartition(".")
-    return kind == "weight" and isinstance(model.get_submodule(module), Linear)
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of this name is stored in few bits: every weight of a product is."""
+    return name == f"{OUTPUT}.weight" or (name.startswith("layers.") and not name.endswith("norm.weight"))
+
+
+def bytes_of(name: str, shape: tuple[int, ...], quant: str, itemsize: int) -> int:
+    """Bytes that a tensor takes once it is quantized; one that is not takes `itemsize` a number."""
+    if not is_quantized(name):
+        return math.prod(shape) * itemsize
+    n, k = shape
+    if _kind(name, quant) is Int8Linear:
+        return n * (k + 4)
+    return -(-n // ROWS) * ROWS * groups(k) * (GROUP // 2 + 2)
 
 
 def quantized(name: str, weight: Tensor, quant: str) -> QuantizedLinear:
     """A weight in few bits. The output matrix has 8 at least: it is small, and every token's choice hangs on it."""
-    kind = Int8Linear if quant == "int8" or name.startswith(OUTPUT) else Int4Linear
-    return kind(weight)
+    return _kind(name, quant)(weight)
+
+
+def _kind(name: str, quant: str) -> type[Int8Linear] | type[Int4Linear]:
+    return Int8Linear if quant == "int8" or name.startswith(OUTPUT) else Int4Linear
 
 
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

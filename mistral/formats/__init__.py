@@ -43,6 +43,7 @@ class Loaded:
         tokenizer: the folder's.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
+        parameters: how many weights there are.
         release: the release that it is, as far as its shape tells; None if it is none that is known.
         notes: what was assumed or left aside and what is odd, a sentence each.
     """
@@ -53,17 +54,21 @@ class Loaded:
     runtime: Runtime
     folder: Path
     files: tuple[Path, ...]
+    parameters: int
     release: Release | None = None
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
         run, args = self.runtime, self.args
-        parameters = sum(p.numel() for p in self.model.parameters())
-        dtypes = "/".join(str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache))
+        parameters = self.parameters
+        dtypes = [str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache)]
+        weights, attention = run.quant or dtypes[0], run.attention
+        if run.kernels:
+            attention += "; kernels for decode steps" if run.decode else "; kernels for products"
         return (
             f"{short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
-            f"device {run.device}; weights/compute/cache {dtypes}; attention {run.attention}; "
+            f"device {run.device}; weights/compute/cache {'/'.join((weights, *dtypes[1:]))}; attention {attention}; "
             f"window {window_text(args)}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
             f"tokenizer {self.tokenizer.path.name}"
         )
@@ -89,6 +94,8 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
     max_batch_size: int = 0,
 ) -> Loaded:
     """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
@@ -97,7 +104,8 @@ def load(
 
     Args:
         folder: a path, or a hub id (see `hub.locate`); None is the small model that ships.
-        device, dtype, attention: see `runtime.resolve`; None lets it choose.
+        device, dtype, attention, kernels: see `runtime.resolve`; None lets it choose.
+        quant: "int8" or "int4" rounds the weights of products as they are loaded; None leaves them as they are.
         max_batch_size: most sequences in one forward; 0 sets no limit.
 
     Raises:
@@ -119,41 +127,70 @@ def load(
         device,
         dtype,
         attention,
+        kernels,
+        quant,
         stored=getattr(torch, stored),
         parameters=found.parameters,
         head_dim=args.head_dim,
     )
-    narrower = "use --dtype bfloat16, " if run.weights.itemsize > 2 else "use "
+    narrower = "use --quant int8, " if run.kernels and not quant else "use "
+    if run.weights.itemsize > 2 and not run.kernels:
+        narrower = "use --dtype bfloat16, "
     memory.require(
-        found.parameters * run.weights.itemsize,
+        _size_in_memory(found, run),
         run.device,
-        f"the weights in {str(run.weights).removeprefix('torch.')}",
+        f"the weights in {run.quant or str(run.weights).removeprefix('torch.')}",
         f"{narrower}another --device, or a smaller model",
     )
+    kind: type[Transformer] = Transformer
+    if run.decode:
+        from mistral.fast.decode import FastTransformer
+
+        kind = FastTransformer
     with torch.device("meta"):
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
-        model = Transformer(args, run.attend, compute_dtype=None if run.weights == run.compute else run.compute)
+        model = kind(args, run.attend, compute_dtype=None if run.weights == run.compute else run.compute)
     _fill(model, found, run)
     spare = wordless(args, tokenizer.n_words, release)
     padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
-    notes = (*found.notes, *odd, *padded)
-    return Loaded(model, tokenizer, args, run, found.path, found.weights.files, release, notes)
+    notes = (*found.notes, *odd, *padded, *run.notes)
+    return Loaded(model, tokenizer, args, run, found.path, found.weights.files, found.parameters, release, notes)
+
+
+def _size_in_memory(found: Folder, run: Runtime) -> int:
+    """Bytes of the weights once they are loaded."""
+    if run.quant is None:
+        return found.parameters * run.weights.itemsize
+    from mistral import fast
+
+    return sum(fast.bytes_of(name, t.shape, run.quant, run.weights.itemsize) for name, t in found.tensors.items())
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
     from tqdm import tqdm
 
+    from mistral import fast
+
     tensors: dict[str, Tensor] = {}
+    few_bits: dict[str, fast.QuantizedLinear] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         for name in found.tensors:
-            tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights)
+            tensor = found.weights.get(name, bar.update)
+            if run.quant is not None and fast.is_quantized(name):
+                few_bits[name] = fast.quantized(name, tensor, run.quant)
+            else:
+                tensors[name] = tensor.to(run.device, run.weights)
     if found.tied:
         tensors[OUTPUT] = tensors[EMBEDDINGS]
+    if few_bits:
+        tensors |= fast.put_quantized(model, few_bits)
     model.load_state_dict(tensors, strict=True, assign=True)
     if found.tied:  # one parameter, also to those who count them, train them or move them
         model.output.weight = model.tok_embeddings.weight
+    if run.kernels:
+        fast.use_kernels(model)
     model.eval()
 
 
