@@ -170,7 +170,9 @@ def test_answers_that_end_by_themselves_and_ctrl_d(parrot: Path, tmp_path: Path)
     words = f"'{sys.executable}' -m main interactive '{parrot}' --max_tokens 18 --temperature 0 > '{kept}'"
     terminal = Terminal()
     terminal.child.close(force=True)
-    terminal.child = pexpect.spawn("/bin/sh", ["-c", words], cwd=str(ROOT), env=ENVIRONMENT, timeout=PATIENCE)
+    terminal.child = pexpect.spawn(
+        "/bin/sh", ["-c", words], cwd=str(ROOT), env={**ENVIRONMENT, "TERM": "dumb"}, timeout=PATIENCE
+    )
     terminal.pieces.clear()
     terminal.until(ASK)
     terminal.child.sendline("one")
