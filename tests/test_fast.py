@@ -1,0 +1,486 @@
+"""The fast path equals the plain one: products, quantized weights, whole decode steps, and how it plugs in."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mistral.cache import RollingBufferCache
+from mistral.fast import build, put_quantized, quantize, quantized, use_kernels
+from mistral.fast.build import NoKernels, kernels
+from mistral.fast.decode import FastTransformer
+from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear
+from mistral.formats import load
+from mistral.generate import complete
+from mistral.linear import Linear
+from mistral.model import Transformer
+from mistral.runtime import OptionError
+from tests.commands import Command, in_process
+from tests.folders import make_folder
+from tests.tiny import (
+    TOLERANCE,
+    at_random,
+    distance,
+    logprobs,
+    make_cache,
+    play,
+    prefill_then_decode,
+    ragged,
+    tiny_args,
+    tiny_model,
+    true_logprobs,
+)
+
+try:
+    kernels()
+except NoKernels as reason:
+    pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = (*DTYPES, "int8", "int4")
+
+
+def make_linear(kind: str, weight: Tensor) -> Any:
+    if kind in ("int8", "int4"):
+        return (Int8Linear if kind == "int8" else Int4Linear)(weight)
+    linear = FastLinear(weight.shape[1], weight.shape[0])
+    linear.weight = torch.nn.Parameter(weight.to(DTYPES[kind]), requires_grad=False)
+    return linear
+
+
+def weights_meant(linear: Any) -> Tensor:
+    """The numbers that a linear stands for."""
+    return linear.rows(0, linear.out_features) if isinstance(linear, QuantizedLinear) else linear.weight.float()
+
+
+def fast_twin(model: Transformer, kind: str) -> tuple[FastTransformer, Transformer]:
+    """A fast model of a kind, and a plain one in fp32 with the numbers that its weights stand for."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = tiny_model(model.args)
+    with torch.device("meta"):
+        fast = FastTransformer(model.args, compute_dtype=torch.float32)
+    if kind in DTYPES:
+        fast.load_state_dict({n: t.to(DTYPES[kind]) for n, t in state.items()}, assign=True)
+        plain.load_state_dict({n: t.to(DTYPES[kind]).float() for n, t in state.items()})
+    else:
+        few = {n: quantized(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        rest = {n: t for n, t in state.items() if n not in few}
+        fast.load_state_dict(rest | put_quantized(fast, few), assign=True)
+        plain.load_state_dict(rest | {n: m.rows(0, m.out_features) for n, m in few.items()})
+    use_kernels(fast)
+    return fast, plain
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences each decode step of the kernels brought."""
+    calls: list[int] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(kernels(), name)
+
+        def decode(self, model: Any, rows: ctypes.c_int64, *rest: Any) -> None:
+            calls.append(rows.value)
+            kernels().decode(model, rows, *rest)
+
+    monkeypatch.setattr("mistral.fast.decode.kernels", Spy)
+    return calls
+
+
+# --- products
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(n=st.integers(1, 70), k=st.integers(1, 300), rows=st.integers(1, 40), seed=st.integers(0, 2**20))
+def test_products_of_any_shape(kind: str, n: int, k: int, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(n, k, generator=generator) * 2 - 1
+    x = torch.rand(rows, k, generator=generator) * 2 - 1
+    linear = make_linear(kind, weight)
+    with torch.inference_mode():
+        y = linear(x)
+    assert y.shape == (rows, n)
+    assert y.dtype == torch.float32
+    want = x.double() @ weights_meant(linear).double().T
+    size = x.double().abs() @ weights_meant(linear).double().abs().T
+    assert ((y - want).abs() <= 2e-6 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_any_company(kind: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    linear = make_linear(kind, torch.rand(37, 1300, generator=generator) - 0.5)
+    x = torch.rand(FEW, 1300, generator=generator) - 0.5
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                alone = torch.cat([linear(row[None]) for row in x])
+                for rows in range(1, FEW + 1):
+                    assert torch.equal(linear(x[:rows]), alone[:rows])
+                    assert torch.equal(linear(x[-rows:]), alone[-rows:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_beyond_few_rows_and_with_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = FastLinear(24, 40)
+    x = torch.rand(3, 24)
+    monkeypatch.setattr("mistral.fast.linear.product", None)  # whoever calls it fails
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight))
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    with torch.inference_mode():
+        linear(torch.rand(FEW + 1, 24))
+        linear.double()(x.double())
+        with pytest.raises(TypeError):
+            linear.float()(x)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
+    linear = make_linear(kind, torch.rand(10, 33) - 0.5)
+    x = torch.rand(*shape, 33)
+    with torch.inference_mode():
+        y = linear(x)
+    assert y.shape == (*shape, 10)
+    torch.testing.assert_close(y, x @ weights_meant(linear).T)
+
+
+def test_half_precision_specials() -> None:
+    values = [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0, float("inf"), float("-inf"), 1 / 3]
+    weight = torch.tensor(values).half()[:, None]
+    linear = make_linear("float16", weight)
+    with torch.inference_mode():
+        assert torch.equal(linear(torch.ones(1, 1))[0], weight[:, 0].float())
+
+
+# --- quantized weights
+
+
+@given(n=st.integers(1, 40), k=st.integers(1, 130), scale=st.floats(1e-6, 1e3), seed=st.integers(0, 2**20))
+def test_packing_is_undone(n: int, k: int, scale: float, seed: int) -> None:
+    weight = (torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale
+    q, scales = quantize.int4(weight)
+    assert q.shape == (n, quantize.groups(k) * quantize.GROUP)
+    assert not q[:, k:].any()
+    packed = quantize.pack(q, scales)
+    back = quantize.unpack(packed, n, k)
+    assert torch.equal(back[0], q)
+    assert torch.equal(back[1], scales)
+
+
+def test_how_packed_weights_lie_in_memory() -> None:
+    q = torch.arange(16 * 32).view(16, 32) % 16 - 8
+    scales = torch.arange(1, 17).bfloat16()[:, None]
+    packed = quantize.pack(q.to(torch.int8), scales)
+    assert packed.shape == (1, 1, 288)
+    words = packed[0, 0, :256].view(torch.int32).view(4, 16)
+    for j, row, i in ((0, 0, 0), (1, 3, 5), (3, 15, 7)):
+        nibble = (int(words[j, row]) >> (4 * i)) & 15
+        assert (nibble - 16 if nibble > 7 else nibble) == q[row, 8 * j + i]
+    assert torch.equal(packed[0, 0, 256:].view(torch.bfloat16), scales[:, 0])
+
+
+@pytest.mark.parametrize("k", [32, 100])
+def test_int8_and_int4_are_near(k: int) -> None:
+    weight = torch.randn(50, k, generator=torch.Generator().manual_seed(1))
+    int8, int4 = Int8Linear(weight), Int4Linear(weight)
+    step = weight.abs().amax(-1, keepdim=True) / 127
+    assert ((int8.rows(0, 50) - weight).abs() <= step * 0.5001).all()
+    off = int4.rows(0, 50) - weight
+    largest = torch.nn.functional.pad(weight, (0, -k % 32)).unflatten(-1, (-1, 32)).abs().amax(-1)
+    steps = (largest / 8).repeat_interleave(32, dim=-1)[:, :k]
+    assert (off.abs() <= steps * 1.2).all()
+    assert float(off.square().mean().sqrt()) < 0.095 * float(weight.std())
+    # Each group takes the best of its scales, so it is no worse than the first.
+    assert float(off.square().sum()) < float((_round_to_eighths(weight) - weight).square().sum())
+
+
+def _round_to_eighths(weight: Tensor) -> Tensor:
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(-1, (-1, 32))
+    scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+    return ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_zeros_stay_zero(kind: str) -> None:
+    weight = torch.zeros(20, 70)
+    weight[3, 5] = -2.0
+    linear = make_linear(kind, weight)
+    assert torch.equal(linear.rows(0, 20), weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(torch.ones(2, 70)), torch.ones(2, 70) @ weight.T)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
+    linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
+    matrix = linear.matrix()
+    for first, last in ((0, 50), (5, 21), (49, 50)):
+        out = torch.full((last - first, 77), 9.0)
+        size = ctypes.c_int64(last - first), build.pointer(out), ctypes.c_int64(2)
+        kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
+        assert torch.equal(out, linear.rows(first, last))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_products_without_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
+    x = torch.rand(3, 77)
+    with torch.inference_mode():
+        fast = linear(x)
+        monkeypatch.setattr(type(linear), "matrix", lambda self: None)
+        torch.testing.assert_close(linear(x), fast)
+        assert linear(x.double()).dtype == torch.float64
+
+
+# --- decode steps
+
+WINDOWS: tuple[Any, ...] = (None, 1, 3, 5, 17, (None, 4), (6, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_decode_steps_equal_the_plain_model(kind: str, window: Any, decodes: list[int]) -> None:
+    args = tiny_args(sliding_window=window, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=70, rope_theta=1e4)
+    fast, plain = fast_twin(tiny_model(args, seed=4), kind)
+    prompts = ragged([60, 1, 33, 47, 2], args.vocab_size)
+    lens = [len(p) for p in prompts]
+    with torch.inference_mode():
+        for schedule in (prefill_then_decode(lens, 30), at_random(lens, 7)):
+            decodes.clear()
+            got = play(fast, prompts, schedule, make_cache(fast, len(prompts)))
+            single = [sum(step) for step in schedule if max(step) == 1]
+            assert decodes == single  # these steps, and no others
+            assert len(single) > 10
+            assert distance(got, true_logprobs(plain, prompts)) <= TOLERANCE
+
+
+@settings(max_examples=25)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (8, 1), (5, 5)]),
+    head_dim=st.sampled_from([2, 6, 8, 16, 20, 34]),
+    dim=st.integers(3, 70),
+    hidden=st.integers(1, 90),
+    window=st.sampled_from([None, 1, 2, 7, 40]),
+    start=st.sampled_from([0, 5, 1000]),
+    rows=st.integers(1, FEW + 2),
+    kind=st.sampled_from(KINDS),
+)
+def test_decode_steps_of_any_shape(
+    heads: tuple[int, int], head_dim: int, dim: int, hidden: int, window: int | None, start: int, rows: int, kind: str
+) -> None:
+    args = tiny_args(
+        dim=dim, hidden_dim=hidden, head_dim=head_dim, n_heads=heads[0], n_kv_heads=heads[1], sliding_window=window
+    )
+    fast, plain = fast_twin(tiny_model(args, seed=dim), kind)
+    prompts = ragged([9 + 3 * i for i in range(rows)], args.vocab_size, seed=hidden)
+    schedule = prefill_then_decode([len(p) for p in prompts], 8)
+    with torch.inference_mode():
+        got = play(fast, prompts, schedule, make_cache(fast, rows, start=start))
+        want = play(plain, prompts, schedule, make_cache(plain, rows, start=start))
+    truth = true_logprobs(plain, prompts, start)
+    # Small random shapes may amplify rounding: then as near to the truth as the plain path is, times 4 (rule 11).
+    assert distance(got, truth) <= max(TOLERANCE, 4 * distance(want, truth))
+
+
+def test_a_decode_step_writes_the_cache_as_the_plain_model_does() -> None:
+    args = tiny_args(sliding_window=3)
+    fast, plain = fast_twin(tiny_model(args), "float32")
+    caches = [RollingBufferCache(args, 2) for _ in range(2)]
+    with torch.inference_mode():
+        for step in range(20):
+            seqlens = [1, step % 2]
+            ids = torch.tensor([step, 7][: sum(seqlens)])
+            for model, cache in zip((fast, plain), caches, strict=True):
+                model.forward(ids, seqlens, cache)
+    assert caches[0].lengths == caches[1].lengths == [20, 10]
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert a.capacity == b.capacity
+        torch.testing.assert_close(a.k, b.k)
+        torch.testing.assert_close(a.v, b.v)
+        assert not a.written
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch() -> None:
+    args = tiny_args(sliding_window=6)
+    fast, _ = fast_twin(tiny_model(args), "bfloat16")
+    prompts = ragged([20] * 9, args.vocab_size)
+    steps = [[1] * 9] * 20
+    with torch.inference_mode():
+        together = play(fast, prompts, steps, make_cache(fast, 9))
+        for prompt, want in zip(prompts, together, strict=True):
+            (alone,) = play(fast, [prompt], [[1]] * 20, make_cache(fast, 1))
+            assert torch.equal(alone, want)
+
+
+def test_replaced_and_moved_weights_are_the_ones_used(decodes: list[int]) -> None:
+    args = tiny_args()
+    fast, _ = fast_twin(tiny_model(args), "float32")
+    other = tiny_model(args, seed=9)
+    ids, cache = torch.tensor([3]), make_cache(fast, 1)
+    with torch.inference_mode():
+        fast.forward(ids, [1], cache)
+        fast.load_state_dict(other.state_dict(), assign=True)
+        fast.layers[0].attention.wq.weight = torch.nn.Parameter(other.layers[1].attention.wq.weight.clone())
+        other.layers[0].attention.wq.weight = fast.layers[0].attention.wq.weight
+        got = fast.forward(ids, [1], make_cache(fast, 1))
+        assert distance([got], [other.forward(ids, [1], make_cache(other, 1))]) <= TOLERANCE
+        assert decodes == [1, 1]
+        fast.double()  # not for the kernels: the plain way
+        fast.forward(ids, [1], make_cache(fast, 1))
+    assert decodes == [1, 1]
+
+
+def test_other_linears_and_gradients_take_the_plain_way(decodes: list[int]) -> None:
+    args = tiny_args()
+    fast, _ = fast_twin(tiny_model(args), "float32")
+    fast.forward(torch.tensor([3]), [1], make_cache(fast, 1))  # with gradients on
+    plain = Linear(args.dim, args.n_heads * args.head_dim)
+    fast.layers[1].attention.wq = plain
+    with torch.inference_mode():
+        fast.forward(torch.tensor([3]), [1], make_cache(fast, 1))
+        fast.forward(torch.tensor([3]), [1])  # without a cache
+    assert not decodes
+
+
+# --- plugged in at load
+
+
+def test_load_takes_the_kernels_and_leaves_the_weights_where_they_are(tmp_path: Path, decodes: list[int]) -> None:
+    folder = make_folder(tmp_path / "model", sliding_window=3)
+    fast, plain = load(folder, device="cpu"), load(folder, device="cpu", kernels=False)
+    assert "kernels for decode steps" in fast.describe()
+    assert "; kernels" not in plain.describe()
+    assert type(plain.model) is Transformer
+    assert isinstance(fast.model, FastTransformer)
+    assert fast.model.state_dict().keys() == plain.model.state_dict().keys()
+    both = [complete(["The king", "A"], x.model, x.tokenizer, max_tokens=12, temperature=0) for x in (fast, plain)]
+    assert [r.tokens for r in both[0]] == [r.tokens for r in both[1]]
+    for a, b in zip(*both, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=TOLERANCE)
+    assert len(decodes) >= 11
+
+
+def test_narrow_weights_stay_narrow(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    state = {n: t.bfloat16() for n, t in load(folder, kernels=False).model.state_dict().items()}
+    folder = make_folder(tmp_path / "narrow", state)
+    assert load(folder, device="cpu").model.output.weight.dtype == torch.bfloat16
+    assert load(folder, device="cpu", kernels=False).model.output.weight.dtype == torch.float32
+
+
+def test_an_attention_that_was_asked_for_is_the_one_used(tmp_path: Path, decodes: list[int]) -> None:
+    loaded = load(make_folder(tmp_path / "model"), device="cpu", attention="plain")
+    assert "attention plain; kernels for products" in loaded.describe()
+    complete(["The king"], loaded.model, loaded.tokenizer, max_tokens=5)
+    assert not decodes
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_while_loading(tmp_path: Path, kind: str, decodes: list[int]) -> None:
+    folder = make_folder(tmp_path / "model", sliding_window=3)
+    loaded, plain = load(folder, device="cpu", quant=kind), load(folder, device="cpu", kernels=False)
+    assert f"weights/compute/cache {kind}/float32/float32" in loaded.describe()
+    assert f"{loaded.parameters / 1e6:.1f} M" in loaded.describe()
+    kinds = {type(m) for n, m in loaded.model.named_modules() if n.startswith("layers.0.") and "w" in n[-2:]}
+    assert kinds == {Int8Linear if kind == "int8" else Int4Linear}
+    assert type(loaded.model.output) is Int8Linear
+    complete(["The king"], loaded.model, loaded.tokenizer, max_tokens=5)
+    assert decodes
+    # The same rounding without kernels gives the same numbers.
+    slow = load(folder, device="cpu", quant=kind, kernels=False)
+    ids = torch.arange(40)
+    with torch.inference_mode():
+        a, b, c = (m.model.forward(ids, [40]) for m in (loaded, slow, plain))
+    assert distance([a], [b]) <= TOLERANCE
+    assert float(np.abs(logprobs(a) - logprobs(c)).max()) > TOLERANCE
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    for options, message in (
+        ({"quant": "int3"}, "quant 'int3' is not one of int8, int4"),
+        ({"quant": "int8", "dtype": "float64"}, "quantized weights are for a CPU in float32, not for cpu in float64"),
+        ({"kernels": True, "dtype": "bfloat16"}, "the kernels are for a CPU in float32"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            load(folder, device="cpu", **options)
+
+
+def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli: Command = in_process(capfd)
+    folder = make_folder(tmp_path / "model")
+    words = ("complete", folder, "The king", "--max_tokens", 5, "--temperature", 0)
+    fast, plain = cli(*words), cli(*words, "--kernels=false")
+    assert fast.text == plain.text
+    assert "kernels for decode steps" in fast.err
+    assert "; kernels" not in plain.err
+    assert "int4/float32/float32" in cli(*words, "--quant", "int4").err
+    assert cli(*words, "--quant", "int5").error == "quant 'int5' is not one of int8, int4"
+
+
+# --- built once
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine on which nothing has been built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.cache_clear()
+    yield tmp_path / "cache" / "mistral-ref"
+    kernels.cache_clear()
+
+
+def test_built_once_and_found_again(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels()
+    (library,) = unbuilt.iterdir()
+    assert library.name.startswith("kernels-")
+    kernels.cache_clear()
+    monkeypatch.setattr("subprocess.run", None)  # whoever compiles fails
+    kernels()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+    kernels.cache_clear()
+    with pytest.raises(TypeError):
+        kernels()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", r"there is no compiler \(no-such-compiler\)"),
+        ("false", "false cannot build them: exit 1"),
+    ],
+)
+def test_no_compiler_is_the_plain_path_and_a_line(
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, message: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    folder = make_folder(tmp_path / "model")
+    loaded = load(folder, device="cpu")
+    assert type(loaded.model) is Transformer
+    assert "; kernels" not in loaded.describe()
+    (note,) = [n for n in loaded.notes if "kernels" in n]
+    assert note.startswith("no kernels, which are several times faster: ")
+    with pytest.raises(OptionError, match=message):
+        load(folder, device="cpu", kernels=True)
+    assert not list(unbuilt.iterdir()) if unbuilt.exists() else True
+
+
+def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbuilt.parent.write_text("a file")
+    with pytest.raises(NoKernels, match="cannot be written"):
+        kernels()
