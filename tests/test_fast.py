@@ -66,7 +66,7 @@ def fast_twin(model: Transformer, kind: str) -> tuple[FastTransformer, Transform
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = tiny_model(model.args)
     with torch.device("meta"):
-        fast = FastTransformer(model.args, compute_dtype=torch.float32)
+        fast = FastTransformer(model.args)
     if kind in DTYPES:
         fast.load_state_dict({n: t.to(DTYPES[kind]) for n, t in state.items()}, assign=True)
         plain.load_state_dict({n: t.to(DTYPES[kind]).float() for n, t in state.items()})

@@ -21,6 +21,11 @@ from mistral.rope import cos_sin
 class FastTransformer(Transformer):
     """`Transformer` whose decode steps are one call of the kernels."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations: at least fp32, also where the weights are narrower."""
+        return torch.promote_types(self.tok_embeddings.weight.dtype, torch.float32)
+
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not self._is_for_kernels(plan, cache):
             return super().step(input_ids, plan, cache)

@@ -133,14 +133,13 @@ def load(
         parameters=found.parameters,
         head_dim=args.head_dim,
     )
-    narrower = "use --quant int8, " if run.kernels and not quant else "use "
-    if run.weights.itemsize > 2 and not run.kernels:
-        narrower = "use --dtype bfloat16, "
+    smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant else []
+    smaller += ["--quant int8"] if run.kernels and not run.quant else []
     memory.require(
         _size_in_memory(found, run),
         run.device,
         f"the weights in {run.quant or str(run.weights).removeprefix('torch.')}",
-        f"{narrower}another --device, or a smaller model",
+        f"use {', '.join([*smaller, 'another --device'])}, or a smaller model",
     )
     kind: type[Transformer] = Transformer
     if run.decode:
@@ -149,7 +148,7 @@ def load(
         kind = FastTransformer
     with torch.device("meta"):
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
-        model = kind(args, run.attend, compute_dtype=None if run.weights == run.compute else run.compute)
+        model = kind(args, run.attend, None if run.decode or run.weights == run.compute else run.compute)
     _fill(model, found, run)
     spare = wordless(args, tokenizer.n_words, release)
     padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
@@ -177,11 +176,11 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         for name in found.tensors:
-            tensor = found.weights.get(name, bar.update)
+            # No name for what is read: its part of the file is let go before the next one is mapped.
             if run.quant is not None and fast.is_quantized(name):
-                few_bits[name] = fast.quantized(name, tensor, run.quant)
+                few_bits[name] = fast.quantized(name, found.weights.get(name, bar.update), run.quant)
             else:
-                tensors[name] = tensor.to(run.device, run.weights)
+                tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights)
     if found.tied:
         tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:
