@@ -17,7 +17,7 @@ from mistral.cache import RollingBufferCache
 from mistral.fast import build, put_quantized, quantize, quantized, use_kernels
 from mistral.fast.build import NoKernels, kernels
 from mistral.fast.decode import FastTransformer
-from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear
+from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from mistral.formats import load
 from mistral.generate import complete
 from mistral.linear import Linear
@@ -213,6 +213,21 @@ def _round_to_eighths(weight: Tensor) -> Tensor:
     groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(-1, (-1, 32))
     scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
     return ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(n=st.integers(1, 40), k=st.integers(1, 130), scale=st.floats(1e-4, 1e3), seed=st.integers(0, 2**20))
+def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, scale: float, seed: int) -> None:
+    weight = ((torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale).to(DTYPES[dtype])
+    for got, want in zip(int8(weight), quantize.int8(weight), strict=True):
+        assert torch.equal(got, want)
+    got, want = int4(weight), quantize.pack(*quantize.int4(weight))
+    assert got.shape == want.shape == quantize.packed_shape(n, k)
+    if not torch.equal(got, want):  # two scales that fit equally well up to rounding
+        pairs = [quantize.unpack(packed, n, k) for packed in (got, want)]
+        off = [(quantize.meant(q, s, k) - weight.float()).square().sum() for q, s in pairs]
+        torch.testing.assert_close(*off, rtol=1e-5, atol=0)
+        assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

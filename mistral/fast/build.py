@@ -91,7 +91,7 @@ def kernels() -> ctypes.CDLL:
     except OSError as error:
         raise NoKernels(f"{library} cannot be loaded: {error}") from None
     loaded.scratch_floats.restype = ctypes.c_int64
-    for function in (loaded.product, loaded.widen, loaded.decode):
+    for function in (loaded.product, loaded.widen, loaded.to_int8, loaded.to_int4, loaded.decode):
         function.restype = None
     return loaded
 

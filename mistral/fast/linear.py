@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mistral.fast import quantize
-from mistral.fast.build import INT4, INT8, KINDS, Matrix, kernels, pointer
+from mistral.fast.build import INT4, INT8, KINDS, Matrix, NoKernels, kernels, pointer
 from mistral.linear import ROWS, WIDEN, Linear
 
 FEW = 16  # rows of activations up to which the kernels are faster than one large product
@@ -22,6 +22,44 @@ def few(x: Tensor) -> bool:
     """Whether a product with x is one for the kernels."""
     rows = x.numel() // max(1, x.shape[-1])
     return 0 < rows <= FEW and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def stored(weight: Tensor) -> Matrix | None:
+    """Weights as the kernels have them; None if they are not for them."""
+    if weight.device.type != "cpu" or weight.dtype not in KINDS or not weight.is_contiguous():
+        return None
+    return Matrix(weight.data_ptr(), None, KINDS[weight.dtype], *weight.shape)
+
+
+def source(weight: Tensor) -> Matrix | None:
+    """Weights as the kernels round them; None if there are no kernels, or none for these."""
+    try:
+        kernels()
+    except NoKernels:
+        return None
+    return stored(weight)
+
+
+def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize.int8`, by the kernels where they can: it takes a tenth of the time."""
+    matrix = source(weight)
+    if matrix is None:
+        return quantize.int8(weight)
+    q, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    kernels().to_int8(ctypes.byref(matrix), pointer(q), pointer(scale), ctypes.c_int64(torch.get_num_threads()))
+    return q, scale
+
+
+def int4(weight: Tensor) -> Tensor:
+    """`quantize.pack(*quantize.int4(weight))`, likewise."""
+    matrix = source(weight)
+    if matrix is None:
+        return quantize.pack(*quantize.int4(weight))
+    shares = torch.tensor(quantize.SHARES)
+    packed = torch.empty(quantize.packed_shape(*weight.shape), dtype=torch.uint8)
+    count, threads = ctypes.c_int64(len(shares)), ctypes.c_int64(torch.get_num_threads())
+    kernels().to_int4(ctypes.byref(matrix), pointer(shares), count, pointer(packed), threads)
+    return packed
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
@@ -49,10 +87,7 @@ class FastLinear(Linear):
 
     def matrix(self) -> Matrix | None:
         """The weights as the kernels have them; None if they are not for them."""
-        w = self.weight
-        if w.device.type != "cpu" or w.dtype not in KINDS or not w.is_contiguous():
-            return None
-        return Matrix(w.data_ptr(), None, KINDS[w.dtype], *w.shape)
+        return stored(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix() if few(x) else None
@@ -107,7 +142,7 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
-        q, scale = quantize.int8(weight)
+        q, scale = int8(weight)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
 
@@ -128,7 +163,7 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
-        self.register_buffer("packed", quantize.pack(*quantize.int4(weight)))
+        self.register_buffer("packed", int4(weight))
 
     def matrix(self) -> Matrix | None:
         if self.packed.device.type != "cpu":

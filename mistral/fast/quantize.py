@@ -68,6 +68,11 @@ def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns]
 
 
+def packed_shape(n: int, columns: int) -> tuple[int, int, int]:
+    """Shape of what `pack` gives for [n, columns] weights."""
+    return -(-n // ROWS), groups(columns), GROUP // 2 * ROWS + 2 * ROWS
+
+
 def pack(q: Tensor, scale: Tensor) -> Tensor:
     """What `int4` gives, as kernels.c reads it: [blocks of 16 rows, groups, 288] bytes."""
     n, g = scale.shape
