@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mistral.formats import load
+from mistral.formats import load, random
 from mistral.formats.convert import ConvertError
 from mistral.formats.folder import expected_shapes, read_folder
 from mistral.formats.params import ParamsError, to_args
@@ -25,7 +25,6 @@ from mistral.generate import generate
 from mistral.tokenizer import Tokenizer
 from tests.commands import ENVIRONMENT
 from tests.folders import PARAMS, ROOT, make_folder, write_params
-from tools import random_model
 from tools.random_model import ShapeError, write_random
 
 
@@ -74,7 +73,7 @@ def test_the_seed_decides(tmp_path: Path, params: str) -> None:
 
 
 def test_tensors_longer_than_the_numbers_drawn(tmp_path: Path, params: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_model, "BLOCK", 999)
+    monkeypatch.setattr(random, "BLOCK", 999)
     write_random(params, tmp_path / "b")
     embeddings = state_of(tmp_path / "b")["tok_embeddings.weight"]
     numbers = embeddings.flatten()
@@ -93,8 +92,8 @@ def test_names_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rele
         words = [Tokenizer(path).n_words for path in folder.path.iterdir()]
         seen.append((folder.args, folder.parameters, names, words))
 
-    monkeypatch.setattr(random_model, "write_folder", keep)
-    monkeypatch.setattr(random_model, "BLOCK", 99)
+    monkeypatch.setattr("tools.random_model.write_folder", keep)
+    monkeypatch.setattr(random, "BLOCK", 99)
     for name in (release.name, release.variants[-1].upper()):
         write_random(name, tmp_path / "b")
     (args, count, names, words), again = seen

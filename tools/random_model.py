@@ -10,31 +10,19 @@ is noise.
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import tempfile
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.formats import tokenizer_files
 from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
-from mistral.formats.folder import Folder, expected_shapes
-from mistral.formats.mapped import Progress
 from mistral.formats.params import read_object, to_args
+from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, recognise
-from mistral.formats.weights import Reader, Stored, WeightFiles
 
-STD = 0.02
-# Random numbers that are drawn once. Every tensor is these over and over, from a place of its own on; the length is
-# odd, so that no row of a matrix is another one's copy.
-BLOCK = 2**24 - 1
-STEP = 1_000_003  # from one tensor's place to the next one's
 # The tokenizers that mistral-common carries, by the template of the releases that have them.
 TOKENIZERS = {
     "v1": "tokenizer.model.v1",
@@ -64,29 +52,13 @@ def write_random(shape: str, dst: Path, layout: str = "mistral", dtype: str = "b
         ValueError: another subclass: the params.json is wrong, or the folder cannot be written.
     """
     args, release = _shape(shape)
-    generator = torch.Generator().manual_seed(seed)
-    block = (torch.randn(BLOCK, generator=generator) * STD).to(DTYPES[dtype])
-    tensors: dict[str, Stored] = {}
-    readers: dict[str, Reader] = {}
-    for i, (name, sizes) in enumerate(expected_shapes(args).items()):
-        tensors[name] = Stored(sizes, dtype, dtype)
-        readers[name] = partial(_weight, block, i * STEP % BLOCK, sizes)
     with tempfile.TemporaryDirectory() as described:
         found = _tokenizer(shape, release)
         if found is not None:
             source, name = found
             shutil.copyfile(source, Path(described) / name)
-        weights = WeightFiles((), tensors, readers)
-        folder = Folder(Path(described), "mistral", "params.json", {}, args, weights, tied=False, notes=())
+        folder = random_folder(args, Path(described), dtype, seed)
         return write_folder(folder, dst, layout)
-
-
-def _weight(block: Tensor, place: int, shape: tuple[int, ...], progress: Progress = None) -> Tensor:
-    """A matrix of the block's numbers from `place` on, or the ones that a norm begins with."""
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=block.dtype)
-    numbers = math.prod(shape)
-    return block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(shape)
 
 
 def _shape(shape: str) -> tuple[ModelArgs, Release | None]:

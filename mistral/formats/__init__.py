@@ -111,16 +111,37 @@ def load(
     Raises:
         ValueError: a subclass that names what is wrong with the folder, the options or the memory.
     """
-    path = BUNDLED if folder is None else locate(folder)  # its mistakes are told before PyTorch is imported
+    found = read_folder(BUNDLED if folder is None else locate(folder), max_batch_size)
+    tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+    release, odd = recognise(found.args, tokenizer_kind(tokenizer.path))
+    model, run = assemble(found, device=device, dtype=dtype, attention=attention, kernels=kernels, quant=quant)
+    spare = wordless(found.args, tokenizer.n_words, release)
+    padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
+    notes = (*found.notes, *odd, *padded, *run.notes)
+    files, parameters = found.weights.files, found.parameters
+    return Loaded(model, tokenizer, found.args, run, found.path, files, parameters, release, notes)
+
+
+def assemble(
+    found: Folder,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
+) -> tuple[Transformer, Runtime]:
+    """The model that a folder holds, in memory, and how it runs; see `load`.
+
+    Raises:
+        ValueError: a subclass that names what is wrong with the options or the memory.
+    """
     import torch
 
     from mistral import runtime
     from mistral.model import Transformer
 
-    found = read_folder(path, max_batch_size)
     args = found.args
-    tokenizer = load_tokenizer(found.path, args.vocab_size)
-    release, odd = recognise(args, tokenizer_kind(tokenizer.path))
     (stored, _), *_ = Counter(t.dtype for t in found.tensors.values()).most_common()
     assert stored is not None
     run = runtime.resolve(
@@ -150,10 +171,7 @@ def load(
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
         model = kind(args, run.attend, None if run.decode or run.weights == run.compute else run.compute)
     _fill(model, found, run)
-    spare = wordless(args, tokenizer.n_words, release)
-    padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
-    notes = (*found.notes, *odd, *padded, *run.notes)
-    return Loaded(model, tokenizer, args, run, found.path, found.weights.files, found.parameters, release, notes)
+    return model, run
 
 
 def _size_in_memory(found: Folder, run: Runtime) -> int:
@@ -180,7 +198,10 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
             if run.quant is not None and fast.is_quantized(name):
                 few_bits[name] = fast.quantized(name, found.weights.get(name, bar.update), run.quant)
             else:
-                tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights)
+                # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
+                # whole part of the file in memory.
+                own = run.quant is not None
+                tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
     if found.tied:
         tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:

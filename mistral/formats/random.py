@@ -1,0 +1,54 @@
+"""Models of random weights in any shape: what speed and memory are can be tried without the real ones."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mistral.args import ModelArgs
+from mistral.formats.folder import Folder, expected_shapes
+from mistral.formats.mapped import Progress
+from mistral.formats.weights import Reader, Stored, WeightFiles
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STD = 0.02
+# Random numbers that are drawn once. Every tensor is these over and over, from a place of its own on; the length is
+# odd, so that no row of a matrix is another one's copy.
+BLOCK = 2**24 - 1
+STEP = 1_000_003  # from one tensor's place to the next one's
+
+
+def random_folder(args: ModelArgs, path: Path, dtype: str = "bfloat16", seed: int = 0) -> Folder:
+    """A folder in Mistral's layout whose weights are drawn as they are read; nothing is on disk.
+
+    Args:
+        args: the shape.
+        path: where what else belongs to the folder is.
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+        seed: the same one gives the same weights.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    block = (torch.randn(BLOCK, generator=generator) * STD).to(getattr(torch, dtype))
+    tensors: dict[str, Stored] = {}
+    readers: dict[str, Reader] = {}
+    for i, (name, sizes) in enumerate(expected_shapes(args).items()):
+        tensors[name] = Stored(sizes, dtype, dtype)
+        readers[name] = partial(_weight, block, i * STEP % BLOCK, sizes)
+    return Folder(path, "mistral", "params.json", {}, args, WeightFiles((), tensors, readers), tied=False, notes=())
+
+
+def _weight(block: Tensor, place: int, shape: tuple[int, ...], progress: Progress = None) -> Tensor:
+    """A matrix of the block's numbers from `place` on, or the ones that a norm begins with."""
+    if len(shape) == 1:
+        return block.new_ones(shape)
+    numbers = math.prod(shape)
+    weight = block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(shape)
+    if progress is not None:
+        progress(weight.nbytes)
+    return weight
