@@ -255,12 +255,67 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
     print(as_json(report) if json else as_text(report))
 
 
+def bench(
+    folder: str | None = None,
+    *,
+    shape: str | None = None,
+    contexts: str = "32,4096",
+    batches: str = "1,8",
+    prompts: str = "512",
+    repeats: int = 5,
+    json: bool = False,
+    plot: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Measure prefill and decoding, beside what memory and arithmetic would allow at best.
+
+    python -m main bench
+    python -m main bench mistral-7B-v0.1 --quant int4
+    python -m main bench --shape 7b --contexts 32,4096 --batches 1,8 --prompts 512,8192
+    python -m main bench --shape 1b --json > bench.json
+
+    Medians over the repeats, and the slowest and fastest of them. The limit of decoding is the rate at which memory
+    is read, measured between the repeats; that of prefill is the rate of one large product. --shape takes random
+    weights of that shape. Close other programs: on a busy machine every figure is too low.
+    """
+    asked = {
+        "contexts": _numbers("contexts", contexts),
+        "batches": _numbers("batches", batches),
+        "prompts": _numbers("prompts", prompts),
+    }
+    if folder is not None and shape is not None:
+        raise flags.UsageError("FOLDER and --shape: give one of them")
+    from mistral import bench as measuring
+
+    options = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels, "quant": quant}
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    report = measuring.report(folder, shape, options, repeats=repeats, **asked)
+    if plot is not None:
+        measuring.plot(report, plot)
+    print(measuring.as_json(report) if json else measuring.as_text(report))
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
+        raise flags.UsageError(f"--{name} is {text!r}; it must be whole numbers with commas between, such as 32,4096")
+    return [int(n) for n in text.split(",")]
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "interactive": interactive,
     "complete": complete,
     "inspect": inspect_folder,
     "convert": convert,
+    "bench": bench,
 }
 
 
@@ -386,7 +441,14 @@ FLAG_HELP = {
     "top_logprobs": "with --json: how many of the likeliest tokens to report for each token",
     "max_batch_size": "most prompts run at once; the others wait",
     "to": "the layout to write: mistral or hf",
+    "shape": "random weights in the shape of a model: 7b or 1b",
+    "contexts": "positions in the cache when decoding, with commas between; the first one also for the batches",
+    "batches": "sequences decoded together",
+    "prompts": "lengths of prompts to take in",
+    "repeats": "how often everything is measured",
+    "plot": "a file for a picture of the rates against the positions (.svg, .png; needs matplotlib)",
     # Where a flag means something else in one command.
+    "bench --json": "print one JSON object instead of a table",
     "inspect --json": "print one JSON object instead of text",
     "convert --dtype": "of the weights written: float32, bfloat16 or float16; left out: as they are",
 }
@@ -402,6 +464,7 @@ RANGES = {
     "top_logprobs": (0, 2**63 - 1),
     "max_batch_size": (0, 2**31 - 1),
     "chunk_size": (1, 2**63 - 1),
+    "repeats": (1, 1000),
     "threads": (1, 1024),  # what PyTorch can start depends on the machine; far more ends the process
 }
 

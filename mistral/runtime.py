@@ -57,6 +57,15 @@ class Runtime:
     quant: str | None = None
     notes: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """Every choice that was made, for people."""
+        weights = self.quant or _name(self.weights)
+        kernels = ("; kernels for decode steps" if self.decode else "; kernels for products") if self.kernels else ""
+        return (
+            f"device {self.device}; weights/compute/cache {weights}/{_name(self.compute)}/{_name(self.cache)}; "
+            f"attention {self.attention}{kernels}"
+        )
+
 
 def resolve(
     device: torch.device | str | None,

@@ -60,15 +60,10 @@ class Loaded:
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
-        run, args = self.runtime, self.args
-        parameters = self.parameters
-        dtypes = [str(d).removeprefix("torch.") for d in (run.weights, run.compute, run.cache)]
-        weights, attention = run.quant or dtypes[0], run.attention
-        if run.kernels:
-            attention += "; kernels for decode steps" if run.decode else "; kernels for products"
+        args = self.args
         return (
-            f"{short(self.folder)}: {parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
-            f"device {run.device}; weights/compute/cache {'/'.join((weights, *dtypes[1:]))}; attention {attention}; "
+            f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
+            f"{self.runtime.describe()}; "
             f"window {window_text(args)}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
             f"tokenizer {self.tokenizer.path.name}"
         )

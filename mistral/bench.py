@@ -1,0 +1,305 @@
+"""How fast a model runs here, beside what this machine could do at best; measured on the spot.
+
+Decoding reads every weight once a token, so its limit is the memory's; the rate of reading memory is measured in the
+same run, before and after. Prefill is held against the rate of one large product. Knows nothing about the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mistral import memory
+from mistral.args import ModelArgs
+from mistral.cache import RollingBufferCache
+from mistral.capacity import row_bytes
+from mistral.fast.linear import QuantizedLinear
+from mistral.formats import assemble, load
+from mistral.formats.random import random_folder
+from mistral.formats.releases import COMPARED, RELEASES
+from mistral.generate import STEP_TOKENS
+from mistral.model import Transformer
+
+# Shapes that can be measured without weights.
+SHAPES = {
+    "7b": ModelArgs(**{name: getattr(RELEASES[0], name) for name in COMPARED}),
+    "1b": ModelArgs(
+        dim=2048,
+        n_layers=16,
+        head_dim=128,
+        hidden_dim=7168,
+        n_heads=16,
+        n_kv_heads=4,
+        norm_eps=1e-5,
+        vocab_size=32000,
+        sliding_window=4096,
+        rope_theta=1e4,
+    ),
+}
+PROBE = 1 << 28  # bytes read to see how fast memory is
+PRODUCT = 2048  # rows and columns of the product to see how fast arithmetic is
+
+
+class BenchError(ValueError):
+    """Something that cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        what: "prefill" or "decode".
+        context: positions in the cache (decode), or tokens of the prompt (prefill).
+        batch: sequences.
+        rate: tokens a second, the median over the repeats.
+        low, high: the slowest and the fastest repeat.
+        limit: tokens a second at the rates measured beside it: what memory (decode) or arithmetic (prefill) allow.
+    """
+
+    what: str
+    context: int
+    batch: int
+    rate: float
+    low: float
+    high: float
+    limit: float
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes a second that are read from memory, the best of five."""
+    x = torch.ones(PROBE // 4, device=device)
+    return PROBE / min(_seconds(lambda: x.sum(), device) for _ in range(5))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large product, the best of three."""
+    x, w = (torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
+    return 2 * PRODUCT**3 / min(_seconds(lambda: x @ w, device) for _ in range(3))
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.nbytes for t in tensors) - model.tok_embeddings.weight.nbytes
+
+
+def weights_in_products(model: Transformer) -> int:
+    """Weights that each token is multiplied with, but for the output matrix, which only a prompt's last one is."""
+    products = (
+        m for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear | QuantizedLinear)
+    )
+    return sum(m.in_features * m.out_features for m in products)
+
+
+@torch.inference_mode()
+def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
+    """Seconds to take in a prompt of random ids and make the first token's logits."""
+    ids = torch.randint(3, model.args.vocab_size, (tokens,), device=model.device)
+    cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=tokens)
+
+    def work() -> None:
+        for piece in ids.split(chunk):
+            h = model.forward_partial(piece, [len(piece)], cache)
+        model.logits(h[-1:])
+
+    return _seconds(work, model.device)
+
+
+@torch.inference_mode()
+def decode(model: Transformer, context: int, batch: int, steps: int) -> list[float]:
+    """Seconds of each of `steps` greedy decode steps after `context` positions, the first left out."""
+    cache = RollingBufferCache(model.args, batch, device=model.device, dtype=model.dtype, positions=context + steps + 1)
+    cache.lengths = [context] * batch  # zeros take as long to read as keys
+    ids = torch.randint(3, model.args.vocab_size, (batch,), device=model.device)
+    times = []
+
+    def work() -> None:
+        nonlocal ids
+        ids = model.logits(model.forward_partial(ids, [1] * batch, cache)).argmax(-1)
+        ids.tolist()
+
+    for _ in range(steps + 1):
+        times.append(_seconds(work, model.device))
+    return times[1:]
+
+
+def measure(
+    model: Transformer,
+    *,
+    prompts: Sequence[int] = (512,),
+    contexts: Sequence[int] = (32, 4096),
+    batches: Sequence[int] = (1, 8),
+    steps: int = 8,
+    repeats: int = 5,
+) -> Iterator[Row]:
+    """Measure, one row after the other; see `Row`.
+
+    Args:
+        prompts: lengths of prompts to prefill.
+        contexts: positions in the cache when decoding.
+        batches: sequences decoded together, at the first of the contexts; the other contexts have one.
+        steps: decode steps in a repeat.
+        repeats: of everything.
+    """
+    args, device = model.args, model.device
+    itemsize = model.dtype.itemsize
+    decode(model, contexts[0], 1, 1)  # the first step of a process is slower
+    for context, batch in [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]:
+        rates, memory = [], []
+        for _ in range(repeats):
+            memory.append(read_rate(device))
+            rates.append(batch / statistics.median(decode(model, context, batch, steps)))
+        keys = batch * row_bytes(args, context + 1, itemsize)
+        yield _row("decode", context, batch, rates, batch * statistics.median(memory) / (weight_bytes(model) + keys))
+    for tokens in prompts:
+        rates, arithmetic = [], []
+        for _ in range(repeats):
+            arithmetic.append(product_rate(device, model.dtype))
+            rates.append(tokens / prefill(model, tokens))
+        limit = statistics.median(arithmetic) / (2 * weights_in_products(model))
+        yield _row("prefill", tokens, 1, rates, limit)
+
+
+def _row(what: str, context: int, batch: int, rates: list[float], limit: float) -> Row:
+    return Row(what, context, batch, statistics.median(rates), min(rates), max(rates), limit)
+
+
+def report(
+    folder: str | None,
+    shape: str | None,
+    options: dict[str, Any],
+    *,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    repeats: int,
+) -> dict[str, Any]:
+    """Load a model and measure it; everything there is to say, ready for JSON.
+
+    Args:
+        folder: see `formats.load`; shape: one of SHAPES, for random weights instead.
+        options: of loading: device, dtype, attention, kernels, quant.
+        contexts, batches, prompts, repeats: see `measure`.
+
+    Raises:
+        ValueError: a subclass that names what cannot be.
+    """
+    if shape is not None and shape.lower() not in SHAPES:
+        raise BenchError(f"no shape is called {shape!r}: {', '.join(SHAPES)}")
+    before, began = _peak(), time.perf_counter()
+    if shape is None:
+        loaded = load(folder, **options)
+        model, run, what = loaded.model, loaded.runtime, loaded.describe()
+    else:
+        model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), **options)
+        what = f"random weights in the shape {shape.lower()}; {run.describe()}"
+    seconds = time.perf_counter() - began
+    first = prefill(model, 8)
+    count = len(asked["batches"]) + len(asked["contexts"]) - 1 + len(asked["prompts"])
+    rows = list(
+        tqdm(measure(model, repeats=repeats, **asked), total=count, desc="measuring", disable=None, leave=False)
+    )
+    return {
+        "model": what,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": _processor(model.device),
+        "repeats": repeats,
+        "load_seconds": None if shape else seconds,
+        "first_token_seconds": first,
+        "weight_bytes": weight_bytes(model),
+        "peak_bytes": max(0, _peak() - before),
+        "rows": [vars(row) for row in rows],
+    }
+
+
+def _peak() -> int:
+    """Most bytes that this process had in memory so far, files' pages included; 0 where nobody can say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """The report as one object on one line."""
+    return json.dumps(report)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A table for people."""
+    load_text = "" if report["load_seconds"] is None else f"loaded in {report['load_seconds']:.2f} s, "
+    lines = [
+        report["model"],
+        f"{report['processor']}, {report['threads']} threads, torch {report['torch']}, medians of {report['repeats']}",
+        f"{load_text}first token after {report['first_token_seconds']:.2f} s, "
+        f"{memory.as_text(report['peak_bytes'])} at most beyond PyTorch",
+        "",
+        f"{'':8} {'context':>8} {'batch':>5} {'tokens/s':>10} {'slowest to fastest':>21} {'limit':>9} {'of it':>6}",
+    ]
+    for r in (Row(**row) for row in report["rows"]):
+        spread, share = f"{r.low:.1f} to {r.high:.1f}", f"{r.rate / r.limit:.0%}"
+        lines.append(f"{r.what:8} {r.context:8,} {r.batch:5} {r.rate:10.1f} {spread:>21} {r.limit:9.1f} {share:>6}")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Both rates against the context, as a picture.
+
+    Raises:
+        BenchError: matplotlib is missing, or knows no such kind of file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+    rows = [Row(**row) for row in report["rows"]]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
+        mine = sorted((r for r in rows if r.what == what and r.batch == 1), key=lambda r: r.context)
+        axes.plot([r.context for r in mine], [r.rate for r in mine], "o-", label="measured")
+        axes.plot([r.context for r in mine], [r.limit for r in mine], "--", label="limit")
+        axes.set(title=what, xlabel="positions", ylabel="tokens/s", xscale="log", ylim=(0, None))
+        axes.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise BenchError(f"--plot {path}: {error}") from None
