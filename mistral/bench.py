@@ -221,10 +221,9 @@ def report(
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     seconds = time.perf_counter() - began
     first = prefill(model, 8)
-    count = len(asked["batches"]) + len(asked["contexts"]) - 1 + len(asked["prompts"])
-    rows = list(
-        tqdm(measure(model, repeats=repeats, **asked), total=count, desc="measuring", disable=None, leave=False)
-    )
+    count = len(batches) + len(contexts) - 1 + len(prompts)
+    measured = measure(model, contexts=contexts, batches=batches, prompts=prompts, repeats=repeats)
+    rows = list(tqdm(measured, total=count, desc="measuring", disable=None, leave=False))
     return {
         "model": what,
         "torch": torch.__version__,
