@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from mistral.quoting import quoted
+
 
 class ArgsError(ValueError):
     """An impossible or contradictory model shape."""
@@ -107,15 +109,15 @@ class ModelArgs:
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgsError(f"{name} must be an integer, not {value!r}")
+        raise ArgsError(f"{name} must be an integer, not {quoted(value)}")
     if value < least:
-        raise ArgsError(f"{name} is {value}; it must be at least {least}")
+        raise ArgsError(f"{name} is {quoted(value)}; it must be at least {least}")
     if value > LARGEST:
-        raise ArgsError(f"{name} is {value}; nothing that large exists (at most {LARGEST})")
+        raise ArgsError(f"{name} is {quoted(value)}; nothing that large exists (at most {LARGEST})")
 
 
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgsError(f"{name} must be a number, not {value!r}")
+        raise ArgsError(f"{name} must be a number, not {quoted(value)}")
     if not 0 < value <= sys.float_info.max:
-        raise ArgsError(f"{name} is {value}; it must be a finite number above 0")
+        raise ArgsError(f"{name} is {quoted(value)}; it must be a finite number above 0")

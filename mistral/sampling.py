@@ -10,11 +10,13 @@ same on every device up to rounding.
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mistral.quoting import quoted
 
 
 class SamplingError(ValueError):
@@ -44,15 +46,15 @@ class Sampler:
         for name in ("temperature", "top_p", "top_k", "min_p"):
             kind = int if name == "top_k" else int | float
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), kind):
-                raise SamplingError(f"{name} is {getattr(self, name)!r}; it must be a number")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SamplingError(f"temperature is {self.temperature}; it must be finite and at least 0")
+                raise SamplingError(f"{name} is {quoted(getattr(self, name))}; it must be a number")
+        if not 0 <= self.temperature <= sys.float_info.max:
+            raise SamplingError(f"temperature is {quoted(self.temperature)}; it must be finite and at least 0")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise SamplingError(f"{name} is {value}; it must be between 0 and 1")
+                raise SamplingError(f"{name} is {quoted(value)}; it must be between 0 and 1")
         if self.top_k < 0:
-            raise SamplingError(f"top_k is {self.top_k}; it must be at least 1, or 0 for no limit")
+            raise SamplingError(f"top_k is {quoted(self.top_k)}; it must be at least 1, or 0 for no limit")
 
     @property
     def greedy(self) -> bool:
@@ -87,7 +89,7 @@ class Sampler:
         temperature = min(max(self.temperature, limits.tiny), limits.max)
         scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
         probs, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        if self.top_k:
+        if 0 < self.top_k < probs.shape[-1]:
             probs[:, self.top_k :] = 0
         if self.top_p < 1:
             before = probs.cumsum(-1) - probs

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mistral.quoting import plain
 from mistral.tokenizer import Tokenizer
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
@@ -104,7 +105,12 @@ class MistralCommon:
             "v3": instruct.InstructTokenizerV3,
             "v7": instruct.InstructTokenizerV7,
         }
-        self._instruct: Any = kinds[version](inner)
+        try:
+            self._instruct: Any = kinds[version](inner)
+        except ValueError as error:  # some other control token is missing
+            raise TemplateError(
+                f"template {version} does not go with {tokenizer.path.name}: {plain(str(error))}"
+            ) from None
         self._system_block = version == "v7"
 
     def conversation(self, system: str, turns: Sequence[Turn]) -> list[int]:

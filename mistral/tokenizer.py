@@ -6,11 +6,22 @@ SentencePiece models are read directly; tekken.json goes through mistral-common,
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
+
+from mistral.quoting import quoted
+from mistral.reading import read_small
+
+# How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class TokenizerError(ValueError):
@@ -122,13 +133,14 @@ class _SentencePiece:
         self._path = path
         self._sp = SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError):
+            self._sp.LoadFromSerializedProto(read_small(path, 10_000_000))
+            self.n_words = self._sp.vocab_size()
+            self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
+        except (RuntimeError, OSError, ValueError):
             raise TokenizerError(f"{path} is not a SentencePiece model: fetch it again") from None
-        self.n_words = self._sp.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"{path} has no bos or no eos: it is not one of Mistral's")
+        if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
+            raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
 
     def encode(self, s: str) -> list[int]:
         return self._sp.encode(s)
@@ -155,14 +167,15 @@ class _Tekken:
             from mistral_common.tokens.tokenizers.tekken import Tekkenizer
         except ImportError:
             raise TokenizerError(f"{path} needs mistral-common: pip install mistral-common") from None
+        tekken_words(path)
         try:
             self._tekken = Tekkenizer.from_file(path)
+            self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
         except Exception as error:  # whatever the library makes of a broken file
             raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
         self._ignore = SpecialTokenPolicy.IGNORE
         self.version = str(self._tekken.version.value)
         self.n_words = self._tekken.n_words
-        self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
 
     def encode(self, s: str) -> list[int]:
         return self._tekken.encode(s, bos=False, eos=False)
@@ -175,6 +188,32 @@ class _Tekken:
 
     def for_mistral_common(self, version: str) -> Any:
         return self._tekken
+
+
+def tekken_words(path: Path) -> int:
+    """Words of a tekken.json, as it says itself; mistral-common takes a second to read it all.
+
+    Raises:
+        TokenizerError: the file cannot be read, or has what makes mistral-common panic, or take any amount of memory.
+    """
+    try:
+        raw = json.loads(read_small(path).decode("utf-8"))
+        config, given = raw["config"], raw.get("special_tokens") or ()
+        words, special = config["default_vocab_size"], config["default_num_special_tokens"]
+        counted = type(words) is type(special) is int and 0 < special <= words - special <= len(raw["vocab"])
+        # The first words are the bytes; the first ids are those of the special tokens, which may be left out.
+        sane = counted and words - special >= 256 and all(type(t["rank"]) is int for t in given)
+        sane = sane and all(0 <= t["rank"] < special for t in given)
+        pattern = config.get("pattern")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
+    if not sane:
+        raise TokenizerError(
+            f"{path} is not a tekken tokenizer: it says {quoted(words)} words and has others; fetch it again"
+        )
+    if pattern != PATTERN:
+        raise TokenizerError(f"{path} is not a tekken tokenizer of Mistral's: it splits text by {quoted(pattern)}")
+    return words
 
 
 def encode(tokenizer: TokenizerLike, text: str) -> list[int]:

@@ -143,13 +143,22 @@ def test_params_that_are_no_text_or_no_file(cli: Command, folder: Path) -> None:
         ("vocab_size", 2**31, "vocab_size is 2147483648; nothing that large exists"),
         ("moe", {"num_experts": 8}, "params.json has 'moe': a mixture of experts (Mixtral): use transformers or vLLM"),
         ("n_experts", 8, "params.json has 'n_experts', which no supported release has"),
+        ("dim", "x" * 10**5, "dim must be an integer, not 'xxx"),
+        ("dim", [[0] * 10**5] * 9, "dim must be an integer, not [[0, 0,"),
+        ("dim", -(10**4000), "dim is -1000"),
+        ("x" * 10**5, 1, "params.json has 'xxx"),
+        ("\x1b[31m", 1, "params.json has '\\x1b[31m'"),
+        ("activation", "\ud800" * 999, "params.json has activation = '\\ud800"),
     ],
+    ids=lambda value: str(ascii(value))[:40],
 )
 def test_impossible_params(cli: Command, folder: Path, key: str, value: Any, said: str) -> None:
     write_params(folder, {**PARAMS, key: value})
     error = cli("demo", folder).error
     assert said in error
     assert "params.json" in error
+    assert len(error) < 500
+    assert error.isprintable()
 
 
 def test_a_billion_layers_cost_nothing() -> None:
@@ -195,6 +204,7 @@ def test_a_safetensors_file_that_is_something_else(cli: Command, folder: Path) -
         (lambda s: {k.replace("norm.", "nrom."): v for k, v in s.items()}, "lack .* and 2 more and hold unknown .*"),
         (lambda s: {k: v[:-1].clone() for k, v in s.items()}, r"makes tok_emb\S+ \[4096, 24\], but in .* \[4095, 24\]"),
         (lambda s: {**s, "norm.weight": torch.ones(())}, r"makes norm.weight \[24\], but in \S+ it is \[\]"),
+        (lambda s: {**s, "\x1b[31m" + "x" * 999: torch.ones(1)}, r"hold unknown '\\x1b\[31mx{75}\.\.\.'$"),
         (lambda s: {}, "holds 0 tensors"),
     ],
 )

@@ -27,7 +27,7 @@ from mistral.formats import load
 from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, recognise
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import PATTERN, Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state
 
@@ -432,7 +432,7 @@ def test_a_tokenizer_smaller_than_the_model(tmp_path: Path) -> None:
 
 
 def tekken(**changes: Any) -> dict[str, Any]:
-    config = {"default_vocab_size": 4096, "default_num_special_tokens": 1000}
+    config = {"default_vocab_size": 4096, "default_num_special_tokens": 1000, "pattern": PATTERN}
     return {"config": {**config, **changes}, "vocab": [{"rank": i} for i in range(3096)]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
@@ -14,9 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 import mistral.tokenizer as tokenizer_module
-from mistral.tokenizer import StreamDecoder, Tokenizer, TokenizerError, encode
+from mistral.templates import TemplateError, find_template
+from mistral.tokenizer import PATTERN, StreamDecoder, Tokenizer, TokenizerError, encode
+from tools.fuzz.mutate import fields, join
 
 DATA = Path(mistral_common.__file__).parent / "data"
 BUNDLED = Path(tokenizer_module.__file__).parent / "bundled" / "tokenizer.model"
@@ -219,8 +223,81 @@ def test_a_model_without_bos_is_not_mistrals(tmp_path: Path) -> None:
     )
     path = tmp_path / "tokenizer.model"
     path.write_bytes(made.getvalue())
-    with pytest.raises(TokenizerError, match="no bos or no eos"):
+    with pytest.raises(TokenizerError, match="no bos, no eos or no unk"):
         Tokenizer(str(path))
+
+
+def pieces(*changes: tuple[int, bytes]) -> bytes:
+    """The tokenizer that ships, with other pieces or settings at some places of its vocabulary."""
+    message = fields(BUNDLED.read_bytes())
+    for place, value in changes:
+        message[place] = (*message[place][:2], value)
+    return join(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((300, join([(1, 2, b"\xff\xfe"), (2, 5, b"\0\0\0\0")])), "is not a SentencePiece model: fetch it again"),
+        ((0, join([(1, 2, b"<unk>"), (2, 5, b"\0\0\0\0")])), "is not a SentencePiece model|no bos, no eos or no unk"),
+    ],
+    ids=["a piece that is no text", "no unk"],
+)
+def test_vocabularies_that_cannot_be(tmp_path: Path, change: tuple[int, bytes], said: str) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(pieces())
+    assert Tokenizer(path).n_words == 4096
+    path.write_bytes(pieces(change))
+    with pytest.raises(TokenizerError, match=said):
+        Tokenizer(path)
+
+
+SPECIAL = Tekkenizer.DEPRECATED_SPECIAL_TOKENS
+
+
+def small_tekken(path: Path, special: Sequence[Any] = SPECIAL, **config: Any) -> Path:
+    """A tekken.json of single bytes."""
+    told = {
+        "pattern": PATTERN,
+        "num_vocab_tokens": 256,
+        "default_vocab_size": 256 + len(special),
+        "default_num_special_tokens": len(special),
+        "version": "v3",
+        **config,
+    }
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)]
+    path.write_text(json.dumps({"config": told, "vocab": vocab, "special_tokens": list(special)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pattern": "x*"}, "splits text by 'x\\*'"),  # matches nothing, of which no word can be made
+        ({"pattern": None}, "splits text by None"),
+        ({"default_num_special_tokens": 10**9, "default_vocab_size": 10**9 + 256}, "says 1000000256 words"),
+        ({"default_vocab_size": 255 + len(SPECIAL)}, "words and has others"),  # without a word for the last byte
+        ({"special": [*SPECIAL[:-1], {**SPECIAL[-1], "rank": 10**6}]}, "words and has others"),
+        ({"special": [*SPECIAL[:-1], {**SPECIAL[-1], "rank": 1.0}]}, "words and has others"),
+        ({"special": [*SPECIAL[:-1], {**SPECIAL[-1], "rank": -1}]}, "words and has others"),
+        ({"special": [*SPECIAL[:1], *SPECIAL[2:]]}, "fetch it again"),  # no bos
+    ],
+    ids=str,
+)
+def test_tekkens_that_cannot_be(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    path = tmp_path / "tekken.json"
+    assert Tokenizer(small_tekken(path)).n_words == 256 + len(SPECIAL)
+    small_tekken(path, **changes)
+    with pytest.raises(TokenizerError, match=said):
+        Tokenizer(path)
+
+
+def test_a_template_that_mistral_common_cannot_make(tmp_path: Path) -> None:
+    without = [{**token, "rank": i} for i, token in enumerate(t for t in SPECIAL if t["rank"] != 5)]
+    tokenizer = Tokenizer(small_tekken(tmp_path / "tekken.json", without))
+    assert tokenizer.has_control("[INST]")
+    with pytest.raises(TemplateError, match=r"template v3 does not go with tekken.json: .*\[AVAILABLE_TOOLS\]"):
+        find_template(tokenizer)
 
 
 @pytest.mark.parametrize("name", ["v1", "tekken_240718"])

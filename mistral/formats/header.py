@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral.quoting import quoted
+
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.
 BITS = {
@@ -95,13 +97,13 @@ def _entry(reader: _Reader, name: str, data: int) -> Entry:
     if dtype is None or shape is None or offsets is None:
         raise HeaderError(f"{quoted(name)} lacks its dtype, its shape or its data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"data_offsets of {quoted(name)} are {list(offsets)}, not a begin and an end")
+        raise HeaderError(f"data_offsets of {quoted(name)} are {quoted(list(offsets))}, not a begin and an end")
     begin, end = offsets
     if math.prod(n for n in shape if n) >= 2**63:
         raise HeaderError(f"the shape of {quoted(name)} is larger than any file")
     if dtype in BITS and math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise HeaderError(
-            f"{quoted(name)} has {end - begin:,} bytes, which {dtype} of shape {list(shape)} does not take"
+            f"{quoted(name)} has {end - begin:,} bytes, which {dtype} of shape {quoted(list(shape))} does not take"
         )
     return Entry(dtype, shape, data + begin, data + end)
 
@@ -121,11 +123,6 @@ def _tiled(entries: dict[str, Entry], data: int, size: int) -> dict[str, Entry]:
     if at < size:
         raise HeaderError(f"its tensors end at byte {at:,}, but it has {size:,}: the rest belongs to no tensor")
     return entries
-
-
-def quoted(name: str) -> str:
-    """A name from a file, for an error: in quotes, in ASCII, of bearable length."""
-    return ascii(name if len(name) <= 80 else f"{name[:80]}...")
 
 
 class _Reader:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.params import ParamsError
+from mistral.quoting import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,18 +164,18 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     """
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
-        what = ELSEWHERE.get(kind, f"a model of type {kind!r}") if isinstance(kind, str) else "no model_type"
+        what = ELSEWHERE.get(kind, f"a model of type {quoted(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
     for key, value in raw.items():
         if key in ONLY:
             if value not in ONLY[key]:
-                raise ParamsError(f"config.json has {key} = {value!r}, which this model does not have")
+                raise ParamsError(f"config.json has {key} = {quoted(value)}, which this model does not have")
         elif key == "quantization_config":
             if value is not None:
                 raise ParamsError(f"config.json has {key!r}: a quantized checkpoint: use transformers or vLLM")
         elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
             raise ParamsError(
-                f"config.json has {key!r}, which no supported release has: remove it if it changes nothing"
+                f"config.json has {quoted(key)}, which no supported release has: remove it if it changes nothing"
             )
     missing = [key for key in SHAPE if key not in raw]
     if missing:
@@ -228,12 +229,12 @@ def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise ParamsError(f"config.json: {key} must be an object, not {value!r}")
+            raise ParamsError(f"config.json: {key} must be an object, not {quoted(value)}")
         for name in ("rope_type", "type"):
             if value.get(name, "default") != "default":
-                raise ParamsError(f"config.json: {key} has {name} {value[name]!r}: use transformers or vLLM")
+                raise ParamsError(f"config.json: {key} has {name} {quoted(value[name])}: use transformers or vLLM")
         if unknown := [name for name in value if name not in ("rope_type", "type", "rope_theta")]:
-            raise ParamsError(f"config.json: {key} has {unknown[0]!r}: use transformers or vLLM")
+            raise ParamsError(f"config.json: {key} has {quoted(unknown[0])}: use transformers or vLLM")
         given[f"{key}.rope_theta"] = value.get("rope_theta")
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
@@ -241,5 +242,7 @@ def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
     (first, theta), *others = given.items()
     for key, value in others:
         if value != theta:  # transformers takes the one, older programs the other
-            raise ParamsError(f"config.json gives both {first} = {theta!r} and {key} = {value!r}: they differ")
+            raise ParamsError(
+                f"config.json gives both {first} = {quoted(theta)} and {key} = {quoted(value)}: they differ"
+            )
     return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"

@@ -22,7 +22,7 @@ from mistral.formats.hub import locate
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.weights import INDEX, Stored, file_names
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -123,21 +123,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _words(path: Path) -> int:
-    """Words of a tokenizer; those of a tekken.json as it says itself, for mistral-common takes a second to read it."""
-    if tokenizer_kind(path) == "sentencepiece":
-        return Tokenizer(path).n_words
-    try:
-        raw = read_object(path)
-        config, vocabulary = raw["config"], raw["vocab"]
-        words, special = config["default_vocab_size"], config["default_num_special_tokens"]
-        sane = type(words) is type(special) is int and 0 < special < words and len(vocabulary) >= words - special
-    except (ParamsError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
-    if not sane:
-        raise TokenizerError(
-            f"{path} is not a tekken tokenizer: it says {words!r} words and has others; fetch it again"
-        )
-    return words
+    return Tokenizer(path).n_words if tokenizer_kind(path) == "sentencepiece" else tekken_words(path)
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:

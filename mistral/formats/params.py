@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.quoting import quoted
+from mistral.reading import read_small
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta")
@@ -59,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ParamsError: the file cannot be read, or holds no JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_small(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {error}") from None
     try:
@@ -94,9 +96,11 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
             if value in REFUSED_UNLESS[key]:
                 continue
             raise ParamsError(
-                f"params.json has {key} = {value!r}, which this model does not have: use transformers or vLLM"
+                f"params.json has {key} = {quoted(value)}, which this model does not have: use transformers or vLLM"
             )
-        raise ParamsError(f"params.json has {key!r}, which no supported release has: remove it if it changes nothing")
+        raise ParamsError(
+            f"params.json has {quoted(key)}, which no supported release has: remove it if it changes nothing"
+        )
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
         raise ParamsError(f"params.json lacks {', '.join(missing)}")
@@ -118,4 +122,4 @@ def _window_from_text(window: str) -> int | None:
         return int(word)
     if word in ("", "none", "null"):
         return None
-    raise ParamsError(f"params.json: sliding_window is {window[:40]!r}, neither a number nor null")
+    raise ParamsError(f"params.json: sliding_window is {quoted(window)}, neither a number nor null")

@@ -10,14 +10,18 @@ import json
 import math
 import os
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mistral.formats.archive import check_archive
 from mistral.formats.header import HeaderError, read_header
 from mistral.formats.mapped import Part, Progress, touch
+from mistral.quoting import plain, quoted
+from mistral.reading import read_small
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,15 +148,15 @@ def _indexed_parts(index: Path) -> tuple[Path, ...]:
     files = set(_weight_map(index).values())
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise WeightsError(f"{index} names {name[:80]!r}, which is no safetensors file beside it")
+            raise WeightsError(f"{index} names {quoted(name)}, which is no safetensors file beside it")
         if not os.path.isfile(index.parent / name):  # not Path.is_file, which raises where a name is too long
-            raise WeightsError(f"{index} names {name[:80]!r}, which is missing")
+            raise WeightsError(f"{index} names {quoted(name)}, which is missing")
     return tuple(index.parent / name for name in sorted(files))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found = json.loads(read_small(index).decode("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise WeightsError(f"{index} is not an index of weights: fetch it again") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
@@ -222,7 +226,7 @@ def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         part = Part(path, 0, 0)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(f"{name} is in {path.name} and in an earlier part")
+                raise WeightsError(f"{plain(name)} is in {path.name} and in an earlier part")
             dtype = NAMES.get(entry.dtype)
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if dtype is None:
@@ -245,7 +249,10 @@ def _open_pth(path: Path) -> WeightFiles:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is an error
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises what its unpickler and zip reader happen to raise
         raise WeightsError(f"{path} cannot be loaded as plain tensors: {_reason(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
@@ -267,16 +274,21 @@ def _in_memory(tensor: Tensor, progress: Progress = None) -> Tensor:
 def _is_plain(value: object) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
 
 
 def _reason(error: Exception) -> str:
     """What torch.load objects to, in one line, and without its advice to trust the file."""
     text = str(error)
     if code := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {code[1]}, which is code and was not run"
+        return f"it asks for {plain(code[1])}, which is code and was not run"
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
-    return lines[0].strip() if lines else type(error).__name__
+    return plain(lines[0].strip(), 300) if lines else type(error).__name__
 
 
 def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str, source: str) -> None:
@@ -297,15 +309,16 @@ def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]]
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise WeightsError(
-                f"{source} makes {name} {list(shape)}, but in {where} it is {list(found[name].shape)}: "
+                f"{source} makes {name} {list(shape)}, but in {where} it is {quoted(list(found[name].shape))}: "
                 "one of the two is from another model, and tensors are rarely wrong"
             )
         if found[name].dtype is None:
             raise WeightsError(
-                f"{name} in {where} is {found[name].dtype_name}; weights are float64, float32, float16 or bfloat16"
+                f"{name} in {where} is {plain(found[name].dtype_name)}; "
+                "weights are float64, float32, float16 or bfloat16"
             )
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(map(plain, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,45 @@
+"""Small files that are not small are refused before they are read."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mistral.formats.params import read_object
+from mistral.formats.weights import find_hf_weights
+from mistral.reading import read_small
+from mistral.tokenizer import Tokenizer, tekken_words
+
+
+def test_the_limit_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"1234")
+    assert read_small(path, 4) == b"1234"
+    with pytest.raises(OSError, match="it has more than 3 bytes, which no such file has"):
+        read_small(path, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("params.json", read_object),
+        ("model.safetensors.index.json", lambda path: find_hf_weights(path.parent)),
+        ("tekken.json", tekken_words),
+        ("tokenizer.model", Tokenizer),
+    ],
+)
+def test_each_of_them(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.truncate(10**12)  # a hole: it takes no disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=name) as error:
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 10**8
+    finally:
+        tracemalloc.stop()
+    assert type(error.value).__module__.startswith("mistral.")
