@@ -46,6 +46,12 @@ except NoKernels as reason:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = (*DTYPES, "int8", "int4")
+# int4 rounds what it multiplies to 16 bits, which moves log-probs by more than fp32 does.
+INT4_TOLERANCE = 1e-4
+
+
+def budget(kind: str) -> float:
+    return INT4_TOLERANCE if kind == "int4" else TOLERANCE
 
 
 def make_linear(kind: str, weight: Tensor) -> Any:
@@ -111,6 +117,7 @@ def test_products_of_any_shape(kind: str, n: int, k: int, rows: int, seed: int) 
         y = linear(x)
     assert y.shape == (rows, n)
     assert y.dtype == torch.float32
+    x = linear.inputs(x) if isinstance(linear, QuantizedLinear) else x
     want = x.double() @ weights_meant(linear).double().T
     size = x.double().abs() @ weights_meant(linear).double().abs().T
     assert ((y - want).abs() <= 2e-6 * size + 1e-30).all()
@@ -156,7 +163,16 @@ def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
     with torch.inference_mode():
         y = linear(x)
     assert y.shape == (*shape, 10)
-    torch.testing.assert_close(y, x @ weights_meant(linear).T)
+    torch.testing.assert_close(y, x @ weights_meant(linear).T, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_of_int4_are_rounded_to_16_bits() -> None:
+    x = torch.rand(3, 70, generator=torch.Generator().manual_seed(4)) - 0.5
+    near = quantize.rounded(x)
+    step = torch.nn.functional.pad(x, (0, 26)).unflatten(-1, (-1, 32)).abs().amax(-1) / 32767
+    assert ((near - x).abs() <= step.repeat_interleave(32, dim=-1)[:, :70] * 0.5001).all()
+    assert not torch.equal(near, x)
+    assert not quantize.rounded(torch.zeros(2, 40)).any()
 
 
 def test_half_precision_specials() -> None:
@@ -190,7 +206,7 @@ def test_how_packed_weights_lie_in_memory() -> None:
     words = packed[0, 0, :256].view(torch.int32).view(4, 16)
     for j, row, i in ((0, 0, 0), (1, 3, 5), (3, 15, 7)):
         nibble = (int(words[j, row]) >> (4 * i)) & 15
-        assert (nibble - 16 if nibble > 7 else nibble) == q[row, 8 * j + i]
+        assert nibble - 8 == q[row, 8 * j + i]
     assert torch.equal(packed[0, 0, 256:].view(torch.bfloat16), scales[:, 0])
 
 
@@ -281,7 +297,7 @@ def test_decode_steps_equal_the_plain_model(kind: str, window: Any, decodes: lis
             single = [sum(step) for step in schedule if max(step) == 1]
             assert decodes == single  # these steps, and no others
             assert len(single) > 10
-            assert distance(got, true_logprobs(plain, prompts)) <= TOLERANCE
+            assert distance(got, true_logprobs(plain, prompts)) <= budget(kind)
 
 
 @settings(max_examples=25)
@@ -309,7 +325,7 @@ def test_decode_steps_of_any_shape(
         want = play(plain, prompts, schedule, make_cache(plain, rows, start=start))
     truth = true_logprobs(plain, prompts, start)
     # Small random shapes may amplify rounding: then as near to the truth as the plain path is, times 4 (rule 11).
-    assert distance(got, truth) <= max(TOLERANCE, 4 * distance(want, truth))
+    assert distance(got, truth) <= max(budget(kind), 4 * distance(want, truth))
 
 
 def test_a_decode_step_writes_the_cache_as_the_plain_model_does() -> None:
@@ -421,7 +437,7 @@ def test_quantized_while_loading(tmp_path: Path, kind: str, decodes: list[int]) 
     ids = torch.arange(40)
     with torch.inference_mode():
         a, b, c = (m.model.forward(ids, [40]) for m in (loaded, slow, plain))
-    assert distance([a], [b]) <= TOLERANCE
+    assert distance([a], [b]) <= budget(kind)
     assert float(np.abs(logprobs(a) - logprobs(c)).max()) > TOLERANCE
 
 

@@ -90,7 +90,7 @@ def kernels() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise NoKernels(f"{library} cannot be loaded: {error}") from None
-    loaded.scratch_floats.restype = ctypes.c_int64
+    loaded.scratch_floats.restype = loaded.inputs_bytes.restype = ctypes.c_int64
     for function in (loaded.product, loaded.widen, loaded.to_int8, loaded.to_int4, loaded.decode):
         function.restype = None
     return loaded

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, Plan, RollingBufferCache
-from mistral.fast.build import Layer, Model, kernels, pointer
-from mistral.fast.linear import FEW, FastLinear, QuantizedLinear
+from mistral.fast.build import INT4, Layer, Model, kernels, pointer
+from mistral.fast.linear import FEW, FastLinear, QuantizedLinear, room_for_inputs
 from mistral.model import Transformer, TransformerBlock
 from mistral.rope import cos_sin
 
@@ -42,6 +42,9 @@ class FastTransformer(Transformer):
             seen = min(seen, max(w for w in self.args.windows if w is not None))
         floats = kernels().scratch_floats(ctypes.byref(model), ctypes.c_int64(len(rows)), ctypes.c_int64(seen))
         scratch = torch.empty(floats)
+        rounded = room_for_inputs(
+            len(rows), max(self.args.dim, self.args.hidden_dim, self.args.n_heads * self.args.head_dim)
+        )
         for i in range(len(self.layers)):
             cache.layer(i).written = True
         kernels().decode(
@@ -55,6 +58,7 @@ class FastTransformer(Transformer):
             ctypes.c_int64(seen),
             pointer(h),
             pointer(scratch),
+            pointer(rounded),
             ctypes.c_int64(torch.get_num_threads()),
         )
         return h
@@ -93,6 +97,8 @@ class FastTransformer(Transformer):
                 if matrix is None:
                     return None
                 setattr(layer, name, matrix)
+            if len({getattr(layer, name).kind == INT4 for name in linears}) > 1:
+                return None  # the kernels round the inputs of all products of a layer, or of none
             layer.attention_norm = floats(block.attention_norm.weight)
             layer.ffn_norm = floats(block.ffn_norm.weight)
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()

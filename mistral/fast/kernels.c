@@ -203,53 +203,92 @@ INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *
 }
 
 /* INT4: blocks of ROWS rows; in each, for every group of GROUP columns, 4 x ROWS words (word j of a row holds
-   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, in two's complement) and then ROWS scales (bfloat16).
-   x has its columns padded with zeros to whole groups. */
+   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, each a weight + 8) and then ROWS scales (bfloat16).
+   Inputs are rounded to 16 bits with a scale for each group, so that the sums within a group are whole numbers. */
 enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2, HALVES = ROWS / LANES };
 
-INLINE void int4_tile(int R, const char *w, int64_t groups, const float *x, int64_t ldx, float *out) {
+typedef struct {
+    int16_t q[GROUP]; /* of each eight columns 0 4 1 5 2 6 3 7: as the halves of shifted words hold them */
+    float scale;
+    int32_t start; /* -8 times their sum, since weights are taken as 0 .. 15 */
+} Inputs;
+
+static void round_inputs(const float *x, int64_t groups, Inputs *out) {
+    for (int64_t g = 0; g < groups; g++, x += GROUP, out++) {
+        float top = 0;
+        for (int i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        const float scale = top / 32767, step = scale > 1e-30f ? scale : 1e-30f;
+        int32_t total = 0;
+        for (int i = 0; i < GROUP; i++) {
+            const int q = (int)rintf(x[i] / step);
+            out->q[i / 8 * 8 + i % 4 * 2 + i % 8 / 4] = q;
+            total += q;
+        }
+        out->scale = scale;
+        out->start = -8 * total;
+    }
+}
+
+/* To each lane the products of its two halves with those of s, all of them signed. */
+INLINE ints add_products(ints acc, words u, int32_t s) {
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, _mm512_set1_epi32(s));
+#elif defined(__AVX512BW__) && LANES == 16
+    return acc + (ints)_mm512_madd_epi16((__m512i)u, _mm512_set1_epi32(s));
+#elif defined(__AVX2__) && LANES == 8
+    return acc + (ints)_mm256_madd_epi16((__m256i)u, _mm256_set1_epi32(s));
+#else
+    return acc + (ints)(u & 0xffff) * (int32_t)(int16_t)s + (ints)(u >> 16) * (s >> 16);
+#endif
+}
+
+INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
     floats total[4][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g++, w += INT4_GROUP) {
-        const float *xs = x + g * GROUP;
         const uint16_t *scales = (const uint16_t *)(w + 4 * ROWS * 4);
-        floats acc[4][HALVES];
+        ints acc[4][HALVES];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] = (floats){0};
+            UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] = (ints){0} + x[r * groups + g].start;
         UNROLL for (int j = 0; j < 4; j++) {
-            words v[HALVES];
-            UNROLL for (int h = 0; h < HALVES; h++) v[h] = *(const words_at *)(w + (j * ROWS + h * LANES) * 4);
-            UNROLL for (int i = 0; i < 8; i++) {
-                floats q[HALVES];
-                UNROLL for (int h = 0; h < HALVES; h++)
-                    q[h] = __builtin_convertvector((ints)(v[h] << (28 - 4 * i)) >> 28, floats);
-                UNROLL for (int r = 0; r < R; r++)
-                    UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] += q[h] * xs[r * ldx + j * 8 + i];
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const words v = *(const words_at *)(w + (j * ROWS + h * LANES) * 4);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const words u = (v >> (4 * i)) & 0x000f000fu; /* columns i and i + 4 */
+                    UNROLL for (int r = 0; r < R; r++) {
+                        int32_t two;
+                        memcpy(&two, x[r * groups + g].q + 8 * j + 2 * i, 4);
+                        acc[r][h] = add_products(acc[r][h], u, two);
+                    }
+                }
             }
         }
         UNROLL for (int h = 0; h < HALVES; h++) {
             floats scale = load_bf16(scales + h * LANES);
-            UNROLL for (int r = 0; r < R; r++) total[r][h] += scale * acc[r][h];
+            UNROLL for (int r = 0; r < R; r++)
+                total[r][h] += scale * x[r * groups + g].scale * __builtin_convertvector(acc[r][h], floats);
         }
     }
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
 
-static void int4_block(const char *w, int64_t groups, const float *x, int64_t ldx, int64_t rows, float *out) {
+static void int4_block(const char *w, int64_t groups, const Inputs *x, int64_t rows, float *out) {
     while (rows) {
         int64_t done;
-        if (rows >= 4) { done = 4; int4_tile(4, w, groups, x, ldx, out); }
-        else if (rows >= 2) { done = 2; int4_tile(2, w, groups, x, ldx, out); }
-        else { done = 1; int4_tile(1, w, groups, x, ldx, out); }
-        x += done * ldx, out += done * ROWS, rows -= done;
+        if (rows >= 4) { done = 4; int4_tile(4, w, groups, x, out); }
+        else if (rows >= 2) { done = 2; int4_tile(2, w, groups, x, out); }
+        else { done = 1; int4_tile(1, w, groups, x, out); }
+        x += done * groups, out += done * ROWS, rows -= done;
     }
 }
 
 static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
 
-/* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. */
-static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t rows, float *out) {
+/* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. INT4 reads the
+   inputs that were rounded from x instead of x. */
+static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, const Inputs *rounded,
+                  int64_t rows, float *out) {
     const char *w = m->data;
     switch (m->kind) {
     case F32: stripes(F32, w + first * m->k * 4, n, m->k, x, ldx, rows, out); break;
@@ -260,19 +299,23 @@ static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int
         for (int64_t r = 0; r < rows; r++)
             for (int64_t j = 0; j < n; j++) out[r * ROWS + j] *= ((const float *)m->scale)[first + j];
         break;
-    case INT4: int4_block(w + first / ROWS * groups_of(m->k) * INT4_GROUP, groups_of(m->k), x, ldx, rows, out);
+    case INT4: int4_block(w + first / ROWS * groups_of(m->k) * INT4_GROUP, groups_of(m->k), rounded, rows, out);
     }
 }
 
 static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
 
-/* y [rows, n] = x [rows, ldx] times a matrix. INT4 wants columns padded to whole groups. */
-void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, float *y, int64_t threads) {
+int64_t inputs_bytes(void) { return sizeof(Inputs); }
+
+/* y [rows, n] = x [rows, ldx] times a matrix. INT4 wants columns padded to whole groups, and room for rounded inputs. */
+void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs *rounded, float *y, int64_t threads) {
+    if (m->kind == INT4)
+        for (int64_t r = 0; r < rows; r++) round_inputs(x + r * ldx, groups_of(m->k), rounded + r * groups_of(m->k));
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
         int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
         float out[rows * ROWS];
-        block(m, first, n, x, ldx, rows, out);
+        block(m, first, n, x, ldx, rounded, rows, out);
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * m->n + first, out + r * ROWS, n * 4);
     }
 }
@@ -298,7 +341,7 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
                 memcpy(&scale, &bits, 4);
                 for (int i = 0; i < GROUP && g * GROUP + i < k; i++) {
                     uint32_t word = ((const uint32_t *)from)[i / 8 * ROWS + lane];
-                    to[g * GROUP + i] = (float)((int32_t)(word << (28 - 4 * (i % 8))) >> 28) * scale;
+                    to[g * GROUP + i] = (float)((int)(word >> (4 * (i % 8)) & 15) - 8) * scale;
                 }
             }
         }
@@ -353,7 +396,10 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
 #pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
         char *to = packed + b * groups * INT4_GROUP;
-        memset(to, 0, groups * INT4_GROUP);
+        for (int64_t g = 0; g < groups; g++) { /* what is filled up is 0, that is 8 */
+            memset(to + g * INT4_GROUP, 0x88, 4 * ROWS * 4);
+            memset(to + g * INT4_GROUP + 4 * ROWS * 4, 0, 2 * ROWS);
+        }
         for (int lane = 0; lane < ROWS && b * ROWS + lane < m->n; lane++) {
             float row[groups * GROUP];
             memset(row, 0, sizeof row);
@@ -379,7 +425,7 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
                 for (int i = 0; i < GROUP; i++) {
                     float q = rintf(x[i] / (scale == 0 ? 1 : scale));
                     q = q > 7 ? 7 : q < -8 ? -8 : q;
-                    ((uint32_t *)at)[i / 8 * ROWS + lane] |= ((uint32_t)(int)q & 15) << (4 * (i % 8));
+                    ((uint32_t *)at)[i / 8 * ROWS + lane] ^= (((uint32_t)(int)q + 8) ^ 8) << (4 * (i % 8));
                 }
             }
         }
@@ -478,9 +524,11 @@ int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys) {
 
 /* One token for each of `rows` sequences, through all layers.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
-   cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out. */
+   cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out; rounded: room for the widest
+   inputs, where a layer is INT4 (all of its matrices are, or none). */
 void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
-            const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, int64_t threads) {
+            const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
+            int64_t threads) {
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
     const int64_t ldd = padded(dim), ldq = padded(m->n_heads * d), ldkv = kv_heads * d, ldw = padded(m->hidden_dim);
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
@@ -490,10 +538,14 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
+        const int few_bits = layer->wq.kind == INT4;
         float out[rows * ROWS], gate[rows * ROWS];
 
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
+        for (int64_t r = 0; r < rows; r++) {
+            rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
+            if (few_bits) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+        }
         const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < bq + bk + bv; b++) {
@@ -501,7 +553,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             float *to = b < bq ? q : b < bq + bk ? k : v;
             const int64_t ld = b < bq ? ldq : ldkv, first = (b < bq ? b : b < bq + bk ? b - bq : b - bq - bk) * ROWS;
             const int64_t n = w->n - first < ROWS ? w->n - first : ROWS;
-            block(w, first, n, x, ldd, rows, out);
+            block(w, first, n, x, ldd, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld + first, out + r * ROWS, n * 4);
         }
 #pragma omp for schedule(dynamic, 1)
@@ -520,20 +572,26 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             attend(mine, heads, keys, values, stride, layer->capacity, first, last, d,
                    scores + i * heads * (most_keys + LANES));
         }
+        if (few_bits)
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++) round_inputs(q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
-            block(&layer->wo, first, n, q, ldq, rows, out);
+            block(&layer->wo, first, n, q, ldq, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t j = 0; j < n; j++) h[r * dim + first + j] += out[r * ROWS + j];
         }
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
+        for (int64_t r = 0; r < rows; r++) {
+            rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
+            if (few_bits) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+        }
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {
             const int64_t first = b * ROWS, n = m->hidden_dim - first < ROWS ? m->hidden_dim - first : ROWS;
-            block(&layer->w1, first, n, x, ldd, rows, gate);
-            block(&layer->w3, first, n, x, ldd, rows, out);
+            block(&layer->w1, first, n, x, ldd, rounded, rows, gate);
+            block(&layer->w3, first, n, x, ldd, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++) {
                 for (int64_t j = 0; j < ROWS; j += LANES) {
                     const floats g = load_floats(gate + r * ROWS + j);
@@ -542,10 +600,13 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
                 memcpy(wide + r * ldw + first, out + r * ROWS, n * 4);
             }
         }
+        if (few_bits)
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++) round_inputs(wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
-            block(&layer->w2, first, n, wide, ldw, rows, out);
+            block(&layer->w2, first, n, wide, ldw, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t j = 0; j < n; j++) h[r * dim + first + j] += out[r * ROWS + j];
         }

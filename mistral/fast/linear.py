@@ -62,6 +62,11 @@ def int4(weight: Tensor) -> Tensor:
     return packed
 
 
+def room_for_inputs(rows: int, columns: int) -> Tensor:
+    """Memory for the rounded inputs of a product with int4 weights."""
+    return torch.empty(rows * quantize.groups(columns) * kernels().inputs_bytes(), dtype=torch.uint8)
+
+
 def product(matrix: Matrix, x: Tensor) -> Tensor:
     """x [..., k] times a matrix [n, k], by the kernels: [..., n] fp32."""
     flat = x.reshape(-1, matrix.k)
@@ -71,11 +76,13 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
         flat = F.pad(flat, (0, width - matrix.k))
     flat = flat.contiguous()
     y = flat.new_empty(len(flat), matrix.n)
+    rounded = room_for_inputs(len(flat), matrix.k) if matrix.kind == INT4 else y
     kernels().product(
         ctypes.byref(matrix),
         pointer(flat),
         ctypes.c_int64(width),
         ctypes.c_int64(len(flat)),
+        pointer(rounded),
         pointer(y),
         ctypes.c_int64(torch.get_num_threads()),
     )
@@ -114,10 +121,15 @@ class QuantizedLinear(nn.Module):
         """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path."""
         raise NotImplementedError
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weights are multiplied with."""
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix()
         if matrix is not None and few(x):
             return product(matrix, x)
+        x = self.inputs(x)
         tiles = max(ROWS, WIDEN // self.in_features // ROWS * ROWS)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         wide = x.new_empty(tiles, self.in_features, dtype=torch.float32)
@@ -156,7 +168,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them."""
+    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
 
     kind = INT4
     packed: Tensor
@@ -173,3 +185,6 @@ class Int4Linear(QuantizedLinear):
     def rows(self, first: int, last: int) -> Tensor:
         q, scale = quantize.unpack(self.packed, self.out_features, self.in_features)
         return quantize.meant(q[first:last], scale[first:last], self.in_features)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return quantize.rounded(x)

@@ -1,7 +1,7 @@
 """Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
 
 int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
-of a row share. Both are symmetric: 0 stays 0.
+of a row share; what it is multiplied with is rounded to 16 bits in the same groups. All symmetric: 0 stays 0.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 GROUP = 32  # columns that share a scale
 ROWS = 16  # rows that are interleaved
+INPUTS = 32767  # what the largest input of a group becomes
 # Shares of a group's largest weight that may become the -8; the one with the least squared error does.
 SHARES = (1.0, 0.93, 0.86)
 
@@ -68,6 +69,14 @@ def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns]
 
 
+def rounded(x: Tensor) -> Tensor:
+    """Inputs [..., k] of a product with int4 weights: each group of 32 in 16 bits, widened again."""
+    grouped = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    scale = grouped.abs().amax(-1, keepdim=True) / INPUTS
+    near = (grouped / scale.clamp(min=1e-30)).round_() * scale
+    return near.flatten(-2)[..., : x.shape[-1]]
+
+
 def packed_shape(n: int, columns: int) -> tuple[int, int, int]:
     """Shape of what `pack` gives for [n, columns] weights."""
     return -(-n // ROWS), groups(columns), GROUP // 2 * ROWS + 2 * ROWS
@@ -77,7 +86,7 @@ def pack(q: Tensor, scale: Tensor) -> Tensor:
     """What `int4` gives, as kernels.c reads it: [blocks of 16 rows, groups, 288] bytes."""
     n, g = scale.shape
     spare = -n % ROWS
-    nibbles = F.pad(q, (0, 0, 0, spare)).view(torch.uint8) & 15
+    nibbles = F.pad(q, (0, 0, 0, spare)).add(8).view(torch.uint8)
     pairs = nibbles.view(-1, ROWS, g, 4, 4, 2)  # block, row, group, word, byte, nibble
     packed = (pairs[..., 0] | pairs[..., 1] << 4).permute(0, 2, 3, 1, 4)  # block, group, word, row, byte
     scales = F.pad(scale, (0, 0, 0, spare)).view(-1, ROWS, g).transpose(1, 2).contiguous().view(torch.uint8)
@@ -88,7 +97,6 @@ def unpack(packed: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor]:
     """What `pack` was given."""
     g = groups(columns)
     data = packed[..., : 4 * ROWS * 4].view(-1, g, 4, ROWS, 4).permute(0, 3, 1, 2, 4)
-    q = torch.stack((data << 4, data & 240), dim=-1).view(torch.int8) >> 4
-    q = q.reshape(-1, g * GROUP)[:n]
+    q = torch.stack((data & 15, data >> 4), dim=-1).view(torch.int8).sub(8).reshape(-1, g * GROUP)[:n]
     scale = packed[..., 4 * ROWS * 4 :].contiguous().view(torch.bfloat16).transpose(1, 2).reshape(-1, g)[:n]
     return q, scale
