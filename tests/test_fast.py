@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -322,7 +323,9 @@ def test_decode_steps_of_any_shape(
     schedule = prefill_then_decode([len(p) for p in prompts], 8)
     with torch.inference_mode():
         got = play(fast, prompts, schedule, make_cache(fast, rows, start=start))
-        want = play(plain, prompts, schedule, make_cache(plain, rows, start=start))
+        with mock.patch.object(Int4Linear, "matrix", return_value=None):  # then a step is not for the kernels
+            slow = fast if kind == "int4" else plain
+            want = play(slow, prompts, schedule, make_cache(slow, rows, start=start))
     truth = true_logprobs(plain, prompts, start)
     # Small random shapes may amplify rounding: then as near to the truth as the plain path is, times 4 (rule 11).
     assert distance(got, truth) <= max(budget(kind), 4 * distance(want, truth))
