@@ -86,7 +86,7 @@ class Sampler:
         # Subtracting the maximum first keeps a tiny temperature from overflowing; one beyond the dtype
         # would become 0 or inf, and 0 / 0 and inf / inf are not numbers.
         limits = torch.finfo(logits.dtype)
-        temperature = min(max(self.temperature, limits.tiny), limits.max)
+        temperature = float(min(max(self.temperature, limits.tiny), limits.max))
         scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
         probs, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if 0 < self.top_k < probs.shape[-1]:
