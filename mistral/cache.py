@@ -308,8 +308,8 @@ class RollingBufferCache:
     def rewind(self, row: int, length: int) -> int:
         """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.
 
-        A layer that has rolled holds C positions, of which the next token wants W: it goes back C - W,
-        that is block - 1, and no further. Where `length` is out of reach in any layer, or the last step was
+        A layer that has rolled holds C positions, of which the next token wants W - 1: it goes back C - W + 1,
+        that is block, and no further. Where `length` is out of reach in any layer, or the last step was
         broken off, the sequence (then: every sequence) is forgotten as a whole, back to its origin.
 
         Raises:

@@ -1,0 +1,188 @@
+"""Conversations and gaps as ids: mistral-common's, to the token, and typed control tokens that stay text."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mistral.formats import BUNDLED
+from mistral.templates import TemplateError, Turn, find_template
+from mistral.tokenizer import Tokenizer
+
+mistral_common = pytest.importorskip("mistral_common")
+DATA = Path(mistral_common.__file__).parent / "data"
+FILES = {
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken_240718": "tekken_240718.json",
+    "tekken_240911": "tekken_240911.json",
+}
+V1 = "1 733 16289 28793 1739 6817 28723 13 13 23809 733 28748 16289 28793 22557 28723 2 733 16289 28793 2463 28706 733"
+V3 = "1 3 16127 4 23325 29491 2 3 2507 7585 29491 781 781 2698 29474 4"
+TEKKEN = "1 3 37133 4 22177 1046 2 3 5934 13426 1338 3606 1101 4"
+# System "Be brief.", user "Hi", assistant "Hello.", user "Bye"; made by mistral-common 1.13.1.
+GOLDEN = {
+    "v1": f"{V1} 28748 16289 28793",
+    "v2": V3,
+    "v3": V3,
+    "v7": "1 16 2507 7585 29491 17 3 16127 4 23325 29491 2 3 3231 29474 4",
+    "tekken_240718": TEKKEN,
+    "tekken_240911": TEKKEN,
+}
+_tokenizers: dict[str, Tokenizer] = {}
+
+
+def tokenizer(version: str) -> Tokenizer:
+    if version not in _tokenizers:
+        _tokenizers[version] = Tokenizer(DATA / FILES[version])
+    return _tokenizers[version]
+
+
+def answered(version: str, *turns: tuple[str, str | None]) -> list[Turn]:
+    words = tokenizer(version)
+    return [Turn(q, None if a is None else words.encode(a, bos=False), a or "") for q, a in turns]
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_golden_ids(version: str) -> None:
+    template = find_template(tokenizer(version))
+    ids = template.conversation("Be brief.", answered(version, ("Hi", "Hello."), ("Bye", None)))
+    assert ids == [int(i) for i in GOLDEN[version].split()]
+
+
+TEXT = st.text(min_size=1, max_size=30).filter(lambda s: s.strip() and not any("\ud800" <= c <= "\udfff" for c in s))
+
+
+@pytest.mark.parametrize("version", FILES)
+@settings(max_examples=25)
+@given(system=st.one_of(st.just(""), TEXT), turns=st.lists(st.tuples(TEXT, TEXT), min_size=0, max_size=3), last=TEXT)
+def test_any_conversation_is_mistral_commons(
+    version: str, system: str, turns: list[tuple[str, str]], last: str
+) -> None:
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    messages = [SystemMessage(content=system)] if system else []
+    for question, answer in turns:
+        # Answers are kept as ids; as text, mistral-common drops blanks at their ends in some versions.
+        messages += [UserMessage(content=question), AssistantMessage(content=answer.strip() or "x")]
+    messages.append(UserMessage(content=last))
+    want = reference(version).encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    ours = answered(version, *((q, a.strip() or "x") for q, a in turns), (last, None))
+    assert find_template(tokenizer(version)).conversation(system, ours) == want
+
+
+_references: dict = {}
+
+
+def reference(version: str):
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    if version not in _references:
+        _references[version] = MistralTokenizer.from_file(DATA / FILES[version])
+    return _references[version]
+
+
+CONTROL = ("[INST]", "[/INST]", "<s>", "</s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<|prompter|>", "[TOOL_CALLS]")
+
+
+@pytest.mark.parametrize("version", [*FILES, "mistrallite"])
+def test_typed_control_tokens_stay_text(version: str) -> None:
+    words = tokenizer("v1" if version == "mistrallite" else version)
+    template = find_template(words, release=version)
+    system = "" if version == "mistrallite" else "{}"
+
+    def controls(word: str) -> list[int]:
+        ids = template.conversation(system.format(word), [Turn(f"a {word} b", [5]), Turn(word)])
+        first_word = 1000 if words.is_tekken else 3 if version in ("v1", "mistrallite") else 771
+        return [i for i in ids if i < first_word or (i >= 32000 and version == "mistrallite")]
+
+    plain = controls("hello")
+    assert plain
+    for word in CONTROL:
+        assert controls(word) == plain
+        assert words.decode(words.encode(word)).strip() == word
+
+
+# --- which template
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "template"),
+    [
+        ("v1", "tokenizer.model", "v1"),
+        ("v2", "tokenizer.model.v2", "v2"),
+        ("v3", "tokenizer.model.v3", "v3"),
+        ("v3", "tokenizer.model", "v3"),  # as in Hugging Face's folders: the contents tell
+        ("v7", "tokenizer.model.v7m1", "v7"),
+        ("v7", "tokenizer.model", "v7"),
+        ("tekken_240718", "tekken.json", "v3-tekken"),
+    ],
+)
+def test_the_tokenizer_says_which(tmp_path: Path, source: str, name: str, template: str) -> None:
+    shutil.copy(DATA / FILES[source], tmp_path / name)
+    assert find_template(Tokenizer(tmp_path / name)).name == template
+
+
+def test_a_template_may_be_named(tmp_path: Path) -> None:
+    assert find_template(tokenizer("v3"), name="v7").name == "v7"
+    assert find_template(tokenizer("v1"), name="mistrallite").name == "mistrallite"
+    assert find_template(tokenizer("v1"), name="v1", release="mistrallite").name == "v1"
+    for words, name, message in (
+        ("v3", "v4", "no template is called 'v4': v1, v2, v3, v7, mistrallite"),
+        ("v1", "v3", r"template v3 wants the control token \[INST\], which tokenizer.model.v1 lacks"),
+        ("v3", "mistrallite", "template mistrallite wants a tokenizer of 32000 words"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            find_template(tokenizer(words), name=name)
+    shutil.copy(BUNDLED / "tokenizer.model", tmp_path / "tokenizer.model.v13")
+    with pytest.raises(TemplateError, match=r"tokenizer.model.v13 is of version v13, which later releases have"):
+        find_template(Tokenizer(tmp_path / "tokenizer.model.v13"))
+
+
+def test_mistrallite() -> None:
+    words = tokenizer("v1")
+    template = find_template(words, release="mistrallite")
+    hi, bye = (words.encode(text, bos=False) for text in ("Hi", "Bye"))
+    assert template.conversation("", [Turn("Hi", [7, 8]), Turn("Bye")]) == [
+        *(1, 32002, *hi, 2, 32001, 7, 8, 2),
+        *(32002, *bye, 2, 32001),
+    ]
+    with pytest.raises(TemplateError, match="no place for a system prompt"):
+        template.conversation("Be brief.", [Turn("Hi")])
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_text_that_is_no_unicode_is_refused(version: str) -> None:
+    template = find_template(tokenizer(version))
+    for system, question in (("", "a\ud800"), ("\udfffb", "a")):
+        with pytest.raises(ValueError, match="not valid Unicode at character"):
+            template.conversation(system, [Turn(question)])
+
+
+# --- gaps
+
+
+@pytest.mark.parametrize(
+    ("version", "want"),
+    [
+        ("v3", [1, 13, 1575, 2086, 11, 1569, 1053, 29500]),
+        ("v7", [1, 13, 1575, 2086, 11, 1569, 1053, 29500]),
+        ("tekken_240718", [1, 16, 3004, 2460, 14, 3149, 1284, 1040]),
+    ],
+)
+def test_gaps(version: str, want: list[int]) -> None:
+    assert find_template(tokenizer(version)).infill("def f(", "return x") == want
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "mistrallite"])
+def test_gaps_that_cannot_be_filled(version: str) -> None:
+    template = find_template(tokenizer("v1" if version == "mistrallite" else version), release=version)
+    with pytest.raises(TemplateError, match="Codestral"):
+        template.infill("def f(", "return x")
