@@ -100,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
-    if told.get("version") != VERSION:
+    if told.get("version") != VERSION or type(told["version"]) is not int:
         raise SessionError(f"{path} is of version {told.get('version')!r:.40} of the format; this reads {VERSION}")
     return told
 
