@@ -128,7 +128,7 @@ def plant() -> None:
 
 def test_planted_mistakes_are_noticed(tmp_path: Path) -> None:
     cases = [("params", number) for number in range(len(PLANTS))]
-    for outcome, said in zip(watch(cases, tmp_path, 0, limit=5, plant=plant), PLANTS.values(), strict=True):
+    for outcome, said in zip(watch(cases, tmp_path, 0, limit=12, plant=plant), PLANTS.values(), strict=True):
         if said:
             assert len(outcome.violations) == 1
             assert said in outcome.violations[0]
