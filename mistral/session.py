@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from mistral.chat import Chat
+from mistral.quoting import quoted
+from mistral.reading import read_small
 from mistral.sampling import Sampler, SamplingError
 from mistral.templates import TemplateError, Turn
 
@@ -78,7 +81,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         raise SessionError(f"{source} is a conversation with another model")
     if told.get("template") != chat.template.name:
         raise SessionError(
-            f"{source} was written with template {told.get('template')!r:.40}, and this is {chat.template.name}"
+            f"{source} was written with template {quoted(told.get('template'))}, and this is {chat.template.name}"
         )
     try:
         system, seed, answers = _of(told, "system", str), _of(told, "seed", int), _of(told, "answers", int)
@@ -93,7 +96,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(read_small(path).decode("utf-8"))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
@@ -101,20 +104,25 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
     if told.get("version") != VERSION or type(told["version"]) is not int:
-        raise SessionError(f"{path} is of version {told.get('version')!r:.40} of the format; this reads {VERSION}")
+        raise SessionError(f"{path} is of version {quoted(told.get('version'))} of the format; this reads {VERSION}")
     return told
 
 
 def _of(told: dict[str, Any], name: str, kind: type) -> Any:
     value = told.get(name)
-    if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r:.40}")
+    if type(value) is not kind or (isinstance(value, str) and not _valid(value)):
+        raise TypeError(f"{name} is {quoted(value)}")
     return value
+
+
+def _valid(text: str) -> bool:
+    """Whether it can be written; half of a pair of surrogates cannot."""
+    return not re.search(r"[\ud800-\udfff]", text)
 
 
 def _turn(entry: Any, vocab_size: int) -> Turn:
     if not isinstance(entry, dict):
-        raise TypeError(f"a turn is {entry!r:.40}")
+        raise TypeError(f"a turn is {quoted(entry)}")
     answer = _of(entry, "answer", list)
     if not all(type(i) is int and 0 <= i < vocab_size for i in answer):
         raise TypeError(f"an answer has ids outside the vocabulary of {vocab_size}")
@@ -126,6 +134,6 @@ def _options(told: dict[str, Any]) -> dict[str, Any]:
     Sampler(**sampling)  # refuses what is out of range
     if "max_tokens" in told and _of(told, "max_tokens", int) < 0:
         raise TypeError(f"max_tokens is {told['max_tokens']}")
-    if "stop" in told and not all(isinstance(s, str) and s for s in _of(told, "stop", list)):
+    if "stop" in told and not all(isinstance(s, str) and s and _valid(s) for s in _of(told, "stop", list)):
         raise TypeError("stop holds something else than texts")
     return {name: told[name] for name in OPTIONS if name in told}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral import session
 from mistral.formats.params import read_object
 from mistral.formats.weights import find_hf_weights
 from mistral.reading import read_small
@@ -29,6 +30,7 @@ def test_the_limit_is_exact(tmp_path: Path) -> None:
         ("model.safetensors.index.json", lambda path: find_hf_weights(path.parent)),
         ("tekken.json", tekken_words),
         ("tokenizer.model", Tokenizer),
+        ("talk.json", session._read),
     ],
 )
 def test_each_of_them(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:

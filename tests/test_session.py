@@ -93,11 +93,11 @@ BROKEN: dict[str, Any] = {
     "system": [None, 3, ["a"], "\ud800"],
     "seed": ["1", 1.5, None, True],
     "answers": ["1", None, [0]],
-    "temperature": ["hot", -1, None, True, [1], float("nan"), float("inf")],
+    "temperature": ["hot", -1, None, True, [1], float("nan"), float("inf"), 10**400],
     "top_p": [2, "x"],
     "top_k": [-1, 1.5],
     "max_tokens": [-1, "6", 1.5, True],
-    "stop": ["x", [""], [3], None],
+    "stop": ["x", [""], [3], ["\ud800"], None],
     "turns": [None, {}, [1], [{}], [{"question": "a", "answer": [1], "text": 3}]],
 }
 TURNS = [
@@ -108,6 +108,7 @@ TURNS = [
     {"question": "a", "answer": [True], "text": "a"},
     {"question": "a", "answer": ["1"], "text": "a"},
     {"question": "a\ud800", "answer": [1], "text": "a"},
+    {"question": "a", "answer": [1], "text": "a\ud800"},
 ]
 
 
