@@ -290,6 +290,7 @@ KEYS = {
     "window": dict,
     "rope_theta": dict,
     "tokenizer": dict,
+    "template": dict,
     "memory": dict,
     "suspicious": list,
     "serve": dict,
@@ -638,3 +639,21 @@ def test_errors_are_one_line(cli: Command, tiny: Path, tmp_path: Path) -> None:
     assert "is not a complete safetensors file" in cli("inspect", tiny).error
     (tiny / "params.json").write_text(json.dumps({**PARAMS, "moe": {"num_experts": 8}}))
     assert cli("inspect", tiny).error.startswith("params.json has 'moe': a mixture of experts (Mixtral)")
+
+
+def test_the_template_is_told_of_unknown_models_too(tmp_path: Path) -> None:
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    for i, (source, name, template) in enumerate(
+        (
+            ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model", "v3"),
+            ("mistral_instruct_tokenizer_241114.model.v7", "tokenizer.model.v7", "v7"),
+            ("tekken_240911.json", "tekken.json", "v3-tekken"),
+        )
+    ):
+        folder = make_folder(tmp_path / str(i), tokenizer=False, vocab_size=131072, dim=8, n_layers=2)
+        assert inspect_folder(folder)["template"] is None
+        shutil.copy(data / source, folder / name)
+        report = inspect_folder(folder)
+        assert report["release"] is None
+        assert report["template"] == {"name": template, "rule": f"by {name}"}
+        assert f"template    {template}, by {name}" in as_text(report)

@@ -68,6 +68,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "window": {"text": window_text(args), "layers": list(args.windows), "rule": _window_rule(raw, source)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "tokenizer": tokenizer,
+        "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {dtype: found.parameters * n for dtype, n in ITEMSIZE.items()},
             "cache": [
@@ -120,6 +121,21 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         return facts | {"words": _words(paths[0])}
     except TokenizerError as error:
         return facts | {"error": str(error)}
+
+
+def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
+    """What a conversation would be written in, and by which rule that is known."""
+    if release is not None:
+        return {"name": release.template, "rule": "of the release's instruct variants"}
+    if tokenizer["words"] is None:
+        return None
+    file = path / tokenizer["file"]
+    if tokenizer["kind"] == "tekken":
+        config = json.loads(file.read_bytes())["config"]  # which was looked at when the words were counted
+        name = f"{config.get('version')}-tekken"
+    else:
+        name = Tokenizer(file).version
+    return {"name": name, "rule": f"by {tokenizer['file']}"}
 
 
 def _words(path: Path) -> int:
@@ -267,8 +283,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {KINDS[tokenizer['kind']]}{words}" if tokenizer["file"] else "none",
     }
-    if release is not None:
-        facts["template"] = f"{release['template']}, of the instruct variants"
+    if report["template"] is not None:
+        facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
     return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]
 
 
