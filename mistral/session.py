@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     Raises:
         SessionError: the file cannot be written, or would replace something else.
     """
-    target = Path(path).expanduser()
-    if target.exists():
+    target = Path(os.path.expanduser(path))
+    if os.path.exists(target):
         try:
             _read(target)
         except SessionError:
             raise SessionError(f"{target} is there and is no conversation: give another name") from None
+    stop = chat.options.get("stop")
+    options = {**chat.options, "stop": [stop] if isinstance(stop, str) else list(stop or ())}
     told = {
         "format": FORMAT,
         "version": VERSION,
@@ -50,20 +53,13 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "system": chat.system,
         "seed": chat.seed,
         "answers": chat.answers,
-        **{name: chat.options[name] for name in OPTIONS if name in chat.options},
+        **{name: options[name] for name in OPTIONS if name in options},
         "turns": [{"question": t.question, "answer": t.answer, "text": t.text} for t in chat.turns],
     }
-    beside = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
     try:
-        with beside.open("x", encoding="utf-8") as file:
-            json.dump(told, file, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise SessionError(f"{target} cannot be written: {error.strerror}") from None
+        _write(json.dumps(told, ensure_ascii=False) + "\n", Path(os.path.realpath(target)))  # a link stays one
+    except (OSError, ValueError) as error:  # no Unicode, or a name with a null in it
+        raise SessionError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
@@ -75,7 +71,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     Raises:
         SessionError: no such file, or no conversation of this model; the present one is as before.
     """
-    source = Path(path).expanduser()
+    source = Path(os.path.expanduser(path))
     told = _read(source)
     if told.get("model") != model:
         raise SessionError(f"{source} is a conversation with another model")
@@ -92,6 +88,20 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.system, chat.seed, chat.answers, chat.turns = system, seed, answers, turns
     chat.options = {**chat.options, **options}
+
+
+def _write(text: str, target: Path) -> None:
+    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

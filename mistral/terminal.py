@@ -128,7 +128,10 @@ class PromptBar:
 
 
 class Interrupt:
-    """Ctrl-C while an answer is made: the first ends it between two steps, a second one at once."""
+    """Ctrl-C while an answer is made: the first ends it between two steps, a second one at once.
+
+    One that comes after the last step is raised at the end.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -140,6 +143,8 @@ class Interrupt:
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         signal.signal(signal.SIGINT, self._before)
+        if kind is None:
+            self.check()
 
     def _hit(self, number: int, frame: FrameType | None) -> None:
         if self._asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def test_written_whole_or_not_at_all(loaded: Any, tmp_path: Path, monkeypatch: p
                 save_session(chat, path, MODEL)
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_session(chat, path, MODEL)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
     save_session(chat, path, MODEL)
     assert path.read_bytes() != before
 
@@ -83,6 +90,55 @@ def test_nothing_else_is_replaced(loaded: Any, tmp_path: Path) -> None:
         save_session(make_chat(loaded), tmp_path / "nowhere" / "chat.json", MODEL)
     with pytest.raises(SessionError, match="cannot be read: No such file or directory"):
         load_session(make_chat(loaded), tmp_path / "nowhere", MODEL)
+
+
+def test_any_name_is_written_or_refused(loaded: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("~no-such-user/chat.json", tmp_path / ("x" * 300), tmp_path / "file" / "x", tmp_path / "a\0b"):
+        with pytest.raises(SessionError, match="cannot be written: "):
+            save_session(make_chat(loaded), name, MODEL)
+        with pytest.raises(SessionError):
+            load_session(make_chat(loaded), name, MODEL)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    longest = tmp_path / ("é" * 127)  # 254 bytes, of 255 that a name may have
+    save_session(make_chat(loaded), longest, MODEL)
+    load_session(make_chat(loaded), longest, MODEL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links take a privilege there")
+def test_a_link_stays_a_link(loaded: Any, tmp_path: Path) -> None:
+    link, path = tmp_path / "link.json", tmp_path / "chat.json"
+    save_session(make_chat(loaded, seed=1), path, MODEL)
+    link.symlink_to(path)
+    save_session(make_chat(loaded, seed=2), link, MODEL)
+    assert link.is_symlink()
+    assert json.loads(path.read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize(("stop", "told"), [("wolf", ["wolf"]), (("a", "b"), ["a", "b"]), (None, []), ([], [])])
+def test_stop_as_generation_takes_it(loaded: Any, tmp_path: Path, stop: Any, told: list[str]) -> None:
+    save_session(make_chat(loaded, stop=stop), tmp_path / "chat.json", MODEL)
+    chat = make_chat(loaded, stop=["something else"])
+    load_session(chat, tmp_path / "chat.json", MODEL)
+    assert chat.options["stop"] == told
+    with pytest.raises(SessionError, match="cannot be written: .*surrogates"):
+        save_session(make_chat(loaded, stop="\udcff"), tmp_path / "other.json", MODEL)
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+
+
+@pytest.mark.parametrize("key", ["seed", "answers", "max_tokens", "top_k"])
+def test_large_numbers_are_refused_or_answered_with(loaded: Any, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "chat.json"
+    save_session(make_chat(loaded, seed=1), path, MODEL)
+    good = json.loads(path.read_text())
+    for value in (10**18, 2**63, 2**64, 10**30, -(10**30)):
+        chat = make_chat(loaded, seed=1, stop=["\n", "e", "a"])
+        path.write_text(json.dumps({**good, "stop": chat.options["stop"], key: value}))
+        try:
+            load_session(chat, path, MODEL)
+        except SessionError:
+            continue
+        assert ask(chat, "Hi")
 
 
 BROKEN: dict[str, Any] = {
@@ -147,6 +203,8 @@ def test_a_model_is_the_same_in_any_layout_and_form(tmp_path: Path) -> None:
         assert fingerprint(make_folder(tmp_path / form, state, form)) == want
     convert(folder, tmp_path / "hf", "hf")
     assert fingerprint(tmp_path / "hf") == want
+    convert(tmp_path / "hf", tmp_path / "back", "mistral")
+    assert fingerprint(tmp_path / "back") == want
 
 
 def test_another_model_is_another(tmp_path: Path) -> None:
