@@ -67,6 +67,7 @@ class ModelArgs:
             _check_int(name, getattr(self, name), least=1)
         _check_int("max_batch_size", self.max_batch_size, least=0)
         _check_positive("norm_eps", self.norm_eps)
+        object.__setattr__(self, "norm_eps", float(self.norm_eps))
         if self.n_heads % self.n_kv_heads:
             raise ArgsError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_dim % 2:

@@ -25,6 +25,7 @@ def test_a_good_shape_passes_and_keeps_its_values():
     assert args.norm_eps == 1
     assert args.rope_theta == 1e4
     assert isinstance(args.rope_theta, float)
+    assert isinstance(args.norm_eps, float)  # a whole number beyond 64 bits is more than PyTorch takes
     assert args.max_batch_size == 0
     with pytest.raises(dataclasses.FrozenInstanceError):
         args.dim = 5

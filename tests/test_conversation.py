@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.templates import find_template
-from mistral.terminal import Conversation
+from mistral.terminal import Conversation, Interrupt
 from mistral.tokenizer import Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process
-from tests.folders import ROOT, make_folder
+from tests.folders import ROOT, make_folder, random_state, write_weights
 
 pexpect = pytest.importorskip("pexpect")
 if sys.platform == "win32":
@@ -110,6 +113,49 @@ def test_words_that_are_refused(cli: Command, folder: Path) -> None:
         assert cli("interactive", folder, *words, stdin="Hi\n").error == error
 
 
+def test_a_file_goes_on_with_its_own_model_in_any_layout(cli: Command, folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "chat.json"
+    assert cli("interactive", folder, "--instruct", *SHORT, stdin=f"Hi\n/save {kept}\nBye\n").code == 0
+    convert(folder, tmp_path / "hf", "hf")
+    shutil.copytree(folder, tmp_path / "other")
+    write_weights(tmp_path / "other", random_state(seed=1))
+    for name, *words in ((folder,), (tmp_path / "hf",)):
+        done = cli("interactive", name, "--instruct", *words, stdin=f"/load {kept}\n")
+        assert done.code == 0
+        assert f"loaded 1 turn from {kept}" in done.err
+    for name, error in (
+        ((tmp_path / "other",), "is a conversation with another model"),
+        ((folder, "--template", "mistrallite"), ""),
+    ):
+        done = cli("interactive", *name, "--instruct", stdin=f"/load {kept}\n")
+        assert done.code == 2
+        assert error in done.err.splitlines()[-1]
+
+
+# --- Ctrl-C
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(ValueError, match="as before"), Interrupt():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("as before")
+    with Interrupt() as interrupt:
+        interrupt.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_breaks_off_at_once() -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt), Interrupt():  # noqa: PT012
+        for i in range(2):
+            steps.append(i)
+            os.kill(os.getpid(), signal.SIGINT)
+        steps.append(2)
+    assert steps == [0, 1]
+
+
 # --- at a terminal
 
 
@@ -162,6 +208,42 @@ def test_lines_are_edited_and_remembered_by_prompt_toolkit(folder: Path) -> None
     child.expect("dropped: Hi there")
     child.expect(r"\x1b\[\?2004h")
     child.send("\x04")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_pasted_lines_are_one_question_and_bytes_that_are_no_text_an_error(folder: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    child = at_terminal(folder, *SHORT, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+    child.expect(r"\x1b\[\?2004h")
+    child.send("\x1b[200~two\nlines\x1b[201~\r")
+    child.expect(r"prompt tokens read; \w+\]")
+    child.expect(r"\x1b\[\?2004h")
+    os.write(child.child_fd, b"voil\xff\r")
+    child.expect("error: the text is not valid Unicode at character 4")
+    child.expect(r"\x1b\[\?2004h")
+    child.send("/undo\r")
+    child.expect(r"dropped: two\s+lines")
+    child.send("\x04")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_without_prompt_toolkit_lines_are_read_plainly(folder: Path) -> None:
+    blocked = "import sys; sys.modules['prompt_toolkit'] = None; from mistral.cli import main; sys.exit(main())"
+    words = ["-c", blocked, "interactive", str(folder), "--instruct", *map(str, SHORT)]
+    env = {**ENVIRONMENT, "TERM": "xterm"}
+    child = pexpect.spawn(sys.executable, words, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
+    child.expect("> ")
+    child.sendline("Hi")
+    child.expect(r"prompt tokens read; \w+\]")
+    child.expect("> ")
+    child.sendline("/undo")
+    child.expect("dropped: Hi")
+    child.expect("> ")
+    child.sendeof()
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
