@@ -47,12 +47,12 @@ except NoKernels as reason:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = (*DTYPES, "int8", "int4")
-# int4 rounds what it multiplies to 16 bits, which moves log-probs by more than fp32 does.
-INT4_TOLERANCE = 1e-4
+# Inputs of weights in few bits are rounded to 16 bits, which moves log-probs by more than fp32 does.
+ROUNDED_TOLERANCE = 1e-4
 
 
 def budget(kind: str) -> float:
-    return INT4_TOLERANCE if kind == "int4" else TOLERANCE
+    return ROUNDED_TOLERANCE if kind in ("int8", "int4") else TOLERANCE
 
 
 def make_linear(kind: str, weight: Tensor) -> Any:
@@ -167,13 +167,14 @@ def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(y, x @ weights_meant(linear).T, rtol=1e-4, atol=1e-4)
 
 
-def test_inputs_of_int4_are_rounded_to_16_bits() -> None:
-    x = torch.rand(3, 70, generator=torch.Generator().manual_seed(4)) - 0.5
-    near = quantize.rounded(x)
-    step = torch.nn.functional.pad(x, (0, 26)).unflatten(-1, (-1, 32)).abs().amax(-1) / 32767
-    assert ((near - x).abs() <= step.repeat_interleave(32, dim=-1)[:, :70] * 0.5001).all()
+@pytest.mark.parametrize("span", [Int4Linear.span, Int8Linear.span])
+def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None:
+    x = torch.rand(3, 170, generator=torch.Generator().manual_seed(4)) - 0.5
+    near = quantize.rounded(x, span)
+    step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / 32767
+    assert ((near - x).abs() <= step.repeat_interleave(span, dim=-1)[:, :170] * 0.5001).all()
     assert not torch.equal(near, x)
-    assert not quantize.rounded(torch.zeros(2, 40)).any()
+    assert not quantize.rounded(torch.zeros(2, 40), span).any()
 
 
 def test_half_precision_specials() -> None:
@@ -281,7 +282,7 @@ def test_quantized_products_without_kernels(kind: str, monkeypatch: pytest.Monke
 
 # --- decode steps
 
-WINDOWS: tuple[Any, ...] = (None, 1, 3, 5, 17, (None, 4), (6, 2))
+WINDOWS: tuple[Any, ...] = (None, 1, 3, 17, 50, (None, 4), (6, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,7 +305,7 @@ def test_decode_steps_equal_the_plain_model(kind: str, window: Any, decodes: lis
 @settings(max_examples=25)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (8, 1), (5, 5)]),
-    head_dim=st.sampled_from([2, 6, 8, 16, 20, 34]),
+    head_dim=st.sampled_from([2, 6, 8, 16, 20, 34, 128, 150]),
     dim=st.integers(3, 70),
     hidden=st.integers(1, 90),
     window=st.sampled_from([None, 1, 2, 7, 40]),
@@ -323,8 +324,9 @@ def test_decode_steps_of_any_shape(
     schedule = prefill_then_decode([len(p) for p in prompts], 8)
     with torch.inference_mode():
         got = play(fast, prompts, schedule, make_cache(fast, rows, start=start))
-        with mock.patch.object(Int4Linear, "matrix", return_value=None):  # then a step is not for the kernels
-            slow = fast if kind == "int4" else plain
+        nowhere = (mock.patch.object(cls, "matrix", return_value=None) for cls in (Int8Linear, Int4Linear))
+        with next(nowhere), next(nowhere):  # then a step is not for the kernels
+            slow = fast if kind in ("int8", "int4") else plain
             want = play(slow, prompts, schedule, make_cache(slow, rows, start=start))
     truth = true_logprobs(plain, prompts, start)
     # Small random shapes may amplify rounding: then as near to the truth as the plain path is, times 4 (rule 11).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, Plan, RollingBufferCache
-from mistral.fast.build import INT4, Layer, Model, kernels, pointer
+from mistral.fast.build import INT4, INT8, Layer, Model, kernels, pointer
 from mistral.fast.linear import FEW, FastLinear, QuantizedLinear, room_for_inputs
 from mistral.model import Transformer, TransformerBlock
 from mistral.rope import cos_sin
@@ -97,8 +97,9 @@ class FastTransformer(Transformer):
                 if matrix is None:
                     return None
                 setattr(layer, name, matrix)
-            if len({getattr(layer, name).kind == INT4 for name in linears}) > 1:
-                return None  # the kernels round the inputs of all products of a layer, or of none
+            kinds = {getattr(layer, name).kind for name in linears}
+            if len(kinds) > 1 and kinds & {INT8, INT4}:
+                return None  # the inputs of all products of a layer are rounded alike
             layer.attention_norm = floats(block.attention_norm.weight)
             layer.ffn_norm = floats(block.ffn_norm.weight)
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()

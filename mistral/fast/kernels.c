@@ -44,6 +44,9 @@ enum {
     ROWS = 16,  /* rows of weights that are worked on together, and interleaved in INT4 */
     LINE = 64,  /* bytes that come from memory together */
     GROUP = 32, /* columns that share a scale in INT4 */
+    SPAN = 4,   /* groups of inputs that share a scale beside INT8 weights */
+    AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
+    KEYS = 32,  /* values that stay in the fastest cache while all heads look at them */
 };
 
 typedef struct {
@@ -112,15 +115,26 @@ INLINE floats load_int8(const int8_t *p) {
 #endif
 }
 
-INLINE int64_t size_of(int kind) { return kind == F32 ? 4 : kind == INT8 ? 1 : 2; }
+INLINE int64_t size_of(int kind) { return kind == F32 ? 4 : 2; }
 
 INLINE floats load(int kind, const char *p) {
     switch (kind) {
     case F32: return load_floats((const float *)p);
     case BF16: return load_bf16((const uint16_t *)p);
-    case F16: return load_f16((const uint16_t *)p);
-    default: return load_int8((const int8_t *)p);
+    default: return load_f16((const uint16_t *)p);
     }
+}
+
+/* a * b + c, rounded once where the machine can. Said outright: a compiler that is free to choose chooses differently
+   from loop to loop, and a row's bits would depend on its company. */
+INLINE floats multiply_add(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
 }
 
 INLINE float sum(floats v) {
@@ -134,21 +148,20 @@ INLINE float sum(floats v) {
 /* ---- products: y[r, j] = w[j] . x[r] */
 
 /* Adds to the J x R sums of a tile what `whole` columns bring (a multiple of a LINE's), and asks for the weights `ahead`
-   bytes further on: where there is much to do with each weight, the machine's own guess at what comes next is too late. */
+   bytes further on: the machine's own guess at what comes next is too late. */
 INLINE void dot_tile(int kind, int J, int R, const char *w, int64_t row, int64_t whole, const float *x, int64_t ldx,
                      int64_t ahead, floats (*sums)[8]) {
     floats acc[8][8]; /* J x R of them are used, and stay in registers */
     UNROLL for (int j = 0; j < J; j++)
         UNROLL for (int r = 0; r < R; r++) acc[j][r] = sums[j][r];
     for (int64_t i = 0; i < whole; i += LINE / size_of(kind)) {
-        if (R >= 4)
-            UNROLL for (int j = 0; j < J; j++) __builtin_prefetch(w + j * row + i * size_of(kind) + ahead, 0, 2);
+        UNROLL for (int j = 0; j < J; j++) __builtin_prefetch(w + j * row + i * size_of(kind) + ahead, 0, 2);
         UNROLL for (int64_t c = i; c < i + LINE / size_of(kind); c += LANES) {
             floats ws[8];
             UNROLL for (int j = 0; j < J; j++) ws[j] = load(kind, w + j * row + c * size_of(kind));
             UNROLL for (int r = 0; r < R; r++) {
                 floats v = load_floats(x + r * ldx + c);
-                UNROLL for (int j = 0; j < J; j++) acc[j][r] += ws[j] * v;
+                UNROLL for (int j = 0; j < J; j++) acc[j][r] = multiply_add(ws[j], v, acc[j][r]);
             }
         }
     }
@@ -167,7 +180,7 @@ INLINE void stripe(int kind, int J, int R, int64_t chunk, const char *w, int64_t
     for (int64_t i = 0; i < whole; i += chunk) {
         const int64_t columns = whole - i < chunk ? whole - i : chunk;
         const char *from = w + i * size_of(kind);
-        const int64_t ahead = (i + chunk < whole ? chunk : ROWS * k - i) * size_of(kind);
+        const int64_t ahead = R < 4 ? AHEAD : (i + chunk < whole ? chunk : ROWS * k - i) * size_of(kind);
         int64_t j = 0;
         for (; j + J <= n; j += J) dot_tile(kind, J, R, from + j * row, row, columns, x + i, ldx, ahead, sums + j);
         for (; j < n; j++) dot_tile(kind, 1, R, from + j * row, row, columns, x + i, ldx, ahead, sums + j);
@@ -202,45 +215,135 @@ INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *
     }
 }
 
-/* INT4: blocks of ROWS rows; in each, for every group of GROUP columns, 4 x ROWS words (word j of a row holds
-   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, each a weight + 8) and then ROWS scales (bfloat16).
-   Inputs are rounded to 16 bits with a scale for each group, so that the sums within a group are whole numbers. */
-enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2, HALVES = ROWS / LANES };
+/* ---- products with weights in few bits
 
+Inputs are rounded to 16 bits, with a scale for each group of columns (INT4) or SPAN of groups (INT8), so that the sums
+   within are whole numbers: exact, and two products an instruction. */
 typedef struct {
-    int16_t q[GROUP]; /* of each eight columns 0 4 1 5 2 6 3 7: as the halves of shifted words hold them */
+    int16_t q[GROUP]; /* INT4: of each eight columns 0 4 1 5 2 6 3 7, as the halves of shifted words hold them */
     float scale;
-    int32_t start; /* -8 times their sum, since weights are taken as 0 .. 15 */
+    int32_t start; /* INT4: -8 times their sum, since weights are taken as 0 .. 15 */
 } Inputs;
 
-static void round_inputs(const float *x, int64_t groups, Inputs *out) {
-    for (int64_t g = 0; g < groups; g++, x += GROUP, out++) {
+static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
+
+static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
+    const int64_t most = kind == INT4 ? 1 : SPAN;
+    for (int64_t g = 0; g < groups; g += most) {
+        const int64_t span = groups - g < most ? groups - g : most;
         float top = 0;
-        for (int i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        for (int64_t i = g * GROUP; i < (g + span) * GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
         const float scale = top / 32767, step = scale > 1e-30f ? scale : 1e-30f;
-        int32_t total = 0;
-        for (int i = 0; i < GROUP; i++) {
-            const int q = (int)rintf(x[i] / step);
-            out->q[i / 8 * 8 + i % 4 * 2 + i % 8 / 4] = q;
-            total += q;
+        for (int64_t s = g; s < g + span; s++) {
+            int32_t q[GROUP], total = 0;
+            for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[s * GROUP + i] / step);
+            for (int i = 0; i < GROUP; i++) total += q[i];
+            if (kind == INT4)
+                for (int i = 0; i < GROUP; i++) out[s].q[i / 8 * 8 + i % 4 * 2 + i % 8 / 4] = q[i];
+            else
+                for (int i = 0; i < GROUP; i++) out[s].q[i] = q[i];
+            out[s].scale = scale;
+            out[s].start = -8 * total;
         }
-        out->scale = scale;
-        out->start = -8 * total;
     }
 }
 
-/* To each lane the products of its two halves with those of s, all of them signed. */
-INLINE ints add_products(ints acc, words u, int32_t s) {
-#if defined(__AVX512VNNI__) && LANES == 16
-    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, _mm512_set1_epi32(s));
-#elif defined(__AVX512BW__) && LANES == 16
-    return acc + (ints)_mm512_madd_epi16((__m512i)u, _mm512_set1_epi32(s));
+/* 2 LANES bytes as as many halves, two in each word. */
+INLINE words load_halves(const int8_t *p) {
+#if defined(__AVX512BW__) && LANES == 16
+    return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__AVX2__) && LANES == 8
-    return acc + (ints)_mm256_madd_epi16((__m256i)u, _mm256_set1_epi32(s));
+    return (words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
 #else
-    return acc + (ints)(u & 0xffff) * (int32_t)(int16_t)s + (ints)(u >> 16) * (s >> 16);
+    int16_t wide[2 * LANES];
+    words out;
+    for (int i = 0; i < 2 * LANES; i++) wide[i] = p[i];
+    memcpy(&out, wide, sizeof out);
+    return out;
 #endif
 }
+
+/* To each lane the products of the two halves of u with those of v, all of them signed. */
+INLINE ints add_products(ints acc, words u, words v) {
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, (__m512i)v);
+#elif defined(__AVX512BW__) && LANES == 16
+    return acc + (ints)_mm512_madd_epi16((__m512i)u, (__m512i)v);
+#elif defined(__AVX2__) && LANES == 8
+    return acc + (ints)_mm256_madd_epi16((__m256i)u, (__m256i)v);
+#else
+    return acc + (((ints)u << 16) >> 16) * (((ints)v << 16) >> 16) + ((ints)u >> 16) * ((ints)v >> 16);
+#endif
+}
+
+/* J rows of INT8 weights times R rows of inputs, over whole groups; what they bring is added to the J x R sums. */
+INLINE void int8_tile(int J, int R, const int8_t *w, int64_t row, int64_t groups, const Inputs *x, int64_t ldx,
+                      floats (*sums)[4]) {
+    floats total[8][4];
+    UNROLL for (int j = 0; j < J; j++)
+        UNROLL for (int r = 0; r < R; r++) total[j][r] = sums[j][r];
+    for (int64_t g = 0; g < groups; g += SPAN) {
+        ints acc[8][4];
+        UNROLL for (int j = 0; j < J; j++)
+            UNROLL for (int r = 0; r < R; r++) acc[j][r] = (ints){0};
+        for (int64_t s = g; s < groups && s < g + SPAN; s++) {
+            UNROLL for (int i = 0; i < GROUP; i += 2 * LANES) {
+                words v[4];
+                UNROLL for (int r = 0; r < R; r++) v[r] = *(const words_at *)(x[r * ldx + s].q + i);
+                UNROLL for (int j = 0; j < J; j++) {
+                    const words u = load_halves(w + j * row + s * GROUP + i);
+                    UNROLL for (int r = 0; r < R; r++) acc[j][r] = add_products(acc[j][r], u, v[r]);
+                }
+            }
+        }
+        UNROLL for (int j = 0; j < J; j++) {
+            __builtin_prefetch(w + j * row + g * GROUP + AHEAD, 0, 2);
+            __builtin_prefetch(w + j * row + g * GROUP + AHEAD + LINE, 0, 2);
+            UNROLL for (int r = 0; r < R; r++)
+                {
+                const floats whole = __builtin_convertvector(acc[j][r], floats);
+                total[j][r] = multiply_add((floats){0} + x[r * ldx + g].scale, whole, total[j][r]);
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < J; j++)
+        UNROLL for (int r = 0; r < R; r++) sums[j][r] = total[j][r];
+}
+
+/* n <= ROWS rows of INT8 weights times R rows of inputs, J rows of weights at a time. */
+INLINE void int8_stripe(int J, int R, const int8_t *w, int64_t n, int64_t k, const float *scale, const Inputs *x,
+                        float *out) {
+    const int64_t groups = k / (SPAN * GROUP) * SPAN, all = groups_of(k), done = groups * GROUP;
+    floats sums[ROWS][4];
+    memset(sums, 0, sizeof sums);
+    int64_t j = 0;
+    for (; j + J <= n; j += J) int8_tile(J, R, w + j * k, k, groups, x, all, sums + j);
+    for (; j < n; j++) int8_tile(1, R, w + j * k, k, groups, x, all, sums + j);
+    for (j = 0; j < n; j++) {
+        if (done < k) { /* the last columns, with zeros after them */
+            int8_t last[SPAN * GROUP] = {0};
+            memcpy(last, w + j * k + done, k - done);
+            int8_tile(1, R, last, 0, all - groups, x + groups, all, sums + j);
+        }
+        UNROLL for (int r = 0; r < R; r++) out[r * ROWS + j] = sum(sums[j][r]) * scale[j];
+    }
+}
+
+static void int8_block(const int8_t *w, int64_t n, int64_t k, const float *scale, const Inputs *x, int64_t rows,
+                       float *out) {
+    while (rows) {
+        int64_t done;
+        if (rows >= 4) int8_stripe(2, done = 4, w, n, k, scale, x, out);
+        else if (rows >= 2) int8_stripe(4, done = 2, w, n, k, scale, x, out);
+        else int8_stripe(8, done = 1, w, n, k, scale, x, out);
+        x += done * groups_of(k), out += done * ROWS, rows -= done;
+    }
+}
+
+/* INT4: blocks of ROWS rows; in each, for every group of GROUP columns, 4 x ROWS words (word j of a row holds
+   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, each a weight + 8) and then ROWS scales
+   (bfloat16). */
+enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2, HALVES = ROWS / LANES };
 
 INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
     floats total[4][HALVES];
@@ -257,9 +360,9 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
                 UNROLL for (int i = 0; i < 4; i++) {
                     const words u = (v >> (4 * i)) & 0x000f000fu; /* columns i and i + 4 */
                     UNROLL for (int r = 0; r < R; r++) {
-                        int32_t two;
+                        uint32_t two;
                         memcpy(&two, x[r * groups + g].q + 8 * j + 2 * i, 4);
-                        acc[r][h] = add_products(acc[r][h], u, two);
+                        acc[r][h] = add_products(acc[r][h], u, (words){0} + two);
                     }
                 }
             }
@@ -267,7 +370,8 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
         UNROLL for (int h = 0; h < HALVES; h++) {
             floats scale = load_bf16(scales + h * LANES);
             UNROLL for (int r = 0; r < R; r++)
-                total[r][h] += scale * x[r * groups + g].scale * __builtin_convertvector(acc[r][h], floats);
+                total[r][h] = multiply_add(scale * x[r * groups + g].scale,
+                                           __builtin_convertvector(acc[r][h], floats), total[r][h]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
@@ -283,10 +387,10 @@ static void int4_block(const char *w, int64_t groups, const Inputs *x, int64_t r
     }
 }
 
-static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
+INLINE int few_bits(const Matrix *m) { return m->kind == INT8 || m->kind == INT4; }
 
-/* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. INT4 reads the
-   inputs that were rounded from x instead of x. */
+/* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. Weights in few
+   bits are multiplied with the inputs that were rounded from x instead of x. */
 static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, const Inputs *rounded,
                   int64_t rows, float *out) {
     const char *w = m->data;
@@ -295,9 +399,7 @@ static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int
     case BF16: stripes(BF16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
     case F16: stripes(F16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
     case INT8:
-        stripes(INT8, w + first * m->k, n, m->k, x, ldx, rows, out);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < n; j++) out[r * ROWS + j] *= ((const float *)m->scale)[first + j];
+        int8_block((const int8_t *)w + first * m->k, n, m->k, (const float *)m->scale + first, rounded, rows, out);
         break;
     case INT4: int4_block(w + first / ROWS * groups_of(m->k) * INT4_GROUP, groups_of(m->k), rounded, rows, out);
     }
@@ -307,10 +409,12 @@ static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
 
 int64_t inputs_bytes(void) { return sizeof(Inputs); }
 
-/* y [rows, n] = x [rows, ldx] times a matrix. INT4 wants columns padded to whole groups, and room for rounded inputs. */
+/* y [rows, n] = x [rows, ldx] times a matrix. Weights in few bits want columns padded to whole groups, and room for
+   rounded inputs. */
 void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs *rounded, float *y, int64_t threads) {
-    if (m->kind == INT4)
-        for (int64_t r = 0; r < rows; r++) round_inputs(x + r * ldx, groups_of(m->k), rounded + r * groups_of(m->k));
+    const int64_t groups = groups_of(m->k);
+    if (few_bits(m))
+        for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
         int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
@@ -461,7 +565,7 @@ INLINE floats sigmoid(floats x) {
 INLINE float dot(const float *a, const float *b, int64_t n) {
     floats s = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) s += load_floats(a + i) * load_floats(b + i);
+    for (; i + LANES <= n; i += LANES) s = multiply_add(load_floats(a + i), load_floats(b + i), s);
     float last = 0;
     for (; i < n; i++) last += a[i] * b[i];
     return sum(s) + last;
@@ -480,15 +584,80 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t head_di
     }
 }
 
+/* Of each 2 n lanes of a, then of b, the first n (half 0) or the last (half 1). */
+INLINE floats halves_of(floats a, floats b, int n, int half) {
+    ints pick;
+    UNROLL for (int i = 0; i < LANES; i++) {
+        const int at = i % (LANES / 2);
+        pick[i] = at / n * 2 * n + half * n + at % n + i / (LANES / 2) * LANES;
+    }
+#if defined(__clang__)
+    floats out;
+    UNROLL for (int i = 0; i < LANES; i++) out[i] = pick[i] < LANES ? a[pick[i]] : b[pick[i] - LANES];
+    return out;
+#else
+    return __builtin_shuffle(a, b, pick);
+#endif
+}
+
+/* The `sum` of each of LANES vectors, added up in the same order. */
+INLINE floats sums_of(floats *v) {
+    UNROLL for (int n = LANES / 2; n; n /= 2)
+        UNROLL for (int i = 0; i < n; i++)
+            v[i] = halves_of(v[2 * i], v[2 * i + 1], n, 0) + halves_of(v[2 * i], v[2 * i + 1], n, 1);
+    return v[0];
+}
+
+/* The `dot` of q with LANES keys, and a word to memory about the LANES keys after them. */
+INLINE floats dots(const float *q, const float *keys, int64_t stride, int64_t d, int ahead) {
+    floats acc[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) acc[i] = (floats){0};
+    int64_t c = 0;
+    for (; c + LANES <= d; c += LANES) {
+        const floats v = load_floats(q + c);
+        if (ahead)
+            UNROLL for (int i = 0; i < LANES; i++) __builtin_prefetch(keys + (LANES + i) * stride + c);
+        UNROLL for (int i = 0; i < LANES; i++) acc[i] = multiply_add(v, load_floats(keys + i * stride + c), acc[i]);
+    }
+    floats last = {0};
+    for (; c < d; c++)
+        for (int i = 0; i < LANES; i++) last[i] += q[c] * keys[i * stride + c];
+    return sums_of(acc) + last;
+}
+
+/* To V vectors of the results of H heads, what n values bring; p is [heads, ldp]. */
+INLINE void weigh(int H, int V, const float *p, int64_t ldp, const float *values, int64_t stride, int64_t n, float *out,
+                  int64_t d) {
+    floats acc[2][8];
+    UNROLL for (int h = 0; h < H; h++)
+        UNROLL for (int u = 0; u < V; u++) acc[h][u] = load_floats(out + h * d + u * LANES);
+    for (int64_t i = 0; i < n; i++, values += stride) {
+        floats v[8];
+        UNROLL for (int u = 0; u < V; u++) v[u] = load_floats(values + u * LANES);
+        UNROLL for (int h = 0; h < H; h++)
+            UNROLL for (int u = 0; u < V; u++) acc[h][u] = multiply_add((floats){0} + p[h * ldp + i], v[u], acc[h][u]);
+    }
+    UNROLL for (int h = 0; h < H; h++)
+        UNROLL for (int u = 0; u < V; u++) *(floats_at *)(out + h * d + u * LANES) = acc[h][u];
+}
+
 /* The query heads of one key head, over the positions first .. last of a sequence; q is [heads, D], overwritten by
    the result. scores has room for one float per position and head. */
 static void attend(float *q, int64_t heads, const float *keys, const float *values, int64_t stride, int64_t capacity,
                    int64_t first, int64_t last, int64_t d, float *scores) {
+    enum { V = LANES / 2 };
     const int64_t n = last - first + 1, padded = (n + LANES - 1) / LANES * LANES;
     const float scale = 1 / sqrtf(d);
-    for (int64_t i = 0, slot = first % capacity; i < n; i++) {
-        for (int64_t h = 0; h < heads; h++) scores[h * padded + i] = dot(q + h * d, keys + slot * stride, d) * scale;
-        slot = slot + 1 == capacity ? 0 : slot + 1;
+    for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = 0) { /* twice, where the buffer wraps */
+        run = n - i < capacity - slot ? n - i : capacity - slot;
+        const float *k = keys + slot * stride;
+        float *to = scores + i;
+        int64_t j = 0;
+        for (; j + LANES <= run; j += LANES)
+            for (int64_t h = 0; h < heads; h++)
+                *(floats_at *)(to + h * padded + j) = scale * dots(q + h * d, k + j * stride, stride, d, h == 0);
+        for (; j < run; j++)
+            for (int64_t h = 0; h < heads; h++) to[h * padded + j] = scale * dot(q + h * d, k + j * stride, d);
     }
     for (int64_t h = 0; h < heads; h++) {
         float *s = scores + h * padded, top = -INFINITY;
@@ -504,13 +673,27 @@ static void attend(float *q, int64_t heads, const float *keys, const float *valu
         for (int64_t i = 0; i < n; i++) s[i] *= whole;
     }
     memset(q, 0, heads * d * sizeof *q);
-    for (int64_t i = 0, slot = first % capacity; i < n; i++) {
-        const float *v = values + slot * stride;
-        for (int64_t h = 0; h < heads; h++) {
-            const float p = scores[h * padded + i];
-            for (int64_t j = 0; j < d; j++) q[h * d + j] += p * v[j];
+    for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = slot + run == capacity ? 0 : slot + run) {
+        run = n - i < capacity - slot ? n - i : capacity - slot;
+        run = run < KEYS ? run : KEYS;
+        const float *v = values + slot * stride, *p = scores + i;
+        for (int64_t j = run; j < 2 * run; j++)
+            for (int64_t c = 0; c < d; c += LINE / 4) __builtin_prefetch(v + j * stride + c);
+        for (int64_t h = 0; h < heads; h += 2) {
+            const int two = h + 1 < heads;
+            float *out = q + h * d;
+            const float *w = p + h * padded;
+            int64_t c = 0;
+            for (; c + V * LANES <= d; c += V * LANES)
+                if (two) weigh(2, V, w, padded, v + c, stride, run, out + c, d);
+                else weigh(1, V, w, padded, v + c, stride, run, out + c, d);
+            for (; c + LANES <= d; c += LANES)
+                if (two) weigh(2, 1, w, padded, v + c, stride, run, out + c, d);
+                else weigh(1, 1, w, padded, v + c, stride, run, out + c, d);
+            for (; c < d; c++)
+                for (int64_t g = 0; g < 1 + two; g++)
+                    for (int64_t j = 0; j < run; j++) out[g * d + c] += w[g * padded + j] * v[j * stride + c];
         }
-        slot = slot + 1 == capacity ? 0 : slot + 1;
     }
 }
 
@@ -525,7 +708,7 @@ int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys) {
 /* One token for each of `rows` sequences, through all layers.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out; rounded: room for the widest
-   inputs, where a layer is INT4 (all of its matrices are, or none). */
+   inputs, where the weights have few bits (all of a layer's as many). */
 void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
@@ -538,13 +721,13 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
-        const int few_bits = layer->wq.kind == INT4;
+        const int kind = layer->wq.kind, rounds = few_bits(&layer->wq);
         float out[rows * ROWS], gate[rows * ROWS];
 
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
-            if (few_bits) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
         const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
 #pragma omp for schedule(dynamic, 2)
@@ -572,9 +755,9 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             attend(mine, heads, keys, values, stride, layer->capacity, first, last, d,
                    scores + i * heads * (most_keys + LANES));
         }
-        if (few_bits)
+        if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
@@ -585,7 +768,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
-            if (few_bits) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {
@@ -600,9 +783,9 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
                 memcpy(wide + r * ldw + first, out + r * ROWS, n * 4);
             }
         }
-        if (few_bits)
+        if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
 #pragma omp for schedule(dynamic, 2)
         for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;

@@ -63,7 +63,7 @@ def int4(weight: Tensor) -> Tensor:
 
 
 def room_for_inputs(rows: int, columns: int) -> Tensor:
-    """Memory for the rounded inputs of a product with int4 weights."""
+    """Memory for the rounded inputs of a product with weights in few bits."""
     return torch.empty(rows * quantize.groups(columns) * kernels().inputs_bytes(), dtype=torch.uint8)
 
 
@@ -71,12 +71,13 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     """x [..., k] times a matrix [n, k], by the kernels: [..., n] fp32."""
     flat = x.reshape(-1, matrix.k)
     width = matrix.k
-    if matrix.kind == INT4 and matrix.k % quantize.GROUP:
+    rounds = matrix.kind in (INT8, INT4)
+    if rounds and matrix.k % quantize.GROUP:
         width = quantize.groups(matrix.k) * quantize.GROUP
         flat = F.pad(flat, (0, width - matrix.k))
     flat = flat.contiguous()
     y = flat.new_empty(len(flat), matrix.n)
-    rounded = room_for_inputs(len(flat), matrix.k) if matrix.kind == INT4 else y
+    rounded = room_for_inputs(len(flat), matrix.k) if rounds else y
     kernels().product(
         ctypes.byref(matrix),
         pointer(flat),
@@ -108,6 +109,7 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: int
+    span: int  # columns whose inputs share a scale
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -122,8 +124,8 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the weights are multiplied with."""
-        return x
+        """What the weights are multiplied with: x in 16 bits."""
+        return quantize.rounded(x, self.span)
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix()
@@ -146,9 +148,10 @@ class QuantizedLinear(nn.Module):
 
 
 class Int8Linear(QuantizedLinear):
-    """A byte a weight and a scale a row."""
+    """A byte a weight and a scale a row; inputs in 16 bits."""
 
     kind = INT8
+    span = quantize.SPAN
     q: Tensor
     scale: Tensor
 
@@ -171,6 +174,7 @@ class Int4Linear(QuantizedLinear):
     """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
 
     kind = INT4
+    span = quantize.GROUP
     packed: Tensor
 
     def __init__(self, weight: Tensor) -> None:
@@ -185,6 +189,3 @@ class Int4Linear(QuantizedLinear):
     def rows(self, first: int, last: int) -> Tensor:
         q, scale = quantize.unpack(self.packed, self.out_features, self.in_features)
         return quantize.meant(q[first:last], scale[first:last], self.in_features)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        return quantize.rounded(x)

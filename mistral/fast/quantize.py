@@ -1,7 +1,8 @@
 """Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
 
 int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
-of a row share; what it is multiplied with is rounded to 16 bits in the same groups. All symmetric: 0 stays 0.
+of a row share. What they are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (int4) neighbours that
+share a scale. All symmetric: 0 stays 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUP = 32  # columns that share a scale
+GROUP = 32  # columns that share a scale in int4
+SPAN = 128  # columns whose inputs share a scale beside int8
 ROWS = 16  # rows that are interleaved
 INPUTS = 32767  # what the largest input of a group becomes
 # Shares of a group's largest weight that may become the -8; the one with the least squared error does.
@@ -69,9 +71,9 @@ def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns]
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Inputs [..., k] of a product with int4 weights: each group of 32 in 16 bits, widened again."""
-    grouped = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+def rounded(x: Tensor, span: int) -> Tensor:
+    """Inputs [..., k] of a product with weights in few bits: each `span` of them in 16 bits, widened again."""
+    grouped = F.pad(x, (0, -x.shape[-1] % span)).unflatten(-1, (-1, span))
     scale = grouped.abs().amax(-1, keepdim=True) / INPUTS
     near = (grouped / scale.clamp(min=1e-30)).round_() * scale
     return near.flatten(-2)[..., : x.shape[-1]]
