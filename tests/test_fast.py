@@ -200,6 +200,14 @@ def test_packing_is_undone(n: int, k: int, scale: float, seed: int) -> None:
     assert torch.equal(back[1], scales)
 
 
+def test_how_int8_weights_lie_in_memory() -> None:
+    q = (torch.arange(20 * 40).view(20, 40) % 251 - 125).to(torch.int8)
+    packed = quantize.interleave(q)
+    assert packed.shape == quantize.int8_shape(20, 40) == (2, 2, 512)
+    for row, column in ((0, 0), (3, 5), (15, 31), (19, 39)):
+        assert packed[row // 16, column // 32, column % 32 // 2 * 32 + row % 16 * 2 + column % 2] == q[row, column]
+
+
 def test_how_packed_weights_lie_in_memory() -> None:
     q = torch.arange(16 * 32).view(16, 32) % 16 - 8
     scales = torch.arange(1, 17).bfloat16()[:, None]
@@ -237,8 +245,11 @@ def _round_to_eighths(weight: Tensor) -> Tensor:
 @given(n=st.integers(1, 40), k=st.integers(1, 130), scale=st.floats(1e-4, 1e3), seed=st.integers(0, 2**20))
 def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, scale: float, seed: int) -> None:
     weight = ((torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale).to(DTYPES[dtype])
-    for got, want in zip(int8(weight), quantize.int8(weight), strict=True):
-        assert torch.equal(got, want)
+    q, scales = quantize.int8(weight)
+    packed, found = int8(weight)
+    assert torch.equal(packed, quantize.interleave(q))
+    assert torch.equal(quantize.separate(packed, n, k), q)
+    assert torch.equal(found, scales)
     got, want = int4(weight), quantize.pack(*quantize.int4(weight))
     assert got.shape == want.shape == quantize.packed_shape(n, k)
     if not torch.equal(got, want):  # two scales that fit equally well up to rounding
@@ -262,11 +273,11 @@ def test_zeros_stay_zero(kind: str) -> None:
 def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
     linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
     matrix = linear.matrix()
-    for first, last in ((0, 50), (5, 21), (49, 50)):
-        out = torch.full((last - first, 77), 9.0)
+    for first, last in ((0, 50), (16, 48), (32, 39)):
+        out = torch.full((77, last - first), 9.0)
         size = ctypes.c_int64(last - first), build.pointer(out), ctypes.c_int64(2)
         kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
-        assert torch.equal(out, linear.rows(first, last))
+        assert torch.equal(out.T, linear.rows(first, last))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.fast.linear import FastLinear, Int4Linear, Int8Linear, QuantizedLinear
-from mistral.fast.quantize import GROUP, ROWS, groups
+from mistral.fast.quantize import int8_shape, packed_shape
 from mistral.linear import Linear
 from mistral.model import Transformer
 
@@ -30,8 +30,8 @@ def bytes_of(name: str, shape: tuple[int, ...], quant: str, itemsize: int) -> in
         return math.prod(shape) * itemsize
     n, k = shape
     if _kind(name, quant) is Int8Linear:
-        return n * (k + 4)
-    return -(-n // ROWS) * ROWS * groups(k) * (GROUP // 2 + 2)
+        return math.prod(int8_shape(n, k)) + 4 * n
+    return math.prod(packed_shape(n, k))
 
 
 def quantized(name: str, weight: Tensor, quant: str) -> QuantizedLinear:

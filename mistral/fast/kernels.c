@@ -27,12 +27,10 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
 typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -41,7 +39,7 @@ typedef int8_t bytes_at __attribute__((vector_size(LANES), aligned(1), may_alias
 enum { F32, BF16, F16, INT8, INT4 };
 
 enum {
-    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in INT4 */
+    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in INT8 and INT4 */
     LINE = 64,  /* bytes that come from memory together */
     GROUP = 32, /* columns that share a scale in INT4 */
     SPAN = 4,   /* groups of inputs that share a scale beside INT8 weights */
@@ -50,7 +48,7 @@ enum {
 };
 
 typedef struct {
-    const void *data;  /* [n, k] of the kind; INT4: see int4_tile */
+    const void *data;  /* [n, k] of the kind; INT8, INT4: see int8_tile, int4_tile */
     const void *scale; /* INT8: [n] float; INT4: with the data */
     int64_t kind, n, k;
 } Matrix;
@@ -101,17 +99,6 @@ INLINE floats load_f16(const uint16_t *p) {
         out[i] = f;
     }
     return out;
-#endif
-}
-
-INLINE floats load_int8(const int8_t *p) {
-#if defined(__AVX512F__)
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#elif defined(__AVX2__)
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    shorts wider = __builtin_convertvector((bytes) * (const bytes_at *)p, shorts);
-    return __builtin_convertvector(__builtin_convertvector(wider, ints), floats);
 #endif
 }
 
@@ -276,74 +263,48 @@ INLINE ints add_products(ints acc, words u, words v) {
 #endif
 }
 
-/* J rows of INT8 weights times R rows of inputs, over whole groups; what they bring is added to the J x R sums. */
-INLINE void int8_tile(int J, int R, const int8_t *w, int64_t row, int64_t groups, const Inputs *x, int64_t ldx,
-                      floats (*sums)[4]) {
-    floats total[8][4];
-    UNROLL for (int j = 0; j < J; j++)
-        UNROLL for (int r = 0; r < R; r++) total[j][r] = sums[j][r];
+/* Both kinds lie in blocks of ROWS rows that are interleaved, so that a block is one stretch of memory and a lane belongs
+   to a row. INT8: for every pair of columns ROWS pairs of bytes; columns are filled up to whole groups. The scales of
+   the rows are apart. */
+enum { INT8_GROUP = GROUP * ROWS, HALVES = ROWS / LANES };
+
+INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
+    enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
+    floats total[4][HALVES];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g += SPAN) {
-        ints acc[8][4];
-        UNROLL for (int j = 0; j < J; j++)
-            UNROLL for (int r = 0; r < R; r++) acc[j][r] = (ints){0};
-        for (int64_t s = g; s < groups && s < g + SPAN; s++) {
-            UNROLL for (int i = 0; i < GROUP; i += 2 * LANES) {
-                words v[4];
-                UNROLL for (int r = 0; r < R; r++) v[r] = *(const words_at *)(x[r * ldx + s].q + i);
-                UNROLL for (int j = 0; j < J; j++) {
-                    const words u = load_halves(w + j * row + s * GROUP + i);
-                    UNROLL for (int r = 0; r < R; r++) acc[j][r] = add_products(acc[j][r], u, v[r]);
+        ints acc[4][HALVES][CHAINS];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int h = 0; h < HALVES; h++)
+                UNROLL for (int i = 0; i < CHAINS; i++) acc[r][h][i] = (ints){0};
+        for (int64_t s = g; s < groups && s < g + SPAN; s++, w += INT8_GROUP) {
+            UNROLL for (int i = 0; i < GROUP / 2; i++) {
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    const words u = load_halves((const int8_t *)w + (i * ROWS + h * LANES) * 2);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        uint32_t two;
+                        memcpy(&two, x[r * groups + s].q + 2 * i, 4);
+                        ints *to = &acc[r][h][R == 1 ? i % CHAINS : R == 2 ? i % 2 : 0];
+                        *to = add_products(*to, u, (words){0} + two);
+                    }
                 }
             }
         }
-        UNROLL for (int j = 0; j < J; j++) {
-            __builtin_prefetch(w + j * row + g * GROUP + AHEAD, 0, 2);
-            __builtin_prefetch(w + j * row + g * GROUP + AHEAD + LINE, 0, 2);
-            UNROLL for (int r = 0; r < R; r++)
-                {
-                const floats whole = __builtin_convertvector(acc[j][r], floats);
-                total[j][r] = multiply_add((floats){0} + x[r * ldx + g].scale, whole, total[j][r]);
+        UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const ints whole = (acc[r][h][0] + acc[r][h][1]) + (acc[r][h][2] + acc[r][h][3]);
+                total[r][h] = multiply_add((floats){0} + x[r * groups + g].scale,
+                                           __builtin_convertvector(whole, floats), total[r][h]);
             }
         }
     }
-    UNROLL for (int j = 0; j < J; j++)
-        UNROLL for (int r = 0; r < R; r++) sums[j][r] = total[j][r];
+    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
 
-/* n <= ROWS rows of INT8 weights times R rows of inputs, J rows of weights at a time. */
-INLINE void int8_stripe(int J, int R, const int8_t *w, int64_t n, int64_t k, const float *scale, const Inputs *x,
-                        float *out) {
-    const int64_t groups = k / (SPAN * GROUP) * SPAN, all = groups_of(k), done = groups * GROUP;
-    floats sums[ROWS][4];
-    memset(sums, 0, sizeof sums);
-    int64_t j = 0;
-    for (; j + J <= n; j += J) int8_tile(J, R, w + j * k, k, groups, x, all, sums + j);
-    for (; j < n; j++) int8_tile(1, R, w + j * k, k, groups, x, all, sums + j);
-    for (j = 0; j < n; j++) {
-        if (done < k) { /* the last columns, with zeros after them */
-            int8_t last[SPAN * GROUP] = {0};
-            memcpy(last, w + j * k + done, k - done);
-            int8_tile(1, R, last, 0, all - groups, x + groups, all, sums + j);
-        }
-        UNROLL for (int r = 0; r < R; r++) out[r * ROWS + j] = sum(sums[j][r]) * scale[j];
-    }
-}
-
-static void int8_block(const int8_t *w, int64_t n, int64_t k, const float *scale, const Inputs *x, int64_t rows,
-                       float *out) {
-    while (rows) {
-        int64_t done;
-        if (rows >= 4) int8_stripe(2, done = 4, w, n, k, scale, x, out);
-        else if (rows >= 2) int8_stripe(4, done = 2, w, n, k, scale, x, out);
-        else int8_stripe(8, done = 1, w, n, k, scale, x, out);
-        x += done * groups_of(k), out += done * ROWS, rows -= done;
-    }
-}
-
-/* INT4: blocks of ROWS rows; in each, for every group of GROUP columns, 4 x ROWS words (word j of a row holds
-   columns 8 j .. 8 j + 7 of the group, the first in the lowest bits, each a weight + 8) and then ROWS scales
-   (bfloat16). */
-enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2, HALVES = ROWS / LANES };
+/* INT4: for every group of GROUP columns 4 x ROWS words (word j of a row holds columns 8 j .. 8 j + 7 of the group, the
+   first in the lowest bits, each a weight + 8) and then ROWS scales (bfloat16). */
+enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2 };
 
 INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
     floats total[4][HALVES];
@@ -377,12 +338,17 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
 
-static void int4_block(const char *w, int64_t groups, const Inputs *x, int64_t rows, float *out) {
+INLINE void tile(int kind, int R, const char *w, int64_t groups, const Inputs *x, float *out) {
+    if (kind == INT8) int8_tile(R, w, groups, x, out);
+    else int4_tile(R, w, groups, x, out);
+}
+
+INLINE void tiles(int kind, const char *w, int64_t groups, const Inputs *x, int64_t rows, float *out) {
     while (rows) {
         int64_t done;
-        if (rows >= 4) { done = 4; int4_tile(4, w, groups, x, out); }
-        else if (rows >= 2) { done = 2; int4_tile(2, w, groups, x, out); }
-        else { done = 1; int4_tile(1, w, groups, x, out); }
+        if (rows >= 4) tile(kind, 4, w, groups, x, out), done = 4;
+        else if (rows >= 2) tile(kind, 2, w, groups, x, out), done = 2;
+        else tile(kind, 1, w, groups, x, out), done = 1;
         x += done * groups, out += done * ROWS, rows -= done;
     }
 }
@@ -394,14 +360,17 @@ INLINE int few_bits(const Matrix *m) { return m->kind == INT8 || m->kind == INT4
 static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, const Inputs *rounded,
                   int64_t rows, float *out) {
     const char *w = m->data;
+    const int64_t groups = groups_of(m->k);
     switch (m->kind) {
     case F32: stripes(F32, w + first * m->k * 4, n, m->k, x, ldx, rows, out); break;
     case BF16: stripes(BF16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
     case F16: stripes(F16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
     case INT8:
-        int8_block((const int8_t *)w + first * m->k, n, m->k, (const float *)m->scale + first, rounded, rows, out);
+        tiles(INT8, w + first / ROWS * groups * INT8_GROUP, groups, rounded, rows, out);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < n; j++) out[r * ROWS + j] *= ((const float *)m->scale)[first + j];
         break;
-    case INT4: int4_block(w + first / ROWS * groups_of(m->k) * INT4_GROUP, groups_of(m->k), rounded, rows, out);
+    case INT4: tiles(INT4, w + first / ROWS * groups * INT4_GROUP, groups, rounded, rows, out);
     }
 }
 
@@ -424,30 +393,39 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
     }
 }
 
-/* Rows first .. first + n of a matrix as floats, [n, k]: for products of many rows, by somebody else. */
+/* Rows first .. first + n of a matrix in few bits as floats and transposed, [k, n]: for products of many rows, by somebody
+   else. first begins a block. */
 void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t threads) {
-    const int64_t k = m->k;
+    const int64_t k = m->k, groups = groups_of(k), size = m->kind == INT8 ? INT8_GROUP : INT4_GROUP;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t j = 0; j < n; j++) {
-        float *to = out + j * k;
+    for (int64_t b = 0; b < n; b += ROWS) {
+        const int64_t count = n - b < ROWS ? n - b : ROWS;
+        const char *w = (const char *)m->data + (first + b) / ROWS * groups * size;
+        floats scale[HALVES] = {{0}};
         if (m->kind == INT8) {
-            const int8_t *from = (const int8_t *)m->data + (first + j) * k;
-            float scale = ((const float *)m->scale)[first + j];
-            int64_t i = 0;
-            for (; i + LANES <= k; i += LANES) *(floats_at *)(to + i) = load_int8(from + i) * scale;
-            for (; i < k; i++) to[i] = from[i] * scale;
-        } else {
-            const char *from = (const char *)m->data + (first + j) / ROWS * groups_of(k) * INT4_GROUP;
-            int lane = (first + j) % ROWS;
-            for (int64_t g = 0; g < groups_of(k); g++, from += INT4_GROUP) {
-                uint32_t bits = (uint32_t)((const uint16_t *)(from + 4 * ROWS * 4))[lane] << 16;
-                float scale;
-                memcpy(&scale, &bits, 4);
-                for (int i = 0; i < GROUP && g * GROUP + i < k; i++) {
-                    uint32_t word = ((const uint32_t *)from)[i / 8 * ROWS + lane];
-                    to[g * GROUP + i] = (float)((int)(word >> (4 * (i % 8)) & 15) - 8) * scale;
+            float each[ROWS] = {0};
+            memcpy(each, (const float *)m->scale + first + b, count * 4);
+            UNROLL for (int h = 0; h < HALVES; h++) scale[h] = load_floats(each + h * LANES);
+        }
+        for (int64_t g = 0; g < groups; g++, w += size) {
+            float wide[GROUP][ROWS];
+            for (int i = 0; i < GROUP; i += 2) {
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    if (m->kind == INT8) {
+                        const ints u = (ints)load_halves((const int8_t *)w + (i / 2 * ROWS + h * LANES) * 2);
+                        *(floats_at *)(wide[i] + h * LANES) = scale[h] * __builtin_convertvector((u << 16) >> 16, floats);
+                        *(floats_at *)(wide[i + 1] + h * LANES) = scale[h] * __builtin_convertvector(u >> 16, floats);
+                    } else {
+                        const ints v = *(const ints_at *)(w + (i / 8 * ROWS + h * LANES) * 4) >> (4 * (i % 8));
+                        const floats each = load_bf16((const uint16_t *)(w + 4 * ROWS * 4) + h * LANES);
+                        *(floats_at *)(wide[i] + h * LANES) = each * __builtin_convertvector((v & 15) - 8, floats);
+                        *(floats_at *)(wide[i + 1] + h * LANES) =
+                            each * __builtin_convertvector((v >> 4 & 15) - 8, floats);
+                    }
                 }
             }
+            for (int64_t i = 0; i < GROUP && g * GROUP + i < k; i++)
+                memcpy(out + (g * GROUP + i) * n + b, wide[i], count * 4);
         }
     }
 }
@@ -473,16 +451,21 @@ static void any_row(const Matrix *m, int64_t j, float *out) {
     else row_of(F16, w, m->k, out);
 }
 
-/* q [n, k] and scale [n] of a matrix of floats of some kind. */
-void to_int8(const Matrix *m, int8_t *q, float *scale, int64_t threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-    for (int64_t j = 0; j < m->n; j++) {
-        float row[m->k], top = 0;
-        any_row(m, j, row);
-        for (int64_t i = 0; i < m->k; i++) top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
-        scale[j] = top / 127;
-        const float step = scale[j] > 1e-30f ? scale[j] : 1e-30f;
-        for (int64_t i = 0; i < m->k; i++) q[j * m->k + i] = (int8_t)rintf(row[i] / step);
+/* Blocks as int8_tile reads them, and scale [n], of a matrix of floats of some kind. */
+void to_int8(const Matrix *m, int8_t *packed, float *scale, int64_t threads) {
+    const int64_t size = groups_of(m->k) * INT8_GROUP;
+#pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
+    for (int64_t b = 0; b < blocks_of(m); b++) {
+        int8_t *to = packed + b * size;
+        memset(to, 0, size);
+        for (int lane = 0; lane < ROWS && b * ROWS + lane < m->n; lane++) {
+            float row[m->k], top = 0;
+            any_row(m, b * ROWS + lane, row);
+            for (int64_t i = 0; i < m->k; i++) top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
+            scale[b * ROWS + lane] = top / 127;
+            const float step = top / 127 > 1e-30f ? top / 127 : 1e-30f;
+            for (int64_t i = 0; i < m->k; i++) to[(i / 2 * ROWS + lane) * 2 + i % 2] = (int8_t)rintf(row[i] / step);
+        }
     }
 }
 

@@ -79,6 +79,25 @@ def rounded(x: Tensor, span: int) -> Tensor:
     return near.flatten(-2)[..., : x.shape[-1]]
 
 
+def int8_shape(n: int, columns: int) -> tuple[int, int, int]:
+    """Shape of what `interleave` gives for [n, columns] weights."""
+    return -(-n // ROWS), groups(columns), GROUP * ROWS
+
+
+def interleave(q: Tensor) -> Tensor:
+    """[n, k] int8 weights as kernels.c reads them: [blocks of 16 rows, groups, 512], pairs of columns of 16 rows."""
+    n, k = q.shape
+    filled = F.pad(q, (0, groups(k) * GROUP - k, 0, -n % ROWS))
+    pairs = filled.view(-1, ROWS, groups(k), GROUP // 2, 2)
+    return pairs.permute(0, 2, 3, 1, 4).reshape(int8_shape(n, k))
+
+
+def separate(packed: Tensor, n: int, columns: int) -> Tensor:
+    """What `interleave` was given."""
+    pairs = packed.view(*packed.shape[:2], GROUP // 2, ROWS, 2)
+    return pairs.permute(0, 3, 1, 2, 4).reshape(-1, groups(columns) * GROUP)[:n, :columns]
+
+
 def packed_shape(n: int, columns: int) -> tuple[int, int, int]:
     """Shape of what `pack` gives for [n, columns] weights."""
     return -(-n // ROWS), groups(columns), GROUP // 2 * ROWS + 2 * ROWS
