@@ -95,12 +95,12 @@ def resolve(
     """
     place = pick_device(device)
     compute = pick_dtype(dtype, place, stored)
-    fits = place.type == "cpu" and compute == torch.float32
+    on_cpu_in_fp32 = place.type == "cpu" and compute == torch.float32
     if quant is not None and quant not in QUANTS:
         raise OptionError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
-    if quant is not None and not fits:
+    if quant is not None and not on_cpu_in_fp32:
         raise OptionError(f"quantized weights are for a CPU in float32, not for {place.type} in {_name(compute)}")
-    fast, notes = _kernels(kernels, fits)
+    fast, notes = _kernels(kernels, place.type == "cpu" and compute in (torch.float32, torch.bfloat16))
     weights = compute
     if fast and compute.itemsize > stored.itemsize:
         weights = stored  # the kernels read narrow weights as fast as memory gives them
@@ -109,7 +109,7 @@ def resolve(
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
     name, attend = backends.resolve(attention, place, compute, head_dim)
-    decode = fast and attention is None  # a backend that was asked for is the one that is used
+    decode = fast and on_cpu_in_fp32 and attention is None  # a backend that was asked for is the one that is used
     return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, notes)
 
 
@@ -118,7 +118,7 @@ def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
     if wanted is False or (wanted is None and not fits):
         return False, ()
     if not fits:
-        raise OptionError("the kernels are for a CPU in float32: leave --kernels out")
+        raise OptionError("the kernels are for a CPU in float32 or bfloat16: leave --kernels out")
     from mistral.fast.build import NoKernels, kernels
 
     try:

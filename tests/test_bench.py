@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mistral import bench
+from mistral.fast.linear import QuantizedLinear
 from mistral.formats import load
 from tests.commands import Command, in_process
 from tests.folders import PARAMS, make_folder
@@ -85,8 +86,9 @@ def test_what_limits_are_made_of(tmp_path: Path) -> None:
     assert bench.weights_in_products(model) == layers
     int8 = load(folder, device="cpu", quant="int8").model
     assert bench.weights_in_products(int8) == layers
-    rows = PARAMS["vocab_size"]
-    assert bench.weight_bytes(int8) < bench.weight_bytes(model) / 3 + 4 * rows
+    kept = sum(t.nbytes for m in int8.modules() if isinstance(m, QuantizedLinear) for t in m.buffers())
+    norms = sum(p.nbytes for n, p in int8.named_parameters() if "norm" in n)
+    assert bench.weight_bytes(int8) == kept + norms
 
 
 def test_prefill_and_decode_take_in_what_they_say() -> None:

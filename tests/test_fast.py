@@ -177,6 +177,18 @@ def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None
     assert not quantize.rounded(torch.zeros(2, 40), span).any()
 
 
+@pytest.mark.parametrize("rows", [1, 5, FEW + 1])
+def test_activations_in_bfloat16(rows: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    linear = make_linear("bfloat16", torch.rand(40, 100, generator=generator) - 0.5)
+    x = (torch.rand(rows, 100, generator=generator) - 0.5).bfloat16()
+    with torch.inference_mode():
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    want = x.double() @ linear.weight.double().T
+    assert ((y - want).abs() <= 2**-8 * want.abs() + 1e-5).all()  # summed up in fp32, rounded once
+
+
 def test_half_precision_specials() -> None:
     values = [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0, float("inf"), float("-inf"), 1 / 3]
     weight = torch.tensor(values).half()[:, None]
@@ -462,7 +474,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     for options, message in (
         ({"quant": "int3"}, "quant 'int3' is not one of int8, int4"),
         ({"quant": "int8", "dtype": "float64"}, "quantized weights are for a CPU in float32, not for cpu in float64"),
-        ({"kernels": True, "dtype": "bfloat16"}, "the kernels are for a CPU in float32"),
+        ({"kernels": True, "dtype": "float16"}, "the kernels are for a CPU in float32 or bfloat16"),
     ):
         with pytest.raises(OptionError, match=message):
             load(folder, device="cpu", **options)

@@ -16,12 +16,13 @@ from mistral.fast.build import INT4, INT8, KINDS, Matrix, NoKernels, kernels, po
 from mistral.linear import ROWS, WIDEN, Linear
 
 FEW = 16  # rows of activations up to which the kernels are faster than one large product
+COMPUTE = (torch.float32, torch.bfloat16)  # dtypes of activations that the kernels take; they sum up in fp32
 
 
 def few(x: Tensor) -> bool:
     """Whether a product with x is one for the kernels."""
     rows = x.numel() // max(1, x.shape[-1])
-    return 0 < rows <= FEW and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return 0 < rows <= FEW and x.dtype in COMPUTE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def stored(weight: Tensor) -> Matrix | None:
@@ -70,14 +71,14 @@ def room_for_inputs(rows: int, columns: int) -> Tensor:
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """x [..., k] times a matrix [n, k], by the kernels: [..., n] fp32."""
+    """x [..., k] times a matrix [n, k], by the kernels: [..., n] in x's dtype, summed up in fp32."""
     flat = x.reshape(-1, matrix.k)
     width = matrix.k
     rounds = matrix.kind in (INT8, INT4)
     if rounds and matrix.k % quantize.GROUP:
         width = quantize.groups(matrix.k) * quantize.GROUP
         flat = F.pad(flat, (0, width - matrix.k))
-    flat = flat.contiguous()
+    flat = flat.float().contiguous()
     y = flat.new_empty(len(flat), matrix.n)
     rounded = room_for_inputs(len(flat), matrix.k) if rounds else y
     kernels().product(
@@ -89,7 +90,7 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
         pointer(y),
         ctypes.c_int64(torch.get_num_threads()),
     )
-    return y.view(*x.shape[:-1], matrix.n)
+    return y.to(x.dtype).view(*x.shape[:-1], matrix.n)
 
 
 class FastLinear(Linear):

@@ -1,0 +1,359 @@
+"""Side by side with llama.cpp and transformers on a CPU, at the 1.0 B shape with random weights.
+
+    python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
+
+FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
+decode, prefill, flat, batch. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built for the
+machine, some ten minutes); a peer that is missing is left out.
+
+Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
+machine in the same moods; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
+rate of memory is read in each round too, by as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mistral.bench import SHAPES
+
+ARGS = SHAPES["1b"]
+CONTEXT, STEPS, PROMPT = 32, 16, 512
+GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+# --- what runs in a process of its own: a name to two functions, both from numbers to tokens a second
+
+
+def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`."""
+    import dataclasses
+
+    import torch
+
+    from mistral import bench
+    from mistral.formats import assemble
+    from mistral.formats.random import random_folder
+
+    torch.set_num_threads(threads)
+    weights, dtype, window, layers = (*name.split(":"), "", "", "")[:4]
+    args = ARGS
+    if window:
+        args = dataclasses.replace(args, sliding_window=int(window), n_layers=int(layers))
+    stored = weights if weights in ("float32", "bfloat16") else "bfloat16"
+    options = {"device": "cpu", "dtype": dtype or "float32", "quant": None if weights == stored else weights}
+    model, _ = assemble(random_folder(args, folder, dtype=stored), **options)
+    big = torch.ones(1 << 26)
+
+    def read() -> float:
+        began = time.perf_counter()
+        big.sum()
+        return big.nbytes / (time.perf_counter() - began)
+
+    return {
+        "decode": lambda context, batch, steps: batch / statistics.median(bench.decode(model, context, batch, steps)),
+        "prefill": lambda tokens: tokens / bench.prefill(model, tokens),
+        "read": lambda: statistics.median(read() for _ in range(7)),
+        "bytes": lambda: bench.weight_bytes(model),
+    }
+
+
+def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
+    """`transformers:DTYPE`."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.set_num_threads(threads)
+    config = MistralConfig(
+        vocab_size=ARGS.vocab_size,
+        hidden_size=ARGS.dim,
+        intermediate_size=ARGS.hidden_dim,
+        num_hidden_layers=ARGS.n_layers,
+        num_attention_heads=ARGS.n_heads,
+        num_key_value_heads=ARGS.n_kv_heads,
+        head_dim=ARGS.head_dim,
+        sliding_window=ARGS.sliding_window,
+    )
+    torch.set_default_dtype(getattr(torch, name))
+    model = MistralForCausalLM(config).eval()
+
+    @torch.inference_mode()
+    def decode(context: int, batch: int, steps: int) -> float:
+        out = model(torch.randint(3, 1000, (batch, context)), use_cache=True)
+        times = []
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            ids = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(ids, past_key_values=out.past_key_values, use_cache=True)
+            times.append(time.perf_counter() - began)
+        return batch / statistics.median(times[1:])
+
+    @torch.inference_mode()
+    def prefill(tokens: int) -> float:
+        began = time.perf_counter()
+        model(torch.randint(3, 1000, (1, tokens)), use_cache=True, logits_to_keep=1)
+        return tokens / (time.perf_counter() - began)
+
+    return {"decode": decode, "prefill": prefill}
+
+
+def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
+    """`llama:WEIGHTS`."""
+    import llama_cpp as L
+
+    silent = L.llama_log_callback(lambda *_: None)
+    L.llama_log_set(silent, ctypes.c_void_p(0))
+    L.llama_backend_init()
+    model = L.llama_model_load_from_file(str(gguf_file(folder, name)).encode(), L.llama_model_default_params())
+    params = L.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 1024
+    params.n_threads = params.n_threads_batch = threads
+    context = L.llama_init_from_model(model, params)
+
+    def run(tokens: int) -> float:
+        ids = (L.llama_token * tokens)(*[5 + i for i in range(tokens)])
+        began = time.perf_counter()
+        if L.llama_decode(context, L.llama_batch_get_one(ids, tokens)):
+            raise RuntimeError("llama_decode failed")
+        L.llama_synchronize(context)
+        return time.perf_counter() - began
+
+    def forget() -> None:
+        L.llama_memory_clear(L.llama_get_memory(context), True)
+
+    def decode(tokens: int, batch: int, steps: int) -> float:
+        forget()
+        run(tokens)
+        return 1 / statistics.median([run(1) for _ in range(steps + 1)][1:])
+
+    def prefill(tokens: int) -> float:
+        forget()
+        return tokens / run(tokens)
+
+    keep = (silent, model)
+    return {"decode": decode, "prefill": prefill, "keep": lambda: len(keep)}
+
+
+PROGRAMS = {"ours": ours, "transformers": transformers, "llama": llama}
+
+
+def gguf_file(folder: Path, weights: str) -> Path:
+    """The model in llama.cpp's format: random weights, made when missing."""
+    path = folder / f"{GGUF[weights]}.gguf"
+    if path.exists():
+        return path
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[GGUF[weights]]
+    part = path.with_suffix(".part")
+    w = gguf.GGUFWriter(part, "llama")
+    w.add_context_length(32768)
+    w.add_embedding_length(ARGS.dim)
+    w.add_block_count(ARGS.n_layers)
+    w.add_feed_forward_length(ARGS.hidden_dim)
+    w.add_head_count(ARGS.n_heads)
+    w.add_head_count_kv(ARGS.n_kv_heads)
+    w.add_key_length(ARGS.head_dim)
+    w.add_value_length(ARGS.head_dim)
+    w.add_layer_norm_rms_eps(ARGS.norm_eps)
+    w.add_rope_dimension_count(ARGS.head_dim)
+    w.add_rope_freq_base(1e4)
+    w.add_vocab_size(ARGS.vocab_size)
+    w.add_tokenizer_model("llama")
+    w.add_token_list([f"t{i}".encode() for i in range(ARGS.vocab_size)])
+    w.add_token_scores([0.0] * ARGS.vocab_size)
+    w.add_token_types([1] * ARGS.vocab_size)
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float32)
+    made: dict[tuple[int, int], Any] = {}
+
+    def matrix(name: str, n: int, k: int) -> None:
+        if (n, k) not in made:
+            wide = np.resize(block, (n, k))
+            made[n, k] = wide if weights == "float32" else gguf.quants.quantize(wide, kind)
+        w.add_tensor(name, made[n, k], raw_dtype=kind)
+
+    heads, keys = ARGS.n_heads * ARGS.head_dim, ARGS.n_kv_heads * ARGS.head_dim
+    matrix("token_embd.weight", ARGS.vocab_size, ARGS.dim)
+    matrix("output.weight", ARGS.vocab_size, ARGS.dim)
+    w.add_tensor("output_norm.weight", np.ones(ARGS.dim, np.float32))
+    for i in range(ARGS.n_layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(ARGS.dim, np.float32))
+        for name, n, k in (
+            ("attn_q", heads, ARGS.dim),
+            ("attn_k", keys, ARGS.dim),
+            ("attn_v", keys, ARGS.dim),
+            ("attn_output", ARGS.dim, heads),
+            ("ffn_gate", ARGS.hidden_dim, ARGS.dim),
+            ("ffn_up", ARGS.hidden_dim, ARGS.dim),
+            ("ffn_down", ARGS.dim, ARGS.hidden_dim),
+        ):
+            matrix(f"blk.{i}.{name}.weight", n, k)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    part.replace(path)
+    return path
+
+
+def serve(name: str, threads: int, folder: Path) -> None:
+    """Answer questions, a line each, until there are no more."""
+    program, _, rest = name.partition(":")
+    functions = PROGRAMS[program](rest, threads, folder)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, numbers = json.loads(line)
+        print(functions[what](*numbers), flush=True)
+
+
+# --- who asks
+
+
+class Worker:
+    """A program in a process of its own."""
+
+    def __init__(self, name: str, threads: int, folder: Path) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.peers", str(folder), "--threads", str(threads), "--serve", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+        return line.strip()
+
+    def ask(self, what: str, *numbers: int) -> float:
+        """Ask one thing; wait for the answer."""
+        assert self.process.stdin is not None
+        print(json.dumps([what, numbers]), file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def there(name: str) -> bool:
+    """Whether a program can be run here."""
+    module = {"llama": "llama_cpp", "transformers": "transformers"}.get(name.partition(":")[0])
+    return module is None or importlib.util.find_spec(module) is not None
+
+
+class Bench:
+    """Measurements, printed as they come, kept for a file."""
+
+    def __init__(self, threads: int, rounds: int, folder: Path) -> None:
+        self.threads, self.rounds, self.folder = threads, rounds, folder
+        self.found: list[dict[str, Any]] = []
+
+    def compare(self, title: str, names: Sequence[str], *questions: Any) -> None:
+        """Ask each program each question once a round; the first of the answers is what the others are held against.
+
+        Questions are [what, numbers]; decoding also reads the rate of memory in each round.
+        """
+        workers = [Worker(name, self.threads, self.folder) for name in names if there(name)]
+        asked = [(w, q) for w in workers for q in questions]
+        answers: list[list[float]] = [[] for _ in asked]
+        reads = []
+        for n in range(self.rounds + 1):
+            got = [w.ask(*q) for w, q in asked]
+            if questions[0][0] == "decode":
+                read = workers[0].ask("read")
+            if n:  # the first round of a process is slower
+                for mine, value in zip(answers, got, strict=True):
+                    mine.append(value)
+                if questions[0][0] == "decode":
+                    reads.append(read)
+        size = workers[0].ask("bytes") if reads else 0
+        for w in workers:
+            w.close()
+        print(f"\n{title}")
+        for (w, q), mine in zip(asked, answers, strict=True):
+            row: dict[str, Any] = {"row": title, "program": w.name, "question": q, "rates": mine}
+            row["median"] = statistics.median(mine)
+            row["first over this"] = statistics.median(a / b for a, b in zip(answers[0], mine, strict=True))
+            text = f"  {w.name:34} {' '.join(map(str, q)):20} {row['median']:8.1f} tokens/s   first {row['first over this']:.2f}x"
+            if reads and w is workers[0]:
+                row["share of memory"] = statistics.median(a * size / r for a, r in zip(mine, reads, strict=True))
+                row["read"] = statistics.median(reads)
+                text += f"   {row['share of memory']:.0%} of {row['read'] / 1e9:.0f} GB/s"
+            print(text, flush=True)
+            self.found.append(row)
+
+    def decode(self) -> None:
+        """One sequence at a short context, each kind of weights beside the peer's nearest."""
+        question = ("decode", CONTEXT, 1, STEPS)
+        for weights in ("float32", "bfloat16"):
+            names = [f"ours:{weights}", f"llama:{weights}", f"transformers:{weights}"]
+            self.compare(f"decode, {weights} weights", names, question)
+        for weights in ("int8", "int4"):
+            self.compare(f"decode, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
+
+    def prefill(self) -> None:
+        """A prompt of 512 tokens."""
+        question = ("prefill", PROMPT)
+        self.compare("prefill, float32 weights", ["ours:float32", "llama:float32", "transformers:float32"], question)
+        names = ["ours:bfloat16:bfloat16", "ours:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
+        self.compare("prefill, bfloat16 weights", names, question)
+        names = ["ours:float32", "ours:int8", "ours:int4", "llama:int8", "llama:int4"]
+        self.compare("prefill, weights in few bits", names, question)
+
+    def flat(self) -> None:
+        """The cost of a token against the prompt's length, with a window: two layers, since each costs the same."""
+        self.compare("prefill, W 1024", ["ours:bfloat16::1024:2"], ("prefill", 2048), ("prefill", 32768))
+        self.compare("prefill, W 4096", ["ours:bfloat16::4096:2"], ("prefill", 8192), ("prefill", 32768))
+
+    def batch(self) -> None:
+        """Eight sequences together against one."""
+        for weights in ("float32", "bfloat16"):
+            questions = (("decode", CONTEXT, 8, STEPS), ("decode", CONTEXT, 1, STEPS))
+            self.compare(f"decode, 8 sequences, {weights} weights", [f"ours:{weights}"], *questions)
+
+
+ROWS = ("decode", "prefill", "flat", "batch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.threads, options.folder)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if there("llama"):
+        for weights in GGUF:
+            gguf_file(options.folder, weights)
+    bench = Bench(options.threads, options.rounds, options.folder)
+    for row in options.rows or ROWS:
+        getattr(bench, row)()
+    if options.json:
+        options.json.write_text(json.dumps(bench.found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
