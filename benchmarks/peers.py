@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import importlib.util
 import json
 import statistics
@@ -51,7 +52,11 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
     if window:
         args = dataclasses.replace(args, sliding_window=int(window), n_layers=int(layers))
     stored = weights if weights in ("float32", "bfloat16") else "bfloat16"
-    options = {"device": "cpu", "dtype": dtype or "float32", "quant": None if weights == stored else weights}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": dtype or "float32",
+        "quant": None if weights == stored else weights,
+    }
     model, _ = assemble(random_folder(args, folder, dtype=stored), **options)
     big = torch.ones(1 << 26)
 
@@ -82,7 +87,7 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
         num_attention_heads=ARGS.n_heads,
         num_key_value_heads=ARGS.n_kv_heads,
         head_dim=ARGS.head_dim,
-        sliding_window=ARGS.sliding_window,
+        sliding_window=ARGS.windows[0],
     )
     torch.set_default_dtype(getattr(torch, name))
     model = MistralForCausalLM(config).eval()
@@ -109,7 +114,7 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
 
 def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
     """`llama:WEIGHTS`."""
-    import llama_cpp as L
+    L: Any = importlib.import_module("llama_cpp")
 
     silent = L.llama_log_callback(lambda *_: None)
     L.llama_log_set(silent, ctypes.c_void_p(0))
@@ -291,7 +296,8 @@ class Bench:
             row: dict[str, Any] = {"row": title, "program": w.name, "question": q, "rates": mine}
             row["median"] = statistics.median(mine)
             row["first over this"] = statistics.median(a / b for a, b in zip(answers[0], mine, strict=True))
-            text = f"  {w.name:34} {' '.join(map(str, q)):20} {row['median']:8.1f} tokens/s   first {row['first over this']:.2f}x"
+            text = f"  {w.name:34} {' '.join(map(str, q)):20} {row['median']:8.1f} tokens/s"
+            text += f"   first {row['first over this']:.2f}x"
             if reads and w is workers[0]:
                 row["share of memory"] = statistics.median(a * size / r for a, r in zip(mine, reads, strict=True))
                 row["read"] = statistics.median(reads)

@@ -530,6 +530,8 @@ def _folder_or_prompt(word: str) -> str:
     """Which of the two a single word after `complete` is: a path that is there, or looks like one or a hub id."""
     one_word = not re.search(r"\s", word)
     path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+(@\S+)?$", word))
+    if one_word and not path and terminal.text_waits():
+        raise flags.UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
     if one_word and not path:
         terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
     return "folder" if path else "prompt"

@@ -24,6 +24,10 @@ NUMBERS = {
 }
 
 
+# Words that nobody puts after a switch as a prompt.
+SWITCHED = ("true", "false", "on", "off", "yes", "no", "0", "1")
+
+
 class UsageError(ValueError):
     """A command line that cannot be meant; nothing was run."""
 
@@ -71,6 +75,8 @@ def canonical(
         kind = _kind(parameters[name])
         if not equals:
             if kind is bool:
+                if queue and queue[0].lower() in SWITCHED:
+                    raise UsageError(f"--{flag} {queue[0]}: write --{flag}=true or --{flag}=false, without a blank")
                 value = "true"
             elif queue and not queue[0].startswith("--"):
                 value = queue.pop(0)

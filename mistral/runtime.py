@@ -109,7 +109,8 @@ def resolve(
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
     name, attend = backends.resolve(attention, place, compute, head_dim)
-    decode = fast and on_cpu_in_fp32 and attention is None  # a backend that was asked for is the one that is used
+    named = attention not in (None, "auto") and name == attention
+    decode = fast and on_cpu_in_fp32 and not named  # a backend that was asked for is the one that is used
     return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, notes)
 
 

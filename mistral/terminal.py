@@ -5,7 +5,9 @@ Text goes to stdout, everything else to stderr. Knows nothing about models.
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -187,6 +189,23 @@ def show(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str)
         raise interrupt
 
 
+def text_waits() -> bool:
+    """Whether stdin is a file or a pipe that already holds text."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if stat.S_ISREG(mode):
+            return os.fstat(sys.stdin.fileno()).st_size > 0
+        if not stat.S_ISFIFO(mode):
+            return False
+        import fcntl
+        import termios
+
+        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
+        return int.from_bytes(waiting, sys.byteorder) > 0
+    except (AttributeError, ImportError, OSError, ValueError):  # no stdin, or a system that cannot tell
+        return False
+
+
 class Conversation:
     """A chat on a terminal, or over a pipe: a line is a question, or a command.
 
@@ -231,10 +250,11 @@ class Conversation:
                 return
 
     def _one(self, line: str) -> None:
-        if line.startswith("//"):
-            self._ask(line[1:])
-        elif line.startswith("/"):
-            word, _, rest = line.partition(" ")
+        command = line.lstrip()
+        if command.startswith("//"):
+            self._ask(command[1:])
+        elif command.startswith("/"):
+            word, _, rest = command.partition(" ")
             if word not in self._commands:
                 raise InputError(f"no command {word}: /help lists them; // begins a question with a slash")
             if rest.strip() and word not in ("/system", "/save", "/load"):

@@ -13,7 +13,7 @@ from mistral import bench
 from mistral.fast.linear import QuantizedLinear
 from mistral.formats import load
 from tests.commands import Command, in_process
-from tests.folders import PARAMS, make_folder
+from tests.folders import make_folder
 from tests.tiny import tiny_args, tiny_model
 
 QUICK = ("--contexts", "3,9", "--batches", "1,2", "--prompts", "7", "--repeats", "1")

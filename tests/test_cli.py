@@ -412,3 +412,24 @@ def test_the_console_script_is_the_same_main() -> None:
     assert os.path.isfile(ROOT / "main.py")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         top.nothing  # noqa: B018
+
+
+# --- words that are easily misread
+
+
+def test_a_folder_that_is_not_there_is_no_prompt_while_text_waits_on_stdin() -> None:
+    command = [sys.executable, "-m", "main", "complete", "mistral-7B-v0.1", "--max_tokens", "1"]
+    done = subprocess.run(command, input="Once", cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no such folder: mistral-7B-v0.1")
+    assert done.stdout == ""
+    quiet = subprocess.run(command, stdin=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert quiet.returncode == 0
+    assert "so it is the prompt" in quiet.stderr
+
+
+@pytest.mark.parametrize("word", ["false", "OFF", "1"])
+def test_a_blank_after_a_switch(cli: Command, word: str) -> None:
+    done = cli("complete", "The king", "--kernels", word)
+    assert done.code == 2
+    assert done.error == f"--kernels {word}: write --kernels=true or --kernels=false, without a blank"

@@ -113,6 +113,12 @@ def test_words_that_are_refused(cli: Command, folder: Path) -> None:
         assert cli("interactive", folder, *words, stdin="Hi\n").error == error
 
 
+def test_blanks_before_a_command(cli: Command, folder: Path) -> None:
+    done = cli("interactive", folder, "--instruct", *SHORT, stdin="Hi\n  /undo\n")
+    assert done.code == 0
+    assert "dropped: Hi" in done.err
+
+
 def test_a_file_goes_on_with_its_own_model_in_any_layout(cli: Command, folder: Path, tmp_path: Path) -> None:
     kept = tmp_path / "chat.json"
     assert cli("interactive", folder, "--instruct", *SHORT, stdin=f"Hi\n/save {kept}\nBye\n").code == 0

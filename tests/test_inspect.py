@@ -657,3 +657,12 @@ def test_the_template_is_told_of_unknown_models_too(tmp_path: Path) -> None:
         assert report["release"] is None
         assert report["template"] == {"name": template, "rule": f"by {name}"}
         assert f"template    {template}, by {name}" in as_text(report)
+
+
+def test_a_folder_without_a_tokenizer_has_no_command_that_serves_it(tmp_path: Path) -> None:
+    make_folder(tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    report = inspect_folder(tmp_path / "model")
+    assert report["serve"] == {"commands": [], "convert_first": None}
+    assert as_text(report).splitlines()[-1] == "not to be served by vLLM before it has a tokenizer"

@@ -150,7 +150,7 @@ def assemble(
         head_dim=args.head_dim,
     )
     smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant else []
-    smaller += ["--quant int8"] if run.kernels and not run.quant else []
+    smaller += ["--quant int8"] if run.kernels and run.compute == torch.float32 and not run.quant else []
     memory.require(
         _size_in_memory(found, run),
         run.device,

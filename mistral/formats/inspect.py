@@ -77,7 +77,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             ],
         },
         "suspicious": suspicious,
-        "serve": _serve(found),
+        "serve": _serve(found) if tokenizer["error"] is None else {"commands": [], "convert_first": None},
     }
 
 
@@ -260,8 +260,11 @@ def as_text(report: dict[str, Any]) -> str:
     ]
     lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
     first = report["serve"]["convert_first"]
-    lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
-    lines += [f"  {command}" for command in report["serve"]["commands"]]
+    if report["serve"]["commands"]:
+        lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
+        lines += [f"  {command}" for command in report["serve"]["commands"]]
+    else:
+        lines += ["", "not to be served by vLLM before it has a tokenizer"]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
 
 
