@@ -219,19 +219,21 @@ def complete(
             turn += 1
 
 
-def convert(src: str, dst: str, *, to: str, dtype: str | None = None) -> None:
+def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None) -> None:
     """Write a model folder anew: in the other layout, as safetensors, or in another dtype.
 
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
 
     SRC is a folder in either layout, or a hub id, and DST a folder that is not there yet. Weights stay the
-    same bit for bit unless --dtype is given, and are never all in memory. DST appears when it is complete, not before.
+    same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when it is complete,
+    not before. What --quant wrote loads at once, and nothing but this library reads it.
     """
     from mistral.formats.convert import convert as convert_folder
 
-    written = convert_folder(src, dst, to, dtype=dtype)
+    written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
     terminal.say(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.say(f"note: {note}")

@@ -11,6 +11,7 @@ import torch
 
 from mistral import backends, memory
 from mistral.attention import Attend
+from mistral.packing import QUANTS
 
 DTYPES = {
     "float64": torch.float64,
@@ -22,7 +23,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-QUANTS = ("int8", "int4")
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
 WIDEN_SHARE = 0.6
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mistral import packing
 from mistral.cache import RollingBufferCache
 from mistral.fast import build, put_quantized, quantize, quantized, use_kernels
 from mistral.fast.build import NoKernels, kernels
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from mistral.formats import load
+from mistral.formats.convert import convert
+from mistral.formats.folder import read_folder
 from mistral.generate import complete
 from mistral.linear import Linear
 from mistral.model import Transformer
@@ -57,7 +61,7 @@ def budget(kind: str) -> float:
 
 def make_linear(kind: str, weight: Tensor) -> Any:
     if kind in ("int8", "int4"):
-        return (Int8Linear if kind == "int8" else Int4Linear)(weight)
+        return (Int8Linear if kind == "int8" else Int4Linear).of(weight)
     linear = FastLinear(weight.shape[1], weight.shape[0])
     linear.weight = torch.nn.Parameter(weight.to(DTYPES[kind]), requires_grad=False)
     return linear
@@ -204,7 +208,7 @@ def test_half_precision_specials() -> None:
 def test_packing_is_undone(n: int, k: int, scale: float, seed: int) -> None:
     weight = (torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale
     q, scales = quantize.int4(weight)
-    assert q.shape == (n, quantize.groups(k) * quantize.GROUP)
+    assert q.shape == (n, packing.groups(k) * packing.GROUP)
     assert not q[:, k:].any()
     packed = quantize.pack(q, scales)
     back = quantize.unpack(packed, n, k)
@@ -215,7 +219,7 @@ def test_packing_is_undone(n: int, k: int, scale: float, seed: int) -> None:
 def test_how_int8_weights_lie_in_memory() -> None:
     q = (torch.arange(20 * 40).view(20, 40) % 251 - 125).to(torch.int8)
     packed = quantize.interleave(q)
-    assert packed.shape == quantize.int8_shape(20, 40) == (2, 2, 512)
+    assert packed.shape == packing.int8_shape(20, 40) == (2, 2, 512)
     for row, column in ((0, 0), (3, 5), (15, 31), (19, 39)):
         assert packed[row // 16, column // 32, column % 32 // 2 * 32 + row % 16 * 2 + column % 2] == q[row, column]
 
@@ -235,7 +239,7 @@ def test_how_packed_weights_lie_in_memory() -> None:
 @pytest.mark.parametrize("k", [32, 100])
 def test_int8_and_int4_are_near(k: int) -> None:
     weight = torch.randn(50, k, generator=torch.Generator().manual_seed(1))
-    int8, int4 = Int8Linear(weight), Int4Linear(weight)
+    int8, int4 = Int8Linear.of(weight), Int4Linear.of(weight)
     step = weight.abs().amax(-1, keepdim=True) / 127
     assert ((int8.rows(0, 50) - weight).abs() <= step * 0.5001).all()
     off = int4.rows(0, 50) - weight
@@ -263,7 +267,7 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
     assert torch.equal(quantize.separate(packed, n, k), q)
     assert torch.equal(found, scales)
     got, want = int4(weight), quantize.pack(*quantize.int4(weight))
-    assert got.shape == want.shape == quantize.packed_shape(n, k)
+    assert got.shape == want.shape == packing.int4_shape(n, k)
     if not torch.equal(got, want):  # two scales that fit equally well up to rounding
         pairs = [quantize.unpack(packed, n, k) for packed in (got, want)]
         off = [(quantize.meant(q, s, k) - weight.float()).square().sum() for q, s in pairs]
@@ -543,3 +547,55 @@ def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.Monke
     unbuilt.parent.write_text("a file")
     with pytest.raises(NoKernels, match="cannot be written"):
         kernels()
+
+
+# --- weights in few bits on disk
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_a_folder_in_few_bits_is_the_model_that_was_rounded_while_loading(quant: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    written = convert(folder, tmp_path / "few", "mistral", quant=quant)
+    assert written.nbytes == sum(t.nbytes for t in read_folder(tmp_path / "few").tensors.values())
+    loaded, rounded = load(tmp_path / "few", device="cpu"), load(folder, device="cpu", quant=quant)
+    assert (loaded.runtime, loaded.parameters) == (rounded.runtime, rounded.parameters)
+    ours, theirs = loaded.model.state_dict(), rounded.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert load(tmp_path / "few", device="cpu", quant=quant).runtime.quant == quant
+    ids = torch.tensor([1, 5, 9, 3])
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(ids, [4]), rounded.model(ids, [4]))
+
+
+def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli = in_process(capfd)
+    folder = make_folder(tmp_path / "model")
+    few = tmp_path / "few"
+    assert cli("convert", folder, few, "--to", "mistral", "--quant", "int4").code == 0
+    for words, error in (
+        (
+            ["complete", few, "Hi", "--quant", "int8"],
+            f"the weights of {few} have been rounded to int4: leave out quant",
+        ),
+        (["convert", few, tmp_path / "again", "--to", "mistral"], f"the weights of {few} have been rounded to int4"),
+        (["convert", folder, tmp_path / "hf", "--to", "hf", "--quant", "int4"], "rounded weights are written in"),
+        (["convert", folder, tmp_path / "int2", "--to", "mistral", "--quant", "int2"], "quant 'int2' is not one of"),
+        (["complete", few, "Hi", "--dtype", "float64"], "quantized weights are for a CPU in float32"),
+    ):
+        done = cli(*words)
+        assert done.code == 2
+        assert done.error.startswith(error)
+    assert "not served by vLLM which reads no weights in few bits" in cli("inspect", few).text
+
+
+@pytest.mark.parametrize("told", [None, "int8", "int3", 4, True])
+def test_a_folder_that_says_another_number_of_bits(told: Any, tmp_path: Path) -> None:
+    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
+    path = tmp_path / "few" / "params.json"
+    params = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**params, "few_bits": told} if told else {k: params[k] for k in params.keys() - {"few_bits"}})
+    )
+    with pytest.raises(ValueError, match="few_bits|weights in|makes"):
+        load(tmp_path / "few")

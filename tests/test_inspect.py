@@ -665,4 +665,4 @@ def test_a_folder_without_a_tokenizer_has_no_command_that_serves_it(tmp_path: Pa
         path.unlink()
     report = inspect_folder(tmp_path / "model")
     assert report["serve"] == {"commands": [], "convert_first": None}
-    assert as_text(report).splitlines()[-1] == "not to be served by vLLM before it has a tokenizer"
+    assert as_text(report).splitlines()[-1] == "not served by vLLM until it has a tokenizer"

@@ -6,41 +6,27 @@ plain path stays what all of this is compared with.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mistral.fast.linear import FastLinear, Int4Linear, Int8Linear, QuantizedLinear
-from mistral.fast.quantize import int8_shape, packed_shape
 from mistral.linear import Linear
 from mistral.model import Transformer
+from mistral.packing import bits_of
 
-OUTPUT = "output"
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a tensor of this name is stored in few bits: every weight of a product is."""
-    return name == f"{OUTPUT}.weight" or (name.startswith("layers.") and not name.endswith("norm.weight"))
-
-
-def bytes_of(name: str, shape: tuple[int, ...], quant: str, itemsize: int) -> int:
-    """Bytes that a tensor takes once it is quantized; one that is not takes `itemsize` a number."""
-    if not is_quantized(name):
-        return math.prod(shape) * itemsize
-    n, k = shape
-    if _kind(name, quant) is Int8Linear:
-        return math.prod(int8_shape(n, k)) + 4 * n
-    return math.prod(packed_shape(n, k))
+KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def quantized(name: str, weight: Tensor, quant: str) -> QuantizedLinear:
-    """A weight in few bits. The output matrix has 8 at least: it is small, and every token's choice hangs on it."""
-    return _kind(name, quant)(weight)
+    """A weight in few bits."""
+    return KINDS[bits_of(name, quant)].of(weight)
 
 
-def _kind(name: str, quant: str) -> type[Int8Linear] | type[Int4Linear]:
-    return Int8Linear if quant == "int8" or name.startswith(OUTPUT) else Int4Linear
+def from_stored(name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor]) -> QuantizedLinear:
+    """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`."""
+    return KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors)
 
 
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mistral import packing
 from mistral.fast import quantize
 from mistral.fast.build import INT4, INT8, KINDS, Matrix, NoKernels, kernels, pointer
 from mistral.linear import ROWS, WIDEN, Linear
@@ -47,7 +48,7 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     if matrix is None:
         q, scale = quantize.int8(weight)
         return quantize.interleave(q), scale
-    packed = torch.empty(quantize.int8_shape(*weight.shape), dtype=torch.int8)
+    packed = torch.empty(packing.int8_shape(*weight.shape), dtype=torch.int8)
     scale = torch.empty(len(weight))
     kernels().to_int8(ctypes.byref(matrix), pointer(packed), pointer(scale), ctypes.c_int64(torch.get_num_threads()))
     return packed, scale
@@ -59,7 +60,7 @@ def int4(weight: Tensor) -> Tensor:
     if matrix is None:
         return quantize.pack(*quantize.int4(weight))
     shares = torch.tensor(quantize.SHARES)
-    packed = torch.empty(quantize.packed_shape(*weight.shape), dtype=torch.uint8)
+    packed = torch.empty(packing.int4_shape(*weight.shape), dtype=torch.uint8)
     count, threads = ctypes.c_int64(len(shares)), ctypes.c_int64(torch.get_num_threads())
     kernels().to_int4(ctypes.byref(matrix), pointer(shares), count, pointer(packed), threads)
     return packed
@@ -67,7 +68,7 @@ def int4(weight: Tensor) -> Tensor:
 
 def room_for_inputs(rows: int, columns: int) -> Tensor:
     """Memory for the rounded inputs of a product with weights in few bits."""
-    return torch.empty(rows * quantize.groups(columns) * kernels().inputs_bytes(), dtype=torch.uint8)
+    return torch.empty(rows * packing.groups(columns) * kernels().inputs_bytes(), dtype=torch.uint8)
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
@@ -75,8 +76,8 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     flat = x.reshape(-1, matrix.k)
     width = matrix.k
     rounds = matrix.kind in (INT8, INT4)
-    if rounds and matrix.k % quantize.GROUP:
-        width = quantize.groups(matrix.k) * quantize.GROUP
+    if rounds and matrix.k % packing.GROUP:
+        width = packing.groups(matrix.k) * packing.GROUP
         flat = F.pad(flat, (0, width - matrix.k))
     flat = flat.float().contiguous()
     y = flat.new_empty(len(flat), matrix.n)
@@ -118,6 +119,11 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
+    @classmethod
+    def of(cls, weight: Tensor) -> QuantizedLinear:
+        """Weights [out_features, in_features], rounded."""
+        raise NotImplementedError
+
     def matrix(self) -> Matrix | None:
         """The weights as the kernels have them; None if they are not for them."""
         raise NotImplementedError
@@ -158,11 +164,14 @@ class Int8Linear(QuantizedLinear):
     packed: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0])
-        packed, scale = int8(weight)
+    def __init__(self, in_features: int, out_features: int, packed: Tensor, scale: Tensor) -> None:
+        super().__init__(in_features, out_features)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Linear:
+        return cls(weight.shape[1], weight.shape[0], *int8(weight))
 
     def matrix(self) -> Matrix | None:
         if self.packed.device.type != "cpu" or self.scale.dtype != torch.float32:
@@ -178,12 +187,16 @@ class Int4Linear(QuantizedLinear):
     """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
 
     kind = INT4
-    span = quantize.GROUP
+    span = packing.GROUP
     packed: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0])
-        self.register_buffer("packed", int4(weight))
+    def __init__(self, in_features: int, out_features: int, packed: Tensor) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("packed", packed)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int4Linear:
+        return cls(weight.shape[1], weight.shape[0], int4(weight))
 
     def matrix(self) -> Matrix | None:
         if self.packed.device.type != "cpu":

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUP = 32  # columns that share a scale in int4
+from mistral.packing import GROUP, ROWS, groups, int8_shape
+
 SPAN = 128  # columns whose inputs share a scale beside int8
-ROWS = 16  # rows that are interleaved
 INPUTS = 32767  # what the largest input of a group becomes
 # Shares of a group's largest weight that may become the -8; the one with the least squared error does.
 SHARES = (1.0, 0.93, 0.86)
-
-
-def groups(columns: int) -> int:
-    """Groups in a row; the last may be filled up with zeros."""
-    return -(-columns // GROUP)
 
 
 def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,11 +74,6 @@ def rounded(x: Tensor, span: int) -> Tensor:
     return near.flatten(-2)[..., : x.shape[-1]]
 
 
-def int8_shape(n: int, columns: int) -> tuple[int, int, int]:
-    """Shape of what `interleave` gives for [n, columns] weights."""
-    return -(-n // ROWS), groups(columns), GROUP * ROWS
-
-
 def interleave(q: Tensor) -> Tensor:
     """[n, k] int8 weights as kernels.c reads them: [blocks of 16 rows, groups, 512], pairs of columns of 16 rows."""
     n, k = q.shape
@@ -96,11 +86,6 @@ def separate(packed: Tensor, n: int, columns: int) -> Tensor:
     """What `interleave` was given."""
     pairs = packed.view(*packed.shape[:2], GROUP // 2, ROWS, 2)
     return pairs.permute(0, 3, 1, 2, 4).reshape(-1, groups(columns) * GROUP)[:n, :columns]
-
-
-def packed_shape(n: int, columns: int) -> tuple[int, int, int]:
-    """Shape of what `pack` gives for [n, columns] weights."""
-    return -(-n // ROWS), groups(columns), GROUP // 2 * ROWS + 2 * ROWS
 
 
 def pack(q: Tensor, scale: Tensor) -> Tensor:

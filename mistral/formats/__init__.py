@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from mistral import memory
 from mistral.args import ModelArgs
-from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, read_folder
+from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, expected_shapes, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, recognise
 from mistral.formats.weights import file_names
+from mistral.packing import bytes_of, is_quantized, stored_as
 from mistral.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -137,14 +138,16 @@ def assemble(
     from mistral.model import Transformer
 
     args = found.args
-    (stored, _), *_ = Counter(t.dtype for t in found.tensors.values()).most_common()
+    (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     assert stored is not None
+    if found.quant is not None and quant not in (None, found.quant):
+        raise runtime.OptionError(f"the weights of {found.path} have been rounded to {found.quant}: leave out quant")
     run = runtime.resolve(
         device,
         dtype,
         attention,
         kernels,
-        quant,
+        quant or found.quant,
         stored=getattr(torch, stored),
         parameters=found.parameters,
         head_dim=args.head_dim,
@@ -173,9 +176,7 @@ def _size_in_memory(found: Folder, run: Runtime) -> int:
     """Bytes of the weights once they are loaded."""
     if run.quant is None:
         return found.parameters * run.weights.itemsize
-    from mistral import fast
-
-    return sum(fast.bytes_of(name, t.shape, run.quant, run.weights.itemsize) for name, t in found.tensors.items())
+    return sum(bytes_of(name, s, run.quant, run.weights.itemsize) for name, s in expected_shapes(found.args).items())
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
@@ -188,14 +189,19 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     few_bits: dict[str, fast.QuantizedLinear] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
-        for name in found.tensors:
+        shapes = expected_shapes(found.args)
+        for name in found.tensors if found.quant is None else shapes:
             # No name for what is read: its part of the file is let go before the next one is mapped.
-            if run.quant is not None and fast.is_quantized(name):
+            if found.quant is not None and is_quantized(name):
+                parts = stored_as(name, shapes[name], found.quant)
+                stored = [found.weights.get(part, bar.update) for part in parts]
+                few_bits[name] = fast.from_stored(name, shapes[name], found.quant, stored)
+            elif run.quant is not None and is_quantized(name):
                 few_bits[name] = fast.quantized(name, found.weights.get(name, bar.update), run.quant)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
-                own = run.quant is not None
+                own = run.quant is not None and found.quant is None
                 tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
     if found.tied:
         tensors[OUTPUT] = tensors[EMBEDDINGS]

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral import memory
+from mistral import fast, memory
 from mistral.args import ModelArgs, Window
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
 from mistral.formats.folder import Folder, expected_shapes, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.params import REQUIRED
+from mistral.formats.params import FEW_BITS, REQUIRED
 from mistral.formats.weights import CODES, INDEX, file_names
+from mistral.packing import QUANTS, is_quantized, stored_as
 from mistral.tokenizer import TokenizerError
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
@@ -90,12 +91,16 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to be written: Mistral's name and the layout's, shape, dtype."""
+    """A tensor to be written: Mistral's name and the layout's, shape, dtype.
+
+    Of a weight in few bits, one of the parts that stand for it.
+    """
 
     source: str
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    quant: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +113,7 @@ def convert(
     to: str,
     *,
     dtype: torch.dtype | str | None = None,
+    quant: str | None = None,
     shard_size: int = SHARD,
 ) -> Converted:
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
@@ -117,6 +123,7 @@ def convert(
         dst: a folder that is not there yet, or is empty.
         to: "mistral" or "hf", which may be the layout that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        quant: "int8" or "int4" rounds the weights of products, in Mistral's layout, for this library alone.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
 
     Raises:
@@ -124,8 +131,8 @@ def convert(
             would become infinite.
         ValueError: another subclass, if src is not a model; see `read_folder`.
     """
-    _layout_and_dtype(to, dtype)  # before a folder is looked for
-    return write_folder(read_folder(locate(src)), dst, to, dtype=dtype, shard_size=shard_size)
+    _layout_and_dtype(to, dtype, quant)  # before a folder is looked for
+    return write_folder(read_folder(locate(src)), dst, to, dtype=dtype, quant=quant, shard_size=shard_size)
 
 
 def write_folder(
@@ -134,24 +141,27 @@ def write_folder(
     to: str,
     *,
     dtype: torch.dtype | str | None = None,
+    quant: str | None = None,
     shard_size: int = SHARD,
 ) -> Converted:
     """`convert` for a folder that is read already, or whose weights never were in files.
 
     Args:
         folder: what to write; its tokenizer is taken from its path.
-        dst, to, dtype, shard_size: as in `convert`.
+        dst, to, dtype, quant, shard_size: as in `convert`.
 
     Raises:
         ConvertError: as in `convert`.
     """
-    target = _layout_and_dtype(to, dtype)
+    target = _layout_and_dtype(to, dtype, quant)
+    if folder.quant is not None:
+        raise ConvertError(f"the weights of {folder.path} have been rounded to {folder.quant}: convert what they were")
     place = _destination(folder.path, Path(dst))
     notes = list(folder.notes)
-    files = _plan(folder, to, target, shard_size)
+    files = _plan(folder, to, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    described = _describe(folder, to, tensors, notes)
+    described = _describe(folder, to, tensors, quant, notes)
     patterns = TOKENIZER_FILES + (HF_FILES if to == "hf" else ())
     carried = sorted({path for pattern in patterns for path in folder.path.glob(pattern) if path.is_file()})
     if to == "hf" and carried and not (folder.path / "tokenizer.json").is_file():
@@ -175,9 +185,13 @@ def write_folder(
     return Converted(Path(dst), LAYOUTS[to], tuple(files), nbytes, tuple(dtypes), tuple(notes))
 
 
-def _layout_and_dtype(to: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | None) -> torch.dtype | None:
     if to not in LAYOUTS:
         raise ConvertError(f"no layout is called {to!r}: {' or '.join(LAYOUTS)}")
+    if quant is not None and quant not in QUANTS:
+        raise ConvertError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
+    if quant is not None and to != "mistral":
+        raise ConvertError("rounded weights are written in Mistral's layout, for this library alone: --to mistral")
     target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
@@ -251,7 +265,9 @@ def _sync(folder: Path) -> None:
 # --- weights
 
 
-def _plan(folder: Folder, to: str, target: torch.dtype | None, shard_size: int) -> dict[str, list[_Tensor]]:
+def _plan(
+    folder: Folder, to: str, target: torch.dtype | None, quant: str | None, shard_size: int
+) -> dict[str, list[_Tensor]]:
     """The files to write, by name, and what goes into each."""
     parts: list[list[_Tensor]] = [[]]
     size = 0
@@ -259,6 +275,10 @@ def _plan(folder: Folder, to: str, target: torch.dtype | None, shard_size: int) 
         stored = folder.weights.tensors[source].dtype
         assert stored is not None
         dtype = target or getattr(torch, stored)
+        if quant is not None and is_quantized(source):
+            for name, (sizes, code) in stored_as(source, shape, quant).items():
+                parts[-1].append(_Tensor(source, name, sizes, getattr(torch, code), quant))
+            continue
         tensor = _Tensor(source, hf.to_hf(source) if to == "hf" else source, shape, dtype)
         if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
             parts.append([])
@@ -266,7 +286,8 @@ def _plan(folder: Folder, to: str, target: torch.dtype | None, shard_size: int) 
         parts[-1].append(tensor)
         size += tensor.nbytes
     for part in parts:
-        part.sort(key=lambda tensor: -tensor.dtype.itemsize)  # so that every tensor is aligned to its own dtype
+        # So that every tensor is aligned to its own dtype. What is in few bits comes in multiples of four bytes.
+        part.sort(key=lambda tensor: -4 if tensor.quant else -tensor.dtype.itemsize)
     if to == "mistral":
         return {"consolidated.safetensors": parts[0]}
     if len(parts) == 1:
@@ -308,6 +329,11 @@ def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], 
 
 def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
     weight = folder.weights.get(tensor.source)
+    if tensor.quant is not None:
+        rounded = fast.quantized(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
+        file.write(rounded.view(torch.uint8).numpy().data)
+        bar.update(rounded.nbytes)
+        return
     heads = hf.heads_of(tensor.source, folder.args)
     if to == "hf" and heads is not None:
         weight = hf.rows_to_hf(weight.contiguous(), heads)
@@ -361,13 +387,13 @@ class _Rounding:
 # --- what else is in a folder
 
 
-def _describe(folder: Folder, to: str, tensors: list[_Tensor], notes: list[str]) -> dict[str, str]:
+def _describe(folder: Folder, to: str, tensors: list[_Tensor], quant: str | None, notes: list[str]) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
     raw = folder.raw
     given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
     length = next((n for n in given if type(n) is int and n > 0), None)
     if to == "mistral":
-        return {"params.json": _json(_params(folder.args, length))}
+        return {"params.json": _json(_params(folder.args, length) | ({FEW_BITS: quant} if quant else {}))}
     if length is None:
         length = LENGTH
         notes.append(f"how long texts may be is not said; config.json has max_position_embeddings {length}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats.mapped import Progress
-from mistral.formats.params import ParamsError, read_object, to_args
+from mistral.formats.params import FEW_BITS, ParamsError, read_object, to_args
 from mistral.formats.releases import recognise
 from mistral.formats.weights import (
     Reader,
@@ -26,6 +27,7 @@ from mistral.formats.weights import (
     has_hf_weights,
     has_mistral_weights,
 )
+from mistral.packing import is_quantized, stored_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,8 @@ class Folder:
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         tied: whether output.weight is tok_embeddings.weight under another name.
+        quant: "int8" or "int4" where the weights of products are stored in few bits, under the names of
+            `packing.stored_as`; else None.
         notes: what was assumed or left aside, a sentence each.
     """
 
@@ -61,6 +65,7 @@ class Folder:
     weights: WeightFiles
     tied: bool
     notes: tuple[str, ...]
+    quant: str | None = None
 
     @property
     def tensors(self) -> dict[str, Stored]:
@@ -71,7 +76,8 @@ class Folder:
     @property
     def parameters(self) -> int:
         """How many weights there are."""
-        return sum(tensor.parameters for tensor in self.tensors.values())
+        shapes = expected_shapes(self.args)
+        return sum(math.prod(shape) for name, shape in shapes.items() if not (self.tied and name == OUTPUT))
 
 
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
@@ -99,16 +105,19 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         notes += assumed
         weights = find_hf_weights(path)
     tied = raw.get("tie_word_embeddings") is True and hf.to_hf(OUTPUT) not in weights.tensors
+    quant = raw.get(FEW_BITS) if layout == "mistral" else None
     try:
-        weights = _checked(weights, args, layout, source, tied)
+        weights = _checked(weights, args, layout, source, tied, quant)
     except WeightsError as error:
         _, mistakes = recognise(args)
         hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
         raise WeightsError("; ".join([str(error), *hints])) from None
-    return Folder(path, layout, source, raw, args, weights, tied, tuple(notes))
+    return Folder(path, layout, source, raw, args, weights, tied, tuple(notes), quant)
 
 
-def _checked(weights: WeightFiles, args: ModelArgs, layout: str, source: str, tied: bool) -> WeightFiles:
+def _checked(
+    weights: WeightFiles, args: ModelArgs, layout: str, source: str, tied: bool, quant: str | None
+) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
@@ -117,7 +126,8 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: str, source: str, ti
         )
     expected = expected_shapes(args)
     if layout == "mistral":
-        check_tensors(weights.tensors, expected, where, source)
+        shapes, dtypes = stored_shapes(args, quant)
+        check_tensors(weights.tensors, shapes, where, source, dtypes)
         return weights
     return _as_mistral(weights, args, expected, tied, where, source)
 
@@ -161,6 +171,19 @@ def _as_mistral(
 
 def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
     return hf.rows_to_mistral(reader(progress), heads)
+
+
+def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of the tensors in files, with the dtypes of those that are no weights of any float's size."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for name, shape in expected_shapes(args).items():
+        if quant is None or not is_quantized(name):
+            shapes[name] = shape
+        else:
+            for stored, (sizes, dtype) in stored_as(name, shape, quant).items():
+                shapes[stored], dtypes[stored] = sizes, dtype
+    return shapes, dtypes
 
 
 def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:

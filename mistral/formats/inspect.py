@@ -17,11 +17,12 @@ from mistral.args import ModelArgs
 from mistral.capacity import row_bytes
 from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, window_text, wordless
 from mistral.formats import huggingface as hf
-from mistral.formats.folder import CONFIGS, Folder, read_folder
+from mistral.formats.folder import CONFIGS, Folder, expected_shapes, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.weights import INDEX, Stored, file_names
+from mistral.packing import bytes_of
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 
 POSITIONS = (2048, 8192, 32768, 131072)
@@ -70,15 +71,21 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "template": _template(path, tokenizer, release),
         "memory": {
-            "weights": {dtype: found.parameters * n for dtype, n in ITEMSIZE.items()},
+            "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
             "cache": [
                 {"positions": n, "bytes": {dtype: row_bytes(args, n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS
             ],
         },
         "suspicious": suspicious,
-        "serve": _serve(found) if tokenizer["error"] is None else {"commands": [], "convert_first": None},
+        "serve": _serve(found, tokenizer),
     }
+
+
+def _weight_bytes(found: Folder, itemsize: int) -> int:
+    if found.quant is None:
+        return found.parameters * itemsize
+    return sum(bytes_of(name, shape, found.quant, itemsize) for name, shape in expected_shapes(found.args).items())
 
 
 def _release(release: Release) -> dict[str, Any]:
@@ -222,8 +229,10 @@ def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict
     return said
 
 
-def _serve(found: Folder) -> dict[str, Any]:
+def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """How vLLM serves it: commands in order, and why the first converts, if it does."""
+    if tokenizer["error"] is not None or found.quant is not None:
+        return {"commands": [], "convert_first": None}
     folder, first = str(found.path), None
     if any(f.suffix == ".pth" for f in found.weights.files):
         first = "vLLM does not read .pth files"
@@ -264,7 +273,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
         lines += [f"  {command}" for command in report["serve"]["commands"]]
     else:
-        lines += ["", "not to be served by vLLM before it has a tokenizer"]
+        reason = "until it has a tokenizer" if report["tokenizer"]["error"] else "which reads no weights in few bits"
+        lines += ["", f"not served by vLLM {reason}"]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
 
 

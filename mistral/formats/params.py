@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.packing import QUANTS
 from mistral.quoting import quoted
 from mistral.reading import read_small
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta")
+FEW_BITS = "few_bits"  # ours alone: the weights of products are stored as `packing` has it
 
 # Seen in releases; they change no number of a dense text model.
 HARMLESS = {
@@ -91,6 +93,10 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
         if key in REQUIRED or key in OPTIONAL or key in HARMLESS or key in REFUSED:
+            continue
+        if key == FEW_BITS:
+            if value not in QUANTS:
+                raise ParamsError(f"params.json has {FEW_BITS} = {quoted(value)}: {' or '.join(QUANTS)}")
             continue
         if key in REFUSED_UNLESS:
             if value in REFUSED_UNLESS[key]:

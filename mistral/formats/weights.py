@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,10 @@ from mistral.reading import read_small
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name.
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: weights in few bits.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1, "uint8": 1}
+CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 NAMES = {code: name for name, code in CODES.items()}
 PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger
 
@@ -291,12 +293,19 @@ def _reason(error: Exception) -> str:
     return plain(lines[0].strip(), 300) if lines else type(error).__name__
 
 
-def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]], where: str, source: str) -> None:
+def check_tensors(
+    found: dict[str, Stored],
+    expected: dict[str, tuple[int, ...]],
+    where: str,
+    source: str,
+    dtypes: dict[str, str] | None = None,
+) -> None:
     """Compare what files hold with what the model needs, all of it, before anything is read.
 
     Args:
         where: the files, for people.
         source: the file that says what the model needs.
+        dtypes: of tensors that are not floating-point numbers of any size.
 
     Raises:
         WeightsError: names, shapes or dtypes differ; the message names them.
@@ -312,11 +321,16 @@ def check_tensors(found: dict[str, Stored], expected: dict[str, tuple[int, ...]]
                 f"{source} makes {name} {list(shape)}, but in {where} it is {quoted(list(found[name].shape))}: "
                 "one of the two is from another model, and tensors are rarely wrong"
             )
-        if found[name].dtype is None:
+        fitting = (dtypes[name],) if dtypes and name in dtypes else FLOATS
+        if found[name].dtype not in fitting:
             raise WeightsError(
                 f"{name} in {where} is {plain(found[name].dtype_name)}; "
-                "weights are float64, float32, float16 or bfloat16"
+                + (f"it must be {CODES[fitting[0]]}" if len(fitting) == 1 else f"weights are {_either(FLOATS)}")
             )
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _some(names: list[str]) -> str:
