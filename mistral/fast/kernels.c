@@ -142,7 +142,9 @@ INLINE void dot_tile(int kind, int J, int R, const char *w, int64_t row, int64_t
     UNROLL for (int j = 0; j < J; j++)
         UNROLL for (int r = 0; r < R; r++) acc[j][r] = sums[j][r];
     for (int64_t i = 0; i < whole; i += LINE / size_of(kind)) {
-        UNROLL for (int j = 0; j < J; j++) __builtin_prefetch(w + j * row + i * size_of(kind) + ahead, 0, 2);
+        /* Beyond a row's end come the rows of the next tile. */
+        const char *next = w + i * size_of(kind) + ahead + (R < 4 && i * size_of(kind) + ahead >= row ? (J - 1) * row : 0);
+        UNROLL for (int j = 0; j < J; j++) __builtin_prefetch(next + j * row, 0, 2);
         UNROLL for (int64_t c = i; c < i + LINE / size_of(kind); c += LANES) {
             floats ws[8];
             UNROLL for (int j = 0; j < J; j++) ws[j] = load(kind, w + j * row + c * size_of(kind));

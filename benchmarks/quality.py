@@ -1,0 +1,57 @@
+"""What weights in few bits cost: perplexity and KL of the model that ships on a story it has not seen, and the error of
+products at 7B's shapes.
+
+    python -m benchmarks.quality [FOLDER] [FILE]
+
+FILE is text; left out, it is the story that was held out of the training of the model that ships.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mistral.bench import SHAPES
+from mistral.fast import KINDS
+from mistral.formats import load
+from mistral.tokenizer import encode
+
+STORY = Path(__file__).parents[1] / "tests" / "data" / "dwarf_long_nose.txt"
+
+
+@torch.inference_mode()
+def main() -> None:
+    folder, *rest = [*sys.argv[1:], None][:2] if len(sys.argv) > 1 else (None,)
+    text = (Path(rest[0]) if rest and rest[0] else STORY).read_text(encoding="utf-8")
+    base = load(folder, device="cpu")
+    ids = torch.tensor(encode(base.tokenizer, text))
+    want = base.model(ids, [len(ids)]).log_softmax(-1)[:-1]
+    targets = ids[1:, None]
+    print(f"{base.folder.name}, {len(ids)} tokens, {base.runtime.describe()}")
+    print(f"{'':22} {'perplexity':>10} {'mean KL':>9} {'largest KL':>11} {'same top token':>15} {'bytes':>8}")
+    models = {"as stored": base.model} | {q: load(folder, device="cpu", quant=q).model for q in KINDS}
+    for name, model in models.items():
+        got = model(ids, [len(ids)]).log_softmax(-1)[:-1]
+        perplexity = (-got.gather(-1, targets).double().mean()).exp()
+        kl = (want.exp() * (want - got)).sum(-1)
+        same = (got.argmax(-1) == want.argmax(-1)).double().mean()
+        size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        print(f"{name:22} {perplexity:10.3f} {kl.mean():9.5f} {kl.max():11.4f} {same:15.1%} {size / 1e6:6.1f} M")
+    print("\nrandom layers in 7B's shapes, normal weights: |error| / |product|, root mean squares")
+    args = SHAPES["7b"]
+    generator = torch.Generator().manual_seed(0)
+    heads, keys = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    shapes = {"wq, wo": (heads, args.dim), "wk, wv": (keys, args.dim), "w1, w3": (args.hidden_dim, args.dim)}
+    for names, (n, k) in (shapes | {"w2": (args.dim, args.hidden_dim)}).items():
+        weight = torch.randn(n, k, generator=generator) * 0.02
+        x = torch.randn(8, k, generator=generator)
+        truth = x.double() @ weight.double().T
+        errors = {q: (kind.of(weight)(x) - truth).square().mean().sqrt() for q, kind in KINDS.items()}
+        each = ", ".join(f"{q} {error / truth.square().mean().sqrt():.4f}" for q, error in errors.items())
+        print(f"{names:8} {n} x {k}: {each}")
+
+
+if __name__ == "__main__":
+    main()
