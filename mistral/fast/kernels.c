@@ -386,7 +386,7 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
     const int64_t groups = groups_of(m->k);
     if (few_bits(m))
         for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+#pragma omp parallel for schedule(guided, 4) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
         int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
         float out[rows * ROWS];
@@ -715,7 +715,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
         const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < bq + bk + bv; b++) {
             const Matrix *w = b < bq ? &layer->wq : b < bq + bk ? &layer->wk : &layer->wv;
             float *to = b < bq ? q : b < bq + bk ? k : v;
@@ -743,7 +743,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         if (rounds)
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < rows; r++) round_inputs(kind, q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
             block(&layer->wo, first, n, q, ldq, rounded, rows, out);
@@ -755,7 +755,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
             if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {
             const int64_t first = b * ROWS, n = m->hidden_dim - first < ROWS ? m->hidden_dim - first : ROWS;
             block(&layer->w1, first, n, x, ldd, rounded, rows, gate);
@@ -771,7 +771,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         if (rounds)
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < rows; r++) round_inputs(kind, wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
             block(&layer->w2, first, n, wide, ldw, rounded, rows, out);
