@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -311,6 +312,65 @@ def _numbers(name: str, text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
+def perplexity(
+    folder: str | None = None,
+    file: str | None = None,
+    *,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Say how well a model predicts a text, of any length.
+
+    python -m main perplexity story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
+    cat story.txt | python -m main perplexity mistral-7B-v0.1
+
+    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
+    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
+    prints one object: tokens, nats (their sum), perplexity, characters.
+    """
+    text = _read_text(file)
+    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=1)
+    from mistral.generate import STEP_TOKENS
+    from mistral.oracle.perplexity import perplexity as score_text
+    from mistral.tokenizer import encode
+
+    ids, bar = encode(loaded.tokenizer, text), terminal.PromptBar()
+    score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
+    facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
+    each = score.nats / score.tokens
+    print(
+        _one_line(facts)
+        if json
+        else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
+        f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
+    )
+
+
+def _one_line(facts: dict[str, Any]) -> str:
+    """One object on one line."""
+    return json.dumps(facts)
+
+
+def _read_text(file: str | None) -> str:
+    try:
+        if file is None:
+            return "" if terminal.typed() or sys.stdin is None else sys.stdin.read()
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    except UnicodeDecodeError as error:
+        raise terminal.not_utf8(file or "stdin", error) from None
+    except OSError as error:
+        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "interactive": interactive,
@@ -318,6 +378,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_folder,
     "convert": convert,
     "bench": bench,
+    "perplexity": perplexity,
+}
+# Which parameter a single word is, where it could be several.
+LONE: dict[Callable[..., None], Callable[[str], str]] = {
+    complete: lambda word: _folder_or_prompt(word),
+    perplexity: lambda word: "folder" if os.path.isdir(word) else "file",
 }
 
 
@@ -363,7 +429,7 @@ def _run(words: list[str]) -> None:
     if "--help" in options or "-h" in options:
         print(_help(name, command))
         return
-    checked = flags.canonical(command, rest, RANGES, lone=_folder_or_prompt if command is complete else None)
+    checked = flags.canonical(command, rest, RANGES, lone=LONE.get(command))
     import fire
 
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
@@ -451,6 +517,8 @@ FLAG_HELP = {
     "plot": "a file for a picture of the rates against the positions (.svg, .png; needs matplotlib)",
     # Where a flag means something else in one command.
     "bench --json": "print one JSON object instead of a table",
+    "perplexity --json": "print one JSON object instead of text",
+    "perplexity --chunk_size": "tokens taken in at a step; left out: 2048; changes no number",
     "inspect --json": "print one JSON object instead of text",
     "convert --dtype": "of the weights written: float32, bfloat16 or float16; left out: as they are",
 }

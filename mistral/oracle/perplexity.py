@@ -1,0 +1,92 @@
+"""How well a model predicts a text of any length, in the memory of a window and a chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mistral import memory
+from mistral.cache import RollingBufferCache
+from mistral.capacity import row_bytes
+from mistral.generate import LOGIT_FLOATS, STEP_TOKENS
+from mistral.model import Transformer
+
+
+class PerplexityError(ValueError):
+    """A text that cannot be scored."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a text was predicted.
+
+    Args:
+        tokens: that were predicted: all but the first.
+        nats: minus the sum of their natural log-probabilities, each given all tokens before it that the windows show.
+    """
+
+    tokens: int
+    nats: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the nats a token; infinite where that is beyond a float."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Transformer,
+    ids: Sequence[int],
+    *,
+    chunk_size: int = STEP_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Score a text as one sequence.
+
+    The cache holds what the windows show, so memory does not grow with the text, but for layers without a window.
+    Log-probabilities are taken in at least fp32 and summed without rounding (`math.fsum`), so the chunks change
+    nothing but the last digits.
+
+    Args:
+        ids: of the text, bos included; at least two.
+        chunk_size: tokens of a step.
+        progress: told after each step how many tokens were taken in, and how many there are.
+
+    Raises:
+        PerplexityError: fewer than two tokens, an id outside the vocabulary, a chunk of none, or logits that are no
+            numbers.
+        DoesNotFit: the cache does not fit the memory left.
+    """
+    if len(ids) < 2:
+        raise PerplexityError(f"{len(ids)} tokens: there is nothing to predict in fewer than 2")
+    if chunk_size < 1:
+        raise PerplexityError(f"chunk_size is {chunk_size}; it must be at least 1")
+    wrong = next((i for i in ids if not 0 <= i < model.args.vocab_size), None)
+    if wrong is not None:
+        raise PerplexityError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
+    total = len(ids) - 1
+    needed = row_bytes(model.args, total, model.dtype.itemsize)
+    memory.require(needed, model.device, f"keys and values of {total} positions", "give a shorter text")
+    cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=total)
+    rows = max(1, LOGIT_FLOATS // model.args.vocab_size)
+    sums: list[float] = []
+    for first in range(0, total, chunk_size):
+        piece = torch.tensor(ids[first : min(first + chunk_size, total)], device=model.device)
+        h = model.forward_partial(piece, [len(piece)], cache)
+        targets = torch.tensor(ids[first + 1 : first + 1 + len(piece)], device=model.device)
+        for part, wanted in zip(h.split(rows), targets.split(rows), strict=True):
+            logprobs = model.logits(part).log_softmax(-1).gather(-1, wanted[:, None])
+            sums.append(float(logprobs.double().sum()))
+        if progress is not None:
+            progress(first + len(piece), total)
+    nats = -math.fsum(sums)
+    if math.isnan(nats):
+        raise PerplexityError("the model's logits are not numbers: the weights are broken, or too large for the dtype")
+    return Score(total, nats)
