@@ -157,7 +157,7 @@ def gguf_file(folder: Path, weights: str) -> Path:
     path = folder / f"{GGUF[weights]}.gguf"
     if path.exists():
         return path
-    import gguf
+    gguf: Any = importlib.import_module("gguf")
     import numpy as np
 
     kind = gguf.GGMLQuantizationType[GGUF[weights]]
