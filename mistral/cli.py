@@ -1,6 +1,6 @@
 """The commands: check flags, load, run, print. Text goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 2 a mistake of the caller's (one line says which), 130 interrupted.
+Exit codes: 0 done, 1 checks failed, 2 a mistake of the caller's (one line says which), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ DEMO_PROMPTS = (
     "This is another test",
     "This is a third test, mistral AI is very good at testing. ",
 )
+
+
+class ChecksFailed(Exception):
+    """What was to be checked was, and is not as it should be; what was printed says so."""
 
 
 def demo(
@@ -342,7 +346,7 @@ def perplexity(
     from mistral.oracle.perplexity import perplexity as score_text
     from mistral.tokenizer import encode
 
-    ids, bar = encode(loaded.tokenizer, text), terminal.PromptBar()
+    ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
     score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
     facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
     each = score.nats / score.tokens
@@ -352,6 +356,29 @@ def perplexity(
         else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
         f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
     )
+
+
+def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
+    """Run every way of computing a model that is at hand, on its own weights, against float64.
+
+    python -m main verify
+    python -m main verify mistral-7B-v0.1
+    python -m main verify mistral-7B-v0.1 --full --json
+
+    one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
+    backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
+    Errors are multiples of what rounding to the dtype makes unavoidable. Exit code 0 only if all pass, else 1.
+    """
+    from mistral.formats import BUNDLED
+    from mistral.formats.folder import read_folder
+    from mistral.formats.hub import locate
+    from mistral.oracle import verify as verifying
+
+    found = read_folder(BUNDLED if folder is None else locate(folder))
+    report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
+    print(verifying.as_json(report) if json else verifying.as_text(report))
+    if not report.passes:
+        raise ChecksFailed
 
 
 def _one_line(facts: dict[str, Any]) -> str:
@@ -379,6 +406,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "bench": bench,
     "perplexity": perplexity,
+    "verify": verify,
 }
 # Which parameter a single word is, where it could be several.
 LONE: dict[Callable[..., None], Callable[[str], str]] = {
@@ -396,6 +424,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(words)
         sys.stdout.flush()
         return 0
+    except ChecksFailed:
+        sys.stdout.flush()
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is wanted
@@ -519,6 +550,9 @@ FLAG_HELP = {
     "bench --json": "print one JSON object instead of a table",
     "perplexity --json": "print one JSON object instead of text",
     "perplexity --chunk_size": "tokens taken in at a step; left out: 2048; changes no number",
+    "full": "roll the model's own window, with prompts longer than it, and not one of 64",
+    "verify --json": "print one JSON object instead of a table",
+    "verify --seed": "of the random prompts",
     "inspect --json": "print one JSON object instead of text",
     "convert --dtype": "of the weights written: float32, bfloat16 or float16; left out: as they are",
 }
@@ -575,7 +609,7 @@ def _stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> 
     """Continue one prompt on stdout as it is made, `echo` first; then say how fast on stderr, also after Ctrl-C."""
     from mistral.generate import stream
 
-    pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=terminal.PromptBar(), **options)
+    pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=terminal.Bar("prompt", "token"), **options)
     terminal.show(pieces, echo)
 
 

@@ -111,10 +111,15 @@ def _plain(ask: str, asked_on: Any) -> str:
     return input()
 
 
-class PromptBar:
-    """Progress through a prompt: shown after two seconds, on stderr, not when that is piped."""
+class Bar:
+    """Progress through work: shown after two seconds, on stderr, not when that is piped.
 
-    def __init__(self) -> None:
+    Args:
+        what, unit: what is being done, and what it is counted in.
+    """
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
         self._bar: Any = None
 
     def __call__(self, taken: int, total: int) -> None:
@@ -122,7 +127,7 @@ class PromptBar:
 
         if self._bar is None:
             self._bar = tqdm(
-                total=total, initial=taken, desc="prompt", unit="token", delay=2, disable=None, leave=False
+                total=total, initial=taken, desc=self._what, unit=self._unit, delay=2, disable=None, leave=False
             )
         self._bar.update(taken - self._bar.n)
         if taken == total:
@@ -264,7 +269,7 @@ class Conversation:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        bar = PromptBar()
+        bar = Bar("prompt", "token")
         with Interrupt() as interrupt:
 
             def between_steps(taken: int, total: int) -> None:

@@ -39,7 +39,7 @@ def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> di
     return state
 
 
-def use_kernels(model: Transformer) -> None:
+def use_kernels(model: nn.Module) -> None:
     """Have products of few rows made by the kernels; the weights stay what and where they are."""
     linears: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if type(m) is Linear]
     for name, module in linears:

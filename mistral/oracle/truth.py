@@ -1,0 +1,136 @@
+"""The contract in float64: what every other number is compared with.
+
+Written from the rules alone (docs/contract.md), one prompt at a time, with masks made of positions: no cache, no tiles,
+none of the library's model. Given a compute dtype it does the same exact operations and rounds each result where the
+contract stores one: by how much that is away from the truth, no implementation in this dtype avoids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mistral.args import ModelArgs
+
+Weights = Mapping[str, Tensor]  # by the names in a layer, such as attention.wq.weight
+Note = Callable[[str, Tensor], None]  # told the name and the value [T, width] of each activation, in order
+
+QUERIES = 128  # whose scores are held at once
+WIDENED = 2**24  # weights in float64 held at once: 128 MB
+
+
+class Truth:
+    """Prompts on their way through a model, a layer at a time; see `streams.Stream`.
+
+    Args:
+        args: the shape.
+        prompts: [n] int64 ids of each; they share nothing.
+        weights: dtype to which weights are rounded first; None leaves them.
+        compute: dtype to which each stored result is rounded; None rounds nothing.
+        note: told each activation.
+    """
+
+    def __init__(
+        self,
+        args: ModelArgs,
+        prompts: Sequence[Tensor],
+        weights: torch.dtype | None = None,
+        compute: torch.dtype | None = None,
+        note: Note | None = None,
+    ) -> None:
+        self.args = args
+        self.ids = torch.cat(list(prompts))
+        self.lens = [len(p) for p in prompts]
+        self._weights, self._compute = weights, compute
+        self._note = note or (lambda name, value: None)
+        self._h = torch.empty(0)
+        positions = torch.cat([torch.arange(n) for n in self.lens])
+        # Rule 3: fp32 in this spelling, also here.
+        assert args.rope_theta is not None
+        frequencies = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
+        angles = positions.float()[:, None] * frequencies
+        self._cos, self._sin = angles.cos().double()[:, None], angles.sin().double()[:, None]  # [T, 1, D/2]
+
+    def embed(self, weight: Tensor) -> None:
+        """[V, dim] embeddings: where the prompts begin."""
+        self._h = self._stored("tok_embeddings", self._weight(weight[self.ids]))
+
+    def layer(self, i: int, weights: Weights) -> None:
+        """One layer, by its weights."""
+        at = f"layers.{i}."
+
+        def product(name: str, x: Tensor) -> Tensor:
+            return self._stored(at + name, self._product(x, weights[f"{name}.weight"]))
+
+        x = self._stored(at + "attention_norm", self._norm(self._h, weights["attention_norm.weight"]))
+        q, k, v = (
+            product(f"attention.{name}", x).unflatten(-1, (-1, self.args.head_dim)) for name in ("wq", "wk", "wv")
+        )
+        q = self._stored(at + "attention.q", self._turn(q).flatten(1)).view_as(q)
+        k = self._stored(at + "attention.k", self._turn(k).flatten(1)).view_as(k)
+        per_prompt = zip(*(x.split(self.lens) for x in (q, k, v)), strict=True)
+        heads = torch.cat([self._attend(*one, window=self.args.windows[i]) for one in per_prompt])
+        heads = self._stored(at + "attention.heads", heads.flatten(1))
+        h = self._rounded(self._h + product("attention.wo", heads))
+        x = self._stored(at + "ffn_norm", self._norm(h, weights["ffn_norm.weight"]))
+        gate, up = product("feed_forward.w1", x), product("feed_forward.w3", x)
+        gated = self._rounded(gate * torch.sigmoid(gate)) * up
+        gated = self._stored(at + "feed_forward.gated", gated)
+        self._h = self._stored(at[:-1], h + product("feed_forward.w2", gated))
+
+    def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
+        """Logits [at most `rows`, V] in float64, block after block."""
+        h = self._stored("norm", self._norm(self._h, norm))
+        for block in h.split(rows):
+            yield self._rounded(self._product(block, output))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x if self._compute is None else x.to(self._compute).double()
+
+    def _stored(self, name: str, x: Tensor) -> Tensor:
+        x = self._rounded(x)
+        self._note(name, x)
+        return x
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        return (weight if self._weights is None else weight.to(self._weights)).double()
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows = max(1, WIDENED // weight.shape[1])
+        return torch.cat([x @ self._weight(part).T for part in weight.split(rows)], -1)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rule 5: rounded before the weight, and after it by whoever stores it."""
+        normed = x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.args.norm_eps)
+        return self._rounded(normed) * self._rounded(self._weight(weight))
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """Rule 3: pairs (2i, 2i+1) of [T, heads, D] turn by angle i."""
+        turned = torch.empty_like(x)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned[..., 0::2] = even * self._cos - odd * self._sin
+        turned[..., 1::2] = even * self._sin + odd * self._cos
+        return turned
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+        """Rules 1, 6 and 8, for one prompt: [n, H, D] by [n, K, D] to [n, H, D]."""
+        n, H, D = q.shape
+        K = k.shape[1]
+        out = torch.empty_like(q)
+        for first in range(0, n, QUERIES):
+            last = min(first + QUERIES, n)
+            oldest = 0 if window is None else max(0, first - window + 1)
+            distance = torch.arange(first, last)[:, None] - torch.arange(oldest, last)
+            hidden = (distance < 0) | (distance >= (window or n))
+            for head in range(H):
+                keys, values = k[oldest:last, head // (H // K)], v[oldest:last, head // (H // K)]
+                scores = (q[first:last, head] @ keys.T) / D**0.5
+                out[first:last, head] = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
+        return out
+
+
+def logprobs(logits: Tensor) -> Tensor:
+    """Rule 10: natural logs of the softmax, [n, V] float64."""
+    return logits.double().log_softmax(-1)

@@ -1,0 +1,429 @@
+"""Every way of running a model at hand, on its own weights, against the truth: `python -m main verify FOLDER`.
+
+All variants go through layer i before layer i + 1 is read, so the peak is one layer's weights in two dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral import fast
+from mistral.args import ModelArgs
+from mistral.attention import Attend
+from mistral.backends import BACKENDS
+from mistral.backends.packed import Packed
+from mistral.capacity import QUERY_BLOCK
+from mistral.fast.build import NoKernels, kernels
+from mistral.fast.linear import QuantizedLinear
+from mistral.formats import window_text
+from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, expected_shapes
+from mistral.oracle.measure import Errors, Measure, Verdict, judge
+from mistral.oracle.streams import (
+    Blocks,
+    OneFile,
+    Stream,
+    Theirs,
+    batched,
+    chunked,
+    one_file_ref,
+    stepwise,
+    whole,
+)
+from mistral.oracle.truth import Truth, logprobs
+from mistral.packing import is_quantized, stored_as
+
+WINDOW = 64  # in place of wider ones, so that short prompts roll
+LENS = (160, 1, 17, 70)  # the longest rolls a buffer of that window, 64 + 63 slots
+CHUNK = 48
+LOGITS = 1 << 22  # held at once of the truth, and of one variant: 32 MB in float64
+
+Progress = Callable[[int, int], None]
+Dtypes = tuple[torch.dtype, torch.dtype]  # of weights, of the arithmetic
+
+
+class VerifyError(ValueError):
+    """A model that cannot be verified."""
+
+
+@dataclass
+class Variant:
+    """One way of running the model.
+
+    Args:
+        name: which tokens come together, or whose model it is.
+        attention: the backend.
+        dtypes: of weights and arithmetic.
+        stream: the prompts on their way through it.
+        device: where.
+    """
+
+    name: str
+    attention: str
+    dtypes: Dtypes
+    stream: Stream
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of a variant.
+
+    Args:
+        window: the windows it ran with, for people.
+        budget: the unavoidable errors of its dtypes.
+    """
+
+    name: str
+    attention: str
+    dtypes: Dtypes
+    device: str
+    window: str
+    errors: Errors
+    budget: Errors
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Args:
+        tensors: how many the folder has; all have the shapes that were asked for, and finite numbers.
+        lens: of the prompts.
+        rows: the variants.
+        notes: what was not at hand, a sentence each.
+    """
+
+    tensors: int
+    lens: tuple[int, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        return all(row.verdict.passes for row in self.rows)
+
+
+def random_prompts(args: ModelArgs, lens: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Random ids, with 1 in front, which is bos in all of Mistral's tokenizers: [n] int64 for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(args.vocab_size, (n,), generator=generator) for n in lens]
+    for prompt in prompts:
+        prompt[0] = min(1, args.vocab_size - 1)
+    return prompts
+
+
+class Reading:
+    """The weights of a folder, whatever its layout: tensors by Mistral's names, checked to be finite."""
+
+    def __init__(self, found: Folder) -> None:
+        self._found = found
+        self._shapes = expected_shapes(found.args)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
+
+        Raises:
+            VerifyError: it has numbers that are not finite.
+        """
+        found = self._found
+        if found.quant is not None and is_quantized(name):
+            parts = [found.weights.get(part) for part in stored_as(name, self._shapes[name], found.quant)]
+            module: QuantizedLinear = fast.from_stored(name, self._shapes[name], found.quant, parts)
+            weight = module.rows(0, self._shapes[name][0])
+        else:
+            weight = found.weights.get(name)
+        if not torch.isfinite(weight).all():
+            raise VerifyError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
+        return weight
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """The tensors of a layer, by their names in it."""
+        at = f"layers.{i}."
+        return {name.removeprefix(at): self.get(name) for name in self._shapes if name.startswith(at)}
+
+
+def through(reading: Reading, streams: Sequence[tuple[Stream, torch.dtype | None]], n_layers: int) -> Iterator[None]:
+    """Take streams through all layers, each given weights of its dtype; yields after each one's step."""
+    embeddings = reading.get(EMBEDDINGS)
+    for stream, _ in streams:
+        stream.embed(embeddings)
+        yield
+    del embeddings
+    for i in range(n_layers):
+        stored = reading.layer(i)
+        cast, dtype = stored, None
+        for stream, wanted in streams:
+            if wanted != dtype:
+                # One at a time, and streams of one dtype are neighbours.
+                cast = stored if wanted is None else {name: w.to(wanted) for name, w in stored.items()}
+                dtype = wanted
+            stream.layer(i, cast)
+            yield
+
+
+def verify(found: Folder, *, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Report:
+    """Run every variant at hand over the same random prompts, and compare each with the truth.
+
+    Args:
+        full: prompts that roll the model's own window, rather than one of `WINDOW` in its place.
+        seed: of the prompts.
+        progress: told how much of the work is done, and how much there is.
+
+    Raises:
+        VerifyError: a weight that is not finite.
+        WeightsError: a file that cannot be read.
+    """
+    notes: list[str] = []
+    lens = _lens(found.args, full)
+    prompts = random_prompts(found.args, lens, seed)
+    groups = [found.args]
+    if not full and any(w is not None and w > WINDOW for w in found.args.windows):
+        groups.append(narrowed(found.args))
+        notes.append(f"rolled with windows of {WINDOW} in place of wider ones; --full rolls the model's own")
+    elif all(w is None for w in found.args.windows):
+        notes.append("no layer has a window: nothing rolls")
+    reading = Reading(found)
+    stored = reading.get(OUTPUT).dtype
+    notes += _not_at_hand()
+    each = [(args, _variants(args, prompts, stored)) for args in groups]
+    # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
+    total = sum(len(v) + 1 + len({x.dtypes for x in v}) for _, v in each) * (found.args.n_layers + 2) - len(each)
+    steps = itertools.count(1)
+
+    def step() -> None:
+        if progress is not None:
+            progress(next(steps), total)
+
+    rows = [row for args, variants in each for row in _compare(reading, args, prompts, variants, step)]
+    return Report(len(found.tensors), tuple(lens), tuple(rows), tuple(notes))
+
+
+def _lens(args: ModelArgs, full: bool) -> list[int]:
+    """Of the prompts; with `full`, the longest goes on for a while after the widest window has rolled."""
+    widest = max((w for w in args.windows if w is not None), default=0)
+    return [max(LENS[0], widest + QUERY_BLOCK + 32), *LENS[1:]] if full else list(LENS)
+
+
+def narrowed(args: ModelArgs) -> ModelArgs:
+    """The shape with windows of at most WINDOW; layers without one stay without."""
+    return dataclasses.replace(args, sliding_window=tuple(w and min(w, WINDOW) for w in args.windows))
+
+
+def _compare(
+    reading: Reading, args: ModelArgs, prompts: Sequence[Tensor], variants: list[Variant], step: Callable[[], None]
+) -> list[Row]:
+    """Truth, budgets and variants through all layers together."""
+    pairs = sorted({v.dtypes for v in variants}, key=str)
+    truth = Truth(args, prompts)
+    budgets = [unavoidable(args, prompts, *pair) for pair in pairs]
+    streams: list[tuple[Stream, torch.dtype | None]] = [(stream, None) for stream in (truth, *budgets)]
+    streams += [(v.stream, v.dtypes[0]) for v in variants]
+    for _ in through(reading, streams, args.n_layers):
+        step()
+    norm, output = reading.get("norm.weight"), reading.get(OUTPUT)
+    block = max(1, LOGITS // args.vocab_size)
+    true = [logprobs(logits) for logits in truth.head(norm, output, block)]
+    measured: list[Errors] = []
+    for stream, dtype in streams[1:]:
+        measure = Measure()
+        last, product = (norm, output) if dtype is None else (norm.to(dtype), output.to(dtype))
+        for want, logits in zip(true, stream.head(last, product, block), strict=True):
+            measure.add(want, logits)
+        measured.append(measure.errors())
+        step()
+    budget_of = {pair: errors.scaled(coarseness(pair[1])) for pair, errors in zip(pairs, measured, strict=False)}
+    lens = [len(p) for p in prompts]
+    rows = []
+    for v, errors in zip(variants, measured[len(pairs) :], strict=True):
+        budget = budget_of[v.dtypes]
+        verdict = judge(errors, budget, v.dtypes[1], lens)
+        rows.append(Row(v.name, v.attention, v.dtypes, v.device, window_text(args), errors, budget, verdict))
+    return rows
+
+
+def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Truth:
+    """The truth with results rounded as `compute` makes unavoidable, or for float64, which the truth is in itself,
+    as float32 does: see `coarseness`."""
+    return Truth(args, prompts, weights, torch.float32 if compute == torch.float64 else compute)
+
+
+def coarseness(compute: torch.dtype) -> float:
+    """By what the errors of `unavoidable` are to be multiplied."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return ratio if compute == torch.float64 else 1.0
+
+
+def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
+    """What is at hand: one_file_ref, transformers, and ours in every schedule, backend and dtype. Neighbours share
+    a dtype of weights."""
+    lens = [len(p) for p in prompts]
+    narrow = min(stored, torch.float32, key=lambda dtype: dtype.itemsize)
+    fp32 = (torch.float32, torch.float32)
+    made: list[Variant] = []
+    if (module := one_file_ref()) is not None:
+        made.append(Variant("one_file_ref", "its own", fp32, OneFile(module, args, prompts, torch.float32)))
+    if importlib.util.find_spec("transformers") is not None:
+        made.append(Variant("transformers", "eager", fp32, Theirs(args, prompts, torch.float32)))
+
+    def ours(
+        name: str, attention: str, attend: Attend, dtypes: Dtypes, device: str = "cpu", fast: bool = False
+    ) -> None:
+        schedule, cached = {
+            "whole": (whole(lens), False),
+            "batched": (batched(lens), False),
+            "chunked": (chunked(lens, CHUNK), True),
+            "stepwise": (stepwise(lens), True),
+        }[name]
+        stream = Blocks(
+            args,
+            prompts,
+            schedule,
+            attend,
+            weights=dtypes[0],
+            compute=dtypes[1],
+            cached=cached,
+            device=device,
+            kernels=fast,
+        )
+        made.append(Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device))
+
+    sdpa, plain = BACKENDS["sdpa"](), BACKENDS["plain"]()
+    for name in ("whole", "batched", "chunked", "stepwise"):
+        ours(name, "sdpa", sdpa, fp32)
+    ours("batched", "plain", plain, fp32)
+    ours("stepwise", "plain", plain, fp32)
+    if has_kernels():
+        ours("stepwise", "sdpa", sdpa, (narrow, torch.float32), fast=True)
+    ours("batched", "plain", plain, (torch.float64, torch.float64))
+    half = stored if stored.itemsize == 2 else torch.bfloat16
+    for name in ("batched", "stepwise"):
+        ours(name, "sdpa", sdpa, (half, half))
+    for device, attention, attend, dtype in _on_gpus(args.head_dim, half):
+        for name in ("batched", "stepwise"):
+            ours(name, attention, attend, (dtype, dtype), device)
+    return made
+
+
+def has_kernels() -> bool:
+    """Whether the kernels of `fast` can be built here."""
+    try:
+        kernels()
+    except NoKernels:
+        return False
+    return True
+
+
+def _on_gpus(head_dim: int, half: torch.dtype) -> Iterator[tuple[str, str, Attend, torch.dtype]]:
+    """Device, name and function of each attention backend that runs on a GPU here, and the dtypes to try it in."""
+    devices = ["cuda"] if torch.cuda.is_available() else ["mps"] if torch.backends.mps.is_available() else []
+    for device, (name, make) in itertools.product(devices, BACKENDS.items()):
+        for dtype in (half, torch.float32):
+            try:
+                attend = make()
+                if isinstance(attend, Packed):
+                    attend.prove(torch.device(device), dtype, head_dim)
+            except Exception:  # a missing library, an old one, no kernel: it is not at hand
+                continue
+            yield device, name, attend, dtype
+
+
+def _not_at_hand() -> list[str]:
+    missing = []
+    if one_file_ref() is None:
+        missing.append("one_file_ref.py, which is in the repository and not in the installed package")
+    if importlib.util.find_spec("transformers") is None:
+        missing.append("transformers (pip install transformers)")
+    if not has_kernels():
+        missing.append("the kernels, which want a C compiler")
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        missing.append("a GPU, and with it flash and xformers")
+    return [f"not at hand: {'; '.join(missing)}"] if missing else []
+
+
+def as_json(report: Report) -> str:
+    """One object."""
+    rows = [
+        {
+            "name": row.name,
+            "attention": row.attention,
+            "device": row.device,
+            "weights": short(row.dtypes[0]),
+            "compute": short(row.dtypes[1]),
+            "window": row.window,
+            "max_delta_logprob": row.errors.largest,
+            "rms_delta_logprob": row.errors.rms,
+            "kl": row.errors.kl,
+            "top1_agreement": row.errors.agreement,
+            "unavoidable_max": row.budget.largest,
+            "unavoidable_rms": row.budget.rms,
+            "times_unavoidable": row.verdict.ratio,
+            "limit": row.verdict.limit,
+            "first_beyond": row.verdict.first,
+            "passes": row.verdict.passes,
+        }
+        for row in report.rows
+    ]
+    facts = {"tensors": report.tensors, "prompts": report.lens, "notes": report.notes, "passes": report.passes}
+    return json.dumps({**facts, "rows": rows}, indent=2)
+
+
+def as_text(report: Report) -> str:
+    """A table, and what it means."""
+    lines = [
+        f"{report.tensors} tensors, shapes as they should be, all numbers finite; "
+        f"prompts of {_listed(report.lens)} ids",
+        "",
+    ]
+    titles = ("", "window", "weights/compute", "attention", "max |dlogp|", "KL", "top-1", "x unavoidable", "first", "")
+    lines += table([titles, *map(_cells, report.rows)], right=(4, 5, 6, 7, 8))
+    failed = sum(not row.verdict.passes for row in report.rows)
+    lines += ["", *(f"note: {note}" for note in report.notes)]
+    lines.append(f"{failed} of {len(report.rows)} fail" if failed else f"all {len(report.rows)} pass")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    e, v = row.errors, row.verdict
+    return (
+        row.name if row.device == "cpu" else f"{row.name}, {row.device}",
+        row.window,
+        f"{short(row.dtypes[0])}/{short(row.dtypes[1])}",
+        row.attention,
+        f"{e.largest:.1e}",
+        f"{e.kl:.1e}",
+        f"{e.agreement:.1%}",
+        f"{v.ratio:.1f} of {v.limit:g}",
+        "none" if v.first is None else f"{v.first[0]}:{v.first[1]}",
+        "pass" if v.passes else "FAIL",
+    )
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Cells as lines of equally wide columns; those numbered in `right` end together."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def short(dtype: torch.dtype) -> str:
+    """fp32, bf16: as people say it."""
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+        str(dtype).removeprefix("torch.")
+    ]

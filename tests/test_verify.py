@@ -1,0 +1,211 @@
+"""verify: every variant passes on right models, budgets are what they say, and mistakes fail."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mistral import cli
+from mistral.attention import plain, sdpa, tiled
+from mistral.formats.folder import read_folder
+from mistral.oracle import streams, verify
+from mistral.oracle.measure import LIMITS, Errors, Measure, judge, place
+from mistral.oracle.streams import Blocks, OneFile, Theirs
+from mistral.oracle.truth import Truth, logprobs
+from tests.folders import make_folder, random_state
+from tests.tiny import ragged, tiny_args, tiny_model, true_logprobs
+
+LENS = [33, 1, 6, 21]
+
+
+def run(stream, model):
+    """A stream's logits, by the weights of a model."""
+    state = model.state_dict()
+    stream.embed(state["tok_embeddings.weight"])
+    for i in range(model.args.n_layers):
+        at = f"layers.{i}."
+        stream.layer(i, {name.removeprefix(at): w for name, w in state.items() if name.startswith(at)})
+    return torch.cat(list(stream.head(state["norm.weight"], state["output.weight"], 16)))
+
+
+@pytest.fixture(scope="module", params=[5, None, (None, 7, 3)], ids=["window", "none", "per layer"])
+def case(request):
+    model = tiny_model(tiny_args(n_layers=3, sliding_window=request.param), seed=2)
+    prompts = ragged(LENS, model.args.vocab_size, seed=2)
+    return model, prompts
+
+
+def test_the_truth_is_that_of_the_tests(case):
+    """Two float64 implementations of the contract, neither of which knows the other."""
+    model, prompts = case
+    ours = logprobs(run(Truth(model.args, prompts), model)).numpy()
+    assert np.abs(ours - np.concatenate(true_logprobs(model, prompts))).max() < 1e-13
+
+
+def test_its_activations_are_those_of_the_tests(case):
+    from tests.truth import truth
+
+    model, prompts = case
+    seen = {}
+    run(Truth(model.args, prompts, note=seen.__setitem__), model)
+    first = 0
+    for prompt in prompts:
+        _, hidden = truth(model.state_dict(), model.args, prompt)
+        for i, want in enumerate(hidden):
+            got = seen[f"layers.{i}"][first : first + len(prompt)]
+            assert np.abs(got.numpy() - want).max() < 1e-13
+        first += len(prompt)
+
+
+STREAMS = {
+    "whole": (streams.whole, False),
+    "batched": (streams.batched, False),
+    "chunked": (lambda lens: streams.chunked(lens, 7), True),
+    "stepwise": (streams.stepwise, True),
+}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("kernel", [plain, sdpa])
+@pytest.mark.parametrize("name", STREAMS)
+def test_each_schedule_is_within_its_budget(case, name, kernel, dtype):
+    model, prompts = case
+    schedule, cached = STREAMS[name]
+    attend = tiled(kernel)
+    stream = Blocks(model.args, prompts, schedule(LENS), attend, weights=dtype, compute=dtype, cached=cached)
+    verdict, errors = judged(model, prompts, stream, dtype)
+    assert verdict.passes, (verdict, errors.largest)
+
+
+def judged(model, prompts, stream, dtype):
+    true = logprobs(run(Truth(model.args, prompts), model))
+    budget = measured(true, run(verify.unavoidable(model.args, prompts, dtype, dtype), model))
+    errors = measured(true, run(stream, model))
+    return judge(errors, budget.scaled(verify.coarseness(dtype)), dtype, LENS), errors
+
+
+def measured(true, logits) -> Errors:
+    measure = Measure()
+    for a, b in zip(true.split(10), logits.split(10), strict=True):
+        measure.add(a, b)
+    return measure.errors()
+
+
+def test_others_are_within_it_too(case):
+    pytest.importorskip("transformers")
+    model, prompts = case
+    for stream in (
+        OneFile(streams.one_file_ref(), model.args, prompts, torch.float32),
+        Theirs(model.args, prompts, torch.float32),
+    ):
+        assert judged(model, prompts, stream, torch.float32)[0].passes
+
+
+def test_a_stream_is_the_model(case):
+    """A layer at a time gives the bits of all layers at once."""
+    model, prompts = case
+    for name, kernel in (("batched", plain), ("batched", sdpa)):
+        schedule, cached = STREAMS[name]
+        options = {"weights": torch.float32, "compute": torch.float32, "cached": cached}
+        got = run(Blocks(model.args, prompts, schedule(LENS), tiled(kernel), **options), model)
+        model_of = tiny_model(model.args, seed=2, attend=tiled(kernel))
+        with torch.inference_mode():
+            want = model_of.forward(torch.cat(prompts), LENS)
+        assert (got - want).abs().max() < 1e-6
+
+
+def test_bf16_is_what_rounding_makes_of_it(case):
+    """The budget is not only a bound: right implementations reach it."""
+    model, prompts = case
+    half = torch.bfloat16
+    stream = Blocks(model.args, prompts, streams.batched(LENS), tiled(plain), weights=half, compute=half, cached=False)
+    verdict, _ = judged(model, prompts, stream, half)
+    assert 0.5 < verdict.ratio < 1.5
+
+
+def test_a_mistake_is_beyond_the_budget_and_is_placed():
+    """A window one too narrow: prompt 0 parts from the truth at the first position that it hides a key from."""
+    model = tiny_model(tiny_args(n_layers=3), seed=2)
+    prompts = ragged(LENS, model.args.vocab_size, seed=2)
+    wrong = tiny_args(n_layers=3, sliding_window=4)
+    for dtype in (torch.float32, torch.float64):
+        stream = Blocks(wrong, prompts, streams.batched(LENS), tiled(sdpa), weights=dtype, compute=dtype, cached=False)
+        verdict, _ = judged(model, prompts, stream, dtype)
+        assert not verdict.passes
+        assert verdict.first == (0, 4)
+        assert verdict.ratio > 100
+
+
+def test_numbers_that_are_none_fail():
+    true = torch.zeros(4, 3, dtype=torch.float64).log_softmax(-1)
+    bad = torch.zeros(4, 3)
+    bad[2, 1] = float("nan")
+    errors = measured(true, bad)
+    assert errors.largest == float("inf")
+    assert errors.kl == float("inf")
+    assert not judge(errors, measured(true, torch.zeros(4, 3)), torch.float32, [4]).passes
+    assert judge(errors, measured(true, torch.zeros(4, 3)), torch.float32, [3, 1]).first == (0, 2)
+
+
+def test_places():
+    assert [place(row, [2, 0, 1]) for row in range(3)] == [(0, 0), (0, 1), (2, 0)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "model", n_layers=3, vocab_size=61, sliding_window=[None, 80, 5], tokenizer=False)
+
+
+def test_the_command_passes_on_a_right_model(folder, capsys):
+    assert cli.main(["verify", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passes"]
+    rows = report["rows"]
+    assert {row["window"] for row in rows} == {f"none x1 + {w} x1 + 5 x1 layers" for w in (80, 64)}
+    assert {row["name"] for row in rows} >= {"one_file_ref", "whole", "batched", "chunked", "stepwise"}
+    assert {row["compute"] for row in rows} == {"fp64", "fp32", "bf16"}
+    assert any("--full" in note for note in report["notes"])
+
+
+def test_full_rolls_the_real_window(folder, capsys):
+    assert cli.main(["verify", str(folder), "--full", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert max(report["prompts"]) > 80 + 79
+    assert len({row["window"] for row in report["rows"]}) == 1
+
+
+def test_the_command_fails_where_the_model_is_wrong(folder, capsys, monkeypatch):
+    """A mistake in the library, not in the truth."""
+    import mistral.attention
+
+    right = mistral.attention.visible
+    monkeypatch.setattr(mistral.attention, "visible", lambda q, k, w: right(q, k, w and w - 1))
+    assert cli.main(["verify", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    lines = [line for line in out.splitlines() if line.startswith(("one_file_ref", "transformers"))]
+    assert lines
+    assert all(line.endswith("pass") for line in lines)
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path, capsys):
+    state = random_state()
+    state["layers.1.feed_forward.w3.weight"][3, 2] = float("inf")
+    folder = make_folder(tmp_path / "bad", state)
+    assert cli.main(["verify", str(folder)]) == 2
+    assert "layers.1.feed_forward.w3.weight has 1 numbers that are not finite" in capsys.readouterr().err
+
+
+def test_weights_in_few_bits_are_verified_as_meant(folder, tmp_path, capsys):
+    assert cli.main(["convert", str(folder), str(tmp_path / "few"), "--to", "mistral", "--quant", "int8"]) == 0
+    assert cli.main(["verify", str(tmp_path / "few")]) == 0
+
+
+def test_progress_reaches_its_total(folder):
+    told = []
+    verify.verify(read_folder(folder), progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    assert len({total for _, total in told}) == 1
