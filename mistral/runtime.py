@@ -43,6 +43,7 @@ class Runtime:
         kernels: whether products of few rows are those of `fast`.
         decode: whether whole decode steps are, attention included.
         quant: "int8", "int4", or None for weights as they are stored.
+        deterministic: whether a sequence has the same bits in any batch, in any chunks, on any number of threads.
         notes: what could not be had, a sentence each.
     """
 
@@ -55,12 +56,15 @@ class Runtime:
     kernels: bool = False
     decode: bool = False
     quant: str | None = None
+    deterministic: bool = False
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Every choice that was made, for people."""
         weights = self.quant or _name(self.weights)
         kernels = ("; kernels for decode steps" if self.decode else "; kernels for products") if self.kernels else ""
+        if self.deterministic:
+            kernels = "; kernels for all steps; bitwise"
         return (
             f"device {self.device}; weights/compute/cache {weights}/{_name(self.compute)}/{_name(self.cache)}; "
             f"attention {self.attention}{kernels}"
@@ -73,6 +77,7 @@ def resolve(
     attention: str | None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     *,
     stored: torch.dtype,
     parameters: int,
@@ -86,6 +91,7 @@ def resolve(
         attention: name of a backend; None takes the default of the device.
         kernels: whether to use the kernels of `fast`; None does where they can be built.
         quant: "int8" or "int4" for weights in few bits; None leaves them as they are stored.
+        deterministic: the same bits for a sequence in any company, at the price of speed; see `oracle.bitwise`.
         stored: dtype of the weights in their file.
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
@@ -100,6 +106,8 @@ def resolve(
         raise OptionError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
     if quant is not None and not on_cpu_in_fp32:
         raise OptionError(f"quantized weights are for a CPU in float32, not for {place.type} in {_name(compute)}")
+    if deterministic:
+        _check_deterministic(place, compute, attention, kernels)
     fast, notes = _kernels(kernels, place.type == "cpu" and compute in (torch.float32, torch.bfloat16))
     weights = compute
     if fast and compute.itemsize > stored.itemsize:
@@ -111,7 +119,28 @@ def resolve(
     name, attend = backends.resolve(attention, place, compute, head_dim)
     named = attention not in (None, "auto") and name == attention
     decode = fast and on_cpu_in_fp32 and not named  # a backend that was asked for is the one that is used
-    return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, notes)
+    if deterministic:
+        name = "kernels"
+    return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, deterministic, notes)
+
+
+def _check_deterministic(
+    place: torch.device, compute: torch.dtype, attention: str | None, kernels: bool | None
+) -> None:
+    """Refuse what has other bits in other company."""
+    if place.type != "cpu" or compute != torch.float32:
+        raise OptionError(
+            f"deterministic is for a CPU in float32, not for {place.type} in {_name(compute)}: "
+            "use --device cpu --dtype float32"
+        )
+    if attention not in (None, "auto"):
+        raise OptionError(f"deterministic has an attention of its own: leave --attention {attention} out")
+    if kernels is False:
+        raise OptionError("deterministic computes with the kernels: leave --kernels=false out")
+    try:
+        _kernels(True, True)
+    except OptionError as error:
+        raise OptionError(f"deterministic computes with the kernels: {error}") from None
 
 
 def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:

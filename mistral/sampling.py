@@ -92,8 +92,9 @@ class Sampler:
         if 0 < self.top_k < probs.shape[-1]:
             probs[:, self.top_k :] = 0
         if self.top_p < 1:
-            before = probs.cumsum(-1) - probs
-            probs = probs.masked_fill(before > self.top_p * probs.sum(-1, keepdim=True), 0)
+            # The total is the last of the sums: sum() adds up in another order for other rows and threads.
+            cumulative = probs.cumsum(-1)
+            probs = probs.masked_fill(cumulative - probs > self.top_p * cumulative[:, -1:], 0)
         if self.min_p > 0:
             probs = probs.masked_fill(probs < self.min_p * probs[:, :1], 0)
         return probs, ids

@@ -35,32 +35,10 @@ class FastTransformer(Transformer):
             return super().step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
         rows = [row for row, n in enumerate(plan.seqlens) if n]
-        which, origins = torch.tensor(rows), torch.tensor([plan.origins[row] for row in rows])
         cos, sin = cos_sin(plan.positions, self._frequencies)
-        seen = max(plan.starts[row] - plan.origins[row] + 1 for row in rows)
-        if None not in self.args.windows:
-            seen = min(seen, max(w for w in self.args.windows if w is not None))
-        floats = kernels().scratch_floats(ctypes.byref(model), ctypes.c_int64(len(rows)), ctypes.c_int64(seen))
-        scratch = torch.empty(floats)
-        rounded = room_for_inputs(
-            len(rows), max(self.args.dim, self.args.hidden_dim, self.args.n_heads * self.args.head_dim)
-        )
         for i in range(len(self.layers)):
             cache.layer(i).written = True
-        kernels().decode(
-            ctypes.byref(model),
-            ctypes.c_int64(len(rows)),
-            pointer(which),
-            pointer(plan.positions),
-            pointer(origins),
-            pointer(cos),
-            pointer(sin),
-            ctypes.c_int64(seen),
-            pointer(h),
-            pointer(scratch),
-            pointer(rounded),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        self._decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
         return h
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache | NoCache) -> bool:
@@ -73,6 +51,29 @@ class FastTransformer(Transformer):
             and self.dtype == torch.float32
             and cache.layer(0).k.dtype == torch.float32
         )
+
+    def _decode(
+        self, model: Model, h: Tensor, rows: list[int], positions: Tensor, origins: list[int], cos: Tensor, sin: Tensor
+    ) -> None:
+        """Take tokens through all layers, in place; their keys go into the cache that `model` describes.
+
+        Args:
+            h: [n, dim] embeddings; becomes normalised hidden states.
+            rows: the row of the cache that each token has, any number of times.
+            positions, origins: where each is, [n] int64, and where its sequence began.
+            cos, sin: [n, D/2] of the positions.
+        """
+        args = self.args
+        which, begins = torch.tensor(rows), torch.tensor(origins)
+        seen = int((positions - begins).max()) + 1
+        if None not in args.windows:
+            seen = min(seen, max(w for w in args.windows if w is not None))
+        count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, torch.get_num_threads()))
+        scratch = torch.empty(kernels().scratch_floats(ctypes.byref(model), count, most, threads))
+        rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
+        given = (pointer(x) for x in (which, positions, begins, cos, sin))
+        used = (pointer(x) for x in (h, scratch, rounded))
+        kernels().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
     def _described(self, cache: RollingBufferCache) -> Model | None:
         """The model and its cache as the kernels have them, made anew for each step; None if they are not for them.

@@ -8,11 +8,9 @@
    over the columns, then the sum of these. So a row's bits do not depend on what else is in the batch. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -112,13 +110,16 @@ INLINE floats load(int kind, const char *p) {
     }
 }
 
-/* a * b + c, rounded once where the machine can. Said outright: a compiler that is free to choose chooses differently
-   from loop to loop, and a row's bits would depend on its company. */
+/* a * b + c, rounded once where the machine can. Said outright, and nowhere else (-ffp-contract=off): a compiler that is
+   free to choose chooses differently from loop to loop, and a row's bits would depend on its company. */
 INLINE floats multiply_add(floats a, floats b, floats c) {
 #if defined(__AVX512F__)
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+    UNROLL for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
 #else
     return a * b + c;
 #endif
@@ -523,6 +524,8 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
 
 /* ---- a decode step */
 
+INLINE floats all(float x) { return (floats){0} + x; }
+
 /* exp for x <= 0, to a few units in the last place; below about -87 it is 0. */
 INLINE floats exp_of(floats x) {
     floats low = (floats){0} - 87.0f;
@@ -530,13 +533,13 @@ INLINE floats exp_of(floats x) {
     x = (floats)(((ints)x & keep) | ((ints)low & ~keep));
     ints n = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* rounds to nearest: x <= 0 */
     floats f = __builtin_convertvector(n, floats);
-    floats r = x - f * 0.693359375f - f * -2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    floats r = multiply_add(f, all(2.12194440e-4f), multiply_add(f, all(-0.693359375f), x));
+    floats p = multiply_add(r, all(1.9875691500e-4f), all(1.3981999507e-3f));
+    p = multiply_add(p, r, all(8.3334519073e-3f));
+    p = multiply_add(p, r, all(4.1665795894e-2f));
+    p = multiply_add(p, r, all(1.6666665459e-1f));
+    p = multiply_add(p, r, all(5.0000001201e-1f));
+    p = multiply_add(p * r, r, r) + 1.0f;
     return (floats)((ints)(p * (floats)((n + 127) << 23)) & keep);
 }
 
@@ -682,15 +685,19 @@ static void attend(float *q, int64_t heads, const float *keys, const float *valu
     }
 }
 
-/* Floats that decode wants as scratch for R rows and up to `keys` positions seen. */
 static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
 
-int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys) {
+/* Floats for the scores of a key head's query heads, and what decode wants as scratch: for `rows` tokens, each of which
+   sees up to `keys` positions. */
+static int64_t scores_of(const Model *m, int64_t keys) { return m->n_heads / m->n_kv_heads * (keys + LANES); }
+
+int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
     int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
-    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim) + m->n_heads * (keys + LANES));
+    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim)) + threads * scores_of(m, keys);
 }
 
-/* One token for each of `rows` sequences, through all layers.
+/* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
+   takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out; rounded: room for the widest
    inputs, where the weights have few bits (all of a layer's as many). */
@@ -700,14 +707,14 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
     const int64_t ldd = padded(dim), ldq = padded(m->n_heads * d), ldkv = kv_heads * d, ldw = padded(m->hidden_dim);
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
-    float *scores = wide + rows * ldw;
-    memset(scratch, 0, (scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
+    float *all_scores = wide + rows * ldw;
+    memset(scratch, 0, (all_scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
 
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
         const int kind = layer->wq.kind, rounds = few_bits(&layer->wq);
-        float out[rows * ROWS], gate[rows * ROWS];
+        float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
 
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
@@ -724,21 +731,23 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             block(w, first, n, x, ldd, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld + first, out + r * ROWS, n * 4);
         }
+        const int64_t stride = kv_heads * d;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) { /* all keys are there before the first query looks */
+            const int64_t slot = (which[r] * layer->capacity + positions[r] % layer->capacity) * stride;
+            for (int64_t g = 0; g < kv_heads; g++) rotate(k + r * ldkv + g * d, cos + r * d / 2, sin + r * d / 2, d);
+            memcpy(layer->keys + slot, k + r * ldkv, stride * 4);
+            memcpy(layer->values + slot, v + r * ldkv, stride * 4);
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < rows * kv_heads; i++) {
-            const int64_t r = i / kv_heads, g = i % kv_heads, stride = kv_heads * d, last = positions[r];
-            const float *c = cos + r * d / 2, *s = sin + r * d / 2;
-            float *keys = layer->keys + which[r] * layer->capacity * stride + g * d;
-            float *values = layer->values + which[r] * layer->capacity * stride + g * d;
+            const int64_t r = i % rows, g = i / rows, last = positions[r];
+            const int64_t from = which[r] * layer->capacity * stride + g * d;
             float *mine = q + r * ldq + g * heads * d;
             int64_t first = origins[r];
             if (layer->window && last - layer->window + 1 > first) first = last - layer->window + 1;
-            rotate(k + r * ldkv + g * d, c, s, d);
-            memcpy(keys + last % layer->capacity * stride, k + r * ldkv + g * d, d * 4);
-            memcpy(values + last % layer->capacity * stride, v + r * ldkv + g * d, d * 4);
-            for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, c, s, d);
-            attend(mine, heads, keys, values, stride, layer->capacity, first, last, d,
-                   scores + i * heads * (most_keys + LANES));
+            for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
+            attend(mine, heads, layer->keys + from, layer->values + from, stride, layer->capacity, first, last, d, scores);
         }
         if (rounds)
 #pragma omp for schedule(static)

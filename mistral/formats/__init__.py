@@ -92,6 +92,7 @@ def load(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     max_batch_size: int = 0,
 ) -> Loaded:
     """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
@@ -102,6 +103,7 @@ def load(
         folder: a path, or a hub id (see `hub.locate`); None is the small model that ships.
         device, dtype, attention, kernels: see `runtime.resolve`; None lets it choose.
         quant: "int8" or "int4" rounds the weights of products as they are loaded; None leaves them as they are.
+        deterministic: give a sequence the same bits in any batch and chunks, on any number of threads; a CPU in fp32.
         max_batch_size: most sequences in one forward; 0 sets no limit.
 
     Raises:
@@ -110,7 +112,15 @@ def load(
     found = read_folder(BUNDLED if folder is None else locate(folder), max_batch_size)
     tokenizer = load_tokenizer(found.path, found.args.vocab_size)
     release, odd = recognise(found.args, tokenizer_kind(tokenizer.path))
-    model, run = assemble(found, device=device, dtype=dtype, attention=attention, kernels=kernels, quant=quant)
+    model, run = assemble(
+        found,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        kernels=kernels,
+        quant=quant,
+        deterministic=deterministic,
+    )
     spare = wordless(found.args, tokenizer.n_words, release)
     padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
@@ -126,6 +136,7 @@ def assemble(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
 ) -> tuple[Transformer, Runtime]:
     """The model that a folder holds, in memory, and how it runs; see `load`.
 
@@ -148,6 +159,7 @@ def assemble(
         attention,
         kernels,
         quant or found.quant,
+        deterministic,
         stored=getattr(torch, stored),
         parameters=found.parameters,
         head_dim=args.head_dim,
@@ -165,10 +177,16 @@ def assemble(
         from mistral.fast.decode import FastTransformer
 
         kind = FastTransformer
+    if run.deterministic:
+        from mistral.oracle import bitwise
+
+        kind = bitwise.BitwiseTransformer
     with torch.device("meta"):
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
         model = kind(args, run.attend, None if run.decode or run.weights == run.compute else run.compute)
     _fill(model, found, run)
+    if run.deterministic:
+        bitwise.self_test(model)
     return model, run
 
 

@@ -1,0 +1,166 @@
+"""A model whose bits depend on nothing but the sequence: not on the batch, the chunks, the queue or the threads.
+
+All of it is the decode kernel, which sums every output in one order and walks keys by position: a step of many tokens
+is given to it a group at a time. PyTorch is left with copying, and with cosines, made for whole blocks of positions. It
+is slower than PyTorch's large products; docs/design.md has the figures. CPU, fp32, inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mistral.cache import NoCache, Plan, RollingBufferCache
+from mistral.fast import use_kernels
+from mistral.fast.build import Matrix
+from mistral.fast.decode import FastTransformer
+from mistral.fast.linear import FastLinear, QuantizedLinear, product
+from mistral.model import ModelArgs, Transformer
+from mistral.rope import cos_sin
+
+TOKENS = 64  # of a call of the kernels; more are no faster
+POSITIONS = 64  # whose cosines are made together: a multiple of every vector, so no value is made by a loop's tail
+
+# The self-test: rows and threads that take every way through the kernels, and outputs of a matrix that are looked at.
+COUNTS = (1, 2, 3, 5, 16, 17)
+OUTPUTS = 128
+
+
+class NotBitwise(ValueError):
+    """Bits that depend on more than the sequence."""
+
+
+class BitwiseTransformer(FastTransformer):
+    """`FastTransformer` all of whose steps are the kernels'. Nothing flows back."""
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        if isinstance(cache, NoCache):
+            sequences = max(1, len(plan.seqlens))
+            cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
+        model = self._described(cache) if cache.layer(0).k.dtype == torch.float32 else None
+        if model is None:
+            raise NotBitwise(
+                "deterministic is for weights on a CPU, as they were loaded, and a cache in float32; "
+                "load without it to run another way"
+            )
+        h = self.tok_embeddings(input_ids).to(torch.float32)
+        for store in cache.layers:
+            store.written = True
+        for rows, tokens in groups(plan.seqlens, min(store.block for store in cache.layers)):
+            positions, origins = plan.positions[tokens], [plan.origins[row] for row in rows]
+            part = h[tokens]
+            self._decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self._frequencies))
+            h[tokens] = part
+        return h
+
+    @torch.no_grad()
+    def logits(self, h: Tensor) -> Tensor:
+        matrix = matrix_of(self.output)
+        logits = h.new_empty(len(h), matrix.n)
+        for first in range(0, len(h), TOKENS):
+            logits[first : first + TOKENS] = product(matrix, h[first : first + TOKENS])
+        return logits
+
+
+def groups(seqlens: Sequence[int], most: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of a step, for one call after the other: at most TOKENS of them, and `most` of a sequence.
+
+    Yields:
+        The row of each token, and its place in the packed step.
+    """
+    begins = [0, *accumulate(seqlens)]
+    for first in range(0, max(seqlens, default=0), most):
+        both = [(row, begins[row] + i) for row, n in enumerate(seqlens) for i in range(first, min(first + most, n))]
+        for at in range(0, len(both), TOKENS):
+            rows, tokens = zip(*both[at : at + TOKENS], strict=True)
+            yield list(rows), list(tokens)
+
+
+def aligned_cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope.cos_sin`, made for whole blocks of positions, so that neighbours change no bit."""
+    blocks, place = (positions // POSITIONS).unique(return_inverse=True)
+    made = [cos_sin(torch.arange(POSITIONS) + block * POSITIONS, frequencies) for block in blocks.tolist()]
+    at = place * POSITIONS + positions % POSITIONS
+    cos, sin = (torch.cat(parts)[at] for parts in zip(*made, strict=True))
+    return cos, sin
+
+
+def matrix_of(linear: torch.nn.Module) -> Matrix:
+    """The weights of a product as the kernels have them."""
+    matrix = linear.matrix() if isinstance(linear, FastLinear | QuantizedLinear) else None
+    if matrix is None:
+        raise NotBitwise("deterministic is for weights on a CPU, as they were loaded; load without it to move them")
+    return matrix
+
+
+def self_test(model: Transformer) -> None:
+    """Compute the same in several groupings, by several numbers of threads.
+
+    Looked at are products with the model's own weights, steps of a small model with its heads, and what sampling
+    makes of logits.
+
+    Raises:
+        NotBitwise: a bit differs.
+    """
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for name, linear in [*model.layers[0].named_modules(), ("output", model.output)]:
+            if isinstance(linear, FastLinear | QuantizedLinear):
+                whole = matrix_of(linear)
+                part = Matrix(whole.data, whole.scale, whole.kind, min(whole.n, OUTPUTS), whole.k)
+                x = torch.rand(max(COUNTS), whole.k, generator=generator) - 0.5
+                _compare(f"products with {name}", before, _by_rows(partial(product, part), x))
+        small = _small(model.args, generator)
+        ids = torch.randint(small.args.vocab_size, (2 * max(COUNTS),), generator=generator)
+        _compare("steps", before, partial(_by_steps, small, ids))
+        logits = 10 * torch.rand(max(COUNTS), model.args.vocab_size, generator=generator)
+        _compare("log-probabilities", before, _by_rows(lambda x: x.log_softmax(-1), logits))
+        _compare("sums of probabilities", before, _by_rows(lambda x: x.softmax(-1).cumsum(-1), logits))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _by_rows(compute: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[int], Tensor]:
+    """`compute` of a number of x's rows at a time."""
+    return lambda count: torch.cat([compute(rows) for rows in x.split(count)])
+
+
+def _compare(what: str, most: int, compute: Callable[[int], Tensor]) -> None:
+    """Refuse if the bits of `compute(rows)` depend on the rows at a time, or on the threads."""
+    want = None
+    for threads in sorted({1, 2, most}):
+        torch.set_num_threads(threads)
+        for count in COUNTS:
+            bits = compute(count).view(torch.int32)  # a NaN equals itself
+            want = bits if want is None else want
+            if not torch.equal(bits, want):
+                raise NotBitwise(
+                    f"deterministic cannot be had on this machine: {what} have other bits with {count} rows at a time "
+                    f"and {threads} threads than with one of each; load without it"
+                )
+
+
+def _small(args: ModelArgs, generator: torch.Generator) -> BitwiseTransformer:
+    """A random model with the heads of a large one, two layers, and windows that roll and that do not."""
+    with torch.device("meta"):
+        small = BitwiseTransformer(
+            replace(args, dim=32, hidden_dim=32, vocab_size=32, n_layers=2, sliding_window=(None, max(COUNTS)))
+        )
+    state = {name: torch.rand(w.shape, generator=generator) - 0.5 for name, w in small.state_dict().items()}
+    small.load_state_dict(state, assign=True)
+    use_kernels(small)
+    return small
+
+
+def _by_steps(model: BitwiseTransformer, ids: Tensor, count: int) -> Tensor:
+    """Hidden states of a sequence that is taken in `count` tokens at a time, beside one that brings one at a time."""
+    cache = RollingBufferCache(model.args, 2, positions=count)
+    steps = [(torch.cat([ids[:1], part]), [1, len(part)]) for part in ids.split(count)]
+    return torch.cat([model.forward_partial(both, seqlens, cache)[1:] for both, seqlens in steps])
