@@ -9,16 +9,16 @@ import inspect
 import io
 import json
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral import __version__, flags, terminal
+from mistral.asking import Asked, ChecksFailed, load_model, read_prompts
+from mistral.oracle import commands as oracle
 
 if TYPE_CHECKING:
     from mistral.formats import Loaded
@@ -35,10 +35,6 @@ DEMO_PROMPTS = (
 )
 
 
-class ChecksFailed(Exception):
-    """What was to be checked was, and is not as it should be; what was printed says so."""
-
-
 def demo(
     folder: str | None = None,
     *,
@@ -51,6 +47,7 @@ def demo(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -65,7 +62,7 @@ def demo(
     from mistral.formats import BUNDLED
     from mistral.generate import generate
 
-    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=3)
+    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=3)
     prompts: Sequence[str] = DEMO_PROMPTS
     if folder is None:
         prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
@@ -102,6 +99,7 @@ def interactive(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -118,7 +116,7 @@ def interactive(
     """
     if not instruct and (system is not None or template is not None):
         raise flags.UsageError("--system and --template belong to a conversation: add --instruct")
-    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=1)
+    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -166,6 +164,7 @@ def complete(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     threads: int | None = None,
     chunk_size: int | None = None,
 ) -> None:
@@ -189,8 +188,10 @@ def complete(
 
     if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
         raise flags.UsageError(f"no such folder: {folder}")
-    asked = _read_prompts(prompt, suffix, file, max_tokens)
-    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=max_batch_size)
+    asked = read_prompts(prompt, suffix, file, max_tokens)
+    loaded = load_model(
+        folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=max_batch_size
+    )
     prompts, limits = _with_gaps(asked, loaded), [one.max_tokens for one in asked]
     options: dict[str, Any] = {
         "temperature": temperature,
@@ -232,13 +233,18 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
 
-    SRC is a folder in either layout, or a hub id, and DST a folder that is not there yet. Weights stay the
-    same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when it is complete,
-    not before. What --quant wrote loads at once, and nothing but this library reads it.
+    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that is not there yet.
+    Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
+    it is complete, not before. What --quant wrote loads at once, and nothing but this library reads it.
     """
     from mistral.formats.convert import convert as convert_folder
+    from mistral.formats.convert import write_folder
 
-    written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
+    if src.endswith(".safetensors"):
+        with oracle.model_of(src) as found:
+            written = write_folder(found, dst, to, dtype=dtype, quant=quant)
+    else:
+        written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
     terminal.say(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.say(f"note: {note}")
@@ -291,9 +297,9 @@ def bench(
     weights of that shape. Close other programs: on a busy machine every figure is too low.
     """
     asked = {
-        "contexts": _numbers("contexts", contexts),
-        "batches": _numbers("batches", batches),
-        "prompts": _numbers("prompts", prompts),
+        "contexts": flags.numbers("contexts", contexts),
+        "batches": flags.numbers("batches", batches),
+        "prompts": flags.numbers("prompts", prompts),
     }
     if folder is not None and shape is not None:
         raise flags.UsageError("FOLDER and --shape: give one of them")
@@ -310,94 +316,6 @@ def bench(
     print(measuring.as_json(report) if json else measuring.as_text(report))
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        raise flags.UsageError(f"--{name} is {text!r}; it must be whole numbers with commas between, such as 32,4096")
-    return [int(n) for n in text.split(",")]
-
-
-def perplexity(
-    folder: str | None = None,
-    file: str | None = None,
-    *,
-    json: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    threads: int | None = None,
-    chunk_size: int | None = None,
-) -> None:
-    """Say how well a model predicts a text, of any length.
-
-    python -m main perplexity story.txt
-    python -m main perplexity mistral-7B-v0.1 story.txt
-    python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
-    cat story.txt | python -m main perplexity mistral-7B-v0.1
-
-    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
-    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
-    prints one object: tokens, nats (their sum), perplexity, characters.
-    """
-    text = _read_text(file)
-    loaded = _load(folder, device, dtype, attention, kernels, quant, threads, max_batch_size=1)
-    from mistral.generate import STEP_TOKENS
-    from mistral.oracle.perplexity import perplexity as score_text
-    from mistral.tokenizer import encode
-
-    ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
-    score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
-    facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
-    each = score.nats / score.tokens
-    print(
-        _one_line(facts)
-        if json
-        else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
-        f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
-    )
-
-
-def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
-    """Run every way of computing a model that is at hand, on its own weights, against float64.
-
-    python -m main verify
-    python -m main verify mistral-7B-v0.1
-    python -m main verify mistral-7B-v0.1 --full --json
-
-    one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
-    backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
-    Errors are multiples of what rounding to the dtype makes unavoidable. Exit code 0 only if all pass, else 1.
-    """
-    from mistral.formats import BUNDLED
-    from mistral.formats.folder import read_folder
-    from mistral.formats.hub import locate
-    from mistral.oracle import verify as verifying
-
-    found = read_folder(BUNDLED if folder is None else locate(folder))
-    report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
-    print(verifying.as_json(report) if json else verifying.as_text(report))
-    if not report.passes:
-        raise ChecksFailed
-
-
-def _one_line(facts: dict[str, Any]) -> str:
-    """One object on one line."""
-    return json.dumps(facts)
-
-
-def _read_text(file: str | None) -> str:
-    try:
-        if file is None:
-            return "" if terminal.typed() or sys.stdin is None else sys.stdin.read()
-        with open(file, encoding="utf-8") as opened:
-            return opened.read()
-    except UnicodeDecodeError as error:
-        raise terminal.not_utf8(file or "stdin", error) from None
-    except OSError as error:
-        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "interactive": interactive,
@@ -405,13 +323,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_folder,
     "convert": convert,
     "bench": bench,
-    "perplexity": perplexity,
-    "verify": verify,
+    "perplexity": oracle.perplexity,
+    "verify": oracle.verify,
+    "pack": oracle.pack,
+    "compare": oracle.compare,
+    "trace": oracle.trace,
 }
 # Which parameter a single word is, where it could be several.
 LONE: dict[Callable[..., None], Callable[[str], str]] = {
     complete: lambda word: _folder_or_prompt(word),
-    perplexity: lambda word: "folder" if os.path.isdir(word) else "file",
+    oracle.perplexity: lambda word: "folder" if os.path.isdir(word) else "file",
+    oracle.trace: lambda word: _folder_or_prompt(word),
 }
 
 
@@ -550,7 +472,21 @@ FLAG_HELP = {
     "bench --json": "print one JSON object instead of a table",
     "perplexity --json": "print one JSON object instead of text",
     "perplexity --chunk_size": "tokens taken in at a step; left out: 2048; changes no number",
-    "full": "roll the model's own window, with prompts longer than it, and not one of 64",
+    "full": "take prompts longer than the model's window, however wide it is",
+    "output": "the file to write; also -o",
+    "top": "likeliest tokens to keep of each position",
+    "weights": "put the weights in too",
+    "model": "the server's name for the model; left out: the first that it lists",
+    "plan": "lengths of prompts, with commas between",
+    "window": "of the layer; left out: none",
+    "deterministic": "the same bits in any batch, chunking and number of threads (CPU, float32; slower)",
+    "pack --seed": "of the random prompts",
+    "compare --seed": "of the random prompts",
+    "compare --json": "print one JSON object instead of text",
+    "compare --dtype": "of the arithmetic of the side that is not the truth",
+    "trace --chunk_size": "with --plan: tokens of each prompt a step; left out: all at once",
+    "trace --dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: float32",
+    "trace --attention": "sdpa or plain; left out: sdpa, in float64 plain",
     "verify --json": "print one JSON object instead of a table",
     "verify --seed": "of the random prompts",
     "inspect --json": "print one JSON object instead of text",
@@ -569,40 +505,11 @@ RANGES = {
     "max_batch_size": (0, 2**31 - 1),
     "chunk_size": (1, 2**63 - 1),
     "repeats": (1, 1000),
+    "top": (1, 2**31 - 1),
+    "window": (1, 2**31 - 1),
+    "seed": (-(2**63), 2**63 - 1),
     "threads": (1, 1024),  # what PyTorch can start depends on the machine; far more ends the process
 }
-
-
-def _load(
-    folder: str | None,
-    device: str | None,
-    dtype: str | None,
-    attention: str | None,
-    kernels: bool | None,
-    quant: str | None,
-    threads: int | None,
-    max_batch_size: int,
-) -> Loaded:
-    from mistral.formats import load
-
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    loaded = load(
-        folder,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        kernels=kernels,
-        quant=quant,
-        max_batch_size=max_batch_size,
-    )
-    bundled = "the model that ships, " if folder is None else ""
-    terminal.say(f"loaded {bundled}{loaded.describe()}")
-    for note in loaded.notes:
-        terminal.say(f"note: {note}")
-    return loaded
 
 
 def _stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> None:
@@ -641,79 +548,12 @@ def _folder_or_prompt(word: str) -> str:
     return "folder" if path else "prompt"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, text or ids; the text that follows it, if it is a gap to fill; and the most tokens to make."""
-
-    prompt: Any
-    suffix: str | None
-    max_tokens: int
-
-
-def _read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[Asked]:
-    """What to continue: the word, the lines of the file, or stdin."""
-    if file is not None:
-        if prompt is not None:
-            raise flags.UsageError("a prompt and --file: give one of them")
-        if suffix is not None:
-            raise flags.UsageError("--suffix and --file: give each line of the file its own suffix")
-        return _read_jsonl(file, max_tokens)
-    if prompt is None:
-        try:
-            prompt = "" if terminal.typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise terminal.not_utf8("stdin", error) from None
-        if not prompt:
-            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
-    return [Asked(prompt, suffix, max_tokens)]
-
-
 def _with_gaps(asked: list[Asked], loaded: Loaded) -> list[Any]:
     """The prompts, those with a suffix as the ids after which its model fills the gap."""
     if all(one.suffix is None for one in asked):
         return [one.prompt for one in asked]
     template = _template(loaded, None)
     return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
-
-
-def _read_jsonl(file: str, max_tokens: int) -> list[Asked]:
-    asked: list[Asked] = []
-    try:
-        # A byte order mark, as some editors put in front, is no part of the first line.
-        with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    asked.append(_one_prompt(line, f"{file} line {number}", max_tokens))
-    except UnicodeDecodeError as error:
-        raise terminal.not_utf8(file, error) from None
-    except OSError as error:
-        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
-    if not asked:
-        raise flags.UsageError(f"no prompts in {file}: it has no line that is not empty")
-    return asked
-
-
-def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise flags.UsageError(f"{where} is not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        entry = {"prompt": entry}
-    unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
-    if unknown:
-        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
-    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
-    ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
-    if not (isinstance(prompt, str) or ids):
-        raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
-    if prompt == []:
-        raise flags.UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
-    if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
-        raise flags.UsageError(f"{where}: a suffix must be text, and so must its prompt")
-    if type(limit) is not int or limit < 0:
-        raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
-    return Asked(prompt, suffix, limit)
 
 
 def _as_json(index: int, result: Completion, with_top: bool) -> str:

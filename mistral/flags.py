@@ -24,6 +24,7 @@ NUMBERS = {
 }
 
 
+SHORT = {"-o": "output"}
 # Words that nobody puts after a switch as a prompt.
 SWITCHED = ("true", "false", "on", "off", "yes", "no", "0", "1")
 
@@ -44,7 +45,7 @@ def canonical(
     """The words of a command line as `--name=value`, each checked and of its parameter's type.
 
     `--name value`, `--name=value`, `--name` for switches, dashes or underscores within names, and
-    `--` before words that are not flags. A flag of type list may be repeated.
+    `--` before words that are not flags; `-o` for `--output`. A flag of type list may be repeated.
 
     Args:
         ranges: the least and the most of each number that has them.
@@ -63,6 +64,8 @@ def canonical(
         if word == "--":
             loose += queue
             break
+        if word in SHORT and SHORT[word] in parameters:
+            word = f"--{SHORT[word]}"
         if not word.startswith("--"):
             if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
                 raise UsageError(f"{word}: flags begin with two dashes; for a prompt, put -- before it")
@@ -144,3 +147,14 @@ def _check_range(what: str, value: float, least: float, most: float) -> None:
 def _suggestion(name: str, parameters: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, parameters, n=1)
     return f"; did you mean --{close[0]}?" if close else "; see --help, and put -- before a prompt that begins so"
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """Whole numbers above 0, with commas between.
+
+    Raises:
+        UsageError: something else.
+    """
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
+        raise UsageError(f"--{name} is {text!r}; it must be whole numbers with commas between, such as 32,4096")
+    return [int(n) for n in text.split(",")]

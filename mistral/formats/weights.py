@@ -132,12 +132,12 @@ def find_hf_weights(folder: Path) -> WeightFiles:
             raise WeightsError(
                 f"{folder} holds {single.name} and an index of other files: remove those of another model"
             )
-        return _check_index(_open_safetensors(parts), index)
+        return _check_index(open_safetensors(parts), index)
     if single.is_file():
-        return _open_safetensors((single,))
+        return open_safetensors((single,))
     parts = _numbered_parts(folder, "model")
     if parts:
-        return _open_safetensors(parts)
+        return open_safetensors(parts)
     old = next(folder.glob("pytorch_model*.bin"), None)
     advice = f"; {old.name} must be saved as safetensors first" if old else ""
     raise WeightsError(
@@ -181,10 +181,10 @@ def find_weights(folder: Path) -> WeightFiles:
     """
     single = folder / "consolidated.safetensors"
     if single.is_file():
-        return _open_safetensors((single,))
+        return open_safetensors((single,))
     parts = _numbered_parts(folder, "consolidated")
     if parts:
-        return _open_safetensors(parts)
+        return open_safetensors(parts)
     pth = folder / "consolidated.00.pth"
     if pth.is_file():
         if (folder / "consolidated.01.pth").exists():
@@ -215,7 +215,7 @@ def _numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(parts[i] for i in range(1, total + 1))
 
 
-def _open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
+def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
     for path in files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from mistral.oracle.truth import logprobs
 # to 1.1. In fp32 sums round as coarsely as what is stored, so right ones have 1.5 to 6, more with the length of the
 # sums. Each named mistake has hundreds in 32 bits.
 LIMITS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+
+LOGITS = 1 << 22  # held at once of the truth, and of one other: 32 MB in float64
+
+Progress = Callable[[int, int], None]  # told how much of the work is done, and how much there is
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,21 @@ def place(row: int, lens: Sequence[int]) -> tuple[int, int]:
             return prompt, row
         row -= n
     raise IndexError(row)
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Cells as lines of equally wide columns; those numbered in `right` end together."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def short(dtype: torch.dtype) -> str:
+    """fp32, bf16: as people say it."""
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+        str(dtype).removeprefix("torch.")
+    ]

@@ -44,7 +44,7 @@ class Truth:
         self.ids = torch.cat(list(prompts))
         self.lens = [len(p) for p in prompts]
         self._weights, self._compute = weights, compute
-        self._note = note or (lambda name, value: None)
+        self.note = note or (lambda name, value: None)
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
         # Rule 3: fp32 in this spelling, also here.
@@ -91,7 +91,7 @@ class Truth:
 
     def _stored(self, name: str, x: Tensor) -> Tensor:
         x = self._rounded(x)
-        self._note(name, x)
+        self.note(name, x)
         return x
 
     def _weight(self, weight: Tensor) -> Tensor:
@@ -134,3 +134,15 @@ class Truth:
 def logprobs(logits: Tensor) -> Tensor:
     """Rule 10: natural logs of the softmax, [n, V] float64."""
     return logits.double().log_softmax(-1)
+
+
+def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Truth:
+    """The truth with results rounded as `compute` makes unavoidable, or for float64, which the truth is in itself,
+    as float32 does: see `coarseness`."""
+    return Truth(args, prompts, weights, torch.float32 if compute == torch.float64 else compute)
+
+
+def coarseness(compute: torch.dtype) -> float:
+    """By what the errors of `unavoidable` are to be multiplied."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return ratio if compute == torch.float64 else 1.0

@@ -15,17 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral import fast
 from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.backends import BACKENDS
 from mistral.backends.packed import Packed
 from mistral.capacity import QUERY_BLOCK
 from mistral.fast.build import NoKernels, kernels
-from mistral.fast.linear import QuantizedLinear
 from mistral.formats import window_text
-from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, expected_shapes
-from mistral.oracle.measure import Errors, Measure, Verdict, judge
+from mistral.formats.folder import OUTPUT, Folder
+from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, short, table
+from mistral.oracle.reading import Reading, random_prompts, through
 from mistral.oracle.streams import (
     Blocks,
     OneFile,
@@ -37,20 +36,12 @@ from mistral.oracle.streams import (
     stepwise,
     whole,
 )
-from mistral.oracle.truth import Truth, logprobs
-from mistral.packing import is_quantized, stored_as
+from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
 
 WINDOW = 64  # in place of wider ones, so that short prompts roll
 LENS = (160, 1, 17, 70)  # the longest rolls a buffer of that window, 64 + 63 slots
 CHUNK = 48
-LOGITS = 1 << 22  # held at once of the truth, and of one variant: 32 MB in float64
-
-Progress = Callable[[int, int], None]
 Dtypes = tuple[torch.dtype, torch.dtype]  # of weights, of the arithmetic
-
-
-class VerifyError(ValueError):
-    """A model that cannot be verified."""
 
 
 @dataclass
@@ -110,64 +101,6 @@ class Report:
     @property
     def passes(self) -> bool:
         return all(row.verdict.passes for row in self.rows)
-
-
-def random_prompts(args: ModelArgs, lens: Sequence[int], seed: int = 0) -> list[Tensor]:
-    """Random ids, with 1 in front, which is bos in all of Mistral's tokenizers: [n] int64 for each length."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(args.vocab_size, (n,), generator=generator) for n in lens]
-    for prompt in prompts:
-        prompt[0] = min(1, args.vocab_size - 1)
-    return prompts
-
-
-class Reading:
-    """The weights of a folder, whatever its layout: tensors by Mistral's names, checked to be finite."""
-
-    def __init__(self, found: Folder) -> None:
-        self._found = found
-        self._shapes = expected_shapes(found.args)
-
-    def get(self, name: str) -> Tensor:
-        """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
-
-        Raises:
-            VerifyError: it has numbers that are not finite.
-        """
-        found = self._found
-        if found.quant is not None and is_quantized(name):
-            parts = [found.weights.get(part) for part in stored_as(name, self._shapes[name], found.quant)]
-            module: QuantizedLinear = fast.from_stored(name, self._shapes[name], found.quant, parts)
-            weight = module.rows(0, self._shapes[name][0])
-        else:
-            weight = found.weights.get(name)
-        if not torch.isfinite(weight).all():
-            raise VerifyError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
-        return weight
-
-    def layer(self, i: int) -> dict[str, Tensor]:
-        """The tensors of a layer, by their names in it."""
-        at = f"layers.{i}."
-        return {name.removeprefix(at): self.get(name) for name in self._shapes if name.startswith(at)}
-
-
-def through(reading: Reading, streams: Sequence[tuple[Stream, torch.dtype | None]], n_layers: int) -> Iterator[None]:
-    """Take streams through all layers, each given weights of its dtype; yields after each one's step."""
-    embeddings = reading.get(EMBEDDINGS)
-    for stream, _ in streams:
-        stream.embed(embeddings)
-        yield
-    del embeddings
-    for i in range(n_layers):
-        stored = reading.layer(i)
-        cast, dtype = stored, None
-        for stream, wanted in streams:
-            if wanted != dtype:
-                # One at a time, and streams of one dtype are neighbours.
-                cast = stored if wanted is None else {name: w.to(wanted) for name, w in stored.items()}
-                dtype = wanted
-            stream.layer(i, cast)
-            yield
 
 
 def verify(found: Folder, *, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Report:
@@ -248,18 +181,6 @@ def _compare(
         verdict = judge(errors, budget, v.dtypes[1], lens)
         rows.append(Row(v.name, v.attention, v.dtypes, v.device, window_text(args), errors, budget, verdict))
     return rows
-
-
-def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Truth:
-    """The truth with results rounded as `compute` makes unavoidable, or for float64, which the truth is in itself,
-    as float32 does: see `coarseness`."""
-    return Truth(args, prompts, weights, torch.float32 if compute == torch.float64 else compute)
-
-
-def coarseness(compute: torch.dtype) -> float:
-    """By what the errors of `unavoidable` are to be multiplied."""
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return ratio if compute == torch.float64 else 1.0
 
 
 def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
@@ -407,23 +328,5 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Cells as lines of equally wide columns; those numbered in `right` end together."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _listed(numbers: Sequence[int]) -> str:
     return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-
-
-def short(dtype: torch.dtype) -> str:
-    """fp32, bf16: as people say it."""
-    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
-        str(dtype).removeprefix("torch.")
-    ]

@@ -1,0 +1,133 @@
+"""What a command line asks for: a model, prompts, a text. Each is had or refused with one line.
+
+Knows nothing about commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mistral import flags, terminal
+
+if TYPE_CHECKING:
+    from mistral.formats import Loaded
+
+
+class ChecksFailed(Exception):
+    """What was to be checked was, and is not as it should be; what was printed says so."""
+
+
+def load_model(
+    folder: str | None,
+    device: str | None,
+    dtype: str | None,
+    attention: str | None,
+    kernels: bool | None,
+    quant: str | None,
+    deterministic: bool,
+    threads: int | None,
+    max_batch_size: int,
+) -> Loaded:
+    from mistral.formats import load
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded = load(
+        folder,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        kernels=kernels,
+        quant=quant,
+        deterministic=deterministic,
+        max_batch_size=max_batch_size,
+    )
+    bundled = "the model that ships, " if folder is None else ""
+    terminal.say(f"loaded {bundled}{loaded.describe()}")
+    for note in loaded.notes:
+        terminal.say(f"note: {note}")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, text or ids; the text that follows it, if it is a gap to fill; and the most tokens to make."""
+
+    prompt: Any
+    suffix: str | None
+    max_tokens: int
+
+
+def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[Asked]:
+    """What to continue: the word, the lines of the file, or stdin."""
+    if file is not None:
+        if prompt is not None:
+            raise flags.UsageError("a prompt and --file: give one of them")
+        if suffix is not None:
+            raise flags.UsageError("--suffix and --file: give each line of the file its own suffix")
+        return read_jsonl(file, max_tokens)
+    if prompt is None:
+        try:
+            prompt = "" if terminal.typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise terminal.not_utf8("stdin", error) from None
+        if not prompt:
+            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
+    return [Asked(prompt, suffix, max_tokens)]
+
+
+def read_jsonl(file: str, max_tokens: int) -> list[Asked]:
+    asked: list[Asked] = []
+    try:
+        # A byte order mark, as some editors put in front, is no part of the first line.
+        with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    asked.append(_one_prompt(line, f"{file} line {number}", max_tokens))
+    except UnicodeDecodeError as error:
+        raise terminal.not_utf8(file, error) from None
+    except OSError as error:
+        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+    if not asked:
+        raise flags.UsageError(f"no prompts in {file}: it has no line that is not empty")
+    return asked
+
+
+def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise flags.UsageError(f"{where} is not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        entry = {"prompt": entry}
+    unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
+    if unknown:
+        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
+    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
+    ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
+    if not (isinstance(prompt, str) or ids):
+        raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
+    if prompt == []:
+        raise flags.UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
+    if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
+        raise flags.UsageError(f"{where}: a suffix must be text, and so must its prompt")
+    if type(limit) is not int or limit < 0:
+        raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
+    return Asked(prompt, suffix, limit)
+
+
+def read_text(file: str | None) -> str:
+    try:
+        if file is None:
+            return "" if terminal.typed() or sys.stdin is None else sys.stdin.read()
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    except UnicodeDecodeError as error:
+        raise terminal.not_utf8(file or "stdin", error) from None
+    except OSError as error:
+        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None

@@ -1,0 +1,87 @@
+"""Safetensors files of our own: written whole or not at all, with facts as JSON among their metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mistral.formats.header import HeaderError, read_header
+
+
+class ArraysError(ValueError):
+    """A file that cannot be written, or is not what it should be."""
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+    """Write a file; it appears complete, and takes the place of one of that name only then.
+
+    Args:
+        facts: anything JSON has; each a string of JSON in the file's metadata.
+
+    Raises:
+        ArraysError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
+    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    try:
+        with beside.open("xb"):
+            pass  # safetensors' own error would not say why
+        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        os.replace(beside, target)
+    except OSError as error:
+        raise ArraysError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+    return target
+
+
+def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a file of ours.
+
+    Raises:
+        ArraysError: it cannot be read, is none of this format, or of another version.
+    """
+    facts = facts_of(path)
+    if facts.get("format") != format_name:
+        raise ArraysError(f"{path} is no {format_name}")
+    if facts.get("version") != version:
+        raise ArraysError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {version}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), facts
+    except (SafetensorError, OSError) as error:
+        raise ArraysError(f"{path} cannot be read: {error}") from None
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """The facts in a safetensors file's metadata; those that are no JSON are left out.
+
+    Raises:
+        ArraysError: it cannot be read, or is no safetensors file.
+    """
+    try:
+        read_header(path)
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except HeaderError as error:
+        raise ArraysError(f"{path} is not a complete safetensors file: {error}") from None
+    except OSError as error:
+        raise ArraysError(f"{path} cannot be read: {error.strerror}") from None
+    facts: dict[str, Any] = {}
+    for name, text in (header.get("__metadata__") or {}).items():
+        with suppress(ValueError, TypeError, RecursionError):
+            facts[name] = json.loads(text)
+    return facts

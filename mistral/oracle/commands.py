@@ -1,0 +1,257 @@
+"""The oracle's commands, thin: ask for what is wanted, import what does it, print."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral import flags, terminal
+from mistral.asking import ChecksFailed, load_model, read_jsonl, read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mistral.formats.folder import Folder
+
+
+def perplexity(
+    folder: str | None = None,
+    file: str | None = None,
+    *,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
+    deterministic: bool = False,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Say how well a model predicts a text, of any length.
+
+    python -m main perplexity story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
+    cat story.txt | python -m main perplexity mistral-7B-v0.1
+
+    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
+    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
+    prints one object: tokens, nats (their sum), perplexity, characters.
+    """
+    text = read_text(file)
+    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
+    from mistral.generate import STEP_TOKENS
+    from mistral.oracle.perplexity import perplexity as score_text
+    from mistral.tokenizer import encode
+
+    ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
+    score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
+    facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
+    each = score.nats / score.tokens
+    print(
+        _one_line(facts)
+        if json
+        else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
+        f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
+    )
+
+
+def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
+    """Run every way of computing a model that is at hand, on its own weights, against float64.
+
+    python -m main verify
+    python -m main verify mistral-7B-v0.1
+    python -m main verify mistral-7B-v0.1 --full --json
+
+    one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
+    backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
+    Errors are multiples of what rounding to the dtype makes unavoidable. FOLDER may also be a pack with weights.
+    The exit code is 0 if all pass, else 1.
+    """
+    from mistral.oracle import verify as verifying
+
+    with model_of(folder) as found:
+        report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
+    print(verifying.as_json(report) if json else verifying.as_text(report))
+    if not report.passes:
+        raise ChecksFailed
+
+
+def pack(
+    folder: str | None = None,
+    *,
+    output: str,
+    file: str | None = None,
+    top: int = 20,
+    weights: bool = False,
+    full: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write a golden pack: what a model says of prompts, in float64, for other programs to be checked against.
+
+    python -m main pack -o small.safetensors
+    python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --file prompts.jsonl
+    python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --full
+
+    Ids of the prompts, the likeliest tokens after each position and their log-probs, fingerprints of all activations,
+    what rounding makes unavoidable, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts
+    are random ids, or FILE's lines (as `complete` takes them). --weights puts the weights in too. Packs that have them
+    can be converted to folders: python -m main convert x.safetensors DST --to hf
+    """
+    from mistral.oracle import pack as packing
+    from mistral.oracle.reading import inside
+
+    with model_of(folder) as found:
+        prompts = _prompts(found, file, full, seed)
+        bar = terminal.Bar("packing", "step")
+        written = packing.pack(found, output, prompts, top=top, weights=weights, progress=bar)
+        note = inside(found.args, [len(p) for p in prompts])
+    terminal.say(f"wrote {written}: {len(prompts)} prompts, {written.stat().st_size / 1e6:.1f} MB")
+    if note:
+        terminal.say(f"note: {note}: --full takes longer ones")
+
+
+def compare(
+    a: str,
+    b: str,
+    *,
+    file: str | None = None,
+    model: str | None = None,
+    dtype: str = "float32",
+    full: bool = False,
+    json: bool = False,
+    seed: int = 0,
+) -> None:
+    """Say whether two sides agree, where they part, and which mistake explains it.
+
+    python -m main compare mistral-7B-v0.1 mistral-7B-v0.1-hf
+    python -m main compare mistral-7B-v0.1 http://localhost:8000 --dtype bfloat16
+    python -m main compare v0.1.safetensors logits.npz
+
+    A and B are each a folder in either layout, a hub id, a pack, an .npz (prompt_ids, and logits or logprobs [T, V]), a
+    file that `trace` wrote, or the URL of an OpenAI-style server that tells log-probs of prompts (vLLM). --dtype is
+    that of the arithmetic of the side that is not the truth. Differences beyond what rounding explains are named: the
+    first activation and position that part; and the planted mistakes that, made by our model, give the other
+    side's numbers. The exit code is 0 if the sides agree, else 1.
+    """
+    from mistral.oracle import compare as comparing
+    from mistral.oracle.sides import FolderSide, side
+    from mistral.runtime import DTYPES, OptionError
+
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    sides = [side(a, model), side(b, model)]
+    prompts = None
+    if file is not None:
+        folders = [s for s in sides if isinstance(s, FolderSide)]
+        prompts = _read_prompts(file, folders[0].found if folders else None)
+    report = comparing.compare(
+        *sides,
+        compute=DTYPES[dtype],
+        prompts=prompts,
+        full=full,
+        seed=seed,
+        progress=terminal.Bar("planting", "mistake"),
+    )
+    print(comparing.as_json(report) if json else comparing.as_text(report))
+    if not report.same:
+        raise ChecksFailed
+
+
+def trace(
+    folder: str | None = None,
+    prompt: str | None = None,
+    *,
+    output: str | None = None,
+    plan: str | None = None,
+    chunk_size: int | None = None,
+    window: int | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+) -> None:
+    """Write every activation of a prompt to a file, or print what the steps of a plan do.
+
+    python -m main trace "Once upon a time" -o t.safetensors
+    python -m main trace mistral-7B-v0.1 "Once upon a time" -o t.safetensors --dtype float64
+    python -m main trace --plan 7,3 --chunk_size 4 --window 3
+
+    Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), on the
+    plain path; `compare` takes the file as a side. --plan takes the lengths of prompts that are read in chunks, and
+    prints as JSON, for a layer of that window (none if left out): positions, slots and masks of each step.
+    """
+    if (plan is None) == (output is None):
+        raise flags.UsageError("give --output for activations, or --plan for slots and masks")
+    if plan is not None:
+        given = {"FOLDER": folder, "a prompt": prompt, "--dtype": dtype, "--attention": attention}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise flags.UsageError(f"--plan takes no {extra[0]}: it is about lengths, a chunk and a window")
+        from mistral.oracle.trace import plans
+
+        lens = flags.numbers("plan", plan)
+        print(_one_line({"chunk": chunk_size, "window": window, "steps": plans(lens, chunk_size, window)}))
+        return
+    if chunk_size is not None or window is not None:
+        raise flags.UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
+    text = read_text(None) if prompt is None else prompt
+    loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=1)
+    from mistral.oracle.trace import write
+    from mistral.tokenizer import encode
+
+    assert output is not None
+    ids = encode(loaded.tokenizer, text)
+    written, names = write(loaded, ids, output)
+    terminal.say(f"wrote {written}: {names} activations of {len(ids)} ids, {written.stat().st_size / 1e6:.1f} MB")
+
+
+@contextlib.contextmanager
+def model_of(folder: str | None) -> Iterator[Folder]:
+    """A folder, a hub id, a pack with weights, or the model that ships."""
+    from mistral.formats import BUNDLED
+    from mistral.formats.folder import read_folder
+    from mistral.formats.hub import locate
+    from mistral.oracle.pack import folder_of, is_pack
+
+    if folder is not None and (is_pack(folder) or folder.endswith(".safetensors")):
+        with tempfile.TemporaryDirectory() as nothing:
+            yield folder_of(folder, Path(nothing))
+        return
+    yield read_folder(BUNDLED if folder is None else locate(folder))
+
+
+def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:
+    from mistral.oracle.reading import prompts_for
+
+    if file is None:
+        return prompts_for(found.args, full, seed)
+    if full:
+        raise flags.UsageError("--full is about random prompts, and --file gives others: leave one out")
+    return _read_prompts(file, found)
+
+
+def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
+    """Ids of a file's prompts; text wants a tokenizer."""
+    import torch
+
+    from mistral.formats import load_tokenizer
+    from mistral.tokenizer import encode
+
+    asked = read_jsonl(file, 0)
+    if any(one.suffix is not None for one in asked):
+        raise flags.UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
+    if any(isinstance(one.prompt, str) for one in asked):
+        if found is None:
+            raise flags.UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
+        tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+        return [torch.tensor(encode(tokenizer, p) if isinstance(p, str) else p) for p in (one.prompt for one in asked)]
+    return [torch.tensor(one.prompt) for one in asked]
+
+
+def _one_line(facts: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(facts)

@@ -1,0 +1,332 @@
+"""Two sides, where they part, and which mistake explains it: `python -m main compare A B`.
+
+Differences count from where rounding no longer explains them. Where both sides tell activations, the first layer,
+position and operation that part are named. Where one side's model is at hand, it is run again with each planted
+mistake, and those that give the other side's numbers are named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mistral.oracle import plants
+from mistral.oracle.evidence import Evidence, Unavoidable
+from mistral.oracle.measure import LIMITS, Progress, place, short
+from mistral.oracle.pack import PackError, folder_of
+from mistral.oracle.reading import inside, prompts_for
+from mistral.oracle.sides import FolderSide, PackSide, Side, known
+from mistral.oracle.truth import logprobs
+
+# Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
+UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class CompareError(ValueError):
+    """Two sides that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two sides part: an activation (None: the log-probs), the prompt and the position."""
+
+    activation: str | None
+    prompt: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found.
+
+    Args:
+        a, b: the sides.
+        lens: of the prompts.
+        compared: positions at which both sides told log-probs of some token.
+        largest: difference of log-probs, in nats.
+        limit: the most that rounding explains.
+        unavoidable: what it is a multiple of; None where nothing is at hand to measure that on.
+        agreement: share of positions whose likeliest token is the same; None where it is not known.
+        first: where log-probs part.
+        activation: the first activation that parts; None where none does, or a side tells none.
+        activations: how many were compared.
+        mistakes: planted mistakes that give the other side's numbers, with the largest difference that is left.
+        nearest: the one that comes closest, where none does.
+        tried: how many were planted; 0 where no model is at hand.
+        notes: what could not be told, a sentence each.
+    """
+
+    a: str
+    b: str
+    lens: tuple[int, ...]
+    compared: int
+    largest: float
+    limit: float
+    unavoidable: Unavoidable | None
+    agreement: float | None
+    first: Divergence | None
+    activation: Divergence | None
+    activations: int
+    mistakes: dict[str, float] = field(default_factory=dict)
+    nearest: tuple[str, float] | None = None
+    tried: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        return self.first is None and self.activation is None
+
+
+def compare(
+    a: Side,
+    b: Side,
+    *,
+    compute: torch.dtype = torch.float32,
+    prompts: Sequence[Tensor] | None = None,
+    full: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two sides.
+
+    Args:
+        compute: dtype of the arithmetic of the side that is not the truth, or of the weights that were rounded to it.
+        prompts: what to ask where neither side is bound to prompts of its own; None takes random ones.
+        full: see `reading.prompts_for`.
+        seed: of random prompts.
+        progress: told how many of the mistakes were tried, and how many there are.
+
+    Raises:
+        CompareError: the sides speak of different prompts, or have no shape in common.
+        ValueError: another subclass: a side cannot be had.
+    """
+    notes: list[str] = []
+    asked = _prompts(a, b, prompts, full, seed)
+    lens = [len(p) for p in asked]
+    found_a, found_b = a.evidence(asked), b.evidence(asked)
+    ours, other = _ours(a, b, found_a, found_b)
+    if ours is not None and (note := inside(ours.found.args, lens)):
+        notes.append(note)
+    budget = _unavoidable(a, b, ours, asked, compute)
+    difference = differences(found_a, found_b)
+    limit = UNKNOWN[compute] if budget is None else LIMITS[compute] * budget.logprobs
+    beyond = (difference > limit).nonzero().flatten().tolist()
+    first = Divergence(None, *place(beyond[0], lens)) if beyond else None
+    if difference.isnan().all():
+        raise CompareError(f"{a.name} and {b.name} tell log-probs of no token in common")
+    args = a.args or b.args
+    shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
+    most = {} if budget is None else {name: LIMITS[compute] * x for name, x in budget.prints.items()}
+    parted = _first_activation(shared, found_a, found_b, most, limit, lens)
+    mistakes: dict[str, float] = {}
+    nearest, tried = None, 0
+    if (first or parted) and ours is not None:
+        left = _explained(ours, other, asked, progress)
+        tried = len(left)
+        mistakes = {name: error for name, error in left.items() if error <= limit}
+        if left and not mistakes:
+            nearest = min(left.items(), key=lambda pair: pair[1])
+    elif first or parted:
+        notes.append("no model is at hand to plant mistakes in: give a folder, or a pack with weights, as one side")
+    return Comparison(
+        a.name,
+        b.name,
+        tuple(lens),
+        int((~difference.isnan()).sum()),
+        float(difference.nan_to_num(nan=0.0).max()),
+        limit,
+        budget,
+        _agreement(found_a, found_b),
+        first,
+        parted,
+        len(shared),
+        mistakes,
+        nearest,
+        tried,
+        tuple(notes),
+    )
+
+
+def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed: int) -> list[Tensor]:
+    bound = [s for s in (a, b) if s.prompts is not None]
+    if bound and given is not None:
+        raise CompareError(f"{bound[0].name} speaks of its own prompts: leave the others out")
+    if len(bound) == 2:
+        first, second = ([p.tolist() for p in s.prompts or ()] for s in bound)
+        if first != second:
+            raise CompareError(f"{a.name} and {b.name} speak of different prompts")
+    if bound:
+        return list(bound[0].prompts or ())
+    if given is not None:
+        return list(given)
+    args = a.args or b.args
+    if args is None:
+        raise CompareError("two servers have no prompts to be asked: give --file, or a pack or a folder as one side")
+    return prompts_for(args, full, seed)
+
+
+def _ours(a: Side, b: Side, found_a: Evidence, found_b: Evidence) -> tuple[FolderSide | None, Evidence]:
+    """The side whose model is at hand, and what the other one says."""
+    for one, other in ((a, found_b), (b, found_a)):
+        if isinstance(one, FolderSide):
+            return one, other
+    for one, other in ((a, found_b), (b, found_a)):
+        if isinstance(one, PackSide):
+            try:
+                return FolderSide(folder_of(one.pack.path, one.pack.path.parent), one.name), other
+            except PackError:
+                continue
+    return None, found_b
+
+
+def _unavoidable(
+    a: Side, b: Side, ours: FolderSide | None, prompts: Sequence[Tensor], compute: torch.dtype
+) -> Unavoidable | None:
+    """What rounding explains: measured on the model that is at hand, or as a pack tells."""
+    if ours is not None:
+        stored = [s.stored for s in (a, b) if isinstance(s, FolderSide)] or [ours.stored]
+        # Folders of different dtypes: one is the other rounded, and to tell them apart is not the aim.
+        return ours.rounded(prompts, min([*stored, compute], key=lambda dtype: dtype.itemsize), compute)
+    told = (u for s in (a, b) if isinstance(s, PackSide) for u in s.pack.unavoidable)
+    return next((u for u in told if u.of.endswith(f"/{short(compute)}")), None)
+
+
+def differences(a: Evidence, b: Evidence) -> Tensor:
+    """[T] the largest difference of log-probs at each position, of tokens that both tell of; nan where there is none.
+
+    Raises:
+        CompareError: the vocabularies differ.
+    """
+    if a.ids is None and b.ids is None:
+        if a.logprobs.shape[1] != b.logprobs.shape[1]:
+            raise CompareError(
+                f"log-probs of {a.logprobs.shape[1]} tokens on one side, of {b.logprobs.shape[1]} on the other: "
+                "the vocabularies differ"
+            )
+        return _largest(a.logprobs - b.logprobs)
+    if a.ids is None:
+        return differences(b, a)
+    if b.ids is None:
+        V = b.logprobs.shape[1]
+        if int(a.ids.max()) >= V:
+            raise CompareError(f"one side tells of token {int(a.ids.max())}, but the other knows only {V}")
+        theirs = b.logprobs.gather(1, a.ids.clamp(min=0))
+        return _largest(torch.where(a.ids < 0, torch.nan, a.logprobs - theirs))
+    both = (a.ids[:, :, None] == b.ids[:, None]) & (a.ids >= 0)[:, :, None]
+    apart = a.logprobs[:, :, None] - b.logprobs[:, None]
+    return _largest(torch.where(both, apart, torch.nan).flatten(1))
+
+
+def _largest(difference: Tensor) -> Tensor:
+    """Of each row, numbers that are none left aside; nan where there is no other. (Two infinities are no number.)"""
+    known = ~difference.isnan()
+    largest = difference.abs().nan_to_num(nan=-1.0, posinf=torch.inf).amax(-1)
+    return torch.where(known.any(-1), largest, torch.nan)
+
+
+def _likeliest(evidence: Evidence) -> Tensor:
+    best = evidence.logprobs.nan_to_num(nan=-torch.inf).argmax(-1)
+    return best if evidence.ids is None else evidence.ids.gather(1, best[:, None])[:, 0]
+
+
+def _agreement(a: Evidence, b: Evidence) -> float | None:
+    """Share of equal likeliest tokens, where both sides told more than the prompt's own."""
+    told = [e.ids is None or (e.ids >= 0).sum(-1).max() > 2 for e in (a, b)]
+    if not all(told):
+        return None
+    rows = torch.ones(len(a.logprobs), dtype=torch.bool)
+    for e in (a, b):
+        rows &= ~e.logprobs.isnan().all(-1)
+    return float((_likeliest(a) == _likeliest(b))[rows].double().mean())
+
+
+def _first_activation(
+    shared: Sequence[str], a: Evidence, b: Evidence, most: dict[str, float], otherwise: float, lens: Sequence[int]
+) -> Divergence | None:
+    for name in shared:
+        apart = (a.prints[name] - b.prints[name]).abs().amax(-1)
+        beyond = (~(apart <= most.get(name, otherwise))).nonzero().flatten().tolist()
+        if beyond:
+            return Divergence(name, *place(beyond[0], lens))
+    return None
+
+
+def _explained(
+    ours: FolderSide, other: Evidence, prompts: Sequence[Tensor], progress: Progress | None
+) -> dict[str, float]:
+    """For each mistake that matters here, the largest difference that is left when ours makes it too."""
+    args, lens = ours.found.args, [len(p) for p in prompts]
+    model = ours.model()
+    tried = [name for name in plants.PLANTS if plants.applies(name, args, lens)]
+    left: dict[str, float] = {}
+    for done, name in enumerate(tried, 1):
+        mistaken = torch.cat(plants.logits_with(model, list(prompts), name))
+        difference = differences(Evidence(None, logprobs(mistaken)), other)
+        if not difference.isnan().all():
+            left[name] = float(difference.nan_to_num(nan=0.0).max())
+        if progress is not None:
+            progress(done, len(tried))
+    return left
+
+
+def as_json(c: Comparison) -> str:
+    """One object."""
+    return json.dumps(
+        {
+            "a": c.a,
+            "b": c.b,
+            "prompts": c.lens,
+            "positions_compared": c.compared,
+            "max_delta_logprob": c.largest,
+            "limit": c.limit,
+            "unavoidable": None if c.unavoidable is None else c.unavoidable.logprobs,
+            "dtypes": None if c.unavoidable is None else c.unavoidable.of,
+            "top1_agreement": c.agreement,
+            "first_position": None if c.first is None else [c.first.prompt, c.first.position],
+            "activations_compared": c.activations,
+            "first_activation": None
+            if c.activation is None
+            else {"name": c.activation.activation, "prompt": c.activation.prompt, "position": c.activation.position},
+            "mistakes": c.mistakes,
+            "nearest": c.nearest,
+            "mistakes_tried": c.tried,
+            "notes": c.notes,
+            "same": c.same,
+        },
+        indent=2,
+    )
+
+
+def as_text(c: Comparison) -> str:
+    """A few lines."""
+    lines = [f"A: {c.a}", f"B: {c.b}", f"{len(c.lens)} prompts of {', '.join(map(str, c.lens))} ids"]
+    told = f"log-probs: {c.compared} positions compared, largest difference {c.largest:.2e}"
+    if c.unavoidable is not None and c.unavoidable.logprobs > 0:
+        u = c.unavoidable
+        told += f": {c.largest / u.logprobs:.1f} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
+        told += f"limit {c.limit / u.logprobs:g} times)"
+    else:
+        told += f" (limit {c.limit:.0e}: no model is at hand to measure what is unavoidable)"
+    lines.append(told)
+    if c.agreement is not None:
+        lines.append(f"likeliest token the same at {c.agreement:.1%} of the positions")
+    if c.first is not None:
+        lines.append(f"log-probs part first in prompt {c.first.prompt} at position {c.first.position}")
+    if c.activation is not None:
+        d = c.activation
+        lines.append(f"activations part first at {d.activation}, prompt {d.prompt}, position {d.position}")
+    elif c.activations:
+        lines.append(f"activations: {c.activations} compared, none parts")
+    for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
+        lines.append(f"explained by {name}: {plants.PLANTS[name].what} (with it, {error:.1e} is left)")
+    if c.tried and not c.mistakes:
+        assert c.nearest is not None
+        near = f"; the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e}"
+        lines.append(f"none of {c.tried} named mistakes explains it{near}")
+    lines += [f"note: {note}" for note in c.notes]
+    lines.append("the same" if c.same else "DIFFERENT")
+    return "\n".join(lines)

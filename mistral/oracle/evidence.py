@@ -1,0 +1,118 @@
+"""What is said of prompts: log-probs and fingerprints of activations; the truth's, and what rounding does to both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mistral.args import ModelArgs
+from mistral.formats.folder import OUTPUT
+from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, short
+from mistral.oracle.reading import Reading, through
+from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
+
+PRINTS = 8  # numbers in a fingerprint
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What somebody says of prompts. Rows are prompt after prompt, position after position: T of them.
+
+    Args:
+        ids: [T, k] tokens whose log-probs after each position are known, -1 for none; None where all are.
+        logprobs: [T, k], or [T, V] of all tokens in order; float64, nan for none.
+        prints: fingerprints [T, PRINTS] of activations, by name; none where only log-probs are known.
+    """
+
+    ids: Tensor | None
+    logprobs: Tensor
+    prints: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unavoidable:
+    """What rounding to the dtypes of weights and arithmetic does to the truth.
+
+    Args:
+        of: the dtypes, such as "bf16/fp32".
+        logprobs: root mean square and largest difference of log-probs.
+        prints: largest difference of each activation's fingerprint.
+    """
+
+    of: str
+    rms: float
+    logprobs: float
+    prints: dict[str, float]
+
+
+def signs(width: int) -> Tensor:
+    """[width, PRINTS] of 1 and -1, the same everywhere: bits 0, 4, .. 28 of a hash of each row's number."""
+    h = torch.arange(1, width + 1, dtype=torch.int64)
+    h = h * 0x9E3779B1 % 2**32
+    h = (h ^ h >> 15) * 0x85EBCA77 % 2**32
+    h = h ^ h >> 13
+    return 1 - 2.0 * (h[:, None] >> torch.arange(0, 4 * PRINTS, 4) & 1).double()
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """[T, width] activations to [T, PRINTS] float64: sums with changing signs, as large as one activation is."""
+    return x.double() @ signs(x.shape[1]) / x.shape[1] ** 0.5
+
+
+def tell(
+    reading: Reading,
+    args: ModelArgs,
+    prompts: Sequence[Tensor],
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = (),
+    progress: Progress | None = None,
+) -> tuple[Evidence, list[Unavoidable]]:
+    """The truth about prompts, and what each pair of dtypes (of weights, of the arithmetic) makes unavoidable.
+
+    The weights are read once, a layer at a time. Log-probs are held for all positions: T x V float64.
+
+    Args:
+        progress: told how much of the work is done, and how much there is.
+    """
+    prints: dict[str, Tensor] = {}
+    streams = [Truth(args, prompts, note=lambda name, x: prints.update({name: fingerprint(x)}))]
+    largest: list[dict[str, float]] = []
+    for pair in dtypes:
+        apart: dict[str, float] = {}
+
+        def differs(name: str, x: Tensor, apart: dict[str, float] = apart) -> None:
+            # The truth goes through each layer first, so what it made is there.
+            apart[name] = float((fingerprint(x) - prints[name]).abs().max())
+
+        streams.append(unavoidable(args, prompts, *pair))
+        streams[-1].note = differs
+        largest.append(apart)
+    total = len(streams) * (args.n_layers + 2)
+    done = 0
+    for done, _ in enumerate(through(reading, [(stream, None) for stream in streams], args.n_layers), 1):
+        if progress is not None:
+            progress(done, total)
+    norm, output = reading.get("norm.weight"), reading.get(OUTPUT)
+    rows = max(1, LOGITS // args.vocab_size)
+    blocks = list(streams[0].head(norm, output, rows))
+    true = [logprobs(logits) for logits in blocks]
+    outputs = [fingerprint(logits) for logits in blocks]
+    del blocks
+    told = []
+    for (weights, compute), stream, apart in zip(dtypes, streams[1:], largest, strict=True):
+        measure, apart["output"] = Measure(), 0.0
+        for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
+            measure.add(want, logits)
+            apart["output"] = max(apart["output"], float((fingerprint(logits) - wanted).abs().max()))
+        scale = coarseness(compute)
+        errors: Errors = measure.errors().scaled(scale)
+        scaled = {name: x * scale for name, x in apart.items()}
+        told.append(Unavoidable(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
+        done += 1
+        if progress is not None:
+            progress(done, total)
+    if progress is not None:
+        progress(total, total)
+    return Evidence(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told

@@ -1,0 +1,237 @@
+"""Golden packs: what a model says of prompts, in one file that any program can be checked against.
+
+The numbers are the truth's, in float64. docs/packs.md has the format, and a reader of twenty lines. `python -m main
+pack FOLDER -o FILE` writes one; small ones with their weights ship in mistral/oracle/packs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral import __version__
+from mistral.args import ModelArgs
+from mistral.formats import huggingface as hf
+from mistral.formats import tokenizer_files
+from mistral.formats.folder import OUTPUT, Folder, expected_shapes
+from mistral.formats.params import to_args
+from mistral.formats.weights import WeightFiles, open_safetensors
+from mistral.oracle import arrays
+from mistral.oracle.evidence import Unavoidable, tell
+from mistral.oracle.measure import Progress, short
+from mistral.oracle.reading import Reading
+
+FORMAT, VERSION = "mistral oracle pack", 1
+SHIPPED = Path(__file__).with_name("packs")
+WEIGHTS = "weights."  # before the names of weights in the file
+ACTIVATIONS = "activations."
+# Dtypes of weights and arithmetic whose unavoidable errors a pack tells; weights as they are stored, or narrower.
+COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackError(ValueError):
+    """A pack that cannot be made, or is not whole."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is in a pack.
+
+    Args:
+        path: where it was read.
+        args: the model's shape, every rule applied.
+        prompts: [n] int64 ids of each.
+        top_ids, top_logprobs: [T, k] the likeliest tokens after each position and their log-probs, likeliest first.
+        next_logprobs: [T] log-prob of the prompt's own next token; nan at the end of each prompt.
+        prints: fingerprints [T, PRINTS] of activations by name, in the order in which they are made.
+        unavoidable: what rounding does to it, by the dtypes of weights and arithmetic.
+        facts: everything else that it says of itself.
+    """
+
+    path: Path
+    args: ModelArgs
+    prompts: list[Tensor]
+    top_ids: Tensor
+    top_logprobs: Tensor
+    next_logprobs: Tensor
+    prints: dict[str, Tensor]
+    unavoidable: list[Unavoidable]
+    facts: dict[str, Any]
+
+
+def pack(
+    found: Folder,
+    path: str | PathLike[str],
+    prompts: Sequence[Tensor],
+    *,
+    top: int = 20,
+    weights: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the truth about a model's prompts, a layer at a time.
+
+    Args:
+        prompts: [n] int64 ids of each, at least one.
+        top: likeliest tokens to keep of each position.
+        weights: also put the weights into the file.
+        progress: told how much of the work is done, and how much there is.
+
+    Raises:
+        PackError: more tokens asked for than there are, or an id that the model does not know.
+        ArraysError: the file cannot be written.
+        VerifyError, WeightsError: weights that are not finite, or cannot be read.
+    """
+    args = found.args
+    if not 1 <= top <= args.vocab_size:
+        raise PackError(f"top is {top}; it must be between 1 and the vocabulary's {args.vocab_size}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt) or int(prompt.min()) < 0 or int(prompt.max()) >= args.vocab_size:
+            raise PackError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
+    reading = Reading(found)
+    stored = reading.get(OUTPUT).dtype
+    pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]
+    true, unavoidable = tell(reading, args, prompts, pairs, progress)
+    # A stable sort, because topk breaks ties anyhow; the lowest id comes first.
+    values, order = true.logprobs.sort(dim=-1, descending=True, stable=True)
+    tensors = {
+        "prompt_ids": torch.cat(list(prompts)),
+        "prompt_lens": torch.tensor([len(p) for p in prompts]),
+        "top_ids": order[:, :top],
+        "top_logprobs": values[:, :top],
+        "next_logprobs": next_logprobs(true.logprobs, prompts),
+        **{ACTIVATIONS + name: x for name, x in true.prints.items()},
+    }
+    if weights:
+        tensors |= {WEIGHTS + name: reading.get(name).clone() for name in expected_shapes(args)}
+    return arrays.write(path, tensors, _facts(found, stored, list(true.prints), unavoidable))
+
+
+def following(prompts: Sequence[Tensor]) -> Tensor:
+    """[T] the token after each position; -1 at the end of each prompt."""
+    return torch.cat([torch.cat([p[1:], torch.tensor([-1])]) for p in prompts])
+
+
+def next_logprobs(scores: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """[T] log-probs, among [T, V], of each prompt's own next token; nan at its end."""
+    ids = following(prompts)
+    return torch.where(ids < 0, torch.nan, scores.gather(-1, ids.clamp(min=0)[:, None])[:, 0])
+
+
+def _facts(found: Folder, stored: torch.dtype, names: list[str], unavoidable: list[Unavoidable]) -> dict[str, Any]:
+    args = dataclasses.asdict(found.args)
+    files = [found.path / found.source, *found.weights.files, *tokenizer_files(found.path)]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": found.layout,
+        "config": found.raw,
+        "args": {name: args[name] for name in args if name not in ("max_batch_size", "theta_rule")},
+        "rules": {
+            "rope_theta": found.args.theta_rule,
+            "window": "query q sees key k if 0 <= q - k < W",
+            "notes": list(found.notes),
+        },
+        "activations": names,
+        "unavoidable": {
+            u.of: {"rms": u.rms, "largest": u.logprobs, "activations": [u.prints[name] for name in names]}
+            for u in unavoidable
+        },
+        "provenance": {
+            "files": {path.name: _sha256(path) for path in files if path.is_file()},
+            "stored": short(stored),
+            "compute": "fp64",
+            "backend": "mistral.oracle.truth",
+            "versions": {
+                "mistral-oracle-ref": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read(path: str | PathLike[str]) -> Pack:
+    """Read a pack.
+
+    Raises:
+        ArraysError: it is none, or cannot be read.
+        PackError: something is missing from it.
+    """
+    tensors, facts = arrays.read(Path(path), FORMAT, VERSION)
+    try:
+        args = _args(facts)
+        lens = tensors["prompt_lens"].tolist()
+        prompts = list(tensors["prompt_ids"].split(lens))
+        prints = {name: tensors[ACTIVATIONS + name] for name in facts["activations"]}
+        top_ids, top_logprobs, next_logprobs = (tensors[name] for name in ("top_ids", "top_logprobs", "next_logprobs"))
+        rows = {len(x) for x in (top_ids, top_logprobs, next_logprobs, *prints.values())}
+        if rows != {sum(lens)} or top_ids.shape != top_logprobs.shape:
+            raise ValueError("its tensors do not fit its prompts")
+        unavoidable = [
+            Unavoidable(of, u["rms"], u["largest"], dict(zip(prints, u["activations"], strict=True)))
+            for of, u in facts["unavoidable"].items()
+        ]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise PackError(f"{path} is not a whole pack: {' '.join(str(error).split())}") from None
+    return Pack(Path(path), args, prompts, top_ids, top_logprobs, next_logprobs, prints, unavoidable, facts)
+
+
+def _args(facts: dict[str, Any]) -> ModelArgs:
+    """The shape, by the rules of the layout that the pack was made from."""
+    if facts["layout"] == "mistral":
+        return to_args(facts["config"])
+    return hf.config_to_args(facts["config"])[0]
+
+
+def is_pack(path: str | PathLike[str]) -> bool:
+    """Whether a file is a pack, of whatever version."""
+    try:
+        return Path(path).is_file() and arrays.facts_of(Path(path)).get("format") == FORMAT
+    except arrays.ArraysError:
+        return False
+
+
+def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
+    """The model in a pack that has its weights, as a folder: what `verify`, `convert` and others take.
+
+    Args:
+        beside: a folder with what else belongs to the model, its tokenizer perhaps.
+
+    Raises:
+        PackError: it has no weights.
+        ArraysError, WeightsError: it is no pack, or cannot be read.
+    """
+    facts = read(path).facts
+    files = open_safetensors((Path(path),))
+    names = {name.removeprefix(WEIGHTS): name for name in files.tensors if name.startswith(WEIGHTS)}
+    if not names:
+        raise PackError(f"{path} has no weights: those that `pack --weights` wrote do")
+    args = _args(facts)
+    lacking = [name for name in expected_shapes(args) if name not in names]
+    if lacking:
+        raise PackError(f"{path} lacks the weight {lacking[0]}")
+    weights = WeightFiles(
+        (Path(path),),
+        {ours: files.tensors[name] for ours, name in names.items()},
+        {ours: files.readers[name] for ours, name in names.items()},
+    )
+    raw = {**facts["config"]} if facts["layout"] == "mistral" else {}
+    return Folder(beside, "mistral", "params.json", raw, args, weights, tied=False, notes=())

@@ -1,0 +1,95 @@
+"""What the oracle reads: a folder's weights, a layer at a time and checked, and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mistral import fast
+from mistral.args import ModelArgs
+from mistral.fast.linear import QuantizedLinear
+from mistral.formats.folder import EMBEDDINGS, Folder, expected_shapes
+from mistral.oracle.streams import Stream
+from mistral.packing import is_quantized, stored_as
+
+SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
+
+
+class VerifyError(ValueError):
+    """A model that cannot be verified."""
+
+
+def random_prompts(args: ModelArgs, lens: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """Random ids, with 1 in front, which is bos in all of Mistral's tokenizers: [n] int64 for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(args.vocab_size, (n,), generator=generator) for n in lens]
+    for prompt in prompts:
+        prompt[0] = min(1, args.vocab_size - 1)
+    return prompts
+
+
+def prompts_for(args: ModelArgs, full: bool = False, seed: int = 0) -> list[Tensor]:
+    """Random prompts of four lengths, the longest of which goes beyond the windows.
+
+    Args:
+        full: also where a window is so wide that this takes long.
+    """
+    widest = max((w for w in args.windows if w is not None and (full or w <= SHORT_WINDOW)), default=0)
+    return random_prompts(args, (max(40, widest + 24), 1, 9, 23), seed)
+
+
+def inside(args: ModelArgs, lens: Sequence[int]) -> str:
+    """A note where no prompt is long enough for a window to matter; else an empty string."""
+    wide = min((w for w in args.windows if w is not None and w >= max(lens)), default=None)
+    return "" if wide is None else f"no prompt is longer than the window of {wide}, which therefore hides nothing"
+
+
+class Reading:
+    """The weights of a folder, whatever its layout: tensors by Mistral's names, checked to be finite."""
+
+    def __init__(self, found: Folder) -> None:
+        self._found = found
+        self._shapes = expected_shapes(found.args)
+
+    def get(self, name: str) -> Tensor:
+        """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
+
+        Raises:
+            VerifyError: it has numbers that are not finite.
+        """
+        found = self._found
+        if found.quant is not None and is_quantized(name):
+            parts = [found.weights.get(part) for part in stored_as(name, self._shapes[name], found.quant)]
+            module: QuantizedLinear = fast.from_stored(name, self._shapes[name], found.quant, parts)
+            weight = module.rows(0, self._shapes[name][0])
+        else:
+            weight = found.weights.get(name)
+        if not torch.isfinite(weight).all():
+            raise VerifyError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
+        return weight
+
+    def layer(self, i: int) -> dict[str, Tensor]:
+        """The tensors of a layer, by their names in it."""
+        at = f"layers.{i}."
+        return {name.removeprefix(at): self.get(name) for name in self._shapes if name.startswith(at)}
+
+
+def through(reading: Reading, streams: Sequence[tuple[Stream, torch.dtype | None]], n_layers: int) -> Iterator[None]:
+    """Take streams through all layers, each given weights of its dtype; yields after each one's step."""
+    embeddings = reading.get(EMBEDDINGS)
+    for stream, _ in streams:
+        stream.embed(embeddings)
+        yield
+    del embeddings
+    for i in range(n_layers):
+        stored = reading.layer(i)
+        cast, dtype = stored, None
+        for stream, wanted in streams:
+            if wanted != dtype:
+                # One at a time, and streams of one dtype are neighbours.
+                cast = stored if wanted is None else {name: w.to(wanted) for name, w in stored.items()}
+                dtype = wanted
+            stream.layer(i, cast)
+            yield

@@ -1,0 +1,225 @@
+"""What can be compared: a folder, a pack, a server, arrays in a file. Each is a side, and gives its evidence.
+
+Knows nothing about what comparing is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral.args import ModelArgs
+from mistral.formats.folder import OUTPUT, Folder, read_folder
+from mistral.formats.hub import locate
+from mistral.model import Transformer
+from mistral.oracle import pack
+from mistral.oracle.evidence import Evidence, Unavoidable, fingerprint, tell
+from mistral.oracle.reading import Reading
+from mistral.oracle.trace import names
+from mistral.oracle.truth import logprobs
+
+PATIENCE = 300  # seconds a server has for one prompt
+TOP = 20  # likeliest tokens asked of a server
+
+
+class SideError(ValueError):
+    """A side that cannot be had, or does not say what was asked."""
+
+
+class Side:
+    """One of two that are compared.
+
+    Args:
+        name: for people.
+        prompts: the ones that it speaks of; None where it takes any.
+        args: the model's shape, where it is known.
+    """
+
+    def __init__(self, name: str, prompts: list[Tensor] | None = None, args: ModelArgs | None = None) -> None:
+        self.name, self.prompts, self.args = name, prompts, args
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+        """What it says of these prompts: its own, where it has any."""
+        raise NotImplementedError
+
+
+class FolderSide(Side):
+    """A folder in either layout, or a pack's weights: the truth about them, and the model for planted mistakes."""
+
+    def __init__(self, found: Folder, name: str) -> None:
+        super().__init__(name, args=found.args)
+        self.found = found
+        self.reading = Reading(found)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Dtype of the weights on disk."""
+        return self.reading.get(OUTPUT).dtype
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+        return tell(self.reading, self.found.args, prompts)[0]
+
+    def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Unavoidable:
+        """What these dtypes make unavoidable."""
+        return tell(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
+
+    def model(self) -> Transformer:
+        """The library's own, on its plain path, in float64."""
+        from mistral.formats import assemble
+
+        return assemble(self.found, device="cpu", dtype="float64", kernels=False)[0]
+
+
+class PackSide(Side):
+    """A golden pack. With weights, it also has their model."""
+
+    def __init__(self, path: Path) -> None:
+        self.pack = pack.read(path)
+        super().__init__(f"{path} (pack)", self.pack.prompts, self.pack.args)
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+        p = self.pack
+        ids = torch.cat([p.top_ids, pack.following(p.prompts)[:, None]], 1)
+        return Evidence(ids, torch.cat([p.top_logprobs, p.next_logprobs[:, None]], 1), p.prints)
+
+
+class ArraysSide(Side):
+    """An .npz, or a file that `trace` wrote: prompt_ids [T], and logits or logprobs [T, V].
+
+    Perhaps also prompt_lens, where the ids are several prompts one after the other, and activations [T, width]
+    under the names that `trace` gives them, in Mistral's order of rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        found = _arrays(path)
+        scores = next((found[name] for name in ("logprobs", "logits", "output") if name in found), None)
+        if scores is None or "prompt_ids" not in found:
+            raise SideError(f"{path} must have prompt_ids [T], and logits or logprobs [T, V]; it has {_some(found)}")
+        ids = found["prompt_ids"].long().flatten()
+        lens = found["prompt_lens"].long().tolist() if "prompt_lens" in found else [len(ids)]
+        if scores.dim() != 2 or len(scores) != len(ids) or sum(lens) != len(ids) or min(lens) < 1:
+            raise SideError(
+                f"{path}: {len(ids)} prompt_ids in prompts of {lens}, and scores of shape {list(scores.shape)}; "
+                "they must be [T, V], a row for each id"
+            )
+        super().__init__(str(path), list(ids.split(lens)))
+        prints = {n: fingerprint(x) for n, x in found.items() if x.dim() == 2 and len(x) == len(ids) and "." in n}
+        prints |= {n: fingerprint(found[n]) for n in ("tok_embeddings", "norm", "output") if n in found}
+        self._evidence = Evidence(None, logprobs(scores), prints)
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+        return self._evidence
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as opened:  # a pickle may hold code
+                return {name: torch.from_numpy(np.ascontiguousarray(opened[name])) for name in opened.files}
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except Exception as error:  # numpy and safetensors raise what their zip and JSON readers happen to raise
+        raise SideError(f"{path} cannot be read as arrays: {' '.join(str(error).split())[:200]}") from None
+
+
+def _some(found: Mapping[str, object]) -> str:
+    return ", ".join(list(found)[:8]) + (", .." if len(found) > 8 else "") if found else "nothing"
+
+
+class ServerSide(Side):
+    """An OpenAI-style server: log-probs of prompts given as ids, from /v1/completions.
+
+    vLLM is asked for `prompt_logprobs`. A server that knows nothing of them is asked to echo: then only the
+    log-probs of the prompts' own tokens are known.
+    """
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        self.url = re.sub(r"/v1/?$", "", url).rstrip("/")
+        super().__init__(self.url)
+        self._model = model
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+        if self._model is None:
+            listed = self._ask("/v1/models", None)
+            try:
+                self._model = str(listed["data"][0]["id"])
+            except (KeyError, IndexError, TypeError):
+                raise SideError(f"{self.url}/v1/models lists no model: name one with --model") from None
+        rows = [row for prompt in prompts for row in self._one(prompt.tolist())]
+        width = max(1, *(len(row) for row in rows))
+        ids = torch.full((len(rows), width), -1)
+        values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+            values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+        return Evidence(ids, values)
+
+    def _one(self, ids: list[int]) -> list[dict[int, float]]:
+        """For each position the tokens after it whose log-probs are told."""
+        asked = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0}
+        try:
+            answer = self._ask("/v1/completions", {**asked, "prompt_logprobs": TOP, "logprobs": TOP})
+            told = answer["choices"][0].get("prompt_logprobs")
+            if told is None:
+                answer = self._ask("/v1/completions", {**asked, "echo": True, "logprobs": 1})
+                own = answer["choices"][0]["logprobs"]["token_logprobs"]
+                told = [None, *({str(i): {"logprob": lp}} for i, lp in zip(ids[1:], own[1:], strict=False))]
+            rows = [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in told]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, SideError):
+                raise
+            raise SideError(f"{self.url} gives no log-probs of prompts: {type(error).__name__} {error}") from None
+        if len(rows) != len(ids):
+            raise SideError(f"{self.url} gave log-probs of {len(rows)} positions for a prompt of {len(ids)} ids")
+        return [*rows[1:], {}]  # of the token at a position, from the one before
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            # A proxy that leads to the world does not know this machine's own servers.
+            near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
+            opener = build_opener(*([ProxyHandler({})] if near else []))
+            with opener.open(request, timeout=PATIENCE) as answer:
+                return json.loads(answer.read())
+        except HTTPError as error:
+            told = error.read(400).decode("utf-8", "replace")
+            raise SideError(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
+        except (URLError, OSError, ValueError) as error:
+            raise SideError(f"{self.url}{path} cannot be asked: {getattr(error, 'reason', error)}") from None
+
+
+def side(what: str, model: str | None = None) -> Side:
+    """The side that a word means: a URL, a file, a folder or a hub id.
+
+    Args:
+        model: the name that a server has for the model; None takes the first it lists.
+
+    Raises:
+        ValueError: a subclass that says what is wrong with it.
+    """
+    if re.match(r"https?://", what):
+        return ServerSide(what, model)
+    path = Path(what)
+    if path.is_file():
+        if pack.is_pack(path):
+            return PackSide(path)
+        if path.suffix in (".npz", ".safetensors"):
+            return ArraysSide(path)
+        raise SideError(f"{what} is none of: a folder, a pack, a server's URL, an .npz, a trace")
+    return FolderSide(read_folder(locate(what)), what)
+
+
+def known(args: ModelArgs, prints: Mapping[str, Tensor]) -> list[str]:
+    """The names of activations in the order in which a model makes them, as far as there are."""
+    return [name for name in names(args) if name in prints]
