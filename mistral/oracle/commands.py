@@ -189,7 +189,7 @@ def trace(
     if plan is not None:
         given = {"FOLDER": folder, "a prompt": prompt, "--dtype": dtype, "--attention": attention}
         if extra := [name for name, value in given.items() if value is not None]:
-            raise flags.UsageError(f"--plan takes no {extra[0]}: it is about lengths, a chunk and a window")
+            raise flags.UsageError(f"--plan does not go with {extra[0]}: it is about lengths, a chunk and a window")
         from mistral.oracle.trace import plans
 
         lens = flags.numbers("plan", plan)
