@@ -1,0 +1,468 @@
+"""Planted mistakes: the library's own model with one named mistake, to prove that a test would catch it.
+
+    with planted("window_one_more"):
+        ...                             # every Transformer, old or new, sees one key too many
+    logits_with(model, prompts, name)   # what an engine that makes the mistake answers
+
+Functions of the library are replaced from outside and put back afterwards; weights and files stay as they are. While a
+mistake is planted, kernels and attention backends stand aside, and every model goes the plain way, where the mistake
+is. It is there for all threads. Caches whose window is to be mistaken are those made meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mistral.attention
+import mistral.cache
+import mistral.capacity
+import mistral.model
+from mistral.args import ModelArgs, Window
+from mistral.backends.packed import Packed
+from mistral.cache import NoCache, Plan, RollingBufferCache, make_plan
+from mistral.fast.decode import FastTransformer
+from mistral.fast.linear import QuantizedLinear
+from mistral.linear import widened_product
+from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
+from mistral.oracle.bitwise import BitwiseTransformer
+from mistral.rope import inverse_frequencies, rotate
+from mistral.tokenizer import Tokenizer
+
+# (module or class, name of its function, what is called instead: with the right function, then its arguments)
+Change = tuple[Any, str, Callable[..., Any]]
+Matters = Callable[[ModelArgs, Sequence[int]], bool]
+
+
+class PlantError(ValueError):
+    """There is no mistake of this name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """A mistake.
+
+    Args:
+        name: in snake_case.
+        what: it is, in a line.
+        changes: functions to replace.
+        matters: whether a model of this shape, asked for prompts of these lengths, can give other numbers by it.
+        bos: how many more ids of BOS (less, if negative) a prompt begins with.
+    """
+
+    name: str
+    what: str
+    changes: tuple[Change, ...]
+    matters: Matters
+    bos: int = 0
+
+    @contextmanager
+    def patch(self) -> Iterator[None]:
+        """While open, the library makes the mistake. May be nested: then it makes several."""
+        with ExitStack() as undo:
+            for owner, name, wrong in (*PLAIN, *self.changes):
+                right = vars(owner)[name]
+                undo.callback(setattr, owner, name, right)
+                setattr(owner, name, wraps(right)(instead(wrong, right)))
+            yield
+
+    def fed(self, ids: Tensor) -> Tensor:
+        """What is fed for a prompt [n] that begins with BOS: [n + bos] ids."""
+        return torch.cat([ids[:1].expand(max(0, self.bos)), ids[max(0, -self.bos) :]])
+
+    def lined_up(self, rows: Tensor) -> Tensor:
+        """Rows [n + bos, V] for what was fed, by the prompt's own positions: [n, V], nan where there is none."""
+        missing = rows.new_full((max(0, -self.bos), *rows.shape[1:]), torch.nan)
+        return torch.cat([missing, rows[max(0, self.bos) :]])
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """While open, every Transformer of the library makes the mistake of that name.
+
+    Raises:
+        PlantError: there is none.
+    """
+    with plant(name).patch():
+        yield
+
+
+def plant(name: str) -> Plant:
+    """The mistake of that name.
+
+    Raises:
+        PlantError: there is none.
+    """
+    if name not in PLANTS:
+        raise PlantError(f"no mistake is called {name!r}; there are {', '.join(PLANTS)}")
+    return PLANTS[name]
+
+
+def applies(name: str, args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Whether a model of this shape, asked for prompts of these lengths, can give other numbers by the mistake."""
+    return plant(name).matters(args, lens)
+
+
+@torch.no_grad()
+def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> list[Tensor]:
+    """Logits [n, V] of each prompt [n], packed into one forward without a cache, by a model that makes the mistake.
+
+    Args:
+        model: any that does not make it.
+        prompts: ids on the model's device, each begun by BOS. It is what is left out or doubled; the rows of the other
+            ids stay at their places, and a row for which there is no id is nan.
+        name: of the mistake.
+
+    Raises:
+        PlantError: there is no such mistake.
+    """
+    mistake = plant(name)
+    fed = [mistake.fed(ids) for ids in prompts]
+    lens = [len(ids) for ids in fed]
+    with mistake.patch():
+        logits = model.forward(torch.cat(fed), lens)
+    return [mistake.lined_up(rows) for rows in logits.split(lens)]
+
+
+def instead(wrong: Callable[..., Any], right: Callable[..., Any]) -> Callable[..., Any]:
+    """`partial(wrong, right)`, but a function: a class binds it to its objects."""
+    return lambda *given, **named: wrong(right, *given, **named)
+
+
+class As:
+    """A module or cache with some parts replaced, for one call of a function of its class; it stays what it is."""
+
+    def __init__(self, thing: Any, **parts: Any) -> None:
+        self._thing = thing
+        self.__dict__.update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._thing, name)
+
+
+# What goes round the functions that are replaced below goes by them again.
+PLAIN: tuple[Change, ...] = (
+    (FastTransformer, "step", lambda right, *given: Transformer.step(*given)),
+    (BitwiseTransformer, "step", lambda right, *given: Transformer.step(*given)),
+    (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
+    (Packed, "_parts", lambda right, *given: None),
+)
+
+
+# When a mistake can matter.
+
+
+def always(args: ModelArgs, lens: Sequence[int]) -> bool:
+    return any(lens)
+
+
+def looks_back(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Some token sees another one."""
+    return max(lens, default=0) > 1 and set(args.windows) != {1}
+
+
+def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Several pairs turn, each by its own angle; the first one's is the position, whatever theta."""
+    return args.head_dim > 2 and looks_back(args, lens)
+
+
+# The window. Both kinds of cache take it from the args, for what they keep as for what is seen.
+
+
+def window_plant(name: str, what: str, change: Callable[[tuple[Window, ...]], Sequence[Window]]) -> Plant:
+    """A mistake in the layers' windows."""
+
+    def wrong(right: Callable[..., None], self: Any, args: ModelArgs, *given: Any, **named: Any) -> None:
+        right(self, dataclasses.replace(args, sliding_window=tuple(change(args.windows))), *given, **named)
+
+    def matters(args: ModelArgs, lens: Sequence[int]) -> bool:
+        most = max(lens, default=0)
+        before, after = ([min(w or most, most) for w in windows] for windows in (args.windows, change(args.windows)))
+        return before != after
+
+    return Plant(name, what, ((NoCache, "__init__", wrong), (RollingBufferCache, "__init__", wrong)), matters)
+
+
+def first_for_all(windows: tuple[Window, ...]) -> list[Window]:
+    return [next((w for w in windows if w is not None), None)] * len(windows)
+
+
+# Who sees whom.
+
+
+def sees_later_keys(right: Callable[..., Tensor], q_pos: Tensor, k_pos: Tensor, window: Window) -> Tensor:
+    """`visible`, of keys to come as well."""
+    distance = q_pos[..., :, None] - k_pos[..., None, :]
+    seen = (k_pos[..., None, :] >= 0) & (distance == distance)
+    return seen if window is None else seen & (distance < window)
+
+
+def one_tile(right: Callable[..., int], window: Window) -> int:
+    """`block_for`: a tile offers no later keys than its own, so all that a step brings becomes one."""
+    return 2**31
+
+
+def leaks(right: Callable[..., Plan], self: NoCache, seqlens: Sequence[int]) -> Plan:
+    """For the mask one sequence, in packed order; tokens keep the angles of their own positions."""
+    return dataclasses.replace(right(self, [sum(seqlens)]), positions=right(self, seqlens).positions)
+
+
+def leaks_in_a_cache(right: Callable[..., Plan], self: RollingBufferCache, seqlens: Sequence[int]) -> Plan:
+    """Likewise: all that comes goes into one row, in the order in which it comes."""
+    rest = [0] * (len(self.lengths) - 1)
+    came = sum(self.lengths) - sum(self.origins)
+    one = right(As(self, lengths=[came, *rest], origins=[0, *rest]), [sum(seqlens), *rest])
+    counts = [*seqlens, *[0] * (len(self.lengths) - len(seqlens))]
+    own = make_plan(counts, self.lengths, self.origins, self.device)
+    return dataclasses.replace(one, seqlens=own.seqlens, positions=own.positions)
+
+
+# Angles, and rows of q and k.
+
+
+def angles(wrong: Callable[..., tuple[Tensor, ...]]) -> tuple[Change, ...]:
+    """A mistake in cosines and sines. Frequencies lie in the models, so it is made where they are used."""
+    return ((mistral.model, "cos_sin", wrong),)
+
+
+def theta(value: float, name: str = "theta") -> Plant:
+    """The mistake of another rope_theta, any."""
+
+    def wrong(right: Callable[..., tuple[Tensor, Tensor]], positions: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+        return right(positions, inverse_frequencies(2 * len(f), value))
+
+    def matters(args: ModelArgs, lens: Sequence[int]) -> bool:
+        return args.rope_theta != value and turns_unevenly(args, lens)
+
+    return Plant(name, f"rope_theta is {value:g}", angles(wrong), matters)
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def backwards(right: Callable[..., tuple[Tensor, Tensor]], *given: Tensor) -> tuple[Tensor, ...]:
+    cos, sin = right(*given)
+    return cos, -sin
+
+
+def turned(reorder: Callable[[Tensor], Tensor]) -> tuple[Change, ...]:
+    """A mistake in the order of q's and k's rows; `reorder` is given them a head at a time, in the last dimension."""
+    return ((mistral.model, "rotate", lambda right, x, cos, sin: right(reorder(x), cos, sin)),)
+
+
+def to_halves(x: Tensor) -> Tensor:
+    """Pairs (2i, 2i+1) become (i, i + D/2): Mistral's order becomes Hugging Face's."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def to_pairs(x: Tensor) -> Tensor:
+    """The other way round."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+# Attention.
+
+
+def attends(wrong: Callable[..., Tensor]) -> tuple[Change, ...]:
+    """A mistake around attention: `wrong(attend, q, k, v, store, plan)`."""
+    return (
+        (Attention, "forward", lambda right, self, *given: right(As(self, attend=partial(wrong, self.attend)), *given)),
+    )
+
+
+def by_remainder(attend: Callable[..., Tensor], q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    K = k.shape[1]
+    grouped = q.unflatten(1, (-1, K)).transpose(1, 2).flatten(1, 2)
+    return attend(grouped, k, *rest).unflatten(1, (K, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def values_turned(
+    right: Callable[..., Tensor], self: Attention, x: Tensor, cos: Tensor, sin: Tensor, *rest: Any
+) -> Tensor:
+    def wv(x: Tensor) -> Tensor:
+        return rotate(self.wv(x).unflatten(-1, (-1, self.head_dim)), cos, sin).flatten(-2)
+
+    return right(As(self, wv=wv), x, cos, sin, *rest)
+
+
+# Weights, norms, layers.
+
+
+def read_as(linear: Any, other: Any) -> Callable[[Tensor], Tensor]:
+    """The product with one matrix's numbers in the other's shape, as a loader that goes by size has them."""
+
+    def weight(of: Any) -> Tensor:
+        return of.rows(0, of.out_features) if isinstance(of, QuantizedLinear) else of.weight
+
+    return lambda x: widened_product(x, weight(linear).reshape(weight(other).shape))
+
+
+def w2_is_w3(right: Callable[..., Tensor], self: FeedForward, x: Tensor) -> Tensor:
+    return right(As(self, w2=read_as(self.w3, self.w2), w3=read_as(self.w2, self.w3)), x)
+
+
+def other_norms(right: Callable[..., Tensor], self: TransformerBlock, *given: Any) -> Tensor:
+    return right(As(self, attention_norm=self.ffn_norm, ffn_norm=self.attention_norm), *given)
+
+
+def eps_outside(right: Callable[..., Tensor], self: RMSNorm, x: Tensor) -> Tensor:
+    wide = widen(x)
+    normed = wide / (wide.square().mean(-1, keepdim=True).sqrt() + self.eps)
+    return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def tied(right: Callable[..., Tensor], self: Transformer, h: Tensor) -> Tensor:
+    return right(As(self, output=lambda h: widened_product(h, self.tok_embeddings.weight)), h)
+
+
+def layers_plant(name: str, what: str, order: Callable[[range], Sequence[int]], least: int) -> Plant:
+    """A mistake in the order of layers, seen where there are at least so many."""
+
+    def wrong(right: Callable[..., Tensor], self: Transformer, *given: Any) -> Tensor:
+        return right(As(self, layers=[self.layers[i] for i in order(range(len(self.layers)))]), *given)
+
+    return Plant(name, what, ((Transformer, "step", wrong),), lambda args, lens: args.n_layers >= least and any(lens))
+
+
+# BOS. Texts get it in `encode`; prompts of ids are what the caller feeds, see `Plant.fed`.
+
+
+def encode_twice(right: Callable[..., list[int]], self: Tokenizer, s: str, bos: bool = True) -> list[int]:
+    return [self.bos_id] * bos + right(self, s, bos)
+
+
+def encode_without(right: Callable[..., list[int]], self: Tokenizer, s: str, bos: bool = True) -> list[int]:
+    return right(self, s, False)
+
+
+ALL = (
+    window_plant(
+        "window_one_more",
+        "each query sees one key too many (W + 1)",
+        lambda ws: [None if w is None else w + 1 for w in ws],
+    ),
+    window_plant(
+        "window_one_fewer",
+        "each query sees one key too few (W - 1)",
+        lambda ws: [None if w is None else max(1, w - 1) for w in ws],
+    ),
+    window_plant("no_window", "each query sees all keys before it", lambda ws: [None] * len(ws)),
+    window_plant("one_window_for_all_layers", "layers without a window have that of the others", first_for_all),
+    window_plant("windows_reversed", "the layers' windows are counted from the last layer", lambda ws: ws[::-1]),
+    Plant(
+        "mask_leak",
+        "packed sequences see each other: for the mask they are one sequence",
+        ((NoCache, "plan", leaks), (RollingBufferCache, "plan", leaks_in_a_cache)),
+        lambda args, lens: sum(n > 0 for n in lens) > 1 and set(args.windows) != {1},
+    ),
+    Plant(
+        "not_causal",
+        "a query sees later keys too, all that its step brings",
+        (
+            (mistral.attention, "visible", sees_later_keys),
+            (mistral.cache, "block_for", one_tile),
+            (mistral.capacity, "block_for", one_tile),
+        ),
+        lambda args, lens: max(lens, default=0) > 1,
+    ),
+    theta(1e4, "theta_1e4"),
+    theta(1e6, "theta_1e6"),
+    Plant(
+        "rotary_bf16",
+        "cosines and sines are rounded to bf16",
+        angles(lambda right, *given: tuple(map(rounded, right(*given)))),
+        looks_back,
+    ),
+    Plant(
+        "rotary_frequencies_bf16",
+        "rotary frequencies are rounded to bf16, as when a model is cast with all it holds",
+        angles(lambda right, positions, frequencies: right(positions, rounded(frequencies))),
+        turns_unevenly,
+    ),
+    Plant("rotated_backwards", "q and k turn the other way", angles(backwards), looks_back),
+    Plant(
+        "no_rotation",
+        "q and k do not turn",
+        ((mistral.model, "rotate", lambda right, x, cos, sin: x),),
+        looks_back,
+    ),
+    Plant(
+        "rows_not_permuted",
+        "rows of q and k in Hugging Face's order are taken as Mistral's (the permutation is missing)",
+        turned(to_halves),
+        turns_unevenly,
+    ),
+    Plant(
+        "rows_permuted_needlessly",
+        "rows of q and k in Mistral's order are taken as Hugging Face's (halves turn instead of adjacent pairs)",
+        turned(to_pairs),
+        turns_unevenly,
+    ),
+    Plant("values_rotated", "v turns too", ((Attention, "forward", values_turned),), looks_back),
+    Plant(
+        "no_scale",
+        "scores are not divided by the root of the head's width",
+        attends(lambda attend, q, *rest: attend(q * q.shape[-1] ** 0.5, *rest)),
+        looks_back,
+    ),
+    Plant(
+        "heads_by_remainder",
+        "query head h reads key head h % K instead of h // (H // K)",
+        attends(by_remainder),
+        lambda args, lens: 1 < args.n_kv_heads < args.n_heads and any(lens),
+    ),
+    Plant("w2_w3_swapped", "w2 and w3 are swapped, read by size", ((FeedForward, "forward", w2_is_w3),), always),
+    Plant(
+        "w1_w3_swapped",
+        "w1 and w3 are swapped: the gate is on the other one",
+        ((FeedForward, "forward", lambda right, self, x: right(As(self, w1=self.w3, w3=self.w1), x)),),
+        always,
+    ),
+    Plant(
+        "gelu_for_silu",
+        "the gate is gelu instead of silu",
+        ((FeedForward, "forward", lambda right, self, x: self.w2(F.gelu(self.w1(x)) * self.w3(x))),),
+        always,
+    ),
+    Plant(
+        "norms_swapped",
+        "attention_norm and ffn_norm are swapped in every layer",
+        ((TransformerBlock, "forward", other_norms),),
+        always,
+    ),
+    Plant(
+        "eps_missing",
+        "RMSNorm has no epsilon",
+        ((RMSNorm, "forward", lambda right, self, x: right(As(self, eps=0.0), x)),),
+        always,
+    ),
+    Plant(
+        "eps_outside_root",
+        "RMSNorm adds its epsilon to the root instead of under it",
+        ((RMSNorm, "forward", eps_outside),),
+        always,
+    ),
+    Plant(
+        "no_final_norm",
+        "the last norm, before the output matrix, is missing",
+        ((Transformer, "step", lambda right, self, *given: right(As(self, norm=lambda h: h), *given)),),
+        always,
+    ),
+    Plant("output_tied", "the embeddings are the output matrix too", ((Transformer, "logits", tied),), always),
+    layers_plant(
+        "first_layers_swapped", "layers 0 and 1 are swapped", lambda n: [1, 0, *n[2:]] if len(n) > 1 else n, 2
+    ),
+    layers_plant("layers_by_name", "layers are ordered as text: 0, 1, 10, 11, 2, ..", lambda n: sorted(n, key=str), 11),
+    layers_plant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 3),
+    Plant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back, 1),
+    Plant("bos_absent", "prompts begin without BOS", ((Tokenizer, "encode", encode_without),), looks_back, -1),
+)
+PLANTS = {mistake.name: mistake for mistake in ALL}
