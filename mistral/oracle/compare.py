@@ -107,6 +107,13 @@ def compare(
     notes: list[str] = []
     asked = _prompts(a, b, prompts, full, seed)
     lens = [len(p) for p in asked]
+    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
+    if len(sizes) > 1:
+        raise CompareError(
+            f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens"
+        )
+    if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in asked):
+        raise CompareError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
     found_a, found_b = a.evidence(asked), b.evidence(asked)
     ours, other = _ours(a, b, found_a, found_b)
     if ours is not None and (note := inside(ours.found.args, lens)):
