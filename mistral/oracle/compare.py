@@ -7,6 +7,7 @@ mistake, and those that give the other side's numbers are named.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Comparison:
         mistakes: planted mistakes that give the other side's numbers, with the largest difference that is left.
         nearest: the one that comes closest, where none does.
         tried: how many were planted; 0 where no model is at hand.
+        planted_in: the side whose model made them, "A" or "B".
         notes: what could not be told, a sentence each.
     """
 
@@ -74,6 +76,7 @@ class Comparison:
     mistakes: dict[str, float] = field(default_factory=dict)
     nearest: tuple[str, float] | None = None
     tried: int = 0
+    planted_in: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -115,7 +118,8 @@ def compare(
     if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in asked):
         raise CompareError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
     found_a, found_b = a.evidence(asked), b.evidence(asked)
-    ours, other = _ours(a, b, found_a, found_b)
+    ours, planted_in = _ours(a, b)
+    other = found_b if planted_in == "A" else found_a
     if ours is not None and (note := inside(ours.found.args, lens)):
         notes.append(note)
     budget = _unavoidable(a, b, ours, asked, compute)
@@ -154,6 +158,7 @@ def compare(
         mistakes,
         nearest,
         tried,
+        planted_in if tried else "",
         tuple(notes),
     )
 
@@ -176,18 +181,15 @@ def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed:
     return prompts_for(args, full, seed)
 
 
-def _ours(a: Side, b: Side, found_a: Evidence, found_b: Evidence) -> tuple[FolderSide | None, Evidence]:
-    """The side whose model is at hand, and what the other one says."""
-    for one, other in ((a, found_b), (b, found_a)):
+def _ours(a: Side, b: Side) -> tuple[FolderSide | None, str]:
+    """The first side whose model is at hand, and which it is."""
+    for one, which in ((a, "A"), (b, "B")):
         if isinstance(one, FolderSide):
-            return one, other
-    for one, other in ((a, found_b), (b, found_a)):
+            return one, which
         if isinstance(one, PackSide):
-            try:
-                return FolderSide(folder_of(one.pack.path, one.pack.path.parent), one.name), other
-            except PackError:
-                continue
-    return None, found_b
+            with contextlib.suppress(PackError):  # it has no weights
+                return FolderSide(folder_of(one.pack.path, one.pack.path.parent), one.name), which
+    return None, ""
 
 
 def _unavoidable(
@@ -301,6 +303,7 @@ def as_json(c: Comparison) -> str:
             "mistakes": c.mistakes,
             "nearest": c.nearest,
             "mistakes_tried": c.tried,
+            "planted_in": c.planted_in or None,
             "notes": c.notes,
             "same": c.same,
         },
@@ -328,12 +331,12 @@ def as_text(c: Comparison) -> str:
         lines.append(f"activations part first at {d.activation}, prompt {d.prompt}, position {d.position}")
     elif c.activations:
         lines.append(f"activations: {c.activations} compared, none parts")
+    other = "B" if c.planted_in == "A" else "A"
     for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
-        lines.append(f"explained by {name}: {plants.PLANTS[name].what} (with it, {error:.1e} is left)")
-    if c.tried and not c.mistakes:
-        assert c.nearest is not None
-        near = f"; the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e}"
-        lines.append(f"none of {c.tried} named mistakes explains it{near}")
+        lines.append(f"{other} is {c.planted_in} with {name}: {plants.PLANTS[name].what} ({error:.1e} is left)")
+    if c.nearest is not None:
+        near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e}"
+        lines.append(f"none of {c.tried} mistakes planted in {c.planted_in} gives {other}'s numbers; {near}")
     lines += [f"note: {note}" for note in c.notes]
     lines.append("the same" if c.same else "DIFFERENT")
     return "\n".join(lines)
