@@ -328,6 +328,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pack": oracle.pack,
     "compare": oracle.compare,
     "trace": oracle.trace,
+    "plants": oracle.plants,
 }
 # Which parameter a single word is, where it could be several.
 LONE: dict[Callable[..., None], Callable[[str], str]] = {
@@ -477,6 +478,9 @@ FLAG_HELP = {
     "top": "likeliest tokens to keep of each position",
     "weights": "put the weights in too",
     "model": "the server's name for the model; left out: the first that it lists",
+    "mistake": "write only this one; may be given several times; left out: all that matter here",
+    "plants --seed": "of the random prompts",
+    "plants --output": "the folder to write to; also -o",
     "plan": "lengths of prompts, with commas between",
     "window": "of the layer; left out: none",
     "deterministic": "the same bits in any batch, chunking and number of threads (CPU, float32; slower)",

@@ -163,6 +163,48 @@ def compare(
         raise ChecksFailed
 
 
+def plants(
+    folder: str | None = None,
+    *,
+    output: str | None = None,
+    mistake: list[str] | None = None,
+    file: str | None = None,
+    full: bool = False,
+    seed: int = 0,
+) -> None:
+    """List the named mistakes, or write what a model says that makes them, to prove that a test would catch it.
+
+    python -m main plants
+    python -m main plants x.safetensors --output mistakes
+    python -m main plants mistral-7B-v0.1 --output mistakes --mistake window_one_more --mistake mask_leak
+
+    Into the folder OUTPUT goes an .npz for each mistake that changes this model's numbers on these prompts: prompt_ids,
+    prompt_lens and logprobs [T, V], and right.npz, without a mistake. A test that takes an engine's log-probs must
+    accept right.npz and no other. FOLDER may be a pack with weights, whose prompts are taken then.
+    """
+    from mistral.oracle.plants import PLANTS, plant
+
+    for name in mistake or ():
+        plant(name)  # refuse an unknown one before anything is loaded
+    if output is None:
+        if folder is not None or file is not None or mistake:
+            raise flags.UsageError("give --output, a folder to write to; without anything else the mistakes are listed")
+        width = max(map(len, PLANTS))
+        for one in PLANTS.values():
+            print(f"{one.name:{width}}  {one.what}")
+        return
+    from mistral.oracle import pack as packing
+    from mistral.oracle.planting import write
+
+    with model_of(folder) as found:
+        if folder is not None and packing.is_pack(folder) and file is None:
+            prompts = packing.read(folder).prompts
+        else:
+            prompts = _prompts(found, file, full, seed)
+        written = write(found, prompts, output, mistake or list(PLANTS), terminal.Bar("planting", "mistake"))
+    terminal.say(f"wrote {len(written)} files in {output}: {', '.join(written)}")
+
+
 def trace(
     folder: str | None = None,
     prompt: str | None = None,

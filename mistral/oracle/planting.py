@@ -1,0 +1,66 @@
+"""Files of what a model says that makes a mistake: for tests that have no PyTorch to prove that they would notice."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral.formats import assemble
+from mistral.formats.folder import Folder
+from mistral.oracle import plants
+from mistral.oracle.arrays import ArraysError
+from mistral.oracle.measure import Progress
+from mistral.oracle.truth import logprobs
+
+
+@torch.no_grad()
+def write(
+    found: Folder,
+    prompts: Sequence[Tensor],
+    folder: str | PathLike[str],
+    mistakes: Sequence[str],
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write an .npz for each mistake that matters on these prompts, and right.npz; return the files' names.
+
+    Args:
+        folder: made where it is not there; files of these names in it are replaced.
+        progress: told how many were made, and how many there are.
+
+    Raises:
+        ArraysError: a file cannot be written.
+        PlantError: a mistake is unknown.
+    """
+    place = Path(folder)
+    lens = [len(p) for p in prompts]
+    wanted = [name for name in mistakes if plants.applies(name, found.args, lens)]
+    model, _ = assemble(found, device="cpu", dtype="float64", kernels=False)
+    made = []
+    for done, name in enumerate(("right", *wanted), 1):
+        scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None
+        if scores is None:
+            scores = torch.cat(plants.logits_with(model, prompts, name))
+        content = io.BytesIO()
+        np.savez(content, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
+        beside = place / f".{name}.part"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content.getvalue())
+            os.replace(beside, place / f"{name}.npz")
+        except OSError as error:
+            raise ArraysError(f"{place / name}.npz cannot be written: {error.strerror}") from None
+        finally:
+            with suppress(OSError):
+                beside.unlink()
+        made.append(f"{name}.npz")
+        if progress is not None:
+            progress(done, 1 + len(wanted))
+    return made
