@@ -1,7 +1,11 @@
-"""Settings for the whole test run: Hypothesis draws the same examples every time, without deadlines."""
+"""Settings for the whole test run: Hypothesis draws the same examples every time, without deadlines.
+
+`pytest --plant NAME` runs the tests on a library that makes a mistake (mistral/oracle/plants.py); they must fail.
+"""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -13,3 +17,21 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("stable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plant", metavar="NAME", help="plant a mistake in the library: the tests must notice")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--plant")
+    if name is None:
+        return
+    from mistral.oracle.plants import PlantError, planted
+
+    mistake = planted(name)
+    try:
+        mistake.__enter__()
+    except PlantError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.add_cleanup(lambda: mistake.__exit__(None, None, None))

@@ -75,12 +75,12 @@ class Plant:
 
     def fed(self, ids: Tensor) -> Tensor:
         """What is fed for a prompt [n] that begins with BOS: [n + bos] ids."""
-        return torch.cat([ids[:1].expand(max(0, self.bos)), ids[max(0, -self.bos) :]])
+        return torch.cat([ids[:1].repeat(max(0, self.bos)), ids[max(0, -self.bos) :]])
 
-    def lined_up(self, rows: Tensor) -> Tensor:
+    def lined_up(self, rows: Tensor, n: int) -> Tensor:
         """Rows [n + bos, V] for what was fed, by the prompt's own positions: [n, V], nan where there is none."""
         missing = rows.new_full((max(0, -self.bos), *rows.shape[1:]), torch.nan)
-        return torch.cat([missing, rows[max(0, self.bos) :]])
+        return torch.cat([missing, rows[max(0, self.bos) :]])[:n]
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
     lens = [len(ids) for ids in fed]
     with mistake.patch():
         logits = model.forward(torch.cat(fed), lens)
-    return [mistake.lined_up(rows) for rows in logits.split(lens)]
+    return [mistake.lined_up(rows, len(ids)) for rows, ids in zip(logits.split(lens), prompts, strict=True)]
 
 
 def instead(wrong: Callable[..., Any], right: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,9 +163,13 @@ def always(args: ModelArgs, lens: Sequence[int]) -> bool:
     return any(lens)
 
 
+def several_ids(args: ModelArgs, lens: Sequence[int]) -> bool:
+    return max(lens, default=0) > 1
+
+
 def looks_back(args: ModelArgs, lens: Sequence[int]) -> bool:
     """Some token sees another one."""
-    return max(lens, default=0) > 1 and set(args.windows) != {1}
+    return several_ids(args, lens) and set(args.windows) != {1}
 
 
 def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
@@ -200,7 +204,7 @@ def first_for_all(windows: tuple[Window, ...]) -> list[Window]:
 def sees_later_keys(right: Callable[..., Tensor], q_pos: Tensor, k_pos: Tensor, window: Window) -> Tensor:
     """`visible`, of keys to come as well."""
     distance = q_pos[..., :, None] - k_pos[..., None, :]
-    seen = (k_pos[..., None, :] >= 0) & (distance == distance)
+    seen = (k_pos[..., None, :] >= 0).expand_as(distance)
     return seen if window is None else seen & (distance < window)
 
 
@@ -371,7 +375,7 @@ ALL = (
             (mistral.cache, "block_for", one_tile),
             (mistral.capacity, "block_for", one_tile),
         ),
-        lambda args, lens: max(lens, default=0) > 1,
+        several_ids,
     ),
     theta(1e4, "theta_1e4"),
     theta(1e6, "theta_1e6"),
@@ -406,7 +410,7 @@ ALL = (
         turned(to_pairs),
         turns_unevenly,
     ),
-    Plant("values_rotated", "v turns too", ((Attention, "forward", values_turned),), looks_back),
+    Plant("values_rotated", "v turns too", ((Attention, "forward", values_turned),), several_ids),
     Plant(
         "no_scale",
         "scores are not divided by the root of the head's width",
@@ -461,7 +465,7 @@ ALL = (
         "first_layers_swapped", "layers 0 and 1 are swapped", lambda n: [1, 0, *n[2:]] if len(n) > 1 else n, 2
     ),
     layers_plant("layers_by_name", "layers are ordered as text: 0, 1, 10, 11, 2, ..", lambda n: sorted(n, key=str), 11),
-    layers_plant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 3),
+    layers_plant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 2),
     Plant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back, 1),
     Plant("bos_absent", "prompts begin without BOS", ((Tokenizer, "encode", encode_without),), looks_back, -1),
 )
