@@ -741,7 +741,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < rows * kv_heads; i++) {
-            const int64_t r = i % rows, g = i / rows, last = positions[r];
+            const int64_t r = i / kv_heads, g = i % kv_heads, last = positions[r];
             const int64_t from = which[r] * layer->capacity * stride + g * d;
             float *mine = q + r * ldq + g * heads * d;
             int64_t first = origins[r];
