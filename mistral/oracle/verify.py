@@ -103,11 +103,19 @@ class Report:
         return all(row.verdict.passes for row in self.rows)
 
 
-def verify(found: Folder, *, full: bool = False, seed: int = 0, progress: Progress | None = None) -> Report:
+def verify(
+    found: Folder,
+    *,
+    full: bool = False,
+    lens: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
     """Run every variant at hand over the same random prompts, and compare each with the truth.
 
     Args:
         full: prompts that roll the model's own window, rather than one of `WINDOW` in its place.
+        lens: of the prompts, at least 1 each; None takes `LENS`.
         seed: of the prompts.
         progress: told how much of the work is done, and how much there is.
 
@@ -116,7 +124,7 @@ def verify(found: Folder, *, full: bool = False, seed: int = 0, progress: Progre
         WeightsError: a file that cannot be read.
     """
     notes: list[str] = []
-    lens = _lens(found.args, full)
+    lens = _lens(found.args, full) if lens is None else list(lens)
     prompts = random_prompts(found.args, lens, seed)
     groups = [found.args]
     if not full and any(w is not None and w > WINDOW for w in found.args.windows):
