@@ -408,8 +408,8 @@ def plant_in_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (plant_in_products, r"products with attention\.wq have other bits with 3 rows at a time and 1 threads"),
-        (plant_in_threads, r"products with attention\.wq have other bits with 1 rows at a time and 2 threads"),
+        (plant_in_products, r"products with attention\.wq have other bits with 3 rows and 1 threads"),
+        (plant_in_threads, r"products with attention\.wq have other bits with 17 rows and 2 threads"),
         (plant_in_steps, "steps have other bits"),
         (plant_in_cosines, "steps have other bits with 5 rows"),
         (plant_in_log_probabilities, "log-probabilities have other bits with 5 rows"),
