@@ -375,14 +375,14 @@ def plant_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = BitwiseTransformer._decode
+    right = BitwiseTransformer.decode
 
     def wrong(self: Any, model: Any, h: Tensor, *rest: Any) -> None:
         right(self, model, h, *rest)
         if len(h) > 16:
             h.copy_(a_bit_more(h))
 
-    monkeypatch.setattr(BitwiseTransformer, "_decode", wrong)
+    monkeypatch.setattr(BitwiseTransformer, "decode", wrong)
 
 
 def plant_in_cosines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class FastTransformer(Transformer):
         if not self._is_for_kernels(plan, cache):
             return super().step(input_ids, plan, cache)
         assert isinstance(cache, RollingBufferCache)
-        model = self._described(cache)
+        model = self.described(cache)
         if model is None:
             return super().step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
@@ -38,7 +38,7 @@ class FastTransformer(Transformer):
         cos, sin = cos_sin(plan.positions, self._frequencies)
         for i in range(len(self.layers)):
             cache.layer(i).written = True
-        self._decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
+        self.decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
         return h
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache | NoCache) -> bool:
@@ -52,12 +52,13 @@ class FastTransformer(Transformer):
             and cache.layer(0).k.dtype == torch.float32
         )
 
-    def _decode(
+    def decode(
         self, model: Model, h: Tensor, rows: list[int], positions: Tensor, origins: list[int], cos: Tensor, sin: Tensor
     ) -> None:
         """Take tokens through all layers, in place; their keys go into the cache that `model` describes.
 
         Args:
+            model: what `described` said; where its norm is None, the last norm is left out.
             h: [n, dim] embeddings; becomes normalised hidden states.
             rows: the row of the cache that each token has, any number of times.
             positions, origins: where each is, [n] int64, and where its sequence began.
@@ -75,7 +76,7 @@ class FastTransformer(Transformer):
         used = (pointer(x) for x in (h, scratch, rounded))
         kernels().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
-    def _described(self, cache: RollingBufferCache) -> Model | None:
+    def described(self, cache: RollingBufferCache) -> Model | None:
         """The model and its cache as the kernels have them, made anew for each step; None if they are not for them.
 
         What it points at may have moved since the last step: storage that grew, weights that were replaced.

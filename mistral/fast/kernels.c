@@ -596,58 +596,82 @@ INLINE floats sums_of(floats *v) {
     return v[0];
 }
 
-/* The `dot` of q with LANES keys, and a word to memory about the LANES keys after them. */
-INLINE floats dots(const float *q, const float *keys, int64_t stride, int64_t d, int ahead) {
-    floats acc[LANES];
+/* The `dot`, times scale, of H queries with LANES / H keys, and a word to memory about the keys KEYS further on. Each key
+   is loaded once: keys are so far apart that they share a few places in the fastest cache, and do not stay there. */
+INLINE void dots(int H, const float *q, const float *keys, int64_t stride, int64_t d, float scale, float *out,
+                 int64_t ldo) {
+    const int K = LANES / H;
+    floats acc[LANES], last = {0};
     UNROLL for (int i = 0; i < LANES; i++) acc[i] = (floats){0};
     int64_t c = 0;
-    for (; c + LANES <= d; c += LANES) {
-        const floats v = load_floats(q + c);
-        if (ahead)
-            UNROLL for (int i = 0; i < LANES; i++) __builtin_prefetch(keys + (LANES + i) * stride + c);
-        UNROLL for (int i = 0; i < LANES; i++) acc[i] = multiply_add(v, load_floats(keys + i * stride + c), acc[i]);
-    }
-    floats last = {0};
+    for (; c + LANES <= d; c += LANES)
+        UNROLL for (int i = 0; i < K; i++) {
+            const floats k = load_floats(keys + i * stride + c);
+            __builtin_prefetch(keys + (KEYS + i) * stride + c);
+            UNROLL for (int h = 0; h < H; h++)
+                acc[h * K + i] = multiply_add(load_floats(q + h * d + c), k, acc[h * K + i]);
+        }
     for (; c < d; c++)
-        for (int i = 0; i < LANES; i++) last[i] += q[c] * keys[i * stride + c];
-    return sums_of(acc) + last;
+        UNROLL for (int i = 0; i < LANES; i++) last[i] += q[i / K * d + c] * keys[i % K * stride + c];
+    last = scale * (sums_of(acc) + last);
+    UNROLL for (int h = 0; h < H; h++) memcpy(out + h * ldo, (float *)&last + h * K, K * sizeof *out);
 }
 
 /* To V vectors of the results of H heads, what n values bring; p is [heads, ldp]. */
 INLINE void weigh(int H, int V, const float *p, int64_t ldp, const float *values, int64_t stride, int64_t n, float *out,
                   int64_t d) {
-    floats acc[2][8];
+    floats acc[2][LANES];
     UNROLL for (int h = 0; h < H; h++)
         UNROLL for (int u = 0; u < V; u++) acc[h][u] = load_floats(out + h * d + u * LANES);
     for (int64_t i = 0; i < n; i++, values += stride) {
-        floats v[8];
+        floats v[LANES];
         UNROLL for (int u = 0; u < V; u++) v[u] = load_floats(values + u * LANES);
         UNROLL for (int h = 0; h < H; h++)
-            UNROLL for (int u = 0; u < V; u++) acc[h][u] = multiply_add((floats){0} + p[h * ldp + i], v[u], acc[h][u]);
+            UNROLL for (int u = 0; u < V; u++) acc[h][u] = multiply_add(all(p[h * ldp + i]), v[u], acc[h][u]);
     }
     UNROLL for (int h = 0; h < H; h++)
         UNROLL for (int u = 0; u < V; u++) *(floats_at *)(out + h * d + u * LANES) = acc[h][u];
 }
 
-/* The query heads of one key head, over the positions first .. last of a sequence; q is [heads, D], overwritten by
-   the result. scores has room for one float per position and head. */
-static void attend(float *q, int64_t heads, const float *keys, const float *values, int64_t stride, int64_t capacity,
-                   int64_t first, int64_t last, int64_t d, float *scores) {
-    enum { V = LANES / 2 };
+/* What `run` keys score with H queries of theirs, and what `run` values bring to the results of H heads. */
+INLINE void score(int H, const float *q, const float *k, int64_t stride, int64_t run, int64_t d, float scale, float *to,
+                  int64_t ldt) {
+    int64_t j = 0;
+    for (; j + LANES / H <= run; j += LANES / H) dots(H, q, k + j * stride, stride, d, scale, to + j, ldt);
+    for (; j < run; j++)
+        for (int h = 0; h < H; h++) to[h * ldt + j] = scale * dot(q + h * d, k + j * stride, d);
+}
+
+INLINE void bring(int H, const float *p, int64_t ldp, const float *v, int64_t stride, int64_t run, float *out, int64_t d) {
+    const int V = LANES / H;
+    int64_t c = 0;
+    for (; c + V * LANES <= d; c += V * LANES) weigh(H, V, p, ldp, v + c, stride, run, out + c, d);
+    for (; c + LANES <= d; c += LANES) weigh(H, 1, p, ldp, v + c, stride, run, out + c, d);
+    for (; c < d; c++)
+        for (int h = 0; h < H; h++)
+            for (int64_t j = 0; j < run; j++) out[h * d + c] += p[h * ldp + j] * v[j * stride + c];
+}
+
+/* The query heads of some key heads, `heads` of each, over the positions first .. last of a sequence; q is [K, heads, D],
+   overwritten by the result. scores has room for one float per position and query head. Positions are taken KEYS at a
+   time for all heads: what a position has of all heads lies together in memory. */
+static void attend(float *q, int64_t key_heads, int64_t heads, const float *keys, const float *values, int64_t stride,
+                   int64_t capacity, int64_t first, int64_t last, int64_t d, float *scores) {
     const int64_t n = last - first + 1, padded = (n + LANES - 1) / LANES * LANES;
     const float scale = 1 / sqrtf(d);
-    for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = 0) { /* twice, where the buffer wraps */
+    for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = slot + run == capacity ? 0 : slot + run) {
         run = n - i < capacity - slot ? n - i : capacity - slot;
-        const float *k = keys + slot * stride;
-        float *to = scores + i;
-        int64_t j = 0;
-        for (; j + LANES <= run; j += LANES)
-            for (int64_t h = 0; h < heads; h++)
-                *(floats_at *)(to + h * padded + j) = scale * dots(q + h * d, k + j * stride, stride, d, h == 0);
-        for (; j < run; j++)
-            for (int64_t h = 0; h < heads; h++) to[h * padded + j] = scale * dot(q + h * d, k + j * stride, d);
+        run = run < KEYS ? run : KEYS;
+        for (int64_t g = 0; g < key_heads; g++) {
+            const float *k = keys + slot * stride + g * d, *mine = q + g * heads * d;
+            float *to = scores + g * heads * padded + i;
+            int64_t h = 0;
+            for (; h + 4 <= heads; h += 4) score(4, mine + h * d, k, stride, run, d, scale, to + h * padded, padded);
+            for (; h + 2 <= heads; h += 2) score(2, mine + h * d, k, stride, run, d, scale, to + h * padded, padded);
+            for (; h < heads; h++) score(1, mine + h * d, k, stride, run, d, scale, to + h * padded, padded);
+        }
     }
-    for (int64_t h = 0; h < heads; h++) {
+    for (int64_t h = 0; h < key_heads * heads; h++) {
         float *s = scores + h * padded, top = -INFINITY;
         for (int64_t i = 0; i < n; i++) top = s[i] > top ? s[i] : top;
         for (int64_t i = n; i < padded; i++) s[i] = -INFINITY;
@@ -660,36 +684,27 @@ static void attend(float *q, int64_t heads, const float *keys, const float *valu
         float whole = 1 / sum(total);
         for (int64_t i = 0; i < n; i++) s[i] *= whole;
     }
-    memset(q, 0, heads * d * sizeof *q);
+    memset(q, 0, key_heads * heads * d * sizeof *q);
     for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = slot + run == capacity ? 0 : slot + run) {
         run = n - i < capacity - slot ? n - i : capacity - slot;
         run = run < KEYS ? run : KEYS;
-        const float *v = values + slot * stride, *p = scores + i;
-        for (int64_t j = run; j < 2 * run; j++)
-            for (int64_t c = 0; c < d; c += LINE / 4) __builtin_prefetch(v + j * stride + c);
-        for (int64_t h = 0; h < heads; h += 2) {
-            const int two = h + 1 < heads;
-            float *out = q + h * d;
-            const float *w = p + h * padded;
-            int64_t c = 0;
-            for (; c + V * LANES <= d; c += V * LANES)
-                if (two) weigh(2, V, w, padded, v + c, stride, run, out + c, d);
-                else weigh(1, V, w, padded, v + c, stride, run, out + c, d);
-            for (; c + LANES <= d; c += LANES)
-                if (two) weigh(2, 1, w, padded, v + c, stride, run, out + c, d);
-                else weigh(1, 1, w, padded, v + c, stride, run, out + c, d);
-            for (; c < d; c++)
-                for (int64_t g = 0; g < 1 + two; g++)
-                    for (int64_t j = 0; j < run; j++) out[g * d + c] += w[g * padded + j] * v[j * stride + c];
+        for (int64_t g = 0; g < key_heads; g++) {
+            const float *v = values + slot * stride + g * d, *p = scores + g * heads * padded + i;
+            for (int64_t j = KEYS; j < KEYS + run; j++)
+                for (int64_t c = 0; c < d; c += LINE / 4) __builtin_prefetch(v + j * stride + c);
+            float *out = q + g * heads * d;
+            int64_t h = 0;
+            for (; h + 2 <= heads; h += 2) bring(2, p + h * padded, padded, v, stride, run, out + h * d, d);
+            for (; h < heads; h++) bring(1, p + h * padded, padded, v, stride, run, out + h * d, d);
         }
     }
 }
 
 static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
 
-/* Floats for the scores of a key head's query heads, and what decode wants as scratch: for `rows` tokens, each of which
-   sees up to `keys` positions. */
-static int64_t scores_of(const Model *m, int64_t keys) { return m->n_heads / m->n_kv_heads * (keys + LANES); }
+/* Floats for the scores of all heads, and what decode wants as scratch: for `rows` tokens, each of which sees up to
+   `keys` positions. */
+static int64_t scores_of(const Model *m, int64_t keys) { return m->n_heads * (keys + LANES); }
 
 int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
     int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
@@ -699,8 +714,8 @@ int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threa
 /* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
    takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
-   cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, normalised hidden states out; rounded: room for the widest
-   inputs, where the weights have few bits (all of a layer's as many). */
+   cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
+   rounded: room for the widest inputs, where the weights have few bits (all of a layer's as many). */
 void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
@@ -739,15 +754,19 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             memcpy(layer->keys + slot, k + r * ldkv, stride * 4);
             memcpy(layer->values + slot, v + r * ldkv, stride * 4);
         }
+        /* A row's heads stay together where there are rows for all threads: they lie together in memory. */
+        const int64_t parts = rows % threads == 0 ? 1 : kv_heads < threads ? kv_heads : threads;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * kv_heads; i++) {
-            const int64_t r = i / kv_heads, g = i % kv_heads, last = positions[r];
+        for (int64_t i = 0; i < rows * parts; i++) {
+            const int64_t r = i / parts, part = i % parts, last = positions[r];
+            const int64_t g = kv_heads * part / parts, count = kv_heads * (part + 1) / parts - g;
             const int64_t from = which[r] * layer->capacity * stride + g * d;
             float *mine = q + r * ldq + g * heads * d;
             int64_t first = origins[r];
             if (layer->window && last - layer->window + 1 > first) first = last - layer->window + 1;
-            for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
-            attend(mine, heads, layer->keys + from, layer->values + from, stride, layer->capacity, first, last, d, scores);
+            for (int64_t j = 0; j < count * heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
+            attend(mine, count, heads, layer->keys + from, layer->values + from, stride, layer->capacity, first, last, d,
+                   scores);
         }
         if (rounds)
 #pragma omp for schedule(static)
@@ -788,7 +807,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
                 for (int64_t j = 0; j < n; j++) h[r * dim + first + j] += out[r * ROWS + j];
         }
     }
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; m->norm && r < rows; r++) {
         rms_norm(h + r * dim, m->norm, dim, m->eps, x);
         memcpy(h + r * dim, x, dim * 4);
     }

@@ -45,7 +45,7 @@ class BitwiseTransformer(FastTransformer):
         if isinstance(cache, NoCache):
             sequences = max(1, len(plan.seqlens))
             cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
-        model = self._described(cache) if cache.layer(0).k.dtype == torch.float32 else None
+        model = self.described(cache) if cache.layer(0).k.dtype == torch.float32 else None
         if model is None:
             raise NotBitwise(
                 "deterministic is for weights on a CPU, as they were loaded, and a cache in float32; "
@@ -57,7 +57,7 @@ class BitwiseTransformer(FastTransformer):
         for rows, tokens in groups(plan.seqlens, min(store.block for store in cache.layers)):
             positions, origins = plan.positions[tokens], [plan.origins[row] for row in rows]
             part = h[tokens]
-            self._decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self._frequencies))
+            self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self._frequencies))
             h[tokens] = part
         return h
 

@@ -71,7 +71,7 @@ class Measure:
         return Errors(
             rms=(self._squares / self._count) ** 0.5,
             largest=float(each.max()),
-            kl=kl if kl == kl else float("inf"),
+            kl=max(kl, 0.0) if kl == kl else float("inf"),  # below 0 only by the sum's own rounding
             agreement=self._agreeing / len(each),
             per_position=each,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.attention import Attend
-from mistral.cache import NoCache, RollingBufferCache
+from mistral.cache import NoCache, Plan, RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
@@ -130,8 +130,18 @@ class Blocks:
         for j, step in enumerate(self.schedule):
             keys: RollingBufferCache | NoCache = cache if self._cached else NoCache(args, self._device)
             plan = keys.plan(step)
-            self._h[j] = block(self._h[j], *self._angles[j], plan, keys.layer(0))
+            self._h[j] = self._step(block, self._h[j], self._angles[j], plan, keys)
             keys.commit(plan)
+
+    def _step(
+        self,
+        block: TransformerBlock,
+        h: Tensor,
+        angles: tuple[Tensor, ...],
+        plan: Plan,
+        keys: RollingBufferCache | NoCache,
+    ) -> Tensor:
+        return block(h, *angles, plan, keys.layer(0))
 
     @torch.inference_mode()
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
@@ -146,6 +156,36 @@ class Blocks:
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, self._weights)
+
+
+class Decode(Blocks):
+    """`Blocks` with kernels, whose steps of one token a prompt are whole layers in one call of theirs."""
+
+    def _step(
+        self,
+        block: TransformerBlock,
+        h: Tensor,
+        angles: tuple[Tensor, ...],
+        plan: Plan,
+        keys: RollingBufferCache | NoCache,
+    ) -> Tensor:
+        from mistral.fast.decode import FastTransformer
+
+        if max(plan.seqlens) > 1:
+            return super()._step(block, h, angles, plan, keys)
+        assert isinstance(keys, RollingBufferCache)
+        args = dataclasses.replace(self.args, n_layers=1, sliding_window=keys.layer(0).window)
+        with torch.device("meta"):
+            alone = FastTransformer(args)
+        alone.layers[0] = block
+        alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
+        described = alone.described(keys)
+        assert described is not None
+        described.norm = None
+        h = h.clone()
+        rows = [row for row, n in enumerate(plan.seqlens) if n]
+        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles)
+        return h
 
 
 def one_file_ref() -> ModuleType | None:
