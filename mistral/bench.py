@@ -173,13 +173,17 @@ def measure(
     args, device = model.args, model.device
     itemsize = model.dtype.itemsize
     decode(model, contexts[0], 1, 1)  # the first step of a process is slower
-    for context, batch in [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]:
-        rates, memory = [], []
-        for _ in range(repeats):
-            memory.append(read_rate(device))
-            rates.append(batch / statistics.median(decode(model, context, batch, steps)))
+    cases = [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]
+    taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    memory: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    for _ in range(repeats):  # in turn: a machine's moods last longer than a case, and their ratios matter
+        for context, batch in cases:
+            memory[context, batch].append(read_rate(device))
+            taken[context, batch].append(batch / statistics.median(decode(model, context, batch, steps)))
+    for (context, batch), rates in taken.items():
         keys = batch * row_bytes(args, context + 1, itemsize)
-        yield _row("decode", context, batch, rates, batch * statistics.median(memory) / (weight_bytes(model) + keys))
+        rate = statistics.median(memory[context, batch])
+        yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model) + keys))
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):

@@ -283,6 +283,7 @@ def bench(
     attention: str | None = None,
     kernels: bool | None = None,
     quant: str | None = None,
+    deterministic: bool = False,
     threads: int | None = None,
 ) -> None:
     """Measure prefill and decoding, beside what memory and arithmetic would allow at best.
@@ -305,7 +306,8 @@ def bench(
         raise flags.UsageError("FOLDER and --shape: give one of them")
     from mistral import bench as measuring
 
-    options = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels, "quant": quant}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels}
+    options |= {"quant": quant, "deterministic": deterministic}
     if threads is not None:
         import torch
 
@@ -454,7 +456,7 @@ FLAG_HELP = {
     "device": "cpu, cuda, cuda:1 or mps; left out: the best one here",
     "dtype": "of the arithmetic: float32, bfloat16, float16 or float64; left out: what the device does well",
     "attention": "sdpa, plain, flash or xformers; left out: the device's default",
-    "kernels": "compiled products and decode steps on a CPU; =false is the plain path; left out: where they build",
+    "kernels": "compiled decode steps on a CPU (by default where they build), captured ones on CUDA (on request)",
     "quant": "round the weights while they are loaded: int8 or int4 (less memory, faster; other numbers)",
     "threads": "CPU threads; left out: as many as PyTorch takes",
     "chunk_size": "most prompt tokens a sequence takes in at a step; left out: 2048 shared by all; changes no number",

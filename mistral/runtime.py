@@ -42,6 +42,7 @@ class Runtime:
         attend: the backend.
         kernels: whether products of few rows are those of `fast`.
         decode: whether whole decode steps are, attention included.
+        captured: whether decode steps on a GPU are captured and replayed.
         quant: "int8", "int4", or None for weights as they are stored.
         deterministic: whether a sequence has the same bits in any batch, in any chunks, on any number of threads.
         notes: what could not be had, a sentence each.
@@ -55,6 +56,7 @@ class Runtime:
     attend: Attend
     kernels: bool = False
     decode: bool = False
+    captured: bool = False
     quant: str | None = None
     deterministic: bool = False
     notes: tuple[str, ...] = ()
@@ -63,6 +65,8 @@ class Runtime:
         """Every choice that was made, for people."""
         weights = self.quant or _name(self.weights)
         kernels = ("; kernels for decode steps" if self.decode else "; kernels for products") if self.kernels else ""
+        if self.captured:
+            kernels = "; captured decode steps"
         if self.deterministic:
             kernels = "; kernels for all steps; bitwise"
         return (
@@ -108,7 +112,10 @@ def resolve(
         raise OptionError(f"quantized weights are for a CPU in float32, not for {place.type} in {_name(compute)}")
     if deterministic:
         _check_deterministic(place, compute, attention, kernels)
-    fast, notes = _kernels(kernels, place.type == "cpu" and compute in (torch.float32, torch.bfloat16))
+    # Opt-in: not yet run on a real GPU.
+    captured = place.type == "cuda" and kernels is True
+    fits = place.type == "cpu" and compute in (torch.float32, torch.bfloat16)
+    fast, notes = (False, ()) if captured else _kernels(kernels, fits)
     weights = compute
     if fast and compute.itemsize > stored.itemsize:
         weights = stored  # the kernels read narrow weights as fast as memory gives them
@@ -121,7 +128,7 @@ def resolve(
     decode = fast and on_cpu_in_fp32 and not named  # a backend that was asked for is the one that is used
     if deterministic:
         name = "kernels"
-    return Runtime(place, weights, compute, compute, name, attend, fast, decode, quant, deterministic, notes)
+    return Runtime(place, weights, compute, compute, name, attend, fast, decode, captured, quant, deterministic, notes)
 
 
 def _check_deterministic(
@@ -148,7 +155,7 @@ def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
     if wanted is False or (wanted is None and not fits):
         return False, ()
     if not fits:
-        raise OptionError("the kernels are for a CPU in float32 or bfloat16: leave --kernels out")
+        raise OptionError("the kernels are for a CPU in float32 or bfloat16, or for CUDA: leave --kernels out")
     from mistral.fast.build import NoKernels, kernels
 
     try:

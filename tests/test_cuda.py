@@ -9,8 +9,10 @@ import torch
 
 from mistral import backends
 from mistral.attention import plain, tiled
-from mistral.cache import RollingBuffer, StepKeys, make_plan
-from tests.tiny import at_random, in_chunks, ragged, tiny_args, tiny_model
+from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys, make_plan
+from mistral.fast.captured import CapturedTransformer
+from mistral.model import Transformer
+from tests.tiny import at_random, in_chunks, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
 pytestmark = [
     pytest.mark.cuda,
@@ -158,3 +160,23 @@ def test_a_whole_model_in_bf16(name):
     truth = logprobs(tiled(plain), torch.float32)
     budget = 2 * (logprobs(tiled(plain), torch.bfloat16) - truth).abs().max()
     assert (logprobs(attend, torch.bfloat16) - truth).abs().max() < budget
+
+
+@pytest.mark.parametrize("window", [7, 300, None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_steps_are_the_plain_ones(dtype, window):
+    """Graphs of real CUDA against the plain steps, over buckets that grow and rows that bring nothing."""
+    args = tiny_args(n_layers=3, sliding_window=window)
+    state = {name: w.to("cuda", dtype) for name, w in tiny_model(args, seed=1).state_dict().items()}
+    lens = [300, 20, 1, 77]
+    prompts = [p.cuda() for p in ragged(lens, args.vocab_size, seed=1)]
+    found = []
+    for kind in (Transformer, CapturedTransformer):
+        with torch.device("meta"):
+            model = kind(args, tiled(plain) if kind is Transformer else None)
+        model.load_state_dict(state, assign=True)
+        cache = RollingBufferCache(args, len(lens), device="cuda", dtype=dtype)
+        with torch.inference_mode():
+            found.append(torch.cat(play(model, prompts, prefill_then_decode(lens, 60), cache)))
+    apart = (found[0] - found[1]).abs().max()
+    assert apart < (1e-4 if dtype == torch.float32 else 0.1)

@@ -35,17 +35,17 @@ LENS = (60, 1, 16, 17, 33)
 
 
 def wider_window(folder: Path) -> None:
-    """One key more."""
+    """one key more"""
     _change(folder / "params.json", sliding_window=17)
 
 
 def other_theta(folder: Path) -> None:
-    """1e4 in place of 1e6."""
+    """theta 1e4 in place of 1e6"""
     _change(folder / "params.json", rope_theta=1e4)
 
 
 def rows_of_the_other_layout(folder: Path) -> None:
-    """In Hugging Face's layout, q and k with their rows in Mistral's order."""
+    """q and k rows in the other layout's order"""
     path = folder / "model.safetensors"
     state = load_file(path)
     config = json.loads((folder / "config.json").read_text())
@@ -99,7 +99,7 @@ def rows(python: str, work: Path) -> Iterator[Row]:
         spoil(wrong)
         found = asked(python, right, wrong, layout)
         named = list(found.mistakes) == [mistake]
-        yield _row(case.name, f"vLLM, {spoil.__doc__ or ''}".rstrip("."), found, named, ", ".join(found.mistakes))
+        yield _row(case.name, f"vLLM, {spoil.__doc__}", found, named, ", ".join(found.mistakes))
 
 
 def _row(model: str, who: str, said: Comparison, right: bool, verdict: str) -> Row:

@@ -177,6 +177,10 @@ def assemble(
         from mistral.fast.decode import FastTransformer
 
         kind = FastTransformer
+    if run.captured:
+        from mistral.fast.captured import CapturedTransformer
+
+        kind = CapturedTransformer
     if run.deterministic:
         from mistral.oracle import bitwise
 

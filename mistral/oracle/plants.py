@@ -28,6 +28,7 @@ import mistral.model
 from mistral.args import ModelArgs, Window
 from mistral.backends.packed import Packed
 from mistral.cache import NoCache, Plan, RollingBufferCache, make_plan
+from mistral.fast.captured import CapturedTransformer
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import QuantizedLinear
 from mistral.linear import widened_product
@@ -150,6 +151,7 @@ class As:
 # What goes round the functions that are replaced below goes by them again.
 PLAIN: tuple[Change, ...] = (
     (FastTransformer, "step", lambda right, *given: Transformer.step(*given)),
+    (CapturedTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (BitwiseTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
     (Packed, "_parts", lambda right, *given: None),
