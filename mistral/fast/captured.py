@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral.attention import sdpa, tiled
 from mistral.cache import NoCache, Plan, RollingBuffer, RollingBufferCache, Run, Tile, make_plan
-from mistral.model import Transformer
+from mistral.model import Attention, Transformer
 from mistral.rope import cos_sin
 
 LEAST = 256  # slots of the smallest bucket
@@ -144,10 +144,12 @@ class CapturedTransformer(Transformer):
         B, half = len(cache.lengths), self.args.head_dim // 2
         here: dict[str, Any] = {"device": self.device}
         places = Places(
-            *(torch.zeros(B, dtype=torch.int64, **here) for _ in range(3)),
-            torch.zeros(B, dtype=torch.bool, **here),  # nothing is written while it is tried
-            torch.ones(B, half, **here),
-            torch.zeros(B, half, **here),
+            ids=torch.zeros(B, dtype=torch.int64, **here),
+            positions=torch.zeros(B, dtype=torch.int64, **here),
+            origins=torch.zeros(B, dtype=torch.int64, **here),
+            active=torch.zeros(B, dtype=torch.bool, **here),  # nothing is written while it is tried
+            cos=torch.ones(B, half, **here),
+            sin=torch.zeros(B, half, **here),
         )
         stores = [FixedStore(layer, places, used) for layer in cache.layers]
 
@@ -159,14 +161,15 @@ class CapturedTransformer(Transformer):
                 h = layer(h, places.cos, places.sin, plan, store)
             return self.norm(h)
 
-        attends = [layer.attention.attend for layer in self.layers]
-        for layer in self.layers:
-            layer.attention.attend = tiled(sdpa)
+        modules = [m for m in self.modules() if isinstance(m, Attention)]
+        attends = [module.attend for module in modules]
+        for module in modules:
+            module.attend = tiled(sdpa)
         try:
             replay, hidden = type(self).record(run)
         finally:
-            for layer, attend in zip(self.layers, attends, strict=True):
-                layer.attention.attend = attend
+            for module, attend in zip(modules, attends, strict=True):
+                module.attend = attend
         return _Captured(places, replay, hidden)
 
 
