@@ -170,7 +170,7 @@ class RollingBuffer:
         return slots_for(self.window, length)
 
     def holds(self, length: int, now: int, origin: int) -> bool:
-        """Whether a sequence that has reached `now` still has all that a token at `length` sees."""
+        """Whether a sequence that had reached `now` at most still has all that a token at `length` sees."""
         first = origin if self.window is None else max(origin, length - self.window + 1)
         # Slots whose newer position is forgotten are taken to hold the one before it, C earlier: out of the window.
         return now - first <= self.capacity
@@ -277,6 +277,7 @@ class RollingBufferCache:
         self.device = device
         self.lengths = [0] * rows  # positions each sequence has reached; the next token's position
         self.origins = [0] * rows
+        self._reached = [0] * rows  # positions written, also those that were rewound: they took others' slots
         self.layers = [RollingBuffer(w, rows, args.n_kv_heads, args.head_dim, device, dtype) for w in args.windows]
         for layer in self.layers:
             layer.grow(layer.capacity_for(positions), self.lengths, self.origins)
@@ -303,13 +304,13 @@ class RollingBufferCache:
         if row is None:
             self._settle()
         for r in range(len(self.lengths)) if row is None else [row]:
-            self.lengths[r] = self.origins[r] = position
+            self.lengths[r] = self.origins[r] = self._reached[r] = position
 
     def rewind(self, row: int, length: int) -> int:
         """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.
 
         A layer that has rolled holds C positions, of which the next token wants W - 1: it goes back C - W + 1,
-        that is block, and no further. Where `length` is out of reach in any layer, or the last step was
+        that is block, from the furthest position that was ever reached, and no further. Where `length` is out of reach in any layer, or the last step was
         broken off, the sequence (then: every sequence) is forgotten as a whole, back to its origin.
 
         Raises:
@@ -321,12 +322,12 @@ class RollingBufferCache:
         if not origin <= length <= now:
             raise CacheError(f"row {row} holds positions {origin} to {now}; it cannot be rewound to {length}")
         if any(layer.written for layer in self.layers):
-            self.lengths = list(self.origins)
+            self.lengths, self._reached = list(self.origins), list(self.origins)
             self._settle()
-        elif all(layer.holds(length, now, origin) for layer in self.layers):
+        elif all(layer.holds(length, max(now, self._reached[row]), origin) for layer in self.layers):
             self.lengths[row] = length
         else:
-            self.lengths[row] = origin
+            self.lengths[row] = self._reached[row] = origin
         return self.lengths[row]
 
     def plan(self, seqlens: Sequence[int]) -> Plan:
@@ -357,6 +358,7 @@ class RollingBufferCache:
         self._settle()
         for row, n in enumerate(plan.seqlens):
             self.lengths[row] += n
+            self._reached[row] = max(self._reached[row], self.lengths[row])
 
     def _settle(self) -> None:
         for layer in self.layers:

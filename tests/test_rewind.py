@@ -74,6 +74,39 @@ def poison_forgotten(cache: RollingBufferCache, row: int) -> None:
             layer.k[row, slot] = layer.v[row, slot] = POISON
 
 
+@settings(max_examples=60)
+@given(
+    window=st.sampled_from((None, 1, 3, 17, (None, 4), (7, 2))),
+    moves=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), min_size=2, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_going_back_again_and_again_is_a_fresh_prefill(window: Any, moves: list[tuple[int, int]], seed: int) -> None:
+    """What was overwritten stays so, however often a sequence goes back."""
+    model = tiny_model(tiny_args(sliding_window=window), seed)
+    cache = make_cache(model, 1)
+    pieces = ragged([60, *(more for _, more in moves)], model.args.vocab_size, seed)
+    with torch.inference_mode():
+        feed(model, cache, pieces[0], 100)
+        text = pieces[0]
+        for (back, _), more in zip(moves, pieces[1:], strict=True):
+            wanted = max(0, len(text) - back)
+            kept = cache.rewind(0, wanted)
+            assert kept in (0, wanted)
+            text = torch.cat((text[:kept], more))
+            logits = feed(model, cache, more, 100)
+            want = true_logprobs(model, [text])[0][-len(more) :]
+            assert distance([logits], [want]) < TOLERANCE
+
+
+def test_going_back_twice_does_not_reach_further_than_once() -> None:
+    model = tiny_model(tiny_args(sliding_window=17))
+    cache = make_cache(model, 1)
+    with torch.inference_mode():
+        feed(model, cache, ragged([100], model.args.vocab_size)[0], 100)
+    assert cache.rewind(0, 84) == 84
+    assert cache.rewind(0, 70) == 0
+
+
 def test_what_a_rolled_buffer_cannot_give_back() -> None:
     args = tiny_args(sliding_window=4)  # 7 slots, of which the next token looks at 3: it goes back 4
     model = tiny_model(args)
