@@ -310,8 +310,9 @@ class RollingBufferCache:
         """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.
 
         A layer that has rolled holds C positions, of which the next token wants W - 1: it goes back C - W + 1,
-        that is block, from the furthest position that was ever reached, and no further. Where `length` is out of reach in any layer, or the last step was
-        broken off, the sequence (then: every sequence) is forgotten as a whole, back to its origin.
+        that is block, from the furthest position that was ever reached, and no further. Where `length` is out of
+        reach in any layer, or the last step was broken off, the sequence (then: every sequence) is forgotten as a
+        whole, back to its origin.
 
         Raises:
             CacheError: there is no such row, or its sequence does not reach from its origin to `length`.

@@ -39,7 +39,8 @@ class Replayed(CapturedTransformer):
     @staticmethod
     def record(run):
         Replayed.captures += 1
-        result = run()
+        with torch.inference_mode(False), torch.no_grad():
+            result = run().clone()
 
         def replay():
             Replayed.replays += 1
@@ -101,6 +102,28 @@ def test_storage_that_grows_and_weights_that_change_are_captured_anew():
         cache = RollingBufferCache(model.args, 1)
         want = true_logprobs(changed, prompt)
         assert distance(play(other, prompt, prefill_then_decode([LEAST + 40], 60), cache), want) < TOLERANCE
+
+
+def test_a_layer_whose_weights_are_replaced():
+    model = tiny_model(tiny_args(), seed=3)
+    other = twin(model)
+    cache = make_cache(other, 1)
+    with torch.no_grad():
+        other.forward(torch.tensor([1]), [1], cache)
+        linear = other.layers[1].feed_forward.w2
+        linear.weight = torch.nn.Parameter(linear.weight * 2)
+        other.forward(torch.tensor([1]), [1], cache)
+    assert Replayed.captures == 2
+
+
+def test_a_cache_that_is_used_in_and_out_of_inference_mode():
+    model = tiny_model(tiny_args(), seed=3)
+    other = twin(model)
+    cache = make_cache(other, 1)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            other.forward(torch.tensor([1]), [1], cache)
+    assert Replayed.captures == 1
 
 
 def test_two_models_and_two_caches_do_not_mix():

@@ -89,7 +89,7 @@ def test_a_pack_and_its_folder(folder, packed, capsys):
 
 def arrays(path: Path, prompts, scores, **more) -> Path:
     lens = [len(p) for p in prompts]
-    np.savez(path, prompt_ids=torch.cat(list(prompts)).numpy(), prompt_lens=lens, logprobs=scores, **more)
+    np.savez(path, prompt_ids=torch.cat(list(prompts)).numpy(), prompt_lens=lens, logits=scores, **more)
     return path
 
 
@@ -136,6 +136,42 @@ def test_a_trace_is_a_side(folder, tmp_path, capsys):
     told = ask(capsys, whole, out)
     assert told["first_activation"] == {"name": "layers.1.attention.heads", "prompt": 0, "position": 3}
     assert told["first_position"] is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
+def test_numbers_that_are_none_are_a_difference(folder, packed, tmp_path, capsys, number, rows):
+    prompts = pack.read(packed).prompts
+    scores = our_logits(folder, prompts).log_softmax(-1).clone()
+    scores[rows, 7] = number
+    lens = [len(p) for p in prompts]
+    for name in ("logits", "logprobs"):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, prompt_ids=torch.cat(prompts), prompt_lens=lens, **{name: scores.numpy()})
+        if name == "logits" and number < 0:
+            continue  # a token that is ruled out: its log-prob is -inf, the others' are not
+        assert not ask(capsys, folder, path)["same"]
+        if rows == slice(None):  # of one row the pack may not tell this token
+            assert not ask(capsys, path, packed)["same"]
+
+
+def test_log_probs_that_do_not_sum_to_one(folder, packed, tmp_path, capsys):
+    prompts = pack.read(packed).prompts
+    scores = our_logits(folder, prompts).log_softmax(-1).numpy() + 0.01
+    lens = [len(p) for p in prompts]
+    np.savez(tmp_path / "x.npz", prompt_ids=torch.cat(prompts), prompt_lens=lens, logprobs=scores)
+    assert not ask(capsys, folder, tmp_path / "x.npz")["same"]
+    np.savez(tmp_path / "x.npz", prompt_ids=torch.cat(prompts), prompt_lens=lens, logits=scores)
+    assert ask(capsys, folder, tmp_path / "x.npz")["same"]
+
+
+def test_a_dtype_in_which_the_model_is_infinite(folder, tmp_path, capsys):
+    def hotter(state):
+        return {n: w * 1e4 if w.dim() > 1 else w for n, w in state.items()}
+
+    wrong = spoilt(folder, tmp_path, None, hotter)
+    assert cli.main(["compare", str(wrong), str(wrong), "--dtype", "float16"]) == 2
+    assert "rounding to fp16 makes numbers of this model infinite" in capsys.readouterr().err
 
 
 # --- sides that make a mistake, each made without the kit that diagnoses it

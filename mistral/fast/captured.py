@@ -130,7 +130,7 @@ class CapturedTransformer(Transformer):
     def _captured(self, cache: RollingBufferCache, used: int) -> _Captured:
         """The step for this many slots, captured at its first use."""
         # Storage that grew has moved, and weights may have been replaced: then nothing that was captured is right.
-        read = (*(layer.k for layer in cache.layers), self.tok_embeddings.weight, self.norm.weight)
+        read = (*(layer.k for layer in cache.layers), *self.parameters(), *self.buffers())
         at = (id(self), *(x.data_ptr() for x in read))
         before, kept = _kept.get(cache, (at, {}))
         if before != at:
@@ -143,14 +143,15 @@ class CapturedTransformer(Transformer):
     def _capture(self, cache: RollingBufferCache, used: int) -> _Captured:
         B, half = len(cache.lengths), self.args.head_dim // 2
         here: dict[str, Any] = {"device": self.device}
-        places = Places(
-            ids=torch.zeros(B, dtype=torch.int64, **here),
-            positions=torch.zeros(B, dtype=torch.int64, **here),
-            origins=torch.zeros(B, dtype=torch.int64, **here),
-            active=torch.zeros(B, dtype=torch.bool, **here),  # nothing is written while it is tried
-            cos=torch.ones(B, half, **here),
-            sin=torch.zeros(B, half, **here),
-        )
+        with torch.inference_mode(False):  # they outlive the block they are made in, as the cache's storage does
+            places = Places(
+                ids=torch.zeros(B, dtype=torch.int64, **here),
+                positions=torch.zeros(B, dtype=torch.int64, **here),
+                origins=torch.zeros(B, dtype=torch.int64, **here),
+                active=torch.zeros(B, dtype=torch.bool, **here),  # nothing is written while it is tried
+                cos=torch.ones(B, half, **here),
+                sin=torch.zeros(B, half, **here),
+            )
         stores = [FixedStore(layer, places, used) for layer in cache.layers]
 
         def run() -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -28,22 +29,33 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     Raises:
         ArraysError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = Path(os.path.realpath(os.path.expanduser(path)))
     beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
-    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    metadata = {name: json.dumps(_without_infinities(value), allow_nan=False) for name, value in facts.items()}
     try:
-        with beside.open("xb"):
-            pass  # safetensors' own error would not say why
+        with beside.open("xb") as file:  # safetensors' own error would not say why, and its file be nobody else's
+            mode = os.fstat(file.fileno()).st_mode
         save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        beside.chmod(mode)
         os.replace(beside, target)
-    except OSError as error:
-        raise ArraysError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
     return target
+
+
+def _without_infinities(value: Any) -> Any:
+    """The same with null for numbers that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _without_infinities(one) for name, one in value.items()}
+    return [_without_infinities(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -26,6 +26,9 @@ from mistral.oracle.truth import logprobs
 # Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
 UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
+# A mistake explains a difference if it leaves at most this share of it, and at most so many times the limit.
+SHARE, SLACK = 0.02, 8.0
+
 
 class CompareError(ValueError):
     """Two sides that cannot be compared."""
@@ -125,6 +128,10 @@ def compare(
     budget = _unavoidable(a, b, ours, asked, compute)
     difference = differences(found_a, found_b)
     limit = UNKNOWN[compute] if budget is None else LIMITS[compute] * budget.logprobs
+    if not limit < torch.inf:
+        raise CompareError(
+            f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
+        )
     beyond = (difference > limit).nonzero().flatten().tolist()
     first = Divergence(None, *place(beyond[0], lens)) if beyond else None
     if difference.isnan().all():
@@ -133,12 +140,15 @@ def compare(
     shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
     most = {} if budget is None else {name: LIMITS[compute] * x for name, x in budget.prints.items()}
     parted = _first_activation(shared, found_a, found_b, most, limit, lens)
+    largest = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
     mistakes: dict[str, float] = {}
     nearest, tried = None, 0
     if (first or parted) and ours is not None:
         left = _explained(ours, other, asked, progress)
         tried = len(left)
-        mistakes = {name: error for name, error in left.items() if error <= limit}
+        # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
+        near = max(limit, min(SLACK * limit, SHARE * largest))
+        mistakes = {name: error for name, error in left.items() if error <= near}
         if left and not mistakes:
             nearest = min(left.items(), key=lambda pair: pair[1])
     elif first or parted:
@@ -148,7 +158,7 @@ def compare(
         b.name,
         tuple(lens),
         int((~difference.isnan()).sum()),
-        float(difference.nan_to_num(nan=0.0).max()),
+        largest,
         limit,
         budget,
         _agreement(found_a, found_b),
@@ -216,7 +226,7 @@ def differences(a: Evidence, b: Evidence) -> Tensor:
                 f"log-probs of {a.logprobs.shape[1]} tokens on one side, of {b.logprobs.shape[1]} on the other: "
                 "the vocabularies differ"
             )
-        return _largest(a.logprobs - b.logprobs)
+        return _largest(a.logprobs - b.logprobs, (a.told & b.told)[:, None].expand_as(a.logprobs))
     if a.ids is None:
         return differences(b, a)
     if b.ids is None:
@@ -224,17 +234,16 @@ def differences(a: Evidence, b: Evidence) -> Tensor:
         if int(a.ids.max()) >= V:
             raise CompareError(f"one side tells of token {int(a.ids.max())}, but the other knows only {V}")
         theirs = b.logprobs.gather(1, a.ids.clamp(min=0))
-        return _largest(torch.where(a.ids < 0, torch.nan, a.logprobs - theirs))
+        return _largest(a.logprobs - theirs, (a.ids >= 0) & b.told[:, None])
     both = (a.ids[:, :, None] == b.ids[:, None]) & (a.ids >= 0)[:, :, None]
     apart = a.logprobs[:, :, None] - b.logprobs[:, None]
-    return _largest(torch.where(both, apart, torch.nan).flatten(1))
+    return _largest(apart.flatten(1), both.flatten(1))
 
 
-def _largest(difference: Tensor) -> Tensor:
-    """Of each row, numbers that are none left aside; nan where there is no other. (Two infinities are no number.)"""
-    known = ~difference.isnan()
-    largest = difference.abs().nan_to_num(nan=-1.0, posinf=torch.inf).amax(-1)
-    return torch.where(known.any(-1), largest, torch.nan)
+def _largest(difference: Tensor, known: Tensor) -> Tensor:
+    """[T] the largest of what is known of each row, inf where that is no number; nan where nothing is."""
+    apart = difference.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return torch.where(known.any(-1), torch.where(known, apart, -1.0).amax(-1), torch.nan)
 
 
 def _likeliest(evidence: Evidence) -> Tensor:
@@ -249,7 +258,7 @@ def _agreement(a: Evidence, b: Evidence) -> float | None:
         return None
     rows = torch.ones(len(a.logprobs), dtype=torch.bool)
     for e in (a, b):
-        rows &= ~e.logprobs.isnan().all(-1)
+        rows &= e.told
     return float((_likeliest(a) == _likeliest(b))[rows].double().mean())
 
 
@@ -274,9 +283,10 @@ def _explained(
     left: dict[str, float] = {}
     for done, name in enumerate(tried, 1):
         mistaken = torch.cat(plants.logits_with(model, list(prompts), name))
-        difference = differences(Evidence(None, logprobs(mistaken)), other)
+        told = ~mistaken.isnan().all(-1)  # a mistake may leave out a prompt's first row
+        difference = differences(Evidence(None, logprobs(mistaken), {}, told), other)
         if not difference.isnan().all():
-            left[name] = float(difference.nan_to_num(nan=0.0).max())
+            left[name] = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
         if progress is not None:
             progress(done, len(tried))
     return left

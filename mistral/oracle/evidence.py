@@ -23,13 +23,20 @@ class Evidence:
 
     Args:
         ids: [T, k] tokens whose log-probs after each position are known, -1 for none; None where all are.
-        logprobs: [T, k], or [T, V] of all tokens in order; float64, nan for none.
+        logprobs: [T, k], or [T, V] of all tokens in order; float64. What is no number differs from everything.
         prints: fingerprints [T, PRINTS] of activations, by name; none where only log-probs are known.
+        rows: [T] bool, of which rows anything is said; None: of all.
     """
 
     ids: Tensor | None
     logprobs: Tensor
     prints: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+
+    @property
+    def told(self) -> Tensor:
+        """[T] bool, of which rows anything is said."""
+        return torch.ones(len(self.logprobs), dtype=torch.bool) if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from mistral.formats import huggingface as hf
 from mistral.formats import tokenizer_files
 from mistral.formats.folder import OUTPUT, Folder, expected_shapes
 from mistral.formats.params import to_args
-from mistral.formats.weights import WeightFiles, open_safetensors
+from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
-from mistral.oracle.evidence import Unavoidable, tell
+from mistral.oracle.evidence import PRINTS, Unavoidable, tell
 from mistral.oracle.measure import Progress, short
 from mistral.oracle.reading import Reading
 
@@ -178,20 +179,53 @@ def read(path: str | PathLike[str]) -> Pack:
     tensors, facts = arrays.read(Path(path), FORMAT, VERSION)
     try:
         args = _args(facts)
-        lens = tensors["prompt_lens"].tolist()
-        prompts = list(tensors["prompt_ids"].split(lens))
+        if args.n_layers > len(facts["activations"]):
+            raise ValueError(f"it claims {args.n_layers} layers")
+        ids, lens = tensors["prompt_ids"], tensors["prompt_lens"]
+        top_ids, top_logprobs, own = (tensors[name] for name in ("top_ids", "top_logprobs", "next_logprobs"))
         prints = {name: tensors[ACTIVATIONS + name] for name in facts["activations"]}
-        top_ids, top_logprobs, next_logprobs = (tensors[name] for name in ("top_ids", "top_logprobs", "next_logprobs"))
-        rows = {len(x) for x in (top_ids, top_logprobs, next_logprobs, *prints.values())}
-        if rows != {sum(lens)} or top_ids.shape != top_logprobs.shape:
+        T, k = top_ids.shape
+        for x, shape, dtype in (
+            (ids, (T,), torch.int64),
+            (lens, (len(lens),), torch.int64),
+            (top_ids, (T, k), torch.int64),
+            (top_logprobs, (T, k), torch.float64),
+            (own, (T,), torch.float64),
+            *((x, (T, PRINTS), torch.float64) for x in prints.values()),
+        ):
+            if x.shape != shape or x.dtype != dtype:
+                raise ValueError("its tensors have other shapes or dtypes than they should")
+        if not k or not len(lens) or int(lens.min()) < 1 or int(lens.sum()) != T:
             raise ValueError("its tensors do not fit its prompts")
+        if any(int(x.min()) < 0 or int(x.max()) >= args.vocab_size for x in (ids, top_ids)):
+            raise ValueError(f"it has ids outside the vocabulary of {args.vocab_size}")
+        if not all(x.isfinite().all() for x in (top_logprobs, *prints.values())):
+            raise ValueError("it has numbers that are not finite")
+        prompts = list(ids.split(lens.tolist()))
         unavoidable = [
-            Unavoidable(of, u["rms"], u["largest"], dict(zip(prints, u["activations"], strict=True)))
+            Unavoidable(
+                of,
+                _number(u["rms"]),
+                _number(u["largest"]),
+                dict(zip(prints, map(_number, u["activations"]), strict=True)),
+            )
             for of, u in facts["unavoidable"].items()
         ]
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
         raise PackError(f"{path} is not a whole pack: {' '.join(str(error).split())}") from None
-    return Pack(Path(path), args, prompts, top_ids, top_logprobs, next_logprobs, prints, unavoidable, facts)
+    return Pack(Path(path), args, prompts, top_ids, top_logprobs, own, prints, unavoidable, facts)
+
+
+def _number(value: Any) -> float:
+    """A number of at least 0; null, where rounding made it infinite."""
+    number = math.inf if value is None else float(value)
+    if not number >= 0:
+        raise ValueError(f"an error of {number}")
+    return number
+
+
+def _numbers(names: Sequence[str], values: Sequence[Any]) -> dict[str, float]:
+    return {name: _number(value) for name, value in zip(names, values, strict=True)}
 
 
 def _args(facts: dict[str, Any]) -> ModelArgs:
@@ -225,12 +259,11 @@ def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
     if not names:
         raise PackError(f"{path} has no weights: those that `pack --weights` wrote do")
     args = _args(facts)
-    lacking = [name for name in expected_shapes(args) if name not in names]
-    if lacking:
-        raise PackError(f"{path} lacks the weight {lacking[0]}")
+    stored = {ours: files.tensors[name] for ours, name in names.items()}
+    check_tensors(stored, expected_shapes(args), str(path), "its config")
     weights = WeightFiles(
         (Path(path),),
-        {ours: files.tensors[name] for ours, name in names.items()},
+        stored,
         {ours: files.readers[name] for ours, name in names.items()},
     )
     raw = {**facts["config"]} if facts["layout"] == "mistral" else {}

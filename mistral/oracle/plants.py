@@ -6,7 +6,8 @@
 
 Functions of the library are replaced from outside and put back afterwards; weights and files stay as they are. While a
 mistake is planted, kernels and attention backends stand aside, and every model goes the plain way, where the mistake
-is. It is there for all threads. Caches whose window is to be mistaken are those made meanwhile.
+is. It is there for all threads, of which one at a time may plant. Caches whose window is to be mistaken are those made
+meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from threading import RLock
 from typing import Any
 
 import torch
@@ -36,6 +38,9 @@ from mistral.model import Attention, FeedForward, RMSNorm, Transformer, Transfor
 from mistral.oracle.bitwise import BitwiseTransformer
 from mistral.rope import inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
+
+# Functions are replaced for all threads, so only one of them may do it at a time; it may do it again inside.
+_one_thread = RLock()
 
 # (module or class, name of its function, what is called instead: with the right function, then its arguments)
 Change = tuple[Any, str, Callable[..., Any]]
@@ -66,8 +71,8 @@ class Plant:
 
     @contextmanager
     def patch(self) -> Iterator[None]:
-        """While open, the library makes the mistake. May be nested: then it makes several."""
-        with ExitStack() as undo:
+        """While open, the library makes the mistake. May be nested: then it makes several. Other threads wait."""
+        with _one_thread, ExitStack() as undo:
             for owner, name, wrong in (*PLAIN, *self.changes):
                 right = vars(owner)[name]
                 undo.callback(setattr, owner, name, right)
@@ -172,6 +177,11 @@ def several_ids(args: ModelArgs, lens: Sequence[int]) -> bool:
 def looks_back(args: ModelArgs, lens: Sequence[int]) -> bool:
     """Some token sees another one."""
     return several_ids(args, lens) and set(args.windows) != {1}
+
+
+def looks_back_twice(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Some token sees two others: with fewer a second BOS changes nothing but the angles, and these only together."""
+    return looks_back(args, lens) and any(w is None or w > 2 for w in args.windows)
 
 
 def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
@@ -468,7 +478,7 @@ ALL = (
     ),
     layers_plant("layers_by_name", "layers are ordered as text: 0, 1, 10, 11, 2, ..", lambda n: sorted(n, key=str), 11),
     layers_plant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 2),
-    Plant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back, 1),
+    Plant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back_twice, 1),
     Plant("bos_absent", "prompts begin without BOS", ((Tokenizer, "encode", encode_without),), looks_back, -1),
 )
 PLANTS = {mistake.name: mistake for mistake in ALL}

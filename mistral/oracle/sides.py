@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -27,7 +28,10 @@ from mistral.oracle.reading import Reading
 from mistral.oracle.trace import names
 from mistral.oracle.truth import logprobs
 
+LARGEST = 2**28  # bytes of an answer that are read
 PATIENCE = 300  # seconds a server has for one prompt
+# What is read of an .npz, besides activations, whose names have dots.
+NAMES = ("prompt_ids", "prompt_lens", "logits", "logprobs", "tok_embeddings", "norm", "output")
 TOP = 20  # likeliest tokens asked of a server
 
 
@@ -88,6 +92,7 @@ class PackSide(Side):
 
     def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
         p = self.pack
+        # The token after a prompt's last position is -1, of which nothing is told.
         ids = torch.cat([p.top_ids, pack.following(p.prompts)[:, None]], 1)
         return Evidence(ids, torch.cat([p.top_logprobs, p.next_logprobs[:, None]], 1), p.prints)
 
@@ -101,20 +106,30 @@ class ArraysSide(Side):
 
     def __init__(self, path: Path) -> None:
         found = _arrays(path)
-        scores = next((found[name] for name in ("logprobs", "logits", "output") if name in found), None)
-        if scores is None or "prompt_ids" not in found:
+        name = next((name for name in ("logprobs", "logits", "output") if name in found), None)
+        if name is None or "prompt_ids" not in found:
             raise SideError(f"{path} must have prompt_ids [T], and logits or logprobs [T, V]; it has {_some(found)}")
-        ids = found["prompt_ids"].long().flatten()
-        lens = found["prompt_lens"].long().tolist() if "prompt_lens" in found else [len(ids)]
-        if scores.dim() != 2 or len(scores) != len(ids) or sum(lens) != len(ids) or min(lens) < 1:
+        scores, ids = found[name], found["prompt_ids"]
+        given = found.get("prompt_lens", torch.tensor([ids.numel()]))
+        whole = not any(x.is_floating_point() or x.is_complex() for x in (ids, given))
+        if not (whole and ids.dim() == given.dim() == 1 and scores.is_floating_point()):
+            raise SideError(f"{path}: prompt_ids and prompt_lens must be whole numbers in one dimension, {name} real")
+        lens = given.tolist()
+        if scores.dim() != 2 or len(scores) != len(ids) or sum(lens) != len(ids) or min(lens, default=0) < 1:
             raise SideError(
-                f"{path}: {len(ids)} prompt_ids in prompts of {lens}, and scores of shape {list(scores.shape)}; "
+                f"{path}: {len(ids)} prompt_ids in prompts of {lens!r:.60}, and {name} of shape {list(scores.shape)}; "
                 "they must be [T, V], a row for each id"
             )
-        super().__init__(str(path), list(ids.split(lens)))
-        prints = {n: fingerprint(x) for n, x in found.items() if x.dim() == 2 and len(x) == len(ids) and "." in n}
-        prints |= {n: fingerprint(found[n]) for n in ("tok_embeddings", "norm", "output") if n in found}
-        self._evidence = Evidence(None, logprobs(scores), prints)
+        super().__init__(str(path), list(ids.long().split(lens)))
+        activations = {n: x for n, x in found.items() if "." in n or n in ("tok_embeddings", "norm", "output")}
+        fitting = {n: x for n, x in activations.items() if x.dim() == 2 and len(x) == len(ids)}
+        # Log-probs are taken as they are: one that does not sum to 1 is a mistake.
+        told = scores.double() if name == "logprobs" else logprobs(scores)
+        # A prompt's first row may have no number: an engine that leaves out BOS says nothing there.
+        silent = torch.zeros(len(ids), dtype=torch.bool)
+        silent[given.cumsum(0) - given] = True
+        silent &= scores.isnan().all(-1)
+        self._evidence = Evidence(None, told, {n: fingerprint(x) for n, x in fitting.items()}, ~silent)
 
     def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
         return self._evidence
@@ -124,12 +139,18 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as opened:  # a pickle may hold code
-                return {name: torch.from_numpy(np.ascontiguousarray(opened[name])) for name in opened.files}
+                wanted = [n for n in opened.files if n in NAMES or "." in n]
+                return {name: _tensor(opened[name]) for name in wanted}
         from safetensors.torch import load_file
 
         return load_file(path)
     except Exception as error:  # numpy and safetensors raise what their zip and JSON readers happen to raise
         raise SideError(f"{path} cannot be read as arrays: {' '.join(str(error).split())[:200]}") from None
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Of any order of bytes."""
+    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
 
 
 def _some(found: Mapping[str, object]) -> str:
@@ -160,6 +181,8 @@ class ServerSide(Side):
         ids = torch.full((len(rows), width), -1)
         values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
         for i, row in enumerate(rows):
+            if any(not 0 <= token < 2**31 for token in row):
+                raise SideError(f"{self.url} tells of tokens with impossible ids")
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
             values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
         return Evidence(ids, values)
@@ -175,7 +198,7 @@ class ServerSide(Side):
                 own = answer["choices"][0]["logprobs"]["token_logprobs"]
                 told = [None, *({str(i): {"logprob": lp}} for i, lp in zip(ids[1:], own[1:], strict=False))]
             rows = [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in told]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, SideError):
                 raise
             raise SideError(f"{self.url} gives no log-probs of prompts: {type(error).__name__} {error}") from None
@@ -185,18 +208,19 @@ class ServerSide(Side):
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            request = Request(self.url + path, data, {"Content-Type": "application/json"})
             # A proxy that leads to the world does not know this machine's own servers.
             near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
             opener = build_opener(*([ProxyHandler({})] if near else []))
             with opener.open(request, timeout=PATIENCE) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read(LARGEST))
         except HTTPError as error:
             told = error.read(400).decode("utf-8", "replace")
             raise SideError(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
-        except (URLError, OSError, ValueError) as error:
-            raise SideError(f"{self.url}{path} cannot be asked: {getattr(error, 'reason', error)}") from None
+        except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
+            raise SideError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
 
 
 def side(what: str, model: str | None = None) -> Side:

@@ -135,6 +135,10 @@ def verify(
         notes.append("no layer has a window: nothing rolls")
     reading = Reading(found)
     stored = reading.get(OUTPUT).dtype
+    if found.quant is not None:
+        notes.append(
+            f"weights in {found.quant} are taken as the fp32 numbers they mean, not by the kernels for few bits"
+        )
     notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
     for _, variants in each[1:]:  # what has no buffer does not roll
