@@ -438,3 +438,9 @@ def test_weights_that_are_no_numbers_are_not_the_self_tests_affair() -> None:
     with torch.no_grad():
         model.state_dict()["layers.0.attention.wq.weight"][3] = float("nan")
     self_test(model)
+
+
+def test_the_self_test_does_not_mind_the_batch_limit():
+    """As perplexity loads, for a batch of one."""
+    loaded = load(deterministic=True, max_batch_size=1)
+    assert loaded.args.max_batch_size == 1

@@ -145,6 +145,8 @@ def compare(
 
     if dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
+        raise flags.UsageError("--model is a server's name for it, and neither side is a server")
     sides = [side(a, model), side(b, model)]
     prompts = None
     if file is not None:
@@ -201,8 +203,11 @@ def plants(
             prompts = packing.read(folder).prompts
         else:
             prompts = _prompts(found, file, full, seed)
-        written = write(found, prompts, output, mistake or list(PLANTS), terminal.Bar("planting", "mistake"))
+        wanted = mistake or list(PLANTS)
+        written = write(found, prompts, output, wanted, terminal.Bar("planting", "mistake"))
     terminal.say(f"wrote {len(written)} files in {output}: {', '.join(written)}")
+    if left := [name for name in wanted if f"{name}.npz" not in written]:
+        terminal.say(f"note: these change nothing on this model and these prompts: {', '.join(left)}")
 
 
 def trace(
@@ -258,10 +263,12 @@ def model_of(folder: str | None) -> Iterator[Folder]:
     from mistral.formats.hub import locate
     from mistral.oracle.pack import folder_of, is_pack
 
-    if folder is not None and (is_pack(folder) or folder.endswith(".safetensors")):
+    if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
         with tempfile.TemporaryDirectory() as nothing:
             yield folder_of(folder, Path(nothing))
         return
+    if folder is not None and Path(folder).is_file():
+        raise flags.UsageError(f"{folder} is neither a folder nor a pack")
     yield read_folder(BUNDLED if folder is None else locate(folder))
 
 

@@ -51,6 +51,7 @@ class Comparison:
         a, b: the sides.
         lens: of the prompts.
         compared: positions at which both sides told log-probs of some token.
+        tokens: the most of which both told at a position.
         largest: difference of log-probs, in nats.
         limit: the most that rounding explains.
         unavoidable: what it is a multiple of; None where nothing is at hand to measure that on.
@@ -69,6 +70,7 @@ class Comparison:
     b: str
     lens: tuple[int, ...]
     compared: int
+    tokens: int
     largest: float
     limit: float
     unavoidable: Unavoidable | None
@@ -151,6 +153,10 @@ def compare(
         mistakes = {name: error for name, error in left.items() if error <= near}
         if left and not mistakes:
             nearest = min(left.items(), key=lambda pair: pair[1])
+        if planted_in == "B" and isinstance(a, PackSide):
+            notes.append("planted in B, because A has no weights: what B does wrong is told the other way round")
+        if not mistakes and compute == torch.float32:
+            notes.append("if a side computes in 16 bits, say so: --dtype bfloat16")
     elif first or parted:
         notes.append("no model is at hand to plant mistakes in: give a folder, or a pack with weights, as one side")
     return Comparison(
@@ -158,6 +164,7 @@ def compare(
         b.name,
         tuple(lens),
         int((~difference.isnan()).sum()),
+        min(len(e.logprobs[0]) for e in (found_a, found_b)),
         largest,
         limit,
         budget,
@@ -300,6 +307,7 @@ def as_json(c: Comparison) -> str:
             "b": c.b,
             "prompts": c.lens,
             "positions_compared": c.compared,
+            "tokens_compared": c.tokens,
             "max_delta_logprob": c.largest,
             "limit": c.limit,
             "unavoidable": None if c.unavoidable is None else c.unavoidable.logprobs,
@@ -323,11 +331,15 @@ def as_json(c: Comparison) -> str:
 
 def as_text(c: Comparison) -> str:
     """A few lines."""
-    lines = [f"A: {c.a}", f"B: {c.b}", f"{len(c.lens)} prompts of {', '.join(map(str, c.lens))} ids"]
-    told = f"log-probs: {c.compared} positions compared, largest difference {c.largest:.2e}"
+    lines = [
+        f"A: {c.a}",
+        f"B: {c.b}",
+        f"{len(c.lens)} {'prompt' if len(c.lens) == 1 else 'prompts'} of {', '.join(map(str, c.lens))} ids",
+    ]
+    told = f"log-probs: {c.compared} positions of up to {c.tokens} tokens compared, largest difference {c.largest:.2e}"
     if c.unavoidable is not None and c.unavoidable.logprobs > 0:
         u = c.unavoidable
-        told += f": {c.largest / u.logprobs:.1f} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
+        told += f": {c.largest / u.logprobs:.3g} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
         told += f"limit {c.limit / u.logprobs:g} times)"
     else:
         told += f" (limit {c.limit:.0e}: no model is at hand to measure what is unavoidable)"
@@ -345,7 +357,7 @@ def as_text(c: Comparison) -> str:
     for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
         lines.append(f"{other} is {c.planted_in} with {name}: {plants.PLANTS[name].what} ({error:.1e} is left)")
     if c.nearest is not None:
-        near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e}"
+        near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e} of {c.largest:.1e}"
         lines.append(f"none of {c.tried} mistakes planted in {c.planted_in} gives {other}'s numbers; {near}")
     lines += [f"note: {note}" for note in c.notes]
     lines.append("the same" if c.same else "DIFFERENT")

@@ -241,6 +241,8 @@ def side(what: str, model: str | None = None) -> Side:
         if path.suffix in (".npz", ".safetensors"):
             return ArraysSide(path)
         raise SideError(f"{what} is none of: a folder, a pack, a server's URL, an .npz, a trace")
+    if path.suffix in (".npz", ".safetensors") and not path.exists():
+        raise SideError(f"no such file: {what}")
     return FolderSide(read_folder(locate(what)), what)
 
 
