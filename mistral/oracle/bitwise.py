@@ -152,7 +152,15 @@ def _small(args: ModelArgs, generator: torch.Generator) -> BitwiseTransformer:
     """A random model with the heads of a large one, two layers, and windows that roll and that do not."""
     with torch.device("meta"):
         small = BitwiseTransformer(
-            replace(args, dim=32, hidden_dim=32, vocab_size=32, n_layers=2, sliding_window=(None, COUNTS[0]))
+            replace(
+                args,
+                dim=32,
+                hidden_dim=32,
+                vocab_size=32,
+                n_layers=2,
+                sliding_window=(None, COUNTS[0]),
+                max_batch_size=0,
+            )
         )
     state = {name: torch.rand(w.shape, generator=generator) - 0.5 for name, w in small.state_dict().items()}
     small.load_state_dict(state, assign=True)
