@@ -513,7 +513,6 @@ RANGES = {
     "repeats": (1, 1000),
     "top": (1, 2**31 - 1),
     "window": (1, 2**31 - 1),
-    "seed": (-(2**63), 2**63 - 1),
     "threads": (1, 1024),  # what PyTorch can start depends on the machine; far more ends the process
 }
 

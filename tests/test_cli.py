@@ -127,7 +127,7 @@ def test_help_and_version_import_no_torch() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
-    takes = {"convert": "SRC DST --to TO"}
+    takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT"}
     assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
     assert text.count(f"python -m main {name}") >= 3  # examples
     names = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
@@ -137,6 +137,11 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
         "inspect": {"--json"},
         "bench": {"--shape", "--quant"},
         "perplexity": of_all - {"--max_tokens"},
+        "verify": {"--full", "--json", "--seed"},
+        "pack": {"--output", "--file", "--top", "--weights", "--full"},
+        "compare": {"--dtype", "--file", "--model", "--json"},
+        "trace": {"--output", "--plan", "--window", "--chunk_size"},
+        "plants": {"--output", "--mistake"},
     }
     assert of_some.get(name, of_all) <= set(names)
     assert cli(name, "/nowhere", "--max_tokens", "x", "-h").text == text
@@ -223,7 +228,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
     cli: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli._load", lambda folder, *_, **__: seen.append(folder))
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: seen.append(folder))
     monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
@@ -264,7 +269,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
 )
 def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli._load", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
     monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop)))
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
@@ -278,7 +283,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("prompt", ["--", "--json", "--max_tokens=3", "-h", "--help", "---"])
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli._load", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
     monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")

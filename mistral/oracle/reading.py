@@ -23,7 +23,7 @@ class VerifyError(ValueError):
 
 def random_prompts(args: ModelArgs, lens: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Random ids, with 1 in front, which is bos in all of Mistral's tokenizers: [n] int64 for each length."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     prompts = [torch.randint(args.vocab_size, (n,), generator=generator) for n in lens]
     for prompt in prompts:
         prompt[0] = min(1, args.vocab_size - 1)
