@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +20,8 @@ from torch import Tensor
 
 from mistral import packing
 from mistral.cache import RollingBufferCache
-from mistral.fast import build, put_quantized, quantize, quantized, use_kernels
-from mistral.fast.build import NoKernels, kernels
+from mistral.fast import build, decode, put_quantized, quantize, quantized, use_kernels
+from mistral.fast.build import NoKernels, kernels, pointer
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from mistral.formats import load
@@ -122,7 +125,7 @@ def test_products_of_any_shape(kind: str, n: int, k: int, rows: int, seed: int) 
         y = linear(x)
     assert y.shape == (rows, n)
     assert y.dtype == torch.float32
-    x = linear.inputs(x) if isinstance(linear, QuantizedLinear) else x
+    x = quantize.rounded(x, linear.span) if isinstance(linear, QuantizedLinear) else x
     want = x.double() @ weights_meant(linear).double().T
     size = x.double().abs() @ weights_meant(linear).double().abs().T
     assert ((y - want).abs() <= 2e-6 * size + 1e-30).all()
@@ -179,6 +182,25 @@ def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None
     assert ((near - x).abs() <= step.repeat_interleave(span, dim=-1)[:, :170] * 0.5001).all()
     assert not torch.equal(near, x)
     assert not quantize.rounded(torch.zeros(2, 40), span).any()
+
+
+@given(k=st.integers(1, 300), span=st.sampled_from([32, 128]), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]))
+def test_inputs_of_many_rows_are_rounded_to_the_same_bits(k: int, span: int, scale: float) -> None:
+    x = scale * (torch.rand(5, k, generator=torch.Generator().manual_seed(k)) - 0.5)
+    found = torch.full_like(x, float("nan"))
+    size = (ctypes.c_int64(n) for n in (k, 5, span))
+    kernels().through_16_bits(pointer(x), *size, pointer(found), ctypes.c_int64(2))
+    assert torch.equal(found, quantize.rounded(x, span))
+
+
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_inputs_that_are_no_numbers_stay_none(kind: str, rows: int) -> None:
+    linear = make_linear(kind, torch.rand(20, 200) - 0.5)
+    x = torch.rand(rows, 200)
+    x[0, 7] = float("nan")
+    with torch.inference_mode():
+        assert linear(x)[0].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 5, FEW + 1])
@@ -406,6 +428,79 @@ def test_replaced_and_moved_weights_are_the_ones_used(decodes: list[int]) -> Non
         fast.double()  # not for the kernels: the plain way
         fast.forward(ids, [1], make_cache(fast, 1))
     assert decodes == [1, 1]
+
+
+def swapped_data(model: FastTransformer) -> None:
+    model.layers[1].feed_forward.w2.weight.data = model.layers[1].feed_forward.w2.weight.data * 2
+
+
+def replaced_weight(model: FastTransformer) -> None:
+    model.layers[1].attention.wk.weight = torch.nn.Parameter(model.layers[1].attention.wk.weight * 2)
+
+
+def replaced_layers(model: FastTransformer) -> None:
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+
+
+def changed_norm(model: FastTransformer) -> None:
+    model.layers[0].ffn_norm.weight.data.mul_(2)
+
+
+def changed_weight(model: FastTransformer) -> None:
+    model.layers[0].attention.wo.weight.data.mul_(2)
+
+
+def loaded_state(model: FastTransformer) -> None:
+    model.load_state_dict({name: w * 1.5 for name, w in model.state_dict().items()}, assign=True)
+
+
+def replaced_linear(model: FastTransformer) -> None:
+    linear = make_linear("bfloat16", model.layers[0].attention.wq.weight.detach().float() * 2)
+    model.layers[0].attention.wq = linear
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swapped_data, replaced_weight, replaced_layers, changed_norm, changed_weight, loaded_state, replaced_linear],
+)
+def test_what_changes_between_two_steps_on_one_cache(change: Callable[[FastTransformer], None]) -> None:
+    """The description of a model and a cache is kept from step to step, for as long as it is right."""
+    found = []
+    for forget in (False, True):
+        fast, _ = fast_twin(tiny_model(tiny_args(), seed=4), "bfloat16")
+        cache = make_cache(fast, 1)
+        with torch.inference_mode():
+            before = fast.forward(torch.tensor([3]), [1], cache)
+            change(fast)
+            if forget:
+                decode._kept.clear()
+            found.append(fast.forward(torch.tensor([3]), [1], cache))
+            assert not torch.equal(before, found[-1])
+            assert fast.described(cache) is fast.described(cache)
+    assert torch.equal(*found)
+
+
+def test_one_cache_for_two_models() -> None:
+    a, b = (fast_twin(tiny_model(tiny_args(), seed=seed), "float32")[0] for seed in (5, 6))
+    cache = make_cache(a, 1)
+    with torch.inference_mode():
+        found = [model.forward(torch.tensor([3]), [1], cache) for model in (a, b, a)]
+        decode._kept.clear()
+        cache.reset()
+        again = [model.forward(torch.tensor([3]), [1], cache) for model in (a, b, a)]
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+def test_a_description_goes_with_its_cache() -> None:
+    fast, _ = fast_twin(tiny_model(tiny_args()), "float32")
+    with torch.inference_mode():
+        cache = make_cache(fast, 1)
+        fast.forward(torch.tensor([3]), [1], cache)
+        assert cache in decode._kept
+        gone = weakref.ref(cache)
+        del cache
+        gc.collect()
+    assert gone() is None
 
 
 def test_other_linears_and_gradients_take_the_plain_way(decodes: list[int]) -> None:

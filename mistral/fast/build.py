@@ -92,8 +92,8 @@ def kernels() -> ctypes.CDLL:
     except OSError as error:
         raise NoKernels(f"{library} cannot be loaded: {error}") from None
     loaded.scratch_floats.restype = loaded.inputs_bytes.restype = ctypes.c_int64
-    for function in (loaded.product, loaded.widen, loaded.to_int8, loaded.to_int4, loaded.decode):
-        function.restype = None
+    for name in ("product", "through_16_bits", "widen", "to_int8", "to_int4", "decode"):
+        getattr(loaded, name).restype = None
     return loaded
 
 

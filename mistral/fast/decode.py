@@ -6,16 +6,50 @@ Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of t
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral.cache import NoCache, Plan, RollingBufferCache
 from mistral.fast.build import INT4, INT8, Layer, Model, kernels, pointer
 from mistral.fast.linear import FEW, FastLinear, QuantizedLinear, room_for_inputs
 from mistral.model import Transformer, TransformerBlock
 from mistral.rope import cos_sin
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A description of a model and a cache, and what was where when it was made.
+
+    Args:
+        model: the description.
+        of: the model it is of.
+        places: names in dictionaries of modules and stores, and what was found there.
+        addresses: where the numbers of tensors lay.
+        wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
+    """
+
+    model: Model
+    of: nn.Module
+    places: list[tuple[dict[str, Any], str, object]]
+    addresses: list[tuple[Tensor, int]]
+    wide: list[Tensor]
+    narrow: list[Tensor]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether all is where it was."""
+        return (
+            self.of is model
+            and all(names.get(name) is x for names, name, x in self.places)
+            and all(x.data_ptr() == at for x, at in self.addresses)
+        )
+
+
+# Looking whether a description holds takes a tenth of the time of making it.
+_kept: WeakKeyDictionary[RollingBufferCache, Kept] = WeakKeyDictionary()
 
 
 class FastTransformer(Transformer):
@@ -77,18 +111,32 @@ class FastTransformer(Transformer):
         kernels().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
     def described(self, cache: RollingBufferCache) -> Model | None:
-        """The model and its cache as the kernels have them, made anew for each step; None if they are not for them.
+        """The model and its cache as the kernels have them; None if they are not for them.
 
-        What it points at may have moved since the last step: storage that grew, weights that were replaced.
+        What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
+        then made anew.
         """
+        kept = _kept.get(cache)
+        if kept is None or not kept.holds(self):
+            kept = self._describe(cache)
+            if kept is None:
+                return None
+            _kept[cache] = kept
+        elif kept.wide:
+            torch._foreach_copy_(kept.wide, kept.narrow)
+        return kept.model
+
+    def _describe(self, cache: RollingBufferCache) -> Kept | None:
         args = self.args
         layers = (Layer * len(self.layers))()
-        keep: list[Any] = [layers]
+        wide, narrow = [], []
 
         def floats(tensor: Tensor) -> int:
-            wide = tensor.detach().float().contiguous()
-            keep.append(wide)
-            return wide.data_ptr()
+            if tensor.dtype == torch.float32 and tensor.is_contiguous():
+                return tensor.data_ptr()
+            narrow.append(tensor.detach())
+            wide.append(tensor.detach().float().contiguous())
+            return wide[-1].data_ptr()
 
         for i, block in enumerate(self.layers):
             assert isinstance(block, TransformerBlock)
@@ -117,5 +165,8 @@ class FastTransformer(Transformer):
             args.head_dim,
             args.norm_eps,
         )
-        model.keep = keep
-        return model
+        names = [vars(m)[kind] for m in self.modules() for kind in ("_modules", "_parameters", "_buffers")]
+        places = [(d, name, x) for d in names for name, x in d.items()]
+        places += [(vars(store), name, getattr(store, name)) for store in cache.layers for name in ("k", "v")]
+        tensors = [x for _, _, x in places if isinstance(x, Tensor)]
+        return Kept(model, self, places, [(x, x.data_ptr()) for x in tensors], wide, narrow)

@@ -217,13 +217,25 @@ typedef struct {
 
 static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
 
+/* The largest of n numbers without their signs: their bits, which have the same order. */
+INLINE float largest(const float *x, int64_t n) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float out;
+    memcpy(&out, &top, 4);
+    return out;
+}
+
 static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
     const int64_t most = kind == INT4 ? 1 : SPAN;
     for (int64_t g = 0; g < groups; g += most) {
         const int64_t span = groups - g < most ? groups - g : most;
-        float top = 0;
-        for (int64_t i = g * GROUP; i < (g + span) * GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
-        const float scale = top / 32767, step = scale > 1e-30f ? scale : 1e-30f;
+        const float scale = largest(x + g * GROUP, span * GROUP) / 32767, step = scale > 1e-30f ? scale : 1e-30f;
         for (int64_t s = g; s < g + span; s++) {
             int32_t q[GROUP], total = 0;
             for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[s * GROUP + i] / step);
@@ -315,9 +327,10 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g++, w += INT4_GROUP) {
         const uint16_t *scales = (const uint16_t *)(w + 4 * ROWS * 4);
-        ints acc[4][HALVES];
+        ints acc[4][HALVES][2];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int h = 0; h < HALVES; h++) acc[r][h] = (ints){0} + x[r * groups + g].start;
+            UNROLL for (int h = 0; h < HALVES; h++)
+                acc[r][h][0] = (ints){0} + x[r * groups + g].start, acc[r][h][1] = (ints){0};
         UNROLL for (int j = 0; j < 4; j++) {
             UNROLL for (int h = 0; h < HALVES; h++) {
                 const words v = *(const words_at *)(w + (j * ROWS + h * LANES) * 4);
@@ -326,7 +339,8 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
                     UNROLL for (int r = 0; r < R; r++) {
                         uint32_t two;
                         memcpy(&two, x[r * groups + g].q + 8 * j + 2 * i, 4);
-                        acc[r][h] = add_products(acc[r][h], u, (words){0} + two);
+                        ints *to = &acc[r][h][R == 1 ? i % 2 : 0];
+                        *to = add_products(*to, u, (words){0} + two);
                     }
                 }
             }
@@ -335,7 +349,7 @@ INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
             floats scale = load_bf16(scales + h * LANES);
             UNROLL for (int r = 0; r < R; r++)
                 total[r][h] = multiply_add(scale * x[r * groups + g].scale,
-                                           __builtin_convertvector(acc[r][h], floats), total[r][h]);
+                                           __builtin_convertvector(acc[r][h][0] + acc[r][h][1], floats), total[r][h]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
@@ -393,6 +407,19 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
         float out[rows * ROWS];
         block(m, first, n, x, ldx, rounded, rows, out);
         for (int64_t r = 0; r < rows; r++) memcpy(y + r * m->n + first, out + r * ROWS, n * 4);
+    }
+}
+
+/* x [rows, k] as a product with weights in few bits sees it, for products of many rows by somebody else: each span of
+   columns rounded to 16 bits, and widened again. */
+void through_16_bits(const float *x, int64_t k, int64_t rows, int64_t span, float *out, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t first = r * k; first < (r + 1) * k; first += span) {
+            const int64_t n = (r + 1) * k - first < span ? (r + 1) * k - first : span;
+            const float scale = largest(x + first, n) / 32767, step = scale > 1e-30f ? scale : 1e-30f;
+            for (int64_t i = first; i < first + n; i++) out[i] = rintf(x[i] / step) * scale;
+        }
     }
 }
 
@@ -526,11 +553,17 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
 
 INLINE floats all(float x) { return (floats){0} + x; }
 
+/* Lane by lane the larger one. */
+INLINE floats larger(floats a, floats b) {
+    const ints first = a > b;
+    return (floats)(((ints)a & first) | ((ints)b & ~first));
+}
+
 /* exp for x <= 0, to a few units in the last place; below about -87 it is 0. */
 INLINE floats exp_of(floats x) {
-    floats low = (floats){0} - 87.0f;
-    ints keep = x > low;
-    x = (floats)(((ints)x & keep) | ((ints)low & ~keep));
+    const floats low = (floats){0} - 87.0f;
+    const ints keep = x > low;
+    x = larger(x, low);
     ints n = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints); /* rounds to nearest: x <= 0 */
     floats f = __builtin_convertvector(n, floats);
     floats r = multiply_add(f, all(2.12194440e-4f), multiply_add(f, all(-0.693359375f), x));
@@ -672,10 +705,12 @@ static void attend(float *q, int64_t key_heads, int64_t heads, const float *keys
         }
     }
     for (int64_t h = 0; h < key_heads * heads; h++) {
-        float *s = scores + h * padded, top = -INFINITY;
-        for (int64_t i = 0; i < n; i++) top = s[i] > top ? s[i] : top;
+        float *s = scores + h * padded;
         for (int64_t i = n; i < padded; i++) s[i] = -INFINITY;
-        floats total = {0};
+        floats total = {0}, tops = load_floats(s);
+        for (int64_t i = LANES; i < padded; i += LANES) tops = larger(tops, load_floats(s + i));
+        float top = tops[0];
+        for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
         for (int64_t i = 0; i < padded; i += LANES) {
             floats p = exp_of(load_floats(s + i) - top);
             *(floats_at *)(s + i) = p;

@@ -6,6 +6,7 @@ Many rows at once are PyTorch's to multiply, by weights that are widened a tile 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -132,28 +133,38 @@ class QuantizedLinear(nn.Module):
         """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path."""
         raise NotImplementedError
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """What the weights are multiplied with: x in 16 bits."""
-        return quantize.rounded(x, self.span)
-
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix()
         if matrix is not None and few(x):
             return product(matrix, x)
-        x = self.inputs(x)
-        tiles = max(ROWS, WIDEN // self.in_features // ROWS * ROWS)
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        wide = x.new_empty(tiles * self.in_features, dtype=torch.float32)
-        for first in range(0, self.out_features, tiles):
-            count = min(tiles, self.out_features - first)
-            if matrix is None:
-                tile = self.rows(first, first + count).T
-            else:
-                tile = wide[: self.in_features * count].view(self.in_features, count)
-                size = ctypes.c_int64(count), pointer(tile), ctypes.c_int64(torch.get_num_threads())
-                kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
-            y[..., first : first + count] = x @ tile.to(x.dtype)
-        return y
+        if matrix is not None and x.dtype == torch.float32:
+            return self._many(matrix, x)
+        x = quantize.rounded(x, self.span)
+        tiles = (self.rows(first, last).to(x.dtype) for first, last in self._tiles())
+        return torch.cat([F.linear(x, tile) for tile in tiles], dim=-1)
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        """The first row of each tile of the weights, and the one after its last."""
+        rows = max(ROWS, WIDEN // self.in_features // ROWS * ROWS)
+        for first in range(0, self.out_features, rows):
+            yield first, min(first + rows, self.out_features)
+
+    def _many(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """`forward` for many rows of fp32, rounded and widened by the kernels."""
+        flat = x.detach().reshape(-1, self.in_features).contiguous()
+        threads = ctypes.c_int64(torch.get_num_threads())
+        inputs, y = torch.empty_like(flat), flat.new_empty(len(flat), self.out_features)
+        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat), self.span))
+        kernels().through_16_bits(pointer(flat), *size, pointer(inputs), threads)
+        wide = None
+        for first, last in self._tiles():
+            if wide is None:
+                wide = x.new_empty((last - first) * self.in_features)  # one place for all, as in `widened_product`
+            tile = wide[: self.in_features * (last - first)].view(self.in_features, last - first)
+            count = ctypes.c_int64(last - first)
+            kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), count, pointer(tile), threads)
+            torch.mm(inputs, tile, out=y[:, first:last])
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(QuantizedLinear):
