@@ -42,7 +42,10 @@ enum {
     GROUP = 32, /* columns that share a scale in INT4 */
     SPAN = 4,   /* groups of inputs that share a scale beside INT8 weights */
     AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
-    KEYS = 32,  /* values that stay in the fastest cache while all heads look at them */
+    KEYS = 8,   /* keys, and VALUES values, of all heads that are worked on together */
+    VALUES = 16,
+    PART = 128, /* positions of a query that one thread takes, or a PARTS-th of all where that is more */
+    PARTS = 32,
 };
 
 typedef struct {
@@ -653,7 +656,7 @@ INLINE void dots(int H, const float *q, const float *keys, int64_t stride, int64
 /* To V vectors of the results of H heads, what n values bring; p is [heads, ldp]. */
 INLINE void weigh(int H, int V, const float *p, int64_t ldp, const float *values, int64_t stride, int64_t n, float *out,
                   int64_t d) {
-    floats acc[2][LANES];
+    floats acc[4][LANES];
     UNROLL for (int h = 0; h < H; h++)
         UNROLL for (int u = 0; u < V; u++) acc[h][u] = load_floats(out + h * d + u * LANES);
     for (int64_t i = 0; i < n; i++, values += stride) {
@@ -685,12 +688,23 @@ INLINE void bring(int H, const float *p, int64_t ldp, const float *v, int64_t st
             for (int64_t j = 0; j < run; j++) out[h * d + c] += p[h * ldp + j] * v[j * stride + c];
 }
 
-/* The query heads of some key heads, `heads` of each, over the positions first .. last of a sequence; q is [K, heads, D],
-   overwritten by the result. scores has room for one float per position and query head. Positions are taken KEYS at a
-   time for all heads: what a position has of all heads lies together in memory. */
-static void attend(float *q, int64_t key_heads, int64_t heads, const float *keys, const float *values, int64_t stride,
-                   int64_t capacity, int64_t first, int64_t last, int64_t d, float *scores) {
-    const int64_t n = last - first + 1, padded = (n + LANES - 1) / LANES * LANES;
+/* How many parts a query's n positions are taken in, and how long they are at most: by n alone, so that its bits depend on
+   nothing else. A part is all key heads of a stretch of positions, which is one stretch of memory. */
+static int64_t parts_of(int64_t n) {
+    const int64_t parts = (n + PART - 1) / PART;
+    return parts < PARTS ? parts : PARTS;
+}
+
+static int64_t span_of(int64_t n) { return n ? (n + parts_of(n) - 1) / parts_of(n) : 0; }
+
+/* What is said of a part: for each query head the weighted sum of its values [D], the largest score, the weights' sum. */
+static int64_t part_floats(int64_t key_heads, int64_t heads, int64_t d) { return key_heads * heads * (d + 2); }
+
+/* The positions first .. first + n of a sequence, seen by one query; q is [K, heads, D], scores has room for one float a
+   position and query head. */
+static void attend(const float *q, int64_t key_heads, int64_t heads, const float *keys, const float *values,
+                   int64_t capacity, int64_t first, int64_t n, int64_t d, float *scores, float *out) {
+    const int64_t stride = key_heads * d, padded = (n + LANES - 1) / LANES * LANES;
     const float scale = 1 / sqrtf(d);
     for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = slot + run == capacity ? 0 : slot + run) {
         run = n - i < capacity - slot ? n - i : capacity - slot;
@@ -704,46 +718,68 @@ static void attend(float *q, int64_t key_heads, int64_t heads, const float *keys
             for (; h < heads; h++) score(1, mine + h * d, k, stride, run, d, scale, to + h * padded, padded);
         }
     }
+    float *tops = out + key_heads * heads * d, *totals = tops + key_heads * heads;
     for (int64_t h = 0; h < key_heads * heads; h++) {
         float *s = scores + h * padded;
         for (int64_t i = n; i < padded; i++) s[i] = -INFINITY;
-        floats total = {0}, tops = load_floats(s);
-        for (int64_t i = LANES; i < padded; i += LANES) tops = larger(tops, load_floats(s + i));
-        float top = tops[0];
-        for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+        floats total = {0}, most = load_floats(s);
+        for (int64_t i = LANES; i < padded; i += LANES) most = larger(most, load_floats(s + i));
+        tops[h] = most[0];
+        for (int i = 1; i < LANES; i++) tops[h] = most[i] > tops[h] ? most[i] : tops[h];
         for (int64_t i = 0; i < padded; i += LANES) {
-            floats p = exp_of(load_floats(s + i) - top);
+            const floats p = exp_of(load_floats(s + i) - tops[h]);
             *(floats_at *)(s + i) = p;
             total += p;
         }
-        float whole = 1 / sum(total);
-        for (int64_t i = 0; i < n; i++) s[i] *= whole;
+        totals[h] = sum(total);
     }
-    memset(q, 0, key_heads * heads * d * sizeof *q);
+    memset(out, 0, key_heads * heads * d * sizeof *out);
     for (int64_t i = 0, slot = first % capacity, run; i < n; i += run, slot = slot + run == capacity ? 0 : slot + run) {
         run = n - i < capacity - slot ? n - i : capacity - slot;
-        run = run < KEYS ? run : KEYS;
+        run = run < VALUES ? run : VALUES;
         for (int64_t g = 0; g < key_heads; g++) {
             const float *v = values + slot * stride + g * d, *p = scores + g * heads * padded + i;
-            for (int64_t j = KEYS; j < KEYS + run; j++)
-                for (int64_t c = 0; c < d; c += LINE / 4) __builtin_prefetch(v + j * stride + c);
-            float *out = q + g * heads * d;
+            float *mine = out + g * heads * d;
             int64_t h = 0;
-            for (; h + 2 <= heads; h += 2) bring(2, p + h * padded, padded, v, stride, run, out + h * d, d);
-            for (; h < heads; h++) bring(1, p + h * padded, padded, v, stride, run, out + h * d, d);
+            for (; h + 4 <= heads; h += 4) bring(4, p + h * padded, padded, v, stride, run, mine + h * d, d);
+            for (; h + 2 <= heads; h += 2) bring(2, p + h * padded, padded, v, stride, run, mine + h * d, d);
+            for (; h < heads; h++) bring(1, p + h * padded, padded, v, stride, run, mine + h * d, d);
         }
     }
 }
 
+/* The attention of query head h of so many, by what was said of its parts. */
+static void merge(const float *said, int64_t parts, int64_t h, int64_t heads, int64_t d, float *out) {
+    const int64_t size = heads * (d + 2), tops = heads * d + h, totals = tops + heads;
+    float top = said[tops], total = 0;
+    for (int64_t i = 1; i < parts; i++) top = said[i * size + tops] > top ? said[i * size + tops] : top;
+    memset(out, 0, d * sizeof *out);
+    for (int64_t i = 0; i < parts; i++) {
+        const float *part = said + i * size, weight = exp_of(all(part[tops] - top))[0];
+        total += weight * part[totals];
+        for (int64_t c = 0; c < d; c++) out[c] += weight * part[h * d + c];
+    }
+    for (int64_t c = 0; c < d; c++) out[c] /= total;
+}
+
 static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
 
-/* Floats for the scores of all heads, and what decode wants as scratch: for `rows` tokens, each of which sees up to
-   `keys` positions. */
-static int64_t scores_of(const Model *m, int64_t keys) { return m->n_heads * (keys + LANES); }
+/* Floats for the scores of all heads in a part, and what decode wants as scratch: for `rows` tokens, each of which sees up
+   to `keys` positions. */
+static int64_t scores_of(const Model *m, int64_t keys) {
+    const int64_t span = (keys + PARTS - 1) / PARTS;
+    return m->n_heads * ((span < PART ? PART : span) + LANES);
+}
 
 int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
-    int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
-    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim)) + threads * scores_of(m, keys);
+    const int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
+    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim)) + threads * scores_of(m, keys) +
+           rows * parts_of(keys) * part_floats(m->n_kv_heads, m->n_heads / m->n_kv_heads, m->head_dim);
+}
+
+/* How many positions the one at `last` sees. */
+static int64_t seen(int64_t window, int64_t origin, int64_t last) {
+    return window && last - window + 1 > origin ? window : last - origin + 1;
 }
 
 /* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
@@ -757,7 +793,8 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
     const int64_t ldd = padded(dim), ldq = padded(m->n_heads * d), ldkv = kv_heads * d, ldw = padded(m->hidden_dim);
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
-    float *all_scores = wide + rows * ldw;
+    const int64_t most_parts = parts_of(most_keys);
+    float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, most_keys);
     memset(scratch, 0, (all_scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
 
 #pragma omp parallel num_threads(threads)
@@ -781,27 +818,31 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             block(w, first, n, x, ldd, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld + first, out + r * ROWS, n * 4);
         }
-        const int64_t stride = kv_heads * d;
+        const int64_t row_floats = layer->capacity * kv_heads * d;
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) { /* all keys are there before the first query looks */
-            const int64_t slot = (which[r] * layer->capacity + positions[r] % layer->capacity) * stride;
-            for (int64_t g = 0; g < kv_heads; g++) rotate(k + r * ldkv + g * d, cos + r * d / 2, sin + r * d / 2, d);
-            memcpy(layer->keys + slot, k + r * ldkv, stride * 4);
-            memcpy(layer->values + slot, v + r * ldkv, stride * 4);
-        }
-        /* A row's heads stay together where there are rows for all threads: they lie together in memory. */
-        const int64_t parts = rows % threads == 0 ? 1 : kv_heads < threads ? kv_heads : threads;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * parts; i++) {
-            const int64_t r = i / parts, part = i % parts, last = positions[r];
-            const int64_t g = kv_heads * part / parts, count = kv_heads * (part + 1) / parts - g;
-            const int64_t from = which[r] * layer->capacity * stride + g * d;
+        for (int64_t i = 0; i < rows * kv_heads; i++) { /* all keys are there before the first query looks */
+            const int64_t r = i / kv_heads, g = i % kv_heads;
+            const int64_t at = which[r] * row_floats + (positions[r] % layer->capacity * kv_heads + g) * d;
             float *mine = q + r * ldq + g * heads * d;
-            int64_t first = origins[r];
-            if (layer->window && last - layer->window + 1 > first) first = last - layer->window + 1;
-            for (int64_t j = 0; j < count * heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
-            attend(mine, count, heads, layer->keys + from, layer->values + from, stride, layer->capacity, first, last, d,
-                   scores);
+            for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
+            rotate(k + r * ldkv + g * d, cos + r * d / 2, sin + r * d / 2, d);
+            memcpy(layer->keys + at, k + r * ldkv + g * d, d * 4);
+            memcpy(layer->values + at, v + r * ldkv + g * d, d * 4);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < rows * most_parts; i++) {
+            const int64_t r = i / most_parts, n = seen(layer->window, origins[r], positions[r]);
+            const int64_t from = i % most_parts * span_of(n), count = n - from < span_of(n) ? n - from : span_of(n);
+            if (count > 0)
+                attend(q + r * ldq, kv_heads, heads, layer->keys + which[r] * row_floats,
+                       layer->values + which[r] * row_floats, layer->capacity, positions[r] - n + 1 + from, count, d,
+                       scores, said + i * part_floats(kv_heads, heads, d));
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * m->n_heads; i++) {
+            const int64_t r = i / m->n_heads, h = i % m->n_heads, n = seen(layer->window, origins[r], positions[r]);
+            merge(said + r * most_parts * part_floats(kv_heads, heads, d), (n + span_of(n) - 1) / span_of(n), h,
+                  m->n_heads, d, q + r * ldq + h * d);
         }
         if (rounds)
 #pragma omp for schedule(static)
