@@ -108,8 +108,10 @@ def resolve(
     on_cpu_in_fp32 = place.type == "cpu" and compute == torch.float32
     if quant is not None and quant not in QUANTS:
         raise OptionError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
-    if quant is not None and not on_cpu_in_fp32:
-        raise OptionError(f"quantized weights are for a CPU in float32, not for {place.type} in {_name(compute)}")
+    if quant is not None and not on_cpu_in_fp32 and place.type != "cuda":
+        raise OptionError(
+            f"quantized weights are for a CPU in float32, or for CUDA, not for {place.type} in {_name(compute)}"
+        )
     if deterministic:
         _check_deterministic(place, compute, attention, kernels)
     # Opt-in: not yet run on a real GPU.

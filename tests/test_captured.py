@@ -6,10 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mistral import runtime
+from mistral import fast, runtime
 from mistral.attention import plain, tiled
 from mistral.cache import RollingBufferCache
-from mistral.fast.captured import LEAST, CapturedTransformer, bucket
+from mistral.fast import gpu
+from mistral.fast.captured import LEAST, CapturedTransformer, _layer, bucket
+from mistral.fast.linear import Int8Linear
+from mistral.packing import is_quantized
 from mistral.runtime import OptionError
 from tests.tiny import (
     POISON,
@@ -34,6 +37,7 @@ class Replayed(CapturedTransformer):
     """Captures by remembering the function; counts what was captured and replayed."""
 
     devices = ("cpu",)
+    layer = staticmethod(lambda: _layer)
     captures = replays = 0
 
     @staticmethod
@@ -47,6 +51,12 @@ class Replayed(CapturedTransformer):
             result.copy_(run())
 
         return replay, result
+
+
+def on_gpu(module):
+    """Weights in few bits as a GPU has them, on a CPU."""
+    kind = gpu.Int8OnGpu if isinstance(module, Int8Linear) else gpu.Int4OnGpu
+    return kind(module, torch.device("cpu"))
 
 
 def twin(model) -> Replayed:
@@ -124,6 +134,38 @@ def test_a_cache_that_is_used_in_and_out_of_inference_mode():
         with mode():
             other.forward(torch.tensor([1]), [1], cache)
     assert Replayed.captures == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
+    """Traced by PyTorch's compiler and run without its code: whatever changes from bucket to bucket does so once."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer = torch.compile(_layer, fullgraph=True, backend=backend)
+    monkeypatch.setattr(Replayed, "layer", staticmethod(lambda: layer))
+    lens = [LEAST * 4 + 9, 20]
+    model = tiny_model(tiny_args(n_layers=5, sliding_window=None), seed=4)
+    prompts = ragged(lens, model.args.vocab_size, seed=4)
+    other = twin(model)
+    if bits:
+        state = {n: w for n, w in model.state_dict().items() if is_quantized(n)}
+        there = {n: on_gpu(fast.quantized(n, w, bits)) for n, w in state.items()}
+        fast.put_quantized(other, there)
+        model.load_state_dict({n: module.rows(0, module.out_features) for n, module in there.items()}, strict=False)
+    want = true_logprobs(model, prompts)
+    with torch.no_grad():
+        for buckets in (60, LEAST * 3):
+            got = play(other, prompts, prefill_then_decode(lens, buckets), RollingBufferCache(model.args, 2))
+            assert distance(got, want) < TOLERANCE
+    assert Replayed.captures > 3
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
 
 
 def test_two_models_and_two_caches_do_not_mix():

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 
-from mistral import backends
+from mistral import backends, fast
 from mistral.attention import plain, tiled
 from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys, make_plan
 from mistral.fast.captured import CapturedTransformer
 from mistral.model import Transformer
+from mistral.packing import is_quantized
 from tests.tiny import at_random, in_chunks, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
 pytestmark = [
@@ -180,3 +181,29 @@ def test_captured_steps_are_the_plain_ones(dtype, window):
             found.append(torch.cat(play(model, prompts, prefill_then_decode(lens, 60), cache)))
     apart = (found[0] - found[1]).abs().max()
     assert apart < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_weights_in_few_bits(bits, captured):
+    """Compiled products, alone and in captured steps, against the plain model of the weights that are meant."""
+    args = tiny_args(n_layers=3, sliding_window=60)
+    plain = tiny_model(args, seed=1)
+    there = {
+        n: fast.quantized(n, w, bits, torch.device("cuda")) for n, w in plain.state_dict().items() if is_quantized(n)
+    }
+    meant = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
+    plain.load_state_dict(plain.state_dict() | meant)
+    model = (CapturedTransformer if captured else Transformer)(args)
+    model.load_state_dict(plain.state_dict())
+    model = model.to("cuda")
+    fast.put_quantized(model, there)
+    lens = [100, 20, 3]
+    prompts = ragged(lens, args.vocab_size, seed=1)
+    found = []
+    with torch.inference_mode():
+        for m, device in ((plain, "cpu"), (model, "cuda")):
+            cache = RollingBufferCache(args, len(lens), device=device)
+            ids = [p.to(device) for p in prompts]
+            found.append(torch.cat(play(m, ids, prefill_then_decode(lens, 20), cache)).cpu())
+    assert (found[0] - found[1]).abs().max() < 1e-3

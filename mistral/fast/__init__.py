@@ -1,4 +1,4 @@
-"""The fast path on a CPU: kernels in C, weights in few bits, a whole decode step in one call.
+"""The fast path: kernels in C and whole decode steps on a CPU, captured ones on a GPU, weights in few bits on both.
 
 It plugs in at load: other kinds of `Linear` and of `Transformer` are put in place, and the model never knows. The
 plain path stays what all of this is compared with.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mistral.fast.gpu import Int4OnGpu, Int8OnGpu
 from mistral.fast.linear import FastLinear, Int4Linear, Int8Linear, QuantizedLinear
 from mistral.linear import Linear
 from mistral.model import Transformer
@@ -19,14 +20,26 @@ from mistral.packing import bits_of
 KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def quantized(name: str, weight: Tensor, quant: str) -> QuantizedLinear:
-    """A weight in few bits."""
-    return KINDS[bits_of(name, quant)].of(weight)
+CPU = torch.device("cpu")
 
 
-def from_stored(name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor]) -> QuantizedLinear:
+def quantized(name: str, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
+    """A weight in few bits, rounded on the CPU."""
+    return _placed(KINDS[bits_of(name, quant)].of(weight), device)
+
+
+def from_stored(
+    name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
+) -> QuantizedLinear:
     """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`."""
-    return KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors)
+    return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
+
+
+def _placed(module: Int8Linear | Int4Linear, device: torch.device) -> QuantizedLinear:
+    """The same weights as a device reads them."""
+    if device.type == "cpu":
+        return module
+    return Int8OnGpu(module, device) if isinstance(module, Int8Linear) else Int4OnGpu(module, device)
 
 
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -1,22 +1,25 @@
-"""Decode steps on a GPU, captured once and replayed: a step is one launch and not a thousand.
+"""Decode steps on a GPU: layers compiled by PyTorch, a step captured once and replayed as one launch.
 
 What is captured reads and writes tensors at fixed places only. Host ints choose what is replayed, by the number of rows
 and a bucket of slots; before that ids, positions and angles are copied to their places. Rows that bring nothing take
-part, keep what they hold, and are left out of the result.
+part, keep what they hold, and are left out of the result. Compiling joins what lies between two products into one
+launch; it is done once for all layers, and takes some seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mistral.attention import sdpa, tiled
-from mistral.cache import NoCache, Plan, RollingBuffer, RollingBufferCache, Run, Tile, make_plan
+from mistral.attention import sdpa, visible
+from mistral.cache import NoCache, Plan, RollingBuffer, RollingBufferCache
 from mistral.model import Attention, Transformer
 from mistral.rope import cos_sin
 
@@ -60,26 +63,53 @@ class Places:
 
 
 class FixedStore:
-    """A `LayerStore` over a rolling buffer's storage, for one token a row, which reads its first `used` slots."""
+    """A rolling buffer's storage, for one token a row; its first `used` slots are read."""
 
     def __init__(self, buffer: RollingBuffer, places: Places, used: int) -> None:
-        self.window, self.capacity, self.block = buffer.window, buffer.capacity, buffer.block
-        self._k, self._v = buffer.k, buffer.v
-        self._places, self._used = places, min(used, buffer.capacity)
+        self.window, self.capacity = buffer.window, buffer.capacity
+        self.k, self.v = buffer.k, buffer.v
+        self.places, self.used = places, min(used, buffer.capacity)
+        self.mask = torch.empty(0)  # [B, 1, used], of the step under way
 
-    def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
-        last = self._places.positions[:, None]
+    def seen(self) -> Tensor:
+        """What each row's token sees: [B, 1, used] bool."""
+        last = self.places.positions[:, None]
         # As in RollingBuffer.tile: slot s holds the newest position p up to the last one with p % C = s.
-        k_pos = last - (last - torch.arange(self._used, device=last.device)) % self.capacity
-        k_pos = torch.where(k_pos >= self._places.origins[:, None], k_pos, -1)
-        return Tile(run, start, stop, last, k_pos, last % self.capacity)
+        k_pos = last - (last - torch.arange(self.used, device=last.device)) % self.capacity
+        return visible(last, torch.where(k_pos >= self.places.origins[:, None], k_pos, -1), self.window)
 
-    def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        row = torch.arange(len(self._k), device=self._k.device)[:, None]
-        active = self._places.active[:, None, None, None]
-        for storage, new in ((self._k, k), (self._v, v)):
-            storage[row, tile.slots] = torch.where(active, new.to(storage.dtype), storage[row, tile.slots])
-        return self._k[:, : self._used], self._v[:, : self._used]
+
+def fixed(q: Tensor, k: Tensor, v: Tensor, store: Any, plan: object) -> Tensor:
+    """An `Attend` over a `FixedStore`: the keys of rows that bring a token are written, then all rows look."""
+    row = torch.arange(len(q), device=q.device)
+    slots, active = store.places.positions % store.capacity, store.places.active[:, None, None]
+    for storage, new in ((store.k, k), (store.v, v)):
+        storage[row, slots] = torch.where(active, new.to(storage.dtype), storage[row, slots])
+    return sdpa(q[:, None], store.k[:, : store.used], store.v[:, : store.used], store.mask)[:, 0]
+
+
+def _layer(layer: nn.Module, h: Tensor, cos: Tensor, sin: Tensor, store: FixedStore) -> Tensor:
+    return layer(h, cos, sin, None, store)
+
+
+@contextmanager
+def attending_to_fixed_stores(model: nn.Module) -> Iterator[None]:
+    """Have a model's layers attend by `fixed`."""
+    modules = [m for m in model.modules() if isinstance(m, Attention)]
+    attends = [module.attend for module in modules]
+    for module in modules:
+        module.attend = fixed
+    try:
+        yield
+    finally:
+        for module, attend in zip(modules, attends, strict=True):
+            module.attend = attend
+
+
+@functools.cache
+def compiled() -> Callable[..., Tensor]:
+    """A layer, compiled: once for all of them, and again at most once for each size that turns out to change."""
+    return torch.compile(_layer, fullgraph=True)
 
 
 @dataclass
@@ -100,6 +130,7 @@ class CapturedTransformer(Transformer):
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     record: ClassVar[Record] = staticmethod(cuda_graph)
+    layer: ClassVar[Callable[[], Callable[..., Tensor]]] = staticmethod(compiled)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not self._is_for_replay(plan, cache):
@@ -153,24 +184,21 @@ class CapturedTransformer(Transformer):
                 sin=torch.zeros(B, half, **here),
             )
         stores = [FixedStore(layer, places, used) for layer in cache.layers]
+        one = type(self).layer()
 
         def run() -> Tensor:
-            # A plan of its own, so that masks are made anew; of it only runs and memo are looked at.
-            plan = make_plan([1] * B, [0] * B, [0] * B, self.device)
+            masks: dict[tuple[int | None, int], Tensor] = {}
             h = self.tok_embeddings(places.ids).to(self.dtype)
-            for layer, store in zip(self.layers, stores, strict=True):
-                h = layer(h, places.cos, places.sin, plan, store)
+            with attending_to_fixed_stores(self):
+                for layer, store in zip(self.layers, stores, strict=True):
+                    kind = store.window, store.capacity
+                    if kind not in masks:
+                        masks[kind] = store.seen()
+                    store.mask = masks[kind]
+                    h = one(layer, h, places.cos, places.sin, store)
             return self.norm(h)
 
-        modules = [m for m in self.modules() if isinstance(m, Attention)]
-        attends = [module.attend for module in modules]
-        for module in modules:
-            module.attend = tiled(sdpa)
-        try:
-            replay, hidden = type(self).record(run)
-        finally:
-            for module, attend in zip(modules, attends, strict=True):
-                module.attend = attend
+        replay, hidden = type(self).record(run)
         return _Captured(places, replay, hidden)
 
 

@@ -27,6 +27,11 @@ def few(x: Tensor) -> bool:
     return 0 < rows <= FEW and x.dtype in COMPUTE and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+def blocks(first: int, last: int) -> slice:
+    """The blocks that interleaved rows first .. last are in."""
+    return slice(first // packing.ROWS, -(-last // packing.ROWS))
+
+
 def stored(weight: Tensor) -> Matrix | None:
     """Weights as the kernels have them; None if they are not for them."""
     if weight.device.type != "cpu" or weight.dtype not in KINDS or not weight.is_contiguous():
@@ -130,7 +135,10 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path."""
+        """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path.
+
+        first is a multiple of `packing.ROWS`.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,8 +148,7 @@ class QuantizedLinear(nn.Module):
         if matrix is not None and x.dtype == torch.float32:
             return self._many(matrix, x)
         x = quantize.rounded(x, self.span)
-        tiles = (self.rows(first, last).to(x.dtype) for first, last in self._tiles())
-        return torch.cat([F.linear(x, tile) for tile in tiles], dim=-1)
+        return torch.cat([F.linear(x, self.rows(*tile).to(x.dtype)) for tile in self._tiles()], dim=-1)
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         """The first row of each tile of the weights, and the one after its last."""
@@ -190,8 +197,8 @@ class Int8Linear(QuantizedLinear):
         return Matrix(self.packed.data_ptr(), self.scale.data_ptr(), INT8, self.out_features, self.in_features)
 
     def rows(self, first: int, last: int) -> Tensor:
-        q = quantize.separate(self.packed, self.out_features, self.in_features)
-        return q[first:last].float() * self.scale[first:last, None]
+        packed = self.packed[blocks(first, last)]
+        return quantize.separate(packed, last - first, self.in_features).float() * self.scale[first:last, None]
 
 
 class Int4Linear(QuantizedLinear):
@@ -215,5 +222,5 @@ class Int4Linear(QuantizedLinear):
         return Matrix(self.packed.data_ptr(), None, INT4, self.out_features, self.in_features)
 
     def rows(self, first: int, last: int) -> Tensor:
-        q, scale = quantize.unpack(self.packed, self.out_features, self.in_features)
-        return quantize.meant(q[first:last], scale[first:last], self.in_features)
+        q, scale = quantize.unpack(self.packed[blocks(first, last)], last - first, self.in_features)
+        return quantize.meant(q, scale, self.in_features)

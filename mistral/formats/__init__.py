@@ -165,7 +165,8 @@ def assemble(
         head_dim=args.head_dim,
     )
     smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant else []
-    smaller += ["--quant int8"] if run.kernels and run.compute == torch.float32 and not run.quant else []
+    few_bits = run.device.type == "cuda" or (run.kernels and run.compute == torch.float32)
+    smaller += ["--quant int8"] if few_bits and not run.quant else []
     memory.require(
         _size_in_memory(found, run),
         run.device,
@@ -217,9 +218,10 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
             if found.quant is not None and is_quantized(name):
                 parts = stored_as(name, shapes[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
-                few_bits[name] = fast.from_stored(name, shapes[name], found.quant, stored)
+                few_bits[name] = fast.from_stored(name, shapes[name], found.quant, stored, run.device)
             elif run.quant is not None and is_quantized(name):
-                few_bits[name] = fast.quantized(name, found.weights.get(name, bar.update), run.quant)
+                weight = found.weights.get(name, bar.update)
+                few_bits[name] = fast.quantized(name, weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.

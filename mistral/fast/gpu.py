@@ -1,0 +1,105 @@
+"""Weights in few bits on a GPU: row by row, for products that PyTorch compiles to one launch.
+
+Few rows are multiplied with the bytes as they are read, which is what saves time; many are PyTorch's to multiply, by
+weights that are widened. Inputs are not rounded: a GPU waits for memory and not for arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mistral.fast import quantize
+from mistral.fast.linear import Int4Linear, Int8Linear, QuantizedLinear
+from mistral.packing import GROUP
+
+FEW = 4  # rows of activations up to which reading the bytes again for each costs less than widening them
+WIDEN = 2**26  # numbers widened at once: many, since each tile costs a few launches
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [k] times [n, k] int8 weights with [n] scales: [n] in x's dtype, summed up in fp32."""
+    return ((x.float() * weight.float()).sum(-1) * scale).to(x.dtype)
+
+
+def int4_product(x: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
+    """x [groups * 32] times [n, groups, 16] bytes, two weights in each, with [n, groups] scales: likewise."""
+    each = x.float().view(-1, GROUP // 2, 2)
+    low, high = (pairs & 15).float() - 8, (pairs >> 4).float() - 8
+    return (((low * each[..., 0] + high * each[..., 1]).sum(-1) * scale.float()).sum(-1)).to(x.dtype)
+
+
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as one launch, for each shape of its own."""
+    return torch.compile(function, dynamic=False)
+
+
+def launched(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What the function makes of tensors, in one launch; within a layer that is compiled, as a part of that."""
+    return (function if torch.compiler.is_compiling() else compiled(function))(*tensors)
+
+
+class OnGpu(QuantizedLinear):
+    """Weights in few bits, row by row. See `QuantizedLinear`."""
+
+    def of_row(self, x: Tensor) -> Tensor:
+        """The product with one row of activations, [in_features] to [out_features]."""
+        raise NotImplementedError
+
+    def matrix(self) -> None:
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if 0 < len(flat) <= FEW and not torch.is_grad_enabled():
+            return torch.stack([self.of_row(row) for row in flat]).view(*x.shape[:-1], self.out_features)
+        rows = max(1, WIDEN // self.in_features)
+        starts = range(0, self.out_features, rows)
+        tiles = (self.rows(first, min(first + rows, self.out_features)).to(x.dtype) for first in starts)
+        return torch.cat([F.linear(x, tile) for tile in tiles], dim=-1)
+
+
+class Int8OnGpu(OnGpu):
+    """A byte a weight, [n, k], and a scale a row."""
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, of: Int8Linear, device: torch.device) -> None:
+        super().__init__(of.in_features, of.out_features)
+        weight = quantize.separate(of.packed, self.out_features, self.in_features).contiguous()
+        self.register_buffer("packed", weight.to(device))
+        self.register_buffer("scale", of.scale.to(device))
+
+    def of_row(self, x: Tensor) -> Tensor:
+        return launched(int8_product, x, self.packed, self.scale)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.packed[first:last].float() * self.scale[first:last, None]
+
+
+class Int4OnGpu(OnGpu):
+    """Two weights a byte, [n, groups, 16], and [n, groups] scales in bf16."""
+
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, of: Int4Linear, device: torch.device) -> None:
+        super().__init__(of.in_features, of.out_features)
+        q, scale = quantize.unpack(of.packed, self.out_features, self.in_features)
+        nibbles = (q + 8).view(torch.uint8).view(self.out_features, -1, GROUP // 2, 2)
+        self.register_buffer("packed", (nibbles[..., 0] | nibbles[..., 1] << 4).to(device))
+        self.register_buffer("scale", scale.contiguous().to(device))
+
+    def of_row(self, x: Tensor) -> Tensor:
+        return launched(int4_product, F.pad(x, (0, -self.in_features % GROUP)), self.packed, self.scale)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        packed = self.packed[first:last]
+        q = torch.stack((packed & 15, packed >> 4), dim=-1).view(torch.int8).sub(8).flatten(1)
+        return quantize.meant(q, self.scale[first:last], self.in_features)
