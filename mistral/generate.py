@@ -89,7 +89,7 @@ class Generation:
     some rows may take in prompt chunks while others decode.
 
     Args:
-        prompts: ids of each prompt, at least one each.
+        prompts: ids of each prompt, at least one each; lists are not copied: leave them alone until the end.
         model: the model; `args.max_batch_size` bounds the rows.
         max_tokens: most tokens to make, one number or one a prompt.
         eos_id: ends a sequence when generated; None never does.
@@ -129,7 +129,7 @@ class Generation:
         self.score_prompts = score_prompts
         self.top_logprobs = top_logprobs
         self.sequences = [
-            PromptState(i, list(prompt), limit, Uniforms(seed, i))
+            PromptState(i, prompt if isinstance(prompt, list) else list(prompt), limit, Uniforms(seed, i))
             for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         for s in self.sequences:
