@@ -382,6 +382,53 @@ def test_decode_steps_of_any_shape(
     assert distance(got, truth) <= max(budget(kind), 4 * distance(want, truth))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (3, 3), (8, 1)])
+@pytest.mark.parametrize("window", [None, 200, 4200])
+def test_decode_steps_over_many_positions(window: int | None, heads: tuple[int, int]) -> None:
+    """Attention is taken in parts: one, several, and as many as there may be; over the end of the buffer, too."""
+    args = tiny_args(n_heads=heads[0], n_kv_heads=heads[1], sliding_window=window)
+    fast, plain = fast_twin(tiny_model(args, seed=4), "float32")
+    lengths = [5000, 127, 128, 129, 300, 4097]
+    ids = torch.arange(1, 1 + len(lengths))
+    logits = []
+    with torch.inference_mode():
+        for model in (fast, plain):
+            generator = torch.Generator().manual_seed(5)
+            cache = RollingBufferCache(args, len(lengths), positions=5001)
+            cache.lengths = list(lengths)
+            for layer in cache.layers:
+                layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
+                layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
+            logits.append(model.forward(ids, [1] * len(lengths), cache))
+    assert distance([logits[0]], [logits[1]]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_parts_do_not_hang_on_threads_or_company(window: int | None) -> None:
+    args = tiny_args(sliding_window=window)
+    fast, _ = fast_twin(tiny_model(args, seed=4), "float32")
+    lengths = [900, 300, 129, 500]
+    before, found = torch.get_num_threads(), []
+
+    def step(rows: list[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        cache = RollingBufferCache(args, len(lengths), positions=901)
+        cache.lengths = list(lengths)
+        for layer in cache.layers:
+            layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
+            layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
+        return fast.forward(torch.tensor(rows), [int(row in rows) for row in range(len(lengths))], cache)
+
+    try:
+        with torch.inference_mode():
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found += [step([0, 1, 2, 3]), torch.cat([step([row]) for row in range(4)])]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
 def test_a_decode_step_writes_the_cache_as_the_plain_model_does() -> None:
     args = tiny_args(sliding_window=3)
     fast, plain = fast_twin(tiny_model(args), "float32")
