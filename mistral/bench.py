@@ -227,6 +227,9 @@ def report(
         model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), **options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     seconds = time.perf_counter() - began
+    for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
+        keys = batch * row_bytes(model.args, context + 1, model.dtype.itemsize)
+        memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
     count = len(batches) + len(contexts) - 1 + len(prompts)
     measured = measure(model, contexts=contexts, batches=batches, prompts=prompts, repeats=repeats)

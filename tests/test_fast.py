@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral import packing
@@ -481,6 +482,20 @@ def swapped_data(model: FastTransformer) -> None:
     model.layers[1].feed_forward.w2.weight.data = model.layers[1].feed_forward.w2.weight.data * 2
 
 
+def turned_data(model: FastTransformer) -> None:
+    weight = model.layers[1].feed_forward.w2.weight
+    weight.data = weight.data.T.reshape(weight.shape)
+
+
+def seen_otherwise(model: FastTransformer) -> None:
+    weight = model.layers[1].feed_forward.w2.weight
+    weight.data = weight.data.view(torch.float16)
+
+
+def hooked(model: FastTransformer) -> None:
+    model.layers[1].feed_forward.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
 def replaced_weight(model: FastTransformer) -> None:
     model.layers[1].attention.wk.weight = torch.nn.Parameter(model.layers[1].attention.wk.weight * 2)
 
@@ -508,7 +523,18 @@ def replaced_linear(model: FastTransformer) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [swapped_data, replaced_weight, replaced_layers, changed_norm, changed_weight, loaded_state, replaced_linear],
+    [
+        swapped_data,
+        turned_data,
+        seen_otherwise,
+        hooked,
+        replaced_weight,
+        replaced_layers,
+        changed_norm,
+        changed_weight,
+        loaded_state,
+        replaced_linear,
+    ],
 )
 def test_what_changes_between_two_steps_on_one_cache(change: Callable[[FastTransformer], None]) -> None:
     """The description of a model and a cache is kept from step to step, for as long as it is right."""
@@ -527,6 +553,20 @@ def test_what_changes_between_two_steps_on_one_cache(change: Callable[[FastTrans
     assert torch.equal(*found)
 
 
+def test_square_weights_that_are_transposed_in_place() -> None:
+    """At the same address, of the same shape."""
+    args = tiny_args(dim=32, n_heads=4, n_kv_heads=2, head_dim=8)
+    fast, plain = fast_twin(tiny_model(args), "float32")
+    cache, other = make_cache(fast, 1), make_cache(plain, 1)
+    with torch.inference_mode():
+        for _ in range(2):
+            got, want = (m.forward(torch.tensor([3]), [1], c) for m, c in ((fast, cache), (plain, other)))
+            assert distance([got], [want]) <= TOLERANCE
+            for model in (fast, plain):
+                weight = model.layers[0].attention.wo.weight
+                weight.data = weight.data.T
+
+
 def test_one_cache_for_two_models() -> None:
     a, b = (fast_twin(tiny_model(tiny_args(), seed=seed), "float32")[0] for seed in (5, 6))
     cache = make_cache(a, 1)
@@ -543,11 +583,23 @@ def test_a_description_goes_with_its_cache() -> None:
     with torch.inference_mode():
         cache = make_cache(fast, 1)
         fast.forward(torch.tensor([3]), [1], cache)
-        assert cache in decode._kept
+        assert cache in decode._kept[fast]
         gone = weakref.ref(cache)
         del cache
         gc.collect()
+        assert gone() is None
+
+
+def test_a_cache_does_not_keep_its_model() -> None:
+    fast, _ = fast_twin(tiny_model(tiny_args()), "float32")
+    cache = make_cache(fast, 1)
+    with torch.inference_mode():
+        fast.forward(torch.tensor([3]), [1], cache)
+    gone = weakref.ref(fast)
+    del fast
+    gc.collect()
     assert gone() is None
+    assert cache.lengths == [1]
 
 
 def test_other_linears_and_gradients_take_the_plain_way(decodes: list[int]) -> None:
@@ -668,6 +720,8 @@ def test_built_once_and_found_again(unbuilt: Path, monkeypatch: pytest.MonkeyPat
     [
         ("no-such-compiler", r"there is no compiler \(no-such-compiler\)"),
         ("false", "false cannot build them: exit 1"),
+        ("true", "true made no library"),
+        ("'", "CC is .* No closing quotation"),
     ],
 )
 def test_no_compiler_is_the_plain_path_and_a_line(
@@ -683,6 +737,44 @@ def test_no_compiler_is_the_plain_path_and_a_line(
     with pytest.raises(OptionError, match=message):
         load(folder, device="cpu", kernels=True)
     assert not list(unbuilt.iterdir()) if unbuilt.exists() else True
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_weights_in_few_bits_without_a_compiler(
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quant: str
+) -> None:
+    folder, few = make_folder(tmp_path / "model"), tmp_path / "few"
+    with monkeypatch.context() as patch:
+        patch.setenv("CC", "no-such-compiler")
+        found = load(folder, device="cpu", quant=quant)
+        convert(folder, few, "mistral", quant=quant)
+        again = load(few, device="cpu")
+        assert any(note.startswith("no kernels") for note in found.notes)
+        here = [
+            complete([[1, 5, 9]], x.model, x.tokenizer, max_tokens=6, temperature=0)[0].tokens for x in (found, again)
+        ]
+    kernels.cache_clear()
+    asked = load(folder, device="cpu", quant=quant, kernels=False)
+    monkeypatch.setattr("mistral.fast.linear.product", None)  # whoever calls it fails
+    here.append(complete([[1, 5, 9]], asked.model, asked.tokenizer, max_tokens=6, temperature=0)[0].tokens)
+    assert here[0] == here[1] == here[2]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:5000], lambda b: b[:-5000], lambda b: b"", lambda b: b + b"x"])
+def test_a_library_that_is_damaged_is_built_again(unbuilt: Path, damage: Callable[[bytes], bytes]) -> None:
+    kernels()
+    (library,) = unbuilt.iterdir()
+    content = library.read_bytes()
+    library.unlink()  # this process has it mapped
+    library.write_bytes(damage(content))
+    kernels.cache_clear()
+    kernels()
+    assert build._intact(library)
+
+
+def test_a_blank_compiler_is_the_usual_one(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", " ")
+    kernels()
 
 
 def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,7 +820,22 @@ def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest
         done = cli(*words)
         assert done.code == 2
         assert done.error.startswith(error)
-    assert "not served by vLLM which reads no weights in few bits" in cli("inspect", few).text
+    told = cli("inspect", few).text
+    assert "not served by vLLM which reads no weights in few bits" in told
+    assert "dtypes:" not in told
+    assert "the size of bfloat16" not in told
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scales_that_mean_nothing(value: float, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    convert(make_folder(tmp_path / "model"), few, "mistral", quant="int8")
+    (file,) = few.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["output.scale"][3] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"output\.weight: a scale of its int8 weights is negative or no number"):
+        load(few, device="cpu")
 
 
 @pytest.mark.parametrize("told", [None, "int8", "int3", 4, True])

@@ -28,10 +28,21 @@ def quantized(name: str, weight: Tensor, quant: str, device: torch.device = CPU)
     return _placed(KINDS[bits_of(name, quant)].of(weight), device)
 
 
+class BrokenBits(ValueError):
+    """Weights in few bits that mean nothing."""
+
+
 def from_stored(
     name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
 ) -> QuantizedLinear:
-    """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`."""
+    """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`.
+
+    Raises:
+        BrokenBits: a scale is no number, or negative.
+    """
+    for scale in tensors[1:]:
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise BrokenBits(f"{name}: a scale of its {quant} weights is negative or no number")
     return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
 
 

@@ -81,11 +81,15 @@ def kernels() -> ctypes.CDLL:
     """
     if ctypes.sizeof(ctypes.c_void_p) != 8 or os.name != "posix":
         raise NoKernels("they want a 64-bit Unix")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    asked = os.environ.get("CC", "")
+    try:
+        compiler = shlex.split(asked) or ["cc"]
+    except ValueError as error:
+        raise NoKernels(f"CC is {asked!r}: {error}") from None
     if shutil.which(compiler[0]) is None:
         raise NoKernels(f"there is no compiler ({compiler[0]})")
     library = _place(compiler)
-    if not library.exists():
+    if not _intact(library):
         _compile(compiler, library)
     try:
         loaded = ctypes.CDLL(str(library))
@@ -114,6 +118,15 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+def _intact(library: Path) -> bool:
+    """Whether a library is there, and ends with the digest of the rest of it: a broken one may end the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
 def _compile(compiler: list[str], library: Path) -> None:
     """Build beside the library's place and move it there whole."""
     try:
@@ -131,6 +144,10 @@ def _compile(compiler: list[str], library: Path) -> None:
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
                 raise NoKernels(f"{compiler[0]} cannot build them: {reason.strip()}")
+            if not built.exists():
+                raise NoKernels(f"{compiler[0]} made no library")
+            content = built.read_bytes()
+            built.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(built, library)
     except subprocess.TimeoutExpired:
         raise NoKernels(f"{compiler[0]} did not end within {PATIENCE} s") from None

@@ -26,30 +26,34 @@ class Kept:
 
     Args:
         model: the description.
-        of: the model it is of.
         places: names in dictionaries of modules and stores, and what was found there.
-        addresses: where the numbers of tensors lay.
+        tensors: tensors, and where and how their numbers lay.
+        hooks: those of the modules, which only the plain way calls.
         wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
     """
 
     model: Model
-    of: nn.Module
     places: list[tuple[dict[str, Any], str, object]]
-    addresses: list[tuple[Tensor, int]]
+    tensors: list[tuple[Tensor, object]]
+    hooks: list[dict[int, Any]]
     wide: list[Tensor]
     narrow: list[Tensor]
 
-    def holds(self, model: nn.Module) -> bool:
+    def holds(self) -> bool:
         """Whether all is where it was."""
         return (
-            self.of is model
-            and all(names.get(name) is x for names, name, x in self.places)
-            and all(x.data_ptr() == at for x, at in self.addresses)
+            all(names.get(name) is x for names, name, x in self.places)
+            and all(_where(x) == was for x, was in self.tensors)
+            and not any(self.hooks)
         )
 
 
-# Looking whether a description holds takes a tenth of the time of making it.
-_kept: WeakKeyDictionary[RollingBufferCache, Kept] = WeakKeyDictionary()
+def _where(x: Tensor) -> object:
+    return x.data_ptr(), x.dtype, x.shape, x.is_contiguous()
+
+
+# By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
+_kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]] = WeakKeyDictionary()
 
 
 class FastTransformer(Transformer):
@@ -111,23 +115,27 @@ class FastTransformer(Transformer):
         kernels().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
     def described(self, cache: RollingBufferCache) -> Model | None:
-        """The model and its cache as the kernels have them; None if they are not for them.
+        """The model and its cache as the kernels have them; None if they are not for them, or hooks want to see them.
 
         What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
         then made anew.
         """
-        kept = _kept.get(cache)
-        if kept is None or not kept.holds(self):
+        mine = _kept.setdefault(self, WeakKeyDictionary())
+        kept = mine.get(cache)
+        if kept is None or not kept.holds():
             kept = self._describe(cache)
             if kept is None:
                 return None
-            _kept[cache] = kept
+            mine[cache] = kept
         elif kept.wide:
             torch._foreach_copy_(kept.wide, kept.narrow)
         return kept.model
 
     def _describe(self, cache: RollingBufferCache) -> Kept | None:
         args = self.args
+        hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        if any(hooks):
+            return None
         layers = (Layer * len(self.layers))()
         wide, narrow = [], []
 
@@ -169,4 +177,4 @@ class FastTransformer(Transformer):
         places = [(d, name, x) for d in names for name, x in d.items()]
         places += [(vars(store), name, getattr(store, name)) for store in cache.layers for name in ("k", "v")]
         tensors = [x for _, _, x in places if isinstance(x, Tensor)]
-        return Kept(model, self, places, [(x, x.data_ptr()) for x in tensors], wide, narrow)
+        return Kept(model, places, [(x, _where(x)) for x in tensors], hooks, wide, narrow)

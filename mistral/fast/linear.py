@@ -120,6 +120,7 @@ class QuantizedLinear(nn.Module):
 
     kind: int
     span: int  # columns whose inputs share a scale
+    by_kernels = True  # False: by the plain path alone
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class Int8Linear(QuantizedLinear):
         return cls(weight.shape[1], weight.shape[0], *int8(weight))
 
     def matrix(self) -> Matrix | None:
-        if self.packed.device.type != "cpu" or self.scale.dtype != torch.float32:
+        if not self.by_kernels or self.packed.device.type != "cpu" or self.scale.dtype != torch.float32:
             return None
         return Matrix(self.packed.data_ptr(), self.scale.data_ptr(), INT8, self.out_features, self.in_features)
 
@@ -217,7 +218,7 @@ class Int4Linear(QuantizedLinear):
         return cls(weight.shape[1], weight.shape[0], int4(weight))
 
     def matrix(self) -> Matrix | None:
-        if self.packed.device.type != "cpu":
+        if not self.by_kernels or self.packed.device.type != "cpu":
             return None
         return Matrix(self.packed.data_ptr(), None, INT4, self.out_features, self.in_features)
 

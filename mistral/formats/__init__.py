@@ -231,6 +231,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
         tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:
         tensors |= fast.put_quantized(model, few_bits)
+        for module in few_bits.values():
+            module.by_kernels = run.kernels
     model.load_state_dict(tensors, strict=True, assign=True)
     if found.tied:  # one parameter, also to those who count them, train them or move them
         model.output.weight = model.tok_embeddings.weight

@@ -55,7 +55,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
-        *_about_files(path, files, dtypes),
+        *_about_files(path, files, dtypes, found.quant is not None),
     ]
     return {
         "folder": str(path),
@@ -207,7 +207,9 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     return said
 
 
-def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]]) -> list[str]:
+def _about_files(
+    path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]], few_bits: bool
+) -> list[str]:
     said = []
     left = [f for f in files if f["role"] == "leftover"]
     unfinished = [f["name"] for f in left if f["name"].endswith(UNFINISHED)]
@@ -220,6 +222,8 @@ def _about_files(path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict
     for link in sorted(path.iterdir()):
         if link.is_symlink() and not link.exists():
             said.append(f"{link.name} is a link to a file that is gone")
+    if few_bits:
+        return said
     if len(dtypes) > 1:
         counts = ", ".join(f"{count['tensors']} {name}" for name, count in dtypes.items())
         said.append(f"weights of several dtypes: {counts}")
