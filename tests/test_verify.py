@@ -12,7 +12,7 @@ from mistral import cli
 from mistral.attention import plain, sdpa, tiled
 from mistral.formats.folder import read_folder
 from mistral.oracle import streams, verify
-from mistral.oracle.measure import LIMITS, Errors, Measure, judge, place
+from mistral.oracle.measure import LIMITS, Errors, Measure, judge, limit_of, place
 from mistral.oracle.streams import Blocks, OneFile, Theirs
 from mistral.oracle.truth import Truth, logprobs
 from tests.folders import make_folder, random_state
@@ -84,7 +84,7 @@ def judged(model, prompts, stream, dtype):
     true = logprobs(run(Truth(model.args, prompts), model))
     budget = measured(true, run(verify.unavoidable(model.args, prompts, dtype, dtype), model))
     errors = measured(true, run(stream, model))
-    return judge(errors, budget.scaled(verify.coarseness(dtype)), dtype, LENS), errors
+    return judge(errors, budget.scaled(verify.coarseness(dtype)), limit_of(dtype, model.args), LENS), errors
 
 
 def measured(true, logits) -> Errors:
@@ -146,8 +146,8 @@ def test_numbers_that_are_none_fail():
     errors = measured(true, bad)
     assert errors.largest == float("inf")
     assert errors.kl == float("inf")
-    assert not judge(errors, measured(true, torch.zeros(4, 3)), torch.float32, [4]).passes
-    assert judge(errors, measured(true, torch.zeros(4, 3)), torch.float32, [3, 1]).first == (0, 2)
+    assert not judge(errors, measured(true, torch.zeros(4, 3)), LIMITS[torch.float32], [4]).passes
+    assert judge(errors, measured(true, torch.zeros(4, 3)), LIMITS[torch.float32], [3, 1]).first == (0, 2)
 
 
 def test_places():
@@ -209,3 +209,10 @@ def test_progress_reaches_its_total(folder):
     verify.verify(read_folder(folder), progress=lambda done, total: told.append((done, total)))
     assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
     assert len({total for _, total in told}) == 1
+
+
+def test_the_limit_grows_with_the_length_of_sums():
+    narrow, wide = tiny_args(hidden_dim=1024), tiny_args(hidden_dim=14336)
+    assert limit_of(torch.float32, narrow) == LIMITS[torch.float32]
+    assert limit_of(torch.float32, wide) == pytest.approx(LIMITS[torch.float32] * 14**0.5)
+    assert limit_of(torch.bfloat16, wide) == LIMITS[torch.bfloat16]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral.oracle import plants
 from mistral.oracle.evidence import Evidence, Unavoidable
-from mistral.oracle.measure import LIMITS, Progress, place, short
+from mistral.oracle.measure import Progress, limit_of, place, short
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.reading import inside, prompts_for
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
@@ -129,7 +129,9 @@ def compare(
         notes.append(note)
     budget = _unavoidable(a, b, ours, asked, compute)
     difference = differences(found_a, found_b)
-    limit = UNKNOWN[compute] if budget is None else LIMITS[compute] * budget.logprobs
+    args = a.args or b.args
+    times = 0.0 if args is None else limit_of(compute, args)
+    limit = UNKNOWN[compute] if budget is None else times * budget.logprobs
     if not limit < torch.inf:
         raise CompareError(
             f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
@@ -138,9 +140,8 @@ def compare(
     first = Divergence(None, *place(beyond[0], lens)) if beyond else None
     if difference.isnan().all():
         raise CompareError(f"{a.name} and {b.name} tell log-probs of no token in common")
-    args = a.args or b.args
     shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
-    most = {} if budget is None else {name: LIMITS[compute] * x for name, x in budget.prints.items()}
+    most = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
     parted = _first_activation(shared, found_a, found_b, most, limit, lens)
     largest = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
     mistakes: dict[str, float] = {}
@@ -340,7 +341,7 @@ def as_text(c: Comparison) -> str:
     if c.unavoidable is not None and c.unavoidable.logprobs > 0:
         u = c.unavoidable
         told += f": {c.largest / u.logprobs:.3g} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
-        told += f"limit {c.limit / u.logprobs:g} times)"
+        told += f"limit {c.limit / u.logprobs:.3g} times)"
     else:
         told += f" (limit {c.limit:.0e}: no model is at hand to measure what is unavoidable)"
     lines.append(told)

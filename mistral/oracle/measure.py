@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mistral.args import ModelArgs
 from mistral.oracle.truth import logprobs
 
 # How many times the unavoidable error an implementation may have: its root mean square, and its largest against the
 # largest. In 16 bits what is stored rounds far more coarsely than sums in fp32 do, and right implementations have 1.0
-# to 1.1. In fp32 sums round as coarsely as what is stored, so right ones have 2 to 8, more with the length of the
-# sums. Each named mistake has hundreds in 32 bits.
+# to 1.1. In fp32 sums round as coarsely as what is stored, so right ones have 2 to 8, and more with longer sums: about
+# the root of their length times as many (9 to 22 in 7B's widths). Each named mistake has hundreds in 32 bits.
 LIMITS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+
+LONG = 1024  # numbers in a sum beyond which the limit grows with it
 
 LOGITS = 1 << 22  # held at once of the truth, and of one other: 32 MB in float64
 
@@ -96,14 +99,20 @@ class Verdict:
         return self.ratio <= self.limit and self.first is None
 
 
-def judge(errors: Errors, budget: Errors, compute: torch.dtype, lens: Sequence[int]) -> Verdict:
-    """Whether errors of an implementation that computes in `compute` are explained by rounding.
+def limit_of(compute: torch.dtype, args: ModelArgs) -> float:
+    """How many times the unavoidable error a model of a shape may have that computes in `compute`; see LIMITS."""
+    longest = max(args.dim, args.hidden_dim, args.n_heads * args.head_dim)
+    return LIMITS[compute] * (max(1.0, longest / LONG) ** 0.5 if compute.itemsize > 2 else 1.0)
+
+
+def judge(errors: Errors, budget: Errors, limit: float, lens: Sequence[int]) -> Verdict:
+    """Whether errors of an implementation are explained by rounding.
 
     Args:
         budget: the unavoidable errors, on the same prompts.
+        limit: how many times those it may have.
         lens: of the prompts, whose positions are one after the other.
     """
-    limit = LIMITS[compute]
     # A model whose logits are all alike has a budget of none; a difference in the last bit of a float64 is never one.
     least = 4 * torch.finfo(torch.float64).eps
     ratio = max(errors.rms / max(budget.rms, least), errors.largest / max(budget.largest, least))

@@ -23,7 +23,7 @@ from mistral.capacity import QUERY_BLOCK
 from mistral.fast.build import NoKernels, kernels
 from mistral.formats import window_text
 from mistral.formats.folder import OUTPUT, Folder
-from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, short, table
+from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
 from mistral.oracle.reading import Reading, random_prompts, through
 from mistral.oracle.streams import (
     Blocks,
@@ -193,7 +193,7 @@ def _compare(
     rows = []
     for v, errors in zip(variants, measured[len(pairs) :], strict=True):
         budget = budget_of[v.dtypes]
-        verdict = judge(errors, budget, v.dtypes[1], lens)
+        verdict = judge(errors, budget, limit_of(v.dtypes[1], args), lens)
         rows.append(Row(v.name, v.attention, v.dtypes, v.device, window_text(args), errors, budget, verdict))
     return rows
 
@@ -338,7 +338,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{e.largest:.1e}",
         f"{e.kl:.1e}",
         f"{e.agreement:.1%}",
-        f"{v.ratio:.1f} of {v.limit:g}",
+        f"{v.ratio:.1f} of {v.limit:.3g}",
         "none" if v.first is None else f"{v.first[0]}:{v.first[1]}",
         "pass" if v.passes else "FAIL",
     )
