@@ -671,7 +671,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     for options, message in (
         ({"quant": "int3"}, "quant 'int3' is not one of int8, int4"),
-        ({"quant": "int8", "dtype": "float64"}, "quantized weights are for a CPU in float32, not for cpu in float64"),
+        ({"quant": "int8", "dtype": "float64"}, "quantized weights are for a CPU in float32, or for CUDA, not for cpu"),
         ({"kernels": True, "dtype": "float16"}, "the kernels are for a CPU in float32 or bfloat16"),
     ):
         with pytest.raises(OptionError, match=message):
