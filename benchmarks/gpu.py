@@ -17,15 +17,16 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.peers import mistral_config
 from mistral import bench
 from mistral.args import ModelArgs
+from mistral.bench import seconds
 from mistral.capacity import row_bytes
 from mistral.formats import assemble
 from mistral.formats.random import random_folder
@@ -51,17 +52,6 @@ COPY = 1 << 30  # bytes
 SIDE = 8192  # of the product
 
 Rates = dict[str, Callable[[], float]]
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long it takes until the device has done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 class Limits:
@@ -107,20 +97,9 @@ def our_rates(model: Transformer, name: str, questions: list[tuple[str, int, int
 
 def their_rates(args: ModelArgs, device: torch.device, questions: list[tuple[str, int, int]]) -> Rates:
     """The same of transformers, eager, and with a static cache and compiled steps."""
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import MistralForCausalLM
 
-    config = MistralConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        sliding_window=args.windows[0],
-        max_position_embeddings=2**16,
-        eos_token_id=None,
-    )
+    config = mistral_config(args, max_position_embeddings=2**16, eos_token_id=None)
     with device:
         model = MistralForCausalLM(config).bfloat16().eval()
 

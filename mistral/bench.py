@@ -79,16 +79,17 @@ class Row:
 def read_rate(device: torch.device) -> float:
     """Bytes a second that are read from memory, the best of five."""
     x = torch.ones(PROBE // 4, device=device)
-    return PROBE / min(_seconds(lambda: x.sum(), device) for _ in range(5))
+    return PROBE / min(seconds(lambda: x.sum(), device) for _ in range(5))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large product, the best of three."""
     x, w = (torch.ones(PRODUCT, PRODUCT, device=device, dtype=dtype) for _ in range(2))
-    return 2 * PRODUCT**3 / min(_seconds(lambda: x @ w, device) for _ in range(3))
+    return 2 * PRODUCT**3 / min(seconds(lambda: x @ w, device) for _ in range(3))
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long it takes until the device has done it."""
     _wait(device)
     began = time.perf_counter()
     work()
@@ -128,7 +129,7 @@ def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
             h = model.forward_partial(piece, [len(piece)], cache)
         model.logits(h[-1:])
 
-    return _seconds(work, model.device)
+    return seconds(work, model.device)
 
 
 @torch.inference_mode()
@@ -148,7 +149,7 @@ def decode(model: Transformer, context: int, batch: int, steps: int) -> list[flo
         ids.tolist()
 
     for _ in range(steps + 1):
-        times.append(_seconds(work, model.device))
+        times.append(seconds(work, model.device))
     return times[1:]
 
 
@@ -226,7 +227,7 @@ def report(
     else:
         model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), **options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
-    seconds = time.perf_counter() - began
+    loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
         keys = batch * row_bytes(model.args, context + 1, model.dtype.itemsize)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
@@ -240,7 +241,7 @@ def report(
         "threads": torch.get_num_threads(),
         "processor": _processor(model.device),
         "repeats": repeats,
-        "load_seconds": None if shape else seconds,
+        "load_seconds": None if shape else loading,
         "first_token_seconds": first,
         "weight_bytes": weight_bytes(model),
         "peak_bytes": max(0, _peak() - before),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral import packing
+from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.fast import build, decode, put_quantized, quantize, quantized, use_kernels
 from mistral.fast.build import NoKernels, kernels, pointer
@@ -383,6 +384,17 @@ def test_decode_steps_of_any_shape(
     assert distance(got, truth) <= max(budget(kind), 4 * distance(want, truth))
 
 
+def filled_cache(args: ModelArgs, lengths: list[int]) -> RollingBufferCache:
+    """Sequences of these lengths, with random keys and values: the same ones at each call."""
+    generator = torch.Generator().manual_seed(5)
+    cache = RollingBufferCache(args, len(lengths), positions=max(lengths) + 1)
+    cache.lengths = list(lengths)
+    for layer in cache.layers:
+        layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
+        layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
+    return cache
+
+
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (3, 3), (8, 1)])
 @pytest.mark.parametrize("window", [None, 200, 4200])
 def test_decode_steps_over_many_positions(window: int | None, heads: tuple[int, int]) -> None:
@@ -394,13 +406,7 @@ def test_decode_steps_over_many_positions(window: int | None, heads: tuple[int, 
     logits = []
     with torch.inference_mode():
         for model in (fast, plain):
-            generator = torch.Generator().manual_seed(5)
-            cache = RollingBufferCache(args, len(lengths), positions=5001)
-            cache.lengths = list(lengths)
-            for layer in cache.layers:
-                layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
-                layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
-            logits.append(model.forward(ids, [1] * len(lengths), cache))
+            logits.append(model.forward(ids, [1] * len(lengths), filled_cache(args, lengths)))
     assert distance([logits[0]], [logits[1]]) <= TOLERANCE
 
 
@@ -412,13 +418,8 @@ def test_parts_do_not_hang_on_threads_or_company(window: int | None) -> None:
     before, found = torch.get_num_threads(), []
 
     def step(rows: list[int]) -> Tensor:
-        generator = torch.Generator().manual_seed(5)
-        cache = RollingBufferCache(args, len(lengths), positions=901)
-        cache.lengths = list(lengths)
-        for layer in cache.layers:
-            layer.k.copy_(torch.randn(layer.k.shape, generator=generator))
-            layer.v.copy_(torch.randn(layer.v.shape, generator=generator))
-        return fast.forward(torch.tensor(rows), [int(row in rows) for row in range(len(lengths))], cache)
+        seqlens = [int(row in rows) for row in range(len(lengths))]
+        return fast.forward(torch.tensor(rows), seqlens, filled_cache(args, lengths))
 
     try:
         with torch.inference_mode():
