@@ -77,7 +77,7 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_t
         except UnicodeDecodeError as error:
             raise terminal.not_utf8("stdin", error) from None
         if not prompt:
-            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin; see complete --help")
+            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin")
     return [Asked(prompt, suffix, max_tokens)]
 
 

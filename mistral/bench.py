@@ -291,16 +291,31 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], path: str) -> None:
-    """Both rates against the context, as a picture.
+def require_plotting(path: str) -> None:
+    """Refuse what `plot` could not draw or write, before anything is measured.
 
     Raises:
-        BenchError: matplotlib is missing, or knows no such kind of file.
+        BenchError: matplotlib is missing, knows no such kind of file, or the folder is not there.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise BenchError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise BenchError(f"--plot {path}: that is a folder, or its folder is not there")
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Both rates against the context, as a picture.
+
+    Raises:
+        BenchError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
     rows = [Row(**row) for row in report["rows"]]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
@@ -311,5 +326,5 @@ def plot(report: dict[str, Any], path: str) -> None:
         axes.legend()
     try:
         figure.savefig(path)
-    except ValueError as error:
-        raise BenchError(f"--plot {path}: {error}") from None
+    except OSError as error:
+        raise BenchError(f"--plot {path}: {error.strerror}") from None

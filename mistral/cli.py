@@ -312,10 +312,12 @@ def bench(
         import torch
 
         torch.set_num_threads(threads)
+    if plot is not None:
+        measuring.require_plotting(plot)
     report = measuring.report(folder, shape, options, repeats=repeats, **asked)
+    print(measuring.as_json(report) if json else measuring.as_text(report))
     if plot is not None:
         measuring.plot(report, plot)
-    print(measuring.as_json(report) if json else measuring.as_text(report))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

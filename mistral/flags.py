@@ -150,11 +150,11 @@ def _suggestion(name: str, parameters: typing.Iterable[str]) -> str:
 
 
 def numbers(name: str, text: str) -> list[int]:
-    """Whole numbers above 0, with commas between.
+    """Whole numbers above 0 of at most nine digits, with commas between.
 
     Raises:
         UsageError: something else.
     """
     if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        raise UsageError(f"--{name} is {text!r}; it must be whole numbers with commas between, such as 32,4096")
+        raise UsageError(f"--{name} is {text!r}; it must be whole numbers of at most nine digits with commas between, such as 32,4096")
     return [int(n) for n in text.split(",")]

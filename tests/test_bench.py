@@ -49,18 +49,20 @@ def test_a_shape(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "loaded in" not in text
 
 
-def test_a_picture(cli: Command, tmp_path: Path) -> None:
+def test_a_picture(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     folder, picture = make_folder(tmp_path / "model"), tmp_path / "rates.svg"
     cli("bench", folder, *QUICK, "--plot", picture)
     assert "<svg" in picture.read_text()
-    assert "--plot" in cli("bench", folder, *QUICK, "--plot", tmp_path / "rates.xyz").err
+    monkeypatch.setattr(bench, "report", lambda *_, **__: pytest.fail("it was measured"))
+    for path in (tmp_path / "rates.xyz", tmp_path, tmp_path / "missing" / "rates.svg"):
+        assert cli("bench", folder, *QUICK, "--plot", path).error.startswith(f"--plot {path}: ")
 
 
 def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     for words, message in (
-        (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers with commas between, such as 32,4096"),
+        (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers of at most nine digits"),
         (("--batches", "0"), "--batches is '0'"),
         (("--prompts", "1e3"), "--prompts is '1e3'"),
         (("--shape", "7b"), "FOLDER and --shape: give one of them"),

@@ -78,6 +78,48 @@ def test_a_prompt_that_is_piped(tmp_path, monkeypatch):
     assert len(load_file(tmp_path / "t.safetensors")["prompt_ids"]) > 1
 
 
+def test_a_file_of_prompts(tmp_path):
+    """Packed into one forward: each has the activations that it has alone, in the rows that prompt_lens says."""
+    folder = make_folder(tmp_path / "model")
+    lines, out = tmp_path / "prompts.jsonl", tmp_path / "t.safetensors"
+    lines.write_text('[1, 5, 9, 4, 7, 8, 3, 2, 6]\n"Once upon"\n[1]\n')
+    assert cli.main(["trace", str(folder), "--file", str(lines), "-o", str(out), "--dtype", "float64"]) == 0
+    tensors = load_file(out)
+    lens = tensors["prompt_lens"].tolist()
+    loaded = load(folder, dtype="float64", kernels=False)
+    prompts = tensors["prompt_ids"].split(lens)
+    assert [p.tolist() for p in prompts] == [
+        [1, 5, 9, 4, 7, 8, 3, 2, 6],
+        loaded.tokenizer.encode("Once upon", bos=True),
+        [1],
+    ]
+    for i, prompt in enumerate(prompts):
+        for name, value in trace(loaded.model, prompt, [len(prompt)]).items():
+            assert (tensors[name].split(lens)[i] - value).abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("command", ["trace", "pack", "plants"])
+@pytest.mark.parametrize("place", ["missing/file", "taken"])
+def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_path, monkeypatch, capsys):
+    from mistral.model import Transformer
+    from mistral.oracle import pack
+
+    def worked(*args, **kwargs):
+        raise AssertionError("it was computed")
+
+    monkeypatch.setattr(Transformer, "forward", worked)
+    monkeypatch.setattr(pack, "tell", worked)
+    folder, out = make_folder(tmp_path / "model"), tmp_path / place
+    if place == "taken":  # a folder where a file should be, or a file where a folder should be
+        out.touch() if command == "plants" else out.mkdir()
+    elif command == "plants":
+        out.parent.touch()
+    words = [str(folder), *(["hello there"] if command == "trace" else []), "-o", str(out)]
+    assert cli.main([command, *words]) == 2
+    assert str(out) in capsys.readouterr().err
+    assert not [p for p in tmp_path.rglob("*.part")]
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 200])
 @pytest.mark.parametrize("chunk", [None, 1, 4, 150])
 def test_a_plan_shows_each_query_its_window(window, chunk):
@@ -114,6 +156,9 @@ def test_a_plan_on_the_command_line(capsys):
         ([], "give --output for activations, or --plan"),
         (["--plan", "3", "-o", "x"], "give --output for activations, or --plan"),
         (["--plan", "3,0"], "--plan is '3,0'"),
+        (["--plan", "3", "--file", "x"], "--plan does not go with --file"),
+        (["hello there", "--file", "x", "-o", "y"], "a prompt and --file"),
+        (["--file", "nowhere.jsonl", "-o", "y"], "nowhere.jsonl cannot be read"),
         (["hello there", "--plan", "3"], "--plan does not go with a prompt"),
         (["hello there", "-o", "x", "--window", "3"], "belong to --plan"),
         (["hello there", "-o"], "--output needs a value"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -32,8 +33,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
+    target, beside = _places(path)
     metadata = {name: json.dumps(_without_infinities(value), allow_nan=False) for name, value in facts.items()}
     try:
         with beside.open("xb") as file:  # safetensors' own error would not say why, and its file be nobody else's
@@ -42,11 +42,39 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
         beside.chmod(mode)
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
-        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise _unwritable(path, error) from None
     finally:
         with suppress(OSError):
             beside.unlink()
     return target
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
+
+    Raises:
+        ArraysError: its folder takes no files, or it is a folder itself.
+    """
+    target, beside = _places(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        beside.open("xb").close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where a file will be, and where it is until it is whole."""
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    return target, target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
+
+
+def _unwritable(path: str | os.PathLike[str], error: Exception) -> ArraysError:
+    return ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def _without_infinities(value: Any) -> Any:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral import flags, terminal
-from mistral.asking import ChecksFailed, load_model, read_jsonl, read_text
+from mistral.asking import Asked, ChecksFailed, load_model, read_jsonl, read_prompts, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mistral.formats.folder import Folder
+    from mistral.tokenizer import TokenizerLike
 
 
 def perplexity(
@@ -215,26 +216,29 @@ def trace(
     prompt: str | None = None,
     *,
     output: str | None = None,
+    file: str | None = None,
     plan: str | None = None,
     chunk_size: int | None = None,
     window: int | None = None,
     dtype: str | None = None,
     attention: str | None = None,
 ) -> None:
-    """Write every activation of a prompt to a file, or print what the steps of a plan do.
+    """Write every activation of prompts to a file, or print what the steps of a plan do.
 
     python -m main trace "Once upon a time" -o t.safetensors
     python -m main trace mistral-7B-v0.1 "Once upon a time" -o t.safetensors --dtype float64
+    python -m main trace mistral-7B-v0.1 --file prompts.jsonl -o t.safetensors
     python -m main trace --plan 7,3 --chunk_size 4 --window 3
 
     Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), on the
-    plain path; `compare` takes the file as a side. --plan takes the lengths of prompts that are read in chunks, and
+    plain path; `compare` takes the file as a side. FILE's lines are as `complete` takes them, and are packed into one
+    forward, prompt after prompt. --plan takes the lengths of prompts that are read in chunks, and
     prints as JSON, for a layer of that window (none if left out): positions, slots and masks of each step.
     """
     if (plan is None) == (output is None):
         raise flags.UsageError("give --output for activations, or --plan for slots and masks")
     if plan is not None:
-        given = {"FOLDER": folder, "a prompt": prompt, "--dtype": dtype, "--attention": attention}
+        given = {"FOLDER": folder, "a prompt": prompt, "--file": file, "--dtype": dtype, "--attention": attention}
         if extra := [name for name, value in given.items() if value is not None]:
             raise flags.UsageError(f"--plan does not go with {extra[0]}: it is about lengths, a chunk and a window")
         from mistral.oracle.trace import plans
@@ -244,15 +248,15 @@ def trace(
         return
     if chunk_size is not None or window is not None:
         raise flags.UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
-    text = read_text(None) if prompt is None else prompt
+    asked = read_prompts(prompt, None, file, 0)
     loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=1)
     from mistral.oracle.trace import write
-    from mistral.tokenizer import encode
 
     assert output is not None
-    ids = encode(loaded.tokenizer, text)
-    written, names = write(loaded, ids, output)
-    terminal.say(f"wrote {written}: {names} activations of {len(ids)} ids, {written.stat().st_size / 1e6:.1f} MB")
+    prompts = _ids(asked, loaded.tokenizer, file)
+    written, names = write(loaded, prompts, output)
+    count = sum(map(len, prompts))
+    terminal.say(f"wrote {written}: {names} activations of {count} ids, {written.stat().st_size / 1e6:.1f} MB")
 
 
 @contextlib.contextmanager
@@ -284,20 +288,32 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     """Ids of a file's prompts; text wants a tokenizer."""
-    import torch
-
     from mistral.formats import load_tokenizer
-    from mistral.tokenizer import encode
 
-    asked = read_jsonl(file, 0)
-    if any(one.suffix is not None for one in asked):
-        raise flags.UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
+    asked, tokenizer = read_jsonl(file, 0), None
     if any(isinstance(one.prompt, str) for one in asked):
         if found is None:
             raise flags.UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
         tokenizer = load_tokenizer(found.path, found.args.vocab_size)
-        return [torch.tensor(encode(tokenizer, p) if isinstance(p, str) else p) for p in (one.prompt for one in asked)]
-    return [torch.tensor(one.prompt) for one in asked]
+    return _ids(asked, tokenizer, file)
+
+
+def _ids(asked: Sequence[Asked], tokenizer: TokenizerLike | None, file: str | None) -> list[Tensor]:
+    """Ids of prompts; the tokenizer is for those that are texts."""
+    import torch
+
+    from mistral.tokenizer import encode
+
+    if any(one.suffix is not None for one in asked):
+        raise flags.UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
+    found = []
+    for one in asked:
+        if isinstance(one.prompt, str):
+            assert tokenizer is not None
+            found.append(torch.tensor(encode(tokenizer, one.prompt)))
+        else:
+            found.append(torch.tensor(one.prompt))
+    return found
 
 
 def _one_line(facts: dict[str, Any]) -> str:

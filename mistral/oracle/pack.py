@@ -97,6 +97,7 @@ def pack(
     for i, prompt in enumerate(prompts):
         if not len(prompt) or int(prompt.min()) < 0 or int(prompt.max()) >= args.vocab_size:
             raise PackError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
+    arrays.require_writable(path)
     reading = Reading(found)
     stored = reading.get(OUTPUT).dtype
     pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]

@@ -16,7 +16,7 @@ from torch import Tensor
 from mistral.formats import assemble
 from mistral.formats.folder import Folder
 from mistral.oracle import plants
-from mistral.oracle.arrays import ArraysError
+from mistral.oracle.arrays import ArraysError, require_writable
 from mistral.oracle.measure import Progress
 from mistral.oracle.truth import logprobs
 
@@ -40,6 +40,11 @@ def write(
         PlantError: a mistake is unknown.
     """
     place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArraysError(f"{place} cannot be made: {error.strerror}") from None
+    require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
     wanted = [name for name in mistakes if plants.applies(name, found.args, lens)]
     model, _ = assemble(found, device="cpu", dtype="float64", kernels=False)
@@ -52,7 +57,6 @@ def write(
         np.savez(content, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
         beside = place / f".{name}.part"
         try:
-            place.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(content.getvalue())
             os.replace(beside, place / f"{name}.npz")
         except OSError as error:

@@ -95,14 +95,19 @@ def trace(model: Transformer, input_ids: Tensor, seqlens: Sequence[int]) -> dict
     return {name: seen[name] for name in names(model.args)}
 
 
-def write(loaded: Loaded, ids: Sequence[int], path: str | PathLike[str]) -> tuple[Path, int]:
-    """Write the activations of one prompt, with its ids and what made them; return the file and how many there are.
+def write(loaded: Loaded, prompts: Sequence[Tensor], path: str | PathLike[str]) -> tuple[Path, int]:
+    """Write the activations of prompts, with their ids and what made them; return the file and how many there are.
+
+    Args:
+        prompts: [n] int64 ids of each, at least 1; packed into one forward, prompt after prompt.
 
     Raises:
         ArraysError: the file cannot be written.
+        ValueError: an id that the model does not know.
     """
-    prompt = torch.tensor(list(ids), dtype=torch.int64)
-    found = trace(loaded.model, prompt.to(loaded.model.device), [len(prompt)])
+    arrays.require_writable(path)
+    ids, lens = torch.cat(list(prompts)), [len(p) for p in prompts]
+    found = trace(loaded.model, ids.to(loaded.model.device), lens)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -110,7 +115,7 @@ def write(loaded: Loaded, ids: Sequence[int], path: str | PathLike[str]) -> tupl
         "runtime": loaded.runtime.describe(),
         "torch": torch.__version__,
     }
-    tensors = {"prompt_ids": prompt, "prompt_lens": torch.tensor([len(prompt)]), **found}
+    tensors = {"prompt_ids": ids, "prompt_lens": torch.tensor(lens), **found}
     return arrays.write(path, tensors, facts), len(found)
 
 
