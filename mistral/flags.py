@@ -156,5 +156,6 @@ def numbers(name: str, text: str) -> list[int]:
         UsageError: something else.
     """
     if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        raise UsageError(f"--{name} is {text!r}; it must be whole numbers of at most nine digits with commas between, such as 32,4096")
+        wanted = "whole numbers of at most nine digits with commas between, such as 32,4096"
+        raise UsageError(f"--{name} is {text!r}; it must be {wanted}")
     return [int(n) for n in text.split(",")]

@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_pat
     words = [str(folder), *(["hello there"] if command == "trace" else []), "-o", str(out)]
     assert cli.main([command, *words]) == 2
     assert str(out) in capsys.readouterr().err
-    assert not [p for p in tmp_path.rglob("*.part")]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 200])

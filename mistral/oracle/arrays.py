@@ -34,7 +34,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     from safetensors.torch import save_file
 
     target, beside = _places(path)
-    metadata = {name: json.dumps(_without_infinities(value), allow_nan=False) for name, value in facts.items()}
+    metadata = {name: as_json(value) for name, value in facts.items()}
     try:
         with beside.open("xb") as file:  # safetensors' own error would not say why, and its file be nobody else's
             mode = os.fstat(file.fileno()).st_mode
@@ -75,6 +75,11 @@ def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 def _unwritable(path: str | os.PathLike[str], error: Exception) -> ArraysError:
     return ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON as every program reads it: null for an infinity and for what is no number, which Python would write out."""
+    return json.dumps(_without_infinities(value), allow_nan=False, indent=indent)
 
 
 def _without_infinities(value: Any) -> Any:

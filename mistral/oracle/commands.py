@@ -249,7 +249,7 @@ def trace(
     if chunk_size is not None or window is not None:
         raise flags.UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
     asked = read_prompts(prompt, None, file, 0)
-    loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=1)
+    loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=len(asked))
     from mistral.oracle.trace import write
 
     assert output is not None
@@ -317,6 +317,6 @@ def _ids(asked: Sequence[Asked], tokenizer: TokenizerLike | None, file: str | No
 
 
 def _one_line(facts: dict[str, Any]) -> str:
-    import json
+    from mistral.oracle.arrays import as_json
 
-    return json.dumps(facts)
+    return as_json(facts)

@@ -8,14 +8,13 @@ mistake, and those that give the other side's numbers are named.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mistral.oracle import plants
+from mistral.oracle import arrays, plants
 from mistral.oracle.evidence import Evidence, Unavoidable
 from mistral.oracle.measure import Progress, limit_of, place, short
 from mistral.oracle.pack import PackError, folder_of
@@ -302,7 +301,7 @@ def _explained(
 
 def as_json(c: Comparison) -> str:
     """One object."""
-    return json.dumps(
+    return arrays.as_json(
         {
             "a": c.a,
             "b": c.b,

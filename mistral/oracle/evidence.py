@@ -85,17 +85,18 @@ def tell(
     """
     prints: dict[str, Tensor] = {}
     streams = [Truth(args, prompts, note=lambda name, x: prints.update({name: fingerprint(x)}))]
-    largest: list[dict[str, float]] = []
+    rounded: list[tuple[list[Truth], dict[str, float]]] = []
     for pair in dtypes:
         apart: dict[str, float] = {}
 
         def differs(name: str, x: Tensor, apart: dict[str, float] = apart) -> None:
             # The truth goes through each layer first, so what it made is there.
-            apart[name] = float((fingerprint(x) - prints[name]).abs().max())
+            apart[name] = max(apart.get(name, 0.0), float((fingerprint(x) - prints[name]).abs().max()))
 
-        streams.append(unavoidable(args, prompts, *pair))
-        streams[-1].note = differs
-        largest.append(apart)
+        rounded.append((unavoidable(args, prompts, *pair), apart))
+        for stream in rounded[-1][0]:
+            stream.note = differs
+        streams += rounded[-1][0]
     total = len(streams) * (args.n_layers + 2)
     done = 0
     for done, _ in enumerate(through(reading, [(stream, None) for stream in streams], args.n_layers), 1):
@@ -108,18 +109,19 @@ def tell(
     outputs = [fingerprint(logits) for logits in blocks]
     del blocks
     told = []
-    for (weights, compute), stream, apart in zip(dtypes, streams[1:], largest, strict=True):
+    for (weights, compute), (drawn, apart) in zip(dtypes, rounded, strict=True):
         measure, apart["output"] = Measure(), 0.0
-        for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
-            measure.add(want, logits)
-            apart["output"] = max(apart["output"], float((fingerprint(logits) - wanted).abs().max()))
+        for stream in drawn:
+            for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
+                measure.add(want, logits)
+                apart["output"] = max(apart["output"], float((fingerprint(logits) - wanted).abs().max()))
+            done += 1
+            if progress is not None:
+                progress(done, total)
         scale = coarseness(compute)
         errors: Errors = measure.errors().scaled(scale)
         scaled = {name: x * scale for name, x in apart.items()}
         told.append(Unavoidable(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
-        done += 1
-        if progress is not None:
-            progress(done, total)
     if progress is not None:
         progress(total, total)
     return Evidence(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told

@@ -15,7 +15,7 @@ from mistral.oracle.truth import logprobs
 # largest. In 16 bits what is stored rounds far more coarsely than sums in fp32 do, and right implementations have 1.0
 # to 1.1. In fp32 sums round as coarsely as what is stored, so right ones have 2 to 8, and more with longer sums: about
 # the root of their length times as many (7 to 22 in 7B). Each named mistake has hundreds in 32 bits.
-LIMITS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+LIMITS = {torch.float64: 10.0, torch.float32: 10.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 LONG = 1024  # numbers in a sum beyond which the limit grows with it
 
@@ -33,7 +33,7 @@ class Errors:
         largest: the largest of them; inf where any logit is not finite.
         kl: mean Kullback-Leibler divergence from the truth, in nats a position.
         agreement: share of the positions whose likeliest token is the truth's.
-        per_position: [T] the largest difference at each position.
+        per_position: [T] the largest difference at each position; of budgets, draw after draw.
     """
 
     rms: float
@@ -49,7 +49,7 @@ class Errors:
 
 
 class Measure:
-    """Errors of blocks of logits, added up."""
+    """Errors of blocks of logits, added up; of a budget, those of all its draws."""
 
     def __init__(self) -> None:
         self._squares = self._kl = 0.0
@@ -116,6 +116,8 @@ def judge(errors: Errors, budget: Errors, limit: float, lens: Sequence[int]) -> 
     # A model whose logits are all alike has a budget of none; a difference in the last bit of a float64 is never one.
     least = 4 * torch.finfo(torch.float64).eps
     ratio = max(errors.rms / max(budget.rms, least), errors.largest / max(budget.largest, least))
+    if not errors.largest < float("inf"):  # where the dtype overflows, the budget may be infinite too
+        ratio = float("inf")
     beyond = (errors.per_position > limit * max(budget.largest, least)).nonzero().flatten().tolist()
     return Verdict(ratio, limit, place(beyond[0], lens) if beyond else None)
 

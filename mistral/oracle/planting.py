@@ -43,7 +43,7 @@ def write(
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArraysError(f"{place} cannot be made: {error.strerror}") from None
+        raise ArraysError(f"{place} cannot be written: {error.strerror}") from None
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
     wanted = [name for name in mistakes if plants.applies(name, found.args, lens)]

@@ -1,8 +1,9 @@
 """The contract in float64: what every other number is compared with.
 
 Written from the rules alone (docs/contract.md), one prompt at a time, with masks made of positions: no cache, no tiles,
-none of the library's model. Given a compute dtype it does the same exact operations and rounds each result where the
-contract stores one: by how much that is away from the truth, no implementation in this dtype avoids.
+none of the library's model. Given a compute dtype it does the same operations with exact sums, and rounds each result
+where the contract stores one, and scores and norms, which it has in fp32, to that: by how much what comes out is away
+from the truth, no implementation in this dtype avoids.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from mistral.args import ModelArgs
 Weights = Mapping[str, Tensor]  # by the names in a layer, such as attention.wq.weight
 Note = Callable[[str, Tensor], None]  # told the name and the value [T, width] of each activation, in order
 
+# Where few numbers are compared, the largest error is a matter of luck, so rounding is tried more than once.
+DRAWS = 4
+ENOUGH = 1_000_000  # numbers, over all draws
+SHAKEN = 1 / 16  # of the dtype's epsilon: the most by which a number is shaken before it is rounded, as by other sums
 QUERIES = 128  # whose scores are held at once
 WIDENED = 2**24  # weights in float64 held at once: 128 MB
 
@@ -30,6 +35,7 @@ class Truth:
         weights: dtype to which weights are rounded first; None leaves them.
         compute: dtype to which each stored result is rounded; None rounds nothing.
         note: told each activation.
+        draw: 0 rounds what is exact; others shake it a little before, each in its way.
     """
 
     def __init__(
@@ -39,11 +45,13 @@ class Truth:
         weights: torch.dtype | None = None,
         compute: torch.dtype | None = None,
         note: Note | None = None,
+        draw: int = 0,
     ) -> None:
         self.args = args
         self.ids = torch.cat(list(prompts))
         self.lens = [len(p) for p in prompts]
         self._weights, self._compute = weights, compute
+        self._shaking = torch.Generator().manual_seed(draw) if draw else None
         self.note = note or (lambda name, value: None)
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
@@ -87,7 +95,16 @@ class Truth:
             yield self._rounded(self._product(block, output))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        return x if self._compute is None else x.to(self._compute).double()
+        if self._compute is None:
+            return x
+        if self._shaking is not None:
+            most = SHAKEN * torch.finfo(self._compute).eps  # too little for what is exact to change
+            x = x * (1 + most * (2 * torch.rand(x.shape, generator=self._shaking, dtype=x.dtype) - 1))
+        return x.to(self._compute).double()
+
+    def _in_fp32(self, x: Tensor) -> Tensor:
+        """What the contract has in fp32, whatever the dtype."""
+        return x if self._compute is None else x.float().double()
 
     def _stored(self, name: str, x: Tensor) -> Tensor:
         x = self._rounded(x)
@@ -103,7 +120,8 @@ class Truth:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Rule 5: rounded before the weight, and after it by whoever stores it."""
-        normed = x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.args.norm_eps)
+        inverse = self._in_fp32(1 / torch.sqrt(self._in_fp32(x.square().mean(-1, keepdim=True) + self.args.norm_eps)))
+        normed = x * inverse
         return self._rounded(normed) * self._rounded(self._weight(weight))
 
     def _turn(self, x: Tensor) -> Tensor:
@@ -126,7 +144,7 @@ class Truth:
             hidden = (distance < 0) | (distance >= (window or n))
             for head in range(H):
                 keys, values = k[oldest:last, head // (H // K)], v[oldest:last, head // (H // K)]
-                scores = (q[first:last, head] @ keys.T) / D**0.5
+                scores = self._in_fp32((q[first:last, head] @ keys.T) / D**0.5)
                 out[first:last, head] = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
         return out
 
@@ -136,10 +154,16 @@ def logprobs(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
-def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Truth:
-    """The truth with results rounded as `compute` makes unavoidable, or for float64, which the truth is in itself,
-    as float32 does: see `coarseness`."""
-    return Truth(args, prompts, weights, torch.float32 if compute == torch.float64 else compute)
+def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> list[Truth]:
+    """The truth with results rounded as `compute` makes unavoidable, `draws` times; for float64, which the truth is in
+    itself, as float32 does: see `coarseness`."""
+    rounded = torch.float32 if compute == torch.float64 else compute
+    return [Truth(args, prompts, weights, rounded, draw=draw) for draw in range(draws(args, prompts))]
+
+
+def draws(args: ModelArgs, prompts: Sequence[Tensor]) -> int:
+    """How often rounding is tried, so that the largest error of a model of this shape is not a matter of luck."""
+    return min(DRAWS, -(-ENOUGH // (sum(map(len, prompts)) * args.vocab_size)))
 
 
 def coarseness(compute: torch.dtype) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from mistral.capacity import QUERY_BLOCK
 from mistral.fast.build import NoKernels, kernels
 from mistral.formats import window_text
 from mistral.formats.folder import OUTPUT, Folder
+from mistral.oracle import arrays
 from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
 from mistral.oracle.reading import Reading, random_prompts, through
 from mistral.oracle.streams import (
@@ -37,7 +37,7 @@ from mistral.oracle.streams import (
     stepwise,
     whole,
 )
-from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
+from mistral.oracle.truth import Truth, coarseness, draws, logprobs, unavoidable
 
 WINDOW = 64  # in place of wider ones, so that short prompts roll
 LENS = (136, 1, 9, 40)  # the longest rolls a buffer of that window, 64 + 63 slots
@@ -144,7 +144,9 @@ def verify(
     for _, variants in each[1:]:  # what has no buffer does not roll
         variants[:] = [v for v in variants if v.name not in ("whole", "batched")]
     # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
-    total = sum(len(v) + 1 + len({x.dtypes for x in v}) for _, v in each) * (found.args.n_layers + 2) - len(each)
+    drawn = draws(found.args, prompts)
+    streams = sum(len(v) + 1 + drawn * len({x.dtypes for x in v}) for _, v in each)
+    total = streams * (found.args.n_layers + 2) - len(each)
     steps = itertools.count(1)
 
     def step() -> None:
@@ -152,6 +154,8 @@ def verify(
             progress(next(steps), total)
 
     rows = [row for args, variants in each for row in _compare(reading, args, prompts, variants, step)]
+    beyond = dict.fromkeys(short(row.dtypes[1]) for row in rows if row.budget.largest == float("inf"))
+    notes += [f"{dtype} cannot hold this model's numbers: they overflow however it is computed" for dtype in beyond]
     return Report(len(found.tensors), tuple(lens), tuple(rows), tuple(notes))
 
 
@@ -172,26 +176,30 @@ def _compare(
     """Truth, budgets and variants through all layers together."""
     pairs = sorted({v.dtypes for v in variants}, key=str)
     truth = Truth(args, prompts)
-    budgets = [unavoidable(args, prompts, *pair) for pair in pairs]
-    streams: list[tuple[Stream, torch.dtype | None]] = [(stream, None) for stream in (truth, *budgets)]
-    streams += [(v.stream, v.dtypes[0]) for v in variants]
+    # What is measured together, and the dtype of the weights it is given; None: as they are stored.
+    measured: list[tuple[Sequence[Stream], torch.dtype | None]] = [
+        *((unavoidable(args, prompts, *pair), None) for pair in pairs),
+        *(([v.stream], v.dtypes[0]) for v in variants),
+    ]
+    streams = [(truth, None), *((stream, dtype) for group, dtype in measured for stream in group)]
     for _ in through(reading, streams, args.n_layers):
         step()
     norm, output = reading.get("norm.weight"), reading.get(OUTPUT)
     block = max(1, LOGITS // args.vocab_size)
     true = [logprobs(logits) for logits in truth.head(norm, output, block)]
-    measured: list[Errors] = []
-    for stream, dtype in streams[1:]:
+    errors_of: list[Errors] = []
+    for group, dtype in measured:
         measure = Measure()
         last, product = (norm, output) if dtype is None else (norm.to(dtype), output.to(dtype))
-        for want, logits in zip(true, stream.head(last, product, block), strict=True):
-            measure.add(want, logits)
-        measured.append(measure.errors())
-        step()
-    budget_of = {pair: errors.scaled(coarseness(pair[1])) for pair, errors in zip(pairs, measured, strict=False)}
+        for stream in group:
+            for want, logits in zip(true, stream.head(last, product, block), strict=True):
+                measure.add(want, logits)
+            step()
+        errors_of.append(measure.errors())
+    budget_of = {pair: errors.scaled(coarseness(pair[1])) for pair, errors in zip(pairs, errors_of, strict=False)}
     lens = [len(p) for p in prompts]
     rows = []
-    for v, errors in zip(variants, measured[len(pairs) :], strict=True):
+    for v, errors in zip(variants, errors_of[len(pairs) :], strict=True):
         budget = budget_of[v.dtypes]
         verdict = judge(errors, budget, limit_of(v.dtypes[1], args), lens)
         rows.append(Row(v.name, v.attention, v.dtypes, v.device, window_text(args), errors, budget, verdict))
@@ -310,7 +318,7 @@ def as_json(report: Report) -> str:
         for row in report.rows
     ]
     facts = {"tensors": report.tensors, "prompts": report.lens, "notes": report.notes, "passes": report.passes}
-    return json.dumps({**facts, "rows": rows}, indent=2)
+    return arrays.as_json({**facts, "rows": rows}, indent=2)
 
 
 def as_text(report: Report) -> str:
