@@ -17,6 +17,7 @@ from mistral.oracle.streams import Blocks, OneFile, Theirs
 from mistral.oracle.truth import Truth, draws, logprobs
 from tests.folders import make_folder, random_state
 from tests.tiny import ragged, tiny_args, tiny_model, true_logprobs
+from tools import odd_shapes
 
 LENS = [33, 1, 6, 21]
 
@@ -165,6 +166,17 @@ def test_right_models_of_odd_shapes_pass(shape, scale, seed, tmp_path):
         state[name] = drawn * (scale or width**-0.5) if rows else 1 + 0.3 * drawn
     report = verify.verify(read_folder(make_folder(tmp_path / "odd", state, tokenizer=False, **params)))
     assert report.passes, verify.as_text(report)
+
+
+def test_the_tool_that_draws_odd_shapes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["odd_shapes", "--models", "2"])
+    assert odd_shapes.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 variants whose dtype cannot hold their numbers; 0 beyond their limit"
+    assert [line.split()[0] for line in lines[1:-1]] == ["bf16", "fp32", "fp64"]
+    monkeypatch.setattr("mistral.oracle.measure.LIMITS", dict.fromkeys(LIMITS, 0.1))
+    assert odd_shapes.main() == 1
+    assert "seed 0: one_file_ref, its own, fp32: " in capsys.readouterr().out
 
 
 def test_a_mistake_is_beyond_the_budget_and_is_placed():
