@@ -301,7 +301,8 @@ def require_plotting(path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
-    kinds = Figure().canvas.get_supported_filetypes()
+    kinds = dict(Figure().canvas.get_supported_filetypes())
+    kinds.pop("pgf", None)  # wants LaTeX
     if Path(path).suffix[1:].lower() not in kinds:
         raise BenchError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():

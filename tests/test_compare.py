@@ -21,7 +21,7 @@ from mistral.oracle.compare import CompareError, compare, differences
 from mistral.oracle.evidence import Evidence
 from mistral.oracle.reading import prompts_for
 from mistral.oracle.sides import FolderSide, SideError, side
-from tests.folders import make_folder
+from tests.folders import make_folder, random_state
 from tests.tiny import tiny_args, tiny_model
 from tests.truth import truth
 
@@ -431,3 +431,15 @@ def test_differences_of_what_is_told():
     assert differences(sparse, other)[1] == 0.5
     endless = Evidence(None, torch.full((2, 3), float("inf"), dtype=torch.float64))
     assert differences(dense, endless).tolist() == [float("inf")] * 2
+
+
+def test_a_model_that_rounding_does_not_change(tmp_path, capsys):
+    """All of its log-probs are -log V: told in fp32 they are still the same."""
+    state = {name: torch.zeros_like(w) for name, w in random_state().items()}
+    folder = make_folder(tmp_path / "flat", state, tokenizer=False)
+    scores = np.full((3, 4096), -np.log(4096), np.float32)
+    np.savez(tmp_path / "flat.npz", prompt_ids=np.array([1, 5, 9]), logprobs=scores)
+    assert cli.main(["compare", str(folder), str(tmp_path / "flat.npz")]) == 0
+    assert "rounding changes nothing" in capsys.readouterr().out
+    np.savez(tmp_path / "flat.npz", prompt_ids=np.array([1, 5, 9]), logprobs=scores * 1.00001)
+    assert cli.main(["compare", str(folder), str(tmp_path / "flat.npz")]) == 1

@@ -71,6 +71,23 @@ def test_what_is_refused(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_nothing_is_made_for_prompts_that_cannot_be_asked(tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("[1, 2]\n[1, 99999]\n")
+    words = ["plants", str(WINDOW), "-o", str(tmp_path / "new"), "--file", str(tmp_path / "prompts.jsonl")]
+    assert cli.main(words) == 2
+    assert "prompt 1 must have ids, all in 0..60" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_place_in_ones_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plants", str(WINDOW), "-o", "~/made", "--mistake", "window_one_more"]) == 0
+    assert {p.name for p in (tmp_path / "made").iterdir()} == {"right.npz", "window_one_more.npz"}
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["plants", str(WINDOW), "-o", str(tmp_path / "file")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_file_of_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["trace", "pack", "plants"])
-@pytest.mark.parametrize("place", ["missing/file", "taken"])
+@pytest.mark.parametrize("place", ["missing/file", "taken", "pipe"])
 def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_path, monkeypatch, capsys):
     from mistral.model import Transformer
     from mistral.oracle import pack
@@ -110,7 +111,9 @@ def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_pat
     monkeypatch.setattr(Transformer, "forward", worked)
     monkeypatch.setattr(pack, "tell", worked)
     folder, out = make_folder(tmp_path / "model"), tmp_path / place
-    if place == "taken":  # a folder where a file should be, or a file where a folder should be
+    if place == "pipe":  # nor is what is no file replaced by one
+        os.mkfifo(out)
+    elif place == "taken":  # a folder where a file should be, or a file where a folder should be
         out.touch() if command == "plants" else out.mkdir()
     elif command == "plants":
         out.parent.touch()
@@ -118,6 +121,7 @@ def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_pat
     assert cli.main([command, *words]) == 2
     assert str(out) in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.part"))
+    assert place != "pipe" or out.is_fifo()
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 200])

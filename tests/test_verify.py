@@ -203,6 +203,14 @@ def test_numbers_that_are_none_fail():
     assert judge(errors, measured(true, torch.zeros(4, 3)), LIMITS[torch.float32], [3, 1]).first == (0, 2)
 
 
+def test_a_budget_that_is_infinite_explains_nothing():
+    """A finite error is no smaller for it."""
+    true = torch.zeros(4, 3, dtype=torch.float64).log_softmax(-1)
+    endless, wrong = measured(true, torch.full((4, 3), float("nan"))), measured(true, torch.eye(4, 3) * 100)
+    assert endless.largest == float("inf") > wrong.largest
+    assert not judge(wrong, endless, LIMITS[torch.float32], [4]).passes
+
+
 def test_places():
     assert [place(row, [2, 0, 1]) for row in range(3)] == [(0, 0), (0, 1), (2, 0)]
 

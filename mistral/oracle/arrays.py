@@ -33,6 +33,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    require_writable(path)
     target, beside = _places(path)
     metadata = {name: as_json(value) for name, value in facts.items()}
     try:
@@ -53,12 +54,16 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
 
     Raises:
-        ArraysError: its folder takes no files, or it is a folder itself.
+        ArraysError: its folder takes no files, or it is there and no file: a folder, a device.
     """
     target, beside = _places(path)
     try:
+        if not os.fspath(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
+            raise FileExistsError(errno.EEXIST, "it is there, and no file")
         beside.open("xb").close()
     except OSError as error:
         raise _unwritable(path, error) from None

@@ -130,7 +130,7 @@ def compare(
     difference = differences(found_a, found_b)
     args = a.args or b.args
     times = 0.0 if args is None else limit_of(compute, args)
-    limit = UNKNOWN[compute] if budget is None else times * budget.logprobs
+    limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
     if not limit < torch.inf:
         raise CompareError(
             f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
@@ -219,6 +219,11 @@ def _unavoidable(
         return ours.rounded(prompts, min([*stored, compute], key=lambda dtype: dtype.itemsize), compute)
     told = (u for s in (a, b) if isinstance(s, PackSide) for u in s.pack.unavoidable)
     return next((u for u in told if u.of.endswith(f"/{short(compute)}")), None)
+
+
+def _told(compute: torch.dtype) -> float:
+    """What telling a log-prob rounds away, of numbers up to 32: they come in fp32 at best, but from float64."""
+    return 16 * torch.finfo(torch.promote_types(compute, torch.float32)).eps
 
 
 def differences(a: Evidence, b: Evidence) -> Tensor:
@@ -342,7 +347,8 @@ def as_text(c: Comparison) -> str:
         told += f": {c.largest / u.logprobs:.3g} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
         told += f"limit {c.limit / u.logprobs:.3g} times)"
     else:
-        told += f" (limit {c.limit:.0e}: no model is at hand to measure what is unavoidable)"
+        why = "rounding changes nothing" if c.unavoidable else "no model is at hand to measure what is unavoidable"
+        told += f" (limit {c.limit:.0e}: {why})"
     lines.append(told)
     if c.agreement is not None:
         lines.append(f"likeliest token the same at {c.agreement:.1%} of the positions")

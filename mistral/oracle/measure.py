@@ -117,7 +117,7 @@ def judge(errors: Errors, budget: Errors, limit: float, lens: Sequence[int]) -> 
     # A model whose logits are all alike has a budget of none; a difference in the last bit of a float64 is never one.
     least = 4 * torch.finfo(torch.float64).eps
     ratio = max(errors.rms / max(budget.rms, least), errors.largest / max(budget.largest, least))
-    if not errors.largest < float("inf"):  # where the dtype overflows, the budget may be infinite too
+    if not errors.largest + budget.largest < float("inf"):  # nothing is explained by rounding that overflows
         ratio = float("inf")
     beyond = (errors.per_position > limit * max(budget.largest, least)).nonzero().flatten().tolist()
     return Verdict(ratio, limit, place(beyond[0], lens) if beyond else None)

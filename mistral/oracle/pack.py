@@ -29,7 +29,7 @@ from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
 from mistral.oracle.evidence import PRINTS, Unavoidable, tell
 from mistral.oracle.measure import Progress, short
-from mistral.oracle.reading import Reading
+from mistral.oracle.reading import Reading, require_ids
 
 FORMAT, VERSION = "mistral oracle pack", 1
 SHIPPED = Path(__file__).with_name("packs")
@@ -87,16 +87,14 @@ def pack(
         progress: told how much of the work is done, and how much there is.
 
     Raises:
-        PackError: more tokens asked for than there are, or an id that the model does not know.
+        PackError: more tokens asked for than there are.
         ArraysError: the file cannot be written.
-        VerifyError, WeightsError: weights that are not finite, or cannot be read.
+        VerifyError, WeightsError: an id that the model does not know; weights that are not finite, or cannot be read.
     """
     args = found.args
     if not 1 <= top <= args.vocab_size:
         raise PackError(f"top is {top}; it must be between 1 and the vocabulary's {args.vocab_size}")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt) or int(prompt.min()) < 0 or int(prompt.max()) >= args.vocab_size:
-            raise PackError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
+    require_ids(prompts, args)
     arrays.require_writable(path)
     reading = Reading(found)
     stored = reading.get(OUTPUT).dtype

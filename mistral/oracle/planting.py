@@ -18,6 +18,7 @@ from mistral.formats.folder import Folder
 from mistral.oracle import plants
 from mistral.oracle.arrays import ArraysError, require_writable
 from mistral.oracle.measure import Progress
+from mistral.oracle.reading import require_ids
 from mistral.oracle.truth import logprobs
 
 
@@ -38,8 +39,12 @@ def write(
     Raises:
         ArraysError: a file cannot be written.
         PlantError: a mistake is unknown.
+        VerifyError: an id that the model does not know.
     """
-    place = Path(folder)
+    require_ids(prompts, found.args)
+    if not os.fspath(folder):
+        raise ArraysError("the folder to write to has no name")
+    place = Path(folder).expanduser()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

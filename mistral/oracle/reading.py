@@ -46,6 +46,17 @@ def inside(args: ModelArgs, lens: Sequence[int]) -> str:
     return "" if wide is None else f"no prompt is longer than the window of {wide}, which therefore hides nothing"
 
 
+def require_ids(prompts: Sequence[Tensor], args: ModelArgs) -> None:
+    """Refuse prompts that a model cannot be asked.
+
+    Raises:
+        VerifyError: one without ids, or with one that the vocabulary has not.
+    """
+    for i, prompt in enumerate(prompts):
+        if not len(prompt) or int(prompt.min()) < 0 or int(prompt.max()) >= args.vocab_size:
+            raise VerifyError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
+
+
 class Reading:
     """The weights of a folder, whatever its layout: tensors by Mistral's names, checked to be finite."""
 

@@ -21,6 +21,7 @@ from mistral.attention import visible
 from mistral.cache import LayerStore, Plan, RollingBufferCache, Tile
 from mistral.model import Attention, FeedForward, Transformer
 from mistral.oracle import arrays
+from mistral.oracle.reading import require_ids
 
 if TYPE_CHECKING:
     from mistral.formats import Loaded
@@ -103,8 +104,9 @@ def write(loaded: Loaded, prompts: Sequence[Tensor], path: str | PathLike[str]) 
 
     Raises:
         ArraysError: the file cannot be written.
-        ValueError: an id that the model does not know.
+        VerifyError: an id that the model does not know.
     """
+    require_ids(prompts, loaded.args)
     arrays.require_writable(path)
     ids, lens = torch.cat(list(prompts)), [len(p) for p in prompts]
     found = trace(loaded.model, ids.to(loaded.model.device), lens)

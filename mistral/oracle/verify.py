@@ -155,7 +155,12 @@ def verify(
 
     rows = [row for args, variants in each for row in _compare(reading, args, prompts, variants, step)]
     beyond = dict.fromkeys(short(row.dtypes[1]) for row in rows if row.budget.largest == float("inf"))
-    notes += [f"{dtype} cannot hold this model's numbers: they overflow however it is computed" for dtype in beyond]
+    notes += [
+        "fp64 is measured by what fp32 makes unavoidable, and that cannot hold this model's numbers"
+        if dtype == "fp64"
+        else f"{dtype} cannot hold this model's numbers: they overflow however it is computed"
+        for dtype in beyond
+    ]
     return Report(len(found.tensors), tuple(lens), tuple(rows), tuple(notes))
 
 
