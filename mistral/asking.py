@@ -109,7 +109,7 @@ def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
     if unknown:
         raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
     prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
-    ids = isinstance(prompt, list) and all(type(i) is int and abs(i) < 2**63 for i in prompt)
+    ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
     if prompt == []:
