@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import mistral_config
 from mistral import bench
 from mistral.args import ModelArgs
 from mistral.bench import seconds
@@ -31,6 +30,7 @@ from mistral.capacity import row_bytes
 from mistral.formats import assemble
 from mistral.formats.random import random_folder
 from mistral.model import Transformer
+from mistral.oracle.streams import their_config
 
 SHAPES = {
     **bench.SHAPES,
@@ -99,7 +99,7 @@ def their_rates(args: ModelArgs, device: torch.device, questions: list[tuple[str
     """The same of transformers, eager, and with a static cache and compiled steps."""
     from transformers import MistralForCausalLM
 
-    config = mistral_config(args, max_position_embeddings=2**16, eos_token_id=None)
+    config = their_config(args, max_position_embeddings=2**16, eos_token_id=None)
     with device:
         model = MistralForCausalLM(config).bfloat16().eval()
 

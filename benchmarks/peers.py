@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral.args import ModelArgs
 from mistral.bench import SHAPES
 
 ARGS = SHAPES["1b"]
@@ -74,31 +73,16 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
     }
 
 
-def mistral_config(args: ModelArgs, **more: Any) -> Any:
-    """A shape as transformers has it."""
-    from transformers import MistralConfig
-
-    return MistralConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        sliding_window=args.windows[0],
-        **more,
-    )
-
-
 def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
     """`transformers:DTYPE`."""
     import torch
     from transformers import MistralForCausalLM
 
+    from mistral.oracle.streams import their_config
+
     torch.set_num_threads(threads)
     torch.set_default_dtype(getattr(torch, name))
-    model = MistralForCausalLM(mistral_config(ARGS)).eval()
+    model = MistralForCausalLM(their_config(ARGS)).eval()
 
     @torch.inference_mode()
     def decode(context: int, batch: int, steps: int) -> float:

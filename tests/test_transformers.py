@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from mistral.attention import visible
 from mistral.model import Transformer
+from mistral.oracle.streams import their_config
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_args, tiny_model, whole
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -23,20 +26,8 @@ def halves(weight: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
 def twin(model: Transformer, window: int | None, permute: bool = True) -> torch.nn.Module:
     """transformers' model with our model's weights, in fp32 with eager attention."""
     a = model.args
-    config = transformers.MistralConfig(
-        vocab_size=a.vocab_size,
-        hidden_size=a.dim,
-        intermediate_size=a.hidden_dim,
-        num_hidden_layers=a.n_layers,
-        num_attention_heads=a.n_heads,
-        num_key_value_heads=a.n_kv_heads,
-        head_dim=a.head_dim,
-        rms_norm_eps=a.norm_eps,
-        sliding_window=window,
-        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
+    shape = dataclasses.replace(a, sliding_window=window)
+    config = their_config(shape, tie_word_embeddings=False, attn_implementation="eager")
     ours = model.state_dict()
     theirs = {
         "model.embed_tokens.weight": ours["tok_embeddings.weight"],

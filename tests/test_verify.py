@@ -10,7 +10,7 @@ import torch
 
 from mistral import cli
 from mistral.attention import plain, sdpa, tiled
-from mistral.formats.folder import expected_shapes, read_folder
+from mistral.formats.folder import read_folder
 from mistral.oracle import streams, verify
 from mistral.oracle.measure import LIMITS, Errors, Measure, judge, limit_of, place
 from mistral.oracle.streams import Blocks, OneFile, Theirs
@@ -159,11 +159,7 @@ def test_small_models_are_rounded_several_times(case):
 def test_right_models_of_odd_shapes_pass(shape, scale, seed, tmp_path):
     """They did not: by 61 times, of 16 then, and 2.8 of 2."""
     params = {"n_kv_heads": 1, "vocab_size": 60, "sliding_window": 64, **shape}
-    numbers = np.random.default_rng(seed)  # torch.randn differs between CPU capability levels
-    state = {}
-    for name, (*rows, width) in expected_shapes(tiny_args(**params)).items():
-        drawn = torch.from_numpy(numbers.standard_normal((*rows, width), dtype=np.float32))
-        state[name] = drawn * (scale or width**-0.5) if rows else 1 + 0.3 * drawn
+    state = odd_shapes.draw_weights(tiny_args(**params), scale, seed)
     report = verify.verify(read_folder(make_folder(tmp_path / "odd", state, tokenizer=False, **params)))
     assert report.passes, verify.as_text(report)
 

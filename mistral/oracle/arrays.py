@@ -7,8 +7,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,14 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     Raises:
         ArraysError: the file cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    require_writable(path)
-    target, beside = _places(path)
     metadata = {name: as_json(value) for name, value in facts.items()}
-    try:
-        with beside.open("xb") as file:  # safetensors' own error would not say why, and its file be nobody else's
-            mode = os.fstat(file.fileno()).st_mode
+    with part_of(path) as (target, beside):
+        mode = beside.stat().st_mode
         save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
         beside.chmod(mode)
         os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
     return target
 
 
@@ -56,7 +47,22 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         ArraysError: its folder takes no files, or it is there and no file: a folder, a device.
     """
-    target, beside = _places(path)
+    with part_of(path):
+        pass
+
+
+@contextmanager
+def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """Where a file will be, and an empty one beside it, nobody else's, that takes its place once it is whole. What is
+    not moved there is gone at the end.
+
+    Raises:
+        ArraysError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
     try:
         if not os.fspath(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -64,22 +70,13 @@ def require_writable(path: str | os.PathLike[str]) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
             raise FileExistsError(errno.EEXIST, "it is there, and no file")
-        beside.open("xb").close()
-    except OSError as error:
-        raise _unwritable(path, error) from None
+        beside.open("xb").close()  # safetensors' own error would not say why
+        yield target, beside
+    except (OSError, SafetensorError) as error:
+        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
-
-
-def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a file will be, and where it is until it is whole."""
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    return target, target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
-
-
-def _unwritable(path: str | os.PathLike[str], error: Exception) -> ArraysError:
-    return ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

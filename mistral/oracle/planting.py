@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from mistral.formats import assemble
 from mistral.formats.folder import Folder
 from mistral.oracle import plants
-from mistral.oracle.arrays import ArraysError, require_writable
+from mistral.oracle.arrays import ArraysError, part_of, require_writable
 from mistral.oracle.measure import Progress
 from mistral.oracle.reading import require_ids
 from mistral.oracle.truth import logprobs
@@ -58,17 +56,10 @@ def write(
         scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None
         if scores is None:
             scores = torch.cat(plants.logits_with(model, prompts, name))
-        content = io.BytesIO()
-        np.savez(content, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
-        beside = place / f".{name}.part"
-        try:
-            beside.write_bytes(content.getvalue())
-            os.replace(beside, place / f"{name}.npz")
-        except OSError as error:
-            raise ArraysError(f"{place / name}.npz cannot be written: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                beside.unlink()
+        with part_of(place / f"{name}.npz") as (target, beside):
+            with beside.open("wb") as file:
+                np.savez(file, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
+            os.replace(beside, target)
         made.append(f"{name}.npz")
         if progress is not None:
             progress(done, 1 + len(wanted))

@@ -240,6 +240,25 @@ class OneFile:
             yield self.module.wide(torch.nn.functional.linear(last(block), wide))
 
 
+def their_config(args: ModelArgs, **more: Any) -> Any:
+    """transformers' MistralConfig of a shape with one window for all layers; `more` is what else it takes."""
+    from transformers import MistralConfig
+
+    return MistralConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        sliding_window=args.windows[0],
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        **more,
+    )
+
+
 class Theirs:
     """transformers' MistralModel of one layer at a time: each prompt alone, without a cache."""
 
@@ -251,22 +270,10 @@ class Theirs:
     def _model(self, window: int | None) -> Any:
         import transformers
 
-        a = self.args
-        # Eager: attention spelled out, with the mask added to the scores.
-        options: dict[str, Any] = {"attn_implementation": "eager"}
-        config = transformers.MistralConfig(
-            **options,
-            vocab_size=1,
-            hidden_size=a.dim,
-            intermediate_size=a.hidden_dim,
-            num_hidden_layers=1,
-            num_attention_heads=a.n_heads,
-            num_key_value_heads=a.n_kv_heads,
-            head_dim=a.head_dim,
-            rms_norm_eps=a.norm_eps,
-            sliding_window=window,
+        config = their_config(
+            dataclasses.replace(self.args, n_layers=1, vocab_size=1, sliding_window=window),
+            attn_implementation="eager",  # attention spelled out, with the mask added to the scores
             max_position_embeddings=1 << 20,
-            rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,

@@ -82,6 +82,11 @@ class Row:
     budget: Errors
     verdict: Verdict
 
+    @property
+    def overflows(self) -> bool:
+        """Whether rounding alone takes the model's numbers beyond the dtype."""
+        return self.budget.largest == float("inf")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -154,7 +159,7 @@ def verify(
             progress(next(steps), total)
 
     rows = [row for args, variants in each for row in _compare(reading, args, prompts, variants, step)]
-    beyond = dict.fromkeys(short(row.dtypes[1]) for row in rows if row.budget.largest == float("inf"))
+    beyond = dict.fromkeys(short(row.dtypes[1]) for row in rows if row.overflows)
     notes += [
         "fp64 is measured by what fp32 makes unavoidable, and that cannot hold this model's numbers"
         if dtype == "fp64"
