@@ -147,6 +147,24 @@ def test_small_models_are_rounded_several_times(case):
     assert draws(tiny_args(vocab_size=10_000), prompts) == 2
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_scores_and_norms_are_rounded_to_fp32(compute):
+    """Two scores of 10,000 that fp32 cannot tell apart weigh the same; a norm divides by an fp32 root."""
+    args = tiny_args(head_dim=4, n_heads=1, n_kv_heads=1)
+    q = torch.tensor([[[2e4, 0, 0, 0]]] * 2, dtype=torch.float64)
+    k = torch.tensor([[[1.0, 0, 0, 0]], [[1.0 + 1e-8, 0, 0, 0]]], dtype=torch.float64)
+    v = torch.tensor([[[0.0] * 4], [[1.0] * 4]], dtype=torch.float64)
+    prompts = [torch.tensor([1, 2])]
+    exact, rounded = (Truth(args, prompts, compute=dtype) for dtype in (None, compute))
+    assert (rounded._attend(q, k, v, window=None)[1] == 0.5).all()
+    assert (exact._attend(q, k, v, window=None)[1] > 0.5 + 1e-5).all()
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((500, 24))).to(compute).double()
+    root = np.float32(1 / np.sqrt(np.float32((x.numpy() ** 2).mean(-1) + args.norm_eps).astype(float)))
+    want = torch.from_numpy(x.numpy() * root.astype(float)[:, None]).to(compute).double()
+    assert torch.equal(rounded._norm(x, torch.ones(24)), want)
+
+
 @pytest.mark.parametrize(
     ("shape", "scale", "seed"),
     [
