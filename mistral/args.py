@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-from mistral.quoting import quoted
+from mistral.util.errors import quoted
 
 
 class ArgsError(ValueError):

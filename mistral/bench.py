@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mistral import memory
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.capacity import row_bytes
@@ -29,6 +28,7 @@ from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
 from mistral.generate import STEP_TOKENS
 from mistral.model import Transformer
+from mistral.util import memory
 
 # Shapes that can be measured without weights.
 SHAPES = {

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mistral import memory
 from mistral.cache import RollingBufferCache
 from mistral.capacity import row_bytes
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.tokenizer import StreamDecoder, TokenizerLike, encode
+from mistral.util import memory
 
 Prompt = str | Sequence[int]
 Finish = Literal["stop", "length"]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mistral import backends, memory
+from mistral import backends
 from mistral.attention import Attend
 from mistral.packing import QUANTS
+from mistral.util import memory
 
 DTYPES = {
     "float64": torch.float64,

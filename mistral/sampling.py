@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral.quoting import quoted
+from mistral.util.errors import quoted
 
 
 class SamplingError(ValueError):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat import Chat
-from mistral.quoting import quoted
-from mistral.reading import read_small
 from mistral.sampling import Sampler, SamplingError
 from mistral.templates import TemplateError, Turn
+from mistral.util.errors import quoted
+from mistral.util.files import read_small
 
 FORMAT, VERSION = "mistral conversation", 1
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mistral.quoting import plain
 from mistral.tokenizer import Tokenizer
+from mistral.util.errors import plain
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.

@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.quoting import quoted
-from mistral.reading import read_small
+from mistral.util.errors import quoted
+from mistral.util.files import read_small
 
 # How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
 PATTERN = (

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import mistral.formats
-from mistral import memory
 from mistral.formats import load
 from mistral.formats.params import to_args
-from mistral.memory import DoesNotFit, available_on_host
+from mistral.util import memory
+from mistral.util.memory import DoesNotFit, available_on_host
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
 

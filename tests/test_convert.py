@@ -22,10 +22,11 @@ from torch import Tensor
 
 from mistral.formats import convert as module
 from mistral.formats import load
-from mistral.formats.convert import ConvertError, convert
+from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.params import ParamsError
 from mistral.formats.weights import INDEX, WeightsError
+from mistral.util.errors import ConvertError
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
 from tests.tiny import TOLERANCE, distance, ragged, whole

@@ -126,7 +126,7 @@ def test_weights_in_their_own_dtype_are_the_files_pages(tmp_path: Path) -> None:
 def test_weights_stay_narrow_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path, random_state(dtype=torch.bfloat16))
     wide = load(tmp_path, device="cpu", kernels=False)
-    monkeypatch.setattr("mistral.memory.available", lambda device: 1_200_000)
+    monkeypatch.setattr("mistral.util.memory.available", lambda device: 1_200_000)
     narrow = load(tmp_path, device="cpu", kernels=False)
     assert (wide.runtime.weights, narrow.runtime.weights) == (torch.float32, torch.bfloat16)
     assert narrow.runtime.compute == torch.float32

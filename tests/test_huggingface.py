@@ -20,7 +20,7 @@ from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.params import ParamsError, to_args
 from mistral.formats.weights import INDEX, WeightsError, find_hf_weights
-from mistral.memory import DoesNotFit
+from mistral.util.memory import DoesNotFit
 from tests.commands import in_process
 from tests.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_model, whole
@@ -203,7 +203,7 @@ def test_a_tied_output_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found.parameters == count
     assert inspect_folder(tmp_path)["parameters"] == count
     assert inspect_folder(tmp_path)["dtypes"] == {"float32": {"tensors": 20, "parameters": count}}
-    monkeypatch.setattr("mistral.memory.available", lambda device: 4 * count)  # enough for one of them
+    monkeypatch.setattr("mistral.util.memory.available", lambda device: 4 * count)  # enough for one of them
     loaded = load(tmp_path, device="cpu")
     model = loaded.model
     assert model.output.weight is model.tok_embeddings.weight
@@ -211,7 +211,7 @@ def test_a_tied_output_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"{count / 1e6:.1f} M parameters" in loaded.describe()
     wide = model.to(torch.bfloat16)
     assert wide.output.weight is wide.tok_embeddings.weight
-    monkeypatch.setattr("mistral.memory.available", lambda device: 4 * count - 1)
+    monkeypatch.setattr("mistral.util.memory.available", lambda device: 4 * count - 1)
     with pytest.raises(DoesNotFit):
         load(tmp_path, device="cpu")
 

@@ -17,9 +17,9 @@ from mistral import cli
 from mistral.formats import assemble
 from mistral.formats.folder import read_folder
 from mistral.oracle import pack
-from mistral.oracle.arrays import ArraysError
 from mistral.oracle.evidence import fingerprint
 from mistral.oracle.trace import names
+from mistral.util.errors import ArraysError
 from tests.folders import ROOT, make_folder
 from tests.truth import truth
 

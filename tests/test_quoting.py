@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mistral.quoting import plain, quoted
+from mistral.util.errors import plain, quoted
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from mistral import session
 from mistral.formats.params import read_object
 from mistral.formats.weights import find_hf_weights
-from mistral.reading import read_small
 from mistral.tokenizer import Tokenizer, tekken_words
+from mistral.util.files import read_small
 
 
 def test_the_limit_is_exact(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral import memory
 from mistral.args import ModelArgs
 from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, expected_shapes, read_folder
 from mistral.formats.hub import locate
@@ -24,6 +23,7 @@ from mistral.formats.releases import Release, recognise
 from mistral.formats.weights import file_names
 from mistral.packing import bytes_of, is_quantized, stored_as
 from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util import memory
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from mistral.quoting import plain
+from mistral.util.errors import plain
 
 # What pickles of plain tensors ask for. That of other tensors is in it, so that those can be named for what they are.
 TENSORS = re.compile(

@@ -10,11 +10,8 @@ import glob
 import json
 import math
 import os
-import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral import fast, memory
+from mistral import fast
 from mistral.args import ModelArgs, Window
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
@@ -34,6 +31,9 @@ from mistral.formats.params import FEW_BITS, REQUIRED
 from mistral.formats.weights import CODES, INDEX, file_names
 from mistral.packing import QUANTS, is_quantized, stored_as
 from mistral.tokenizer import TokenizerError
+from mistral.util import memory
+from mistral.util.errors import ConvertError
+from mistral.util.files import _appears_complete
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,10 +55,6 @@ HF_FILES = ("generation_config.json",)
 HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
 # How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
 LENGTH = 32768
-
-
-class ConvertError(ValueError):
-    """A conversion that cannot be done; the destination is as it was."""
 
 
 @dataclass(frozen=True)
@@ -233,33 +229,6 @@ def _check_disk(place: Path, needed: int, notes: list[str]) -> None:
             f"{place} needs {memory.as_text(needed)}, but its disk has {memory.as_text(free)} free: "
             f"free some, or give a folder on another disk{advice}"
         )
-
-
-@contextmanager
-def _appears_complete(place: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C."""
-    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
-    try:
-        work.mkdir()
-        yield work
-        _sync(work)
-        if place.is_dir():
-            place.rmdir()
-        os.rename(work, place)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    _sync(place.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's names survive a power cut, where folders can be opened at all."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 # --- weights

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.quoting import quoted
+from mistral.util.errors import quoted
 
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from mistral import memory
 from mistral.formats import huggingface as hf
 from mistral.formats.params import read_object, to_args
 from mistral.formats.weights import INDEX
+from mistral.util import memory
 
 log = logging.getLogger("mistral")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.params import ParamsError
-from mistral.quoting import quoted
+from mistral.util.errors import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor

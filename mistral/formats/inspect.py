@@ -12,7 +12,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mistral import memory
 from mistral.args import ModelArgs
 from mistral.capacity import row_bytes
 from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, window_text, wordless
@@ -24,6 +23,7 @@ from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.weights import INDEX, Stored, file_names
 from mistral.packing import bytes_of
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
+from mistral.util import memory
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}

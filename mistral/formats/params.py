@@ -9,8 +9,8 @@ from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.packing import QUANTS
-from mistral.quoting import quoted
-from mistral.reading import read_small
+from mistral.util.errors import quoted
+from mistral.util.files import read_small
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta")

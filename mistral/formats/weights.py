@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 from mistral.formats.archive import check_archive
 from mistral.formats.header import HeaderError, read_header
 from mistral.formats.mapped import Part, Progress, touch
-from mistral.quoting import plain, quoted
-from mistral.reading import read_small
+from mistral.util.errors import plain, quoted
+from mistral.util.files import read_small
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mistral.formats.header import HeaderError, read_header
-
-
-class ArraysError(ValueError):
-    """A file that cannot be written, or is not what it should be."""
+from mistral.util.errors import ArraysError
+from mistral.util.files import part_of
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -39,44 +35,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
         beside.chmod(mode)
         os.replace(beside, target)
     return target
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
-
-    Raises:
-        ArraysError: its folder takes no files, or it is there and no file: a folder, a device.
-    """
-    with part_of(path):
-        pass
-
-
-@contextmanager
-def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """Where a file will be, and an empty one beside it, nobody else's, that takes its place once it is whole. What is
-    not moved there is gone at the end.
-
-    Raises:
-        ArraysError: the file cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
-    try:
-        if not os.fspath(path):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
-            raise FileExistsError(errno.EEXIST, "it is there, and no file")
-        beside.open("xb").close()  # safetensors' own error would not say why
-        yield target, beside
-    except (OSError, SafetensorError) as error:
-        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -30,6 +30,7 @@ from mistral.oracle import arrays
 from mistral.oracle.evidence import PRINTS, Unavoidable, tell
 from mistral.oracle.measure import Progress, short
 from mistral.oracle.reading import Reading, require_ids
+from mistral.util import errors, files
 
 FORMAT, VERSION = "mistral oracle pack", 1
 SHIPPED = Path(__file__).with_name("packs")
@@ -95,7 +96,7 @@ def pack(
     if not 1 <= top <= args.vocab_size:
         raise PackError(f"top is {top}; it must be between 1 and the vocabulary's {args.vocab_size}")
     require_ids(prompts, args)
-    arrays.require_writable(path)
+    files.require_writable(path)
     reading = Reading(found)
     stored = reading.get(OUTPUT).dtype
     pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]
@@ -238,7 +239,7 @@ def is_pack(path: str | PathLike[str]) -> bool:
     """Whether a file is a pack, of whatever version."""
     try:
         return Path(path).is_file() and arrays.facts_of(Path(path)).get("format") == FORMAT
-    except arrays.ArraysError:
+    except errors.ArraysError:
         return False
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mistral import memory
 from mistral.cache import RollingBufferCache
 from mistral.capacity import row_bytes
 from mistral.generate import LOGIT_FLOATS, STEP_TOKENS
 from mistral.model import Transformer
+from mistral.util import memory
 
 
 class PerplexityError(ValueError):

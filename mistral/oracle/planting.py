@@ -14,10 +14,11 @@ from torch import Tensor
 from mistral.formats import assemble
 from mistral.formats.folder import Folder
 from mistral.oracle import plants
-from mistral.oracle.arrays import ArraysError, part_of, require_writable
 from mistral.oracle.measure import Progress
 from mistral.oracle.reading import require_ids
 from mistral.oracle.truth import logprobs
+from mistral.util.errors import ArraysError
+from mistral.util.files import part_of, require_writable
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from mistral.cache import LayerStore, Plan, RollingBufferCache, Tile
 from mistral.model import Attention, FeedForward, Transformer
 from mistral.oracle import arrays
 from mistral.oracle.reading import require_ids
+from mistral.util import files
 
 if TYPE_CHECKING:
     from mistral.formats import Loaded
@@ -107,7 +108,7 @@ def write(loaded: Loaded, prompts: Sequence[Tensor], path: str | PathLike[str]) 
         VerifyError: an id that the model does not know.
     """
     require_ids(prompts, loaded.args)
-    arrays.require_writable(path)
+    files.require_writable(path)
     ids, lens = torch.cat(list(prompts)), [len(p) for p in prompts]
     found = trace(loaded.model, ids.to(loaded.model.device), lens)
     facts = {

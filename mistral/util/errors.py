@@ -22,3 +22,11 @@ def quoted(value: object) -> str:
 def plain(text: str, longest: int = LONGEST) -> str:
     """A name or a sentence as it is, or quoted if it is long or cannot be printed."""
     return text if text.isprintable() and len(text) <= longest else quoted(text)
+
+
+class ConvertError(ValueError):
+    """A conversion that cannot be done; the destination is as it was."""
+
+
+class ArraysError(ValueError):
+    """A file that cannot be written, or is not what it should be."""

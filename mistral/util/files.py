@@ -1,0 +1,93 @@
+"""Small files, read whole: up to a size that none of them has, for in memory they may take twenty times as much."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mistral.util.errors import ArraysError
+
+MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
+
+
+def read_small(path: Path, most: int = MOST) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, or has more than `most` bytes.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes, which no such file has", str(path))
+    return content
+
+
+@contextmanager
+def _appears_complete(place: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C."""
+    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
+    try:
+        work.mkdir()
+        yield work
+        _sync(work)
+        if place.is_dir():
+            place.rmdir()
+        os.rename(work, place)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    _sync(place.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder's names survive a power cut, where folders can be opened at all."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
+
+    Raises:
+        ArraysError: its folder takes no files, or it is there and no file: a folder, a device.
+    """
+    with part_of(path):
+        pass
+
+
+@contextmanager
+def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """Where a file will be, and an empty one beside it, nobody else's, that takes its place once it is whole. What is
+    not moved there is gone at the end.
+
+    Raises:
+        ArraysError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
+    try:
+        if not os.fspath(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
+            raise FileExistsError(errno.EEXIST, "it is there, and no file")
+        beside.open("xb").close()  # safetensors' own error would not say why
+        yield target, beside
+    except (OSError, SafetensorError) as error:
+        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()
