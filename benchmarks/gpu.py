@@ -26,7 +26,6 @@ import torch
 from mistral import bench
 from mistral.args import ModelArgs
 from mistral.bench import seconds
-from mistral.capacity import row_bytes
 from mistral.formats import assemble
 from mistral.formats.random import random_folder
 from mistral.model import Transformer
@@ -188,7 +187,7 @@ def main() -> None:
     one, many = "bf16: decode 32 x 1", f"bf16: decode {short} x {wide}"
     first, second = f"bf16: prefill {long} x 1", f"bf16: prefill {longest} x 1"
     itemsize = model.dtype.itemsize
-    step = {b: bench.weight_bytes(model) + b * row_bytes(args, c + 1, itemsize) for c, b in ((32, 1), (short, wide))}
+    step = {b: bench.weight_bytes(model) + b * args.cache_bytes(c + 1, itemsize) for c, b in ((32, 1), (short, wide))}
     costs = {n: prefill_operations(args, model, n) / n for n in (long, longest)}
     rows = [
         ("decode, one, share of the copy rate", 0.85, ratio(one, "copy", step[1])),

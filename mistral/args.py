@@ -7,9 +7,11 @@ here by one rule, and the rule that was used can be read back.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 from mistral.util.errors import quoted
+from mistral.window import Window, slots_for
 
 
 class ArgsError(ValueError):
@@ -21,8 +23,6 @@ THETA_WITH_WINDOW = 1e4
 THETA_WITHOUT_WINDOW = 1e6
 
 LARGEST = 2**31 - 1  # of any size here: products of two stay inside 64 bits
-
-Window = int | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ModelArgs:
     norm_eps: float
     vocab_size: int
     sliding_window: int | tuple[int | None, ...] | None = None
-    rope_theta: float | None = None
+    rope_theta: float = None  # type: ignore[assignment]  # a float once constructed
     max_batch_size: int = 0
     theta_rule: str = field(default="", compare=False)
 
@@ -73,7 +73,8 @@ class ModelArgs:
         if self.head_dim % 2:
             raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
         self._check_window()
-        if self.rope_theta is None:
+        given: object = self.rope_theta
+        if given is None:
             windowed = any(w is not None for w in self._distinct_windows)
             theta = THETA_WITH_WINDOW if windowed else THETA_WITHOUT_WINDOW
             rule = "absent, and a sliding window is declared" if windowed else "absent, and no sliding window"
@@ -106,6 +107,19 @@ class ModelArgs:
         """The window of each layer, `n_layers` of them."""
         per_layer = self._distinct_windows
         return per_layer * (self.n_layers // len(per_layer))
+
+    def cache_bytes(self, positions: int, itemsize: int) -> int:
+        """Bytes of keys and values of one sequence of `positions`, all layers, in numbers of `itemsize` bytes."""
+        slots = sum(slots_for(window, positions) for window in self.windows)
+        return 2 * slots * self.n_kv_heads * self.head_dim * itemsize
+
+    @property
+    def window_text(self) -> str:
+        """The window, human-readable: 4096, none, or a count of each where layers differ."""
+        counts = Counter("none" if w is None else str(w) for w in self.windows)
+        if len(counts) == 1:
+            return next(iter(counts))
+        return " + ".join(f"{name} x{n}" for name, n in counts.items()) + " layers"
 
 
 def _check_int(name: str, value: object, least: int) -> None:

@@ -16,28 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mistral.cache import LayerStore, Plan, Run, Tile
+from mistral.plan import LayerStore, Plan, Run, Tile
+from mistral.window import visible
 
 # (q [R, n, H, D], k [R, S, K, D], v [R, S, K, D], mask [R, n, S] bool) -> [R, n, H, D]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # (q [T, H, D], k [T, K, D], v [T, K, D], store, plan) -> [T, H, D]
 Attend = Callable[[Tensor, Tensor, Tensor, LayerStore, Plan], Tensor]
-
-
-def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
-    """Which keys each query sees: key k for query q iff 0 <= q - k < window, and k is not empty.
-
-    Args:
-        q_pos: [..., n] absolute positions of the queries.
-        k_pos: [..., S] absolute positions of the keys, in any order; -1 marks an empty slot.
-        window: W keys, the query's own included; None for all before it.
-
-    Returns:
-        [..., n, S] bool. With ordered keys its rows sum to 1, 2, .., W, W, ..
-    """
-    distance = q_pos[..., :, None] - k_pos[..., None, :]
-    seen = (distance >= 0) & (k_pos[..., None, :] >= 0)
-    return seen if window is None else seen & (distance < window)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
-from mistral.capacity import row_bytes
 from mistral.fast.linear import QuantizedLinear
 from mistral.formats import assemble, load
 from mistral.formats.random import random_folder
@@ -182,7 +181,7 @@ def measure(
             memory[context, batch].append(read_rate(device))
             taken[context, batch].append(batch / statistics.median(decode(model, context, batch, steps)))
     for (context, batch), rates in taken.items():
-        keys = batch * row_bytes(args, context + 1, itemsize)
+        keys = batch * args.cache_bytes(context + 1, itemsize)
         rate = statistics.median(memory[context, batch])
         yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model) + keys))
     for tokens in prompts:
@@ -229,7 +228,7 @@ def report(
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
-        keys = batch * row_bytes(model.args, context + 1, model.dtype.itemsize)
+        keys = batch * model.args.cache_bytes(context + 1, model.dtype.itemsize)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
     count = len(batches) + len(contexts) - 1 + len(prompts)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mistral.cache import RollingBufferCache
-from mistral.capacity import row_bytes
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.tokenizer import StreamDecoder, TokenizerLike, encode
@@ -160,7 +159,7 @@ class Generation:
                     f"the cache holds {held} tokens of prompt {s.index}, which has {len(s.prompt)}: rewind it"
                 )
             s.fed = held
-        grown = len(cache.lengths) * row_bytes(self.model.args, positions, self.model.dtype.itemsize) - cache.nbytes
+        grown = len(cache.lengths) * self.model.args.cache_bytes(positions, self.model.dtype.itemsize) - cache.nbytes
         memory.require(max(0, grown), self.model.device, f"{positions} positions in the cache", LESS)
         return [s if s.finish is None else None for s in self.sequences]
 
@@ -283,7 +282,7 @@ def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
         DoesNotFit: not even one.
     """
     args = model.args
-    needed = row_bytes(args, positions, model.dtype.itemsize)
+    needed = args.cache_bytes(positions, model.dtype.itemsize)
     rows = min(prompts, args.max_batch_size or prompts)
     if rows:
         memory.require(

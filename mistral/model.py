@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
-from mistral.cache import LayerStore, NoCache, Plan, RollingBufferCache
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import Linear
+from mistral.plan import LayerStore, Plan
 from mistral.rope import cos_sin, inverse_frequencies, rotate
 
 __all__ = ["ModelArgs", "Transformer"]
@@ -123,7 +124,6 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
-        assert args.rope_theta is not None
         # Plain attribute, not a buffer: it stays fp32 on the CPU wherever the weights go.
         self._frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mistral.attention import Kernel, plain, sdpa, tiled, visible
+from mistral.attention import Kernel, plain, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
+from mistral.window import visible
 from tests.tiny import all_at_once, at_random, in_chunks, make_cache, play, poison_rows, ragged, tiny_args, tiny_model
 from tests.truth import mask as true_mask
 
@@ -200,7 +201,7 @@ def test_each_token_sees_its_window_and_nothing_else(lens, window, seed, start, 
         for q in range(n)
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistral.capacity.QUERY_BLOCK", block)
+        patch.setattr("mistral.window.QUERY_BLOCK", block)
         patch.setattr("mistral.cache.GROWTH", growth)
         assert who_sees_whom(all_at_once(lens), window, cached=False) == want
         for schedule in (all_at_once(lens), at_random(lens, seed)):

@@ -11,8 +11,9 @@ from torch import Tensor
 from mistral import backends
 from mistral.attention import plain, sdpa, tiled
 from mistral.backends import flash, packed, xformers
-from mistral.cache import RollingBuffer, StepKeys, make_plan
-from mistral.capacity import QUERY_BLOCK
+from mistral.cache import RollingBuffer, StepKeys
+from mistral.plan import make_plan
+from mistral.window import QUERY_BLOCK
 from tests.tiny import (
     POISON,
     TOLERANCE,

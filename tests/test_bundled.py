@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral.capacity import block_for
 from mistral.formats import BUNDLED, Loaded, load
 from mistral.generate import generate
+from mistral.window import block_for
 
 HELD_OUT = Path(__file__).parent / "data" / "dwarf_long_nose.txt"
 

@@ -9,10 +9,11 @@ import torch
 
 from mistral import backends, fast
 from mistral.attention import plain, tiled
-from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys, make_plan
+from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys
 from mistral.fast.captured import CapturedTransformer
 from mistral.model import Transformer
 from mistral.packing import is_quantized
+from mistral.plan import make_plan
 from tests.tiny import at_random, in_chunks, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
 pytestmark = [

@@ -18,11 +18,11 @@ from torch import Tensor
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import load, load_tokenizer, releases
 from mistral.formats.convert import convert
-from mistral.formats.folder import expected_shapes
 from mistral.formats.params import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
 from mistral.formats.releases import Release, WrongCopy
 from mistral.formats.weights import WeightsError, find_weights
 from mistral.model import Transformer
+from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from tests.folders import PARAMS, ROOT, make_folder, random_state, write_weights
 

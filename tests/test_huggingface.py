@@ -16,10 +16,10 @@ from torch import Tensor
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import Loaded, load, read_folder
 from mistral.formats import huggingface as hf
-from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.params import ParamsError, to_args
 from mistral.formats.weights import INDEX, WeightsError, find_hf_weights
+from mistral.parameters import expected_shapes
 from mistral.util.memory import DoesNotFit
 from tests.commands import in_process
 from tests.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights

@@ -24,9 +24,9 @@ from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
 from mistral.formats import load
-from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, recognise
+from mistral.parameters import expected_shapes
 from mistral.tokenizer import PATTERN, Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state

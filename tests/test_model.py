@@ -137,7 +137,7 @@ def test_every_way_agrees(args, lens, seed, chunk, start, block, growth, reserve
     want = true_logprobs(model, prompts, start)
     positions = max(lens) if reserve else 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistral.capacity.QUERY_BLOCK", block)
+        patch.setattr("mistral.window.QUERY_BLOCK", block)
         patch.setattr("mistral.cache.GROWTH", growth)
         if start == 0:
             assert distance(whole(model, prompts), want) < TOLERANCE

@@ -16,7 +16,7 @@ from torch import Tensor
 import mistral.attention
 import mistral.cache
 import mistral.model
-from mistral.cache import Run, make_plan
+from mistral.plan import Run, make_plan
 from tests.tiny import (
     TOLERANCE,
     at_random,
@@ -84,7 +84,7 @@ def bf16_norm() -> float:
 
 
 def patched_visible(patch, change):
-    right = mistral.attention.visible
+    right = mistral.window.visible
     patch.setattr(mistral.attention, "visible", lambda q, k, window: change(right, q, k, window))
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mistral.attention import plain, sdpa, tiled
 from mistral.cache import CacheError, RollingBufferCache
-from mistral.capacity import block_for
 from mistral.generate import GenerationError, stream
 from mistral.model import Transformer
 from mistral.tokenizer import Tokenizer
+from mistral.window import block_for
 from tests.folders import BUNDLED, make_folder
 from tests.tiny import POISON, TOLERANCE, distance, make_cache, ragged, tiny_args, tiny_model, true_logprobs
 

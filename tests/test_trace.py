@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mistral import cli
-from mistral.attention import visible
 from mistral.formats import load
 from mistral.oracle.trace import names, noted, plans, trace
 from mistral.oracle.truth import Truth
+from mistral.window import visible
 from tests.folders import make_folder
 from tests.test_verify import run
 from tests.tiny import ragged, tiny_args, tiny_model

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from mistral.attention import visible
 from mistral.model import Transformer
 from mistral.oracle.streams import their_config
+from mistral.window import visible
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_args, tiny_model, whole
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")

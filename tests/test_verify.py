@@ -256,7 +256,7 @@ def test_the_command_fails_where_the_model_is_wrong(folder, capsys, monkeypatch)
     """A mistake in the library, not in the truth."""
     import mistral.attention
 
-    right = mistral.attention.visible
+    right = mistral.window.visible
     monkeypatch.setattr(mistral.attention, "visible", lambda q, k, w: right(q, k, w and w - 1))
     assert cli.main(["verify", str(folder)]) == 1
     out = capsys.readouterr().out

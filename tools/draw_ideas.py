@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.attention import visible
 from mistral.cache import RollingBufferCache
+from mistral.window import visible
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

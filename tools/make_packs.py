@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral.formats import huggingface as hf
-from mistral.formats.folder import expected_shapes, read_folder
+from mistral.formats.folder import read_folder
 from mistral.oracle import pack
 from mistral.oracle.evidence import tell
 from mistral.oracle.reading import Reading, random_prompts
+from mistral.parameters import expected_shapes
 
 SHAPE = {
     "dim": 40,

@@ -25,10 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral.args import ModelArgs
-from mistral.formats.folder import expected_shapes, read_folder
+from mistral.formats.folder import read_folder
 from mistral.formats.params import to_args
 from mistral.oracle.measure import short
 from mistral.oracle.verify import Row, verify
+from mistral.parameters import expected_shapes
 
 
 def write_model(folder: Path, seed: int) -> None:

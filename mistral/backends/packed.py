@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.attention import plain, sdpa, tiled, visible
-from mistral.cache import LayerStore, Plan, RollingBuffer, Run
+from mistral.attention import plain, sdpa, tiled
+from mistral.cache import RollingBuffer
+from mistral.plan import LayerStore, Plan, Run
+from mistral.window import visible
 
 # (q_lens, k_lens, window, device) -> the kernel's own description of who sees what; made once a step and
 # window. A sequence's last query is at the position of its last key; the window is as in `visible`.

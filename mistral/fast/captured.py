@@ -18,10 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mistral.attention import sdpa, visible
-from mistral.cache import NoCache, Plan, RollingBuffer, RollingBufferCache
+from mistral.attention import sdpa
+from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
 from mistral.model import Attention, Transformer
+from mistral.plan import Plan
 from mistral.rope import cos_sin
+from mistral.window import visible
 
 LEAST = 256  # slots of the smallest bucket
 WARM = 3  # runs before a capture, in which libraries set up what a capture must not contain

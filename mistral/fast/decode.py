@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mistral.cache import NoCache, Plan, RollingBufferCache
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.build import INT4, INT8, Layer, Model, kernels, pointer
 from mistral.fast.linear import FEW, FastLinear, QuantizedLinear, room_for_inputs
 from mistral.model import Transformer, TransformerBlock
+from mistral.plan import Plan
 from mistral.rope import cos_sin
 
 

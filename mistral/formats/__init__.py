@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
-from mistral.formats.folder import EMBEDDINGS, OUTPUT, Folder, expected_shapes, read_folder
+from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, recognise
 from mistral.formats.weights import file_names
 from mistral.packing import bytes_of, is_quantized, stored_as
+from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 
@@ -65,7 +66,7 @@ class Loaded:
         return (
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
-            f"window {window_text(args)}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
+            f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
             f"tokenizer {self.tokenizer.path.name}"
         )
 
@@ -74,14 +75,6 @@ def short(folder: Path) -> Path:
     """A folder as seen from here, where that is shorter."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def window_text(args: ModelArgs) -> str:
-    """The window for people: 4096, none, or a count of each where layers differ."""
-    counts = Counter("none" if w is None else str(w) for w in args.windows)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return " + ".join(f"{name} x{n}" for name, n in counts.items()) + " layers"
 
 
 def load(

@@ -22,18 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral import fast
-from mistral.args import ModelArgs, Window
+from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats import load_tokenizer
-from mistral.formats.folder import Folder, expected_shapes, read_folder
+from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.params import FEW_BITS, REQUIRED
 from mistral.formats.weights import CODES, INDEX, file_names
 from mistral.packing import QUANTS, is_quantized, stored_as
+from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError
 from mistral.util.files import _appears_complete
+from mistral.window import shortest_pattern
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -375,19 +377,11 @@ def _describe(folder: Folder, to: str, tensors: list[_Tensor], quant: str | None
 
 def _params(args: ModelArgs, length: int | None) -> dict[str, Any]:
     params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
-    params["sliding_window"] = _shortest(args.windows)
+    params["sliding_window"] = shortest_pattern(args.windows)
     params["rope_theta"] = args.rope_theta
     if length is not None:
         params["max_seq_len"] = length
     return params
-
-
-def _shortest(windows: tuple[Window, ...]) -> Window | list[Window]:
-    """One window if all layers have it, else the shortest list that repeats to these."""
-    for n in range(1, len(windows) + 1):
-        if len(windows) % n == 0 and windows[:n] * (len(windows) // n) == windows:
-            return windows[0] if n == 1 else list(windows[:n])
-    raise AssertionError("a list repeats itself")
 
 
 def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:

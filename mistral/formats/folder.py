@@ -28,13 +28,13 @@ from mistral.formats.weights import (
     has_mistral_weights,
 )
 from mistral.packing import is_quantized, stored_as
+from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # The file that gives the shape, by layout.
 CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
-OUTPUT, EMBEDDINGS = "output.weight", "tok_embeddings.weight"
 
 
 class FolderError(ValueError):
@@ -184,27 +184,3 @@ def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[i
             for stored, (sizes, dtype) in stored_as(name, shape, quant).items():
                 shapes[stored], dtypes[stored] = sizes, dtype
     return shapes, dtypes
-
-
-def expected_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, in its order.
-
-    Worked out, not read off a model: with sizes that are wrong by a factor of a million none can be made.
-    """
-    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    layer = {
-        "attention.wq": (q, args.dim),
-        "attention.wk": (kv, args.dim),
-        "attention.wv": (kv, args.dim),
-        "attention.wo": (args.dim, q),
-        "feed_forward.w1": (args.hidden_dim, args.dim),
-        "feed_forward.w2": (args.dim, args.hidden_dim),
-        "feed_forward.w3": (args.hidden_dim, args.dim),
-        "attention_norm": (args.dim,),
-        "ffn_norm": (args.dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (args.vocab_size, args.dim)}
-    for i in range(args.n_layers):
-        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
-    shapes.update({"norm": (args.dim,), "output": (args.vocab_size, args.dim)})
-    return {f"{name}.weight": shape for name, shape in shapes.items()}

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.capacity import row_bytes
-from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, window_text, wordless
+from mistral.formats import BUNDLED, short, tokenizer_files, tokenizer_kind, wordless
 from mistral.formats import huggingface as hf
-from mistral.formats.folder import CONFIGS, Folder, expected_shapes, read_folder
+from mistral.formats.folder import CONFIGS, Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.params import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.weights import INDEX, Stored, file_names
 from mistral.packing import bytes_of
+from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 from mistral.util import memory
 
@@ -66,14 +66,14 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "parameters": found.parameters,
         "dtypes": dtypes,
         "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
-        "window": {"text": window_text(args), "layers": list(args.windows), "rule": _window_rule(raw, source)},
+        "window": {"text": args.window_text, "layers": list(args.windows), "rule": _window_rule(raw, source)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "tokenizer": tokenizer,
         "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
             "cache": [
-                {"positions": n, "bytes": {dtype: row_bytes(args, n, size) for dtype, size in ITEMSIZE.items()}}
+                {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS
             ],
         },
@@ -190,7 +190,7 @@ def _differences(args: ModelArgs, theirs: ModelArgs, source: str, other: str) ->
     names = [n for n in COMPARED if n != "sliding_window" and getattr(args, n) != getattr(theirs, n)]
     said = [f"{n} {getattr(args, n):g} and {getattr(theirs, n):g}" for n in names]
     if args.n_layers == theirs.n_layers and args.windows != theirs.windows:
-        said.append(f"window {window_text(args)} and {window_text(theirs)}")
+        said.append(f"window {args.window_text} and {theirs.window_text}")
     return [f"{source}, which was read, and {other} differ: {', '.join(said)}"] if said else []
 
 

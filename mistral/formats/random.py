@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
-from mistral.formats.folder import Folder, expected_shapes
+from mistral.formats.folder import Folder
 from mistral.formats.mapped import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
+from mistral.parameters import expected_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

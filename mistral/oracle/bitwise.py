@@ -16,12 +16,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mistral.cache import NoCache, Plan, RollingBufferCache
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast import use_kernels
 from mistral.fast.build import Matrix
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import FastLinear, QuantizedLinear, product
 from mistral.model import ModelArgs, Transformer
+from mistral.plan import Plan
 from mistral.rope import cos_sin
 
 TOKENS = 64  # of a call of the kernels; more are no faster

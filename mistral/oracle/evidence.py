@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.formats.folder import OUTPUT
 from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, short
 from mistral.oracle.reading import Reading, through
 from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
+from mistral.parameters import OUTPUT
 
 PRINTS = 8  # numbers in a fingerprint
 

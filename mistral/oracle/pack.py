@@ -23,13 +23,14 @@ from mistral import __version__
 from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats import tokenizer_files
-from mistral.formats.folder import OUTPUT, Folder, expected_shapes
+from mistral.formats.folder import Folder
 from mistral.formats.params import to_args
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
 from mistral.oracle.evidence import PRINTS, Unavoidable, tell
 from mistral.oracle.measure import Progress, short
 from mistral.oracle.reading import Reading, require_ids
+from mistral.parameters import OUTPUT, expected_shapes
 from mistral.util import errors, files
 
 FORMAT, VERSION = "mistral oracle pack", 1

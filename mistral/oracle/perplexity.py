@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.capacity import row_bytes
 from mistral.generate import LOGIT_FLOATS, STEP_TOKENS
 from mistral.model import Transformer
 from mistral.util import memory
@@ -72,7 +71,7 @@ def perplexity(
     if wrong is not None:
         raise PerplexityError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
     total = len(ids) - 1
-    needed = row_bytes(model.args, total, model.dtype.itemsize)
+    needed = model.args.cache_bytes(total, model.dtype.itemsize)
     memory.require(needed, model.device, f"keys and values of {total} positions", "give a shorter text")
     cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=total)
     rows = max(1, LOGIT_FLOATS // model.args.vocab_size)

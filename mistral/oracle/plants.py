@@ -25,19 +25,21 @@ from torch.nn import functional as F
 
 import mistral.attention
 import mistral.cache
-import mistral.capacity
 import mistral.model
-from mistral.args import ModelArgs, Window
+import mistral.window
+from mistral.args import ModelArgs
 from mistral.backends.packed import Packed
-from mistral.cache import NoCache, Plan, RollingBufferCache, make_plan
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.captured import CapturedTransformer
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import QuantizedLinear
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
 from mistral.oracle.bitwise import BitwiseTransformer
+from mistral.plan import Plan, make_plan
 from mistral.rope import inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
+from mistral.window import Window
 
 # Functions are replaced for all threads, so only one of them may do it at a time; it may do it again inside.
 _one_thread = RLock()
@@ -385,7 +387,7 @@ ALL = (
         (
             (mistral.attention, "visible", sees_later_keys),
             (mistral.cache, "block_for", one_tile),
-            (mistral.capacity, "block_for", one_tile),
+            (mistral.window, "block_for", one_tile),
         ),
         several_ids,
     ),

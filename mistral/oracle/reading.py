@@ -10,9 +10,10 @@ from torch import Tensor
 from mistral import fast
 from mistral.args import ModelArgs
 from mistral.fast.linear import QuantizedLinear
-from mistral.formats.folder import EMBEDDINGS, Folder, expected_shapes
+from mistral.formats.folder import Folder
 from mistral.oracle.streams import Stream
 from mistral.packing import is_quantized, stored_as
+from mistral.parameters import EMBEDDINGS, expected_shapes
 
 SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.formats.folder import OUTPUT, Folder, read_folder
+from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.model import Transformer
 from mistral.oracle import pack
@@ -27,6 +27,7 @@ from mistral.oracle.evidence import Evidence, Unavoidable, fingerprint, tell
 from mistral.oracle.reading import Reading
 from mistral.oracle.trace import names
 from mistral.oracle.truth import logprobs
+from mistral.parameters import OUTPUT
 
 LARGEST = 2**28  # bytes of an answer that are read
 PATIENCE = 300  # seconds a server has for one prompt

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.attention import Attend
-from mistral.cache import NoCache, Plan, RollingBufferCache
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights
+from mistral.plan import Plan
 from mistral.rope import cos_sin, inverse_frequencies
 
 Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt brings
@@ -97,7 +98,6 @@ class Blocks:
         self._weights, self._compute, self._device = weights, compute, torch.device(device)
         self._longest = max(len(p) for p in prompts)
         self._h: list[Tensor] = []
-        assert args.rope_theta is not None
         frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
         done = [0] * len(prompts)
         self._rows: list[Tensor] = []  # of each step's tokens, in the order of the whole

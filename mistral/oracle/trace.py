@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.attention import visible
-from mistral.cache import LayerStore, Plan, RollingBufferCache, Tile
+from mistral.cache import RollingBufferCache
 from mistral.model import Attention, FeedForward, Transformer
 from mistral.oracle import arrays
 from mistral.oracle.reading import require_ids
+from mistral.plan import LayerStore, Plan, Tile
 from mistral.util import files
+from mistral.window import visible
 
 if TYPE_CHECKING:
     from mistral.formats import Loaded

@@ -56,7 +56,6 @@ class Truth:
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
         # Rule 3: fp32 in this spelling, also here.
-        assert args.rope_theta is not None
         frequencies = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
         angles = positions.float()[:, None] * frequencies
         self._cos, self._sin = angles.cos().double()[:, None], angles.sin().double()[:, None]  # [T, 1, D/2]

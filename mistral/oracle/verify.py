@@ -18,10 +18,8 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.backends import BACKENDS
 from mistral.backends.packed import Packed
-from mistral.capacity import QUERY_BLOCK
 from mistral.fast.build import NoKernels, kernels
-from mistral.formats import window_text
-from mistral.formats.folder import OUTPUT, Folder
+from mistral.formats.folder import Folder
 from mistral.oracle import arrays
 from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
 from mistral.oracle.reading import Reading, random_prompts, through
@@ -38,6 +36,8 @@ from mistral.oracle.streams import (
     whole,
 )
 from mistral.oracle.truth import Truth, coarseness, draws, logprobs, unavoidable
+from mistral.parameters import OUTPUT
+from mistral.window import QUERY_BLOCK
 
 WINDOW = 64  # in place of wider ones, so that short prompts roll
 LENS = (136, 1, 9, 40)  # the longest rolls a buffer of that window, 64 + 63 slots
@@ -212,7 +212,7 @@ def _compare(
     for v, errors in zip(variants, errors_of[len(pairs) :], strict=True):
         budget = budget_of[v.dtypes]
         verdict = judge(errors, budget, limit_of(v.dtypes[1], args), lens)
-        rows.append(Row(v.name, v.attention, v.dtypes, v.device, window_text(args), errors, budget, verdict))
+        rows.append(Row(v.name, v.attention, v.dtypes, v.device, args.window_text, errors, budget, verdict))
     return rows
 
 

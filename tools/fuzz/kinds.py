@@ -24,10 +24,10 @@ from mistral.chat import Chat
 from mistral.formats import BUNDLED, Loaded, load
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
-from mistral.formats.folder import expected_shapes
 from mistral.formats.inspect import as_json, as_text, inspect_folder
 from mistral.formats.params import to_args
 from mistral.generate import stream
+from mistral.parameters import expected_shapes
 from mistral.templates import find_template
 from mistral.tokenizer import PATTERN
 from tools.fuzz.mutate import Pairs, mutate_json, mutate_safetensors, mutate_sentencepiece, parse, write
