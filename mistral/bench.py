@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
+from mistral.engine import STEP_TOKENS
 from mistral.fast.linear import QuantizedLinear
 from mistral.formats import assemble, load
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
-from mistral.generate import STEP_TOKENS
 from mistral.model import Transformer
 from mistral.util import memory
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.generate import GenerationError, Piece, Progress, stream
+from mistral.engine import GenerationError, Progress
+from mistral.generate import Piece, stream
 from mistral.model import Transformer
 from mistral.templates import Template, TemplateError, Turn
 from mistral.tokenizer import Tokenizer

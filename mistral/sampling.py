@@ -16,11 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mistral.sampling_params import SamplingError
 from mistral.util.errors import quoted
-
-
-class SamplingError(ValueError):
-    """A sampling parameter out of its range."""
 
 
 @dataclass(frozen=True)

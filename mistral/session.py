@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat import Chat
-from mistral.sampling import Sampler, SamplingError
+from mistral.sampling import Sampler
+from mistral.sampling_params import SamplingError
 from mistral.templates import TemplateError, Turn
 from mistral.util.errors import quoted
 from mistral.util.files import read_small

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
+from mistral.engine import Generation, Token
 from mistral.fast import put_quantized, quantized, use_kernels
 from mistral.fast.build import NoKernels, kernels
 from mistral.formats import load
-from mistral.generate import Generation, Token
 from mistral.linear import Linear
 from mistral.oracle import bitwise
 from mistral.oracle.bitwise import BitwiseTransformer, NotBitwise, aligned_cos_sin, groups, self_test

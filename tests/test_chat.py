@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mistral.chat import Chat
+from mistral.engine import GenerationError
 from mistral.formats import BUNDLED
-from mistral.generate import GenerationError
 from mistral.model import Transformer
 from mistral.templates import TemplateError, Turn, find_template
 from mistral.tokenizer import Tokenizer

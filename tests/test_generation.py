@@ -17,7 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mistral.generate as generate_module
-from mistral.generate import Completion, Generation, GenerationError, Piece, complete, generate, stream
+from mistral import engine
+from mistral.engine import Generation, GenerationError
+from mistral.generate import Completion, Piece, complete, generate, stream
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.tokenizer import Tokenizer
@@ -233,7 +235,7 @@ def test_the_same_prompt_draws_differently_at_each_index_and_with_each_seed() ->
 
 
 def test_shared_steps_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "STEP_TOKENS", 8)
+    monkeypatch.setattr(engine, "STEP_TOKENS", 8)
     model = random_model(3)
     with metered(model) as meter:
         done = complete(some_prompts(), model, Letters(), max_tokens=LIMITS, **GREEDY)
@@ -293,7 +295,7 @@ def test_generate_samples_as_complete_does() -> None:
 def test_long_prompts_are_scored_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, model = some_prompts(), random_model()
     _, want = generate(prompts, model, Letters(), max_tokens=0)
-    monkeypatch.setattr(generate_module, "LOGIT_FLOATS", 3 * VOCAB + 1)
+    monkeypatch.setattr(engine, "LOGIT_FLOATS", 3 * VOCAB + 1)
     with metered(model) as meter:
         _, got = generate(prompts, model, Letters(), max_tokens=0)
     assert max(meter.rows) == 3

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from mistral.cache import CacheError, RollingBufferCache
+from mistral.engine import GenerationError
 from mistral.formats import BUNDLED, load
 from mistral.formats.params import ParamsError, to_args
-from mistral.generate import GenerationError, complete, generate, stream
-from mistral.sampling import Sampler, SamplingError, Uniforms
+from mistral.generate import complete, generate, stream
+from mistral.sampling import Sampler, Uniforms
+from mistral.sampling_params import SamplingError
 from tests.folders import PARAMS
 from tests.test_generation import Letters, alphabet_model
 from tests.tiny import TOLERANCE, distance, ragged, tiny_args, tiny_model, true_logprobs

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mistral.attention import plain, sdpa, tiled
 from mistral.cache import CacheError, RollingBufferCache
-from mistral.generate import GenerationError, stream
+from mistral.engine import GenerationError
+from mistral.generate import stream
 from mistral.model import Transformer
 from mistral.tokenizer import Tokenizer
 from mistral.window import block_for

@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mistral.sampling import Sampler, SamplingError, Uniforms
+from mistral.sampling import Sampler, Uniforms
+from mistral.sampling_params import SamplingError
 
 BELOW_ONE = [0.99999997, 1 - 2**-24, 1.0]  # a float64 just below 1 becomes 1.0 in fp32
 

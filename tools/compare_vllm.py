@@ -43,8 +43,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mistral.engine import Generation
 from mistral.formats import load
-from mistral.generate import Generation
 from mistral.model import ModelArgs, Transformer
 from mistral.sampling import Sampler
 from mistral.tokenizer import Tokenizer

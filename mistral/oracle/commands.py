@@ -46,7 +46,7 @@ def perplexity(
     """
     text = read_text(file)
     loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
-    from mistral.generate import STEP_TOKENS
+    from mistral.engine import STEP_TOKENS
     from mistral.oracle.perplexity import perplexity as score_text
     from mistral.tokenizer import encode
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.generate import LOGIT_FLOATS, STEP_TOKENS
+from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
 from mistral.model import Transformer
 from mistral.util import memory
 
