@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from mistral.formats import Loaded, load
 from mistral.generate import complete
+from mistral.loader.load import Loaded, load
 
 REPEATS = 5
 

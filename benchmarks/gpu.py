@@ -26,8 +26,8 @@ import torch
 from mistral import bench
 from mistral.args import ModelArgs
 from mistral.bench import seconds
-from mistral.formats import assemble
 from mistral.formats.random import random_folder
+from mistral.loader.load import assemble
 from mistral.model import Transformer
 from mistral.oracle.streams import their_config
 

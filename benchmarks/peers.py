@@ -43,8 +43,8 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
     import torch
 
     from mistral import bench
-    from mistral.formats import assemble
     from mistral.formats.random import random_folder
+    from mistral.loader.load import assemble
 
     torch.set_num_threads(threads)
     weights, dtype, window, layers = (*name.split(":"), "", "", "")[:4]

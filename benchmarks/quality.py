@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from mistral.bench import SHAPES
-from mistral.fast import KINDS
-from mistral.formats import load
+from mistral.loader.load import load
+from mistral.quant import KINDS
 from mistral.tokenizer import encode
 
 STORY = Path(__file__).parents[1] / "tests" / "data" / "dwarf_long_nose.txt"

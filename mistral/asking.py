@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mistral import flags, terminal
 
 if TYPE_CHECKING:
-    from mistral.formats import Loaded
+    from mistral.loader.load import Loaded
 
 
 class ChecksFailed(Exception):
@@ -31,7 +31,7 @@ def load_model(
     threads: int | None,
     max_batch_size: int,
 ) -> Loaded:
-    from mistral.formats import load
+    from mistral.loader.load import load
 
     if threads is not None:
         import torch

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
-from mistral.fast.linear import QuantizedLinear
-from mistral.formats import assemble, load
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
+from mistral.loader.load import assemble, load
 from mistral.model import Transformer
+from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 
 # Shapes that can be measured without weights.

@@ -21,8 +21,8 @@ from mistral.asking import Asked, ChecksFailed, load_model, read_prompts
 from mistral.oracle import commands as oracle
 
 if TYPE_CHECKING:
-    from mistral.formats import Loaded
     from mistral.generate import Completion
+    from mistral.loader.load import Loaded
     from mistral.templates import Template
 
 # What a user types: installed, there is a script and no main.py.
@@ -59,7 +59,7 @@ def demo(
 
     Without FOLDER: the small model that ships, on prompts that suit it.
     """
-    from mistral.formats import BUNDLED
+    from mistral.formats.folder import BUNDLED
     from mistral.generate import generate
 
     loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=3)

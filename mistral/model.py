@@ -135,8 +135,8 @@ class Transformer(nn.Module):
         dtype: torch.dtype | str | None = None,
         attention: str | None = None,
     ) -> Transformer:
-        """The model of a folder; see `mistral.formats.load`, which also gives its tokenizer."""
-        from mistral.formats import load
+        """The model of a folder; see `mistral.loader.load.load`, which also gives its tokenizer."""
+        from mistral.loader.load import load
 
         return load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size).model
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import main
 import one_file_ref
-from mistral.formats import BUNDLED
+from mistral.formats.folder import BUNDLED
 from mistral.generate import generate
 from mistral.model import Transformer
 from test_generate import DebugTokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mistral import backends
 from mistral.attention import plain, sdpa, tiled
-from mistral.backends import flash, packed, xformers
+from mistral.backends import flash, varlen, xformers
 from mistral.cache import RollingBuffer, StepKeys
 from mistral.plan import make_plan
 from mistral.window import QUERY_BLOCK
@@ -218,7 +218,7 @@ def test_description_is_made_once_a_step_and_window():
         made.append(args[2])
         return flash.bounds(*args)
 
-    attend = packed.Packed(describe, flash.backend(Varlen()).kernel)
+    attend = varlen.Packed(describe, flash.backend(Varlen()).kernel)
     model = tiny_model(tiny_args(n_layers=4, sliding_window=(3, None)), attend=attend)
     model.forward(ragged([9], 61)[0], [9], make_cache(model, 1))
     assert sorted(made, key=str) == [3, None]
@@ -238,8 +238,8 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
         plan = make_plan(step, done, [0, 0], "cpu")
         rows = [row for row in (0, 1) if step[row]]
         k = (plan.positions.float() + 1)[:, None, None].expand(-1, 1, 2)
-        pack = packed.pack_keys(buffer, plan, rows)
-        keys, values = packed.exchange(buffer, pack, k, -k)
+        pack = varlen.pack_keys(buffer, plan, rows)
+        keys, values = varlen.exchange(buffer, pack, k, -k)
         behind = [done[row] if window is None else min(done[row], window - 1) for row in rows]
         want = [torch.arange(done[r] - m, done[r] + step[r]) + 1.0 for r, m in zip(rows, behind, strict=True)]
         assert pack.q_lens == tuple(step[row] for row in rows)
@@ -254,10 +254,10 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
 
 def test_step_keys_pass_through():
     store, plan = StepKeys(3), make_plan([2, 0, 1], [0, 0, 0], [0, 0, 0], "cpu")
-    pack = packed.pack_keys(store, plan, [0, 2])
+    pack = varlen.pack_keys(store, plan, [0, 2])
     assert pack.q_lens == pack.k_lens == (2, 1)
     k, v = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
-    assert all(a is b for a, b in zip(packed.exchange(store, pack, k, v), (k, v), strict=True))
+    assert all(a is b for a, b in zip(varlen.exchange(store, pack, k, v), (k, v), strict=True))
 
 
 # The choice by name.

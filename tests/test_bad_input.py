@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import mistral.formats
-from mistral.formats import load
 from mistral.formats.params import to_args
+from mistral.loader.load import load
 from mistral.util import memory
 from mistral.util.memory import DoesNotFit, available_on_host
 from tests.commands import ENVIRONMENT, Command, in_process

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mistral import bench
-from mistral.fast.linear import QuantizedLinear
-from mistral.formats import load
+from mistral.loader.load import load
+from mistral.quant.linear import QuantizedLinear
 from tests.commands import Command, in_process
 from tests.folders import make_folder
 from tests.tiny import tiny_args, tiny_model

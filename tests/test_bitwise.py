@@ -18,14 +18,15 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.engine import Generation, Token
-from mistral.fast import put_quantized, quantized, use_kernels
-from mistral.fast.build import NoKernels, kernels
-from mistral.formats import load
+from mistral.fast import bitwise
+from mistral.fast.bitwise import BitwiseTransformer, NotBitwise, aligned_cos_sin, groups, self_test
+from mistral.fast.kernels import NoKernels, library
+from mistral.fast.linear import use_kernels
 from mistral.linear import Linear
-from mistral.oracle import bitwise
-from mistral.oracle.bitwise import BitwiseTransformer, NotBitwise, aligned_cos_sin, groups, self_test
+from mistral.loader.load import load
+from mistral.loader.options import OptionError
+from mistral.quant import put_quantized, quantize
 from mistral.rope import cos_sin, inverse_frequencies
-from mistral.runtime import OptionError
 from mistral.sampling import Sampler
 from tests.folders import make_folder
 from tests.tiny import (
@@ -45,7 +46,7 @@ from tests.tiny import (
 )
 
 try:
-    kernels()
+    library()
 except NoKernels as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
@@ -61,7 +62,7 @@ def make_model(args: ModelArgs, kind: str = "float32", seed: int = 0) -> Bitwise
     if kind in DTYPES:
         state = {name: tensor.to(DTYPES[kind]) for name, tensor in state.items()}
     else:
-        few = {n: quantized(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
         state = {n: t for n, t in state.items() if n not in few} | put_quantized(model, few)
     model.load_state_dict(state, assign=True)
     use_kernels(model)
@@ -342,16 +343,18 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", "no-such-compiler")
     folder = make_folder(tmp_path / "model")
-    kernels.cache_clear()
+    library.cache_clear()
     try:
         with pytest.raises(OptionError, match=r"deterministic computes .* there is no compiler \(no-such-compiler\)"):
             load(folder, device="cpu", deterministic=True)
     finally:
-        kernels.cache_clear()
+        library.cache_clear()
 
 
 def test_the_core_does_not_know_of_it() -> None:
-    told = "import sys, mistral.runtime, mistral.formats, mistral.generate; print('mistral.oracle' in sys.modules)"
+    told = (
+        "import sys, mistral.loader.runtime, mistral.formats, mistral.generate; print('mistral.oracle' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral.formats import BUNDLED, Loaded, load
+from mistral.formats.folder import BUNDLED
 from mistral.generate import generate
+from mistral.loader.load import Loaded, load
 from mistral.window import block_for
 
 HELD_OUT = Path(__file__).parent / "data" / "dwarf_long_nose.txt"

@@ -6,14 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mistral import fast, runtime
+from mistral import quant
 from mistral.attention import plain, tiled
 from mistral.cache import RollingBufferCache
-from mistral.fast import gpu
-from mistral.fast.captured import LEAST, CapturedTransformer, _layer, bucket
-from mistral.fast.linear import Int8Linear
-from mistral.packing import is_quantized
-from mistral.runtime import OptionError
+from mistral.fast.cuda_graph import LEAST, CapturedTransformer, _layer, bucket
+from mistral.fast.layout import is_quantized
+from mistral.loader import runtime
+from mistral.loader.options import OptionError
+from mistral.quant import cuda
+from mistral.quant.linear import Int8Linear
 from tests.tiny import (
     POISON,
     TOLERANCE,
@@ -55,7 +56,7 @@ class Replayed(CapturedTransformer):
 
 def on_gpu(module):
     """Weights in few bits as a GPU has them, on a CPU."""
-    kind = gpu.Int8OnGpu if isinstance(module, Int8Linear) else gpu.Int4OnGpu
+    kind = cuda.Int8OnGpu if isinstance(module, Int8Linear) else cuda.Int4OnGpu
     return kind(module, torch.device("cpu"))
 
 
@@ -155,8 +156,8 @@ def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
     other = twin(model)
     if bits:
         state = {n: w for n, w in model.state_dict().items() if is_quantized(n)}
-        there = {n: on_gpu(fast.quantized(n, w, bits)) for n, w in state.items()}
-        fast.put_quantized(other, there)
+        there = {n: on_gpu(quant.quantize(n, w, bits)) for n, w in state.items()}
+        quant.put_quantized(other, there)
         model.load_state_dict({n: module.rows(0, module.out_features) for n, module in there.items()}, strict=False)
     want = true_logprobs(model, prompts)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 
 from mistral.chat import Chat
 from mistral.engine import GenerationError
-from mistral.formats import BUNDLED
+from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
 from mistral.templates import TemplateError, Turn, find_template
 from mistral.tokenizer import Tokenizer

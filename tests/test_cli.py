@@ -15,8 +15,9 @@ import pytest
 import mistral
 from mistral.cli import COMMANDS, DEMO_PROMPTS, RANGES, SEPARATOR
 from mistral.flags import UsageError, canonical, readable_by_fire
-from mistral.formats import BUNDLED, load
+from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
+from mistral.loader.load import load
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import ROOT, make_folder, make_parrot
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistral import cli
-from mistral.formats import assemble
 from mistral.formats.folder import read_folder
+from mistral.loader.load import assemble
 from mistral.oracle import pack, plants
 from mistral.oracle.compare import CompareError, compare, differences
 from mistral.oracle.evidence import Evidence

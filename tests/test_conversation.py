@@ -285,7 +285,7 @@ def test_filling_a_gap(cli: Command, codestral: Path, tmp_path: Path) -> None:
 
 
 def test_the_text_of_a_gap_is_what_the_model_makes(cli: Command, codestral: Path) -> None:
-    from mistral.formats import load
+    from mistral.loader.load import load
 
     loaded = load(codestral, device="cpu")
     ids = find_template(loaded.tokenizer).infill("def f(", "return x")

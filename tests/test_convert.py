@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral.formats import convert as module
-from mistral.formats import load
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.params import ParamsError
 from mistral.formats.weights import INDEX, WeightsError
+from mistral.loader.load import load
 from mistral.util.errors import ConvertError
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights

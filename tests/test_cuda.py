@@ -7,12 +7,12 @@ import logging
 import pytest
 import torch
 
-from mistral import backends, fast
+from mistral import backends, quant
 from mistral.attention import plain, tiled
 from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys
-from mistral.fast.captured import CapturedTransformer
+from mistral.fast.cuda_graph import CapturedTransformer
+from mistral.fast.layout import is_quantized
 from mistral.model import Transformer
-from mistral.packing import is_quantized
 from mistral.plan import make_plan
 from tests.tiny import at_random, in_chunks, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
@@ -191,14 +191,14 @@ def test_weights_in_few_bits(bits, captured):
     args = tiny_args(n_layers=3, sliding_window=60)
     plain = tiny_model(args, seed=1)
     there = {
-        n: fast.quantized(n, w, bits, torch.device("cuda")) for n, w in plain.state_dict().items() if is_quantized(n)
+        n: quant.quantize(n, w, bits, torch.device("cuda")) for n, w in plain.state_dict().items() if is_quantized(n)
     }
     meant = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
     plain.load_state_dict(plain.state_dict() | meant)
     model = (CapturedTransformer if captured else Transformer)(args)
     model.load_state_dict(plain.state_dict())
     model = model.to("cuda")
-    fast.put_quantized(model, there)
+    quant.put_quantized(model, there)
     lens = [100, 20, 3]
     prompts = ragged(lens, args.vocab_size, seed=1)
     found = []

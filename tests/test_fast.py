@@ -19,20 +19,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral import packing
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
-from mistral.fast import build, decode, put_quantized, quantize, quantized, use_kernels
-from mistral.fast.build import NoKernels, kernels, pointer
+from mistral.fast import decode, kernels, layout
 from mistral.fast.decode import FastTransformer
-from mistral.fast.linear import FEW, FastLinear, Int4Linear, Int8Linear, QuantizedLinear, int4, int8
-from mistral.formats import load
+from mistral.fast.kernels import NoKernels, library, pointer
+from mistral.fast.linear import FEW, FastLinear, use_kernels
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.generate import complete
 from mistral.linear import Linear
+from mistral.loader.load import load
+from mistral.loader.options import OptionError
 from mistral.model import Transformer
-from mistral.runtime import OptionError
+from mistral.quant import put_quantized, quantize, rounding
+from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from tests.commands import Command, in_process
 from tests.folders import make_folder
 from tests.tiny import (
@@ -50,7 +51,7 @@ from tests.tiny import (
 )
 
 try:
-    kernels()
+    library()
 except NoKernels as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
@@ -87,7 +88,7 @@ def fast_twin(model: Transformer, kind: str) -> tuple[FastTransformer, Transform
         fast.load_state_dict({n: t.to(DTYPES[kind]) for n, t in state.items()}, assign=True)
         plain.load_state_dict({n: t.to(DTYPES[kind]).float() for n, t in state.items()})
     else:
-        few = {n: quantized(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
         rest = {n: t for n, t in state.items() if n not in few}
         fast.load_state_dict(rest | put_quantized(fast, few), assign=True)
         plain.load_state_dict(rest | {n: m.rows(0, m.out_features) for n, m in few.items()})
@@ -102,13 +103,13 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     class Spy:
         def __getattr__(self, name: str) -> Any:
-            return getattr(kernels(), name)
+            return getattr(library(), name)
 
         def decode(self, model: Any, rows: ctypes.c_int64, *rest: Any) -> None:
             calls.append(rows.value)
-            kernels().decode(model, rows, *rest)
+            library().decode(model, rows, *rest)
 
-    monkeypatch.setattr("mistral.fast.decode.kernels", Spy)
+    monkeypatch.setattr("mistral.fast.decode.library", Spy)
     return calls
 
 
@@ -127,7 +128,7 @@ def test_products_of_any_shape(kind: str, n: int, k: int, rows: int, seed: int) 
         y = linear(x)
     assert y.shape == (rows, n)
     assert y.dtype == torch.float32
-    x = quantize.rounded(x, linear.span) if isinstance(linear, QuantizedLinear) else x
+    x = rounding.rounded(x, linear.span) if isinstance(linear, QuantizedLinear) else x
     want = x.double() @ weights_meant(linear).double().T
     size = x.double().abs() @ weights_meant(linear).double().abs().T
     assert ((y - want).abs() <= 2e-6 * size + 1e-30).all()
@@ -179,11 +180,11 @@ def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("span", [Int4Linear.span, Int8Linear.span])
 def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None:
     x = torch.rand(3, 170, generator=torch.Generator().manual_seed(4)) - 0.5
-    near = quantize.rounded(x, span)
+    near = rounding.rounded(x, span)
     step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / 32767
     assert ((near - x).abs() <= step.repeat_interleave(span, dim=-1)[:, :170] * 0.5001).all()
     assert not torch.equal(near, x)
-    assert not quantize.rounded(torch.zeros(2, 40), span).any()
+    assert not rounding.rounded(torch.zeros(2, 40), span).any()
 
 
 @given(k=st.integers(1, 300), span=st.sampled_from([32, 128]), scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]))
@@ -191,8 +192,8 @@ def test_inputs_of_many_rows_are_rounded_to_the_same_bits(k: int, span: int, sca
     x = scale * (torch.rand(5, k, generator=torch.Generator().manual_seed(k)) - 0.5)
     found = torch.full_like(x, float("nan"))
     size = (ctypes.c_int64(n) for n in (k, 5, span))
-    kernels().through_16_bits(pointer(x), *size, pointer(found), ctypes.c_int64(2))
-    assert torch.equal(found, quantize.rounded(x, span))
+    library().through_16_bits(pointer(x), *size, pointer(found), ctypes.c_int64(2))
+    assert torch.equal(found, rounding.rounded(x, span))
 
 
 @pytest.mark.parametrize("rows", [1, FEW + 1])
@@ -231,19 +232,19 @@ def test_half_precision_specials() -> None:
 @given(n=st.integers(1, 40), k=st.integers(1, 130), scale=st.floats(1e-6, 1e3), seed=st.integers(0, 2**20))
 def test_packing_is_undone(n: int, k: int, scale: float, seed: int) -> None:
     weight = (torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale
-    q, scales = quantize.int4(weight)
-    assert q.shape == (n, packing.groups(k) * packing.GROUP)
+    q, scales = rounding.int4(weight)
+    assert q.shape == (n, layout.groups(k) * layout.GROUP)
     assert not q[:, k:].any()
-    packed = quantize.pack(q, scales)
-    back = quantize.unpack(packed, n, k)
+    packed = rounding.pack(q, scales)
+    back = rounding.unpack(packed, n, k)
     assert torch.equal(back[0], q)
     assert torch.equal(back[1], scales)
 
 
 def test_how_int8_weights_lie_in_memory() -> None:
     q = (torch.arange(20 * 40).view(20, 40) % 251 - 125).to(torch.int8)
-    packed = quantize.interleave(q)
-    assert packed.shape == packing.int8_shape(20, 40) == (2, 2, 512)
+    packed = rounding.interleave(q)
+    assert packed.shape == layout.int8_shape(20, 40) == (2, 2, 512)
     for row, column in ((0, 0), (3, 5), (15, 31), (19, 39)):
         assert packed[row // 16, column // 32, column % 32 // 2 * 32 + row % 16 * 2 + column % 2] == q[row, column]
 
@@ -251,7 +252,7 @@ def test_how_int8_weights_lie_in_memory() -> None:
 def test_how_packed_weights_lie_in_memory() -> None:
     q = torch.arange(16 * 32).view(16, 32) % 16 - 8
     scales = torch.arange(1, 17).bfloat16()[:, None]
-    packed = quantize.pack(q.to(torch.int8), scales)
+    packed = rounding.pack(q.to(torch.int8), scales)
     assert packed.shape == (1, 1, 288)
     words = packed[0, 0, :256].view(torch.int32).view(4, 16)
     for j, row, i in ((0, 0, 0), (1, 3, 5), (3, 15, 7)):
@@ -285,16 +286,16 @@ def _round_to_eighths(weight: Tensor) -> Tensor:
 @given(n=st.integers(1, 40), k=st.integers(1, 130), scale=st.floats(1e-4, 1e3), seed=st.integers(0, 2**20))
 def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, scale: float, seed: int) -> None:
     weight = ((torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 0.5) * scale).to(DTYPES[dtype])
-    q, scales = quantize.int8(weight)
+    q, scales = rounding.int8(weight)
     packed, found = int8(weight)
-    assert torch.equal(packed, quantize.interleave(q))
-    assert torch.equal(quantize.separate(packed, n, k), q)
+    assert torch.equal(packed, rounding.interleave(q))
+    assert torch.equal(rounding.separate(packed, n, k), q)
     assert torch.equal(found, scales)
-    got, want = int4(weight), quantize.pack(*quantize.int4(weight))
-    assert got.shape == want.shape == packing.int4_shape(n, k)
+    got, want = int4(weight), rounding.pack(*rounding.int4(weight))
+    assert got.shape == want.shape == layout.int4_shape(n, k)
     if not torch.equal(got, want):  # two scales that fit equally well up to rounding
-        pairs = [quantize.unpack(packed, n, k) for packed in (got, want)]
-        off = [(quantize.meant(q, s, k) - weight.float()).square().sum() for q, s in pairs]
+        pairs = [rounding.unpack(packed, n, k) for packed in (got, want)]
+        off = [(rounding.meant(q, s, k) - weight.float()).square().sum() for q, s in pairs]
         torch.testing.assert_close(*off, rtol=1e-5, atol=0)
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
@@ -315,8 +316,8 @@ def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
     matrix = linear.matrix()
     for first, last in ((0, 50), (16, 48), (32, 39)):
         out = torch.full((77, last - first), 9.0)
-        size = ctypes.c_int64(last - first), build.pointer(out), ctypes.c_int64(2)
-        kernels().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
+        size = ctypes.c_int64(last - first), kernels.pointer(out), ctypes.c_int64(2)
+        library().widen(ctypes.byref(matrix), ctypes.c_int64(first), *size)
         assert torch.equal(out.T, linear.rows(first, last))
 
 
@@ -698,22 +699,22 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine on which nothing has been built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernels.cache_clear()
+    library.cache_clear()
     yield tmp_path / "cache" / "mistral-ref"
-    kernels.cache_clear()
+    library.cache_clear()
 
 
 def test_built_once_and_found_again(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels()
-    (library,) = unbuilt.iterdir()
-    assert library.name.startswith("kernels-")
-    kernels.cache_clear()
+    library()
+    (built,) = unbuilt.iterdir()
+    assert built.name.startswith("kernels-")
+    library.cache_clear()
     monkeypatch.setattr("subprocess.run", None)  # whoever compiles fails
-    kernels()
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
-    kernels.cache_clear()
+    library()
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O1"))
+    library.cache_clear()
     with pytest.raises(TypeError):
-        kernels()
+        library()
 
 
 @pytest.mark.parametrize(
@@ -754,7 +755,7 @@ def test_weights_in_few_bits_without_a_compiler(
         here = [
             complete([[1, 5, 9]], x.model, x.tokenizer, max_tokens=6, temperature=0)[0].tokens for x in (found, again)
         ]
-    kernels.cache_clear()
+    library.cache_clear()
     asked = load(folder, device="cpu", quant=quant, kernels=False)
     monkeypatch.setattr("mistral.fast.linear.product", None)  # whoever calls it fails
     here.append(complete([[1, 5, 9]], asked.model, asked.tokenizer, max_tokens=6, temperature=0)[0].tokens)
@@ -763,25 +764,25 @@ def test_weights_in_few_bits_without_a_compiler(
 
 @pytest.mark.parametrize("damage", [lambda b: b[:5000], lambda b: b[:-5000], lambda b: b"", lambda b: b + b"x"])
 def test_a_library_that_is_damaged_is_built_again(unbuilt: Path, damage: Callable[[bytes], bytes]) -> None:
-    kernels()
-    (library,) = unbuilt.iterdir()
-    content = library.read_bytes()
-    library.unlink()  # this process has it mapped
-    library.write_bytes(damage(content))
-    kernels.cache_clear()
-    kernels()
-    assert build._intact(library)
+    library()
+    (built,) = unbuilt.iterdir()
+    content = built.read_bytes()
+    built.unlink()  # this process has it mapped
+    built.write_bytes(damage(content))
+    library.cache_clear()
+    library()
+    assert kernels._intact(built)
 
 
 def test_a_blank_compiler_is_the_usual_one(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", " ")
-    kernels()
+    library()
 
 
 def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbuilt.parent.write_text("a file")
     with pytest.raises(NoKernels, match="cannot be written"):
-        kernels()
+        library()
 
 
 # --- weights in few bits on disk

@@ -7,27 +7,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistral import fast, runtime
-from mistral.fast import gpu
-from mistral.packing import bits_of, is_quantized
-from mistral.runtime import OptionError
+from mistral import fast, quant
+from mistral.fast.layout import bits_of, is_quantized
+from mistral.loader import runtime
+from mistral.loader.options import OptionError
+from mistral.quant import cuda
 from tests.tiny import TOLERANCE, distance, make_cache, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
 KINDS = ["int8", "int4"]
 META = torch.device("meta")  # any but the CPU
 
 
-def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, gpu.OnGpu]:
+def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, cuda.OnGpu]:
     """The same weights in few bits, as a CPU and as a GPU has them."""
-    here = fast.KINDS[kind].of(weight)
-    there = {"int8": gpu.Int8OnGpu, "int4": gpu.Int4OnGpu}[kind](here, torch.device("cpu"))
+    here = quant.KINDS[kind].of(weight)
+    there = {"int8": cuda.Int8OnGpu, "int4": cuda.Int4OnGpu}[kind](here, torch.device("cpu"))
     return here, there
 
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
     """Compiling is PyTorch's; what is compiled is tried here."""
-    monkeypatch.setattr(gpu, "compiled", lambda function: function)
+    monkeypatch.setattr(cuda, "compiled", lambda function: function)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +47,7 @@ def test_products_of_any_shape(kind, n, k, rows, seed):
     assert ((y - x.double() @ meant.double().T).abs() <= 2e-6 * size + 1e-30).all()
 
 
-@pytest.mark.parametrize("rows", [1, gpu.FEW, gpu.FEW + 1])
+@pytest.mark.parametrize("rows", [1, cuda.FEW, cuda.FEW + 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrow_activations_and_leading_dimensions(kind, rows):
     here, there = twins(kind, torch.rand(20, 70) - 0.5)
@@ -60,7 +61,7 @@ def test_narrow_activations_and_leading_dimensions(kind, rows):
 
 def test_many_rows_are_multiplied_by_tiles(monkeypatch):
     here, there = twins("int8", torch.rand(50, 40) - 0.5)
-    monkeypatch.setattr(gpu, "WIDEN", 40 * 16)
+    monkeypatch.setattr(cuda, "WIDEN", 40 * 16)
     x = torch.rand(9, 40)
     with torch.inference_mode():
         torch.testing.assert_close(there(x), x @ here.rows(0, 50).T)
@@ -72,10 +73,10 @@ def test_a_model(kind):
     plain = tiny_model(tiny_args(sliding_window=5), seed=3)
     state = plain.state_dict()
     there = {n: twins(bits_of(n, kind), w)[1] for n, w in state.items() if is_quantized(n)}
-    assert type(there["output.weight"]) is gpu.Int8OnGpu
+    assert type(there["output.weight"]) is cuda.Int8OnGpu
     plain.load_state_dict(state | {n: module.rows(0, module.out_features) for n, module in there.items()})
     model = tiny_model(plain.args, seed=3)
-    fast.put_quantized(model, there)
+    quant.put_quantized(model, there)
     lens = [9, 20, 1]
     prompts = ragged(lens, plain.args.vocab_size, seed=3)
     found = []
@@ -87,9 +88,9 @@ def test_a_model(kind):
 
 def test_what_is_placed_elsewhere():
     weight = torch.rand(20, 40)
-    assert fast.quantized("layers.0.attention.wq.weight", weight, "int4", META).packed.shape == (20, 2, 16)
-    assert fast.quantized("output.weight", weight, "int4", META).packed.shape == (20, 40)
-    assert fast.quantized("output.weight", weight, "int4").packed.device.type == "cpu"
+    assert quant.quantize("layers.0.attention.wq.weight", weight, "int4", META).packed.shape == (20, 2, 16)
+    assert quant.quantize("output.weight", weight, "int4", META).packed.shape == (20, 40)
+    assert quant.quantize("output.weight", weight, "int4").packed.device.type == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats import Loaded, load, read_folder
 from mistral.formats import huggingface as hf
+from mistral.formats import read_folder
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.params import ParamsError, to_args
 from mistral.formats.weights import INDEX, WeightsError, find_hf_weights
+from mistral.loader.load import Loaded, load
 from mistral.parameters import expected_shapes
 from mistral.util.memory import DoesNotFit
 from tests.commands import in_process

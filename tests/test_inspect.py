@@ -23,9 +23,9 @@ from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
-from mistral.formats import load
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, recognise
+from mistral.loader.load import load
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import PATTERN, Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process

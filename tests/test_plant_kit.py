@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 import mistral
-from mistral.backends import packed
+from mistral.backends import varlen
 from mistral.cache import NoCache
-from mistral.fast import put_quantized, quantized, use_kernels
-from mistral.fast.build import NoKernels, kernels
+from mistral.fast.bitwise import BitwiseTransformer
 from mistral.fast.decode import FastTransformer
+from mistral.fast.kernels import NoKernels, library
+from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
-from mistral.oracle.bitwise import BitwiseTransformer
 from mistral.oracle.plants import PLAIN, PLANTS, Plant, PlantError, applies, logits_with, planted, theta
+from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
 from tests import truth
 from tests.test_deep import LENS, deep_model
@@ -62,7 +63,7 @@ def model_of(kind: str) -> Transformer:
     if kind == "plain":
         return plain
     try:
-        kernels()
+        library()
     except NoKernels as error:
         pytest.skip(str(error))
     fast = (BitwiseTransformer if kind == "bitwise" else FastTransformer)(plain.args)
@@ -189,7 +190,7 @@ def test_other_attention_backends_stand_aside(name: str) -> None:
         raise AssertionError("the backend computed")
 
     plain = deep_model(THETA)
-    model = Transformer(plain.args, packed.Packed(lambda *_: None, kernel))
+    model = Transformer(plain.args, varlen.Packed(lambda *_: None, kernel))
     model.load_state_dict(plain.state_dict())
     prompts = ragged(LENS, model.args.vocab_size)
     with pytest.raises(AssertionError, match="computed"):
@@ -201,7 +202,7 @@ def test_quantized_weights_are_swapped_as_they_are_meant() -> None:
     plain = deep_model(THETA)
     fast = FastTransformer(plain.args)
     state = plain.state_dict()
-    few = {n: quantized(n, w, "int8") for n, w in state.items() if w.dim() == 2 and not n.startswith("tok")}
+    few = {n: quantize(n, w, "int8") for n, w in state.items() if w.dim() == 2 and not n.startswith("tok")}
     fast.load_state_dict({n: w for n, w in state.items() if n not in few} | put_quantized(fast, few), assign=True)
     plain.load_state_dict({n: few[n].rows(0, len(w)) if n in few else w for n, w in state.items()})
     prompts = ragged(LENS, plain.args.vocab_size)

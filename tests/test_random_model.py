@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mistral.formats import load, random
+from mistral.formats import random
 from mistral.formats.folder import read_folder
 from mistral.formats.params import ParamsError, to_args
 from mistral.formats.releases import RELEASES
 from mistral.formats.weights import WeightFiles
 from mistral.generate import generate
+from mistral.loader.load import load
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import ConvertError

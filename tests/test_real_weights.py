@@ -7,8 +7,8 @@ import os
 import pytest
 
 from mistral.cli import DEMO_PROMPTS
-from mistral.formats import load
 from mistral.generate import generate
+from mistral.loader.load import load
 
 FOLDER = os.environ.get("MISTRAL_7B_V01")
 TEXTS = [

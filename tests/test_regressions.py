@@ -17,9 +17,10 @@ import torch
 
 from mistral.cache import CacheError, RollingBufferCache
 from mistral.engine import GenerationError
-from mistral.formats import BUNDLED, load
+from mistral.formats.folder import BUNDLED
 from mistral.formats.params import ParamsError, to_args
 from mistral.generate import complete, generate, stream
+from mistral.loader.load import load
 from mistral.sampling import Sampler, Uniforms
 from mistral.sampling_params import SamplingError
 from tests.folders import PARAMS

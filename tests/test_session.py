@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mistral.chat import Chat
-from mistral.formats import load
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
+from mistral.loader.load import load
 from mistral.session import SessionError
 from mistral.session import load as load_session
 from mistral.session import save as save_session

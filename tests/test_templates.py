@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral.formats import BUNDLED
+from mistral.formats.folder import BUNDLED
 from mistral.templates import TemplateError, Turn, find_template
 from mistral.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mistral import cli
-from mistral.formats import load
+from mistral.loader.load import load
 from mistral.oracle.trace import names, noted, plans, trace
 from mistral.oracle.truth import Truth
 from mistral.window import visible

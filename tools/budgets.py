@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from mistral.flags import UsageError, numbers
-from mistral.formats import BUNDLED
-from mistral.formats.folder import read_folder
+from mistral.formats.folder import BUNDLED, read_folder
 from mistral.oracle.measure import short, table
 from mistral.oracle.verify import Row, verify
 

@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral.engine import Generation
-from mistral.formats import load
+from mistral.loader.load import load
 from mistral.model import ModelArgs, Transformer
 from mistral.sampling import Sampler
 from mistral.tokenizer import Tokenizer

@@ -17,11 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from mistral.args import ModelArgs
-from mistral.formats import tokenizer_files
 from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
 from mistral.formats.params import read_object, to_args
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, recognise
+from mistral.formats.tokenizers import tokenizer_files
 
 # The tokenizers that mistral-common carries, by the template of the releases that have them.
 TOKENIZERS = {

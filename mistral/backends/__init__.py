@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mistral.attention import Attend, plain, sdpa, tiled
-from mistral.backends.packed import Packed
+from mistral.backends.varlen import Packed
 
 log = logging.getLogger("mistral")
 

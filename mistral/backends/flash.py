@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mistral.backends.packed import Packed
+from mistral.backends.varlen import Packed
 
 # cu_seq_q [B + 1] and cu_seq_k [B + 1], int32; the longest of each; (left, right) of the window
 Bounds = tuple[Tensor, Tensor, int, int, tuple[int, int]]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.backends.packed import Packed
+from mistral.backends.varlen import Packed
 
 
 def bias(q_lens: tuple[int, ...], k_lens: tuple[int, ...], window: int | None, device: torch.device) -> Any:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.build import INT4, INT8, Layer, Model, kernels, pointer
-from mistral.fast.linear import FEW, FastLinear, QuantizedLinear, room_for_inputs
+from mistral.fast.kernels import INT4, INT8, Layer, Model, library, pointer
+from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
 from mistral.model import Transformer, TransformerBlock
 from mistral.plan import Plan
 from mistral.rope import cos_sin
@@ -109,11 +109,11 @@ class FastTransformer(Transformer):
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
         count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, torch.get_num_threads()))
-        scratch = torch.empty(kernels().scratch_floats(ctypes.byref(model), count, most, threads))
+        scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
         rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
         given = (pointer(x) for x in (which, positions, begins, cos, sin))
         used = (pointer(x) for x in (h, scratch, rounded))
-        kernels().decode(ctypes.byref(model), count, *given, most, *used, threads)
+        library().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
     def described(self, cache: RollingBufferCache) -> Model | None:
         """The model and its cache as the kernels have them; None if they are not for them, or hooks want to see them.
@@ -152,7 +152,7 @@ class FastTransformer(Transformer):
             layer, store, a, f = layers[i], cache.layer(i), block.attention, block.feed_forward
             linears = {"wq": a.wq, "wk": a.wk, "wv": a.wv, "wo": a.wo, "w1": f.w1, "w2": f.w2, "w3": f.w3}
             for name, linear in linears.items():
-                matrix = linear.matrix() if isinstance(linear, FastLinear | QuantizedLinear) else None
+                matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
                 if matrix is None:
                     return None
                 setattr(layer, name, matrix)

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral import fast
+from mistral import quant
 from mistral.args import ModelArgs
+from mistral.fast.layout import QUANTS, is_quantized, stored_as
 from mistral.formats import huggingface as hf
-from mistral.formats import load_tokenizer
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.params import FEW_BITS, REQUIRED
+from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import CODES, INDEX, file_names
-from mistral.packing import QUANTS, is_quantized, stored_as
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
@@ -301,7 +301,7 @@ def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], 
 def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
     weight = folder.weights.get(tensor.source)
     if tensor.quant is not None:
-        rounded = fast.quantized(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
+        rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
         file.write(rounded.view(torch.uint8).numpy().data)
         bar.update(rounded.nbytes)
         return

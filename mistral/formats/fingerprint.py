@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mistral.formats import tokenizer_files
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import heads_of
 from mistral.formats.releases import COMPARED
+from mistral.formats.tokenizers import tokenizer_files
 
 
 def fingerprint(folder: Path) -> str:

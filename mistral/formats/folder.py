@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ModelArgs
+from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.mapped import Progress
 from mistral.formats.params import FEW_BITS, ParamsError, read_object, to_args
@@ -27,7 +28,6 @@ from mistral.formats.weights import (
     has_hf_weights,
     has_mistral_weights,
 )
-from mistral.packing import is_quantized, stored_as
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 
 if TYPE_CHECKING:
@@ -184,3 +184,12 @@ def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[i
             for stored, (sizes, dtype) in stored_as(name, shape, quant).items():
                 shapes[stored], dtypes[stored] = sizes, dtype
     return shapes, dtypes
+
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+def short(folder: Path) -> Path:
+    """A folder as seen from here, where that is shorter."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.packing import QUANTS
+from mistral.fast.layout import QUANTS
 from mistral.util.errors import quoted
 from mistral.util.files import read_small
 

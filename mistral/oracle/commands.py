@@ -140,9 +140,10 @@ def compare(
     first activation and position that part; and the planted mistakes that, made by our model, give the other
     side's numbers. The exit code is 0 if the sides agree, else 1.
     """
+    from mistral.loader.options import OptionError
+    from mistral.loader.runtime import DTYPES
     from mistral.oracle import compare as comparing
     from mistral.oracle.sides import FolderSide, side
-    from mistral.runtime import DTYPES, OptionError
 
     if dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -262,8 +263,7 @@ def trace(
 @contextlib.contextmanager
 def model_of(folder: str | None) -> Iterator[Folder]:
     """A folder, a hub id, a pack with weights, or the model that ships."""
-    from mistral.formats import BUNDLED
-    from mistral.formats.folder import read_folder
+    from mistral.formats.folder import BUNDLED, read_folder
     from mistral.formats.hub import locate
     from mistral.oracle.pack import folder_of, is_pack
 
@@ -288,7 +288,7 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     """Ids of a file's prompts; text wants a tokenizer."""
-    from mistral.formats import load_tokenizer
+    from mistral.formats.tokenizers import load_tokenizer
 
     asked, tokenizer = read_jsonl(file, 0), None
     if any(isinstance(one.prompt, str) for one in asked):

@@ -22,9 +22,9 @@ from torch import Tensor
 from mistral import __version__
 from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
-from mistral.formats import tokenizer_files
 from mistral.formats.folder import Folder
 from mistral.formats.params import to_args
+from mistral.formats.tokenizers import tokenizer_files
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
 from mistral.oracle.evidence import PRINTS, Unavoidable, tell

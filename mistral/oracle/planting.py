@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mistral.formats import assemble
 from mistral.formats.folder import Folder
+from mistral.loader.load import assemble
 from mistral.oracle import plants
 from mistral.oracle.measure import Progress
 from mistral.oracle.reading import require_ids

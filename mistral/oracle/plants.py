@@ -28,15 +28,15 @@ import mistral.cache
 import mistral.model
 import mistral.window
 from mistral.args import ModelArgs
-from mistral.backends.packed import Packed
+from mistral.backends.varlen import Packed
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.captured import CapturedTransformer
+from mistral.fast.bitwise import BitwiseTransformer
+from mistral.fast.cuda_graph import CapturedTransformer
 from mistral.fast.decode import FastTransformer
-from mistral.fast.linear import QuantizedLinear
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
-from mistral.oracle.bitwise import BitwiseTransformer
 from mistral.plan import Plan, make_plan
+from mistral.quant.linear import QuantizedLinear
 from mistral.rope import inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
 from mistral.window import Window

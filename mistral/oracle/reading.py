@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mistral import fast
+from mistral import quant
 from mistral.args import ModelArgs
-from mistral.fast.linear import QuantizedLinear
+from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats.folder import Folder
 from mistral.oracle.streams import Stream
-from mistral.packing import is_quantized, stored_as
 from mistral.parameters import EMBEDDINGS, expected_shapes
+from mistral.quant.linear import QuantizedLinear
 
 SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
 
@@ -74,7 +74,7 @@ class Reading:
         found = self._found
         if found.quant is not None and is_quantized(name):
             parts = [found.weights.get(part) for part in stored_as(name, self._shapes[name], found.quant)]
-            module: QuantizedLinear = fast.from_stored(name, self._shapes[name], found.quant, parts)
+            module: QuantizedLinear = quant.from_stored(name, self._shapes[name], found.quant, parts)
             weight = module.rows(0, self._shapes[name][0])
         else:
             weight = found.weights.get(name)

@@ -79,7 +79,7 @@ class FolderSide(Side):
 
     def model(self) -> Transformer:
         """The library's own, on its plain path, in float64."""
-        from mistral.formats import assemble
+        from mistral.loader.load import assemble
 
         return assemble(self.found, device="cpu", dtype="float64", kernels=False)[0]
 

@@ -121,9 +121,9 @@ class Blocks:
             block = TransformerBlock(args, self._attend)
         block.load_state_dict({name: self._cast(w) for name, w in weights.items()}, assign=True)
         if self._kernels:
-            from mistral import fast
+            from mistral.fast import linear
 
-            fast.use_kernels(block)
+            linear.use_kernels(block)
         cache = RollingBufferCache(
             args, len(self.prompts), device=self._device, dtype=self._compute, positions=self._longest
         )

@@ -26,7 +26,7 @@ from mistral.util import files
 from mistral.window import visible
 
 if TYPE_CHECKING:
-    from mistral.formats import Loaded
+    from mistral.loader.load import Loaded
 
 FORMAT, VERSION = "mistral activations", 1
 

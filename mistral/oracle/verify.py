@@ -17,8 +17,8 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.backends import BACKENDS
-from mistral.backends.packed import Packed
-from mistral.fast.build import NoKernels, kernels
+from mistral.backends.varlen import Packed
+from mistral.fast.kernels import NoKernels, library
 from mistral.formats.folder import Folder
 from mistral.oracle import arrays
 from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
@@ -271,7 +271,7 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
 def has_kernels() -> bool:
     """Whether the kernels of `fast` can be built here."""
     try:
-        kernels()
+        library()
     except NoKernels:
         return False
     return True

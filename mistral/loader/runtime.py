@@ -11,7 +11,8 @@ import torch
 
 from mistral import backends
 from mistral.attention import Attend
-from mistral.packing import QUANTS
+from mistral.fast.layout import QUANTS
+from mistral.loader.options import OptionError
 from mistral.util import memory
 
 DTYPES = {
@@ -26,10 +27,6 @@ DTYPES = {
 }
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
 WIDEN_SHARE = 0.6
-
-
-class OptionError(ValueError):
-    """An option that does not exist, or that this machine cannot honour."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,10 @@ def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
         return False, ()
     if not fits:
         raise OptionError("the kernels are for a CPU in float32 or bfloat16, or for CUDA: leave --kernels out")
-    from mistral.fast.build import NoKernels, kernels
+    from mistral.fast.kernels import NoKernels, library
 
     try:
-        kernels()
+        library()
     except NoKernels as error:
         if wanted:
             raise OptionError(f"no kernels: {error}") from None

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mistral.fast import quantize
-from mistral.fast.linear import Int4Linear, Int8Linear, QuantizedLinear
-from mistral.packing import GROUP
+from mistral.fast.layout import GROUP
+from mistral.quant import rounding
+from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 FEW = 4  # rows of activations up to which reading the bytes again for each costs less than widening them
 WIDEN = 2**26  # numbers widened at once: many, since each tile costs a few launches
@@ -72,7 +72,7 @@ class Int8OnGpu(OnGpu):
 
     def __init__(self, of: Int8Linear, device: torch.device) -> None:
         super().__init__(of.in_features, of.out_features)
-        weight = quantize.separate(of.packed, self.out_features, self.in_features).contiguous()
+        weight = rounding.separate(of.packed, self.out_features, self.in_features).contiguous()
         self.register_buffer("packed", weight.to(device))
         self.register_buffer("scale", of.scale.to(device))
 
@@ -91,7 +91,7 @@ class Int4OnGpu(OnGpu):
 
     def __init__(self, of: Int4Linear, device: torch.device) -> None:
         super().__init__(of.in_features, of.out_features)
-        q, scale = quantize.unpack(of.packed, self.out_features, self.in_features)
+        q, scale = rounding.unpack(of.packed, self.out_features, self.in_features)
         nibbles = (q + 8).view(torch.uint8).view(self.out_features, -1, GROUP // 2, 2)
         self.register_buffer("packed", (nibbles[..., 0] | nibbles[..., 1] << 4).to(device))
         self.register_buffer("scale", scale.contiguous().to(device))
@@ -102,4 +102,4 @@ class Int4OnGpu(OnGpu):
     def rows(self, first: int, last: int) -> Tensor:
         packed = self.packed[first:last]
         q = torch.stack((packed & 15, packed >> 4), dim=-1).view(torch.int8).sub(8).flatten(1)
-        return quantize.meant(q, self.scale[first:last], self.in_features)
+        return rounding.meant(q, self.scale[first:last], self.in_features)

@@ -73,7 +73,7 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The compiled kernels; built at the first call on a machine.
 
     Raises:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast import use_kernels
-from mistral.fast.build import Matrix
 from mistral.fast.decode import FastTransformer
-from mistral.fast.linear import FastLinear, QuantizedLinear, product
+from mistral.fast.kernels import Matrix
+from mistral.fast.linear import HasMatrix, product, use_kernels
 from mistral.model import ModelArgs, Transformer
 from mistral.plan import Plan
 from mistral.rope import cos_sin
@@ -94,9 +93,9 @@ def aligned_cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Ten
     return cos, sin
 
 
-def matrix_of(linear: torch.nn.Module) -> Matrix:
+def matrix_of(linear: object) -> Matrix:
     """The weights of a product as the kernels have them."""
-    matrix = linear.matrix() if isinstance(linear, FastLinear | QuantizedLinear) else None
+    matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
     if matrix is None:
         raise NotBitwise("deterministic is for weights on a CPU, as they were loaded; load without it to move them")
     return matrix
@@ -115,7 +114,7 @@ def self_test(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(0)
     try:
         for name, linear in [*model.layers[0].named_modules(), ("output", model.output)]:
-            if isinstance(linear, FastLinear | QuantizedLinear):
+            if isinstance(linear, HasMatrix):
                 matrix = matrix_of(linear)
                 x = torch.rand(COUNTS[0], matrix.k, generator=generator) - 0.5
                 _compare(f"products with {name}", before, partial(_products, matrix, x))

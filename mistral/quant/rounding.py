@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mistral.packing import GROUP, ROWS, groups, int8_shape
+from mistral.fast.layout import GROUP, ROWS, groups, int8_shape
 
 SPAN = 128  # columns whose inputs share a scale beside int8
 INPUTS = 32767  # what the largest input of a group becomes

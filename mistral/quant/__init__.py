@@ -1,0 +1,56 @@
+"""Other numbers, smaller: weights of 8 and 4 bits, rounded, stored and multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mistral.fast.layout import bits_of
+from mistral.model import Transformer
+from mistral.quant.cuda import Int4OnGpu, Int8OnGpu
+from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
+
+KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+CPU = torch.device("cpu")
+
+
+def quantize(name: str, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
+    """A weight in few bits, rounded on the CPU."""
+    return _placed(KINDS[bits_of(name, quant)].of(weight), device)
+
+
+class BrokenBits(ValueError):
+    """Weights in few bits that mean nothing."""
+
+
+def from_stored(
+    name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
+) -> QuantizedLinear:
+    """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`.
+
+    Raises:
+        BrokenBits: a scale is no number, or negative.
+    """
+    for scale in tensors[1:]:
+        if not (scale.isfinite() & (scale >= 0)).all():
+            raise BrokenBits(f"{name}: a scale of its {quant} weights is negative or no number")
+    return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
+
+
+def _placed(module: Int8Linear | Int4Linear, device: torch.device) -> QuantizedLinear:
+    """The same weights as a device reads them."""
+    if device.type == "cpu":
+        return module
+    return Int8OnGpu(module, device) if isinstance(module, Int8Linear) else Int4OnGpu(module, device)
+
+
+def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Put quantized weights in place, by the names of the tensors they were; return their state."""
+    state: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        path = name.removesuffix(".weight")
+        model.set_submodule(path, module)
+        state |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return state

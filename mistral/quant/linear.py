@@ -1,0 +1,172 @@
+"""Kinds of `Linear` whose weights have 8 or 4 bits.
+
+Many rows at once are PyTorch's to multiply, by weights that are widened a tile at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mistral.fast import layout
+from mistral.fast.kernels import INT4, INT8, Matrix, NoKernels, library, pointer
+from mistral.fast.linear import few, product, stored
+from mistral.linear import ROWS, WIDEN
+from mistral.quant import rounding
+
+
+def blocks(first: int, last: int) -> slice:
+    """The blocks that interleaved rows first .. last are in."""
+    return slice(first // layout.ROWS, -(-last // layout.ROWS))
+
+
+def source(weight: Tensor) -> Matrix | None:
+    """Weights as the kernels round them; None if there are no kernels, or none for these."""
+    try:
+        library()
+    except NoKernels:
+        return None
+    return stored(weight)
+
+
+def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`rounding.int8`, interleaved, by the kernels where they can: it takes a tenth of the time."""
+    matrix = source(weight)
+    if matrix is None:
+        q, scale = rounding.int8(weight)
+        return rounding.interleave(q), scale
+    packed = torch.empty(layout.int8_shape(*weight.shape), dtype=torch.int8)
+    scale = torch.empty(len(weight))
+    library().to_int8(ctypes.byref(matrix), pointer(packed), pointer(scale), ctypes.c_int64(torch.get_num_threads()))
+    return packed, scale
+
+
+def int4(weight: Tensor) -> Tensor:
+    """`rounding.pack(*rounding.int4(weight))`, likewise."""
+    matrix = source(weight)
+    if matrix is None:
+        return rounding.pack(*rounding.int4(weight))
+    shares = torch.tensor(rounding.SHARES)
+    packed = torch.empty(layout.int4_shape(*weight.shape), dtype=torch.uint8)
+    count, threads = ctypes.c_int64(len(shares)), ctypes.c_int64(torch.get_num_threads())
+    library().to_int4(ctypes.byref(matrix), pointer(shares), count, pointer(packed), threads)
+    return packed
+
+
+class QuantizedLinear(nn.Module):
+    """Weights in few bits, and products with them: [..., in_features] to [..., out_features], in x's dtype.
+
+    Inference only: nothing flows back into the weights.
+    """
+
+    kind: int
+    span: int  # columns whose inputs share a scale
+    by_kernels = True  # False: by the plain path alone
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def of(cls, weight: Tensor) -> QuantizedLinear:
+        """Weights [out_features, in_features], rounded."""
+        raise NotImplementedError
+
+    def matrix(self) -> Matrix | None:
+        """The weights as the kernels have them; None if they are not for them."""
+        raise NotImplementedError
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first .. last of the weights that are meant, [last - first, in_features] fp32: the plain path.
+
+        first is a multiple of `layout.ROWS`.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.matrix()
+        if matrix is not None and few(x):
+            return product(matrix, x)
+        if matrix is not None and x.dtype == torch.float32:
+            return self._many(matrix, x)
+        x = rounding.rounded(x, self.span)
+        return torch.cat([F.linear(x, self.rows(*tile).to(x.dtype)) for tile in self._tiles()], dim=-1)
+
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        """The first row of each tile of the weights, and the one after its last."""
+        rows = max(ROWS, WIDEN // self.in_features // ROWS * ROWS)
+        for first in range(0, self.out_features, rows):
+            yield first, min(first + rows, self.out_features)
+
+    def _many(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """`forward` for many rows of fp32, rounded and widened by the kernels."""
+        flat = x.detach().reshape(-1, self.in_features).contiguous()
+        threads = ctypes.c_int64(torch.get_num_threads())
+        inputs, y = torch.empty_like(flat), flat.new_empty(len(flat), self.out_features)
+        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat), self.span))
+        library().through_16_bits(pointer(flat), *size, pointer(inputs), threads)
+        wide = None
+        for first, last in self._tiles():
+            if wide is None:
+                wide = x.new_empty((last - first) * self.in_features)  # one place for all, as in `widened_product`
+            tile = wide[: self.in_features * (last - first)].view(self.in_features, last - first)
+            count = ctypes.c_int64(last - first)
+            library().widen(ctypes.byref(matrix), ctypes.c_int64(first), count, pointer(tile), threads)
+            torch.mm(inputs, tile, out=y[:, first:last])
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(QuantizedLinear):
+    """A byte a weight, interleaved as the kernels read them, and a scale a row; inputs in 16 bits."""
+
+    kind = INT8
+    span = rounding.SPAN
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, packed: Tensor, scale: Tensor) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Linear:
+        return cls(weight.shape[1], weight.shape[0], *int8(weight))
+
+    def matrix(self) -> Matrix | None:
+        if not self.by_kernels or self.packed.device.type != "cpu" or self.scale.dtype != torch.float32:
+            return None
+        return Matrix(self.packed.data_ptr(), self.scale.data_ptr(), INT8, self.out_features, self.in_features)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        packed = self.packed[blocks(first, last)]
+        return rounding.separate(packed, last - first, self.in_features).float() * self.scale[first:last, None]
+
+
+class Int4Linear(QuantizedLinear):
+    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
+
+    kind = INT4
+    span = layout.GROUP
+    packed: Tensor
+
+    def __init__(self, in_features: int, out_features: int, packed: Tensor) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("packed", packed)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int4Linear:
+        return cls(weight.shape[1], weight.shape[0], int4(weight))
+
+    def matrix(self) -> Matrix | None:
+        if not self.by_kernels or self.packed.device.type != "cpu":
+            return None
+        return Matrix(self.packed.data_ptr(), None, INT4, self.out_features, self.in_features)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        q, scale = rounding.unpack(self.packed[blocks(first, last)], last - first, self.in_features)
+        return rounding.meant(q, scale, self.in_features)
