@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from mistral import bench
 from mistral.args import ModelArgs
-from mistral.bench import seconds
+from mistral.eval import bench
+from mistral.eval.bench import seconds
 from mistral.formats.random import random_folder
 from mistral.loader.load import assemble
 from mistral.model import Transformer
-from mistral.oracle.streams import their_config
+from mistral.oracle.layerwise import their_config
 
 SHAPES = {
     **bench.SHAPES,

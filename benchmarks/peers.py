@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral.bench import SHAPES
+from mistral.eval.bench import SHAPES
 
 ARGS = SHAPES["1b"]
 CONTEXT, STEPS, PROMPT = 32, 16, 512
@@ -42,7 +42,7 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
 
     import torch
 
-    from mistral import bench
+    from mistral.eval import bench
     from mistral.formats.random import random_folder
     from mistral.loader.load import assemble
 
@@ -78,7 +78,7 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
     import torch
     from transformers import MistralForCausalLM
 
-    from mistral.oracle.streams import their_config
+    from mistral.oracle.layerwise import their_config
 
     torch.set_num_threads(threads)
     torch.set_default_dtype(getattr(torch, name))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mistral.bench import SHAPES
+from mistral.eval.bench import SHAPES
 from mistral.loader.load import load
 from mistral.quant import KINDS
 from mistral.tokenizer import encode

@@ -1,6 +1,6 @@
 """Settings for the whole test run: Hypothesis draws the same examples every time, without deadlines.
 
-`pytest --plant NAME` runs the tests on a library that makes a mistake (mistral/oracle/plants.py); they must fail.
+`pytest --plant NAME` runs the tests on a library that makes a mistake (mistral/oracle/mutants.py); they must fail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--plant")
     if name is None:
         return
-    from mistral.oracle.plants import PlantError, planted
+    from mistral.oracle.mutants import PlantError, planted
 
     mistake = planted(name)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mistral.formats.archive import ArchiveError, check_archive
+from mistral.formats.pth import ArchiveError, check_archive
 from mistral.formats.weights import WeightsError, find_weights
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import mistral.formats
-from mistral.formats.params import to_args
+from mistral.formats.mistral import to_args
 from mistral.loader.load import load
 from mistral.util import memory
 from mistral.util.memory import DoesNotFit, available_on_host

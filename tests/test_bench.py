@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mistral import bench
+from mistral.eval import bench
 from mistral.loader.load import load
 from mistral.quant.linear import QuantizedLinear
 from tests.commands import Command, in_process

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mistral.chat import Chat
+from mistral.chat.conversation import Chat
+from mistral.chat.templates import TemplateError, Turn, find_template
 from mistral.engine import GenerationError
 from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
-from mistral.templates import TemplateError, Turn, find_template
 from mistral.tokenizer import Tokenizer
 from tests.tiny import tiny_args, tiny_model
 

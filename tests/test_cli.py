@@ -14,7 +14,7 @@ import pytest
 
 import mistral
 from mistral.cli import COMMANDS, DEMO_PROMPTS, RANGES, SEPARATOR
-from mistral.flags import UsageError, canonical, readable_by_fire
+from mistral.cli.flags import UsageError, canonical, readable_by_fire
 from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load

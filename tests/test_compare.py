@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from mistral import cli
 from mistral.formats.folder import read_folder
 from mistral.loader.load import assemble
-from mistral.oracle import pack, plants
+from mistral.oracle import mutants, pack
 from mistral.oracle.compare import CompareError, compare, differences
-from mistral.oracle.evidence import Evidence
-from mistral.oracle.reading import prompts_for
+from mistral.oracle.inputs import prompts_for
+from mistral.oracle.outputs import Evidence
 from mistral.oracle.sides import FolderSide, SideError, side
 from tests.folders import make_folder, random_state
 from tests.tiny import tiny_args, tiny_model
@@ -295,7 +295,7 @@ def test_a_mistake_that_has_no_name_is_not_given_one(folder, tmp_path, capsys):
     assert not told["same"]
     assert told["mistakes"] == {}
     assert told["mistakes_tried"] > 8
-    assert told["nearest"][0] in plants.PLANTS
+    assert told["nearest"][0] in mutants.PLANTS
     assert told["first_activation"]["name"] == "layers.1.feed_forward.w2"
 
 

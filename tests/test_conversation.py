@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from mistral.chat.templates import find_template
+from mistral.cli.terminal import Conversation, Interrupt
 from mistral.formats.convert import convert
 from mistral.generate import complete
-from mistral.templates import find_template
-from mistral.terminal import Conversation, Interrupt
 from mistral.tokenizer import Tokenizer
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import ROOT, make_folder, random_state, write_weights

@@ -23,7 +23,7 @@ from torch import Tensor
 from mistral.formats import convert as module
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
-from mistral.formats.params import ParamsError
+from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import INDEX, WeightsError
 from mistral.loader.load import load
 from mistral.util.errors import ConvertError

@@ -1,6 +1,6 @@
 """A model in which little things show: a dozen layers of two kinds, sharp attention, an eps that matters, hidden = dim.
 
-The shape on which each of `mistral.oracle.plants` moves the numbers; here it must be the float64 truth.
+The shape on which each of `mistral.oracle.mutants` moves the numbers; here it must be the float64 truth.
 """
 
 from __future__ import annotations

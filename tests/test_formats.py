@@ -18,7 +18,7 @@ from torch import Tensor
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import releases
 from mistral.formats.convert import convert
-from mistral.formats.params import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
+from mistral.formats.mistral import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
 from mistral.formats.releases import Release, WrongCopy
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import WeightsError, find_weights

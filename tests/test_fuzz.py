@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import mistral.formats
-from mistral.formats.params import ParamsError
+from mistral.formats.mistral import ParamsError
 
 if sys.platform == "win32":
     pytest.skip("the tool is for Linux and macOS", allow_module_level=True)

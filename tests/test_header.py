@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from mistral.formats.header import BITS, LONGEST, HeaderError, read_header
+from mistral.formats.safetensors_header import BITS, LONGEST, HeaderError, read_header
 from mistral.formats.weights import WeightsError, find_weights
 from tests.folders import ROOT
 
@@ -256,7 +256,7 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from mistral.formats.header import HeaderError, read_header
+from mistral.formats.safetensors_header import HeaderError, read_header
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:

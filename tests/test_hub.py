@@ -18,7 +18,7 @@ from huggingface_hub import close_session, constants, errors, file_download
 
 from mistral.formats.convert import convert
 from mistral.formats.hub import HubError, is_hub_id, locate
-from mistral.formats.params import ParamsError
+from mistral.formats.mistral import ParamsError
 from tests import hub_server
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import PARAMS, make_folder

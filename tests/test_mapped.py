@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistral.formats import mapped, weights
-from mistral.formats.mapped import Part
+from mistral.formats import mapped_tensors, weights
+from mistral.formats.mapped_tensors import Part
 from mistral.formats.weights import ITEMSIZE, WeightFiles, WeightsError, find_weights
 from tests.folders import ROOT
 
@@ -68,7 +68,10 @@ def test_empty_tensors(path: Path, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("populated", [True, False])
 def test_progress_is_told_of_every_byte_once(path: Path, populated: bool) -> None:
     told: list[int] = []
-    with mock.patch.object(mapped, "PIECE", 5000), mock.patch.object(mapped, "_populate", return_value=populated):
+    with (
+        mock.patch.object(mapped_tensors, "PIECE", 5000),
+        mock.patch.object(mapped_tensors, "_populate", return_value=populated),
+    ):
         tensor = Part(path, 0, len(BYTES)).tensor(2, 12002, (6000,), "bfloat16", told.append)
     assert told == [5000, 5000, 2000]
     assert tensor.view(torch.uint8).numpy().tobytes() == BYTES[2:12002]
@@ -134,7 +137,7 @@ def test_a_file_that_became_shorter(opened: tuple[Path, WeightFiles]) -> None:
 def test_a_file_that_became_shorter_once_it_was_mapped(opened: tuple[Path, WeightFiles]) -> None:
     path, found = opened
     kept = found.get("a")
-    if not mapped._populate(mmap.mmap(-1, 4096), 0, 4096):
+    if not mapped_tensors._populate(mmap.mmap(-1, 4096), 0, 4096):
         pytest.skip("this kernel has no MADV_POPULATE_READ")
     os.truncate(path, 4096)
     with pytest.raises(WeightsError, match="b cannot be read: .*(Bad address|Errno 14)"):
@@ -157,7 +160,7 @@ def test_an_older_kernel_has_pages_touched(path: Path, number: int, touched: int
             raise OSError(number, "no")
 
     part = Part(path, 0, len(BYTES))
-    with mock.patch.object(mapped.mmap, "mmap", Mapping), mock.patch.object(mapped, "touch") as touch:
+    with mock.patch.object(mapped_tensors.mmap, "mmap", Mapping), mock.patch.object(mapped_tensors, "touch") as touch:
         if touched:
             part.tensor(0, 4096, (1024,), "float32", lambda nbytes: None)
         else:
@@ -180,11 +183,11 @@ def resident():
 import torch
 path, size = Path(sys.argv[1]), Path(sys.argv[1]).stat().st_size
 if sys.argv[2] == "touched":
-    mapped._populate = lambda *_: False
-mapped.Part(path, 0, 4096).tensor(0, 4096, (4096 // 4,), "float32", lambda nbytes: None)  # what torch wants once
+    mapped_tensors._populate = lambda *_: False
+mapped_tensors.Part(path, 0, 4096).tensor(0, 4096, (4096 // 4,), "float32", lambda n: None)  # what torch needs once
 before = resident()
 progress = None if sys.argv[2] == "lazy" else lambda nbytes: None
-tensor = mapped.Part(path, 0, size).tensor(0, size, (size // 4,), "float32", progress)
+tensor = mapped_tensors.Part(path, 0, size).tensor(0, size, (size // 4,), "float32", progress)
 print(resident() - before)
 """
 

@@ -17,7 +17,7 @@ from mistral import cli
 from mistral.formats.folder import read_folder
 from mistral.loader.load import assemble
 from mistral.oracle import pack
-from mistral.oracle.evidence import fingerprint
+from mistral.oracle.outputs import fingerprint
 from mistral.oracle.trace import names
 from mistral.util.errors import ArraysError
 from tests.folders import ROOT, make_folder

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral.cache import RollingBufferCache
-from mistral.oracle.perplexity import PerplexityError, Score, perplexity
+from mistral.eval.perplexity import PerplexityError, Score, perplexity
 from tests.commands import Command, in_process
 from tests.folders import make_folder
 from tests.tiny import ragged, tiny_args, tiny_model, true_logprobs
@@ -52,8 +52,8 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__(*args, **options)
             made.append(self.nbytes)
 
-    monkeypatch.setattr("mistral.oracle.perplexity.RollingBufferCache", Spy)
-    monkeypatch.setattr("mistral.oracle.perplexity.LOGIT_FLOATS", 1)  # a row of logits at a time
+    monkeypatch.setattr("mistral.eval.perplexity.RollingBufferCache", Spy)
+    monkeypatch.setattr("mistral.eval.perplexity.LOGIT_FLOATS", 1)  # a row of logits at a time
     model = tiny_model(tiny_args(sliding_window=4))
     whole = [perplexity(model, ids.tolist(), chunk_size=16) for ids in ragged([50, 500], model.args.vocab_size)]
     assert made[0] == made[1]

@@ -11,7 +11,7 @@ import pytest
 
 from mistral import cli
 from mistral.oracle import pack
-from mistral.oracle.plants import PLANTS, applies
+from mistral.oracle.mutants import PLANTS, applies
 from tests.folders import ROOT, make_folder
 
 WINDOW = pack.SHIPPED / "window.safetensors"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral.formats import random
 from mistral.formats.folder import read_folder
-from mistral.formats.params import ParamsError, to_args
+from mistral.formats.mistral import ParamsError, to_args
 from mistral.formats.releases import RELEASES
 from mistral.formats.weights import WeightFiles
 from mistral.generate import generate

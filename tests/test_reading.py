@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mistral import session
-from mistral.formats.params import read_object
+from mistral.chat import session
+from mistral.formats.mistral import read_object
 from mistral.formats.weights import find_hf_weights
 from mistral.tokenizer import Tokenizer, tekken_words
 from mistral.util.files import read_small

@@ -18,7 +18,7 @@ import torch
 from mistral.cache import CacheError, RollingBufferCache
 from mistral.engine import GenerationError
 from mistral.formats.folder import BUNDLED
-from mistral.formats.params import ParamsError, to_args
+from mistral.formats.mistral import ParamsError, to_args
 from mistral.generate import complete, generate, stream
 from mistral.loader.load import load
 from mistral.sampling import Sampler, Uniforms

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mistral.chat import Chat
+from mistral.chat.conversation import Chat
+from mistral.chat.templates import Turn, find_template
 from mistral.formats.convert import convert
 from mistral.formats.releases import RELEASES as REGISTRY
 from mistral.loader.load import load
-from mistral.templates import Turn, find_template
 from tests.folders import PARAMS, ROOT, make_folder, random_state
 from tests.test_huggingface import LENS, RELEASES, assert_same, their_logits
 from tests.tiny import TOLERANCE, distance, ragged, whole

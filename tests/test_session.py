@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from mistral.chat import Chat
+from mistral.chat.conversation import Chat
+from mistral.chat.session import SessionError
+from mistral.chat.session import load as load_session
+from mistral.chat.session import save as save_session
+from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.loader.load import load
-from mistral.session import SessionError
-from mistral.session import load as load_session
-from mistral.session import save as save_session
-from mistral.templates import find_template
 from tests.folders import make_folder, random_state
 
 MODEL = "a fingerprint"

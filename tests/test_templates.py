@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistral.chat.templates import TemplateError, Turn, find_template
 from mistral.formats.folder import BUNDLED
-from mistral.templates import TemplateError, Turn, find_template
 from mistral.tokenizer import Tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")

@@ -18,8 +18,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 import mistral.tokenizer as tokenizer_module
+from mistral.chat.templates import TemplateError, find_template
 from mistral.detokenizer import StreamDecoder
-from mistral.templates import TemplateError, find_template
 from mistral.tokenizer import PATTERN, Tokenizer, TokenizerError, encode
 from tools.fuzz.mutate import fields, join
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistral.model import Transformer
-from mistral.oracle.streams import their_config
+from mistral.oracle.layerwise import their_config
 from mistral.window import visible
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_args, tiny_model, whole
 

@@ -11,9 +11,9 @@ import torch
 from mistral import cli
 from mistral.attention import plain, sdpa, tiled
 from mistral.formats.folder import read_folder
-from mistral.oracle import streams, verify
-from mistral.oracle.measure import LIMITS, Errors, Measure, judge, limit_of, place
-from mistral.oracle.streams import Blocks, OneFile, Theirs
+from mistral.oracle import layerwise, verify
+from mistral.oracle.layerwise import Blocks, OneFile, Theirs
+from mistral.oracle.metrics import LIMITS, Errors, Measure, judge, limit_of, place
 from mistral.oracle.truth import Truth, draws, logprobs
 from tests.folders import make_folder, random_state
 from tests.tiny import ragged, tiny_args, tiny_model, true_logprobs
@@ -62,10 +62,10 @@ def test_its_activations_are_those_of_the_tests(case):
 
 
 STREAMS = {
-    "whole": (streams.whole, False),
-    "batched": (streams.batched, False),
-    "chunked": (lambda lens: streams.chunked(lens, 7), True),
-    "stepwise": (streams.stepwise, True),
+    "whole": (layerwise.whole, False),
+    "batched": (layerwise.batched, False),
+    "chunked": (lambda lens: layerwise.chunked(lens, 7), True),
+    "stepwise": (layerwise.stepwise, True),
 }
 
 
@@ -100,7 +100,7 @@ def test_others_are_within_it_too(case):
     pytest.importorskip("transformers")
     model, prompts = case
     for stream in (
-        OneFile(streams.one_file_ref(), model.args, prompts, torch.float32),
+        OneFile(layerwise.one_file_ref(), model.args, prompts, torch.float32),
         Theirs(model.args, prompts, torch.float32),
     ):
         assert judged(model, prompts, stream, torch.float32)[0].passes
@@ -123,7 +123,9 @@ def test_bf16_is_what_rounding_makes_of_it(case):
     """The budget is not only a bound: right implementations reach it."""
     model, prompts = case
     half = torch.bfloat16
-    stream = Blocks(model.args, prompts, streams.batched(LENS), tiled(plain), weights=half, compute=half, cached=False)
+    stream = Blocks(
+        model.args, prompts, layerwise.batched(LENS), tiled(plain), weights=half, compute=half, cached=False
+    )
     verdict, _ = judged(model, prompts, stream, half)
     assert 0.5 < verdict.ratio < 1.5
 
@@ -188,7 +190,7 @@ def test_the_tool_that_draws_odd_shapes(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "0 variants whose dtype cannot hold their numbers; 0 beyond their limit"
     assert [line.split()[0] for line in lines[1:-1]] == ["bf16", "fp32", "fp64"]
-    monkeypatch.setattr("mistral.oracle.measure.LIMITS", dict.fromkeys(LIMITS, 0.1))
+    monkeypatch.setattr("mistral.oracle.metrics.LIMITS", dict.fromkeys(LIMITS, 0.1))
     assert odd_shapes.main() == 1
     assert "seed 0: one_file_ref, its own, fp32: " in capsys.readouterr().out
 
@@ -199,7 +201,9 @@ def test_a_mistake_is_beyond_the_budget_and_is_placed():
     prompts = ragged(LENS, model.args.vocab_size, seed=2)
     wrong = tiny_args(n_layers=3, sliding_window=4)
     for dtype in (torch.float32, torch.float64):
-        stream = Blocks(wrong, prompts, streams.batched(LENS), tiled(sdpa), weights=dtype, compute=dtype, cached=False)
+        stream = Blocks(
+            wrong, prompts, layerwise.batched(LENS), tiled(sdpa), weights=dtype, compute=dtype, cached=False
+        )
         verdict, _ = judged(model, prompts, stream, dtype)
         assert not verdict.passes
         assert verdict.first == (0, 4)

@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mistral.flags import UsageError, numbers
+from mistral.cli.flags import UsageError, numbers
 from mistral.formats.folder import BUNDLED, read_folder
-from mistral.oracle.measure import short, table
+from mistral.oracle.metrics import short, table
 from mistral.oracle.verify import Row, verify
 
 

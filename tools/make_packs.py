@@ -24,8 +24,8 @@ from torch import Tensor
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import read_folder
 from mistral.oracle import pack
-from mistral.oracle.evidence import tell
-from mistral.oracle.reading import Reading, random_prompts
+from mistral.oracle.inputs import Reading, random_prompts
+from mistral.oracle.outputs import tell
 from mistral.parameters import expected_shapes
 
 SHAPE = {
@@ -132,7 +132,7 @@ def write_case(case: Case, seed: int, work: Path) -> Path:
 
 
 def _args(folder: Path) -> Any:
-    from mistral.formats.params import read_object, to_args
+    from mistral.formats.mistral import read_object, to_args
 
     return to_args(read_object(folder / "params.json"))
 

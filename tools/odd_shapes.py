@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from mistral.args import ModelArgs
 from mistral.formats.folder import read_folder
-from mistral.formats.params import to_args
-from mistral.oracle.measure import short
+from mistral.formats.mistral import to_args
+from mistral.oracle.metrics import short
 from mistral.oracle.verify import Row, verify
 from mistral.parameters import expected_shapes
 

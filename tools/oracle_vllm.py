@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from mistral.formats.folder import read_folder
 from mistral.oracle.compare import Comparison, compare
-from mistral.oracle.measure import table
-from mistral.oracle.reading import random_prompts
+from mistral.oracle.inputs import random_prompts
+from mistral.oracle.metrics import table
 from mistral.oracle.sides import FolderSide, ServerSide, side
 from tools.compare_vllm import CASES, ServerError, served, write_model
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mistral.args import ModelArgs
 from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
-from mistral.formats.params import read_object, to_args
+from mistral.formats.mistral import read_object, to_args
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, recognise
 from mistral.formats.tokenizers import tokenizer_files

@@ -27,7 +27,7 @@ from mistral.fast.layout import QUANTS, is_quantized, stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.params import FEW_BITS, REQUIRED
+from mistral.formats.mistral import FEW_BITS, REQUIRED
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import CODES, INDEX, file_names
 from mistral.parameters import expected_shapes

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats import huggingface as hf
-from mistral.formats.mapped import Progress
-from mistral.formats.params import FEW_BITS, ParamsError, read_object, to_args
+from mistral.formats.mapped_tensors import Progress
+from mistral.formats.mistral import FEW_BITS, ParamsError, read_object, to_args
 from mistral.formats.releases import recognise
 from mistral.formats.weights import (
     Reader,

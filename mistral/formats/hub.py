@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from mistral.formats import huggingface as hf
-from mistral.formats.params import read_object, to_args
+from mistral.formats.mistral import read_object, to_args
 from mistral.formats.weights import INDEX
 from mistral.util import memory
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats.params import ParamsError
+from mistral.formats.mistral import ParamsError
 from mistral.util.errors import quoted
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder
-from mistral.formats.mapped import Progress
+from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import expected_shapes
 

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mistral.formats.archive import check_archive
-from mistral.formats.header import HeaderError, read_header
-from mistral.formats.mapped import Part, Progress, touch
+from mistral.formats.mapped_tensors import Part, Progress, touch
+from mistral.formats.pth import check_archive
+from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import plain, quoted
 from mistral.util.files import read_small
 

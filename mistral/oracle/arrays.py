@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mistral.formats.header import HeaderError, read_header
+from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import ArraysError
 from mistral.util.files import part_of
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mistral.oracle import arrays, plants
-from mistral.oracle.evidence import Evidence, Unavoidable
-from mistral.oracle.measure import Progress, limit_of, place, short
+from mistral.oracle import arrays, mutants
+from mistral.oracle.inputs import inside, prompts_for
+from mistral.oracle.metrics import Progress, limit_of, place, short
+from mistral.oracle.outputs import Evidence, Unavoidable
 from mistral.oracle.pack import PackError, folder_of
-from mistral.oracle.reading import inside, prompts_for
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
 from mistral.oracle.truth import logprobs
 
@@ -291,10 +291,10 @@ def _explained(
     """For each mistake that matters here, the largest difference that is left when ours makes it too."""
     args, lens = ours.found.args, [len(p) for p in prompts]
     model = ours.model()
-    tried = [name for name in plants.PLANTS if plants.applies(name, args, lens)]
+    tried = [name for name in mutants.PLANTS if mutants.applies(name, args, lens)]
     left: dict[str, float] = {}
     for done, name in enumerate(tried, 1):
-        mistaken = torch.cat(plants.logits_with(model, list(prompts), name))
+        mistaken = torch.cat(mutants.logits_with(model, list(prompts), name))
         told = ~mistaken.isnan().all(-1)  # a mistake may leave out a prompt's first row
         difference = differences(Evidence(None, logprobs(mistaken), {}, told), other)
         if not difference.isnan().all():
@@ -361,7 +361,7 @@ def as_text(c: Comparison) -> str:
         lines.append(f"activations: {c.activations} compared, none parts")
     other = "B" if c.planted_in == "A" else "A"
     for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
-        lines.append(f"{other} is {c.planted_in} with {name}: {plants.PLANTS[name].what} ({error:.1e} is left)")
+        lines.append(f"{other} is {c.planted_in} with {name}: {mutants.PLANTS[name].what} ({error:.1e} is left)")
     if c.nearest is not None:
         near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e} of {c.largest:.1e}"
         lines.append(f"none of {c.tried} mistakes planted in {c.planted_in} gives {other}'s numbers; {near}")

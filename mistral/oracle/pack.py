@@ -23,13 +23,13 @@ from mistral import __version__
 from mistral.args import ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
-from mistral.formats.params import to_args
+from mistral.formats.mistral import to_args
 from mistral.formats.tokenizers import tokenizer_files
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
-from mistral.oracle.evidence import PRINTS, Unavoidable, tell
-from mistral.oracle.measure import Progress, short
-from mistral.oracle.reading import Reading, require_ids
+from mistral.oracle.inputs import Reading, require_ids
+from mistral.oracle.metrics import Progress, short
+from mistral.oracle.outputs import PRINTS, Unavoidable, tell
 from mistral.parameters import OUTPUT, expected_shapes
 from mistral.util import errors, files
 

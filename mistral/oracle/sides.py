@@ -23,8 +23,8 @@ from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.model import Transformer
 from mistral.oracle import pack
-from mistral.oracle.evidence import Evidence, Unavoidable, fingerprint, tell
-from mistral.oracle.reading import Reading
+from mistral.oracle.inputs import Reading
+from mistral.oracle.outputs import Evidence, Unavoidable, fingerprint, tell
 from mistral.oracle.trace import names
 from mistral.oracle.truth import logprobs
 from mistral.parameters import OUTPUT

@@ -20,7 +20,7 @@ from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.model import Attention, FeedForward, Transformer
 from mistral.oracle import arrays
-from mistral.oracle.reading import require_ids
+from mistral.oracle.inputs import require_ids
 from mistral.plan import LayerStore, Plan, Tile
 from mistral.util import files
 from mistral.window import visible

@@ -21,9 +21,8 @@ from mistral.backends.varlen import Packed
 from mistral.fast.kernels import NoKernels, library
 from mistral.formats.folder import Folder
 from mistral.oracle import arrays
-from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
-from mistral.oracle.reading import Reading, random_prompts, through
-from mistral.oracle.streams import (
+from mistral.oracle.inputs import Reading, random_prompts, through
+from mistral.oracle.layerwise import (
     Blocks,
     Decode,
     OneFile,
@@ -35,6 +34,7 @@ from mistral.oracle.streams import (
     stepwise,
     whole,
 )
+from mistral.oracle.metrics import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
 from mistral.oracle.truth import Truth, coarseness, draws, logprobs, unavoidable
 from mistral.parameters import OUTPUT
 from mistral.window import QUERY_BLOCK

@@ -19,17 +19,17 @@ import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from safetensors.torch import load_file, save_file
 
-from mistral import session
-from mistral.chat import Chat
+from mistral.chat import session
+from mistral.chat.conversation import Chat
+from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import BUNDLED
 from mistral.formats.inspect import as_json, as_text, inspect_folder
-from mistral.formats.params import to_args
+from mistral.formats.mistral import to_args
 from mistral.generate import stream
 from mistral.loader.load import Loaded, load
 from mistral.parameters import expected_shapes
-from mistral.templates import find_template
 from mistral.tokenizer import PATTERN
 from tools.fuzz.mutate import Pairs, mutate_json, mutate_safetensors, mutate_sentencepiece, parse, write
 from tools.fuzz.pickles import mutate_pth

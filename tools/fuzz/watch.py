@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mistral.terminal import say_error
+from mistral.cli.terminal import say_error
 from tools.fuzz.kinds import KINDS, Trace, make_case, prepare
 
 ALLOWED = 10**9  # bytes beyond the size of a case's files

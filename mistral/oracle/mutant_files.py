@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mistral.formats.folder import Folder
 from mistral.loader.load import assemble
-from mistral.oracle import plants
-from mistral.oracle.measure import Progress
-from mistral.oracle.reading import require_ids
+from mistral.oracle import mutants
+from mistral.oracle.inputs import require_ids
+from mistral.oracle.metrics import Progress
 from mistral.oracle.truth import logprobs
 from mistral.util.errors import ArraysError
 from mistral.util.files import part_of, require_writable
@@ -50,13 +50,13 @@ def write(
         raise ArraysError(f"{place} cannot be written: {error.strerror}") from None
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
-    wanted = [name for name in mistakes if plants.applies(name, found.args, lens)]
+    wanted = [name for name in mistakes if mutants.applies(name, found.args, lens)]
     model, _ = assemble(found, device="cpu", dtype="float64", kernels=False)
     made = []
     for done, name in enumerate(("right", *wanted), 1):
         scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None
         if scores is None:
-            scores = torch.cat(plants.logits_with(model, prompts, name))
+            scores = torch.cat(mutants.logits_with(model, prompts, name))
         with part_of(place / f"{name}.npz") as (target, beside):
             with beside.open("wb") as file:
                 np.savez(file, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.oracle.measure import LOGITS, Errors, Measure, Progress, short
-from mistral.oracle.reading import Reading, through
+from mistral.oracle.inputs import Reading, through
+from mistral.oracle.metrics import LOGITS, Errors, Measure, Progress, short
 from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
 from mistral.parameters import OUTPUT
 

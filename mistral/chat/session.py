@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mistral.chat import Chat
+from mistral.chat.conversation import Chat
+from mistral.chat.templates import TemplateError, Turn
 from mistral.sampling import Sampler
 from mistral.sampling_params import SamplingError
-from mistral.templates import TemplateError, Turn
 from mistral.util.errors import quoted
 from mistral.util.files import read_small
 

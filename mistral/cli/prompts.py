@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mistral import flags, terminal
+from mistral.cli import flags, terminal
 
 if TYPE_CHECKING:
     from mistral.loader.load import Loaded

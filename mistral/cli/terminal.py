@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mistral.chat import Chat
+    from mistral.chat.conversation import Chat
     from mistral.generate import Piece
 
 
@@ -300,13 +300,13 @@ class Conversation:
         say(f"system prompt: {self._chat.system or 'none'}")
 
     def _save(self, rest: str) -> None:
-        from mistral.session import save
+        from mistral.chat.session import save
 
         save(self._chat, _file("/save", rest), self._fingerprint())
         say(f"saved {_turns(self._chat)} in {rest}")
 
     def _load(self, rest: str) -> None:
-        from mistral.session import OPTIONS, load
+        from mistral.chat.session import OPTIONS, load
 
         load(self._chat, _file("/load", rest), self._fingerprint())
         options = ", ".join(f"{name} {self._chat.options[name]}" for name in OPTIONS if name in self._chat.options)

@@ -11,7 +11,7 @@ from mistral import quant
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats.folder import Folder
-from mistral.oracle.streams import Stream
+from mistral.oracle.layerwise import Stream
 from mistral.parameters import EMBEDDINGS, expected_shapes
 from mistral.quant.linear import QuantizedLinear
 

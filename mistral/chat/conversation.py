@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mistral.cache import RollingBufferCache
+from mistral.chat.templates import Template, TemplateError, Turn
 from mistral.engine import GenerationError, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
-from mistral.templates import Template, TemplateError, Turn
 from mistral.tokenizer import Tokenizer
 
 

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral import __version__, flags, terminal
-from mistral.asking import Asked, ChecksFailed, load_model, read_prompts
-from mistral.oracle import commands as oracle
+from mistral import __version__
+from mistral.cli import flags, oracle, terminal
+from mistral.cli.prompts import Asked, ChecksFailed, load_model, read_prompts
 
 if TYPE_CHECKING:
+    from mistral.chat.templates import Template
     from mistral.generate import Completion
     from mistral.loader.load import Loaded
-    from mistral.templates import Template
 
 # What a user types: installed, there is a script and no main.py.
 PROGRAM = "mistral-ref" if Path(sys.argv[0]).stem == "mistral-ref" else "python -m main"
@@ -304,7 +304,7 @@ def bench(
     }
     if folder is not None and shape is not None:
         raise flags.UsageError("FOLDER and --shape: give one of them")
-    from mistral import bench as measuring
+    from mistral.eval import bench as measuring
 
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels}
     options |= {"quant": quant, "deterministic": deterministic}
@@ -528,7 +528,7 @@ def _stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> 
 
 
 def _converse(loaded: Loaded, template: str | None, **options: Any) -> None:
-    from mistral.chat import Chat
+    from mistral.chat.conversation import Chat
     from mistral.formats.fingerprint import fingerprint
 
     found = _template(loaded, template)
@@ -538,7 +538,7 @@ def _converse(loaded: Loaded, template: str | None, **options: Any) -> None:
 
 
 def _template(loaded: Loaded, name: str | None) -> Template:
-    from mistral.templates import find_template
+    from mistral.chat.templates import find_template
 
     release = None if loaded.release is None else loaded.release.template
     return find_template(loaded.tokenizer, name=name, release=release)

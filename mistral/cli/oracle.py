@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral import flags, terminal
-from mistral.asking import Asked, ChecksFailed, load_model, read_jsonl, read_prompts, read_text
+from mistral.cli import flags, terminal
+from mistral.cli.prompts import Asked, ChecksFailed, load_model, read_jsonl, read_prompts, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def perplexity(
     text = read_text(file)
     loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
     from mistral.engine import STEP_TOKENS
-    from mistral.oracle.perplexity import perplexity as score_text
+    from mistral.eval.perplexity import perplexity as score_text
     from mistral.tokenizer import encode
 
     ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
@@ -105,7 +105,7 @@ def pack(
     can be converted to folders: python -m main convert x.safetensors DST --to hf
     """
     from mistral.oracle import pack as packing
-    from mistral.oracle.reading import inside
+    from mistral.oracle.inputs import inside
 
     with model_of(folder) as found:
         prompts = _prompts(found, file, full, seed)
@@ -186,7 +186,7 @@ def plants(
     prompt_lens and logprobs [T, V], and right.npz, without a mistake. A test that takes an engine's log-probs must
     accept right.npz and no other. FOLDER may be a pack with weights, whose prompts are taken then.
     """
-    from mistral.oracle.plants import PLANTS, plant
+    from mistral.oracle.mutants import PLANTS, plant
 
     for name in mistake or ():
         plant(name)  # refuse an unknown one before anything is loaded
@@ -198,7 +198,7 @@ def plants(
             print(f"{one.name:{width}}  {one.what}")
         return
     from mistral.oracle import pack as packing
-    from mistral.oracle.planting import write
+    from mistral.oracle.mutant_files import write
 
     with model_of(folder) as found:
         if folder is not None and packing.is_pack(folder) and file is None:
@@ -277,7 +277,7 @@ def model_of(folder: str | None) -> Iterator[Folder]:
 
 
 def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:
-    from mistral.oracle.reading import prompts_for
+    from mistral.oracle.inputs import prompts_for
 
     if file is None:
         return prompts_for(found.args, full, seed)
