@@ -27,7 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--plant")
     if name is None:
         return
-    from mistral.oracle.mutants import PlantError, planted
+    from mistral.oracle.mutants import planted
+    from mistral.oracle.mutation import PlantError
 
     mistake = planted(name)
     try:

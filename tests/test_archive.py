@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from mistral.formats.mistral import find_weights
 from mistral.formats.pth import ArchiveError, check_archive
-from mistral.formats.weights import WeightsError, find_weights
+from mistral.formats.weights import WeightsError
 
 
 class Call:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import mistral
-from mistral.cli import COMMANDS, DEMO_PROMPTS, RANGES, SEPARATOR
+from mistral.cli import COMMANDS, RANGES
 from mistral.cli.flags import UsageError, canonical, readable_by_fire
+from mistral.cli.generate import DEMO_PROMPTS, SEPARATOR
 from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load
@@ -230,7 +231,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: seen.append(folder))
-    monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -271,7 +272,9 @@ def test_one_word_that_is_a_folder_is_the_folder(
 def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
-    monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop)))
+    monkeypatch.setattr(
+        "mistral.cli.terminal._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+    )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
         assert cli("complete", f"--stop=s{prompt}", *words).code == 0
@@ -285,7 +288,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
-    monkeypatch.setattr("mistral.cli._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)

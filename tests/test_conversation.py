@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mistral.chat.templates import find_template
-from mistral.cli.terminal import Conversation, Interrupt
+from mistral.cli.chat import Conversation
+from mistral.cli.terminal import Interrupt
 from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.tokenizer import Tokenizer

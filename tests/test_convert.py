@@ -20,11 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral.formats import convert as module
+from mistral.formats import huggingface, writer
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError
-from mistral.formats.weights import INDEX, WeightsError
+from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
 from mistral.util.errors import ConvertError
 from tests.commands import ENVIRONMENT, Command, in_process
@@ -208,7 +209,7 @@ def test_the_file_is_as_safetensors_has_it(tmp_path: Path) -> None:
 # --- in transformers
 
 
-@pytest.mark.parametrize("shard_size", [module.SHARD, 300_000], ids=["one file", "several"])
+@pytest.mark.parametrize("shard_size", [writer.SHARD, 300_000], ids=["one file", "several"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -216,7 +217,7 @@ def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -
         pytest.skip("this transformers has no Ministral")
     src = make_folder(tmp_path / "a", random_state(2, **SHAPES[shape]), **SHAPES[shape])
     written = convert(src, tmp_path / "b", "hf", shard_size=shard_size)
-    assert (len(written.files) > 1) == (shard_size < module.SHARD)
+    assert (len(written.files) > 1) == (shard_size < writer.SHARD)
     other, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "b", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -279,7 +280,7 @@ def test_no_window_is_written_as_null(tmp_path: Path) -> None:
     written = convert(src, tmp_path / "b", "hf")
     config = config_of(tmp_path / "b")
     assert (config["sliding_window"], config["rope_theta"]) == (None, 1e6)
-    assert config["max_position_embeddings"] == module.LENGTH
+    assert config["max_position_embeddings"] == huggingface.LENGTH
     assert any("max_position_embeddings 32768" in note for note in written.notes)
     convert(tmp_path / "b", tmp_path / "c", "mistral")
     params = config_of(tmp_path / "c", "params.json")
@@ -367,7 +368,7 @@ def test_another_dtype(tmp_path: Path, to: str, dtype: str) -> None:
 
 
 def test_values_that_become_infinite_are_counted_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE", 50)  # several pieces a tensor
+    monkeypatch.setattr(writer, "PIECE", 50)  # several pieces a tensor
     state = random_state(dtype=torch.bfloat16)
     state["layers.0.attention.wk.weight"][:3, 1] = -7e4
     state["output.weight"][100:104, 2] = 1e30
@@ -409,14 +410,14 @@ def test_float64_beyond_float32(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from mistral.formats import convert as module
-after, write, done = int(sys.argv[3]), module._write_tensor, []
+after, write, done = int(sys.argv[3]), writer._write_tensor, []
 def write_tensor(file, *rest):
     if len(done) == after:
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(None)
     write(file, *rest)
-module._write_tensor = write_tensor
+writer._write_tensor = write_tensor
 rename = os.rename
 os.rename = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 module.convert(sys.argv[1], sys.argv[2], sys.argv[4], shard_size=300_000)
@@ -448,7 +449,7 @@ def test_a_killed_run_leaves_nothing_at_the_destination(tmp_path: Path, to: str,
 def test_a_run_that_stops_cleans_up(tmp_path: Path, error: BaseException, fails_at: int) -> None:
     src = make_folder(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    write, done = module._write_tensor, []
+    write, done = writer._write_tensor, []
 
     def write_tensor(*args: Any) -> None:
         if len(done) == fails_at:
@@ -457,7 +458,7 @@ def test_a_run_that_stops_cleans_up(tmp_path: Path, error: BaseException, fails_
         write(*args)
 
     expected = pytest.raises((ConvertError, KeyboardInterrupt))
-    with mock.patch.object(module, "_write_tensor", write_tensor), expected as stopped:
+    with mock.patch.object(writer, "_write_tensor", write_tensor), expected as stopped:
         convert(src, tmp_path / "b", "hf", shard_size=300_000)
     if isinstance(error, OSError):
         assert str(stopped.value) == f"{tmp_path / 'b'} was not written: No space left on device"
@@ -468,7 +469,7 @@ def test_a_run_that_stops_cleans_up(tmp_path: Path, error: BaseException, fails_
 
 
 def test_ctrl_c_on_the_command_line(cli: Command, tmp_path: Path) -> None:
-    with mock.patch.object(module, "_write_tensor", side_effect=KeyboardInterrupt):
+    with mock.patch.object(writer, "_write_tensor", side_effect=KeyboardInterrupt):
         done = cli("convert", make_folder(tmp_path / "a"), tmp_path / "b", "--to", "hf")
     assert (done.code, done.out, done.err) == (130, "", "")
     assert_nothing_at(tmp_path / "b")
@@ -476,14 +477,14 @@ def test_ctrl_c_on_the_command_line(cli: Command, tmp_path: Path) -> None:
 
 def test_somebody_else_was_faster(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a")
-    real = module._write_weights
+    real = writer._write_weights
 
     def meanwhile(*args: Any) -> list[str]:
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "theirs").write_text("kept")
         return real(*args)
 
-    with mock.patch.object(module, "_write_weights", meanwhile), pytest.raises(ConvertError, match="was not written"):
+    with mock.patch.object(writer, "_write_weights", meanwhile), pytest.raises(ConvertError, match="was not written"):
         convert(src, tmp_path / "b", "hf")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["theirs"]
     assert not list(tmp_path.glob(PARTIAL))
@@ -597,7 +598,7 @@ from mistral.formats import convert as module
 def anonymous():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-write, peak, begin = module._write_tensor, 0, 0
+write, peak, begin = writer._write_tensor, 0, 0
 def write_tensor(file, *rest):
     class File:
         def write(self, data):
@@ -605,7 +606,7 @@ def write_tensor(file, *rest):
             peak = max(peak, anonymous())
             return file.write(data)
     write(File(), *rest)
-module._write_tensor = write_tensor
+writer._write_tensor = write_tensor
 src, small, dst, to = sys.argv[1:5]
 options = {"dtype": sys.argv[5]} if len(sys.argv) > 5 else {}
 module.convert(small, dst + "0", to, **options)  # what libraries need for themselves

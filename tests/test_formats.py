@@ -18,10 +18,10 @@ from torch import Tensor
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import releases
 from mistral.formats.convert import convert
-from mistral.formats.mistral import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, to_args
+from mistral.formats.mistral import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, find_weights, to_args
 from mistral.formats.releases import Release, WrongCopy
 from mistral.formats.tokenizers import load_tokenizer
-from mistral.formats.weights import WeightsError, find_weights
+from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
 from mistral.model import Transformer
 from mistral.parameters import expected_shapes

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+from mistral.formats.mistral import find_weights
 from mistral.formats.safetensors_header import BITS, LONGEST, HeaderError, read_header
-from mistral.formats.weights import WeightsError, find_weights
+from mistral.formats.weights import WeightsError
 from tests.folders import ROOT
 
 DTYPES = {

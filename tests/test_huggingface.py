@@ -16,9 +16,10 @@ from torch import Tensor
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats import read_folder
+from mistral.formats.huggingface import INDEX, find_hf_weights
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.mistral import ParamsError, to_args
-from mistral.formats.weights import INDEX, WeightsError, find_hf_weights
+from mistral.formats.weights import WeightsError
 from mistral.loader.load import Loaded, load
 from mistral.parameters import expected_shapes
 from mistral.util.memory import DoesNotFit

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from mistral.formats import mapped_tensors, weights
 from mistral.formats.mapped_tensors import Part
-from mistral.formats.weights import ITEMSIZE, WeightFiles, WeightsError, find_weights
+from mistral.formats.mistral import find_weights
+from mistral.formats.weights import ITEMSIZE, WeightFiles, WeightsError
 from tests.folders import ROOT
 
 BYTES = bytes(range(256)) * 64

@@ -27,7 +27,8 @@ from mistral.fast.decode import FastTransformer
 from mistral.fast.kernels import NoKernels, library
 from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
-from mistral.oracle.mutants import PLAIN, PLANTS, Plant, PlantError, applies, logits_with, planted, theta
+from mistral.oracle.mutants import PLANTS, applies, logits_with, planted, theta
+from mistral.oracle.mutation import PLAIN, Plant, PlantError
 from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
 from tests import truth

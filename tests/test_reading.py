@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mistral.chat import session
+from mistral.formats.huggingface import find_hf_weights
 from mistral.formats.mistral import read_object
-from mistral.formats.weights import find_hf_weights
 from mistral.tokenizer import Tokenizer, tekken_words
 from mistral.util.files import read_small
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mistral.cli import DEMO_PROMPTS
+from mistral.cli.generate import DEMO_PROMPTS
 from mistral.generate import generate
 from mistral.loader.load import load
 

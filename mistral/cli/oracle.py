@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
-from mistral.cli.prompts import Asked, ChecksFailed, load_model, read_jsonl, read_prompts, read_text
+from mistral.cli.prompts import Asked, ChecksFailed, load_model, model_of, one_line, read_jsonl, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mistral.formats.folder import Folder
     from mistral.tokenizer import TokenizerLike
-
-
-def perplexity(
-    folder: str | None = None,
-    file: str | None = None,
-    *,
-    json: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    threads: int | None = None,
-    chunk_size: int | None = None,
-) -> None:
-    """Say how well a model predicts a text, of any length.
-
-    python -m main perplexity story.txt
-    python -m main perplexity mistral-7B-v0.1 story.txt
-    python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
-    cat story.txt | python -m main perplexity mistral-7B-v0.1
-
-    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
-    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
-    prints one object: tokens, nats (their sum), perplexity, characters.
-    """
-    text = read_text(file)
-    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
-    from mistral.engine import STEP_TOKENS
-    from mistral.eval.perplexity import perplexity as score_text
-    from mistral.tokenizer import encode
-
-    ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
-    score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
-    facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
-    each = score.nats / score.tokens
-    print(
-        _one_line(facts)
-        if json
-        else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
-        f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
-    )
 
 
 def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
@@ -245,7 +198,7 @@ def trace(
         from mistral.oracle.trace import plans
 
         lens = flags.numbers("plan", plan)
-        print(_one_line({"chunk": chunk_size, "window": window, "steps": plans(lens, chunk_size, window)}))
+        print(one_line({"chunk": chunk_size, "window": window, "steps": plans(lens, chunk_size, window)}))
         return
     if chunk_size is not None or window is not None:
         raise flags.UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
@@ -258,22 +211,6 @@ def trace(
     written, names = write(loaded, prompts, output)
     count = sum(map(len, prompts))
     terminal.say(f"wrote {written}: {names} activations of {count} ids, {written.stat().st_size / 1e6:.1f} MB")
-
-
-@contextlib.contextmanager
-def model_of(folder: str | None) -> Iterator[Folder]:
-    """A folder, a hub id, a pack with weights, or the model that ships."""
-    from mistral.formats.folder import BUNDLED, read_folder
-    from mistral.formats.hub import locate
-    from mistral.oracle.pack import folder_of, is_pack
-
-    if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
-        with tempfile.TemporaryDirectory() as nothing:
-            yield folder_of(folder, Path(nothing))
-        return
-    if folder is not None and Path(folder).is_file():
-        raise flags.UsageError(f"{folder} is neither a folder nor a pack")
-    yield read_folder(BUNDLED if folder is None else locate(folder))
 
 
 def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:
@@ -314,9 +251,3 @@ def _ids(asked: Sequence[Asked], tokenizer: TokenizerLike | None, file: str | No
         else:
             found.append(torch.tensor(one.prompt))
     return found
-
-
-def _one_line(facts: dict[str, Any]) -> str:
-    from mistral.oracle.arrays import as_json
-
-    return as_json(facts)

@@ -5,14 +5,22 @@ Knows nothing about commands.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags, terminal
 
 if TYPE_CHECKING:
+    from mistral.chat.templates import Template
+    from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
 
 
@@ -131,3 +139,51 @@ def read_text(file: str | None) -> str:
         raise terminal.not_utf8(file or "stdin", error) from None
     except OSError as error:
         raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def template_of(loaded: Loaded, name: str | None) -> Template:
+    from mistral.chat.templates import find_template
+
+    release = None if loaded.release is None else loaded.release.template
+    return find_template(loaded.tokenizer, name=name, release=release)
+
+
+def with_gaps(asked: list[Asked], loaded: Loaded) -> list[Any]:
+    """The prompts, those with a suffix as the ids after which its model fills the gap."""
+    if all(one.suffix is None for one in asked):
+        return [one.prompt for one in asked]
+    template = template_of(loaded, None)
+    return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+
+
+def folder_or_prompt(word: str) -> str:
+    """Which of the two a single word after `complete` is: a path that is there, or looks like one or a hub id."""
+    one_word = not re.search(r"\s", word)
+    path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+(@\S+)?$", word))
+    if one_word and not path and terminal.text_waits():
+        raise flags.UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
+    if one_word and not path:
+        terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
+    return "folder" if path else "prompt"
+
+
+@contextlib.contextmanager
+def model_of(folder: str | None) -> Iterator[Folder]:
+    """A folder, a hub id, a pack with weights, or the model that ships."""
+    from mistral.formats.folder import BUNDLED, read_folder
+    from mistral.formats.hub import locate
+    from mistral.oracle.pack import folder_of, is_pack
+
+    if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
+        with tempfile.TemporaryDirectory() as nothing:
+            yield folder_of(folder, Path(nothing))
+        return
+    if folder is not None and Path(folder).is_file():
+        raise flags.UsageError(f"{folder} is neither a folder nor a pack")
+    yield read_folder(BUNDLED if folder is None else locate(folder))
+
+
+def one_line(facts: dict[str, Any]) -> str:
+    from mistral.oracle.arrays import as_json
+
+    return as_json(facts)

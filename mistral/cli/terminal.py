@@ -15,8 +15,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mistral.chat.conversation import Chat
     from mistral.generate import Piece
+    from mistral.loader.load import Loaded
 
 
 class InputError(ValueError):
@@ -211,117 +211,9 @@ def text_waits() -> bool:
         return False
 
 
-class Conversation:
-    """A chat on a terminal, or over a pipe: a line is a question, or a command.
+def stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> None:
+    """Continue one prompt on stdout as it is made, `echo` first; then say how fast on stderr, also after Ctrl-C."""
+    from mistral.generate import stream
 
-    Args:
-        chat: the conversation.
-        fingerprint: gives the model's, for files.
-    """
-
-    def __init__(self, chat: Chat, fingerprint: Callable[[], str]) -> None:
-        self._chat = chat
-        self._fingerprint = fingerprint
-        self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
-            "/help": ("this list", self._help),
-            "/reset": ("begin anew, with the same system prompt", self._reset),
-            "/undo": ("drop the last question and its answer", self._undo),
-            "/system": ("TEXT sets the system prompt, - removes it, nothing shows it", self._system),
-            "/save": ("FILE keeps the conversation in a file", self._save),
-            "/load": ("FILE goes on with a conversation from a file", self._load),
-            "/quit": ("leave, as Ctrl-D does", self._quit),
-        }
-        self._over = False
-
-    def run(self) -> None:
-        """Read lines until they end.
-
-        Raises:
-            ValueError, KeyboardInterrupt: where lines are piped; on a terminal only the answer ends.
-        """
-        if typed():
-            say("A question a line; /help lists commands; Ctrl-C ends an answer, Ctrl-D the conversation.")
-        for line in lines("> "):
-            try:
-                self._one(line)
-            except KeyboardInterrupt:
-                if not typed():
-                    raise
-            except ValueError as error:
-                if not typed():
-                    raise
-                say_error(error)  # one line's fault; the next may be better
-            if self._over:
-                return
-
-    def _one(self, line: str) -> None:
-        command = line.lstrip()
-        if command.startswith("//"):
-            self._ask(command[1:])
-        elif command.startswith("/"):
-            word, _, rest = command.partition(" ")
-            if word not in self._commands:
-                raise InputError(f"no command {word}: /help lists them; // begins a question with a slash")
-            if rest.strip() and word not in ("/system", "/save", "/load"):
-                raise InputError(f"{word} takes nothing after it")
-            self._commands[word][1](rest.strip())
-        elif line.strip():
-            self._ask(line)
-
-    def _ask(self, question: str) -> None:
-        bar = Bar("prompt", "token")
-        with Interrupt() as interrupt:
-
-            def between_steps(taken: int, total: int) -> None:
-                interrupt.check()
-                bar(taken, total)
-
-            show(self._chat.answer(question, between_steps), more=self._read)
-
-    def _read(self) -> str:
-        kept = f", {self._chat.kept} kept" if self._chat.kept else ""
-        return f"; {self._chat.prefilled} prompt tokens read{kept}"
-
-    def _help(self, rest: str) -> None:
-        for name, (what, _) in self._commands.items():
-            say(f"{name:9}{what}")
-        say("//...    asks a question that begins with a slash")
-
-    def _reset(self, rest: str) -> None:
-        self._chat.reset()
-        say("a new conversation")
-
-    def _undo(self, rest: str) -> None:
-        say(f"dropped: {self._chat.undo().question}")
-
-    def _system(self, rest: str) -> None:
-        if rest:
-            self._chat.set_system("" if rest == "-" else rest)
-        say(f"system prompt: {self._chat.system or 'none'}")
-
-    def _save(self, rest: str) -> None:
-        from mistral.chat.session import save
-
-        save(self._chat, _file("/save", rest), self._fingerprint())
-        say(f"saved {_turns(self._chat)} in {rest}")
-
-    def _load(self, rest: str) -> None:
-        from mistral.chat.session import OPTIONS, load
-
-        load(self._chat, _file("/load", rest), self._fingerprint())
-        options = ", ".join(f"{name} {self._chat.options[name]}" for name in OPTIONS if name in self._chat.options)
-        say(f"loaded {_turns(self._chat)} from {rest}; {options}, seed {self._chat.seed}")
-
-    def _quit(self, rest: str) -> None:
-        self._over = True
-
-
-def _file(command: str, name: str) -> str:
-    if not name:
-        raise InputError(f"{command} wants the name of a file")
-    return name
-
-
-def _turns(chat: Chat) -> str:
-    n = len(chat.turns)
-    return f"{n} turn" if n == 1 else f"{n} turns"
+    pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=Bar("prompt", "token"), **options)
+    show(pieces, echo)

@@ -7,40 +7,32 @@ renamed once everything is in it, so what is at the destination is complete. Kno
 from __future__ import annotations
 
 import glob
-import json
-import math
 import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from mistral import quant
-from mistral.args import ModelArgs
 from mistral.fast.layout import QUANTS, is_quantized, stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.mistral import FEW_BITS, REQUIRED
+from mistral.formats.huggingface import HF_FILES, HF_KEYS, INDEX, LENGTH, _config
+from mistral.formats.mistral import FEW_BITS, _params
 from mistral.formats.tokenizers import load_tokenizer
-from mistral.formats.weights import CODES, INDEX, file_names
+from mistral.formats.weights import _name, file_names
+from mistral.formats.writer import SHARD, _header, _json, _Tensor, _write_text, _write_weights
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError
 from mistral.util.files import _appears_complete
-from mistral.window import shortest_pattern
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
-PIECE = 2**24  # weights written at a time
 
 # What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
 TOKENIZER_FILES = (
@@ -52,11 +44,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.*",
 )
-HF_FILES = ("generation_config.json",)
-# Keys of a config.json that say nothing about shape and stay true of the converted model.
-HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
-# How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
-LENGTH = 32768
 
 
 @dataclass(frozen=True)
@@ -85,24 +72,6 @@ class Converted:
         dtypes = "/".join(_name(d) for d in self.dtypes)
         names = file_names(tuple(map(Path, self.files)))
         return f"{self.path}: {layout}, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to be written: Mistral's name and the layout's, shape, dtype.
-
-    Of a weight in few bits, one of the parts that stand for it.
-    """
-
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    quant: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def convert(
@@ -266,95 +235,6 @@ def _plan(
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _header(tensors: list[_Tensor]) -> bytes:
-    """The start of a safetensors file: length (8 bytes, little-endian), then JSON, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for tensor in tensors:
-        end = begin + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": CODES[_name(tensor.dtype)],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], to: str) -> list[str]:
-    rounding = _Rounding()
-    total = sum(tensor.nbytes for part in files.values() for tensor in part)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
-    with bar:
-        for name, part in files.items():
-            with open(work / name, "wb") as file:
-                file.write(_header(part))
-                for tensor in part:
-                    _write_tensor(file, tensor, folder, to, rounding, bar)
-                file.flush()
-                os.fsync(file.fileno())
-    return rounding.verdict()
-
-
-def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
-    weight = folder.weights.get(tensor.source)
-    if tensor.quant is not None:
-        rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
-        file.write(rounded.view(torch.uint8).numpy().data)
-        bar.update(rounded.nbytes)
-        return
-    heads = hf.heads_of(tensor.source, folder.args)
-    if to == "hf" and heads is not None:
-        weight = hf.rows_to_hf(weight.contiguous(), heads)
-    rows = max(1, PIECE // math.prod(weight.shape[1:]))
-    for piece in weight.split(rows):
-        written = piece.to(tensor.dtype).contiguous()
-        if written.dtype != piece.dtype:
-            rounding.compare(tensor, piece, written)
-        if not rounding.infinite:  # else only counting goes on
-            file.write(written.view(torch.uint8).numpy().data)
-        bar.update(written.nbytes)
-
-
-class _Rounding:
-    """What a narrower dtype makes of the values: how many become infinite, how many zero."""
-
-    def __init__(self) -> None:
-        self.infinite = self.zero = self.values = 0
-        self.first = ""
-        self.dtype: torch.dtype | None = None
-
-    def compare(self, tensor: _Tensor, before: Tensor, after: Tensor) -> None:
-        self.dtype = after.dtype
-        self.values += before.numel()
-        if torch.promote_types(before.dtype, after.dtype) == after.dtype:
-            return  # wider: exact
-        infinite = int((after.isinf() & before.isfinite()).sum())
-        if infinite and not self.infinite:
-            self.first = tensor.source
-        self.infinite += infinite
-        self.zero += int(((after == 0) & (before != 0)).sum())
-
-    def verdict(self) -> list[str]:
-        """Notes, a sentence each.
-
-        Raises:
-            ConvertError: values became infinite.
-        """
-        if self.dtype is None:
-            return []
-        of = f"of {self.values:,} values"
-        if self.infinite:
-            largest = torch.finfo(self.dtype).max
-            raise ConvertError(
-                f"{self.infinite:,} {of} are beyond {_name(self.dtype)}, which ends at {largest:g} "
-                f"(the first in {self.first}): choose another --dtype"
-            )
-        return [f"{self.zero:,} {of} are so small that they are 0 in {_name(self.dtype)}"] if self.zero else []
-
-
 # --- what else is in a folder
 
 
@@ -375,44 +255,6 @@ def _describe(folder: Folder, to: str, tensors: list[_Tensor], quant: str | None
     return {"config.json": _json(_config(folder.args, length, dtype, kept))}
 
 
-def _params(args: ModelArgs, length: int | None) -> dict[str, Any]:
-    params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
-    params["sliding_window"] = shortest_pattern(args.windows)
-    params["rope_theta"] = args.rope_theta
-    if length is not None:
-        params["max_seq_len"] = length
-    return params
-
-
-def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
-    distinct = set(args.windows) - {None}
-    if len(distinct) > 1:
-        raise ConvertError(
-            f"layers have windows of {' and '.join(map(str, sorted(filter(None, distinct))))} tokens: "
-            "a config.json has one for all layers, or for some of them"
-        )
-    window = next(iter(distinct), None)
-    mixed = len(set(args.windows)) > 1
-    config: dict[str, Any] = {
-        "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
-        "model_type": "ministral" if mixed else "mistral",
-        **{theirs: getattr(args, ours) for theirs, ours in hf.SHAPE.items()},
-        "head_dim": args.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": length,
-        "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
-        "sliding_window": window,  # null included: left out, it is 4096
-        "tie_word_embeddings": False,
-        "dtype": _name(dtype),
-        "torch_dtype": _name(dtype),
-        **kept,
-    }
-    if mixed:
-        config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
-    return config
-
-
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
     try:
         tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
@@ -420,18 +262,3 @@ def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
     except TokenizerError as error:
         notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")
         return {"bos_token_id": 1, "eos_token_id": 2}
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")

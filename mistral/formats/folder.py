@@ -13,21 +13,11 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats import huggingface as hf
+from mistral.formats.huggingface import find_hf_weights, has_hf_weights
 from mistral.formats.mapped_tensors import Progress
-from mistral.formats.mistral import FEW_BITS, ParamsError, read_object, to_args
+from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mistral_weights, read_object, to_args
 from mistral.formats.releases import recognise
-from mistral.formats.weights import (
-    Reader,
-    Stored,
-    WeightFiles,
-    WeightsError,
-    check_tensors,
-    file_names,
-    find_hf_weights,
-    find_weights,
-    has_hf_weights,
-    has_mistral_weights,
-)
+from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from os import PathLike
 from pathlib import Path
 
 from mistral.formats import huggingface as hf
+from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import read_object, to_args
-from mistral.formats.weights import INDEX
 from mistral.util import memory
 
 log = logging.getLogger("mistral")

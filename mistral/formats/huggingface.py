@@ -5,13 +5,21 @@ Mistral's rows rotate adjacent pairs, Hugging Face's halves; nothing else in a t
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mistral.args import ArgsError, ModelArgs
+from mistral.formats import huggingface as hf
 from mistral.formats.mistral import ParamsError
-from mistral.util.errors import quoted
+from mistral.formats.weights import WeightFiles, WeightsError, _name, _numbered_parts, _some, open_safetensors
+from mistral.util.errors import ConvertError, quoted
+from mistral.util.files import read_small
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,3 +254,101 @@ def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
                 f"config.json gives both {first} = {quoted(theta)} and {key} = {quoted(value)}: they differ"
             )
     return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def has_hf_weights(folder: Path) -> bool:
+    """Whether any file is named as weights in Hugging Face's layout are."""
+    return any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()
+
+
+def find_hf_weights(folder: Path) -> WeightFiles:
+    """The weights of a folder in Hugging Face's layout, under Hugging Face's names.
+
+    Raises:
+        WeightsError: none, parts missing, an index that does not fit them, or a file that cannot be read.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        parts = _indexed_parts(index)
+        if single.is_file() and single not in parts:  # transformers reads the one, vLLM the others
+            raise WeightsError(
+                f"{folder} holds {single.name} and an index of other files: remove those of another model"
+            )
+        return _check_index(open_safetensors(parts), index)
+    if single.is_file():
+        return open_safetensors((single,))
+    parts = _numbered_parts(folder, "model")
+    if parts:
+        return open_safetensors(parts)
+    old = next(folder.glob("pytorch_model*.bin"), None)
+    advice = f"; {old.name} must be saved as safetensors first" if old else ""
+    raise WeightsError(
+        f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors{advice}"
+    )
+
+
+def _indexed_parts(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, all of them in its own folder."""
+    files = set(_weight_map(index).values())
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(f"{index} names {quoted(name)}, which is no safetensors file beside it")
+        if not os.path.isfile(index.parent / name):  # not Path.is_file, which raises where a name is too long
+            raise WeightsError(f"{index} names {quoted(name)}, which is missing")
+    return tuple(index.parent / name for name in sorted(files))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(read_small(index).decode("utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise WeightsError(f"{index} is not an index of weights: fetch it again") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise WeightsError(f"{index} does not say which file holds which tensor: fetch it again")
+    return found
+
+
+def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:
+    lacking = [name for name in _weight_map(index) if name not in weights.tensors]
+    if lacking:
+        raise WeightsError(f"{index} promises {_some(lacking)}, which the files do not hold")
+    return weights
+
+
+HF_FILES = ("generation_config.json",)
+# Keys of a config.json that say nothing about shape and stay true of the converted model.
+HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
+# How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
+LENGTH = 32768
+
+
+def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
+    distinct = set(args.windows) - {None}
+    if len(distinct) > 1:
+        raise ConvertError(
+            f"layers have windows of {' and '.join(map(str, sorted(filter(None, distinct))))} tokens: "
+            "a config.json has one for all layers, or for some of them"
+        )
+    window = next(iter(distinct), None)
+    mixed = len(set(args.windows)) > 1
+    config: dict[str, Any] = {
+        "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
+        "model_type": "ministral" if mixed else "mistral",
+        **{theirs: getattr(args, ours) for theirs, ours in hf.SHAPE.items()},
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": length,
+        "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "sliding_window": window,  # null included: left out, it is 4096
+        "tie_word_embeddings": False,
+        "dtype": _name(dtype),
+        "torch_dtype": _name(dtype),
+        **kept,
+    }
+    if mixed:
+        config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
+    return config

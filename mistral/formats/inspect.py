@@ -17,10 +17,11 @@ from mistral.fast.layout import bytes_of
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import BUNDLED, CONFIGS, Folder, read_folder, short
 from mistral.formats.hub import locate
+from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, recognise
 from mistral.formats.tokenizers import tokenizer_files, tokenizer_kind, wordless
-from mistral.formats.weights import INDEX, Stored, file_names
+from mistral.formats.weights import Stored, file_names
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 from mistral.util import memory

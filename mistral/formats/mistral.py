@@ -9,8 +9,11 @@ from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
+from mistral.formats.pth import _open_pth
+from mistral.formats.weights import WeightFiles, WeightsError, _numbered_parts, open_safetensors
 from mistral.util.errors import quoted
 from mistral.util.files import read_small
+from mistral.window import shortest_pattern
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta")
@@ -129,3 +132,40 @@ def _window_from_text(window: str) -> int | None:
     if word in ("", "none", "null"):
         return None
     raise ParamsError(f"params.json: sliding_window is {quoted(window)}, neither a number nor null")
+
+
+def has_mistral_weights(folder: Path) -> bool:
+    """Whether any file is named as weights in Mistral's layout are."""
+    return any(folder.glob("consolidated*.safetensors")) or any(folder.glob("consolidated.*.pth"))
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The weights of a folder in Mistral's layout; safetensors are preferred where both are there.
+
+    Raises:
+        WeightsError: none, parts missing, or a file that cannot be read.
+    """
+    single = folder / "consolidated.safetensors"
+    if single.is_file():
+        return open_safetensors((single,))
+    parts = _numbered_parts(folder, "consolidated")
+    if parts:
+        return open_safetensors(parts)
+    pth = folder / "consolidated.00.pth"
+    if pth.is_file():
+        if (folder / "consolidated.01.pth").exists():
+            raise WeightsError(f"{folder} holds a model split over several .pth files, which is not supported")
+        return _open_pth(pth)
+    raise WeightsError(
+        f"no weights in {folder}: expected consolidated.safetensors, "
+        "consolidated-00001-of-0000N.safetensors or consolidated.00.pth"
+    )
+
+
+def _params(args: ModelArgs, length: int | None) -> dict[str, Any]:
+    params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
+    params["sliding_window"] = shortest_pattern(args.windows)
+    params["rope_theta"] = args.rope_theta
+    if length is not None:
+        params["max_seq_len"] = length
+    return params

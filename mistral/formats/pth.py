@@ -9,10 +9,19 @@ from __future__ import annotations
 import os
 import pickletools
 import re
+import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mistral.formats.mapped_tensors import Progress, touch
+from mistral.formats.weights import ITEMSIZE, Stored, WeightFiles, WeightsError
 from mistral.util.errors import plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # What pickles of plain tensors ask for. That of other tensors is in it, so that those can be named for what they are.
 TENSORS = re.compile(
@@ -63,3 +72,56 @@ def _check_pickle(pickled: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not TENSORS.fullmatch(str(argument)):
             raise ArchiveError(f"it asks for {plain(str(argument).replace(' ', '.'))}, which is code and was not run")
+
+
+def _open_pth(path: Path) -> WeightFiles:
+    try:
+        with path.open("rb") as file:
+            complete = zipfile.is_zipfile(file)  # the directory of a zip file is its end
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    if not complete:
+        raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")
+    import torch
+
+    try:
+        check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is an error
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises what its unpickler and zip reader happen to raise
+        raise WeightsError(f"{path} cannot be loaded as plain tensors: {_reason(error)}") from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+        raise WeightsError(f"{path} does not hold tensors by name, and nothing else")
+    tensors = {}
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = Stored(tuple(tensor.shape), dtype if dtype in ITEMSIZE else None, str(tensor.dtype))
+    return WeightFiles((path,), tensors, {name: partial(_in_memory, tensor) for name, tensor in state.items()})
+
+
+def _in_memory(tensor: Tensor, progress: Progress = None) -> Tensor:
+    if progress is not None:
+        touch(tensor)
+        progress(tensor.nbytes)
+    return tensor
+
+
+def _is_plain(value: object) -> bool:
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load objects to, in one line, and without its advice to trust the file."""
+    text = str(error)
+    if code := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {plain(code[1])}, which is code and was not run"
+    lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
+    return plain(lines[0].strip(), 300) if lines else type(error).__name__

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
-from threading import RLock
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,67 +27,15 @@ import mistral.cache
 import mistral.model
 import mistral.window
 from mistral.args import ModelArgs
-from mistral.backends.varlen import Packed
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.bitwise import BitwiseTransformer
-from mistral.fast.cuda_graph import CapturedTransformer
-from mistral.fast.decode import FastTransformer
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
+from mistral.oracle.mutation import As, Change, Plant, PlantError
 from mistral.plan import Plan, make_plan
 from mistral.quant.linear import QuantizedLinear
 from mistral.rope import inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
 from mistral.window import Window
-
-# Functions are replaced for all threads, so only one of them may do it at a time; it may do it again inside.
-_one_thread = RLock()
-
-# (module or class, name of its function, what is called instead: with the right function, then its arguments)
-Change = tuple[Any, str, Callable[..., Any]]
-Matters = Callable[[ModelArgs, Sequence[int]], bool]
-
-
-class PlantError(ValueError):
-    """There is no mistake of this name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plant:
-    """A mistake.
-
-    Args:
-        name: in snake_case.
-        what: it is, in a line.
-        changes: functions to replace.
-        matters: whether a model of this shape, asked for prompts of these lengths, can give other numbers by it.
-        bos: how many more ids of BOS (less, if negative) a prompt begins with.
-    """
-
-    name: str
-    what: str
-    changes: tuple[Change, ...]
-    matters: Matters
-    bos: int = 0
-
-    @contextmanager
-    def patch(self) -> Iterator[None]:
-        """While open, the library makes the mistake. May be nested: then it makes several. Other threads wait."""
-        with _one_thread, ExitStack() as undo:
-            for owner, name, wrong in (*PLAIN, *self.changes):
-                right = vars(owner)[name]
-                undo.callback(setattr, owner, name, right)
-                setattr(owner, name, wraps(right)(instead(wrong, right)))
-            yield
-
-    def fed(self, ids: Tensor) -> Tensor:
-        """What is fed for a prompt [n] that begins with BOS: [n + bos] ids."""
-        return torch.cat([ids[:1].repeat(max(0, self.bos)), ids[max(0, -self.bos) :]])
-
-    def lined_up(self, rows: Tensor, n: int) -> Tensor:
-        """Rows [n + bos, V] for what was fed, by the prompt's own positions: [n, V], nan where there is none."""
-        missing = rows.new_full((max(0, -self.bos), *rows.shape[1:]), torch.nan)
-        return torch.cat([missing, rows[max(0, self.bos) :]])[:n]
 
 
 @contextmanager
@@ -137,32 +84,6 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
     with mistake.patch():
         logits = model.forward(torch.cat(fed), lens)
     return [mistake.lined_up(rows, len(ids)) for rows, ids in zip(logits.split(lens), prompts, strict=True)]
-
-
-def instead(wrong: Callable[..., Any], right: Callable[..., Any]) -> Callable[..., Any]:
-    """`partial(wrong, right)`, but a function: a class binds it to its objects."""
-    return lambda *given, **named: wrong(right, *given, **named)
-
-
-class As:
-    """A module or cache with some parts replaced, for one call of a function of its class; it stays what it is."""
-
-    def __init__(self, thing: Any, **parts: Any) -> None:
-        self._thing = thing
-        self.__dict__.update(parts)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._thing, name)
-
-
-# What goes round the functions that are replaced below goes by them again.
-PLAIN: tuple[Change, ...] = (
-    (FastTransformer, "step", lambda right, *given: Transformer.step(*given)),
-    (CapturedTransformer, "step", lambda right, *given: Transformer.step(*given)),
-    (BitwiseTransformer, "step", lambda right, *given: Transformer.step(*given)),
-    (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
-    (Packed, "_parts", lambda right, *given: None),
-)
 
 
 # When a mistake can matter.

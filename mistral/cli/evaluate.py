@@ -1,0 +1,51 @@
+"""perplexity: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import math
+
+from mistral.cli import terminal
+from mistral.cli.prompts import load_model, one_line, read_text
+
+
+def perplexity(
+    folder: str | None = None,
+    file: str | None = None,
+    *,
+    json: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    kernels: bool | None = None,
+    quant: str | None = None,
+    deterministic: bool = False,
+    threads: int | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Say how well a model predicts a text, of any length.
+
+    python -m main perplexity story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt
+    python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
+    cat story.txt | python -m main perplexity mistral-7B-v0.1
+
+    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
+    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
+    prints one object: tokens, nats (their sum), perplexity, characters.
+    """
+    text = read_text(file)
+    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
+    from mistral.engine import STEP_TOKENS
+    from mistral.eval.perplexity import perplexity as score_text
+    from mistral.tokenizer import encode
+
+    ids, bar = encode(loaded.tokenizer, text), terminal.Bar("prompt", "token")
+    score = score_text(loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=bar)
+    facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity, "characters": len(text)}
+    each = score.nats / score.tokens
+    print(
+        one_line(facts)
+        if json
+        else f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens, "
+        f"{score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
+    )

@@ -1,0 +1,48 @@
+"""convert and inspect: what a folder is, and another one made of it."""
+
+from __future__ import annotations
+
+from mistral.cli import prompts, terminal
+
+
+def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None) -> None:
+    """Write a model folder anew: in the other layout, as safetensors, or in another dtype.
+
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
+    python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
+
+    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that is not there yet.
+    Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
+    it is complete, not before. What --quant wrote loads at once, and nothing but this library reads it.
+    """
+    from mistral.formats.convert import convert as convert_folder
+    from mistral.formats.convert import write_folder
+
+    if src.endswith(".safetensors"):
+        with prompts.model_of(src) as found:
+            written = write_folder(found, dst, to, dtype=dtype, quant=quant)
+    else:
+        written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
+    terminal.say(f"wrote {written.describe()}")
+    for note in written.notes:
+        terminal.say(f"note: {note}")
+
+
+def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
+    """Say what a folder is, what it needs, and what looks wrong; no tensor is read.
+
+    python -m main inspect
+    python -m main inspect mistral-7B-v0.1
+    python -m main inspect mistral-7B-v0.1 --json
+
+    Release, layout, files, dtypes, window and theta with the rule used, tokenizer, memory for weights
+    and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder.
+    Without FOLDER: the small model that ships. --json prints one object. Only a .pth file takes PyTorch, and seconds.
+    """
+    from mistral.formats.inspect import as_json, as_text
+    from mistral.formats.inspect import inspect_folder as report_on
+
+    report = report_on(folder)
+    print(as_json(report) if json else as_text(report))

@@ -1,0 +1,141 @@
+"""Files out: safetensors written a piece at a time, and small JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral import quant
+from mistral.formats import huggingface as hf
+from mistral.formats.folder import Folder
+from mistral.formats.weights import CODES, _name
+from mistral.util.errors import ConvertError
+
+SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
+PIECE = 2**24  # weights written at a time
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to be written: Mistral's name and the layout's, shape, dtype.
+
+    Of a weight in few bits, one of the parts that stand for it.
+    """
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quant: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _header(tensors: list[_Tensor]) -> bytes:
+    """The start of a safetensors file: length (8 bytes, little-endian), then JSON, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": CODES[_name(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], to: str) -> list[str]:
+    rounding = _Rounding()
+    total = sum(tensor.nbytes for part in files.values() for tensor in part)
+    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    with bar:
+        for name, part in files.items():
+            with open(work / name, "wb") as file:
+                file.write(_header(part))
+                for tensor in part:
+                    _write_tensor(file, tensor, folder, to, rounding, bar)
+                file.flush()
+                os.fsync(file.fileno())
+    return rounding.verdict()
+
+
+def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
+    weight = folder.weights.get(tensor.source)
+    if tensor.quant is not None:
+        rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
+        file.write(rounded.view(torch.uint8).numpy().data)
+        bar.update(rounded.nbytes)
+        return
+    heads = hf.heads_of(tensor.source, folder.args)
+    if to == "hf" and heads is not None:
+        weight = hf.rows_to_hf(weight.contiguous(), heads)
+    rows = max(1, PIECE // math.prod(weight.shape[1:]))
+    for piece in weight.split(rows):
+        written = piece.to(tensor.dtype).contiguous()
+        if written.dtype != piece.dtype:
+            rounding.compare(tensor, piece, written)
+        if not rounding.infinite:  # else only counting goes on
+            file.write(written.view(torch.uint8).numpy().data)
+        bar.update(written.nbytes)
+
+
+class _Rounding:
+    """What a narrower dtype makes of the values: how many become infinite, how many zero."""
+
+    def __init__(self) -> None:
+        self.infinite = self.zero = self.values = 0
+        self.first = ""
+        self.dtype: torch.dtype | None = None
+
+    def compare(self, tensor: _Tensor, before: Tensor, after: Tensor) -> None:
+        self.dtype = after.dtype
+        self.values += before.numel()
+        if torch.promote_types(before.dtype, after.dtype) == after.dtype:
+            return  # wider: exact
+        infinite = int((after.isinf() & before.isfinite()).sum())
+        if infinite and not self.infinite:
+            self.first = tensor.source
+        self.infinite += infinite
+        self.zero += int(((after == 0) & (before != 0)).sum())
+
+    def verdict(self) -> list[str]:
+        """Notes, a sentence each.
+
+        Raises:
+            ConvertError: values became infinite.
+        """
+        if self.dtype is None:
+            return []
+        of = f"of {self.values:,} values"
+        if self.infinite:
+            largest = torch.finfo(self.dtype).max
+            raise ConvertError(
+                f"{self.infinite:,} {of} are beyond {_name(self.dtype)}, which ends at {largest:g} "
+                f"(the first in {self.first}): choose another --dtype"
+            )
+        return [f"{self.zero:,} {of} are so small that they are 0 in {_name(self.dtype)}"] if self.zero else []
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
