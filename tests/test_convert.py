@@ -477,14 +477,14 @@ def test_ctrl_c_on_the_command_line(cli: Command, tmp_path: Path) -> None:
 
 def test_somebody_else_was_faster(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a")
-    real = writer._write_weights
+    real = writer.write_weights
 
     def meanwhile(*args: Any) -> list[str]:
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "theirs").write_text("kept")
         return real(*args)
 
-    with mock.patch.object(writer, "_write_weights", meanwhile), pytest.raises(ConvertError, match="was not written"):
+    with mock.patch.object(writer, "write_weights", meanwhile), pytest.raises(ConvertError, match="was not written"):
         convert(src, tmp_path / "b", "hf")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["theirs"]
     assert not list(tmp_path.glob(PARTIAL))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import huggingface as hf
-from mistral.formats import read_folder
+from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import INDEX, find_hf_weights
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.mistral import ParamsError, to_args

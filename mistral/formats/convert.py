@@ -20,16 +20,16 @@ from mistral.fast.layout import QUANTS, is_quantized, stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.huggingface import HF_FILES, HF_KEYS, INDEX, LENGTH, _config
-from mistral.formats.mistral import FEW_BITS, _params
+from mistral.formats.huggingface import HF_FILES, HF_KEYS, INDEX, LENGTH, config_json
+from mistral.formats.mistral import FEW_BITS, params_json
 from mistral.formats.tokenizers import load_tokenizer
-from mistral.formats.weights import _name, file_names
-from mistral.formats.writer import SHARD, _header, _json, _Tensor, _write_text, _write_weights
+from mistral.formats.weights import dtype_name, file_names
+from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError
-from mistral.util.files import _appears_complete
+from mistral.util.files import folder_atomic
 
 LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,7 +69,7 @@ class Converted:
     def describe(self) -> str:
         """One line: what was written, and where."""
         layout = "Mistral's layout" if self.layout == "mistral" else "Hugging Face's layout"
-        dtypes = "/".join(_name(d) for d in self.dtypes)
+        dtypes = "/".join(dtype_name(d) for d in self.dtypes)
         names = file_names(tuple(map(Path, self.files)))
         return f"{self.path}: {layout}, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
 
@@ -134,17 +134,17 @@ def write_folder(
     if to == "hf" and carried and not (folder.path / "tokenizer.json").is_file():
         notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
     rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
-    _check_disk(place, nbytes + rest + sum(len(_header(part)) for part in files.values()), notes)
+    _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
-        with _appears_complete(place) as work:
-            notes += _write_weights(folder, work, files, to)
+        with folder_atomic(place) as work:
+            notes += write_weights(folder, work, files, to)
             if len(files) > 1:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
-                _write_text(work / INDEX, _json({"metadata": {"total_size": nbytes}, "weight_map": names}))
+                write_text(work / INDEX, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
             for path in carried:
                 shutil.copyfile(path, work / path.name)  # what a link leads to, with the modes of a new file
             for name, text in described.items():  # last, because no folder without them is taken for a model
-                _write_text(work / name, text)
+                write_text(work / name, text)
             read_folder(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
@@ -207,9 +207,9 @@ def _check_disk(place: Path, needed: int, notes: list[str]) -> None:
 
 def _plan(
     folder: Folder, to: str, target: torch.dtype | None, quant: str | None, shard_size: int
-) -> dict[str, list[_Tensor]]:
+) -> dict[str, list[PlannedTensor]]:
     """The files to write, by name, and what goes into each."""
-    parts: list[list[_Tensor]] = [[]]
+    parts: list[list[PlannedTensor]] = [[]]
     size = 0
     for source, shape in expected_shapes(folder.args).items():
         stored = folder.weights.tensors[source].dtype
@@ -217,9 +217,9 @@ def _plan(
         dtype = target or getattr(torch, stored)
         if quant is not None and is_quantized(source):
             for name, (sizes, code) in stored_as(source, shape, quant).items():
-                parts[-1].append(_Tensor(source, name, sizes, getattr(torch, code), quant))
+                parts[-1].append(PlannedTensor(source, name, sizes, getattr(torch, code), quant))
             continue
-        tensor = _Tensor(source, hf.to_hf(source) if to == "hf" else source, shape, dtype)
+        tensor = PlannedTensor(source, hf.to_hf(source) if to == "hf" else source, shape, dtype)
         if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
             parts.append([])
             size = 0
@@ -238,13 +238,15 @@ def _plan(
 # --- what else is in a folder
 
 
-def _describe(folder: Folder, to: str, tensors: list[_Tensor], quant: str | None, notes: list[str]) -> dict[str, str]:
+def _describe(
+    folder: Folder, to: str, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
+) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
     raw = folder.raw
     given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
     length = next((n for n in given if type(n) is int and n > 0), None)
     if to == "mistral":
-        return {"params.json": _json(_params(folder.args, length) | ({FEW_BITS: quant} if quant else {}))}
+        return {"params.json": as_json(params_json(folder.args, length) | ({FEW_BITS: quant} if quant else {}))}
     if length is None:
         length = LENGTH
         notes.append(f"how long texts may be is not said; config.json has max_position_embeddings {length}")
@@ -252,7 +254,7 @@ def _describe(folder: Folder, to: str, tensors: list[_Tensor], quant: str | None
     kept = {} if folder.layout == "mistral" else {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
     if "bos_token_id" not in kept or "eos_token_id" not in kept:
         kept = {**_special_tokens(folder, notes), **kept}
-    return {"config.json": _json(_config(folder.args, length, dtype, kept))}
+    return {"config.json": as_json(config_json(folder.args, length, dtype, kept))}
 
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ import torch
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats.mistral import ParamsError
-from mistral.formats.weights import WeightFiles, WeightsError, _name, _numbered_parts, _some, open_safetensors
+from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
 from mistral.util.errors import ConvertError, quoted
 from mistral.util.files import read_small
 
@@ -280,7 +280,7 @@ def find_hf_weights(folder: Path) -> WeightFiles:
         return _check_index(open_safetensors(parts), index)
     if single.is_file():
         return open_safetensors((single,))
-    parts = _numbered_parts(folder, "model")
+    parts = numbered_parts(folder, "model")
     if parts:
         return open_safetensors(parts)
     old = next(folder.glob("pytorch_model*.bin"), None)
@@ -314,7 +314,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:
     lacking = [name for name in _weight_map(index) if name not in weights.tensors]
     if lacking:
-        raise WeightsError(f"{index} promises {_some(lacking)}, which the files do not hold")
+        raise WeightsError(f"{index} promises {some_names(lacking)}, which the files do not hold")
     return weights
 
 
@@ -325,7 +325,7 @@ HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", 
 LENGTH = 32768
 
 
-def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
+def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
     distinct = set(args.windows) - {None}
     if len(distinct) > 1:
         raise ConvertError(
@@ -345,8 +345,8 @@ def _config(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, An
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
         "sliding_window": window,  # null included: left out, it is 4096
         "tie_word_embeddings": False,
-        "dtype": _name(dtype),
-        "torch_dtype": _name(dtype),
+        "dtype": dtype_name(dtype),
+        "torch_dtype": dtype_name(dtype),
         **kept,
     }
     if mixed:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
-from mistral.formats.pth import _open_pth
-from mistral.formats.weights import WeightFiles, WeightsError, _numbered_parts, open_safetensors
+from mistral.formats.pth import open_pth
+from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors
 from mistral.util.errors import quoted
 from mistral.util.files import read_small
 from mistral.window import shortest_pattern
@@ -148,21 +148,21 @@ def find_weights(folder: Path) -> WeightFiles:
     single = folder / "consolidated.safetensors"
     if single.is_file():
         return open_safetensors((single,))
-    parts = _numbered_parts(folder, "consolidated")
+    parts = numbered_parts(folder, "consolidated")
     if parts:
         return open_safetensors(parts)
     pth = folder / "consolidated.00.pth"
     if pth.is_file():
         if (folder / "consolidated.01.pth").exists():
             raise WeightsError(f"{folder} holds a model split over several .pth files, which is not supported")
-        return _open_pth(pth)
+        return open_pth(pth)
     raise WeightsError(
         f"no weights in {folder}: expected consolidated.safetensors, "
         "consolidated-00001-of-0000N.safetensors or consolidated.00.pth"
     )
 
 
-def _params(args: ModelArgs, length: int | None) -> dict[str, Any]:
+def params_json(args: ModelArgs, length: int | None) -> dict[str, Any]:
     params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
     params["sliding_window"] = shortest_pattern(args.windows)
     params["rope_theta"] = args.rope_theta

@@ -74,7 +74,7 @@ def _check_pickle(pickled: bytes) -> None:
             raise ArchiveError(f"it asks for {plain(str(argument).replace(' ', '.'))}, which is code and was not run")
 
 
-def _open_pth(path: Path) -> WeightFiles:
+def open_pth(path: Path) -> WeightFiles:
     try:
         with path.open("rb") as file:
             complete = zipfile.is_zipfile(file)  # the directory of a zip file is its end

@@ -103,7 +103,7 @@ def file_names(files: tuple[Path, ...]) -> str:
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def _numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
+def numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
     found: dict[int, dict[int, Path]] = {}
     for path in folder.glob(f"{stem}-*-of-*.safetensors"):
         match = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", path.name)
@@ -167,7 +167,9 @@ def check_tensors(
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing or unknown:
-        parts = [f"{what} {_some(names)}" for what, names in (("lack", missing), ("hold unknown", unknown)) if names]
+        parts = [
+            f"{what} {some_names(names)}" for what, names in (("lack", missing), ("hold unknown", unknown)) if names
+        ]
         raise WeightsError(f"the weights in {where} {' and '.join(parts)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
@@ -187,10 +189,10 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
     shown = ", ".join(map(plain, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _name(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")

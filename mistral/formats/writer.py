@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mistral import quant
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
-from mistral.formats.weights import CODES, _name
+from mistral.formats.weights import CODES, dtype_name
 from mistral.util.errors import ConvertError
 
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
@@ -24,7 +24,7 @@ PIECE = 2**24  # weights written at a time
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class PlannedTensor:
     """A tensor to be written: Mistral's name and the layout's, shape, dtype.
 
     Of a weight in few bits, one of the parts that stand for it.
@@ -41,14 +41,14 @@ class _Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _header(tensors: list[_Tensor]) -> bytes:
+def header(tensors: list[PlannedTensor]) -> bytes:
     """The start of a safetensors file: length (8 bytes, little-endian), then JSON, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for tensor in tensors:
         end = begin + tensor.nbytes
         entries[tensor.name] = {
-            "dtype": CODES[_name(tensor.dtype)],
+            "dtype": CODES[dtype_name(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -58,14 +58,14 @@ def _header(tensors: list[_Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], to: str) -> list[str]:
-    rounding = _Rounding()
+def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: str) -> list[str]:
+    rounding = Rounding()
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
     with bar:
         for name, part in files.items():
             with open(work / name, "wb") as file:
-                file.write(_header(part))
+                file.write(header(part))
                 for tensor in part:
                     _write_tensor(file, tensor, folder, to, rounding, bar)
                 file.flush()
@@ -73,7 +73,9 @@ def _write_weights(folder: Folder, work: Path, files: dict[str, list[_Tensor]], 
     return rounding.verdict()
 
 
-def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, rounding: _Rounding, bar: tqdm) -> None:
+def _write_tensor(
+    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: str, rounding: Rounding, bar: tqdm
+) -> None:
     weight = folder.weights.get(tensor.source)
     if tensor.quant is not None:
         rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
@@ -93,7 +95,7 @@ def _write_tensor(file: BinaryIO, tensor: _Tensor, folder: Folder, to: str, roun
         bar.update(written.nbytes)
 
 
-class _Rounding:
+class Rounding:
     """What a narrower dtype makes of the values: how many become infinite, how many zero."""
 
     def __init__(self) -> None:
@@ -101,7 +103,7 @@ class _Rounding:
         self.first = ""
         self.dtype: torch.dtype | None = None
 
-    def compare(self, tensor: _Tensor, before: Tensor, after: Tensor) -> None:
+    def compare(self, tensor: PlannedTensor, before: Tensor, after: Tensor) -> None:
         self.dtype = after.dtype
         self.values += before.numel()
         if torch.promote_types(before.dtype, after.dtype) == after.dtype:
@@ -124,17 +126,17 @@ class _Rounding:
         if self.infinite:
             largest = torch.finfo(self.dtype).max
             raise ConvertError(
-                f"{self.infinite:,} {of} are beyond {_name(self.dtype)}, which ends at {largest:g} "
+                f"{self.infinite:,} {of} are beyond {dtype_name(self.dtype)}, which ends at {largest:g} "
                 f"(the first in {self.first}): choose another --dtype"
             )
-        return [f"{self.zero:,} {of} are so small that they are 0 in {_name(self.dtype)}"] if self.zero else []
+        return [f"{self.zero:,} {of} are so small that they are 0 in {dtype_name(self.dtype)}"] if self.zero else []
 
 
-def _json(value: dict[str, Any]) -> str:
+def as_json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()

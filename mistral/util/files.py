@@ -29,7 +29,7 @@ def read_small(path: Path, most: int = MOST) -> bytes:
 
 
 @contextmanager
-def _appears_complete(place: Path) -> Iterator[Path]:
+def folder_atomic(place: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C."""
     work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
     try:
