@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mistral.util.errors import quoted
+from mistral.util.errors import short_repr
 from mistral.window import Window, slots_for
 
 
@@ -124,15 +124,15 @@ class ModelArgs:
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgsError(f"{name} must be an integer, not {quoted(value)}")
+        raise ArgsError(f"{name} must be an integer, not {short_repr(value)}")
     if value < least:
-        raise ArgsError(f"{name} is {quoted(value)}; it must be at least {least}")
+        raise ArgsError(f"{name} is {short_repr(value)}; it must be at least {least}")
     if value > LARGEST:
-        raise ArgsError(f"{name} is {quoted(value)}; nothing that large exists (at most {LARGEST})")
+        raise ArgsError(f"{name} is {short_repr(value)}; nothing that large exists (at most {LARGEST})")
 
 
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgsError(f"{name} must be a number, not {quoted(value)}")
+        raise ArgsError(f"{name} must be a number, not {short_repr(value)}")
     if not 0 < value <= sys.float_info.max:
-        raise ArgsError(f"{name} is {quoted(value)}; it must be a finite number above 0")
+        raise ArgsError(f"{name} is {short_repr(value)}; it must be a finite number above 0")

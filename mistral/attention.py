@@ -25,7 +25,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, LayerStore, Plan], Tensor]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention as in the paper, spelled out; softmax in fp32 or float64. See `Kernel`."""
     R, n, H, D = q.shape
     K = k.shape[2]

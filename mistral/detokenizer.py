@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mistral.tokenizer import TokenizerLike
 
 
-class StreamDecoder:
+class Detokenizer:
     """Text of a growing list of ids, handed out as soon as it is certain.
 
     Only the last few ids are decoded again for each new one. A character whose bytes have not all
@@ -65,11 +65,11 @@ def _certain(text: str) -> str:
     return text.rstrip("\ufffd")
 
 
-class _Text:
+class StopStrings:
     """A sequence's text so far, and what of it may be shown: not the beginning of a stop string."""
 
     def __init__(self, tokenizer: TokenizerLike, prompt: list[int], stop: tuple[str, ...]) -> None:
-        self._decoder = StreamDecoder(tokenizer, prompt)
+        self._decoder = Detokenizer(tokenizer, prompt)
         self._stop = stop
         self._held = ""
         self.stopped = False

@@ -96,7 +96,7 @@ class Generation:
     Raises:
         GenerationError: an empty prompt, an id outside the vocabulary, or a number out of range; a cache
             that has too few rows, or holds all of a prompt.
-        DoesNotFit: not even one row of cache fits the memory left.
+        OutOfMemory: not even one row of cache fits the memory left.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
     """Rows for a cache of sequences of up to `positions`: as many as prompts, the batch limit and memory allow.
 
     Raises:
-        DoesNotFit: not even one.
+        OutOfMemory: not even one.
     """
     args = model.args
     needed = args.cache_bytes(positions, model.dtype.itemsize)

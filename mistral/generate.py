@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.detokenizer import _Text
+from mistral.detokenizer import StopStrings
 from mistral.engine import Finish, Generation, GenerationError, Progress, Token
 from mistral.model import Transformer
 from mistral.sampling import Sampler
@@ -132,10 +132,10 @@ def stream(
         top_logprobs=top_logprobs,
         cache=cache,
     )
-    return _pieces(running, [_Text(tokenizer, prompt, stops) for prompt in ids], progress)
+    return _pieces(running, [StopStrings(tokenizer, prompt, stops) for prompt in ids], progress)
 
 
-def _pieces(running: Generation, texts: list[_Text], progress: Progress | None) -> Iterator[Piece]:
+def _pieces(running: Generation, texts: list[StopStrings], progress: Progress | None) -> Iterator[Piece]:
     open_ = {s.index: s for s in running.sequences}
     while open_:
         if progress is not None:

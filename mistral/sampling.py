@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral.sampling_params import SamplingError
-from mistral.util.errors import quoted
+from mistral.util.errors import short_repr
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Sampler:
         for name in ("temperature", "top_p", "top_k", "min_p"):
             kind = int if name == "top_k" else int | float
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), kind):
-                raise SamplingError(f"{name} is {quoted(getattr(self, name))}; it must be a number")
+                raise SamplingError(f"{name} is {short_repr(getattr(self, name))}; it must be a number")
         if not 0 <= self.temperature <= sys.float_info.max:
-            raise SamplingError(f"temperature is {quoted(self.temperature)}; it must be finite and at least 0")
+            raise SamplingError(f"temperature is {short_repr(self.temperature)}; it must be finite and at least 0")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise SamplingError(f"{name} is {quoted(value)}; it must be between 0 and 1")
+                raise SamplingError(f"{name} is {short_repr(value)}; it must be between 0 and 1")
         if self.top_k < 0:
-            raise SamplingError(f"top_k is {quoted(self.top_k)}; it must be at least 1, or 0 for no limit")
+            raise SamplingError(f"top_k is {short_repr(self.top_k)}; it must be at least 1, or 0 for no limit")
 
     @property
     def greedy(self) -> bool:

@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.util.errors import quoted
-from mistral.util.files import read_small
+from mistral.util.errors import short_repr
+from mistral.util.files import read_limited
 
 # How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
 PATTERN = (
@@ -133,7 +133,7 @@ class _SentencePiece:
         self._path = path
         self._sp = SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(read_small(path, 10_000_000))
+            self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000))
             self.n_words = self._sp.vocab_size()
             self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
         except (RuntimeError, OSError, ValueError):
@@ -197,7 +197,7 @@ def tekken_words(path: Path) -> int:
         TokenizerError: the file cannot be read, or has what makes mistral-common panic, or take any amount of memory.
     """
     try:
-        raw = json.loads(read_small(path).decode("utf-8"))
+        raw = json.loads(read_limited(path).decode("utf-8"))
         config, given = raw["config"], raw.get("special_tokens") or ()
         words, special = config["default_vocab_size"], config["default_num_special_tokens"]
         counted = type(words) is type(special) is int and 0 < special <= words - special <= len(raw["vocab"])
@@ -209,10 +209,10 @@ def tekken_words(path: Path) -> int:
         raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
     if not sane:
         raise TokenizerError(
-            f"{path} is not a tekken tokenizer: it says {quoted(words)} words and has others; fetch it again"
+            f"{path} is not a tekken tokenizer: it says {short_repr(words)} words and has others; fetch it again"
         )
     if pattern != PATTERN:
-        raise TokenizerError(f"{path} is not a tekken tokenizer of Mistral's: it splits text by {quoted(pattern)}")
+        raise TokenizerError(f"{path} is not a tekken tokenizer of Mistral's: it splits text by {short_repr(pattern)}")
     return words
 
 

@@ -27,12 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     name = config.getoption("--plant")
     if name is None:
         return
-    from mistral.oracle.mutants import planted
-    from mistral.oracle.mutation import PlantError
+    from mistral.oracle.mutants import mutated
+    from mistral.oracle.mutation import MutantError
 
-    mistake = planted(name)
+    mistake = mutated(name)
     try:
         mistake.__enter__()
-    except PlantError as error:
+    except MutantError as error:
         raise pytest.UsageError(str(error)) from None
     config.add_cleanup(lambda: mistake.__exit__(None, None, None))

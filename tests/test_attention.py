@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mistral.attention import Kernel, plain, sdpa, tiled
+from mistral.attention import Kernel, eager, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.window import visible
 from tests.tiny import all_at_once, at_random, in_chunks, make_cache, play, poison_rows, ragged, tiny_args, tiny_model
@@ -90,7 +90,7 @@ def operands(draw, dtype=torch.float32):
 def test_plain_equals_sdpa_where_every_query_sees_a_key(qkvm):
     q, k, v, mask = qkvm
     mask[..., 0] = True
-    got, want = sdpa(q, k, v, mask), plain(q, k, v, mask)
+    got, want = sdpa(q, k, v, mask), eager(q, k, v, mask)
     assert got.shape == want.shape == q.shape
     assert torch.allclose(got, want, rtol=0, atol=2e-6)
 
@@ -98,7 +98,7 @@ def test_plain_equals_sdpa_where_every_query_sees_a_key(qkvm):
 @given(operands(torch.float64))
 def test_plain_equals_the_formula_head_by_head(qkvm):
     q, k, v, mask = qkvm
-    got = plain(q, k, v, mask)
+    got = eager(q, k, v, mask)
     group = q.shape[2] // k.shape[2]
     for r in range(q.shape[0]):
         for h in range(q.shape[2]):
@@ -116,13 +116,13 @@ def test_a_query_that_sees_no_key_yields_zero(dtype):
     q, k = torch.full((1, 2, 4, 8), 3.0, dtype=dtype), torch.full((1, 5, 2, 8), -2.0, dtype=dtype)
     mask = torch.zeros(1, 2, 5, dtype=torch.bool)
     mask[0, 1, 3] = True
-    out = plain(q, k, torch.ones_like(k), mask)
+    out = eager(q, k, torch.ones_like(k), mask)
     assert out.dtype == dtype
     assert not out[0, 0].any()
     assert torch.equal(out[0, 1], torch.ones(4, 8, dtype=dtype))
 
 
-@pytest.mark.parametrize("kernel", [plain, sdpa])
+@pytest.mark.parametrize("kernel", [eager, sdpa])
 def test_scores_far_apart_do_not_overflow(kernel):
     q = torch.full((1, 1, 2, 4), 300.0)
     k = torch.tensor([300.0, -300.0, 299.0])[None, :, None, None].expand(1, 3, 1, 4).contiguous()
@@ -133,7 +133,7 @@ def test_scores_far_apart_do_not_overflow(kernel):
     assert torch.equal(low, torch.full((1, 1, 2, 4), 2.0))
 
 
-@pytest.mark.parametrize("kernel", [plain, sdpa])
+@pytest.mark.parametrize("kernel", [eager, sdpa])
 def test_softmax_is_wide_for_narrow_inputs(kernel):
     """Rule 8: 300 equal keys weigh 1/300 each; in bf16 arithmetic their sum would stop at 256."""
     q, k = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16), torch.zeros(1, 300, 1, 4, dtype=torch.bfloat16)
@@ -351,7 +351,7 @@ def prefill(n: int, window: int | None, cached: bool, attend=None) -> Tensors:
     return noted
 
 
-@pytest.mark.parametrize("attend", [None, tiled(plain)], ids=["sdpa", "plain"])
+@pytest.mark.parametrize("attend", [None, tiled(eager)], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_prefill_never_makes_anything_t_by_t(cached, attend):
     T, W = 2048, 16

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mistral import backends
-from mistral.attention import plain, sdpa, tiled
+from mistral.attention import eager, sdpa, tiled
 from mistral.backends import flash, varlen, xformers
 from mistral.cache import RollingBuffer, StepKeys
 from mistral.plan import make_plan
@@ -218,7 +218,7 @@ def test_description_is_made_once_a_step_and_window():
         made.append(args[2])
         return flash.bounds(*args)
 
-    attend = varlen.Packed(describe, flash.backend(Varlen()).kernel)
+    attend = varlen.VarlenAttention(describe, flash.backend(Varlen()).kernel)
     model = tiny_model(tiny_args(n_layers=4, sliding_window=(3, None)), attend=attend)
     model.forward(ragged([9], 61)[0], [9], make_cache(model, 1))
     assert sorted(made, key=str) == [3, None]
@@ -238,7 +238,7 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
         plan = make_plan(step, done, [0, 0], "cpu")
         rows = [row for row in (0, 1) if step[row]]
         k = (plan.positions.float() + 1)[:, None, None].expand(-1, 1, 2)
-        pack = varlen.pack_keys(buffer, plan, rows)
+        pack = varlen.varlen_keys(buffer, plan, rows)
         keys, values = varlen.exchange(buffer, pack, k, -k)
         behind = [done[row] if window is None else min(done[row], window - 1) for row in rows]
         want = [torch.arange(done[r] - m, done[r] + step[r]) + 1.0 for r, m in zip(rows, behind, strict=True)]
@@ -254,7 +254,7 @@ def test_exchange_reads_before_it_writes_and_keeps_the_last(window):
 
 def test_step_keys_pass_through():
     store, plan = StepKeys(3), make_plan([2, 0, 1], [0, 0, 0], [0, 0, 0], "cpu")
-    pack = varlen.pack_keys(store, plan, [0, 2])
+    pack = varlen.varlen_keys(store, plan, [0, 2])
     assert pack.q_lens == pack.k_lens == (2, 1)
     k, v = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
     assert all(a is b for a, b in zip(varlen.exchange(store, pack, k, v), (k, v), strict=True))
@@ -278,23 +278,23 @@ def test_a_backend_that_does_not_run_here_warns_in_one_line(name, dtype, caplog,
     assert capsys.readouterr().out == ""
     plan = make_plan([3], [0], [0], "cpu")
     q, k = torch.rand(3, 4, 8), torch.rand(3, 2, 8)
-    torch.testing.assert_close(attend(q, k, k, StepKeys(2), plan), tiled(plain)(q, k, k, StepKeys(2), plan))
+    torch.testing.assert_close(attend(q, k, k, StepKeys(2), plan), tiled(eager)(q, k, k, StepKeys(2), plan))
 
 
 def test_a_replaced_backend_in_float64_is_replaced_by_plain(caplog):
     with caplog.at_level(logging.WARNING, logger="mistral"):
-        assert backends.resolve("flash", CPU, torch.float64)[0] == "plain"
+        assert backends.resolve("flash", CPU, torch.float64)[0] == "eager"
     assert len([r for r in caplog.records if r.name == "mistral"]) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "want"),
     [
-        ("auto", torch.float64, "plain"),
-        (None, torch.float64, "plain"),
+        ("auto", torch.float64, "eager"),
+        (None, torch.float64, "eager"),
         ("auto", torch.float32, "sdpa"),
         (None, torch.bfloat16, "sdpa"),
-        ("plain", torch.float32, "plain"),
+        ("eager", torch.float32, "eager"),
         ("sdpa", torch.float64, "sdpa"),
     ],
 )
@@ -315,7 +315,7 @@ def test_auto_tries_flash_on_cuda_only_in_half_precision(monkeypatch, caplog):
     monkeypatch.setitem(backends.BACKENDS, "flash", absent)
     cuda = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger="mistral"):
-        assert [backends.resolve("auto", cuda, d)[0] for d in (torch.float32, torch.float64)] == ["sdpa", "plain"]
+        assert [backends.resolve("auto", cuda, d)[0] for d in (torch.float32, torch.float64)] == ["sdpa", "eager"]
         assert asked == []
         assert [backends.resolve("auto", cuda, d)[0] for d in (torch.float16, torch.bfloat16)] == ["sdpa", "sdpa"]
     assert asked == ["flash"] * 2

@@ -21,7 +21,7 @@ import mistral.formats
 from mistral.formats.mistral import to_args
 from mistral.loader.load import load
 from mistral.util import memory
-from mistral.util.memory import DoesNotFit, available_on_host
+from mistral.util.memory import OutOfMemory, available_on_host
 from tests.commands import ENVIRONMENT, Command, in_process
 from tests.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
 
@@ -531,7 +531,7 @@ def test_a_model_that_does_not_fit(cli: Command, good: Path, monkeypatch: pytest
 def test_the_limit_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda device: 15_000_000_000)
     memory.require(15_000_000_000, "cpu", "they", "less")
-    with pytest.raises(DoesNotFit, match="^they need 15.0 GB, but cpu has 15.0 GB left: less$"):
+    with pytest.raises(OutOfMemory, match="^they need 15.0 GB, but cpu has 15.0 GB left: less$"):
         memory.require(15_000_000_001, "cpu", "they", "less")
     monkeypatch.setattr(memory, "available", lambda device: None)
     memory.require(10**18, "cpu", "they", "less")

@@ -19,8 +19,8 @@ from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.engine import Generation, Token
 from mistral.fast import bitwise
-from mistral.fast.bitwise import BitwiseTransformer, NotBitwise, aligned_cos_sin, groups, self_test
-from mistral.fast.kernels import NoKernels, library
+from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic, aligned_cos_sin, groups, self_test
+from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.linear import use_kernels
 from mistral.linear import Linear
 from mistral.loader.load import load
@@ -47,7 +47,7 @@ from tests.tiny import (
 
 try:
     library()
-except NoKernels as reason:
+except KernelsUnavailable as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,13 +201,13 @@ def test_replaced_weights_are_the_ones_used() -> None:
 def test_what_has_other_bits_is_refused() -> None:
     args = tiny_args()
     ids = torch.tensor([1, 2, 3])
-    with pytest.raises(NotBitwise, match="a cache in float32"):
+    with pytest.raises(NotDeterministic, match="a cache in float32"):
         make_model(args).forward(ids, [3], RollingBufferCache(args, 1, dtype=torch.bfloat16))
-    with pytest.raises(NotBitwise, match="weights on a CPU, as they were loaded"):
+    with pytest.raises(NotDeterministic, match="weights on a CPU, as they were loaded"):
         make_model(args).double().forward(ids, [3])
     model = make_model(args)
     model.output = Linear(args.dim, args.vocab_size)
-    with pytest.raises(NotBitwise, match="weights on a CPU, as they were loaded"):
+    with pytest.raises(NotDeterministic, match="weights on a CPU, as they were loaded"):
         model.forward(ids, [3])
 
 
@@ -329,7 +329,7 @@ def test_loaded(tmp_path: Path, quant: str | None) -> None:
             {"dtype": "bfloat16"},
             "deterministic is for a CPU in float32, not for cpu in bfloat16: use --device cpu --dtype float32",
         ),
-        ({"attention": "plain"}, "deterministic has an attention of its own: leave --attention plain out"),
+        ({"attention": "eager"}, "deterministic has an attention of its own: leave --attention eager out"),
         ({"kernels": False}, "deterministic computes with the kernels: leave --kernels=false out"),
     ],
 )
@@ -425,7 +425,7 @@ def test_the_self_test_finds_what_is_planted(
     folder = make_folder(tmp_path / "model")
     plant(monkeypatch)
     before = torch.get_num_threads()
-    with pytest.raises(NotBitwise, match=message):
+    with pytest.raises(NotDeterministic, match=message):
         load(folder, device="cpu", deterministic=True)
     assert torch.get_num_threads() == before
     load(folder, device="cpu")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mistral import quant
-from mistral.attention import plain, tiled
+from mistral.attention import eager, tiled
 from mistral.cache import RollingBufferCache
-from mistral.fast.cuda_graph import LEAST, CapturedTransformer, _layer, bucket
+from mistral.fast.cuda_graph import LEAST, CudaGraphTransformer, _layer, bucket
 from mistral.fast.layout import is_quantized
 from mistral.loader import runtime
 from mistral.loader.options import OptionError
@@ -34,7 +34,7 @@ LENS = [23, 40, 1, 9]
 WINDOWS = [5, 1, None, (None, 5), (17, 3)]
 
 
-class Replayed(CapturedTransformer):
+class Replayed(CudaGraphTransformer):
     """Captures by remembering the function; counts what was captured and replayed."""
 
     devices = ("cpu",)
@@ -56,7 +56,7 @@ class Replayed(CapturedTransformer):
 
 def on_gpu(module):
     """Weights in few bits as a GPU has them, on a CPU."""
-    kind = cuda.Int8OnGpu if isinstance(module, Int8Linear) else cuda.Int4OnGpu
+    kind = cuda.CudaInt8Linear if isinstance(module, Int8Linear) else cuda.CudaInt4Linear
     return kind(module, torch.device("cpu"))
 
 
@@ -201,7 +201,7 @@ def test_what_is_not_replayed():
     other.forward(ids[:1], [1], cache)  # gradients are asked for
     assert Replayed.replays == 0
     with torch.no_grad():
-        real = CapturedTransformer(model.args)
+        real = CudaGraphTransformer(model.args)
         real.forward(ids[:1], [1], RollingBufferCache(model.args, 1))  # a CPU
     assert Replayed.captures == 0
 
@@ -225,7 +225,7 @@ def test_a_step_that_breaks_off_leaves_a_cache_that_says_so(monkeypatch):
 def test_the_backend_comes_back_after_a_capture():
     model = tiny_model(tiny_args(), seed=9)
     other = twin(model)
-    attend = tiled(plain)
+    attend = tiled(eager)
     for layer in other.layers:
         layer.attention.attend = attend
     with torch.no_grad():
@@ -259,6 +259,6 @@ def test_it_is_asked_for_on_cuda_alone(monkeypatch):
     monkeypatch.setattr(runtime, "pick_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(runtime.memory, "available", lambda device: None)
-    monkeypatch.setattr(runtime.backends, "resolve", lambda *_: ("sdpa", tiled(plain)))
+    monkeypatch.setattr(runtime.backends, "resolve", lambda *_: ("sdpa", tiled(eager)))
     assert runtime.resolve("cuda", None, None, True, **facts).captured
     assert not runtime.resolve("cuda", None, None, None, **facts).captured

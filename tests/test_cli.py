@@ -217,7 +217,7 @@ def test_only_the_continuation_goes_to_stdout(cli: Command, parrot: Path) -> Non
         ("--folder={folder}", "Hello", "--max_tokens", "6", "--temperature", "0.0"),
         ("--prompt=Hello", "{folder}", "--max_tokens", "6", "--temperature", "0"),
         ("{folder}", "Hello", "--max_tokens", "6", "--temperature", "0", "--chunk_size", "1", "--device", "cpu"),
-        ("{folder}", "Hello", "--max_tokens", "6", "--top_k", "1", "--json=false", "--attention", "plain"),
+        ("{folder}", "Hello", "--max_tokens", "6", "--top_k", "1", "--json=false", "--attention", "eager"),
     ],
 )
 def test_one_command_in_many_spellings(cli: Command, tiny: Path, words: tuple[str, ...]) -> None:

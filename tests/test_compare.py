@@ -19,7 +19,7 @@ from mistral.loader.load import assemble
 from mistral.oracle import mutants, pack
 from mistral.oracle.compare import CompareError, compare, differences
 from mistral.oracle.inputs import prompts_for
-from mistral.oracle.outputs import Evidence
+from mistral.oracle.outputs import Outputs
 from mistral.oracle.sides import FolderSide, SideError, side
 from tests.folders import make_folder, random_state
 from tests.tiny import tiny_args, tiny_model
@@ -295,7 +295,7 @@ def test_a_mistake_that_has_no_name_is_not_given_one(folder, tmp_path, capsys):
     assert not told["same"]
     assert told["mistakes"] == {}
     assert told["mistakes_tried"] > 8
-    assert told["nearest"][0] in mutants.PLANTS
+    assert told["nearest"][0] in mutants.MUTANTS
     assert told["first_activation"]["name"] == "layers.1.feed_forward.w2"
 
 
@@ -422,14 +422,14 @@ def test_sides_that_have_nothing_in_common(folder, packed, tmp_path):
 
 
 def test_differences_of_what_is_told():
-    dense = Evidence(None, torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], dtype=torch.float64))
-    sparse = Evidence(torch.tensor([[2, -1], [0, 2]]), torch.tensor([[2.5, 9.0], [3.0, 7.0]], dtype=torch.float64))
+    dense = Outputs(None, torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], dtype=torch.float64))
+    sparse = Outputs(torch.tensor([[2, -1], [0, 2]]), torch.tensor([[2.5, 9.0], [3.0, 7.0]], dtype=torch.float64))
     assert differences(dense, sparse).tolist() == [0.5, 2.0]
     assert differences(sparse, dense).tolist() == [0.5, 2.0]
-    other = Evidence(torch.tensor([[1], [2]]), torch.tensor([[1.0], [7.5]], dtype=torch.float64))
+    other = Outputs(torch.tensor([[1], [2]]), torch.tensor([[1.0], [7.5]], dtype=torch.float64))
     assert differences(sparse, other)[0].isnan()
     assert differences(sparse, other)[1] == 0.5
-    endless = Evidence(None, torch.full((2, 3), float("inf"), dtype=torch.float64))
+    endless = Outputs(None, torch.full((2, 3), float("inf"), dtype=torch.float64))
     assert differences(dense, endless).tolist() == [float("inf")] * 2
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mistral import backends, quant
-from mistral.attention import plain, tiled
+from mistral.attention import eager, tiled
 from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys
-from mistral.fast.cuda_graph import CapturedTransformer
+from mistral.fast.cuda_graph import CudaGraphTransformer
 from mistral.fast.layout import is_quantized
 from mistral.model import Transformer
 from mistral.plan import make_plan
@@ -78,7 +78,7 @@ def test_rolling_buffer(name, window, dtype):
     for i, schedule in enumerate(([LENS], in_chunks(LENS, 200), at_random(LENS, 0), at_random(LENS, 1))):
         origin = 5000 * (i % 2)
         got = steps(attend, LENS, schedule, window, (dtype, dtype), origin=origin, seed=i)
-        want = steps(tiled(plain), LENS, schedule, window, (dtype, torch.float32), origin=origin, seed=i)
+        want = steps(tiled(eager), LENS, schedule, window, (dtype, torch.float32), origin=origin, seed=i)
         assert all(x.isfinite().all() for x in got)
         assert error(got, want) < BUDGETS[dtype]
 
@@ -92,7 +92,7 @@ def test_head_counts_and_sizes(name, shape, dtype):
     for window in (60, None):
         schedule = in_chunks(LENS, 250)
         got = steps(attend, LENS, schedule, window, (dtype, dtype), H, K, D)
-        want = steps(tiled(plain), LENS, schedule, window, (dtype, torch.float32), H, K, D)
+        want = steps(tiled(eager), LENS, schedule, window, (dtype, torch.float32), H, K, D)
         assert error(got, want) < BUDGETS[dtype]
 
 
@@ -104,7 +104,7 @@ def test_without_a_cache(name, dtype):
     plan = make_plan(LENS, [0] * len(LENS), [0] * len(LENS), "cuda")
     q, k, v = (torch.randn(sum(LENS), h, 128, generator=generator).to("cuda", dtype) for h in (8, 2, 2))
     for window in WINDOWS:
-        want = tiled(plain)(q.float(), k.float(), v.float(), StepKeys(window), plan)
+        want = tiled(eager)(q.float(), k.float(), v.float(), StepKeys(window), plan)
         # The plan's memo belongs to one backend and dtype in use; a fresh plan asks no favours of it.
         fresh = make_plan(LENS, [0] * len(LENS), [0] * len(LENS), "cuda")
         assert error([attend(q, k, v, StepKeys(window), fresh)], [want]) < BUDGETS[dtype]
@@ -120,7 +120,7 @@ def test_gradients(name):
     toward = torch.randn(sum(lens), 8, 128, generator=generator).to("cuda")
     for window in (50, None):
         grads = []
-        for function, dtype in ((attend, torch.bfloat16), (tiled(plain), torch.float32)):
+        for function, dtype in ((attend, torch.bfloat16), (tiled(eager), torch.float32)):
             leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
             plan = make_plan(lens, [0] * 3, [0] * 3, "cuda")
             with torch.enable_grad():
@@ -143,7 +143,7 @@ def test_a_head_size_that_flash_refuses_falls_back(caplog):
     attend = backends.resolve("auto", torch.device("cuda"), torch.bfloat16, head_dim=4)[1]
     plan = make_plan([9], [0], [0], "cuda")
     q, k = torch.rand(9, 4, 4, device="cuda").bfloat16(), torch.rand(9, 2, 4, device="cuda").bfloat16()
-    want = tiled(plain)(q.float(), k.float(), k.float(), StepKeys(3), plan)
+    want = tiled(eager)(q.float(), k.float(), k.float(), StepKeys(3), plan)
     assert error([attend(q, k, k, StepKeys(3), make_plan([9], [0], [0], "cuda"))], [want]) < 2.5e-2
 
 
@@ -159,8 +159,8 @@ def test_a_whole_model_in_bf16(name):
         model = tiny_model(args, attend=function).to("cuda", dtype)
         return model.forward(ids, lens).log_softmax(-1)
 
-    truth = logprobs(tiled(plain), torch.float32)
-    budget = 2 * (logprobs(tiled(plain), torch.bfloat16) - truth).abs().max()
+    truth = logprobs(tiled(eager), torch.float32)
+    budget = 2 * (logprobs(tiled(eager), torch.bfloat16) - truth).abs().max()
     assert (logprobs(attend, torch.bfloat16) - truth).abs().max() < budget
 
 
@@ -173,9 +173,9 @@ def test_captured_steps_are_the_plain_ones(dtype, window):
     lens = [300, 20, 1, 77]
     prompts = [p.cuda() for p in ragged(lens, args.vocab_size, seed=1)]
     found = []
-    for kind in (Transformer, CapturedTransformer):
+    for kind in (Transformer, CudaGraphTransformer):
         with torch.device("meta"):
-            model = kind(args, tiled(plain) if kind is Transformer else None)
+            model = kind(args, tiled(eager) if kind is Transformer else None)
         model.load_state_dict(state, assign=True)
         cache = RollingBufferCache(args, len(lens), device="cuda", dtype=dtype)
         with torch.inference_mode():
@@ -195,7 +195,7 @@ def test_weights_in_few_bits(bits, captured):
     }
     meant = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
     plain.load_state_dict(plain.state_dict() | meant)
-    model = (CapturedTransformer if captured else Transformer)(args)
+    model = (CudaGraphTransformer if captured else Transformer)(args)
     model.load_state_dict(plain.state_dict())
     model = model.to("cuda")
     quant.put_quantized(model, there)

@@ -161,7 +161,7 @@ def test_a_loaded_model_can_be_trained(tmp_path: Path) -> None:
 
 def test_from_folder_is_load(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    model = Transformer.from_folder(tmp_path, max_batch_size=2, device="cpu", dtype=torch.float64, attention="plain")
+    model = Transformer.from_folder(tmp_path, max_batch_size=2, device="cpu", dtype=torch.float64, attention="eager")
     assert (model.args.max_batch_size, model.dtype) == (2, torch.float64)
     with pytest.raises(ValueError, match="max_batch_size is 2"):
         model.forward(torch.arange(3), [1, 1, 1])
@@ -413,8 +413,8 @@ def test_describe(tmp_path: Path, form: str) -> None:
         "tokenizer tokenizer.model",
     ):
         assert fact in line
-    line = load(folder, device="cpu", dtype="fp64", attention="plain").describe()
-    assert "weights/compute/cache float64/float64/float64; attention plain" in line
+    line = load(folder, device="cpu", dtype="fp64", attention="eager").describe()
+    assert "weights/compute/cache float64/float64/float64; attention eager" in line
 
 
 def test_describe_says_other_windows_and_thetas(tmp_path: Path) -> None:

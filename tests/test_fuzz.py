@@ -99,7 +99,7 @@ def nothing() -> None:
     pass
 
 
-PLANTS: dict[Callable[[], None], str] = {
+MUTANTS: dict[Callable[[], None], str] = {
     not_ours: "load: KeyError",
     an_error_of_a_library: "load: JSONDecodeError",
     a_long_line: "characters: error: word word",
@@ -120,15 +120,15 @@ def plant() -> None:
     good = mistral.formats.read_folder
 
     def read_folder(folder: Path, *rest: int) -> object:
-        list(PLANTS)[int(folder.name.rpartition("-")[2])]()
+        list(MUTANTS)[int(folder.name.rpartition("-")[2])]()
         return good(folder, *rest)
 
     mistral.formats.read_folder = read_folder  # type: ignore[assignment]
 
 
 def test_planted_mistakes_are_noticed(tmp_path: Path) -> None:
-    cases = [("params", number) for number in range(len(PLANTS))]
-    for outcome, said in zip(watch(cases, tmp_path, 0, limit=12, plant=plant), PLANTS.values(), strict=True):
+    cases = [("params", number) for number in range(len(MUTANTS))]
+    for outcome, said in zip(watch(cases, tmp_path, 0, limit=12, plant=plant), MUTANTS.values(), strict=True):
         if said:
             assert len(outcome.violations) == 1
             assert said in outcome.violations[0]

@@ -18,10 +18,10 @@ KINDS = ["int8", "int4"]
 META = torch.device("meta")  # any but the CPU
 
 
-def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, cuda.OnGpu]:
+def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, cuda.CudaLinear]:
     """The same weights in few bits, as a CPU and as a GPU has them."""
     here = quant.KINDS[kind].of(weight)
-    there = {"int8": cuda.Int8OnGpu, "int4": cuda.Int4OnGpu}[kind](here, torch.device("cpu"))
+    there = {"int8": cuda.CudaInt8Linear, "int4": cuda.CudaInt4Linear}[kind](here, torch.device("cpu"))
     return here, there
 
 
@@ -73,7 +73,7 @@ def test_a_model(kind):
     plain = tiny_model(tiny_args(sliding_window=5), seed=3)
     state = plain.state_dict()
     there = {n: twins(bits_of(n, kind), w)[1] for n, w in state.items() if is_quantized(n)}
-    assert type(there["output.weight"]) is cuda.Int8OnGpu
+    assert type(there["output.weight"]) is cuda.CudaInt8Linear
     plain.load_state_dict(state | {n: module.rows(0, module.out_features) for n, module in there.items()})
     model = tiny_model(plain.args, seed=3)
     quant.put_quantized(model, there)

@@ -22,7 +22,7 @@ from mistral.formats.mistral import ParamsError, to_args
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import Loaded, load
 from mistral.parameters import expected_shapes
-from mistral.util.memory import DoesNotFit
+from mistral.util.memory import OutOfMemory
 from tests.commands import in_process
 from tests.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights
 from tests.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_model, whole
@@ -214,7 +214,7 @@ def test_a_tied_output_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wide = model.to(torch.bfloat16)
     assert wide.output.weight is wide.tok_embeddings.weight
     monkeypatch.setattr("mistral.util.memory.available", lambda device: 4 * count - 1)
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(OutOfMemory):
         load(tmp_path, device="cpu")
 
 
@@ -254,7 +254,7 @@ def q_alone(name: str, args: ModelArgs) -> int | None:
     return args.n_heads if name.endswith("wq.weight") else None
 
 
-PLANTS = {
+MUTANTS = {
     "rows left as they are": ("rows_to_mistral", lambda w, heads: w),
     "rows reordered the other way": ("rows_to_mistral", hf.rows_to_hf),
     "heads of q for k": ("heads_of", all_heads_of_q),
@@ -263,10 +263,10 @@ PLANTS = {
 }
 
 
-@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("plant", MUTANTS)
 def test_wrong_rows_show(square: Any, plant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, prompts, want = square
-    monkeypatch.setattr(hf, *PLANTS[plant])
+    monkeypatch.setattr(hf, *MUTANTS[plant])
     assert log_probs_apart(load(folder, device="cpu"), want, prompts) > PLANTED
 
 

@@ -24,7 +24,7 @@ from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
-from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, recognise
+from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, identify
 from mistral.loader.load import load
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import PATTERN, Tokenizer
@@ -163,11 +163,11 @@ def test_each_release_is_recognised(tmp_path: Path, release: Release) -> None:
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
 def test_windows_of_each_release(release: Release) -> None:
-    assert recognise(args_of(release)) == (release, [])
+    assert identify(args_of(release)) == (release, [])
     # One pattern has many spellings: one window for each layer is what layer_types make of it.
     windows = args_of(release).windows
-    assert recognise(args_of(release, sliding_window=windows)) == (release, [])
-    assert recognise(args_of(release, sliding_window=(*windows[:-1], 77)))[0] is None
+    assert identify(args_of(release, sliding_window=windows)) == (release, [])
+    assert identify(args_of(release, sliding_window=(*windows[:-1], 77)))[0] is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_windows_of_each_release(release: Release) -> None:
 def test_known_wrong_copies(release: Release, copy: WrongCopy) -> None:
     args = args_of(release, **copy.values)
     before = replace(args)
-    found, warnings = recognise(args)
+    found, warnings = identify(args)
     assert found == release
     (name, value), *_ = copy.values.items()
     assert warnings == [f"{name} is {value}: {copy.advice}"]
@@ -226,7 +226,7 @@ def test_the_mirror_with_a_wrong_hidden_dim(cli: Command, tmp_path: Path) -> Non
     ],
 )
 def test_almost_a_release(change: dict[str, Any], said: str | None) -> None:
-    release, warnings = recognise(args_of(RELEASES[0], **change))
+    release, warnings = identify(args_of(RELEASES[0], **change))
     assert release is None
     assert len(warnings) == (said is not None)
     assert said is None or warnings[0].startswith(said)
@@ -234,18 +234,18 @@ def test_almost_a_release(change: dict[str, Any], said: str | None) -> None:
 
 def test_a_fine_tune_with_mistrallites_vocabulary_is_not_mistrallite() -> None:
     v01, lite = RELEASES[0], RELEASES[-1]
-    assert recognise(args_of(v01, vocab_size=lite.vocab_size))[0] is None
-    assert recognise(args_of(lite))[0] == lite
+    assert identify(args_of(v01, vocab_size=lite.vocab_size))[0] is None
+    assert identify(args_of(lite))[0] == lite
 
 
 def test_a_tokenizer_of_the_other_kind() -> None:
-    release, warnings = recognise(args_of(RELEASES[2]), "tekken")
+    release, warnings = identify(args_of(RELEASES[2]), "tekken")
     assert release == RELEASES[2]
     assert warnings == ["the tokenizer is of kind tekken, but 7B v0.3 has tokenizer.model.v3: it is another model's"]
 
 
 def test_a_billion_layers_cost_nothing() -> None:
-    assert recognise(args_of(RELEASES[0], n_layers=2**31 - 1))[0] is None
+    assert identify(args_of(RELEASES[0], n_layers=2**31 - 1))[0] is None
 
 
 # --- figures

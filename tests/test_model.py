@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral.args import ModelArgs
-from mistral.attention import plain, tiled
+from mistral.attention import eager, tiled
 from mistral.cache import CacheError, RollingBufferCache
 from mistral.linear import widened_product
 from mistral.model import RMSNorm, Transformer
@@ -194,7 +194,7 @@ def test_storage_begins_zeroed():
     assert all(not storage.any() for layer in cache.layers for storage in (layer.k, layer.v))
 
 
-@pytest.mark.parametrize("attend", [None, tiled(plain)], ids=["sdpa", "plain"])
+@pytest.mark.parametrize("attend", [None, tiled(eager)], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("window", [4, None, [None, 3]], ids=str)
 def test_what_lies_in_unused_slots_changes_no_bit(window, attend):
     model = tiny_model(tiny_args(sliding_window=window), seed=7, attend=attend)
@@ -351,7 +351,7 @@ def test_a_double_model_is_the_truth(window):
 
 
 def test_the_plain_path_is_the_truth():
-    model = tiny_model(tiny_args(sliding_window=[None, 3]), seed=18, attend=tiled(plain))
+    model = tiny_model(tiny_args(sliding_window=[None, 3]), seed=18, attend=tiled(eager))
     prompts = ragged(LENS, model.args.vocab_size, seed=18)
     want = true_logprobs(model, prompts)
     assert distance(whole(model, prompts), want) < TOLERANCE
@@ -361,7 +361,7 @@ def test_the_plain_path_is_the_truth():
 @pytest.mark.parametrize("scale", [3.0, 8.0])
 def test_hot_weights_stay_within_four_times_the_plain_path(scale):
     args = tiny_args(n_layers=4)
-    model, reference = (tiny_model(args, 19, scale, attend) for attend in (None, tiled(plain)))
+    model, reference = (tiny_model(args, 19, scale, attend) for attend in (None, tiled(eager)))
     prompts = ragged(LENS, args.vocab_size, seed=19)
     want = true_logprobs(model, prompts)
     allowed = max(TOLERANCE, 4 * distance(whole(reference, prompts), want))
@@ -471,7 +471,7 @@ def loss_of(model: Transformer, prompts: list[torch.Tensor]) -> torch.Tensor:
     return -torch.cat(parts).mean()
 
 
-@pytest.mark.parametrize("attend", [None, tiled(plain)], ids=["sdpa", "plain"])
+@pytest.mark.parametrize("attend", [None, tiled(eager)], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("window", [1, 3, None, [None, 3]], ids=str)
 def test_gradients_match_finite_differences(window, attend):
     model = tiny_model(tiny_args(sliding_window=window), seed=23, attend=attend).double()

@@ -24,11 +24,11 @@ from mistral.backends import varlen
 from mistral.cache import NoCache
 from mistral.fast.bitwise import BitwiseTransformer
 from mistral.fast.decode import FastTransformer
-from mistral.fast.kernels import NoKernels, library
+from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
-from mistral.oracle.mutants import PLANTS, applies, logits_with, planted, theta
-from mistral.oracle.mutation import PLAIN, Plant, PlantError
+from mistral.oracle.mutants import MUTANTS, applies, logits_with, mutated, theta
+from mistral.oracle.mutation import PLAIN, Mutant, MutantError
 from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
 from tests import truth
@@ -51,7 +51,7 @@ from tests.tiny import (
 
 SHOWS = 1e-4
 THETA = 1e5  # neither of the usual ones, so that both of them are mistakes
-NAMES = sorted(PLANTS)
+NAMES = sorted(MUTANTS)
 OF_ITS_STEP = ("mask_leak", "not_causal")  # what is seen depends on what comes along
 
 State = dict[str, Tensor]
@@ -65,7 +65,7 @@ def model_of(kind: str) -> Transformer:
         return plain
     try:
         library()
-    except NoKernels as error:
+    except KernelsUnavailable as error:
         pytest.skip(str(error))
     fast = (BitwiseTransformer if kind == "bitwise" else FastTransformer)(plain.args)
     fast.load_state_dict(plain.state_dict())
@@ -73,17 +73,17 @@ def model_of(kind: str) -> Transformer:
     return fast.requires_grad_(False)
 
 
-def fed(plant: Plant, prompts: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+def fed(plant: Mutant, prompts: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     changed = [plant.fed(p) for p in prompts]
     return changed, [len(p) for p in changed]
 
 
 def with_mistake(model: Transformer, prompts: list[Tensor], name: str, schedule: Callable) -> list[Tensor]:
     """Logits of each prompt, lined up, in steps on a cache that is made meanwhile."""
-    ids, lens = fed(PLANTS[name], prompts)
-    with torch.no_grad(), planted(name):
+    ids, lens = fed(MUTANTS[name], prompts)
+    with torch.no_grad(), mutated(name):
         rows = play(model, ids, schedule(lens), make_cache(model, len(lens)))
-    return [PLANTS[name].lined_up(r, len(p)) for r, p in zip(rows, prompts, strict=True)]
+    return [MUTANTS[name].lined_up(r, len(p)) for r, p in zip(rows, prompts, strict=True)]
 
 
 def apart(got: list[Tensor], want: list[Any]) -> float:
@@ -104,19 +104,19 @@ def chunks_then_decode(lens: list[int]) -> Schedule:
 
 
 def replaced() -> Iterator[tuple[Any, str]]:
-    for plant in PLANTS.values():
+    for plant in MUTANTS.values():
         yield from ((owner, name) for owner, name, _ in (*PLAIN, *plant.changes))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_is_put_back(name: str) -> None:
     before = [vars(owner)[f] for owner, f in replaced()]
-    mine = [(owner, f) for owner, f, _ in PLANTS[name].changes]
-    with pytest.raises(ZeroDivisionError), planted(name):  # noqa: PT012
+    mine = [(owner, f) for owner, f, _ in MUTANTS[name].changes]
+    with pytest.raises(ZeroDivisionError), mutated(name):  # noqa: PT012
         changed = [vars(owner)[f] for owner, f in mine]
         assert mine
         assert not any(x is y for x in changed for y in before)
-        with planted("no_scale"), planted(name):
+        with mutated("no_scale"), mutated(name):
             assert not any(vars(owner)[f] in (*changed, *before) for owner, f in mine)
         assert all(vars(owner)[f] is x for (owner, f), x in zip(mine, changed, strict=True))
         _ = 1 // 0
@@ -143,8 +143,8 @@ def test_models_that_step_in_their_own_way_are_known() -> None:
 
 def test_names_that_are_not_there_are_refused() -> None:
     with (
-        pytest.raises(PlantError, match="no mistake is called 'window'; there are window_one_more, "),
-        planted("window"),
+        pytest.raises(MutantError, match="no mistake is called 'window'; there are window_one_more, "),
+        mutated("window"),
     ):
         pass
 
@@ -158,7 +158,7 @@ def test_each_shows_in_every_model(kind: str) -> None:
     model = model_of(kind)
     prompts = ragged(LENS, model.args.vocab_size)
     right = whole(deep_model(THETA), prompts)
-    for name in PLANTS:
+    for name in MUTANTS:
         assert applies(name, model.args, LENS), name
         assert apart(logits_with(model, prompts, name), right) > SHOWS, name
         assert apart(with_mistake(model, prompts, name, chunks_then_decode), right) > SHOWS, name
@@ -168,7 +168,7 @@ def test_each_shows_in_every_model(kind: str) -> None:
 def test_no_two_are_the_same() -> None:
     model = deep_model(THETA)
     prompts = ragged(LENS, model.args.vocab_size)
-    got = {name: logits_with(model, prompts, name) for name in PLANTS}
+    got = {name: logits_with(model, prompts, name) for name in MUTANTS}
     for a, b in combinations(got, 2):
         assert apart(got[a], got[b]) > SHOWS, (a, b)
 
@@ -177,7 +177,7 @@ def test_several_at_once() -> None:
     """One inside the other: both mistakes are made."""
     model = deep_model(THETA)
     prompts = ragged(LENS, model.args.vocab_size)
-    with planted("window_one_more"), planted("window_one_fewer"):
+    with mutated("window_one_more"), mutated("window_one_fewer"):
         assert distance(whole(model, prompts), in_truth(model, prompts)) < TOLERANCE
 
 
@@ -369,9 +369,9 @@ def test_each_is_what_it_says(name: str, monkeypatch: Patch) -> None:
     prompts = ragged(LENS, model.args.vocab_size)
     with monkeypatch.context() as patch:
         state, args = WRONG[name](patch, model.state_dict(), model.args)
-        ids, _ = fed(PLANTS[name], prompts)
+        ids, _ = fed(MUTANTS[name], prompts)
         want = [truth.truth(state, args, p)[0] if len(p) else np.zeros((0, args.vocab_size)) for p in ids]
-    want = [PLANTS[name].lined_up(torch.from_numpy(r), len(p)).numpy() for r, p in zip(want, prompts, strict=True)]
+    want = [MUTANTS[name].lined_up(torch.from_numpy(r), len(p)).numpy() for r, p in zip(want, prompts, strict=True)]
     limit = 10 * TOLERANCE if name == "output_tied" else TOLERANCE  # embeddings are wider: logits up to 60
     assert apart(logits_with(model, prompts, name), want) < limit
     for schedule in schedules(name):
@@ -411,7 +411,7 @@ def test_any_theta() -> None:
 def test_rows_keep_their_places() -> None:
     model = deep_model(THETA)
     prompts = ragged(LENS, model.args.vocab_size)
-    for name in PLANTS:
+    for name in MUTANTS:
         got = logits_with(model, prompts, name)
         assert [len(rows) for rows in got] == LENS
         missing = [rows.isnan().any(-1).nonzero().flatten().tolist() for rows in got]
@@ -421,10 +421,10 @@ def test_rows_keep_their_places() -> None:
 def test_texts_begin_with_two_bos_or_none() -> None:
     words = Tokenizer(Path(mistral.__file__).parent / "bundled" / "tokenizer.model")
     ids = words.encode("there was a king")
-    with planted("bos_doubled"):
+    with mutated("bos_doubled"):
         assert words.encode("there was a king") == [words.bos_id, *ids]
         assert words.encode("there was a king", bos=False) == ids[1:]
-    with planted("bos_absent"):
+    with mutated("bos_absent"):
         assert words.encode("there was a king") == ids[1:]
 
 
@@ -464,7 +464,7 @@ def test_a_mistake_that_cannot_show_is_known(changes: dict[str, Any], lens: list
     model = tiny_model(tiny_args(**given))
     prompts = ragged(lens, model.args.vocab_size)
     right = logits_with_none(model, prompts)
-    for name in PLANTS:
+    for name in MUTANTS:
         shows = apart(logits_with(model, prompts, name), right) > TOLERANCE
         if name in silent:
             assert not applies(name, model.args, lens), name
@@ -479,7 +479,7 @@ def logits_with_none(model: Transformer, prompts: list[Tensor]) -> list[Tensor]:
 def test_a_cache_made_before_keeps_its_window() -> None:
     model = deep_model(THETA)
     before = NoCache(model.args, "cpu")
-    with planted("no_window"):
+    with mutated("no_window"):
         assert before.layer(1).window == 5
         assert NoCache(model.args, "cpu").layer(1).window is None
 

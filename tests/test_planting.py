@@ -11,7 +11,7 @@ import pytest
 
 from mistral import cli
 from mistral.oracle import pack
-from mistral.oracle.mutants import PLANTS, applies
+from mistral.oracle.mutants import MUTANTS, applies
 from tests.folders import ROOT, make_folder
 
 WINDOW = pack.SHIPPED / "window.safetensors"
@@ -20,8 +20,8 @@ WINDOW = pack.SHIPPED / "window.safetensors"
 def test_the_list(capsys):
     assert cli.main(["plants"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(PLANTS)
-    assert all(plant.what in line for plant, line in zip(PLANTS.values(), lines, strict=True))
+    assert [line.split()[0] for line in lines] == list(MUTANTS)
+    assert all(plant.what in line for plant, line in zip(MUTANTS.values(), lines, strict=True))
 
 
 def test_a_test_that_reads_packs_catches_every_mistake(tmp_path, capsys):
@@ -29,7 +29,7 @@ def test_a_test_that_reads_packs_catches_every_mistake(tmp_path, capsys):
     assert cli.main(["plants", str(WINDOW), "-o", str(tmp_path / "made")]) == 0
     told = pack.read(WINDOW)
     files = {path.stem: path for path in (tmp_path / "made").iterdir()}
-    wanted = {name for name in PLANTS if applies(name, told.args, [len(p) for p in told.prompts])}
+    wanted = {name for name in MUTANTS if applies(name, told.args, [len(p) for p in told.prompts])}
     assert set(files) == {"right", *wanted}
     assert len(wanted) > 20
     reader = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "packs.md").read_text(), re.S)[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mistral.util.errors import plain, quoted
+from mistral.util.errors import printable, short_repr
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from mistral.util.errors import plain, quoted
     ],
 )
 def test_values(value: Any, text: str) -> None:
-    assert quoted(value) == text
+    assert short_repr(value) == text
 
 
 def test_what_has_no_end() -> None:
@@ -37,7 +37,7 @@ def test_what_has_no_end() -> None:
     for _ in range(4):
         wide = {str(i) * 100: [wide] * 50 for i in range(50)}
     for value in (deep, wide, [0] * 100_000, {"x" * 100_000: 0}, 10**4000, "\0" * 100_000, "\U0001f600" * 80):
-        text = quoted(value)
+        text = short_repr(value)
         assert len(text) < 170
         assert text.isascii()
         assert text.isprintable()
@@ -45,7 +45,7 @@ def test_what_has_no_end() -> None:
 
 def test_names_stay_as_they_are_where_they_can() -> None:
     for name in ("layers.0.attention.wq.weight", "größe", ""):
-        assert plain(name) == name
-    assert plain("a\nb") == r"'a\nb'"
-    assert plain("x" * 81) == f"'{'x' * 80}...'"
-    assert plain("x" * 81, 100) == "x" * 81
+        assert printable(name) == name
+    assert printable("a\nb") == r"'a\nb'"
+    assert printable("x" * 81) == f"'{'x' * 80}...'"
+    assert printable("x" * 81, 100) == "x" * 81

@@ -12,15 +12,15 @@ from mistral.chat import session
 from mistral.formats.huggingface import find_hf_weights
 from mistral.formats.mistral import read_object
 from mistral.tokenizer import Tokenizer, tekken_words
-from mistral.util.files import read_small
+from mistral.util.files import read_limited
 
 
 def test_the_limit_is_exact(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1234")
-    assert read_small(path, 4) == b"1234"
+    assert read_limited(path, 4) == b"1234"
     with pytest.raises(OSError, match="it has more than 3 bytes, which no such file has"):
-        read_small(path, 3)
+        read_limited(path, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral.attention import plain, sdpa, tiled
+from mistral.attention import eager, sdpa, tiled
 from mistral.cache import CacheError, RollingBufferCache
 from mistral.engine import GenerationError
 from mistral.generate import stream
@@ -29,7 +29,7 @@ def feed(model: Transformer, cache: RollingBufferCache, ids: torch.Tensor, chunk
     return torch.cat(pieces)
 
 
-@pytest.mark.parametrize("kernel", [plain, sdpa])
+@pytest.mark.parametrize("kernel", [eager, sdpa])
 @settings(max_examples=60)
 @given(
     window=st.sampled_from(WINDOWS),

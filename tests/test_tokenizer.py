@@ -19,7 +19,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 import mistral.tokenizer as tokenizer_module
 from mistral.chat.templates import TemplateError, find_template
-from mistral.detokenizer import StreamDecoder
+from mistral.detokenizer import Detokenizer
 from mistral.tokenizer import PATTERN, Tokenizer, TokenizerError, encode
 from tools.fuzz.mutate import fields, join
 
@@ -326,7 +326,7 @@ def test_ids_without_a_word(name: str) -> None:
 
 def streamed(tokenizer: Any, context: Sequence[int], ids: Sequence[int]) -> tuple[list[str], str]:
     """The pieces, and what was left at the end."""
-    decoder = StreamDecoder(tokenizer, context)
+    decoder = Detokenizer(tokenizer, context)
     return [decoder.push(i) for i in ids], decoder.flush()
 
 
@@ -375,7 +375,7 @@ def test_each_text_at_each_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("run", [1, StreamDecoder.CONTEXT - 1, StreamDecoder.CONTEXT, 3 * StreamDecoder.CONTEXT, 100])
+@pytest.mark.parametrize("run", [1, Detokenizer.CONTEXT - 1, Detokenizer.CONTEXT, 3 * Detokenizer.CONTEXT, 100])
 def test_a_space_after_a_run_of_control_ids_is_kept(name: str, run: int) -> None:
     """SentencePiece drops a space at the start of a text: a window of control ids alone is taken for the start."""
     tokenizer, control = load(name), kinds(name)["control"]
@@ -401,7 +401,7 @@ def test_a_character_appears_with_its_last_byte(name: str) -> None:
 def test_a_window_does_not_begin_within_a_character(name: str) -> None:
     """Control ids behind a character can push its first bytes out of the last CONTEXT ids."""
     tokenizer, byte = load(name), kinds(name)["bytes"]
-    for run in range(StreamDecoder.CONTEXT + 4):
+    for run in range(Detokenizer.CONTEXT + 4):
         ids = [*tokenizer.encode("so: "), *(byte[b] for b in "🙂".encode()), *[1] * run]
         for after in ([], [2], tokenizer.encode(" and on", bos=False)):
             check_stream(tokenizer, ids, after)
@@ -412,7 +412,7 @@ def test_a_window_does_not_begin_within_a_character(name: str) -> None:
 def test_half_a_character_at_the_end_comes_out_with_flush(name: str) -> None:
     tokenizer, byte = load(name), kinds(name)["bytes"]
     start, half = tokenizer.encode("so:"), [byte[b] for b in "🙂".encode()[:3]]
-    decoder = StreamDecoder(tokenizer, start)
+    decoder = Detokenizer(tokenizer, start)
     assert [decoder.push(i) for i in half] == ["", "", ""]
     rest = decoder.flush()
     assert rest
@@ -456,11 +456,11 @@ def test_the_cost_of_a_token_does_not_grow(name: str, as_bytes: bool) -> None:
     ids = [byte[b] for b in text.encode()] if as_bytes else tokenizer.encode(text, bos=False)
     assert len(ids) > 600
     counting = Counting(tokenizer)
-    decoder = StreamDecoder(counting, ids)
-    assert sum(counting.lengths) <= 8 * StreamDecoder.CONTEXT  # of a context of any length
+    decoder = Detokenizer(counting, ids)
+    assert sum(counting.lengths) <= 8 * Detokenizer.CONTEXT  # of a context of any length
     counting.lengths.clear()
     shown = "".join(decoder.push(i) for i in ids) + decoder.flush()
     # At most CONTEXT + 3 old ids, CONTEXT + 1 new ones, and the bytes of a character that is not whole.
-    assert max(counting.lengths) <= 2 * StreamDecoder.CONTEXT + 7
+    assert max(counting.lengths) <= 2 * Detokenizer.CONTEXT + 7
     assert len(counting.lengths) <= 1.6 * len(ids)
     assert shown == tokenizer.decode([*ids, *ids])[len(tokenizer.decode(ids)) :]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mistral import cli
-from mistral.attention import plain, sdpa, tiled
+from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
 from mistral.oracle import layerwise, verify
-from mistral.oracle.layerwise import Blocks, OneFile, Theirs
-from mistral.oracle.metrics import LIMITS, Errors, Measure, judge, limit_of, place
+from mistral.oracle.layerwise import LibraryRunner, OneFileRunner, TransformersRunner
+from mistral.oracle.metrics import LIMITS, Errors, ErrorStats, judge, limit_of, place
 from mistral.oracle.truth import Truth, draws, logprobs
 from tests.folders import make_folder, random_state
 from tests.tiny import ragged, tiny_args, tiny_model, true_logprobs
@@ -70,13 +70,13 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("kernel", [plain, sdpa])
+@pytest.mark.parametrize("kernel", [eager, sdpa])
 @pytest.mark.parametrize("name", STREAMS)
 def test_each_schedule_is_within_its_budget(case, name, kernel, dtype):
     model, prompts = case
     schedule, cached = STREAMS[name]
     attend = tiled(kernel)
-    stream = Blocks(model.args, prompts, schedule(LENS), attend, weights=dtype, compute=dtype, cached=cached)
+    stream = LibraryRunner(model.args, prompts, schedule(LENS), attend, weights=dtype, compute=dtype, cached=cached)
     verdict, errors = judged(model, prompts, stream, dtype)
     assert verdict.passes, (verdict, errors.largest)
 
@@ -85,11 +85,11 @@ def judged(model, prompts, stream, dtype):
     true = logprobs(run(Truth(model.args, prompts), model))
     budget = measured(true, *(run(one, model) for one in verify.unavoidable(model.args, prompts, dtype, dtype)))
     errors = measured(true, run(stream, model))
-    return judge(errors, budget.scaled(verify.coarseness(dtype)), limit_of(dtype, model.args), LENS), errors
+    return judge(errors, budget.scaled(verify.scale_of_rounding(dtype)), limit_of(dtype, model.args), LENS), errors
 
 
 def measured(true, *each) -> Errors:
-    measure = Measure()
+    measure = ErrorStats()
     for logits in each:
         for a, b in zip(true.split(10), logits.split(10), strict=True):
             measure.add(a, b)
@@ -100,8 +100,8 @@ def test_others_are_within_it_too(case):
     pytest.importorskip("transformers")
     model, prompts = case
     for stream in (
-        OneFile(layerwise.one_file_ref(), model.args, prompts, torch.float32),
-        Theirs(model.args, prompts, torch.float32),
+        OneFileRunner(layerwise.one_file_ref(), model.args, prompts, torch.float32),
+        TransformersRunner(model.args, prompts, torch.float32),
     ):
         assert judged(model, prompts, stream, torch.float32)[0].passes
 
@@ -109,10 +109,10 @@ def test_others_are_within_it_too(case):
 def test_a_stream_is_the_model(case):
     """A layer at a time gives the bits of all layers at once."""
     model, prompts = case
-    for name, kernel in (("batched", plain), ("batched", sdpa)):
+    for name, kernel in (("batched", eager), ("batched", sdpa)):
         schedule, cached = STREAMS[name]
         options = {"weights": torch.float32, "compute": torch.float32, "cached": cached}
-        got = run(Blocks(model.args, prompts, schedule(LENS), tiled(kernel), **options), model)
+        got = run(LibraryRunner(model.args, prompts, schedule(LENS), tiled(kernel), **options), model)
         model_of = tiny_model(model.args, seed=2, attend=tiled(kernel))
         with torch.inference_mode():
             want = model_of.forward(torch.cat(prompts), LENS)
@@ -123,8 +123,8 @@ def test_bf16_is_what_rounding_makes_of_it(case):
     """The budget is not only a bound: right implementations reach it."""
     model, prompts = case
     half = torch.bfloat16
-    stream = Blocks(
-        model.args, prompts, layerwise.batched(LENS), tiled(plain), weights=half, compute=half, cached=False
+    stream = LibraryRunner(
+        model.args, prompts, layerwise.batched(LENS), tiled(eager), weights=half, compute=half, cached=False
     )
     verdict, _ = judged(model, prompts, stream, half)
     assert 0.5 < verdict.ratio < 1.5
@@ -201,7 +201,7 @@ def test_a_mistake_is_beyond_the_budget_and_is_placed():
     prompts = ragged(LENS, model.args.vocab_size, seed=2)
     wrong = tiny_args(n_layers=3, sliding_window=4)
     for dtype in (torch.float32, torch.float64):
-        stream = Blocks(
+        stream = LibraryRunner(
             wrong, prompts, layerwise.batched(LENS), tiled(sdpa), weights=dtype, compute=dtype, cached=False
         )
         verdict, _ = judged(model, prompts, stream, dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import read_folder
 from mistral.oracle import pack
-from mistral.oracle.inputs import Reading, random_prompts
+from mistral.oracle.inputs import WeightReader, random_prompts
 from mistral.oracle.outputs import tell
 from mistral.parameters import expected_shapes
 
@@ -142,7 +142,7 @@ def check(path: Path) -> float:
     with tempfile.TemporaryDirectory() as nothing:
         found = pack.folder_of(path, Path(nothing))
         told = pack.read(path)
-        true, _ = tell(Reading(found), found.args, told.prompts)
+        true, _ = tell(WeightReader(found), found.args, told.prompts)
     return float((true.logprobs.gather(1, told.top_ids) - told.top_logprobs).abs().max())
 
 

@@ -20,7 +20,7 @@ from mistral.args import ModelArgs
 from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
 from mistral.formats.mistral import read_object, to_args
 from mistral.formats.random import random_folder
-from mistral.formats.releases import COMPARED, RELEASES, Release, recognise
+from mistral.formats.releases import COMPARED, RELEASES, Release, identify
 from mistral.formats.tokenizers import tokenizer_files
 
 # The tokenizers that mistral-common carries, by the template of the releases that have them.
@@ -64,7 +64,7 @@ def write_random(shape: str, dst: Path, layout: str = "mistral", dtype: str = "b
 def _shape(shape: str) -> tuple[ModelArgs, Release | None]:
     if shape.endswith(".json"):
         args = to_args(read_object(Path(shape)))
-        return args, recognise(args)[0]
+        return args, identify(args)[0]
     for release in RELEASES:
         if shape.lower() in (name.lower() for name in (release.name, *release.variants)):
             return ModelArgs(**{name: getattr(release, name) for name in COMPARED}), release

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from mistral.attention import Attend, plain, sdpa, tiled
-from mistral.backends.varlen import Packed
+from mistral.attention import Attend, eager, sdpa, tiled
+from mistral.backends.varlen import VarlenAttention
 
 log = logging.getLogger("mistral")
 
@@ -32,7 +32,7 @@ def _xformers() -> Attend:
 
 BACKENDS: dict[str, Callable[[], Attend]] = {
     "sdpa": lambda: tiled(sdpa),
-    "plain": lambda: tiled(plain),
+    "eager": lambda: tiled(eager),
     "flash": _flash,
     "xformers": _xformers,
 }
@@ -41,7 +41,7 @@ BACKENDS: dict[str, Callable[[], Attend]] = {
 def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """What "auto" tries, best first; the last of them runs anywhere."""
     if dtype == torch.float64:
-        return ("plain",)  # asked for to be exact, so the spelled-out arithmetic
+        return ("eager",)  # asked for to be exact, so the spelled-out arithmetic
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         return "flash", "sdpa"
     return ("sdpa",)
@@ -69,7 +69,7 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype, head_dim
     for used in defaults if asked == "auto" else dict.fromkeys((asked, *defaults)):
         try:
             attend = BACKENDS[used]()
-            if isinstance(attend, Packed):
+            if isinstance(attend, VarlenAttention):
                 attend.prove(device, dtype, head_dim)
         except Exception as error:  # a missing library, an old one, no kernel: all mean that it does not run here
             why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ..")

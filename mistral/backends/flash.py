@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from mistral.backends.varlen import Packed
+from mistral.backends.varlen import VarlenAttention
 
 # cu_seq_q [B + 1] and cu_seq_k [B + 1], int32; the longest of each; (left, right) of the window
 Bounds = tuple[Tensor, Tensor, int, int, tuple[int, int]]
@@ -28,7 +28,7 @@ def bounds(q_lens: tuple[int, ...], k_lens: tuple[int, ...], window: int | None,
     return cu_q, cu_k, max(q_lens), max(k_lens), (-1 if window is None else window - 1, 0)
 
 
-def backend(varlen: Callable[..., Any] = varlen_attn) -> Packed:
+def backend(varlen: Callable[..., Any] = varlen_attn) -> VarlenAttention:
     """The `Attend` on `varlen`, a function with the interface of `torch.nn.attention.varlen.varlen_attn`."""
     # Grouped heads always worked; since torch 2.12 they must also be asked for.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen).parameters else {}
@@ -37,4 +37,4 @@ def backend(varlen: Callable[..., Any] = varlen_attn) -> Packed:
         *spans, window = where
         return varlen(q, k, v, *spans, window_size=window, **grouped)
 
-    return Packed(bounds, kernel)
+    return VarlenAttention(bounds, kernel)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.attention import plain, sdpa, tiled
+from mistral.attention import eager, sdpa, tiled
 from mistral.cache import RollingBuffer
 from mistral.plan import LayerStore, Plan, Run
 from mistral.window import visible
@@ -23,13 +23,13 @@ from mistral.window import visible
 # window. A sequence's last query is at the position of its last key; the window is as in `visible`.
 Describe = Callable[[tuple[int, ...], tuple[int, ...], int | None, torch.device], Any]
 # (q [T, H, D], k [S, K, D], v [S, K, D], description) -> [T, H, D]
-PackedKernel = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 _tiles = tiled(sdpa)
 
 
 @dataclass(frozen=True)
-class Pack:
+class VarlenKeys:
     """Sequences of a step with every key their queries reach, in order of position and without padding.
 
     Args:
@@ -49,11 +49,11 @@ class Pack:
     slots: Tensor | None = None
 
 
-def pack_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> Pack:
+def varlen_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> VarlenKeys:
     """What the sequences `rows`, each of which brings tokens, look at when packed."""
     q_lens = tuple(plan.seqlens[row] for row in rows)
     if not isinstance(store, RollingBuffer):
-        return Pack(q_lens, q_lens)
+        return VarlenKeys(q_lens, q_lens)
     C = store.capacity
     behind = [plan.starts[row] - plan.origins[row] for row in rows]
     if store.window is not None:
@@ -71,10 +71,10 @@ def pack_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> Pack:
     device = plan.device_positions.device
     moved = [torch.cat(x).to(device) for x in (held, order, kept, slots)]
     k_lens = tuple(n + m for n, m in zip(q_lens, behind, strict=True))
-    return Pack(q_lens, k_lens, moved[0], moved[1] if any(behind) else None, moved[2], moved[3])
+    return VarlenKeys(q_lens, k_lens, moved[0], moved[1] if any(behind) else None, moved[2], moved[3])
 
 
-def exchange(store: LayerStore, pack: Pack, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def exchange(store: LayerStore, pack: VarlenKeys, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
     if not isinstance(store, RollingBuffer):
         return k, v
@@ -103,7 +103,7 @@ class _Parts:
     """
 
     packed: Tensor | slice
-    pack: Pack
+    pack: VarlenKeys
     description: Any
     rest: Tensor
     rest_plan: Plan
@@ -119,16 +119,16 @@ def _tokens(runs: list[Run], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packed:
+class VarlenAttention:
     """An `Attend` on a variable-length kernel.
 
     Args:
         describe: see `Describe`.
-        kernel: see `PackedKernel`.
+        kernel: see `VarlenKernel`.
     """
 
     describe: Describe
-    kernel: PackedKernel
+    kernel: VarlenKernel
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, store: LayerStore, plan: Plan) -> Tensor:
         parts = self._parts(plan, store)
@@ -160,7 +160,7 @@ class Packed:
             return None
         others = [run for run in plan.runs if not worth(run)]
         device = plan.device_positions.device
-        pack = pack_keys(store, plan, _rows(runs))
+        pack = varlen_keys(store, plan, _rows(runs))
         return _Parts(
             packed=_tokens(runs, device) if others else slice(None),
             pack=pack,
@@ -183,6 +183,6 @@ class Packed:
         q, k, v = (x.to(device, dtype) for x in (q, k, v))
         out = self.kernel(q, k, v, self.describe((3,), (4,), 2, q.device))
         mask = visible(torch.arange(1, 4, device=device), torch.arange(4, device=device), 2)
-        error = (out - plain(q[None], k[None], v[None], mask[None])[0]).abs().max().item()
+        error = (out - eager(q[None], k[None], v[None], mask[None])[0]).abs().max().item()
         if not error < 0.1:  # one key too many or too few is off by more; NaN fails too
             raise ArithmeticError(f"its result is off by {error:.2g}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.backends.varlen import Packed
+from mistral.backends.varlen import VarlenAttention
 
 
 def bias(q_lens: tuple[int, ...], k_lens: tuple[int, ...], window: int | None, device: torch.device) -> Any:
@@ -26,7 +26,7 @@ def bias(q_lens: tuple[int, ...], k_lens: tuple[int, ...], window: int | None, d
     return blocks.make_local_attention_from_bottomright(window)
 
 
-def backend(attention: Callable[..., Tensor] | None = None) -> Packed:
+def backend(attention: Callable[..., Tensor] | None = None) -> VarlenAttention:
     """The `Attend` on xformers, or on another function with memory_efficient_attention's interface.
 
     Raises:
@@ -51,4 +51,4 @@ def backend(attention: Callable[..., Tensor] | None = None) -> Packed:
         k, v = (x[None, :, :, None].expand(-1, -1, -1, q.shape[3], -1) for x in (k, v))
         return attend(q, k, v, attn_bias=mask)[0].flatten(1, 2)
 
-    return Packed(bias, kernel)
+    return VarlenAttention(bias, kernel)

@@ -17,8 +17,8 @@ from mistral.chat.conversation import Chat
 from mistral.chat.templates import TemplateError, Turn
 from mistral.sampling import Sampler
 from mistral.sampling_params import SamplingError
-from mistral.util.errors import quoted
-from mistral.util.files import read_small
+from mistral.util.errors import short_repr
+from mistral.util.files import read_limited
 
 FORMAT, VERSION = "mistral conversation", 1
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -78,7 +78,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         raise SessionError(f"{source} is a conversation with another model")
     if told.get("template") != chat.template.name:
         raise SessionError(
-            f"{source} was written with template {quoted(told.get('template'))}, and this is {chat.template.name}"
+            f"{source} was written with template {short_repr(told.get('template'))}, and this is {chat.template.name}"
         )
     try:
         system, seed, answers = _of(told, "system", str), _of(told, "seed", int), _of(told, "answers", int)
@@ -107,7 +107,7 @@ def _write(text: str, target: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(read_small(path).decode("utf-8"))
+        told = json.loads(read_limited(path).decode("utf-8"))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
@@ -115,14 +115,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
     if told.get("version") != VERSION or type(told["version"]) is not int:
-        raise SessionError(f"{path} is of version {quoted(told.get('version'))} of the format; this reads {VERSION}")
+        raise SessionError(
+            f"{path} is of version {short_repr(told.get('version'))} of the format; this reads {VERSION}"
+        )
     return told
 
 
 def _of(told: dict[str, Any], name: str, kind: type) -> Any:
     value = told.get(name)
     if type(value) is not kind or (isinstance(value, str) and not _valid(value)):
-        raise TypeError(f"{name} is {quoted(value)}")
+        raise TypeError(f"{name} is {short_repr(value)}")
     return value
 
 
@@ -133,7 +135,7 @@ def _valid(text: str) -> bool:
 
 def _turn(entry: Any, vocab_size: int) -> Turn:
     if not isinstance(entry, dict):
-        raise TypeError(f"a turn is {quoted(entry)}")
+        raise TypeError(f"a turn is {short_repr(entry)}")
     answer = _of(entry, "answer", list)
     if not all(type(i) is int and 0 <= i < vocab_size for i in answer):
         raise TypeError(f"an answer has ids outside the vocabulary of {vocab_size}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import plain
+from mistral.util.errors import printable
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
@@ -109,7 +109,7 @@ class MistralCommon:
             self._instruct: Any = kinds[version](inner)
         except ValueError as error:  # some other control token is missing
             raise TemplateError(
-                f"template {version} does not go with {tokenizer.path.name}: {plain(str(error))}"
+                f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
         self._system_block = version == "v7"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
-from mistral.cli.prompts import Asked, ChecksFailed, load_model, model_of, one_line, read_jsonl, read_prompts
+from mistral.cli.prompts import ChecksFailed, PromptLine, load_model, model_of, one_line, read_jsonl, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,15 +139,15 @@ def plants(
     prompt_lens and logprobs [T, V], and right.npz, without a mistake. A test that takes an engine's log-probs must
     accept right.npz and no other. FOLDER may be a pack with weights, whose prompts are taken then.
     """
-    from mistral.oracle.mutants import PLANTS, plant
+    from mistral.oracle.mutants import MUTANTS, plant
 
     for name in mistake or ():
         plant(name)  # refuse an unknown one before anything is loaded
     if output is None:
         if folder is not None or file is not None or mistake:
             raise flags.UsageError("give --output, a folder to write to; without anything else the mistakes are listed")
-        width = max(map(len, PLANTS))
-        for one in PLANTS.values():
+        width = max(map(len, MUTANTS))
+        for one in MUTANTS.values():
             print(f"{one.name:{width}}  {one.what}")
         return
     from mistral.oracle import pack as packing
@@ -158,7 +158,7 @@ def plants(
             prompts = packing.read(folder).prompts
         else:
             prompts = _prompts(found, file, full, seed)
-        wanted = mistake or list(PLANTS)
+        wanted = mistake or list(MUTANTS)
         written = write(found, prompts, output, wanted, terminal.Bar("planting", "mistake"))
     terminal.say(f"wrote {len(written)} files in {output}: {', '.join(written)}")
     if left := [name for name in wanted if f"{name}.npz" not in written]:
@@ -235,7 +235,7 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     return _ids(asked, tokenizer, file)
 
 
-def _ids(asked: Sequence[Asked], tokenizer: TokenizerLike | None, file: str | None) -> list[Tensor]:
+def _ids(asked: Sequence[PromptLine], tokenizer: TokenizerLike | None, file: str | None) -> list[Tensor]:
     """Ids of prompts; the tokenizer is for those that are texts."""
     import torch
 

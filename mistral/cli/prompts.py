@@ -63,7 +63,7 @@ def load_model(
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptLine:
     """A prompt, text or ids; the text that follows it, if it is a gap to fill; and the most tokens to make."""
 
     prompt: Any
@@ -71,7 +71,7 @@ class Asked:
     max_tokens: int
 
 
-def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[Asked]:
+def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[PromptLine]:
     """What to continue: the word, the lines of the file, or stdin."""
     if file is not None:
         if prompt is not None:
@@ -86,11 +86,11 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_t
             raise terminal.not_utf8("stdin", error) from None
         if not prompt:
             raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin")
-    return [Asked(prompt, suffix, max_tokens)]
+    return [PromptLine(prompt, suffix, max_tokens)]
 
 
-def read_jsonl(file: str, max_tokens: int) -> list[Asked]:
-    asked: list[Asked] = []
+def read_jsonl(file: str, max_tokens: int) -> list[PromptLine]:
+    asked: list[PromptLine] = []
     try:
         # A byte order mark, as some editors put in front, is no part of the first line.
         with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
@@ -106,7 +106,7 @@ def read_jsonl(file: str, max_tokens: int) -> list[Asked]:
     return asked
 
 
-def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
+def _one_prompt(line: str, where: str, max_tokens: int) -> PromptLine:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -126,7 +126,7 @@ def _one_prompt(line: str, where: str, max_tokens: int) -> Asked:
         raise flags.UsageError(f"{where}: a suffix must be text, and so must its prompt")
     if type(limit) is not int or limit < 0:
         raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
-    return Asked(prompt, suffix, limit)
+    return PromptLine(prompt, suffix, limit)
 
 
 def read_text(file: str | None) -> str:
@@ -148,7 +148,7 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     return find_template(loaded.tokenizer, name=name, release=release)
 
 
-def with_gaps(asked: list[Asked], loaded: Loaded) -> list[Any]:
+def with_gaps(asked: list[PromptLine], loaded: Loaded) -> list[Any]:
     """The prompts, those with a suffix as the ids after which its model fills the gap."""
     if all(one.suffix is None for one in asked):
         return [one.prompt for one in asked]

@@ -61,7 +61,7 @@ def perplexity(
     Raises:
         PerplexityError: fewer than two tokens, an id outside the vocabulary, a chunk of none, or logits that are no
             numbers.
-        DoesNotFit: the cache does not fit the memory left.
+        OutOfMemory: the cache does not fit the memory left.
     """
     if len(ids) < 2:
         raise PerplexityError(f"{len(ids)} tokens: there is nothing to predict in fewer than 2")

@@ -33,7 +33,7 @@ COUNTS = (17, 16, 5, 3, 2, 1)
 OUTPUTS = 128
 
 
-class NotBitwise(ValueError):
+class NotDeterministic(ValueError):
     """Bits that depend on more than the sequence."""
 
 
@@ -47,7 +47,7 @@ class BitwiseTransformer(FastTransformer):
             cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
         model = self.described(cache) if cache.layer(0).k.dtype == torch.float32 else None
         if model is None:
-            raise NotBitwise(
+            raise NotDeterministic(
                 "deterministic is for weights on a CPU, as they were loaded, and a cache in float32; "
                 "load without it to run another way"
             )
@@ -97,7 +97,9 @@ def matrix_of(linear: object) -> Matrix:
     """The weights of a product as the kernels have them."""
     matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
     if matrix is None:
-        raise NotBitwise("deterministic is for weights on a CPU, as they were loaded; load without it to move them")
+        raise NotDeterministic(
+            "deterministic is for weights on a CPU, as they were loaded; load without it to move them"
+        )
     return matrix
 
 
@@ -108,7 +110,7 @@ def self_test(model: Transformer) -> None:
     makes of logits.
 
     Raises:
-        NotBitwise: a bit differs.
+        NotDeterministic: a bit differs.
     """
     before = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +139,7 @@ def _compare(what: str, most: int, compute: Callable[[int], Tensor]) -> None:
             bits = compute(count).view(torch.int32)  # a NaN equals itself
             want = bits if want is None else want
             if not torch.equal(bits, want[: len(bits)]):
-                raise NotBitwise(
+                raise NotDeterministic(
                     f"deterministic cannot be had on this machine: {what} have other bits with {count} rows and "
                     f"{threads} threads than with {COUNTS[0]} rows and 1 thread; load without it"
                 )

@@ -127,7 +127,7 @@ class _Captured:
 _kept: WeakKeyDictionary[RollingBufferCache, tuple[tuple[int, ...], dict[int, _Captured]]] = WeakKeyDictionary()
 
 
-class CapturedTransformer(Transformer):
+class CudaGraphTransformer(Transformer):
     """`Transformer` whose decode steps on a GPU are captured. What was captured goes when its cache's storage does."""
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)

@@ -29,7 +29,7 @@ INT8, INT4 = 3, 4
 PATIENCE = 120  # seconds; it takes about three
 
 
-class NoKernels(RuntimeError):
+class KernelsUnavailable(RuntimeError):
     """The kernels cannot be built here; says why."""
 
 
@@ -77,24 +77,24 @@ def library() -> ctypes.CDLL:
     """The compiled kernels; built at the first call on a machine.
 
     Raises:
-        NoKernels: no compiler, or one that cannot build them.
+        KernelsUnavailable: no compiler, or one that cannot build them.
     """
     if ctypes.sizeof(ctypes.c_void_p) != 8 or os.name != "posix":
-        raise NoKernels("they want a 64-bit Unix")
+        raise KernelsUnavailable("they want a 64-bit Unix")
     asked = os.environ.get("CC", "")
     try:
         compiler = shlex.split(asked) or ["cc"]
     except ValueError as error:
-        raise NoKernels(f"CC is {asked!r}: {error}") from None
+        raise KernelsUnavailable(f"CC is {asked!r}: {error}") from None
     if shutil.which(compiler[0]) is None:
-        raise NoKernels(f"there is no compiler ({compiler[0]})")
+        raise KernelsUnavailable(f"there is no compiler ({compiler[0]})")
     library = _place(compiler)
     if not _intact(library):
         _compile(compiler, library)
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
-        raise NoKernels(f"{library} cannot be loaded: {error}") from None
+        raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
     loaded.scratch_floats.restype = loaded.inputs_bytes.restype = ctypes.c_int64
     for name in ("product", "through_16_bits", "widen", "to_int8", "to_int4", "decode"):
         getattr(loaded, name).restype = None
@@ -143,13 +143,13 @@ def _compile(compiler: list[str], library: Path) -> None:
             )
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-                raise NoKernels(f"{compiler[0]} cannot build them: {reason.strip()}")
+                raise KernelsUnavailable(f"{compiler[0]} cannot build them: {reason.strip()}")
             if not built.exists():
-                raise NoKernels(f"{compiler[0]} made no library")
+                raise KernelsUnavailable(f"{compiler[0]} made no library")
             content = built.read_bytes()
             built.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(built, library)
     except subprocess.TimeoutExpired:
-        raise NoKernels(f"{compiler[0]} did not end within {PATIENCE} s") from None
+        raise KernelsUnavailable(f"{compiler[0]} did not end within {PATIENCE} s") from None
     except OSError as error:
-        raise NoKernels(f"{library.parent} cannot be written: {error.strerror}") from None
+        raise KernelsUnavailable(f"{library.parent} cannot be written: {error.strerror}") from None

@@ -16,7 +16,7 @@ from mistral.formats import huggingface as hf
 from mistral.formats.huggingface import find_hf_weights, has_hf_weights
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mistral_weights, read_object, to_args
-from mistral.formats.releases import recognise
+from mistral.formats.releases import identify
 from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 
@@ -99,7 +99,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     try:
         weights = _checked(weights, args, layout, source, tied, quant)
     except WeightsError as error:
-        _, mistakes = recognise(args)
+        _, mistakes = identify(args)
         hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
         raise WeightsError("; ".join([str(error), *hints])) from None
     return Folder(path, layout, source, raw, args, weights, tied, tuple(notes), quant)

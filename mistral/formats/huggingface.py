@@ -18,8 +18,8 @@ from mistral.args import ArgsError, ModelArgs
 from mistral.formats import huggingface as hf
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
-from mistral.util.errors import ConvertError, quoted
-from mistral.util.files import read_small
+from mistral.util.errors import ConvertError, short_repr
+from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,18 +172,18 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     """
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
-        what = ELSEWHERE.get(kind, f"a model of type {quoted(kind)}") if isinstance(kind, str) else "no model_type"
+        what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
     for key, value in raw.items():
         if key in ONLY:
             if value not in ONLY[key]:
-                raise ParamsError(f"config.json has {key} = {quoted(value)}, which this model does not have")
+                raise ParamsError(f"config.json has {key} = {short_repr(value)}, which this model does not have")
         elif key == "quantization_config":
             if value is not None:
                 raise ParamsError(f"config.json has {key!r}: a quantized checkpoint: use transformers or vLLM")
         elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
             raise ParamsError(
-                f"config.json has {quoted(key)}, which no supported release has: remove it if it changes nothing"
+                f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
             )
     missing = [key for key in SHAPE if key not in raw]
     if missing:
@@ -237,12 +237,12 @@ def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise ParamsError(f"config.json: {key} must be an object, not {quoted(value)}")
+            raise ParamsError(f"config.json: {key} must be an object, not {short_repr(value)}")
         for name in ("rope_type", "type"):
             if value.get(name, "default") != "default":
-                raise ParamsError(f"config.json: {key} has {name} {quoted(value[name])}: use transformers or vLLM")
+                raise ParamsError(f"config.json: {key} has {name} {short_repr(value[name])}: use transformers or vLLM")
         if unknown := [name for name in value if name not in ("rope_type", "type", "rope_theta")]:
-            raise ParamsError(f"config.json: {key} has {quoted(unknown[0])}: use transformers or vLLM")
+            raise ParamsError(f"config.json: {key} has {short_repr(unknown[0])}: use transformers or vLLM")
         given[f"{key}.rope_theta"] = value.get("rope_theta")
     given = {key: value for key, value in given.items() if value is not None}
     if not given:
@@ -251,7 +251,7 @@ def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
     for key, value in others:
         if value != theta:  # transformers takes the one, older programs the other
             raise ParamsError(
-                f"config.json gives both {first} = {quoted(theta)} and {key} = {quoted(value)}: they differ"
+                f"config.json gives both {first} = {short_repr(theta)} and {key} = {short_repr(value)}: they differ"
             )
     return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"
 
@@ -295,15 +295,15 @@ def _indexed_parts(index: Path) -> tuple[Path, ...]:
     files = set(_weight_map(index).values())
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise WeightsError(f"{index} names {quoted(name)}, which is no safetensors file beside it")
+            raise WeightsError(f"{index} names {short_repr(name)}, which is no safetensors file beside it")
         if not os.path.isfile(index.parent / name):  # not Path.is_file, which raises where a name is too long
-            raise WeightsError(f"{index} names {quoted(name)}, which is missing")
+            raise WeightsError(f"{index} names {short_repr(name)}, which is missing")
     return tuple(index.parent / name for name in sorted(files))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(read_small(index).decode("utf-8"))["weight_map"]
+        found = json.loads(read_limited(index).decode("utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise WeightsError(f"{index} is not an index of weights: fetch it again") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):

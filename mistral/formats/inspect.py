@@ -19,8 +19,8 @@ from mistral.formats.folder import BUNDLED, CONFIGS, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError, read_object, to_args
-from mistral.formats.releases import COMPARED, Release, recognise
-from mistral.formats.tokenizers import tokenizer_files, tokenizer_kind, wordless
+from mistral.formats.releases import COMPARED, Release, identify
+from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
@@ -48,7 +48,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     found = read_folder(path)
     args, source, raw = found.args, found.source, found.raw
     tokenizer = _tokenizer(path)
-    release, odd = recognise(args, None if tokenizer["error"] else tokenizer["kind"])
+    release, odd = identify(args, None if tokenizer["error"] else tokenizer["kind"])
     files = _files(found, tokenizer["file"])
     dtypes = _dtypes(found.tensors)
     suspicious = [
@@ -200,7 +200,7 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     words, name = tokenizer["words"], tokenizer["file"]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
-    elif words is not None and wordless(args, words, release):
+    elif words is not None and missing_tokens(args, words, release):
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
     others = [p.name for p in tokenizer_files(path)[1:]]
     if others:

@@ -11,8 +11,8 @@ from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
 from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors
-from mistral.util.errors import quoted
-from mistral.util.files import read_small
+from mistral.util.errors import short_repr
+from mistral.util.files import read_limited
 from mistral.window import shortest_pattern
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
@@ -66,7 +66,7 @@ def read_object(path: Path) -> dict[str, Any]:
         ParamsError: the file cannot be read, or holds no JSON object.
     """
     try:
-        text = read_small(path).decode("utf-8-sig")
+        text = read_limited(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {error}") from None
     try:
@@ -99,16 +99,16 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
             continue
         if key == FEW_BITS:
             if value not in QUANTS:
-                raise ParamsError(f"params.json has {FEW_BITS} = {quoted(value)}: {' or '.join(QUANTS)}")
+                raise ParamsError(f"params.json has {FEW_BITS} = {short_repr(value)}: {' or '.join(QUANTS)}")
             continue
         if key in REFUSED_UNLESS:
             if value in REFUSED_UNLESS[key]:
                 continue
             raise ParamsError(
-                f"params.json has {key} = {quoted(value)}, which this model does not have: use transformers or vLLM"
+                f"params.json has {key} = {short_repr(value)}, which this model does not have: use transformers or vLLM"
             )
         raise ParamsError(
-            f"params.json has {quoted(key)}, which no supported release has: remove it if it changes nothing"
+            f"params.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
         )
     missing = [key for key in REQUIRED if key not in raw]
     if missing:
@@ -131,7 +131,7 @@ def _window_from_text(window: str) -> int | None:
         return int(word)
     if word in ("", "none", "null"):
         return None
-    raise ParamsError(f"params.json: sliding_window is {quoted(window)}, neither a number nor null")
+    raise ParamsError(f"params.json: sliding_window is {short_repr(window)}, neither a number nor null")
 
 
 def has_mistral_weights(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mistral.formats.mapped_tensors import Progress, touch
 from mistral.formats.weights import ITEMSIZE, Stored, WeightFiles, WeightsError
-from mistral.util.errors import plain
+from mistral.util.errors import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,9 @@ def check_archive(path: Path) -> None:
 def _check_pickle(pickled: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not TENSORS.fullmatch(str(argument)):
-            raise ArchiveError(f"it asks for {plain(str(argument).replace(' ', '.'))}, which is code and was not run")
+            raise ArchiveError(
+                f"it asks for {printable(str(argument).replace(' ', '.'))}, which is code and was not run"
+            )
 
 
 def open_pth(path: Path) -> WeightFiles:
@@ -122,6 +124,6 @@ def _reason(error: Exception) -> str:
     """What torch.load objects to, in one line, and without its advice to trust the file."""
     text = str(error)
     if code := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {plain(code[1])}, which is code and was not run"
+        return f"it asks for {printable(code[1])}, which is code and was not run"
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
-    return plain(lines[0].strip(), 300) if lines else type(error).__name__
+    return printable(lines[0].strip(), 300) if lines else type(error).__name__

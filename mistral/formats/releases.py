@@ -249,7 +249,7 @@ COMPARED = (
 )
 
 
-def recognise(args: ModelArgs, tokenizer_kind: str | None = None) -> tuple[Release | None, list[str]]:
+def identify(args: ModelArgs, tokenizer_kind: str | None = None) -> tuple[Release | None, list[str]]:
     """The release that a model is, and what is odd about it; nothing is changed.
 
     A release, or a known wrong copy of one, is recognised. One that differs in a single number in a way

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.util.errors import quoted
+from mistral.util.errors import short_repr
 
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.
@@ -85,25 +85,26 @@ def _entries(reader: _Reader, data: int) -> dict[str, Entry]:
 
 def _entry(reader: _Reader, name: str, data: int) -> Entry:
     dtype, shape, offsets = None, None, None
-    for key in reader.members(quoted(name)):
+    for key in reader.members(short_repr(name)):
         if key == "dtype":
-            dtype = reader.string(f"the dtype of {quoted(name)}")
+            dtype = reader.string(f"the dtype of {short_repr(name)}")
         elif key == "shape":
-            shape = reader.whole_numbers(f"the shape of {quoted(name)}")
+            shape = reader.whole_numbers(f"the shape of {short_repr(name)}")
         elif key == "data_offsets":
-            offsets = reader.whole_numbers(f"data_offsets of {quoted(name)}")
+            offsets = reader.whole_numbers(f"data_offsets of {short_repr(name)}")
         else:
-            raise HeaderError(f"{quoted(name)} has {quoted(key)}, which no tensor has")
+            raise HeaderError(f"{short_repr(name)} has {short_repr(key)}, which no tensor has")
     if dtype is None or shape is None or offsets is None:
-        raise HeaderError(f"{quoted(name)} lacks its dtype, its shape or its data_offsets")
+        raise HeaderError(f"{short_repr(name)} lacks its dtype, its shape or its data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise HeaderError(f"data_offsets of {quoted(name)} are {quoted(list(offsets))}, not a begin and an end")
+        raise HeaderError(f"data_offsets of {short_repr(name)} are {short_repr(list(offsets))}, not a begin and an end")
     begin, end = offsets
     if math.prod(n for n in shape if n) >= 2**63:
-        raise HeaderError(f"the shape of {quoted(name)} is larger than any file")
+        raise HeaderError(f"the shape of {short_repr(name)} is larger than any file")
     if dtype in BITS and math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise HeaderError(
-            f"{quoted(name)} has {end - begin:,} bytes, which {dtype} of shape {quoted(list(shape))} does not take"
+            f"{short_repr(name)} has {end - begin:,} bytes, which does not fit {dtype} of shape "
+            f"{short_repr(list(shape))}"
         )
     return Entry(dtype, shape, data + begin, data + end)
 
@@ -114,9 +115,9 @@ def _tiled(entries: dict[str, Entry], data: int, size: int) -> dict[str, Entry]:
     at = data
     for name, entry in entries.items():
         if entry.begin < at:
-            raise HeaderError(f"{quoted(name)} begins inside the tensor before it")
+            raise HeaderError(f"{short_repr(name)} begins inside the tensor before it")
         if entry.begin > at:
-            raise HeaderError(f"the {entry.begin - at:,} bytes before {quoted(name)} belong to no tensor")
+            raise HeaderError(f"the {entry.begin - at:,} bytes before {short_repr(name)} belong to no tensor")
         at = entry.end
     if at > size:
         raise HeaderError(f"its tensors end at byte {at:,}, but it has {size:,}: it was cut short, fetch it again")
@@ -148,10 +149,10 @@ class _Reader:
         while more:
             name = self.string(f"a name in {what}")
             if name in names:
-                raise HeaderError(f"{what} has {quoted(name)} twice")
+                raise HeaderError(f"{what} has {short_repr(name)} twice")
             names.add(name)
             if not self._takes(":"):
-                raise self._error(f"no value follows {quoted(name)}")
+                raise self._error(f"no value follows {short_repr(name)}")
             yield name
             more = self._takes(",")
             if not more and not self._takes("}"):

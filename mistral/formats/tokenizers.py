@@ -10,7 +10,7 @@ from mistral.formats.releases import Release
 from mistral.tokenizer import Tokenizer, TokenizerError
 
 
-def wordless(args: ModelArgs, words: int, release: Release | None) -> int:
+def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
     """Ids of the model that its tokenizer should have a word for and has not."""
     return max(0, args.vocab_size - words - (release.added_words if release else 0))
 

@@ -18,7 +18,7 @@ import torch
 
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
-from mistral.util.errors import plain, quoted
+from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,7 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         part = Part(path, 0, 0)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(f"{plain(name)} is in {path.name} and in an earlier part")
+                raise WeightsError(f"{printable(name)} is in {path.name} and in an earlier part")
             dtype = NAMES.get(entry.dtype)
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if dtype is None:
@@ -174,13 +174,13 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise WeightsError(
-                f"{source} makes {name} {list(shape)}, but in {where} it is {quoted(list(found[name].shape))}: "
+                f"{source} makes {name} {list(shape)}, but in {where} it is {short_repr(list(found[name].shape))}: "
                 "one of the two is from another model, and tensors are rarely wrong"
             )
         fitting = (dtypes[name],) if dtypes and name in dtypes else FLOATS
         if found[name].dtype not in fitting:
             raise WeightsError(
-                f"{name} in {where} is {plain(found[name].dtype_name)}; "
+                f"{name} in {where} is {printable(found[name].dtype_name)}; "
                 + (f"it must be {CODES[fitting[0]]}" if len(fitting) == 1 else f"weights are {_either(FLOATS)}")
             )
 
@@ -190,7 +190,7 @@ def _either(words: Sequence[str]) -> str:
 
 
 def some_names(names: list[str]) -> str:
-    shown = ", ".join(map(plain, names[:3]))
+    shown = ", ".join(map(printable, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 

@@ -12,8 +12,8 @@ from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, is_quantized, stored_as
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
-from mistral.formats.releases import Release, recognise
-from mistral.formats.tokenizers import load_tokenizer, tokenizer_kind, wordless
+from mistral.formats.releases import Release, identify
+from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
 from mistral.formats.weights import file_names
 from mistral.loader.options import OptionError
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
@@ -90,7 +90,7 @@ def load(
     """
     found = read_folder(BUNDLED if folder is None else locate(folder), max_batch_size)
     tokenizer = load_tokenizer(found.path, found.args.vocab_size)
-    release, odd = recognise(found.args, tokenizer_kind(tokenizer.path))
+    release, odd = identify(found.args, tokenizer_kind(tokenizer.path))
     model, run = assemble(
         found,
         device=device,
@@ -100,7 +100,7 @@ def load(
         quant=quant,
         deterministic=deterministic,
     )
-    spare = wordless(found.args, tokenizer.n_words, release)
+    spare = missing_tokens(found.args, tokenizer.n_words, release)
     padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
     files, parameters = found.weights.files, found.parameters
@@ -158,9 +158,9 @@ def assemble(
 
         kind = FastTransformer
     if run.captured:
-        from mistral.fast.cuda_graph import CapturedTransformer
+        from mistral.fast.cuda_graph import CudaGraphTransformer
 
-        kind = CapturedTransformer
+        kind = CudaGraphTransformer
     if run.deterministic:
         from mistral.fast import bitwise
 

@@ -156,11 +156,11 @@ def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
         return False, ()
     if not fits:
         raise OptionError("the kernels are for a CPU in float32 or bfloat16, or for CUDA: leave --kernels out")
-    from mistral.fast.kernels import NoKernels, library
+    from mistral.fast.kernels import KernelsUnavailable, library
 
     try:
         library()
-    except NoKernels as error:
+    except KernelsUnavailable as error:
         if wanted:
             raise OptionError(f"no kernels: {error}") from None
         return False, (f"no kernels, which are several times faster: {error}",)

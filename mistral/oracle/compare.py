@@ -17,7 +17,7 @@ from torch import Tensor
 from mistral.oracle import arrays, mutants
 from mistral.oracle.inputs import inside, prompts_for
 from mistral.oracle.metrics import Progress, limit_of, place, short
-from mistral.oracle.outputs import Evidence, Unavoidable
+from mistral.oracle.outputs import Outputs, Unavoidable
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
 from mistral.oracle.truth import logprobs
@@ -226,7 +226,7 @@ def _told(compute: torch.dtype) -> float:
     return 16 * torch.finfo(torch.promote_types(compute, torch.float32)).eps
 
 
-def differences(a: Evidence, b: Evidence) -> Tensor:
+def differences(a: Outputs, b: Outputs) -> Tensor:
     """[T] the largest difference of log-probs at each position, of tokens that both tell of; nan where there is none.
 
     Raises:
@@ -258,12 +258,12 @@ def _largest(difference: Tensor, known: Tensor) -> Tensor:
     return torch.where(known.any(-1), torch.where(known, apart, -1.0).amax(-1), torch.nan)
 
 
-def _likeliest(evidence: Evidence) -> Tensor:
+def _likeliest(evidence: Outputs) -> Tensor:
     best = evidence.logprobs.nan_to_num(nan=-torch.inf).argmax(-1)
     return best if evidence.ids is None else evidence.ids.gather(1, best[:, None])[:, 0]
 
 
-def _agreement(a: Evidence, b: Evidence) -> float | None:
+def _agreement(a: Outputs, b: Outputs) -> float | None:
     """Share of equal likeliest tokens, where both sides told more than the prompt's own."""
     told = [e.ids is None or (e.ids >= 0).sum(-1).max() > 2 for e in (a, b)]
     if not all(told):
@@ -275,7 +275,7 @@ def _agreement(a: Evidence, b: Evidence) -> float | None:
 
 
 def _first_activation(
-    shared: Sequence[str], a: Evidence, b: Evidence, most: dict[str, float], otherwise: float, lens: Sequence[int]
+    shared: Sequence[str], a: Outputs, b: Outputs, most: dict[str, float], otherwise: float, lens: Sequence[int]
 ) -> Divergence | None:
     for name in shared:
         apart = (a.prints[name] - b.prints[name]).abs().amax(-1)
@@ -286,17 +286,17 @@ def _first_activation(
 
 
 def _explained(
-    ours: FolderSide, other: Evidence, prompts: Sequence[Tensor], progress: Progress | None
+    ours: FolderSide, other: Outputs, prompts: Sequence[Tensor], progress: Progress | None
 ) -> dict[str, float]:
     """For each mistake that matters here, the largest difference that is left when ours makes it too."""
     args, lens = ours.found.args, [len(p) for p in prompts]
     model = ours.model()
-    tried = [name for name in mutants.PLANTS if mutants.applies(name, args, lens)]
+    tried = [name for name in mutants.MUTANTS if mutants.applies(name, args, lens)]
     left: dict[str, float] = {}
     for done, name in enumerate(tried, 1):
         mistaken = torch.cat(mutants.logits_with(model, list(prompts), name))
         told = ~mistaken.isnan().all(-1)  # a mistake may leave out a prompt's first row
-        difference = differences(Evidence(None, logprobs(mistaken), {}, told), other)
+        difference = differences(Outputs(None, logprobs(mistaken), {}, told), other)
         if not difference.isnan().all():
             left[name] = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
         if progress is not None:
@@ -361,7 +361,7 @@ def as_text(c: Comparison) -> str:
         lines.append(f"activations: {c.activations} compared, none parts")
     other = "B" if c.planted_in == "A" else "A"
     for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
-        lines.append(f"{other} is {c.planted_in} with {name}: {mutants.PLANTS[name].what} ({error:.1e} is left)")
+        lines.append(f"{other} is {c.planted_in} with {name}: {mutants.MUTANTS[name].what} ({error:.1e} is left)")
     if c.nearest is not None:
         near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e} of {c.largest:.1e}"
         lines.append(f"none of {c.tried} mistakes planted in {c.planted_in} gives {other}'s numbers; {near}")

@@ -11,7 +11,7 @@ from mistral import quant
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
 from mistral.formats.folder import Folder
-from mistral.oracle.layerwise import Stream
+from mistral.oracle.layerwise import LayerwiseRunner
 from mistral.parameters import EMBEDDINGS, expected_shapes
 from mistral.quant.linear import QuantizedLinear
 
@@ -58,7 +58,7 @@ def require_ids(prompts: Sequence[Tensor], args: ModelArgs) -> None:
             raise VerifyError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
 
 
-class Reading:
+class WeightReader:
     """The weights of a folder, whatever its layout: tensors by Mistral's names, checked to be finite."""
 
     def __init__(self, found: Folder) -> None:
@@ -88,7 +88,9 @@ class Reading:
         return {name.removeprefix(at): self.get(name) for name in self._shapes if name.startswith(at)}
 
 
-def through(reading: Reading, streams: Sequence[tuple[Stream, torch.dtype | None]], n_layers: int) -> Iterator[None]:
+def through(
+    reading: WeightReader, streams: Sequence[tuple[LayerwiseRunner, torch.dtype | None]], n_layers: int
+) -> Iterator[None]:
     """Take streams through all layers, each given weights of its dtype; yields after each one's step."""
     embeddings = reading.get(EMBEDDINGS)
     for stream, _ in streams:

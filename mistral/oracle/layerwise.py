@@ -31,7 +31,7 @@ from mistral.rope import cos_sin, inverse_frequencies
 Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt brings
 
 
-class Stream(Protocol):
+class LayerwiseRunner(Protocol):
     """Prompts on their way through a model. Rows are prompt after prompt, position after position."""
 
     def embed(self, weight: Tensor) -> None:
@@ -65,7 +65,7 @@ def stepwise(lens: Sequence[int]) -> Schedule:
     return [halves, *chunked([n - half for n, half in zip(lens, halves, strict=True)], 1)]
 
 
-class Blocks:
+class LibraryRunner:
     """The library's own blocks and caches.
 
     Args:
@@ -158,8 +158,8 @@ class Blocks:
         return weight.to(self._device, self._weights)
 
 
-class Decode(Blocks):
-    """`Blocks` with kernels, whose steps of one token a prompt are whole layers in one call of theirs."""
+class DecodeRunner(LibraryRunner):
+    """`LibraryRunner` with kernels, whose steps of one token a prompt are whole layers in one call of theirs."""
 
     def _step(
         self,
@@ -202,7 +202,7 @@ def one_file_ref() -> ModuleType | None:
     return module
 
 
-class OneFile:
+class OneFileRunner:
     """one_file_ref.py's blocks: all prompts in one forward, with its cache."""
 
     def __init__(self, module: ModuleType, args: ModelArgs, prompts: Sequence[Tensor], compute: torch.dtype) -> None:
@@ -259,7 +259,7 @@ def their_config(args: ModelArgs, **more: Any) -> Any:
     )
 
 
-class Theirs:
+class TransformersRunner:
     """transformers' MistralModel of one layer at a time: each prompt alone, without a cache."""
 
     def __init__(self, args: ModelArgs, prompts: Sequence[Tensor], compute: torch.dtype) -> None:

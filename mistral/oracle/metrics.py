@@ -49,7 +49,7 @@ class Errors:
         return Errors(self.rms * factor, self.largest * factor, kl, self.agreement, each)
 
 
-class Measure:
+class ErrorStats:
     """Errors of blocks of logits, added up; of a budget, those of all its draws."""
 
     def __init__(self) -> None:

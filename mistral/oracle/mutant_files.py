@@ -37,7 +37,7 @@ def write(
 
     Raises:
         ArraysError: a file cannot be written.
-        PlantError: a mistake is unknown.
+        MutantError: a mistake is unknown.
         VerifyError: an id that the model does not know.
     """
     require_ids(prompts, found.args)

@@ -30,7 +30,7 @@ from mistral.args import ModelArgs
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
-from mistral.oracle.mutation import As, Change, Plant, PlantError
+from mistral.oracle.mutation import As, Change, Mutant, MutantError
 from mistral.plan import Plan, make_plan
 from mistral.quant.linear import QuantizedLinear
 from mistral.rope import inverse_frequencies, rotate
@@ -39,25 +39,25 @@ from mistral.window import Window
 
 
 @contextmanager
-def planted(name: str) -> Iterator[None]:
+def mutated(name: str) -> Iterator[None]:
     """While open, every Transformer of the library makes the mistake of that name.
 
     Raises:
-        PlantError: there is none.
+        MutantError: there is none.
     """
     with plant(name).patch():
         yield
 
 
-def plant(name: str) -> Plant:
+def plant(name: str) -> Mutant:
     """The mistake of that name.
 
     Raises:
-        PlantError: there is none.
+        MutantError: there is none.
     """
-    if name not in PLANTS:
-        raise PlantError(f"no mistake is called {name!r}; there are {', '.join(PLANTS)}")
-    return PLANTS[name]
+    if name not in MUTANTS:
+        raise MutantError(f"no mistake is called {name!r}; there are {', '.join(MUTANTS)}")
+    return MUTANTS[name]
 
 
 def applies(name: str, args: ModelArgs, lens: Sequence[int]) -> bool:
@@ -76,7 +76,7 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
         name: of the mistake.
 
     Raises:
-        PlantError: there is no such mistake.
+        MutantError: there is no such mistake.
     """
     mistake = plant(name)
     fed = [mistake.fed(ids) for ids in prompts]
@@ -115,7 +115,7 @@ def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
 # The window. Both kinds of cache take it from the args, for what they keep as for what is seen.
 
 
-def window_plant(name: str, what: str, change: Callable[[tuple[Window, ...]], Sequence[Window]]) -> Plant:
+def window_mutant(name: str, what: str, change: Callable[[tuple[Window, ...]], Sequence[Window]]) -> Mutant:
     """A mistake in the layers' windows."""
 
     def wrong(right: Callable[..., None], self: Any, args: ModelArgs, *given: Any, **named: Any) -> None:
@@ -126,7 +126,7 @@ def window_plant(name: str, what: str, change: Callable[[tuple[Window, ...]], Se
         before, after = ([min(w or most, most) for w in windows] for windows in (args.windows, change(args.windows)))
         return before != after
 
-    return Plant(name, what, ((NoCache, "__init__", wrong), (RollingBufferCache, "__init__", wrong)), matters)
+    return Mutant(name, what, ((NoCache, "__init__", wrong), (RollingBufferCache, "__init__", wrong)), matters)
 
 
 def first_for_all(windows: tuple[Window, ...]) -> list[Window]:
@@ -171,7 +171,7 @@ def angles(wrong: Callable[..., tuple[Tensor, ...]]) -> tuple[Change, ...]:
     return ((mistral.model, "cos_sin", wrong),)
 
 
-def theta(value: float, name: str = "theta") -> Plant:
+def theta(value: float, name: str = "theta") -> Mutant:
     """The mistake of another rope_theta, any."""
 
     def wrong(right: Callable[..., tuple[Tensor, Tensor]], positions: Tensor, f: Tensor) -> tuple[Tensor, ...]:
@@ -180,7 +180,7 @@ def theta(value: float, name: str = "theta") -> Plant:
     def matters(args: ModelArgs, lens: Sequence[int]) -> bool:
         return args.rope_theta != value and turns_unevenly(args, lens)
 
-    return Plant(name, f"rope_theta is {value:g}", angles(wrong), matters)
+    return Mutant(name, f"rope_theta is {value:g}", angles(wrong), matters)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -262,13 +262,13 @@ def tied(right: Callable[..., Tensor], self: Transformer, h: Tensor) -> Tensor:
     return right(As(self, output=lambda h: widened_product(h, self.tok_embeddings.weight)), h)
 
 
-def layers_plant(name: str, what: str, order: Callable[[range], Sequence[int]], least: int) -> Plant:
+def layers_mutant(name: str, what: str, order: Callable[[range], Sequence[int]], least: int) -> Mutant:
     """A mistake in the order of layers, seen where there are at least so many."""
 
     def wrong(right: Callable[..., Tensor], self: Transformer, *given: Any) -> Tensor:
         return right(As(self, layers=[self.layers[i] for i in order(range(len(self.layers)))]), *given)
 
-    return Plant(name, what, ((Transformer, "step", wrong),), lambda args, lens: args.n_layers >= least and any(lens))
+    return Mutant(name, what, ((Transformer, "step", wrong),), lambda args, lens: args.n_layers >= least and any(lens))
 
 
 # BOS. Texts get it in `encode`; prompts of ids are what the caller feeds, see `Plant.fed`.
@@ -283,26 +283,26 @@ def encode_without(right: Callable[..., list[int]], self: Tokenizer, s: str, bos
 
 
 ALL = (
-    window_plant(
+    window_mutant(
         "window_one_more",
         "each query sees one key too many (W + 1)",
         lambda ws: [None if w is None else w + 1 for w in ws],
     ),
-    window_plant(
+    window_mutant(
         "window_one_fewer",
         "each query sees one key too few (W - 1)",
         lambda ws: [None if w is None else max(1, w - 1) for w in ws],
     ),
-    window_plant("no_window", "each query sees all keys before it", lambda ws: [None] * len(ws)),
-    window_plant("one_window_for_all_layers", "layers without a window have that of the others", first_for_all),
-    window_plant("windows_reversed", "the layers' windows are counted from the last layer", lambda ws: ws[::-1]),
-    Plant(
+    window_mutant("no_window", "each query sees all keys before it", lambda ws: [None] * len(ws)),
+    window_mutant("one_window_for_all_layers", "layers without a window have that of the others", first_for_all),
+    window_mutant("windows_reversed", "the layers' windows are counted from the last layer", lambda ws: ws[::-1]),
+    Mutant(
         "mask_leak",
         "packed sequences see each other: for the mask they are one sequence",
         ((NoCache, "plan", leaks), (RollingBufferCache, "plan", leaks_in_a_cache)),
         lambda args, lens: sum(n > 0 for n in lens) > 1 and set(args.windows) != {1},
     ),
-    Plant(
+    Mutant(
         "not_causal",
         "a query sees later keys too, all that its step brings",
         (
@@ -314,94 +314,96 @@ ALL = (
     ),
     theta(1e4, "theta_1e4"),
     theta(1e6, "theta_1e6"),
-    Plant(
+    Mutant(
         "rotary_bf16",
         "cosines and sines are rounded to bf16",
         angles(lambda right, *given: tuple(map(rounded, right(*given)))),
         looks_back,
     ),
-    Plant(
+    Mutant(
         "rotary_frequencies_bf16",
         "rotary frequencies are rounded to bf16, as when a model is cast with all it holds",
         angles(lambda right, positions, frequencies: right(positions, rounded(frequencies))),
         turns_unevenly,
     ),
-    Plant("rotated_backwards", "q and k turn the other way", angles(backwards), looks_back),
-    Plant(
+    Mutant("rotated_backwards", "q and k turn the other way", angles(backwards), looks_back),
+    Mutant(
         "no_rotation",
         "q and k do not turn",
         ((mistral.model, "rotate", lambda right, x, cos, sin: x),),
         looks_back,
     ),
-    Plant(
+    Mutant(
         "rows_not_permuted",
         "rows of q and k in Hugging Face's order are taken as Mistral's (the permutation is missing)",
         turned(to_halves),
         turns_unevenly,
     ),
-    Plant(
+    Mutant(
         "rows_permuted_needlessly",
         "rows of q and k in Mistral's order are taken as Hugging Face's (halves turn instead of adjacent pairs)",
         turned(to_pairs),
         turns_unevenly,
     ),
-    Plant("values_rotated", "v turns too", ((Attention, "forward", values_turned),), several_ids),
-    Plant(
+    Mutant("values_rotated", "v turns too", ((Attention, "forward", values_turned),), several_ids),
+    Mutant(
         "no_scale",
         "scores are not divided by the root of the head's width",
         attends(lambda attend, q, *rest: attend(q * q.shape[-1] ** 0.5, *rest)),
         looks_back,
     ),
-    Plant(
+    Mutant(
         "heads_by_remainder",
         "query head h reads key head h % K instead of h // (H // K)",
         attends(by_remainder),
         lambda args, lens: 1 < args.n_kv_heads < args.n_heads and any(lens),
     ),
-    Plant("w2_w3_swapped", "w2 and w3 are swapped, read by size", ((FeedForward, "forward", w2_is_w3),), always),
-    Plant(
+    Mutant("w2_w3_swapped", "w2 and w3 are swapped, read by size", ((FeedForward, "forward", w2_is_w3),), always),
+    Mutant(
         "w1_w3_swapped",
         "w1 and w3 are swapped: the gate is on the other one",
         ((FeedForward, "forward", lambda right, self, x: right(As(self, w1=self.w3, w3=self.w1), x)),),
         always,
     ),
-    Plant(
+    Mutant(
         "gelu_for_silu",
         "the gate is gelu instead of silu",
         ((FeedForward, "forward", lambda right, self, x: self.w2(F.gelu(self.w1(x)) * self.w3(x))),),
         always,
     ),
-    Plant(
+    Mutant(
         "norms_swapped",
         "attention_norm and ffn_norm are swapped in every layer",
         ((TransformerBlock, "forward", other_norms),),
         always,
     ),
-    Plant(
+    Mutant(
         "eps_missing",
         "RMSNorm has no epsilon",
         ((RMSNorm, "forward", lambda right, self, x: right(As(self, eps=0.0), x)),),
         always,
     ),
-    Plant(
+    Mutant(
         "eps_outside_root",
         "RMSNorm adds its epsilon to the root instead of under it",
         ((RMSNorm, "forward", eps_outside),),
         always,
     ),
-    Plant(
+    Mutant(
         "no_final_norm",
         "the last norm, before the output matrix, is missing",
         ((Transformer, "step", lambda right, self, *given: right(As(self, norm=lambda h: h), *given)),),
         always,
     ),
-    Plant("output_tied", "the embeddings are the output matrix too", ((Transformer, "logits", tied),), always),
-    layers_plant(
+    Mutant("output_tied", "the embeddings are the output matrix too", ((Transformer, "logits", tied),), always),
+    layers_mutant(
         "first_layers_swapped", "layers 0 and 1 are swapped", lambda n: [1, 0, *n[2:]] if len(n) > 1 else n, 2
     ),
-    layers_plant("layers_by_name", "layers are ordered as text: 0, 1, 10, 11, 2, ..", lambda n: sorted(n, key=str), 11),
-    layers_plant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 2),
-    Plant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back_twice, 1),
-    Plant("bos_absent", "prompts begin without BOS", ((Tokenizer, "encode", encode_without),), looks_back, -1),
+    layers_mutant(
+        "layers_by_name", "layers are ordered as text: 0, 1, 10, 11, 2, ..", lambda n: sorted(n, key=str), 11
+    ),
+    layers_mutant("layers_reversed", "the last layer comes first", lambda n: n[::-1], 2),
+    Mutant("bos_doubled", "prompts begin with two BOS", ((Tokenizer, "encode", encode_twice),), looks_back_twice, 1),
+    Mutant("bos_absent", "prompts begin without BOS", ((Tokenizer, "encode", encode_without),), looks_back, -1),
 )
-PLANTS = {mistake.name: mistake for mistake in ALL}
+MUTANTS = {mistake.name: mistake for mistake in ALL}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.backends.varlen import Packed
+from mistral.backends.varlen import VarlenAttention
 from mistral.fast.bitwise import BitwiseTransformer
-from mistral.fast.cuda_graph import CapturedTransformer
+from mistral.fast.cuda_graph import CudaGraphTransformer
 from mistral.fast.decode import FastTransformer
 from mistral.model import Transformer
 
@@ -26,12 +26,12 @@ Change = tuple[Any, str, Callable[..., Any]]
 Matters = Callable[[ModelArgs, Sequence[int]], bool]
 
 
-class PlantError(ValueError):
+class MutantError(ValueError):
     """There is no mistake of this name."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plant:
+class Mutant:
     """A mistake.
 
     Args:
@@ -87,8 +87,8 @@ class As:
 # What goes round the functions that are replaced below goes by them again.
 PLAIN: tuple[Change, ...] = (
     (FastTransformer, "step", lambda right, *given: Transformer.step(*given)),
-    (CapturedTransformer, "step", lambda right, *given: Transformer.step(*given)),
+    (CudaGraphTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (BitwiseTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
-    (Packed, "_parts", lambda right, *given: None),
+    (VarlenAttention, "_parts", lambda right, *given: None),
 )

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.oracle.inputs import Reading, through
-from mistral.oracle.metrics import LOGITS, Errors, Measure, Progress, short
-from mistral.oracle.truth import Truth, coarseness, logprobs, unavoidable
+from mistral.oracle.inputs import WeightReader, through
+from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, short
+from mistral.oracle.truth import Truth, logprobs, scale_of_rounding, unavoidable
 from mistral.parameters import OUTPUT
 
 PRINTS = 8  # numbers in a fingerprint
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Outputs:
     """What somebody says of prompts. Rows are prompt after prompt, position after position: T of them.
 
     Args:
@@ -70,12 +70,12 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def tell(
-    reading: Reading,
+    reading: WeightReader,
     args: ModelArgs,
     prompts: Sequence[Tensor],
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = (),
     progress: Progress | None = None,
-) -> tuple[Evidence, list[Unavoidable]]:
+) -> tuple[Outputs, list[Unavoidable]]:
     """The truth about prompts, and what each pair of dtypes (of weights, of the arithmetic) makes unavoidable.
 
     The weights are read once, a layer at a time. Log-probs are held for all positions: T x V float64.
@@ -110,7 +110,7 @@ def tell(
     del blocks
     told = []
     for (weights, compute), (drawn, apart) in zip(dtypes, rounded, strict=True):
-        measure, apart["output"] = Measure(), 0.0
+        measure, apart["output"] = ErrorStats(), 0.0
         for stream in drawn:
             for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
                 measure.add(want, logits)
@@ -118,10 +118,10 @@ def tell(
             done += 1
             if progress is not None:
                 progress(done, total)
-        scale = coarseness(compute)
+        scale = scale_of_rounding(compute)
         errors: Errors = measure.errors().scaled(scale)
         scaled = {name: x * scale for name, x in apart.items()}
         told.append(Unavoidable(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
     if progress is not None:
         progress(total, total)
-    return Evidence(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told
+    return Outputs(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told

@@ -27,7 +27,7 @@ from mistral.formats.mistral import to_args
 from mistral.formats.tokenizers import tokenizer_files
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
-from mistral.oracle.inputs import Reading, require_ids
+from mistral.oracle.inputs import WeightReader, require_ids
 from mistral.oracle.metrics import Progress, short
 from mistral.oracle.outputs import PRINTS, Unavoidable, tell
 from mistral.parameters import OUTPUT, expected_shapes
@@ -98,7 +98,7 @@ def pack(
         raise PackError(f"top is {top}; it must be between 1 and the vocabulary's {args.vocab_size}")
     require_ids(prompts, args)
     files.require_writable(path)
-    reading = Reading(found)
+    reading = WeightReader(found)
     stored = reading.get(OUTPUT).dtype
     pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]
     true, unavoidable = tell(reading, args, prompts, pairs, progress)

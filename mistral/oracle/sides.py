@@ -23,8 +23,8 @@ from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.model import Transformer
 from mistral.oracle import pack
-from mistral.oracle.inputs import Reading
-from mistral.oracle.outputs import Evidence, Unavoidable, fingerprint, tell
+from mistral.oracle.inputs import WeightReader
+from mistral.oracle.outputs import Outputs, Unavoidable, fingerprint, tell
 from mistral.oracle.trace import names
 from mistral.oracle.truth import logprobs
 from mistral.parameters import OUTPUT
@@ -52,7 +52,7 @@ class Side:
     def __init__(self, name: str, prompts: list[Tensor] | None = None, args: ModelArgs | None = None) -> None:
         self.name, self.prompts, self.args = name, prompts, args
 
-    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         """What it says of these prompts: its own, where it has any."""
         raise NotImplementedError
 
@@ -63,14 +63,14 @@ class FolderSide(Side):
     def __init__(self, found: Folder, name: str) -> None:
         super().__init__(name, args=found.args)
         self.found = found
-        self.reading = Reading(found)
+        self.reading = WeightReader(found)
 
     @property
     def stored(self) -> torch.dtype:
         """Dtype of the weights on disk."""
         return self.reading.get(OUTPUT).dtype
 
-    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return tell(self.reading, self.found.args, prompts)[0]
 
     def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Unavoidable:
@@ -91,11 +91,11 @@ class PackSide(Side):
         self.pack = pack.read(path)
         super().__init__(f"{path} (pack)", self.pack.prompts, self.pack.args)
 
-    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         p = self.pack
         # The token after a prompt's last position is -1, of which nothing is told.
         ids = torch.cat([p.top_ids, pack.following(p.prompts)[:, None]], 1)
-        return Evidence(ids, torch.cat([p.top_logprobs, p.next_logprobs[:, None]], 1), p.prints)
+        return Outputs(ids, torch.cat([p.top_logprobs, p.next_logprobs[:, None]], 1), p.prints)
 
 
 class ArraysSide(Side):
@@ -130,9 +130,9 @@ class ArraysSide(Side):
         silent = torch.zeros(len(ids), dtype=torch.bool)
         silent[given.cumsum(0) - given] = True
         silent &= scores.isnan().all(-1)
-        self._evidence = Evidence(None, told, {n: fingerprint(x) for n, x in fitting.items()}, ~silent)
+        self._evidence = Outputs(None, told, {n: fingerprint(x) for n, x in fitting.items()}, ~silent)
 
-    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return self._evidence
 
 
@@ -170,7 +170,7 @@ class ServerSide(Side):
         super().__init__(self.url)
         self._model = model
 
-    def evidence(self, prompts: Sequence[Tensor]) -> Evidence:
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         if self._model is None:
             listed = self._ask("/v1/models", None)
             try:
@@ -186,7 +186,7 @@ class ServerSide(Side):
                 raise SideError(f"{self.url} tells of tokens with impossible ids")
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
             values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
-        return Evidence(ids, values)
+        return Outputs(ids, values)
 
     def _one(self, ids: list[int]) -> list[dict[int, float]]:
         """For each position the tokens after it whose log-probs are told."""

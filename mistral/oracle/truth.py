@@ -27,7 +27,7 @@ WIDENED = 2**24  # weights in float64 held at once: 128 MB
 
 
 class Truth:
-    """Prompts on their way through a model, a layer at a time; see `streams.Stream`.
+    """Prompts on their way through a model, a layer at a time; see `streams.LayerwiseRunner`.
 
     Args:
         args: the shape.
@@ -155,7 +155,7 @@ def logprobs(logits: Tensor) -> Tensor:
 
 def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> list[Truth]:
     """The truth with results rounded as `compute` makes unavoidable, `draws` times; for float64, which the truth is in
-    itself, as float32 does: see `coarseness`."""
+    itself, as float32 does: see `scale_of_rounding`."""
     rounded = torch.float32 if compute == torch.float64 else compute
     return [Truth(args, prompts, weights, rounded, draw=draw) for draw in range(draws(args, prompts))]
 
@@ -165,7 +165,7 @@ def draws(args: ModelArgs, prompts: Sequence[Tensor]) -> int:
     return min(DRAWS, -(-ENOUGH // (sum(map(len, prompts)) * args.vocab_size)))
 
 
-def coarseness(compute: torch.dtype) -> float:
+def scale_of_rounding(compute: torch.dtype) -> float:
     """By what the errors of `unavoidable` are to be multiplied."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return ratio if compute == torch.float64 else 1.0

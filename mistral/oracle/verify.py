@@ -17,25 +17,25 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.backends import BACKENDS
-from mistral.backends.varlen import Packed
-from mistral.fast.kernels import NoKernels, library
+from mistral.backends.varlen import VarlenAttention
+from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.formats.folder import Folder
 from mistral.oracle import arrays
-from mistral.oracle.inputs import Reading, random_prompts, through
+from mistral.oracle.inputs import WeightReader, random_prompts, through
 from mistral.oracle.layerwise import (
-    Blocks,
-    Decode,
-    OneFile,
-    Stream,
-    Theirs,
+    DecodeRunner,
+    LayerwiseRunner,
+    LibraryRunner,
+    OneFileRunner,
+    TransformersRunner,
     batched,
     chunked,
     one_file_ref,
     stepwise,
     whole,
 )
-from mistral.oracle.metrics import LOGITS, Errors, Measure, Progress, Verdict, judge, limit_of, short, table
-from mistral.oracle.truth import Truth, coarseness, draws, logprobs, unavoidable
+from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, Verdict, judge, limit_of, short, table
+from mistral.oracle.truth import Truth, draws, logprobs, scale_of_rounding, unavoidable
 from mistral.parameters import OUTPUT
 from mistral.window import QUERY_BLOCK
 
@@ -60,7 +60,7 @@ class Variant:
     name: str
     attention: str
     dtypes: Dtypes
-    stream: Stream
+    stream: LayerwiseRunner
     device: str = "cpu"
 
 
@@ -138,7 +138,7 @@ def verify(
         notes.append(f"rolled with windows of {WINDOW} in place of wider ones; --full rolls the model's own")
     elif all(w is None for w in found.args.windows):
         notes.append("no layer has a window: nothing rolls")
-    reading = Reading(found)
+    reading = WeightReader(found)
     stored = reading.get(OUTPUT).dtype
     if found.quant is not None:
         notes.append(
@@ -181,13 +181,13 @@ def narrowed(args: ModelArgs) -> ModelArgs:
 
 
 def _compare(
-    reading: Reading, args: ModelArgs, prompts: Sequence[Tensor], variants: list[Variant], step: Callable[[], None]
+    reading: WeightReader, args: ModelArgs, prompts: Sequence[Tensor], variants: list[Variant], step: Callable[[], None]
 ) -> list[Row]:
     """Truth, budgets and variants through all layers together."""
     pairs = sorted({v.dtypes for v in variants}, key=str)
     truth = Truth(args, prompts)
     # What is measured together, and the dtype of the weights it is given; None: as they are stored.
-    measured: list[tuple[Sequence[Stream], torch.dtype | None]] = [
+    measured: list[tuple[Sequence[LayerwiseRunner], torch.dtype | None]] = [
         *((unavoidable(args, prompts, *pair), None) for pair in pairs),
         *(([v.stream], v.dtypes[0]) for v in variants),
     ]
@@ -199,14 +199,16 @@ def _compare(
     true = [logprobs(logits) for logits in truth.head(norm, output, block)]
     errors_of: list[Errors] = []
     for group, dtype in measured:
-        measure = Measure()
+        measure = ErrorStats()
         last, product = (norm, output) if dtype is None else (norm.to(dtype), output.to(dtype))
         for stream in group:
             for want, logits in zip(true, stream.head(last, product, block), strict=True):
                 measure.add(want, logits)
             step()
         errors_of.append(measure.errors())
-    budget_of = {pair: errors.scaled(coarseness(pair[1])) for pair, errors in zip(pairs, errors_of, strict=False)}
+    budget_of = {
+        pair: errors.scaled(scale_of_rounding(pair[1])) for pair, errors in zip(pairs, errors_of, strict=False)
+    }
     lens = [len(p) for p in prompts]
     rows = []
     for v, errors in zip(variants, errors_of[len(pairs) :], strict=True):
@@ -224,9 +226,9 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
     fp32 = (torch.float32, torch.float32)
     made: list[Variant] = []
     if (module := one_file_ref()) is not None:
-        made.append(Variant("one_file_ref", "its own", fp32, OneFile(module, args, prompts, torch.float32)))
+        made.append(Variant("one_file_ref", "its own", fp32, OneFileRunner(module, args, prompts, torch.float32)))
     if importlib.util.find_spec("transformers") is not None:
-        made.append(Variant("transformers", "eager", fp32, Theirs(args, prompts, torch.float32)))
+        made.append(Variant("transformers", "eager", fp32, TransformersRunner(args, prompts, torch.float32)))
 
     def ours(
         name: str, attention: str, attend: Attend, dtypes: Dtypes, device: str = "cpu", fast: bool = False
@@ -237,7 +239,7 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
             "chunked": (chunked(lens, CHUNK), True),
             "stepwise": (stepwise(lens), True),
         }[name]
-        kind = Decode if fast else Blocks
+        kind = DecodeRunner if fast else LibraryRunner
         stream = kind(
             args,
             prompts,
@@ -251,14 +253,14 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
         )
         made.append(Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device))
 
-    sdpa, plain = BACKENDS["sdpa"](), BACKENDS["plain"]()
+    sdpa, eager = BACKENDS["sdpa"](), BACKENDS["eager"]()
     for name in ("whole", "batched", "chunked", "stepwise"):
         ours(name, "sdpa", sdpa, fp32)
-    ours("batched", "plain", plain, fp32)
-    ours("stepwise", "plain", plain, fp32)
+    ours("batched", "eager", eager, fp32)
+    ours("stepwise", "eager", eager, fp32)
     if has_kernels():
         ours("stepwise", "sdpa", sdpa, (narrow, torch.float32), fast=True)
-    ours("batched", "plain", plain, (torch.float64, torch.float64))
+    ours("batched", "eager", eager, (torch.float64, torch.float64))
     half = stored if stored.itemsize == 2 else torch.bfloat16
     for name in ("batched", "stepwise"):
         ours(name, "sdpa", sdpa, (half, half))
@@ -272,7 +274,7 @@ def has_kernels() -> bool:
     """Whether the kernels of `fast` can be built here."""
     try:
         library()
-    except NoKernels:
+    except KernelsUnavailable:
         return False
     return True
 
@@ -284,7 +286,7 @@ def _on_gpus(head_dim: int, half: torch.dtype) -> Iterator[tuple[str, str, Atten
         for dtype in (half, torch.float32):
             try:
                 attend = make()
-                if isinstance(attend, Packed):
+                if isinstance(attend, VarlenAttention):
                     attend.prove(torch.device(device), dtype, head_dim)
             except Exception:  # a missing library, an old one, no kernel: it is not at hand
                 continue

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mistral.fast.layout import bits_of
 from mistral.model import Transformer
-from mistral.quant.cuda import Int4OnGpu, Int8OnGpu
+from mistral.quant.cuda import CudaInt4Linear, CudaInt8Linear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -21,7 +21,7 @@ def quantize(name: str, weight: Tensor, quant: str, device: torch.device = CPU) 
     return _placed(KINDS[bits_of(name, quant)].of(weight), device)
 
 
-class BrokenBits(ValueError):
+class CorruptWeights(ValueError):
     """Weights in few bits that mean nothing."""
 
 
@@ -31,11 +31,11 @@ def from_stored(
     """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`.
 
     Raises:
-        BrokenBits: a scale is no number, or negative.
+        CorruptWeights: a scale is no number, or negative.
     """
     for scale in tensors[1:]:
         if not (scale.isfinite() & (scale >= 0)).all():
-            raise BrokenBits(f"{name}: a scale of its {quant} weights is negative or no number")
+            raise CorruptWeights(f"{name}: a scale of its {quant} weights is negative or no number")
     return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
 
 
@@ -43,7 +43,7 @@ def _placed(module: Int8Linear | Int4Linear, device: torch.device) -> QuantizedL
     """The same weights as a device reads them."""
     if device.type == "cpu":
         return module
-    return Int8OnGpu(module, device) if isinstance(module, Int8Linear) else Int4OnGpu(module, device)
+    return CudaInt8Linear(module, device) if isinstance(module, Int8Linear) else CudaInt4Linear(module, device)
 
 
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def launched(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return (function if torch.compiler.is_compiling() else compiled(function))(*tensors)
 
 
-class OnGpu(QuantizedLinear):
+class CudaLinear(QuantizedLinear):
     """Weights in few bits, row by row. See `QuantizedLinear`."""
 
     def of_row(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class OnGpu(QuantizedLinear):
         return torch.cat([F.linear(x, tile) for tile in tiles], dim=-1)
 
 
-class Int8OnGpu(OnGpu):
+class CudaInt8Linear(CudaLinear):
     """A byte a weight, [n, k], and a scale a row."""
 
     packed: Tensor
@@ -83,7 +83,7 @@ class Int8OnGpu(OnGpu):
         return self.packed[first:last].float() * self.scale[first:last, None]
 
 
-class Int4OnGpu(OnGpu):
+class CudaInt4Linear(CudaLinear):
     """Two weights a byte, [n, groups, 16], and [n, groups] scales in bf16."""
 
     packed: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mistral.fast import layout
-from mistral.fast.kernels import INT4, INT8, Matrix, NoKernels, library, pointer
+from mistral.fast.kernels import INT4, INT8, KernelsUnavailable, Matrix, library, pointer
 from mistral.fast.linear import few, product, stored
 from mistral.linear import ROWS, WIDEN
 from mistral.quant import rounding
@@ -28,7 +28,7 @@ def source(weight: Tensor) -> Matrix | None:
     """Weights as the kernels round them; None if there are no kernels, or none for these."""
     try:
         library()
-    except NoKernels:
+    except KernelsUnavailable:
         return None
     return stored(weight)
 

@@ -10,7 +10,7 @@ _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxother = 3, LONGEST
 
 
-def quoted(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as Python writes it, in ASCII; what is long is cut, also deep inside of it."""
     if isinstance(value, str):
         text, most = ascii(value if len(value) <= LONGEST else f"{value[:LONGEST]}..."), 2 * LONGEST
@@ -19,9 +19,9 @@ def quoted(value: object) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def plain(text: str, longest: int = LONGEST) -> str:
+def printable(text: str, longest: int = LONGEST) -> str:
     """A name or a sentence as it is, or quoted if it is long or cannot be printed."""
-    return text if text.isprintable() and len(text) <= longest else quoted(text)
+    return text if text.isprintable() and len(text) <= longest else short_repr(text)
 
 
 class ConvertError(ValueError):

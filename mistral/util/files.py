@@ -15,7 +15,7 @@ from mistral.util.errors import ArraysError
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
 
 
-def read_small(path: Path, most: int = MOST) -> bytes:
+def read_limited(path: Path, most: int = MOST) -> bytes:
     """The bytes of a file.
 
     Raises:

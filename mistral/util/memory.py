@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class DoesNotFit(ValueError):
+class OutOfMemory(ValueError):
     """More memory is needed than is left; nothing was allocated."""
 
 
@@ -52,11 +52,11 @@ def require(needed: int, device: torch.device | str, what: str, advice: str) -> 
         advice: what the user can change.
 
     Raises:
-        DoesNotFit: more is needed than `available`.
+        OutOfMemory: more is needed than `available`.
     """
     left = available(device)
     if left is not None and needed > left:
-        raise DoesNotFit(f"{what} need {as_text(needed)}, but {device} has {as_text(left)} left: {advice}")
+        raise OutOfMemory(f"{what} need {as_text(needed)}, but {device} has {as_text(left)} left: {advice}")
 
 
 def as_text(n: int) -> str:
