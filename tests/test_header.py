@@ -111,7 +111,7 @@ def test_the_size_of_every_known_dtype_is_checked(tmp_path: Path, dtype: str) ->
     assert library_takes(path)
     write(path, {"a": entry(0, nbytes + 1, [4, 4], dtype)}, bytes(nbytes + 1))
     with pytest.raises(
-        HeaderError, match=rf"'a' has {nbytes + 1} bytes, which {dtype} of shape \[4, 4\] does not take"
+        HeaderError, match=rf"'a' has {nbytes + 1} bytes, which does not fit {dtype} of shape \[4, 4\]"
     ):
         read_header(path)
 
@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[Any, bytes, str]] = {
     "a huge number": ({"a": entry(0, 2, [10**400])}, b"ab", "the shape of 'a' is no list of whole numbers"),
     "a huge product": ({"a": entry(0, 0, [2**62, 2**62, 0])}, b"", "the shape of 'a' is larger than any file"),
     "too many sizes": ({"a": entry(0, 1, [1] * 500)}, b"a", "the shape of 'a' is no list of whole numbers"),
-    "the wrong size": ({"a": entry(0, 2, [3])}, b"ab", r"'a' has 2 bytes, which U8 of shape \[3\] does not take"),
+    "the wrong size": ({"a": entry(0, 2, [3])}, b"ab", r"'a' has 2 bytes, which does not fit U8 of shape \[3\]"),
     "no dtype": (
         {"a": {"shape": [2], "data_offsets": [0, 2]}},
         b"ab",
