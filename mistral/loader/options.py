@@ -1,7 +1,58 @@
-"""LoadOptions: where and how a model runs, as asked for. Runs without torch."""
+"""Where and how a model runs, as asked for: LoadOptions, checked on construction. Runs without torch.
+
+Flags, help texts and defaults derive from this class. What is left open is decided at load, see `loader.runtime`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-class OptionError(ValueError):
+from mistral.util.errors import UsageError, short_repr
+
+if TYPE_CHECKING:
+    import torch
+
+EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
+
+
+class OptionError(UsageError):
     """An option that does not exist, or that this machine cannot honour."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a model runs.
+
+    Args:
+        device: cpu, cuda, cuda:1 or mps; default: the best one available
+        dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
+        attention: eager, sdpa, flash or xformers; default: what suits the device
+        execution: auto, eager, kernels, cuda_graph or bitwise: how steps are computed
+        quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
+        threads: CPU threads; default: as many as PyTorch takes
+        max_batch_size: the most sequences in one step; 0 sets no limit
+
+    Raises:
+        OptionError: a value that cannot be, whatever the machine.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | str | None = None
+    attention: str | None = None
+    execution: str = "auto"
+    quant: str | None = None
+    threads: int | None = None
+    max_batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.execution not in EXECUTIONS:
+            raise OptionError(f"execution {short_repr(self.execution)} is not one of {', '.join(EXECUTIONS)}")
+        for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):
+            value = getattr(self, name)
+            if value is None and name == "threads":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
+            if not least <= value <= most:
+                raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")

@@ -1,0 +1,246 @@
+"""Conversations: only what is new is taken in, and every answer is that of a fresh conversation with the same turns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mistral.chat.conversation import Chat
+from mistral.chat.templates import TemplateError, Turn, find_template
+from mistral.engine import GenerationError
+from mistral.formats.folder import BUNDLED
+from mistral.model import Transformer
+from mistral.tokenizer import Tokenizer
+from tests.support.tiny import tiny_args, tiny_model
+
+mistral_common = pytest.importorskip("mistral_common")
+DATA = Path(mistral_common.__file__).parent / "data"
+OPTIONS = {"temperature": 0, "max_tokens": 6}
+WINDOWS: tuple[Any, ...] = (None, 5, 40, (None, 6))
+
+
+@pytest.fixture(scope="module")
+def v1() -> Tokenizer:
+    return Tokenizer(BUNDLED / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def v3() -> Tokenizer:
+    return Tokenizer(DATA / "mistral_instruct_tokenizer_240323.model.v3")
+
+
+def make_chat(words: Tokenizer, window: Any = 5, model_seed: int = 0, **options: Any) -> Chat:
+    args = tiny_args(vocab_size=words.n_words, sliding_window=window)
+    return Chat(tiny_model(args, model_seed), words, find_template(words), **{**OPTIONS, **options})
+
+
+def ask(chat: Chat, question: str) -> str:
+    return "".join(piece.text for piece in chat.answer(question))
+
+
+def watched(model: Transformer) -> list[list[int]]:
+    """The ids of each step from now on."""
+    steps: list[list[int]] = []
+    step = model.step
+    model.step = lambda ids, *rest: (steps.append(ids.tolist()), step(ids, *rest))[1]  # type: ignore
+    return steps
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_new_turn_takes_in_only_what_is_new(v1: Tokenizer, window: Any) -> None:
+    chat = make_chat(v1, window)
+    steps = watched(chat.model)
+    for question in ("Who are you?", "Where do you live?", "And when?"):
+        before = chat.template.conversation("", chat.turns)
+        steps.clear()
+        ask(chat, question)
+        ids = chat.template.conversation("", [*chat.turns[:-1], Turn(question)])
+        (first, *others), made = steps, chat.turns[-1].answer
+        # The last token of an answer was made and never taken in; with eos after it, that makes two.
+        assert first == ids[max(0, len(before) - 2) :]
+        assert (chat.prefilled, chat.kept) == (len(first), len(ids) - len(first))
+        assert others == [[i] for i in made[: len(made) - (len(made) == 6)]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happened_an_answer_is_that_of_a_fresh_conversation(v1: Tokenizer, window: Any, seed: int) -> None:
+    dice = random.Random(seed)
+    chat = make_chat(v1, window, seed)
+    words = ["king", "queen", "wolf", "forest", "gold", "three", "little", "daughter", "who", "where"]
+    for _ in range(14):
+        act = dice.choice(["ask"] * 5 + ["undo", "undo", "system", "reset"])
+        if act == "undo" and chat.turns:
+            chat.undo()
+        elif act == "system":
+            chat.set_system(" ".join(dice.sample(words, dice.randint(0, 3))))
+        elif act == "reset" and dice.random() < 0.3:
+            chat.reset()
+        else:
+            question = " ".join(dice.choices(words, k=dice.randint(1, 8)))
+            fresh = Chat(chat.model, v1, chat.template, system=chat.system, **OPTIONS)  # type: ignore[arg-type]
+            fresh.turns = list(chat.turns)
+            assert ask(chat, question) == ask(fresh, question)
+            assert chat.turns == fresh.turns
+            assert fresh.kept == 0
+            assert chat.prefilled + chat.kept == fresh.prefilled
+
+
+def test_the_system_prompt_of_v3_moves_with_the_turns(v3: Tokenizer) -> None:
+    chat = make_chat(v3, None, system="Be brief.")
+    ask(chat, "Hi")
+    first = chat.prefilled
+    ask(chat, "Bye")
+    assert chat.kept == 2  # bos and [INST]: what follows was the system prompt, and is the question now
+    assert first == len(chat.template.conversation("Be brief.", [Turn("Hi")]))
+    chat.set_system("")
+    ask(chat, "More")
+    fresh = Chat(chat.model, v3, chat.template, **OPTIONS)  # type: ignore[arg-type]
+    fresh.turns = chat.turns[:-1]
+    ask(fresh, "More")
+    assert fresh.turns == chat.turns
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model.v1", "tekken_240718.json"])
+def test_the_text_that_streams_is_the_text_of_the_ids(file: str) -> None:
+    words = Tokenizer(DATA / file)
+    chat = make_chat(words, temperature=2.0, top_p=1.0, seed=5, max_tokens=25)
+    for question in ("Hi", "Bye", "Hm"):
+        assert ask(chat, question) == chat.turns[-1].text == words.decode(chat.turns[-1].answer or [])
+
+
+def test_an_answer_draws_with_its_own_seed(v1: Tokenizer) -> None:
+    chat, again = (make_chat(v1, temperature=1.0, seed=7) for _ in range(2))
+    texts = [ask(chat, "Hi"), ask(chat, "Hi")]
+    chat.undo()
+    texts.append(ask(chat, "Hi"))  # another try at the same question
+    assert len(set(texts)) == 3
+    again.answers = 2
+    again.turns = chat.turns[:1]
+    assert ask(again, "Hi") == texts[2]
+    assert chat.answers == 3
+
+
+# --- answers that end early
+
+
+class Breaks(Exception):
+    pass
+
+
+def interrupted(chat: Chat, question: str, how: str) -> None:
+    """An answer that ends in the middle: after some tokens, or within a step."""
+    if how == "between steps":
+
+        def stop(taken: int, total: int) -> None:
+            if chat._cache.lengths[0] > total:
+                raise Breaks
+
+        with pytest.raises(Breaks):
+            list(chat.answer(question, stop))
+    elif how == "within a step":
+        layer, calls = chat.model.layers[1], []
+        forward = layer.forward
+
+        def broken(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            calls.append(len(x))
+            if len(calls) == 3:
+                raise Breaks
+            return forward(x, *rest)
+
+        layer.forward = broken
+        with pytest.raises(Breaks):
+            list(chat.answer(question))
+        layer.forward = forward
+    else:
+        pieces: Iterator[Any] = chat.answer(question)
+        next(pieces)
+        next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["between steps", "within a step", "closed"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_an_answer_that_was_broken_off_stays_as_far_as_it_came(v1: Tokenizer, window: Any, how: str) -> None:
+    chat = make_chat(v1, window)
+    ask(chat, "Who are you?")
+    interrupted(chat, "Where do you live?", how)
+    assert len(chat.turns) == 2
+    assert 0 < len(chat.turns[1].answer or []) < 6
+    fresh = Chat(chat.model, v1, chat.template, **OPTIONS)  # type: ignore[arg-type]
+    fresh.turns = list(chat.turns)
+    assert ask(chat, "And when?") == ask(fresh, "And when?")
+    assert (chat.kept > 0) == (how != "within a step")  # a broken step takes the cache with it
+
+
+def test_a_question_without_an_answer_is_none(v1: Tokenizer) -> None:
+    chat = make_chat(v1)
+
+    def stop(taken: int, total: int) -> None:
+        raise Breaks
+
+    with pytest.raises(Breaks):
+        list(chat.answer("Who are you?", stop))
+    assert chat.turns == []
+    assert ask(chat, "Who are you?") == ask(make_chat(v1), "Who are you?")
+
+
+def test_an_answer_may_be_empty(v1: Tokenizer) -> None:
+    chat = make_chat(v1)
+    with torch.no_grad():
+        chat.model.output.weight.zero_()
+        chat.model.norm.weight.fill_(1)
+    chat.model.logits = lambda h: torch.nn.functional.one_hot(  # type: ignore[method-assign]
+        torch.full((len(h),), v1.eos_id), v1.n_words
+    ).float()
+    assert ask(chat, "Hi") == ""
+    assert chat.turns == [Turn("Hi", [], "")]
+    ask(chat, "Bye")
+    assert chat.kept == len(chat.template.conversation("", [Turn("Hi")]))
+
+
+def test_stop_strings_end_an_answer(v1: Tokenizer) -> None:
+    text = ask(make_chat(v1, max_tokens=12), "Who are you?")
+    stop = text[3:5]
+    chat = make_chat(v1, max_tokens=12, stop=[stop])
+    assert ask(chat, "Who are you?") == text[: text.index(stop)] == chat.turns[0].text
+    ask(chat, "More")
+    fresh = make_chat(v1, max_tokens=12, stop=[stop])
+    fresh.turns = chat.turns[:1]
+    ask(fresh, "More")
+    assert fresh.turns == chat.turns
+
+
+# --- what cannot be
+
+
+def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
+    chat = make_chat(v1)
+    with pytest.raises(GenerationError, match="nothing to undo"):
+        chat.undo()
+    ask(chat, "Hi")
+    turns = list(chat.turns)
+    with pytest.raises(TemplateError, match="not valid Unicode"):
+        chat.answer("\ud800")
+    chat.options["top_k"] = -1
+    with pytest.raises(ValueError, match="top_k"):
+        chat.answer("Bye")
+    chat.options["top_k"] = 0
+    assert (chat.turns, chat.answers) == (turns, 1)
+    fresh = make_chat(v1)
+    fresh.turns = turns[:]
+    assert ask(chat, "Bye") == ask(fresh, "Bye")
+
+
+def test_templates_of_other_models(v1: Tokenizer) -> None:
+    model = tiny_model(tiny_args(vocab_size=v1.n_words))
+    lite = find_template(v1, name="mistrallite")
+    with pytest.raises(TemplateError, match="has the id 32002, outside the vocabulary of 4096"):
+        Chat(model, v1, lite)
+    with pytest.raises(TemplateError, match="no place for a system prompt"):
+        Chat(model, v1, lite, system="Be brief.")

@@ -1,0 +1,448 @@
+"""The commands as a user types them: what goes to stdout and stderr, and how words become prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mistral
+from mistral.cli import COMMANDS, RANGES
+from mistral.cli.flags import UsageError, canonical, readable_by_fire
+from mistral.cli.generate import DEMO_PROMPTS, SEPARATOR
+from mistral.formats.folder import BUNDLED
+from mistral.generate import complete
+from mistral.loader.load import load
+from tests.support.commands import ENVIRONMENT, Command, in_process
+from tests.support.folders import ROOT, make_folder, make_parrot
+
+PARROT = "é🙂漢 x"
+SHORT = ("--max_tokens", 6, "--temperature", 0)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Command:
+    return in_process(capfd)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("folders") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parrot(tmp_path_factory.mktemp("folders") / "parrot", PARROT)
+
+
+def process(*words: object, stdin: bytes = b"", **environment: str) -> tuple[int, str, str]:
+    """`python -m main` with these words: exit code, stdout and stderr, strictly UTF-8."""
+    done = subprocess.run(
+        [sys.executable, "-m", "main", *map(str, words)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **environment},
+        input=stdin,
+        capture_output=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+# --- as processes
+
+
+@pytest.mark.skipif(not (BUNDLED / "consolidated.safetensors").exists(), reason="the bundled model is not trained yet")
+def test_demo_of_the_bundled_model() -> None:
+    code, out, err = process("demo", "--max_tokens", "8", "--temperature", "0")
+    prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
+    texts = out.split(f"\n{SEPARATOR}\n")
+    assert (code, len(texts), texts[-1]) == (0, 4, "")
+    for text, prompt in zip(texts, prompts, strict=False):
+        assert text.startswith(prompt)
+        assert len(text) > len(prompt)
+    assert SEPARATOR == "=" * 21
+    line, *more = err.splitlines()
+    assert not more
+    assert line.startswith("loaded the model that ships, ")
+    for fact in ("consolidated.safetensors", "device ", "weights/compute/cache ", "attention ", "window 64"):
+        assert fact in line
+    assert "rope_theta 10000 (given in params.json)" in line
+
+
+def test_text_is_utf8_where_the_locale_is_ascii(parrot: Path) -> None:
+    words = ("complete", parrot, "--max_tokens", len(PARROT.encode()) * 2, "--temperature", 0)
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    code, out, err = process(*words, stdin="é!".encode(), **environment)
+    assert (code, out) == (0, PARROT * 2 + "\n")
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error(parrot: Path) -> None:
+    long = [sys.executable, "-m", "main", "complete", str(parrot), "x", "--max_tokens", "1000000"]
+    help_ = [sys.executable, "-m", "main", "complete", "--help"]
+    for words, started in ((long, b"\xc3\xa9"), (help_, b"us")):
+        pipe: Any = subprocess.PIPE
+        with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, bufsize=0) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            if words is help_:
+                running.stdout.close()  # before a word is written
+            else:
+                assert running.stdout.read(2) == started
+                running.stdout.close()
+            err = running.stderr.read().decode()
+            assert running.wait(timeout=600) == 0, err
+        assert "Traceback" not in err
+        assert "BrokenPipe" not in err
+        assert "Exception ignored" not in err
+
+
+def test_a_process_without_stdin() -> None:
+    words = f"{sys.executable} -m main complete <&-"
+    done = subprocess.run(["sh", "-c", words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no prompt: give one in quotes")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_and_version_import_no_torch() -> None:
+    lines = [["--help"], ["-h"], ["help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["demo", "x", "-h"]]
+    code = (
+        f"import sys, main; codes = [main.main(line) for line in {lines}];"
+        "print(codes, sorted(sys.modules.keys() & {'torch', 'numpy', 'sentencepiece', 'safetensors'}));"
+        "from main import generate; print(generate.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-2:] == [f"{[0] * len(lines)} []", "mistral.generate"]
+
+
+# --- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(cli: Command, name: str) -> None:
+    text = cli(name, "--help").text
+    takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT"}
+    assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
+    assert text.count(f"python -m main {name}") >= 3  # examples
+    names = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    of_all = {"--max_tokens", "--device", "--dtype", "--attention", "--threads", "--chunk_size"}
+    of_some = {
+        "convert": {"--to", "--dtype", "--quant"},
+        "inspect": {"--json"},
+        "bench": {"--shape", "--quant"},
+        "perplexity": of_all - {"--max_tokens"},
+        "verify": {"--full", "--json", "--seed"},
+        "pack": {"--output", "--file", "--top", "--weights", "--full"},
+        "compare": {"--dtype", "--file", "--model", "--json"},
+        "trace": {"--output", "--plan", "--window", "--chunk_size"},
+        "plants": {"--output", "--mistake"},
+    }
+    assert of_some.get(name, of_all) <= set(names)
+    assert cli(name, "/nowhere", "--max_tokens", "x", "-h").text == text
+    # What help shows is what a user may type.
+    for line in text.splitlines():
+        _, found, words = line.partition(f"python -m main {name} ")
+        if found and "usage" not in line:
+            canonical(COMMANDS[name], shlex.split(words.partition(">")[0]))
+
+
+def test_overview_and_version(cli: Command) -> None:
+    text = cli("--help").text
+    assert [name for name in COMMANDS if f"\n  {name} " in text] == list(COMMANDS)
+    assert mistral.__version__ in text
+    assert cli("--version").text == f"{mistral.__version__}\n"
+
+
+def test_no_command_and_no_such_command(cli: Command) -> None:
+    assert {"demo", "interactive", "complete", "convert"} <= set(COMMANDS)
+    assert cli().error == f"no command: {', '.join(COMMANDS)}; see --help"
+    assert cli("chat").error == f"no command 'chat': {', '.join(COMMANDS)}; see --help"
+    assert cli("--max_tokens", 3, "demo").error.startswith("no command '--max_tokens'")
+    assert cli("two\nlines").error.startswith("no command 'two\\nlines'")
+
+
+def test_every_number_among_the_flags_has_a_range() -> None:
+    numbers = {
+        name
+        for command in COMMANDS.values()
+        for name, kind in command.__annotations__.items()
+        if kind.split(" | ")[0] in ("int", "float")
+    }
+    assert numbers - {"seed"} == set(RANGES)
+
+
+# --- demo
+
+
+def test_demo_of_a_folder(cli: Command, tiny: Path) -> None:
+    out = cli("demo", tiny, "--max_tokens", 4, "--temperature", 0)
+    texts = out.text.split(f"\n{SEPARATOR}\n")
+    assert (len(texts), texts[-1]) == (4, "")
+    for text, prompt in zip(texts, DEMO_PROMPTS, strict=False):
+        assert text.startswith(prompt.rstrip())
+    assert out.err.startswith(f"loaded {tiny}: ")
+    assert len(out.err.splitlines()) == 1
+    # Greedy is the default, and nothing but the count of tokens depends on how it is computed.
+    assert cli("demo", f"--folder={tiny}", "--max-tokens=4", "--chunk_size", 1, "--threads", 1).text == out.text
+
+
+# --- complete
+
+
+def test_only_the_continuation_goes_to_stdout(cli: Command, parrot: Path) -> None:
+    done = cli("complete", parrot, "a prompt", "--max_tokens", 9, "--temperature", 0)
+    assert done.text == "é🙂漢\n"
+    loaded, speed = done.err.splitlines()
+    assert loaded.startswith(f"loaded {parrot}: ")
+    assert speed.startswith("[9 tokens, ")
+    assert "tokens/s; first after " in speed
+    assert speed.endswith("; length]")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("{folder}", "Hello", "--max_tokens", "6", "--temperature", "0"),
+        ("--max_tokens=6", "--temperature=0", "{folder}", "Hello"),
+        ("--max-tokens", "6", "--temperature", "0", "--", "{folder}", "Hello"),
+        ("{folder}", "--prompt", "Hello", "--max-tokens=6", "--temperature=0"),
+        ("--folder={folder}", "Hello", "--max_tokens", "6", "--temperature", "0.0"),
+        ("--prompt=Hello", "{folder}", "--max_tokens", "6", "--temperature", "0"),
+        ("{folder}", "Hello", "--max_tokens", "6", "--temperature", "0", "--chunk_size", "1", "--device", "cpu"),
+        ("{folder}", "Hello", "--max_tokens", "6", "--top_k", "1", "--json=false", "--attention", "eager"),
+    ],
+)
+def test_one_command_in_many_spellings(cli: Command, tiny: Path, words: tuple[str, ...]) -> None:
+    want = cli("complete", tiny, *SHORT, stdin="Hello\n").text
+    assert len(want) > 2
+    assert cli("complete", *(word.format(folder=tiny) for word in words)).text == want
+
+
+def test_one_word_that_is_a_folder_is_the_folder(
+    cli: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: seen.append(folder))
+    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    cli("complete", tiny, stdin="from stdin\nin two lines\n")
+    cli("complete", "Once upon a time", stdin="never read")
+    assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
+    monkeypatch.chdir(tiny.parent)
+    cli("complete", "tiny", stdin="x")
+    cli("complete", "tinier", stdin="x")
+    assert seen == [
+        *(str(tiny), "from stdin\nin two lines"),
+        *(None, "Once upon a time"),
+        *("tiny", "x"),
+        *(None, "tinier"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "1e5",
+        "[1,2]",
+        "None",
+        "True",
+        "{'a': 1}",
+        "-5",
+        "-",
+        "-x",
+        "",
+        "it's",
+        '"quoted"',
+        "a\nb\\n",
+        "é🙂漢",
+        "$HOME `ls` %s {x}",
+        "a=b",
+        "  spaces  ",
+        "json.loads",
+        "demo",
+    ],
+)
+def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
+    monkeypatch.setattr(
+        "mistral.cli.terminal._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+    )
+    ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
+    for words in ways:
+        assert cli("complete", f"--stop=s{prompt}", *words).code == 0
+    assert seen == [(prompt, [f"s{prompt}"])] * len(ways)
+    if prompt:
+        assert cli("complete", stdin=prompt + "\n").code == 0
+        assert seen[-1] == (prompt, ())
+
+
+@pytest.mark.parametrize("prompt", ["--", "--json", "--max_tokens=3", "-h", "--help", "---"])
+def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    cli("complete", "--", prompt)
+    cli("complete", f"--prompt={prompt}")
+    cli("complete", stdin=prompt)
+    assert seen == [prompt] * 3
+
+
+def test_stop_may_be_repeated(cli: Command, parrot: Path) -> None:
+    words = ("complete", parrot, "go", "--temperature", 0, "--max_tokens", 50)
+    assert cli(*words, "--stop", "漢").text == "é🙂\n"
+    assert cli(*words, "--stop", "never", "--stop", "x").text == "é🙂漢 \n"
+    both = cli(*words, "--stop", "x", "--stop", "🙂漢")
+    assert both.text == "é\n"
+    assert both.err.splitlines()[-1].endswith("; stop]")
+
+
+def test_same_seed_same_text(cli: Command, tiny: Path) -> None:
+    words = ("complete", tiny, "Hello", "--max_tokens", 12, "--temperature", 1.5, "--top_p", 1)
+    first, again, other = (cli(*words, "--seed", seed).text for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_half_a_character_at_the_end_is_still_text(cli: Command, parrot: Path) -> None:
+    assert cli("complete", parrot, "go", "--temperature", 0, "--max_tokens", 4).text.rstrip("\ufffd\n") == "é"
+
+
+def test_no_tokens(cli: Command, tiny: Path) -> None:
+    done = cli("complete", tiny, "Hello", "--max_tokens", 0)
+    assert done.text == "\n"
+    assert done.err.splitlines()[-1] == "[0 tokens; length]"
+
+
+def write_prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    lines = ["Hello", [1, 400, 500], {"prompt": "Good é", "max_tokens": 3}, {"prompt": [1], "max_tokens": 0}, "Hello"]
+    file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return file
+
+
+def test_files_of_prompts(cli: Command, tiny: Path, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path)
+    text = cli("complete", tiny, "--file", file, *SHORT).text
+    lines = cli("complete", tiny, "--file", file, "--json", *SHORT).text.splitlines()
+    results = [json.loads(line) for line in lines]
+    assert [r["index"] for r in results] == [0, 1, 2, 3, 4]
+    assert [len(r["tokens"]) for r in results] == [6, 6, 3, 0, 6]
+    assert [len(r["logprobs"]) for r in results] == [6, 6, 3, 0, 6]
+    assert {r["finish_reason"] for r in results} == {"length"}
+    assert results[1]["prompt_tokens"] == [1, 400, 500]
+    assert results[0] == {**results[4], "index": 0}
+    assert text == "".join(f"{r['text']}\n{'=' * 21}\n" for r in results)
+    assert not any("top_logprobs" in r for r in results)
+    # The same as in a script, and as each alone; queued or not.
+    loaded = load(tiny, device="cpu")
+    made = complete(["Hello"], loaded.model, loaded.tokenizer, max_tokens=6, temperature=0.0)[0]
+    assert (results[0]["tokens"], results[0]["text"]) == (made.tokens, made.text)
+    assert results[0]["logprobs"] == pytest.approx(made.logprobs, abs=1e-5)
+    alone = json.loads(cli("complete", tiny, "Hello", "--json", *SHORT).text)
+    assert (alone["tokens"], alone["text"]) == (made.tokens, made.text)
+    assert cli("complete", tiny, "--file", file, "--max_batch_size", 1, *SHORT).text == text
+    assert cli("complete", tiny, "--file", "-", *SHORT, stdin=file.read_bytes()).text == text
+
+
+def test_json_with_the_likeliest(cli: Command, parrot: Path) -> None:
+    words = ("complete", parrot, "go", "--json", "--top_logprobs", 2, "--temperature", 0, "--max_tokens", 3)
+    (line,) = cli(*words).text.splitlines()
+    result = json.loads(line)
+    assert result["text"].rstrip("\ufffd") == "é"
+    assert [[len(pair) for pair in top] for top in result["top_logprobs"]] == [[2, 2]] * 3
+    assert [top[0][0] for top in result["top_logprobs"]] == result["tokens"]
+    assert [top[0][1] for top in result["top_logprobs"]] == pytest.approx(result["logprobs"])
+    assert "é" in line  # as itself, not as \u00e9
+
+
+# --- flags as such
+
+
+def a_command(
+    folder: str | None = None, *, count: int = 1, share: float = 0.5, on: bool = False, names: list[str] | None = None
+) -> None:
+    """For the tests."""
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        ([], []),
+        (["x"], ['--folder="x"']),
+        (["--count", "3", "--share", "2"], ["--count=3", "--share=2.0"]),
+        (["--count", "-3"], ["--count=-3"]),
+        (["--on"], ["--on=true"]),
+        (["--on=False"], ["--on=false"]),
+        (["--names", "a", "--names=b=c"], ['--names=["a", "b=c"]']),
+        (["--folder", "-5"], ['--folder="-5"']),
+        (["--", "--on"], ['--folder="--on"']),
+        (["é\n"], ['--folder="\\u00e9\\n"']),
+    ],
+)
+def test_canonical(words: list[str], want: list[str]) -> None:
+    assert canonical(a_command, words) == want
+
+
+def test_what_fire_hands_over_is_what_was_typed() -> None:
+    import fire
+
+    seen: list[Any] = []
+
+    def command(folder: str | None = None, *, names: list[str] | None = None, share: float = 0.5) -> None:
+        seen.append((folder, names, share))
+
+    for word in ("1e5", "-", "--", "[1]", "None", "a,b", "'x'", '"', "\\", "\udce9", "é", ""):
+        checked = canonical(command, [f"--folder={word}", "--share", "1e-5", f"--names=n{word}"])
+        fire.Fire(readable_by_fire(command), command=checked)
+        assert seen.pop() == (word, [f"n{word}"], 1e-5)
+
+
+def test_ranges_are_checked_with_the_flag_as_typed() -> None:
+    ranges = {"count": (1, 3), "share": (0, 1)}
+    for value in (1, 3):
+        assert canonical(a_command, [f"--count={value}"], ranges) == [f"--count={value}"]
+    for words, said in (
+        (["--count", "0"], "--count is 0; it must be at least 1"),
+        (["--count=4"], "--count is 4; it must be at most 3"),
+        (["--share=nan"], "--share is nan; it must be at least 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            canonical(a_command, words, ranges)
+
+
+def test_the_console_script_is_the_same_main() -> None:
+    import main as top
+    from mistral import cli
+
+    assert top.main is cli.main
+    assert os.path.isfile(ROOT / "main.py")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        top.nothing  # noqa: B018
+
+
+# --- words that are easily misread
+
+
+def test_a_folder_that_is_not_there_is_no_prompt_while_text_waits_on_stdin() -> None:
+    command = [sys.executable, "-m", "main", "complete", "mistral-7B-v0.1", "--max_tokens", "1"]
+    done = subprocess.run(command, input="Once", cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no such folder: mistral-7B-v0.1")
+    assert done.stdout == ""
+    quiet = subprocess.run(command, stdin=subprocess.DEVNULL, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert quiet.returncode == 0
+    assert "so it is the prompt" in quiet.stderr
+
+
+@pytest.mark.parametrize("word", ["false", "OFF", "1"])
+def test_a_blank_after_a_switch(cli: Command, word: str) -> None:
+    done = cli("complete", "The king", "--kernels", word)
+    assert done.code == 2
+    assert done.error == f"--kernels {word}: write --kernels=true or --kernels=false, without a blank"

@@ -1,0 +1,110 @@
+"""`bench`: what it counts and prints. What it measures is a timing, and no test."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mistral.eval import bench
+from mistral.loader.load import load
+from mistral.quant.linear import QuantizedLinear
+from tests.support.commands import Command, in_process
+from tests.support.folders import make_folder
+from tests.support.tiny import tiny_args, tiny_model
+
+QUICK = ("--contexts", "3,9", "--batches", "1,2", "--prompts", "7", "--repeats", "1")
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setattr(bench, "PROBE", 1 << 12)
+    monkeypatch.setattr(bench, "PRODUCT", 16)
+    return in_process(capfd)
+
+
+def test_a_folder(cli: Command, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    report = json.loads(cli("bench", folder, *QUICK, "--json").text)
+    rows = [(row["what"], row["context"], row["batch"]) for row in report["rows"]]
+    assert rows == [("decode", 3, 1), ("decode", 3, 2), ("decode", 9, 1), ("prefill", 7, 1)]
+    for row in report["rows"]:
+        assert 0 < row["low"] <= row["rate"] <= row["high"]
+        assert row["limit"] > 0
+    assert report["load_seconds"] > 0
+    assert report["repeats"] == 1
+    text = cli("bench", folder, *QUICK).text
+    assert f"{folder}: 0.2 M parameters" in text
+    assert len(text.splitlines()) == 5 + len(rows)
+
+
+def test_a_shape(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.SHAPES, "7b", tiny_args())
+    for quant in ("int8", "int4"):
+        text = cli("bench", "--shape", "7B", *QUICK, "--quant", quant).text
+        assert f"random weights in the shape 7b; device cpu; weights/compute/cache {quant}/float32/float32" in text
+        assert "loaded in" not in text
+
+
+def test_a_picture(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    folder, picture = make_folder(tmp_path / "model"), tmp_path / "rates.svg"
+    cli("bench", folder, *QUICK, "--plot", picture)
+    assert "<svg" in picture.read_text()
+    monkeypatch.setattr(bench, "report", lambda *_, **__: pytest.fail("it was measured"))
+    for path in (tmp_path / "rates.xyz", tmp_path, tmp_path / "missing" / "rates.svg"):
+        assert cli("bench", folder, *QUICK, "--plot", path).error.startswith(f"--plot {path}: ")
+
+
+def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    for words, message in (
+        (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers of at most nine digits"),
+        (("--batches", "0"), "--batches is '0'"),
+        (("--prompts", "1e3"), "--prompts is '1e3'"),
+        (("--shape", "7b"), "FOLDER and --shape: give one of them"),
+    ):
+        assert cli("bench", folder, *words).error.startswith(message)
+    assert cli("bench", "--shape", "8b").error == "no shape is called '8b': 7b, 1b"
+
+
+def test_the_shapes_are_those_they_are_called() -> None:
+    sizes = {}
+    for name, args in bench.SHAPES.items():
+        layer = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads) + 3 * args.dim * args.hidden_dim
+        sizes[name] = args.n_layers * (layer + 2 * args.dim) + 2 * args.vocab_size * args.dim + args.dim
+    assert sizes["7b"] == 7_241_732_096
+    assert 0.95e9 < sizes["1b"] < 1.05e9
+
+
+def test_what_limits_are_made_of(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    model = load(folder, device="cpu").model
+    assert bench.weight_bytes(model) == sum(p.nbytes for p in model.parameters()) - model.tok_embeddings.weight.nbytes
+    layers = sum(math.prod(p.shape) for n, p in model.named_parameters() if n.startswith("layers") and p.dim() == 2)
+    assert bench.weights_in_products(model) == layers
+    int8 = load(folder, device="cpu", quant="int8").model
+    assert bench.weights_in_products(int8) == layers
+    kept = sum(t.nbytes for m in int8.modules() if isinstance(m, QuantizedLinear) for t in m.buffers())
+    norms = sum(p.nbytes for n, p in int8.named_parameters() if "norm" in n)
+    assert bench.weight_bytes(int8) == kept + norms
+
+
+def test_prefill_and_decode_take_in_what_they_say() -> None:
+    model = tiny_model(tiny_args())
+    seen = []
+    plain = model.step
+
+    def spy(ids: torch.Tensor, plan: object, cache: object) -> torch.Tensor:
+        seen.append((len(ids), tuple(cache.lengths)))  # type: ignore[attr-defined]
+        return plain(ids, plan, cache)  # type: ignore[arg-type]
+
+    model.step = spy  # type: ignore[method-assign]
+    assert bench.prefill(model, 11, chunk=4) > 0
+    assert seen == [(4, (0,)), (4, (4,)), (3, (8,))]
+    seen.clear()
+    assert len(bench.decode(model, 20, 3, 2)) == 2
+    assert seen == [(3, (20 + i,) * 3) for i in range(3)]

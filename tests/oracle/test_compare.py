@@ -1,0 +1,445 @@
+"""compare: sides that agree, and for each named mistake a side that makes it, which must be named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral import cli
+from mistral.formats.folder import read_folder
+from mistral.loader.load import assemble
+from mistral.oracle import mutants, pack
+from mistral.oracle.compare import CompareError, compare, differences
+from mistral.oracle.inputs import prompts_for
+from mistral.oracle.outputs import Outputs
+from mistral.oracle.sides import FolderSide, SideError, side
+from tests.support.folders import make_folder, random_state
+from tests.support.tiny import tiny_args, tiny_model
+from tests.support.truth import truth
+
+PARAMS = {"n_layers": 3, "vocab_size": 61, "sliding_window": 5, "rope_theta": 1e6, "hidden_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("right") / "model", hot(), tokenizer=False, **PARAMS)
+
+
+def hot():
+    """Weights of a model that looks at some keys more than at others: mistakes in positions show."""
+    state = dict(tiny_model(tiny_args(n_layers=3, hidden_dim=24), seed=7).state_dict())
+    for name in state:
+        if name.endswith(("wq.weight", "wk.weight")):
+            state[name] = state[name] * 3
+    return state
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pack") / "x.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(path), "--weights"]) == 0
+    return path
+
+
+def ask(capsys, *words) -> dict:
+    """What `compare --json` says."""
+    capsys.readouterr()
+    code = cli.main(["compare", *map(str, words), "--json"])
+    captured = capsys.readouterr()
+    assert code in (0, 1), captured.err
+    told = json.loads(captured.out)
+    assert (code == 0) is told["same"]
+    return told
+
+
+# --- sides that agree
+
+
+def test_a_folder_and_its_conversion(folder, tmp_path, capsys):
+    assert cli.main(["convert", str(folder), str(tmp_path / "hf"), "--to", "hf"]) == 0
+    told = ask(capsys, folder, tmp_path / "hf")
+    assert told["same"]
+    assert told["activations_compared"] == 3 * 14 + 3
+    assert told["top1_agreement"] == 1
+    assert told["max_delta_logprob"] < 1e-12
+
+
+def test_weights_that_were_rounded_are_the_same_where_they_are_told_apart_by_rounding_only(folder, tmp_path, capsys):
+    assert cli.main(["convert", str(folder), str(tmp_path / "b"), "--to", "mistral", "--dtype", "bfloat16"]) == 0
+    told = ask(capsys, folder, tmp_path / "b")
+    assert told["same"]
+    assert told["dtypes"] == "bf16/fp32"
+    assert told["max_delta_logprob"] > 1e-4
+
+
+def test_a_pack_and_its_folder(folder, packed, capsys):
+    for sides in ((packed, folder), (folder, packed), (packed, packed)):
+        told = ask(capsys, *sides)
+        assert told["same"]
+        assert told["activations_compared"] == 45
+
+
+def arrays(path: Path, prompts, scores, **more) -> Path:
+    lens = [len(p) for p in prompts]
+    np.savez(path, prompt_ids=torch.cat(list(prompts)).numpy(), prompt_lens=lens, logits=scores, **more)
+    return path
+
+
+def our_logits(folder, prompts, dtype="float32"):
+    model, _ = assemble(read_folder(folder), device="cpu", dtype=dtype, kernels=False)
+    with torch.inference_mode():
+        return model.forward(torch.cat(prompts), [len(p) for p in prompts])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arrays_of_another_program(folder, packed, tmp_path, capsys, dtype):
+    prompts = pack.read(packed).prompts
+    path = arrays(tmp_path / "x.npz", prompts, our_logits(folder, prompts, dtype).numpy())
+    assert ask(capsys, packed, path, "--dtype", dtype)["same"]
+    assert ask(capsys, path, folder, "--dtype", dtype)["same"]
+    if dtype == "bfloat16":
+        assert not ask(capsys, packed, path, "--dtype", "float32")["same"]
+
+
+def test_a_pack_without_weights_has_its_budget(folder, tmp_path, capsys):
+    path = tmp_path / "bare.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(path)]) == 0
+    prompts = pack.read(path).prompts
+    right = arrays(tmp_path / "right.npz", prompts, our_logits(folder, prompts).numpy())
+    assert ask(capsys, path, right)["same"]
+    wrong = arrays(tmp_path / "wrong.npz", prompts, our_logits(folder, prompts).numpy()[::-1])
+    told = ask(capsys, path, wrong)
+    assert not told["same"]
+    assert told["first_position"] == [0, 0]
+    assert "no model is at hand" in told["notes"][0]
+    assert ask(capsys, right, right)["unavoidable"] is None
+
+
+def test_a_trace_is_a_side(folder, tmp_path, capsys):
+    whole = make_folder(tmp_path / "model", sliding_window=5)
+    out = tmp_path / "t.safetensors"
+    assert cli.main(["trace", str(whole), "Once upon a time there was", "-o", str(out)]) == 0
+    told = ask(capsys, whole, out)
+    assert told["same"]
+    assert told["activations_compared"] == 2 * 14 + 3
+    tensors = load_file(out)
+    tensors["layers.1.attention.heads"][3] += 0.01
+    save_file(tensors, out)
+    told = ask(capsys, whole, out)
+    assert told["first_activation"] == {"name": "layers.1.attention.heads", "prompt": 0, "position": 3}
+    assert told["first_position"] is None
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
+def test_numbers_that_are_none_are_a_difference(folder, packed, tmp_path, capsys, number, rows):
+    prompts = pack.read(packed).prompts
+    scores = our_logits(folder, prompts).log_softmax(-1).clone()
+    scores[rows, 7] = number
+    lens = [len(p) for p in prompts]
+    for name in ("logits", "logprobs"):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, prompt_ids=torch.cat(prompts), prompt_lens=lens, **{name: scores.numpy()})
+        if name == "logits" and number < 0:
+            continue  # a token that is ruled out: its log-prob is -inf, the others' are not
+        assert not ask(capsys, folder, path)["same"]
+        if rows == slice(None):  # of one row the pack may not tell this token
+            assert not ask(capsys, path, packed)["same"]
+
+
+def test_log_probs_that_do_not_sum_to_one(folder, packed, tmp_path, capsys):
+    prompts = pack.read(packed).prompts
+    scores = our_logits(folder, prompts).log_softmax(-1).numpy() + 0.01
+    lens = [len(p) for p in prompts]
+    np.savez(tmp_path / "x.npz", prompt_ids=torch.cat(prompts), prompt_lens=lens, logprobs=scores)
+    assert not ask(capsys, folder, tmp_path / "x.npz")["same"]
+    np.savez(tmp_path / "x.npz", prompt_ids=torch.cat(prompts), prompt_lens=lens, logits=scores)
+    assert ask(capsys, folder, tmp_path / "x.npz")["same"]
+
+
+def test_a_dtype_in_which_the_model_is_infinite(folder, tmp_path, capsys):
+    def hotter(state):
+        return {n: w * 1e4 if w.dim() > 1 else w for n, w in state.items()}
+
+    wrong = spoilt(folder, tmp_path, None, hotter)
+    assert cli.main(["compare", str(wrong), str(wrong), "--dtype", "float16"]) == 2
+    assert "rounding to fp16 makes numbers of this model infinite" in capsys.readouterr().err
+
+
+# --- sides that make a mistake, each made without the kit that diagnoses it
+
+
+def spoilt(folder: Path, tmp_path: Path, params=None, state=None) -> Path:
+    made = tmp_path / "wrong"
+    weights = load_file(folder / "consolidated.safetensors")
+    return make_folder(made, state(weights) if state else weights, tokenizer=False, **{**PARAMS, **(params or {})})
+
+
+def in_halves(name: str, w: torch.Tensor, back: bool = False) -> torch.Tensor:
+    if not name.endswith(("wq.weight", "wk.weight")):
+        return w
+    heads = w.shape[0] // 8
+    shape = (heads, 2, 4, -1) if back else (heads, 4, 2, -1)
+    return w.view(*shape).transpose(1, 2).reshape(w.shape)
+
+
+def renamed(state, a, b):
+    return {n.replace(a, "?").replace(b, a).replace("?", b): w for n, w in state.items()}
+
+
+IN_FOLDERS = {
+    "window_one_more": ({"sliding_window": 6}, None, "layers.0.attention.heads", 5),
+    "window_one_fewer": ({"sliding_window": 4}, None, "layers.0.attention.heads", 4),
+    "no_window": ({"sliding_window": None}, None, "layers.0.attention.heads", 5),
+    "theta_1e4": ({"rope_theta": 1e4}, None, "layers.0.attention.q", 1),
+    "rows_not_permuted": (None, lambda s: {n: in_halves(n, w) for n, w in s.items()}, "layers.0.attention.wq", 0),
+    "rows_permuted_needlessly": (
+        None, lambda s: {n: in_halves(n, w, True) for n, w in s.items()}, "layers.0.attention.wq", 0,
+    ),
+    "w2_w3_swapped": (None, lambda s: renamed(s, "w2", "w3"), "layers.0.feed_forward.w3", 0),
+    "first_layers_swapped": (
+        None, lambda s: renamed(s, "layers.0.", "layers.1."), "layers.0.attention_norm", 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", IN_FOLDERS)
+def test_a_folder_with_a_mistake_is_diagnosed(folder, tmp_path, capsys, mistake):
+    params, state, activation, position = IN_FOLDERS[mistake]
+    told = ask(capsys, folder, spoilt(folder, tmp_path, params, state))
+    assert not told["same"]
+    assert list(told["mistakes"]) == [mistake]
+    assert told["first_activation"] == {"name": activation, "prompt": 0, "position": position}
+
+
+@pytest.mark.parametrize("mistake", IN_FOLDERS)
+def test_log_probs_alone_are_enough(folder, packed, tmp_path, capsys, mistake):
+    """An .npz of a wrong engine in fp32, against a pack: no activations to go by."""
+    params, state, *_ = IN_FOLDERS[mistake]
+    prompts = pack.read(packed).prompts
+    wrong = spoilt(folder, tmp_path, params, state)
+    path = arrays(tmp_path / "wrong.npz", prompts, our_logits(wrong, prompts).numpy())
+    told = ask(capsys, packed, path)
+    assert not told["same"]
+    assert list(told["mistakes"]) == [mistake]
+    assert told["activations_compared"] == 0
+    assert told["first_position"] is not None
+
+
+def scored(folder, prompts) -> np.ndarray:
+    """By the float64 model of the tests."""
+    state = load_file(folder / "consolidated.safetensors")
+    args = read_folder(folder).args
+    return np.concatenate([truth(state, args, p)[0] for p in prompts])
+
+
+def test_bos_doubled_and_absent(folder, tmp_path, capsys):
+    """An engine that was asked about [1, ..] and puts another 1 in front, or takes it away."""
+    prompts = prompts_for(read_folder(folder).args)
+    lens = [len(p) for p in prompts]
+    one = torch.tensor([1])
+    doubled = scored(folder, [torch.cat([one, p]) for p in prompts])
+    keep = np.ones(len(doubled), bool)
+    keep[np.cumsum([0, *(n + 1 for n in lens[:-1])])] = False
+    told = ask(capsys, folder, arrays(tmp_path / "two.npz", prompts, doubled[keep]))
+    assert list(told["mistakes"]) == ["bos_doubled"]
+    rows = [scored(folder, [p[1:]]) if len(p) > 1 else np.empty((0, 61)) for p in prompts]
+    nothing = np.full((1, 61), np.nan)
+    absent = np.concatenate([np.concatenate([nothing, r]) for r in rows])
+    told = ask(capsys, folder, arrays(tmp_path / "none.npz", prompts, absent))
+    assert list(told["mistakes"]) == ["bos_absent"]
+
+
+@pytest.mark.parametrize("mistake", ["rotary_bf16", "mask_leak"])
+def test_mistakes_inside_an_engine(folder, packed, tmp_path, capsys, mistake, monkeypatch):
+    """Made in one_file_ref.py, which shares nothing with the library."""
+    import one_file_ref as ref
+
+    prompts = pack.read(packed).prompts
+    model = ref.load(folder)
+    if mistake == "mask_leak":
+        monkeypatch.setattr(ref.Attention, "forward", leaky(ref))
+    else:
+        right = ref.rope_angles
+        monkeypatch.setattr(ref, "rope_angles", lambda *a: [x.bfloat16().to(x.dtype) for x in right(*a)])
+    with torch.inference_mode():
+        logits = model(torch.cat(prompts), [len(p) for p in prompts], None)
+    told = ask(capsys, packed, arrays(tmp_path / "x.npz", prompts, logits.numpy()))
+    assert list(told["mistakes"]) == [mistake]
+
+
+def leaky(ref):
+    """The mask of one long sequence, angles as they should be."""
+    right = ref.Attention.forward
+
+    def forward(self, x, cos, sin, positions, seqlens, cache):
+        return right(self, x, cos, sin, torch.arange(len(positions)), [sum(seqlens)], cache)
+
+    return forward
+
+
+def test_a_mistake_that_has_no_name_is_not_given_one(folder, tmp_path, capsys):
+    def wrong(state):
+        state["layers.1.feed_forward.w2.weight"] *= 1.01
+        return state
+
+    told = ask(capsys, folder, spoilt(folder, tmp_path, None, wrong))
+    assert not told["same"]
+    assert told["mistakes"] == {}
+    assert told["mistakes_tried"] > 8
+    assert told["nearest"][0] in mutants.MUTANTS
+    assert told["first_activation"]["name"] == "layers.1.feed_forward.w2"
+
+
+# --- servers
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of an OpenAI-style server as tells log-probs of prompts."""
+
+    model = None
+    style = "vllm"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, body):
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.answer(200, {"data": [{"id": "tiny"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = torch.tensor(asked["prompt"])
+        with torch.inference_mode():
+            scores = self.model.forward(ids, [len(ids)]).double().log_softmax(-1)
+        if self.style == "none":
+            return self.answer(400, {"error": "no such thing"})
+        own = [None, *(float(row[i]) for row, i in zip(scores, ids[1:], strict=False))]
+        if self.style == "echo":
+            wanted = {"logprobs": {"token_logprobs": own}} if asked.get("echo") else {"logprobs": None}
+            return self.answer(200, {"choices": [wanted]})
+        told = [None]
+        for row, i in zip(scores, ids[1:].tolist(), strict=False):
+            best = {int(j): float(row[j]) for j in row.topk(asked["prompt_logprobs"]).indices} | {i: float(row[i])}
+            told.append({str(j): {"logprob": lp, "rank": 1} for j, lp in best.items()})
+        return self.answer(200, {"choices": [{"prompt_logprobs": told}]})
+
+
+@pytest.fixture
+def serve(folder):
+    servers = []
+
+    def start(model_folder, style="vllm"):
+        model, _ = assemble(read_folder(model_folder), device="cpu", kernels=False)
+        handler = type("Handler", (Server,), {"model": model, "style": style})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("style", ["vllm", "echo"])
+def test_a_server(folder, packed, serve, capsys, style):
+    url = serve(folder, style)
+    for sides in ((folder, url), (url + "/v1", packed)):
+        told = ask(capsys, *sides)
+        assert told["same"]
+        assert told["positions_compared"] == 40 + 9 + 23 - 3  # the token after a prompt's last is not told
+        assert (told["top1_agreement"] is None) is (style == "echo")
+
+
+@pytest.mark.parametrize("style", ["vllm", "echo"])
+def test_a_server_with_a_mistake(folder, serve, tmp_path, capsys, style):
+    told = ask(capsys, folder, serve(spoilt(folder, tmp_path, {"sliding_window": 6}), style))
+    assert list(told["mistakes"]) == ["window_one_more"]
+
+
+def test_servers_that_cannot_be_asked(folder, serve, capsys):
+    for url, said in (
+        (serve(folder, "none"), "answered 400"),
+        ("http://127.0.0.1:9", "cannot be asked"),
+    ):
+        assert cli.main(["compare", str(folder), url]) == 2
+        assert said in capsys.readouterr().err
+
+
+# --- what cannot be compared
+
+
+def test_what_is_no_side(tmp_path, folder, packed):
+    (tmp_path / "x.txt").write_text("hello")
+    np.savez(tmp_path / "empty.npz", x=np.zeros(3))
+    np.savez(tmp_path / "ragged.npz", prompt_ids=np.zeros(3, int), logits=np.zeros((4, 61)))
+    np.savez(tmp_path / "code.npz", prompt_ids=np.array([print], object), logits=np.zeros((1, 61)))
+    for name, said in (
+        ("x.txt", "none of: a folder, a pack"),
+        ("empty.npz", "must have prompt_ids"),
+        ("ragged.npz", "must be \\[T, V\\]"),
+        ("code.npz", "cannot be read as arrays"),
+        ("missing", "no such folder"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            side(str(tmp_path / name))
+    with pytest.raises(SideError):
+        side(str(tmp_path / "x.txt"))
+
+
+def test_sides_that_have_nothing_in_common(folder, packed, tmp_path):
+    other = make_folder(tmp_path / "other", vocab_size=50, tokenizer=False)
+    with pytest.raises(CompareError, match="vocabularies differ: .* know (61 and 50|50 and 61) tokens"):
+        compare(side(str(folder)), side(str(other)))
+    with pytest.raises(CompareError, match="outside the vocabulary of 61"):
+        compare(side(str(folder)), side(str(folder)), prompts=[torch.tensor([1, 61])])
+    with pytest.raises(CompareError, match="two servers"):
+        compare(side("http://a"), side("http://b"))
+    bound = side(str(packed))
+    with pytest.raises(CompareError, match="speaks of its own prompts"):
+        compare(bound, FolderSide(read_folder(folder), "x"), prompts=[torch.tensor([1])])
+    moved = dataclasses.replace(bound.pack, prompts=[p.flip(0) for p in bound.pack.prompts])
+    again = side(str(packed))
+    again.prompts = moved.prompts
+    with pytest.raises(CompareError, match="different prompts"):
+        compare(bound, again)
+
+
+def test_differences_of_what_is_told():
+    dense = Outputs(None, torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], dtype=torch.float64))
+    sparse = Outputs(torch.tensor([[2, -1], [0, 2]]), torch.tensor([[2.5, 9.0], [3.0, 7.0]], dtype=torch.float64))
+    assert differences(dense, sparse).tolist() == [0.5, 2.0]
+    assert differences(sparse, dense).tolist() == [0.5, 2.0]
+    other = Outputs(torch.tensor([[1], [2]]), torch.tensor([[1.0], [7.5]], dtype=torch.float64))
+    assert differences(sparse, other)[0].isnan()
+    assert differences(sparse, other)[1] == 0.5
+    endless = Outputs(None, torch.full((2, 3), float("inf"), dtype=torch.float64))
+    assert differences(dense, endless).tolist() == [float("inf")] * 2
+
+
+def test_a_model_that_rounding_does_not_change(tmp_path, capsys):
+    """All of its log-probs are -log V: told in fp32 they are still the same."""
+    state = {name: torch.zeros_like(w) for name, w in random_state().items()}
+    folder = make_folder(tmp_path / "flat", state, tokenizer=False)
+    scores = np.full((3, 4096), -np.log(4096), np.float32)
+    np.savez(tmp_path / "flat.npz", prompt_ids=np.array([1, 5, 9]), logprobs=scores)
+    assert cli.main(["compare", str(folder), str(tmp_path / "flat.npz")]) == 0
+    assert "rounding changes nothing" in capsys.readouterr().out
+    np.savez(tmp_path / "flat.npz", prompt_ids=np.array([1, 5, 9]), logprobs=scores * 1.00001)
+    assert cli.main(["compare", str(folder), str(tmp_path / "flat.npz")]) == 1

@@ -1,0 +1,306 @@
+"""verify: every variant passes on right models, budgets are what they say, and mistakes fail."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mistral import cli
+from mistral.attention import eager, sdpa, tiled
+from mistral.formats.folder import read_folder
+from mistral.oracle import layerwise, verify
+from mistral.oracle.layerwise import LibraryRunner, OneFileRunner, TransformersRunner
+from mistral.oracle.metrics import LIMITS, Errors, ErrorStats, judge, limit_of, place
+from mistral.oracle.truth import Truth, draws, logprobs
+from tests.support.folders import make_folder, random_state
+from tests.support.tiny import ragged, tiny_args, tiny_model, true_logprobs
+from tools import odd_shapes
+
+LENS = [33, 1, 6, 21]
+
+
+def run(stream, model):
+    """A stream's logits, by the weights of a model."""
+    state = model.state_dict()
+    stream.embed(state["tok_embeddings.weight"])
+    for i in range(model.args.n_layers):
+        at = f"layers.{i}."
+        stream.layer(i, {name.removeprefix(at): w for name, w in state.items() if name.startswith(at)})
+    return torch.cat(list(stream.head(state["norm.weight"], state["output.weight"], 16)))
+
+
+@pytest.fixture(scope="module", params=[5, None, (None, 7, 3)], ids=["window", "none", "per layer"])
+def case(request):
+    model = tiny_model(tiny_args(n_layers=3, sliding_window=request.param), seed=2)
+    prompts = ragged(LENS, model.args.vocab_size, seed=2)
+    return model, prompts
+
+
+def test_the_truth_is_that_of_the_tests(case):
+    """Two float64 implementations of the contract, neither of which knows the other."""
+    model, prompts = case
+    ours = logprobs(run(Truth(model.args, prompts), model)).numpy()
+    assert np.abs(ours - np.concatenate(true_logprobs(model, prompts))).max() < 1e-13
+
+
+def test_its_activations_are_those_of_the_tests(case):
+    from tests.support.truth import truth
+
+    model, prompts = case
+    seen = {}
+    run(Truth(model.args, prompts, note=seen.__setitem__), model)
+    first = 0
+    for prompt in prompts:
+        _, hidden = truth(model.state_dict(), model.args, prompt)
+        for i, want in enumerate(hidden):
+            got = seen[f"layers.{i}"][first : first + len(prompt)]
+            assert np.abs(got.numpy() - want).max() < 1e-13
+        first += len(prompt)
+
+
+STREAMS = {
+    "whole": (layerwise.whole, False),
+    "batched": (layerwise.batched, False),
+    "chunked": (lambda lens: layerwise.chunked(lens, 7), True),
+    "stepwise": (layerwise.stepwise, True),
+}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("kernel", [eager, sdpa])
+@pytest.mark.parametrize("name", STREAMS)
+def test_each_schedule_is_within_its_budget(case, name, kernel, dtype):
+    model, prompts = case
+    schedule, cached = STREAMS[name]
+    attend = tiled(kernel)
+    stream = LibraryRunner(model.args, prompts, schedule(LENS), attend, weights=dtype, compute=dtype, cached=cached)
+    verdict, errors = judged(model, prompts, stream, dtype)
+    assert verdict.passes, (verdict, errors.largest)
+
+
+def judged(model, prompts, stream, dtype):
+    true = logprobs(run(Truth(model.args, prompts), model))
+    budget = measured(true, *(run(one, model) for one in verify.unavoidable(model.args, prompts, dtype, dtype)))
+    errors = measured(true, run(stream, model))
+    return judge(errors, budget.scaled(verify.scale_of_rounding(dtype)), limit_of(dtype, model.args), LENS), errors
+
+
+def measured(true, *each) -> Errors:
+    measure = ErrorStats()
+    for logits in each:
+        for a, b in zip(true.split(10), logits.split(10), strict=True):
+            measure.add(a, b)
+    return measure.errors()
+
+
+def test_others_are_within_it_too(case):
+    pytest.importorskip("transformers")
+    model, prompts = case
+    for stream in (
+        OneFileRunner(layerwise.one_file_ref(), model.args, prompts, torch.float32),
+        TransformersRunner(model.args, prompts, torch.float32),
+    ):
+        assert judged(model, prompts, stream, torch.float32)[0].passes
+
+
+def test_a_stream_is_the_model(case):
+    """A layer at a time gives the bits of all layers at once."""
+    model, prompts = case
+    for name, kernel in (("batched", eager), ("batched", sdpa)):
+        schedule, cached = STREAMS[name]
+        options = {"weights": torch.float32, "compute": torch.float32, "cached": cached}
+        got = run(LibraryRunner(model.args, prompts, schedule(LENS), tiled(kernel), **options), model)
+        model_of = tiny_model(model.args, seed=2, attend=tiled(kernel))
+        with torch.inference_mode():
+            want = model_of.forward(torch.cat(prompts), LENS)
+        assert (got - want).abs().max() < 1e-6
+
+
+def test_bf16_is_what_rounding_makes_of_it(case):
+    """The budget is not only a bound: right implementations reach it."""
+    model, prompts = case
+    half = torch.bfloat16
+    stream = LibraryRunner(
+        model.args, prompts, layerwise.batched(LENS), tiled(eager), weights=half, compute=half, cached=False
+    )
+    verdict, _ = judged(model, prompts, stream, half)
+    assert 0.5 < verdict.ratio < 1.5
+
+
+def test_small_models_are_rounded_several_times(case):
+    """Draws differ, each is the same every time, what is exact stays exact, and a large model has one."""
+    model, prompts = case
+    half = torch.bfloat16
+    some = verify.unavoidable(model.args, prompts, half, half)
+    assert len(some) == draws(model.args, prompts) == 4
+    first, second, again = (run(one, model) for one in (*some[:2], Truth(model.args, prompts, half, half, draw=1)))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again)
+    embedded = []
+    for draw in range(2):
+        one = Truth(model.args, prompts, half, half, note=lambda name, x: embedded.append(x), draw=draw)
+        one.embed(model.state_dict()["tok_embeddings.weight"])
+    assert torch.equal(*embedded)
+    assert draws(tiny_args(vocab_size=32000), prompts) == 1
+    assert draws(tiny_args(vocab_size=5000), prompts) == -(-1_000_000 // (5000 * sum(LENS))) == 4
+    assert draws(tiny_args(vocab_size=10_000), prompts) == 2
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_scores_and_norms_are_rounded_to_fp32(compute):
+    """Two scores of 10,000 that fp32 cannot tell apart weigh the same; a norm divides by an fp32 root."""
+    args = tiny_args(head_dim=4, n_heads=1, n_kv_heads=1)
+    q = torch.tensor([[[2e4, 0, 0, 0]]] * 2, dtype=torch.float64)
+    k = torch.tensor([[[1.0, 0, 0, 0]], [[1.0 + 1e-8, 0, 0, 0]]], dtype=torch.float64)
+    v = torch.tensor([[[0.0] * 4], [[1.0] * 4]], dtype=torch.float64)
+    prompts = [torch.tensor([1, 2])]
+    exact, rounded = (Truth(args, prompts, compute=dtype) for dtype in (None, compute))
+    assert (rounded._attend(q, k, v, window=None)[1] == 0.5).all()
+    assert (exact._attend(q, k, v, window=None)[1] > 0.5 + 1e-5).all()
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((500, 24))).to(compute).double()
+    root = np.float32(1 / np.sqrt(np.float32((x.numpy() ** 2).mean(-1) + args.norm_eps).astype(float)))
+    want = torch.from_numpy(x.numpy() * root.astype(float)[:, None]).to(compute).double()
+    assert torch.equal(rounded._norm(x, torch.ones(24)), want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "seed"),
+    [
+        # Scores in the thousands: every right implementation rounds them, and the norms before them, alike.
+        ({"dim": 96, "n_layers": 8, "head_dim": 32, "hidden_dim": 5, "n_heads": 3, "n_kv_heads": 1}, 2.0, 5),
+        # Three words: the largest error of few.
+        ({"dim": 10, "n_layers": 8, "head_dim": 4, "hidden_dim": 5, "n_heads": 2, "vocab_size": 3}, None, 58),
+    ],
+)
+def test_right_models_of_odd_shapes_pass(shape, scale, seed, tmp_path):
+    """They did not: by 61 times, of 16 then, and 2.8 of 2."""
+    params = {"n_kv_heads": 1, "vocab_size": 60, "sliding_window": 64, **shape}
+    state = odd_shapes.draw_weights(tiny_args(**params), scale, seed)
+    report = verify.verify(read_folder(make_folder(tmp_path / "odd", state, tokenizer=False, **params)))
+    assert report.passes, verify.as_text(report)
+
+
+def test_the_tool_that_draws_odd_shapes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["odd_shapes", "--models", "2"])
+    assert odd_shapes.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "0 variants whose dtype cannot hold their numbers; 0 beyond their limit"
+    assert [line.split()[0] for line in lines[1:-1]] == ["bf16", "fp32", "fp64"]
+    monkeypatch.setattr("mistral.oracle.metrics.LIMITS", dict.fromkeys(LIMITS, 0.1))
+    assert odd_shapes.main() == 1
+    assert "seed 0: one_file_ref, its own, fp32: " in capsys.readouterr().out
+
+
+def test_a_mistake_is_beyond_the_budget_and_is_placed():
+    """A window one too narrow: prompt 0 parts from the truth at the first position that it hides a key from."""
+    model = tiny_model(tiny_args(n_layers=3), seed=2)
+    prompts = ragged(LENS, model.args.vocab_size, seed=2)
+    wrong = tiny_args(n_layers=3, sliding_window=4)
+    for dtype in (torch.float32, torch.float64):
+        stream = LibraryRunner(
+            wrong, prompts, layerwise.batched(LENS), tiled(sdpa), weights=dtype, compute=dtype, cached=False
+        )
+        verdict, _ = judged(model, prompts, stream, dtype)
+        assert not verdict.passes
+        assert verdict.first == (0, 4)
+        assert verdict.ratio > 100
+
+
+def test_numbers_that_are_none_fail():
+    true = torch.zeros(4, 3, dtype=torch.float64).log_softmax(-1)
+    bad = torch.zeros(4, 3)
+    bad[2, 1] = float("nan")
+    errors = measured(true, bad)
+    assert errors.largest == float("inf")
+    assert errors.kl == float("inf")
+    assert not judge(errors, measured(true, torch.zeros(4, 3)), LIMITS[torch.float32], [4]).passes
+    assert judge(errors, measured(true, torch.zeros(4, 3)), LIMITS[torch.float32], [3, 1]).first == (0, 2)
+
+
+def test_a_budget_that_is_infinite_explains_nothing():
+    """A finite error is no smaller for it."""
+    true = torch.zeros(4, 3, dtype=torch.float64).log_softmax(-1)
+    endless, wrong = measured(true, torch.full((4, 3), float("nan"))), measured(true, torch.eye(4, 3) * 100)
+    assert endless.largest == float("inf") > wrong.largest
+    assert not judge(wrong, endless, LIMITS[torch.float32], [4]).passes
+
+
+def test_places():
+    assert [place(row, [2, 0, 1]) for row in range(3)] == [(0, 0), (0, 1), (2, 0)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "model", n_layers=3, vocab_size=61, sliding_window=[None, 80, 5], tokenizer=False)
+
+
+def test_the_command_passes_on_a_right_model(folder, capsys):
+    assert cli.main(["verify", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passes"]
+    rows = report["rows"]
+    assert {row["window"] for row in rows} == {f"none x1 + {w} x1 + 5 x1 layers" for w in (80, 64)}
+    assert {row["name"] for row in rows} >= {"one_file_ref", "whole", "batched", "chunked", "stepwise"}
+    assert {row["compute"] for row in rows} == {"fp64", "fp32", "bf16"}
+    assert any("--full" in note for note in report["notes"])
+
+
+def test_full_rolls_the_real_window(folder, capsys):
+    assert cli.main(["verify", str(folder), "--full", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert max(report["prompts"]) > 80 + 79
+    assert len({row["window"] for row in report["rows"]}) == 1
+
+
+def test_the_command_fails_where_the_model_is_wrong(folder, capsys, monkeypatch):
+    """A mistake in the library, not in the truth."""
+    import mistral.attention
+
+    right = mistral.window.visible
+    monkeypatch.setattr(mistral.attention, "visible", lambda q, k, w: right(q, k, w and w - 1))
+    assert cli.main(["verify", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    lines = [line for line in out.splitlines() if line.startswith(("one_file_ref", "transformers"))]
+    assert lines
+    assert all(line.endswith("pass") for line in lines)
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path, capsys):
+    state = random_state()
+    state["layers.1.feed_forward.w3.weight"][3, 2] = float("inf")
+    folder = make_folder(tmp_path / "bad", state)
+    assert cli.main(["verify", str(folder)]) == 2
+    assert "layers.1.feed_forward.w3.weight has 1 numbers that are not finite" in capsys.readouterr().err
+
+
+def test_a_dtype_that_overflows_is_named(tmp_path, capsys):
+    state = {name: w * 300_000 if name.endswith("w2.weight") else w for name, w in random_state().items()}
+    folder = make_folder(tmp_path / "large", {name: w.half() for name, w in state.items()}, tokenizer=False)
+    assert cli.main(["verify", str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    assert "fp16 cannot hold this model's numbers: they overflow however it is computed" in report["notes"]
+    assert {row["compute"] for row in report["rows"] if not row["passes"]} == {"fp16"}
+
+
+def test_weights_in_few_bits_are_verified_as_meant(folder, tmp_path, capsys):
+    assert cli.main(["convert", str(folder), str(tmp_path / "few"), "--to", "mistral", "--quant", "int8"]) == 0
+    assert cli.main(["verify", str(tmp_path / "few")]) == 0
+
+
+def test_progress_reaches_its_total(folder):
+    told = []
+    verify.verify(read_folder(folder), progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    assert len({total for _, total in told}) == 1
+
+
+def test_the_limit_grows_with_the_length_of_sums():
+    narrow, wide = tiny_args(hidden_dim=1024), tiny_args(hidden_dim=14336)
+    assert limit_of(torch.float32, narrow) == LIMITS[torch.float32]
+    assert limit_of(torch.float32, wide) == pytest.approx(LIMITS[torch.float32] * 14**0.5)
+    assert limit_of(torch.bfloat16, wide) == LIMITS[torch.bfloat16]
