@@ -10,11 +10,11 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mistral.util.errors import short_repr
+from mistral.util.errors import FormatError, short_repr
 from mistral.window import Window, slots_for
 
 
-class ArgsError(ValueError):
+class ArgsError(FormatError):
     """An impossible or contradictory model shape."""
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.plan import LayerStore, Plan, Run, Tile, make_plan
+from mistral.util.errors import UsageError
 from mistral.window import block_for, slots_for
 
 GROWTH = 256  # capacity that nobody reserved grows to the next power of two, from here
 
 
-class CacheError(ValueError):
+class CacheError(UsageError):
     """A step or a reset that the cache cannot take; nothing was written."""
 
 

@@ -15,6 +15,7 @@ from mistral.cache import RollingBufferCache
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.util import memory
+from mistral.util.errors import UsageError
 
 Finish = Literal["stop", "length"]
 Progress = Callable[[int, int], None]
@@ -23,7 +24,7 @@ LOGIT_FLOATS = 1 << 24  # logits held at once while a prompt is scored: 64 MB
 LESS = "lower --max_tokens, shorten the prompt, or use --dtype bfloat16"  # where keys and values do not fit
 
 
-class GenerationError(ValueError):
+class GenerationError(UsageError):
     """A prompt or a number that cannot be generated from."""
 
 

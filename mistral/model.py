@@ -135,10 +135,11 @@ class Transformer(nn.Module):
         dtype: torch.dtype | str | None = None,
         attention: str | None = None,
     ) -> Transformer:
-        """The model of a folder; see `mistral.loader.load.load`, which also gives its tokenizer."""
-        from mistral.loader.load import load
+        """The model of a folder; see `mistral.load`, which also gives its tokenizer."""
+        import mistral
 
-        return load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size).model
+        options = {"device": device, "dtype": dtype, "attention": attention, "max_batch_size": max_batch_size}
+        return mistral.load(folder, **options).model
 
     @property
     def dtype(self) -> torch.dtype:

@@ -50,7 +50,8 @@ class SamplingParams:
             _check(name, getattr(self, name), float, 0, 1)
         if self.seed is not None:
             _check("seed", self.seed, int, -sys.maxsize, sys.maxsize)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given: object = self.stop
+        stop = (given,) if isinstance(given, str) else tuple(self.stop or ())
         if not all(isinstance(s, str) for s in stop):
             raise SamplingError(f"stop is {short_repr(self.stop)}; it must be strings")
         if "" in stop:

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.util.errors import short_repr
+from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
 
 # How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
@@ -24,7 +24,7 @@ PATTERN = (
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(FormatError):
     """A tokenizer that is missing, broken, or cannot do what was asked."""
 
 

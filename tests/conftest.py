@@ -28,11 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if name is None:
         return
     from mistral.oracle.mutants import mutated
-    from mistral.oracle.mutation import MutantError
+    from mistral.util.errors import UsageError
 
     mistake = mutated(name)
     try:
         mistake.__enter__()
-    except MutantError as error:
+    except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     config.add_cleanup(lambda: mistake.__exit__(None, None, None))

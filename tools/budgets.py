@@ -12,10 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mistral.cli.flags import UsageError, numbers
+from mistral.cli.flags import numbers
 from mistral.formats.folder import BUNDLED, read_folder
 from mistral.oracle.metrics import short, table
 from mistral.oracle.verify import Row, verify
+from mistral.util.errors import UsageError
 
 
 def main() -> int:

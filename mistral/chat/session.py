@@ -17,7 +17,7 @@ from mistral.chat.conversation import Chat
 from mistral.chat.templates import TemplateError, Turn
 from mistral.sampling import Sampler
 from mistral.sampling_params import SamplingError
-from mistral.util.errors import short_repr
+from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
 
 FORMAT, VERSION = "mistral conversation", 1
@@ -25,7 +25,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 OPTIONS = (*SAMPLING, "max_tokens", "stop")
 
 
-class SessionError(ValueError):
+class SessionError(FormatError):
     """A file that cannot be written or read, or is no conversation of this model."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import printable
+from mistral.util.errors import UsageError, printable
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
@@ -20,7 +20,7 @@ NAMES = (*VERSIONS, "mistrallite")
 PROMPTER, ASSISTANT = 32002, 32001  # MistralLite's added tokens
 
 
-class TemplateError(ValueError):
+class TemplateError(UsageError):
     """A template that does not exist, does not go with the tokenizer, or cannot say what was asked."""
 
 

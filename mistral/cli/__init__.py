@@ -19,7 +19,8 @@ from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
-from mistral.cli.prompts import ChecksFailed, folder_or_prompt
+from mistral.cli.prompts import folder_or_prompt
+from mistral.util.errors import ChecksFailed, UsageError
 
 # What a user types: installed, there is a script and no main.py.
 PROGRAM = "mistral-ref" if Path(sys.argv[0]).stem == "mistral-ref" else "python -m main"
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> None:
     if not words:
-        raise flags.UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
+        raise UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
     name, rest = words[0], words[1:]
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]
@@ -86,7 +87,7 @@ def _run(words: list[str]) -> None:
         print(__version__)
         return
     if name not in COMMANDS:
-        raise flags.UsageError(f"no command {name!r}: {', '.join(COMMANDS)}; see --help")
+        raise UsageError(f"no command {name!r}: {', '.join(COMMANDS)}; see --help")
     command = COMMANDS[name]
     options = rest[: rest.index("--")] if "--" in rest else rest
     if "--help" in options or "-h" in options:

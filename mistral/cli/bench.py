@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mistral.cli import flags
+from mistral.util.errors import UsageError
 
 
 def bench(
@@ -42,7 +43,7 @@ def bench(
         "prompts": flags.numbers("prompts", prompts),
     }
     if folder is not None and shape is not None:
-        raise flags.UsageError("FOLDER and --shape: give one of them")
+        raise UsageError("FOLDER and --shape: give one of them")
     from mistral.eval import bench as measuring
 
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels}

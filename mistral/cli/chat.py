@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mistral.cli import flags, terminal
+from mistral.cli import terminal
 from mistral.cli.prompts import load_model, template_of
-from mistral.cli.terminal import Bar, InputError, Interrupt, lines, say, say_error, show, stream_one, typed
+from mistral.cli.terminal import Bar, Interrupt, lines, say, say_error, show, stream_one, typed
+from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
     from mistral.chat.conversation import Chat
@@ -64,9 +65,9 @@ class Conversation:
         elif command.startswith("/"):
             word, _, rest = command.partition(" ")
             if word not in self._commands:
-                raise InputError(f"no command {word}: /help lists them; // begins a question with a slash")
+                raise UsageError(f"no command {word}: /help lists them; // begins a question with a slash")
             if rest.strip() and word not in ("/system", "/save", "/load"):
-                raise InputError(f"{word} takes nothing after it")
+                raise UsageError(f"{word} takes nothing after it")
             self._commands[word][1](rest.strip())
         elif line.strip():
             self._ask(line)
@@ -121,7 +122,7 @@ class Conversation:
 
 def _file(command: str, name: str) -> str:
     if not name:
-        raise InputError(f"{command} wants the name of a file")
+        raise UsageError(f"{command} wants the name of a file")
     return name
 
 
@@ -164,7 +165,7 @@ def interactive(
     /reset, /system, /save and /load. Its template is the one that goes with the tokenizer, or that of --template.
     """
     if not instruct and (system is not None or template is not None):
-        raise flags.UsageError("--system and --template belong to a conversation: add --instruct")
+        raise UsageError("--system and --template belong to a conversation: add --instruct")
     loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,

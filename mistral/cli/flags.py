@@ -18,6 +18,8 @@ from typing import Any
 
 import fire.decorators
 
+from mistral.util.errors import UsageError
+
 NUMBERS = {
     int: r"[+-]?[0-9]{1,300}",
     float: r"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|nan|inf)",
@@ -27,10 +29,6 @@ NUMBERS = {
 SHORT = {"-o": "output"}
 # Words that nobody puts after a switch as a prompt.
 SWITCHED = ("true", "false", "on", "off", "yes", "no", "0", "1")
-
-
-class UsageError(ValueError):
-    """A command line that cannot be meant; nothing was run."""
 
 
 Ranges = Mapping[str, tuple[float, float]]

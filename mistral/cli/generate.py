@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mistral.cli import flags, terminal
+from mistral.cli import terminal
 from mistral.cli.prompts import load_model, read_prompts, with_gaps
 from mistral.cli.terminal import stream_one
+from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
     from mistral.generate import Completion
@@ -109,11 +110,11 @@ def complete(
     asked for.
     """
     if top_logprobs and not json:
-        raise flags.UsageError("--top_logprobs are printed with --json only: give both")
+        raise UsageError("--top_logprobs are printed with --json only: give both")
     from mistral.formats.hub import is_hub_id
 
     if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
-        raise flags.UsageError(f"no such folder: {folder}")
+        raise UsageError(f"no such folder: {folder}")
     asked = read_prompts(prompt, suffix, file, max_tokens)
     loaded = load_model(
         folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=max_batch_size

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
-from mistral.cli.prompts import ChecksFailed, PromptLine, load_model, model_of, one_line, read_jsonl, read_prompts
+from mistral.cli.prompts import PromptLine, load_model, model_of, one_line, read_jsonl, read_prompts
+from mistral.util.errors import ChecksFailed, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,7 @@ def compare(
     if dtype not in DTYPES:
         raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
-        raise flags.UsageError("--model is a server's name for it, and neither side is a server")
+        raise UsageError("--model is a server's name for it, and neither side is a server")
     sides = [side(a, model), side(b, model)]
     prompts = None
     if file is not None:
@@ -145,7 +146,7 @@ def plants(
         plant(name)  # refuse an unknown one before anything is loaded
     if output is None:
         if folder is not None or file is not None or mistake:
-            raise flags.UsageError("give --output, a folder to write to; without anything else the mistakes are listed")
+            raise UsageError("give --output, a folder to write to; without anything else the mistakes are listed")
         width = max(map(len, MUTANTS))
         for one in MUTANTS.values():
             print(f"{one.name:{width}}  {one.what}")
@@ -190,18 +191,18 @@ def trace(
     prints as JSON, for a layer of that window (none if left out): positions, slots and masks of each step.
     """
     if (plan is None) == (output is None):
-        raise flags.UsageError("give --output for activations, or --plan for slots and masks")
+        raise UsageError("give --output for activations, or --plan for slots and masks")
     if plan is not None:
         given = {"FOLDER": folder, "a prompt": prompt, "--file": file, "--dtype": dtype, "--attention": attention}
         if extra := [name for name, value in given.items() if value is not None]:
-            raise flags.UsageError(f"--plan does not go with {extra[0]}: it is about lengths, a chunk and a window")
+            raise UsageError(f"--plan does not go with {extra[0]}: it is about lengths, a chunk and a window")
         from mistral.oracle.trace import plans
 
         lens = flags.numbers("plan", plan)
         print(one_line({"chunk": chunk_size, "window": window, "steps": plans(lens, chunk_size, window)}))
         return
     if chunk_size is not None or window is not None:
-        raise flags.UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
+        raise UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
     asked = read_prompts(prompt, None, file, 0)
     loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=len(asked))
     from mistral.oracle.trace import write
@@ -219,7 +220,7 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
     if file is None:
         return prompts_for(found.args, full, seed)
     if full:
-        raise flags.UsageError("--full is about random prompts, and --file gives others: leave one out")
+        raise UsageError("--full is about random prompts, and --file gives others: leave one out")
     return _read_prompts(file, found)
 
 
@@ -230,7 +231,7 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     asked, tokenizer = read_jsonl(file, 0), None
     if any(isinstance(one.prompt, str) for one in asked):
         if found is None:
-            raise flags.UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
+            raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
         tokenizer = load_tokenizer(found.path, found.args.vocab_size)
     return _ids(asked, tokenizer, file)
 
@@ -242,7 +243,7 @@ def _ids(asked: Sequence[PromptLine], tokenizer: TokenizerLike | None, file: str
     from mistral.tokenizer import encode
 
     if any(one.suffix is not None for one in asked):
-        raise flags.UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
+        raise UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
     found = []
     for one in asked:
         if isinstance(one.prompt, str):

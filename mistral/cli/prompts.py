@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral.cli import flags, terminal
+from mistral.cli import terminal
+from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
     from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
-
-
-class ChecksFailed(Exception):
-    """What was to be checked was, and is not as it should be; what was printed says so."""
 
 
 def load_model(
@@ -75,9 +72,9 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_t
     """What to continue: the word, the lines of the file, or stdin."""
     if file is not None:
         if prompt is not None:
-            raise flags.UsageError("a prompt and --file: give one of them")
+            raise UsageError("a prompt and --file: give one of them")
         if suffix is not None:
-            raise flags.UsageError("--suffix and --file: give each line of the file its own suffix")
+            raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_jsonl(file, max_tokens)
     if prompt is None:
         try:
@@ -85,7 +82,7 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_t
         except UnicodeDecodeError as error:
             raise terminal.not_utf8("stdin", error) from None
         if not prompt:
-            raise flags.UsageError("no prompt: give one in quotes, --file, or text on stdin")
+            raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
     return [PromptLine(prompt, suffix, max_tokens)]
 
 
@@ -100,9 +97,9 @@ def read_jsonl(file: str, max_tokens: int) -> list[PromptLine]:
     except UnicodeDecodeError as error:
         raise terminal.not_utf8(file, error) from None
     except OSError as error:
-        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     if not asked:
-        raise flags.UsageError(f"no prompts in {file}: it has no line that is not empty")
+        raise UsageError(f"no prompts in {file}: it has no line that is not empty")
     return asked
 
 
@@ -110,22 +107,22 @@ def _one_prompt(line: str, where: str, max_tokens: int) -> PromptLine:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise flags.UsageError(f"{where} is not JSON: {error}") from None
+        raise UsageError(f"{where} is not JSON: {error}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
     unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
     if unknown:
-        raise flags.UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
+        raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
     prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
-        raise flags.UsageError(f"{where}: the prompt must be text or a list of ids")
+        raise UsageError(f"{where}: the prompt must be text or a list of ids")
     if prompt == []:
-        raise flags.UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
+        raise UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
     if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
-        raise flags.UsageError(f"{where}: a suffix must be text, and so must its prompt")
+        raise UsageError(f"{where}: a suffix must be text, and so must its prompt")
     if type(limit) is not int or limit < 0:
-        raise flags.UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
+        raise UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
     return PromptLine(prompt, suffix, limit)
 
 
@@ -138,7 +135,7 @@ def read_text(file: str | None) -> str:
     except UnicodeDecodeError as error:
         raise terminal.not_utf8(file or "stdin", error) from None
     except OSError as error:
-        raise flags.UsageError(f"{file} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def template_of(loaded: Loaded, name: str | None) -> Template:
@@ -161,7 +158,7 @@ def folder_or_prompt(word: str) -> str:
     one_word = not re.search(r"\s", word)
     path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+(@\S+)?$", word))
     if one_word and not path and terminal.text_waits():
-        raise flags.UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
+        raise UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
     if one_word and not path:
         terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
     return "folder" if path else "prompt"
@@ -179,7 +176,7 @@ def model_of(folder: str | None) -> Iterator[Folder]:
             yield folder_of(folder, Path(nothing))
         return
     if folder is not None and Path(folder).is_file():
-        raise flags.UsageError(f"{folder} is neither a folder nor a pack")
+        raise UsageError(f"{folder} is neither a folder nor a pack")
     yield read_folder(BUNDLED if folder is None else locate(folder))
 
 

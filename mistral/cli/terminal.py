@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mistral.util.errors import UsageError
+
 if TYPE_CHECKING:
     from mistral.generate import Piece
     from mistral.loader.load import Loaded
-
-
-class InputError(ValueError):
-    """A line that cannot be read, or a command that cannot be meant."""
 
 
 def typed() -> bool:
@@ -44,17 +42,17 @@ def say_error(error: Exception) -> None:
     say(f"error: {' '.join(str(error).splitlines())}")
 
 
-def not_utf8(what: str, error: UnicodeDecodeError) -> InputError:
+def not_utf8(what: str, error: UnicodeDecodeError) -> UsageError:
     """The error for bytes that are no text."""
     byte = error.object[error.start]
-    return InputError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
+    return UsageError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
 
 
 def lines(ask: str) -> Iterator[str]:
     """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line.
 
     Raises:
-        InputError: a piped line is not UTF-8.
+        UsageError: a piped line is not UTF-8.
     """
     if not typed():
         yield from _piped()

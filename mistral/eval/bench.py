@@ -28,6 +28,7 @@ from mistral.loader.load import assemble, load
 from mistral.model import Transformer
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
+from mistral.util.errors import UsageError
 
 # Shapes that can be measured without weights.
 SHAPES = {
@@ -47,10 +48,6 @@ SHAPES = {
 }
 PROBE = 1 << 28  # bytes read to see how fast memory is
 PRODUCT = 2048  # rows and columns of the product to see how fast arithmetic is
-
-
-class BenchError(ValueError):
-    """Something that cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ def report(
         ValueError: a subclass that names what cannot be.
     """
     if shape is not None and shape.lower() not in SHAPES:
-        raise BenchError(f"no shape is called {shape!r}: {', '.join(SHAPES)}")
+        raise UsageError(f"no shape is called {shape!r}: {', '.join(SHAPES)}")
     before, began = _peak(), time.perf_counter()
     if shape is None:
         loaded = load(folder, **options)
@@ -294,25 +291,25 @@ def require_plotting(path: str) -> None:
     """Refuse what `plot` could not draw or write, before anything is measured.
 
     Raises:
-        BenchError: matplotlib is missing, knows no such kind of file, or the folder is not there.
+        UsageError: matplotlib is missing, knows no such kind of file, or the folder is not there.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
     kinds = dict(Figure().canvas.get_supported_filetypes())
     kinds.pop("pgf", None)  # wants LaTeX
     if Path(path).suffix[1:].lower() not in kinds:
-        raise BenchError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
+        raise UsageError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise BenchError(f"--plot {path}: that is a folder, or its folder is not there")
+        raise UsageError(f"--plot {path}: that is a folder, or its folder is not there")
 
 
 def plot(report: dict[str, Any], path: str) -> None:
     """Both rates against the context, as a picture.
 
     Raises:
-        BenchError: the file cannot be written.
+        UsageError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -327,4 +324,4 @@ def plot(report: dict[str, Any], path: str) -> None:
     try:
         figure.savefig(path)
     except OSError as error:
-        raise BenchError(f"--plot {path}: {error.strerror}") from None
+        raise UsageError(f"--plot {path}: {error.strerror}") from None

@@ -12,10 +12,7 @@ from mistral.cache import RollingBufferCache
 from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
 from mistral.model import Transformer
 from mistral.util import memory
-
-
-class PerplexityError(ValueError):
-    """A text that cannot be scored."""
+from mistral.util.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,17 @@ def perplexity(
         progress: told after each step how many tokens were taken in, and how many there are.
 
     Raises:
-        PerplexityError: fewer than two tokens, an id outside the vocabulary, a chunk of none, or logits that are no
+        UsageError: fewer than two tokens, an id outside the vocabulary, a chunk of none, or logits that are no
             numbers.
         OutOfMemory: the cache does not fit the memory left.
     """
     if len(ids) < 2:
-        raise PerplexityError(f"{len(ids)} tokens: there is nothing to predict in fewer than 2")
+        raise UsageError(f"{len(ids)} tokens: there is nothing to predict in fewer than 2")
     if chunk_size < 1:
-        raise PerplexityError(f"chunk_size is {chunk_size}; it must be at least 1")
+        raise UsageError(f"chunk_size is {chunk_size}; it must be at least 1")
     wrong = next((i for i in ids if not 0 <= i < model.args.vocab_size), None)
     if wrong is not None:
-        raise PerplexityError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
+        raise UsageError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
     total = len(ids) - 1
     needed = model.args.cache_bytes(total, model.dtype.itemsize)
     memory.require(needed, model.device, f"keys and values of {total} positions", "give a shorter text")
@@ -87,5 +84,5 @@ def perplexity(
             progress(first + len(piece), total)
     nats = -math.fsum(sums)
     if math.isnan(nats):
-        raise PerplexityError("the model's logits are not numbers: the weights are broken, or too large for the dtype")
+        raise UsageError("the model's logits are not numbers: the weights are broken, or too large for the dtype")
     return Score(total, nats)

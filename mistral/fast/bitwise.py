@@ -23,6 +23,7 @@ from mistral.fast.linear import HasMatrix, product, use_kernels
 from mistral.model import ModelArgs, Transformer
 from mistral.plan import Plan
 from mistral.rope import cos_sin
+from mistral.util.errors import Unavailable
 
 TOKENS = 64  # of a call of the kernels; more are no faster
 POSITIONS = 64  # whose cosines are made together: a multiple of every vector, so no value is made by a loop's tail
@@ -33,7 +34,7 @@ COUNTS = (17, 16, 5, 3, 2, 1)
 OUTPUTS = 128
 
 
-class NotDeterministic(ValueError):
+class NotDeterministic(Unavailable):
     """Bits that depend on more than the sequence."""
 
 

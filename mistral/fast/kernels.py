@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mistral.util.errors import Unavailable
+
 SOURCE = Path(__file__).with_name("kernels.c")
 # The functions of torch's own OpenMP are used, so both share one set of threads. What is rounded is as it is written:
 # a compiler left to merge products and sums does it in one loop and not in the next.
@@ -29,7 +31,7 @@ INT8, INT4 = 3, 4
 PATIENCE = 120  # seconds; it takes about three
 
 
-class KernelsUnavailable(RuntimeError):
+class KernelsUnavailable(Unavailable):
     """The kernels cannot be built here; says why."""
 
 

@@ -19,16 +19,13 @@ from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mis
 from mistral.formats.releases import identify
 from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
+from mistral.util.errors import FormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # The file that gives the shape, by layout.
 CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
-
-
-class FolderError(ValueError):
-    """Not a folder with a model in it."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,13 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     Where both layouts are there, Mistral's is taken, and a note says so.
 
     Raises:
-        FolderError, ParamsError, WeightsError: no such folder, or what is wrong in it.
+        FormatError, ParamsError, WeightsError: no such folder, or what is wrong in it.
     """
     path = Path(folder)
     if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
         if os.path.isfile(path):
-            raise FolderError(f"{path} is a file: give the folder that it is in")
-        raise FolderError(f"no such folder: {path}")
+            raise FormatError(f"{path} is a file: give the folder that it is in")
+        raise FormatError(f"no such folder: {path}")
     notes: list[str] = []
     layout = _layout(path, notes)
     source = CONFIGS[layout]

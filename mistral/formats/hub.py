@@ -21,6 +21,7 @@ from mistral.formats import huggingface as hf
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import read_object, to_args
 from mistral.util import memory
+from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
 
@@ -35,7 +36,7 @@ WANTED = re.compile(
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
 
-class HubError(ValueError):
+class HubError(Unavailable):
     """A model that cannot be had from the hub; what is complete in the cache stays there."""
 
 

@@ -42,7 +42,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     (see `hub.locate`) is fetched, weights included.
 
     Raises:
-        FolderError, HubError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
+        FormatError, HubError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
     """
     path = short(BUNDLED) if folder is None else locate(folder)
     found = read_folder(path)

@@ -11,7 +11,7 @@ from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
 from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors
-from mistral.util.errors import short_repr
+from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
 from mistral.window import shortest_pattern
 
@@ -55,7 +55,7 @@ REFUSED_UNLESS = {
 }
 
 
-class ParamsError(ValueError):
+class ParamsError(FormatError):
     """A params.json that is missing, broken, or describes another kind of model."""
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mistral.formats.mapped_tensors import Progress, touch
 from mistral.formats.weights import ITEMSIZE, Stored, WeightFiles, WeightsError
-from mistral.util.errors import printable
+from mistral.util.errors import FormatError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ TENSORS = re.compile(
 LARGEST_PICKLE = 10_000_000  # bytes; a byte may become an object
 
 
-class ArchiveError(ValueError):
+class ArchiveError(FormatError):
     """Not an archive of plain tensors; the message is the reason alone."""
 
 

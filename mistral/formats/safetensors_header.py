@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.util.errors import short_repr
+from mistral.util.errors import FormatError, short_repr
 
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.
@@ -29,7 +29,7 @@ BITS = {
 POINTER = b"version "  # how the text begins that Git LFS leaves in a file's place
 
 
-class HeaderError(ValueError):
+class HeaderError(FormatError):
     """Not the header of a complete safetensors file; the message is the reason alone."""
 
 

@@ -18,7 +18,7 @@ import torch
 
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
-from mistral.util.errors import printable, short_repr
+from mistral.util.errors import FormatError, printable, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ NAMES = {code: name for name, code in CODES.items()}
 PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger
 
 
-class WeightsError(ValueError):
+class WeightsError(FormatError):
     """Weights that are missing, broken, or not those of the model described."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
-from mistral.util.errors import ArraysError
+from mistral.util.errors import FormatError
 from mistral.util.files import part_of
 
 
@@ -24,7 +24,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
         facts: anything JSON has; each a string of JSON in the file's metadata.
 
     Raises:
-        ArraysError: the file cannot be written.
+        FormatError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -55,36 +55,36 @@ def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor],
     """The tensors and facts of a file of ours.
 
     Raises:
-        ArraysError: it cannot be read, is none of this format, or of another version.
+        FormatError: it cannot be read, is none of this format, or of another version.
     """
     facts = facts_of(path)
     if facts.get("format") != format_name:
-        raise ArraysError(f"{path} is no {format_name}")
+        raise FormatError(f"{path} is no {format_name}")
     if facts.get("version") != version:
-        raise ArraysError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {version}")
+        raise FormatError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {version}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path), facts
     except (SafetensorError, OSError) as error:
-        raise ArraysError(f"{path} cannot be read: {error}") from None
+        raise FormatError(f"{path} cannot be read: {error}") from None
 
 
 def facts_of(path: Path) -> dict[str, Any]:
     """The facts in a safetensors file's metadata; those that are no JSON are left out.
 
     Raises:
-        ArraysError: it cannot be read, or is no safetensors file.
+        FormatError: it cannot be read, or is no safetensors file.
     """
     try:
         read_header(path)
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except HeaderError as error:
-        raise ArraysError(f"{path} is not a complete safetensors file: {error}") from None
+        raise FormatError(f"{path} is not a complete safetensors file: {error}") from None
     except OSError as error:
-        raise ArraysError(f"{path} cannot be read: {error.strerror}") from None
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from None
     facts: dict[str, Any] = {}
     for name, text in (header.get("__metadata__") or {}).items():
         with suppress(ValueError, TypeError, RecursionError):

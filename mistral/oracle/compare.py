@@ -21,16 +21,13 @@ from mistral.oracle.outputs import Outputs, Unavoidable
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
 from mistral.oracle.truth import logprobs
+from mistral.util.errors import UsageError
 
 # Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
 UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 # A mistake explains a difference if it leaves at most this share of it, and at most so many times the limit.
 SHARE, SLACK = 0.02, 8.0
-
-
-class CompareError(ValueError):
-    """Two sides that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def compare(
         progress: told how many of the mistakes were tried, and how many there are.
 
     Raises:
-        CompareError: the sides speak of different prompts, or have no shape in common.
+        UsageError: the sides speak of different prompts, or have no shape in common.
         ValueError: another subclass: a side cannot be had.
     """
     notes: list[str] = []
@@ -116,11 +113,9 @@ def compare(
     lens = [len(p) for p in asked]
     sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
     if len(sizes) > 1:
-        raise CompareError(
-            f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens"
-        )
+        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
     if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in asked):
-        raise CompareError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
+        raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
     found_a, found_b = a.evidence(asked), b.evidence(asked)
     ours, planted_in = _ours(a, b)
     other = found_b if planted_in == "A" else found_a
@@ -132,13 +127,13 @@ def compare(
     times = 0.0 if args is None else limit_of(compute, args)
     limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
     if not limit < torch.inf:
-        raise CompareError(
+        raise UsageError(
             f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
         )
     beyond = (difference > limit).nonzero().flatten().tolist()
     first = Divergence(None, *place(beyond[0], lens)) if beyond else None
     if difference.isnan().all():
-        raise CompareError(f"{a.name} and {b.name} tell log-probs of no token in common")
+        raise UsageError(f"{a.name} and {b.name} tell log-probs of no token in common")
     shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
     most = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
     parted = _first_activation(shared, found_a, found_b, most, limit, lens)
@@ -183,18 +178,18 @@ def compare(
 def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed: int) -> list[Tensor]:
     bound = [s for s in (a, b) if s.prompts is not None]
     if bound and given is not None:
-        raise CompareError(f"{bound[0].name} speaks of its own prompts: leave the others out")
+        raise UsageError(f"{bound[0].name} speaks of its own prompts: leave the others out")
     if len(bound) == 2:
         first, second = ([p.tolist() for p in s.prompts or ()] for s in bound)
         if first != second:
-            raise CompareError(f"{a.name} and {b.name} speak of different prompts")
+            raise UsageError(f"{a.name} and {b.name} speak of different prompts")
     if bound:
         return list(bound[0].prompts or ())
     if given is not None:
         return list(given)
     args = a.args or b.args
     if args is None:
-        raise CompareError("two servers have no prompts to be asked: give --file, or a pack or a folder as one side")
+        raise UsageError("two servers have no prompts to be asked: give --file, or a pack or a folder as one side")
     return prompts_for(args, full, seed)
 
 
@@ -230,11 +225,11 @@ def differences(a: Outputs, b: Outputs) -> Tensor:
     """[T] the largest difference of log-probs at each position, of tokens that both tell of; nan where there is none.
 
     Raises:
-        CompareError: the vocabularies differ.
+        UsageError: the vocabularies differ.
     """
     if a.ids is None and b.ids is None:
         if a.logprobs.shape[1] != b.logprobs.shape[1]:
-            raise CompareError(
+            raise UsageError(
                 f"log-probs of {a.logprobs.shape[1]} tokens on one side, of {b.logprobs.shape[1]} on the other: "
                 "the vocabularies differ"
             )
@@ -244,7 +239,7 @@ def differences(a: Outputs, b: Outputs) -> Tensor:
     if b.ids is None:
         V = b.logprobs.shape[1]
         if int(a.ids.max()) >= V:
-            raise CompareError(f"one side tells of token {int(a.ids.max())}, but the other knows only {V}")
+            raise UsageError(f"one side tells of token {int(a.ids.max())}, but the other knows only {V}")
         theirs = b.logprobs.gather(1, a.ids.clamp(min=0))
         return _largest(a.logprobs - theirs, (a.ids >= 0) & b.told[:, None])
     both = (a.ids[:, :, None] == b.ids[:, None]) & (a.ids >= 0)[:, :, None]

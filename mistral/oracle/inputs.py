@@ -14,12 +14,9 @@ from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
 from mistral.parameters import EMBEDDINGS, expected_shapes
 from mistral.quant.linear import QuantizedLinear
+from mistral.util.errors import UsageError
 
 SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
-
-
-class VerifyError(ValueError):
-    """A model that cannot be verified."""
 
 
 def random_prompts(args: ModelArgs, lens: Sequence[int], seed: int = 0) -> list[Tensor]:
@@ -51,11 +48,11 @@ def require_ids(prompts: Sequence[Tensor], args: ModelArgs) -> None:
     """Refuse prompts that a model cannot be asked.
 
     Raises:
-        VerifyError: one without ids, or with one that the vocabulary has not.
+        UsageError: one without ids, or with one that the vocabulary has not.
     """
     for i, prompt in enumerate(prompts):
         if not len(prompt) or int(prompt.min()) < 0 or int(prompt.max()) >= args.vocab_size:
-            raise VerifyError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
+            raise UsageError(f"prompt {i} must have ids, all in 0..{args.vocab_size - 1}")
 
 
 class WeightReader:
@@ -69,7 +66,7 @@ class WeightReader:
         """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
 
         Raises:
-            VerifyError: it has numbers that are not finite.
+            UsageError: it has numbers that are not finite.
         """
         found = self._found
         if found.quant is not None and is_quantized(name):
@@ -79,7 +76,7 @@ class WeightReader:
         else:
             weight = found.weights.get(name)
         if not torch.isfinite(weight).all():
-            raise VerifyError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
+            raise UsageError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
         return weight
 
     def layer(self, i: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from mistral.oracle import mutants
 from mistral.oracle.inputs import require_ids
 from mistral.oracle.metrics import Progress
 from mistral.oracle.truth import logprobs
-from mistral.util.errors import ArraysError
+from mistral.util.errors import FormatError
 from mistral.util.files import part_of, require_writable
 
 
@@ -36,18 +36,18 @@ def write(
         progress: told how many were made, and how many there are.
 
     Raises:
-        ArraysError: a file cannot be written.
-        MutantError: a mistake is unknown.
-        VerifyError: an id that the model does not know.
+        FormatError: a file cannot be written.
+        UsageError: a mistake is unknown.
+        UsageError: an id that the model does not know.
     """
     require_ids(prompts, found.args)
     if not os.fspath(folder):
-        raise ArraysError("the folder to write to has no name")
+        raise FormatError("the folder to write to has no name")
     place = Path(folder).expanduser()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArraysError(f"{place} cannot be written: {error.strerror}") from None
+        raise FormatError(f"{place} cannot be written: {error.strerror}") from None
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
     wanted = [name for name in mistakes if mutants.applies(name, found.args, lens)]

@@ -30,11 +30,12 @@ from mistral.args import ModelArgs
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
-from mistral.oracle.mutation import As, Change, Mutant, MutantError
+from mistral.oracle.mutation import As, Change, Mutant
 from mistral.plan import Plan, make_plan
 from mistral.quant.linear import QuantizedLinear
 from mistral.rope import inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
+from mistral.util.errors import UsageError
 from mistral.window import Window
 
 
@@ -43,7 +44,7 @@ def mutated(name: str) -> Iterator[None]:
     """While open, every Transformer of the library makes the mistake of that name.
 
     Raises:
-        MutantError: there is none.
+        UsageError: there is none.
     """
     with plant(name).patch():
         yield
@@ -53,10 +54,10 @@ def plant(name: str) -> Mutant:
     """The mistake of that name.
 
     Raises:
-        MutantError: there is none.
+        UsageError: there is none.
     """
     if name not in MUTANTS:
-        raise MutantError(f"no mistake is called {name!r}; there are {', '.join(MUTANTS)}")
+        raise UsageError(f"no mistake is called {name!r}; there are {', '.join(MUTANTS)}")
     return MUTANTS[name]
 
 
@@ -76,7 +77,7 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
         name: of the mistake.
 
     Raises:
-        MutantError: there is no such mistake.
+        UsageError: there is no such mistake.
     """
     mistake = plant(name)
     fed = [mistake.fed(ids) for ids in prompts]

@@ -26,10 +26,6 @@ Change = tuple[Any, str, Callable[..., Any]]
 Matters = Callable[[ModelArgs, Sequence[int]], bool]
 
 
-class MutantError(ValueError):
-    """There is no mistake of this name."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Mutant:
     """A mistake.

@@ -32,6 +32,7 @@ from mistral.oracle.metrics import Progress, short
 from mistral.oracle.outputs import PRINTS, Unavoidable, tell
 from mistral.parameters import OUTPUT, expected_shapes
 from mistral.util import errors, files
+from mistral.util.errors import FormatError
 
 FORMAT, VERSION = "mistral oracle pack", 1
 SHIPPED = Path(__file__).with_name("packs")
@@ -41,7 +42,7 @@ ACTIVATIONS = "activations."
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackError(ValueError):
+class PackError(FormatError):
     """A pack that cannot be made, or is not whole."""
 
 
@@ -90,8 +91,8 @@ def pack(
 
     Raises:
         PackError: more tokens asked for than there are.
-        ArraysError: the file cannot be written.
-        VerifyError, WeightsError: an id that the model does not know; weights that are not finite, or cannot be read.
+        FormatError: the file cannot be written.
+        UsageError, WeightsError: an id that the model does not know; weights that are not finite, or cannot be read.
     """
     args = found.args
     if not 1 <= top <= args.vocab_size:
@@ -174,7 +175,7 @@ def read(path: str | PathLike[str]) -> Pack:
     """Read a pack.
 
     Raises:
-        ArraysError: it is none, or cannot be read.
+        FormatError: it is none, or cannot be read.
         PackError: something is missing from it.
     """
     tensors, facts = arrays.read(Path(path), FORMAT, VERSION)
@@ -240,7 +241,7 @@ def is_pack(path: str | PathLike[str]) -> bool:
     """Whether a file is a pack, of whatever version."""
     try:
         return Path(path).is_file() and arrays.facts_of(Path(path)).get("format") == FORMAT
-    except errors.ArraysError:
+    except errors.FormatError:
         return False
 
 
@@ -252,7 +253,7 @@ def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
 
     Raises:
         PackError: it has no weights.
-        ArraysError, WeightsError: it is no pack, or cannot be read.
+        FormatError, WeightsError: it is no pack, or cannot be read.
     """
     facts = read(path).facts
     files = open_safetensors((Path(path),))

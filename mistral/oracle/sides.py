@@ -28,16 +28,13 @@ from mistral.oracle.outputs import Outputs, Unavoidable, fingerprint, tell
 from mistral.oracle.trace import names
 from mistral.oracle.truth import logprobs
 from mistral.parameters import OUTPUT
+from mistral.util.errors import FormatError
 
 LARGEST = 2**28  # bytes of an answer that are read
 PATIENCE = 300  # seconds a server has for one prompt
 # What is read of an .npz, besides activations, whose names have dots.
 NAMES = ("prompt_ids", "prompt_lens", "logits", "logprobs", "tok_embeddings", "norm", "output")
 TOP = 20  # likeliest tokens asked of a server
-
-
-class SideError(ValueError):
-    """A side that cannot be had, or does not say what was asked."""
 
 
 class Side:
@@ -109,15 +106,15 @@ class ArraysSide(Side):
         found = _arrays(path)
         name = next((name for name in ("logprobs", "logits", "output") if name in found), None)
         if name is None or "prompt_ids" not in found:
-            raise SideError(f"{path} must have prompt_ids [T], and logits or logprobs [T, V]; it has {_some(found)}")
+            raise FormatError(f"{path} must have prompt_ids [T], and logits or logprobs [T, V]; it has {_some(found)}")
         scores, ids = found[name], found["prompt_ids"]
         given = found.get("prompt_lens", torch.tensor([ids.numel()]))
         whole = not any(x.is_floating_point() or x.is_complex() for x in (ids, given))
         if not (whole and ids.dim() == given.dim() == 1 and scores.is_floating_point()):
-            raise SideError(f"{path}: prompt_ids and prompt_lens must be whole numbers in one dimension, {name} real")
+            raise FormatError(f"{path}: prompt_ids and prompt_lens must be whole numbers in one dimension, {name} real")
         lens = given.tolist()
         if scores.dim() != 2 or len(scores) != len(ids) or sum(lens) != len(ids) or min(lens, default=0) < 1:
-            raise SideError(
+            raise FormatError(
                 f"{path}: {len(ids)} prompt_ids in prompts of {lens!r:.60}, and {name} of shape {list(scores.shape)}; "
                 "they must be [T, V], a row for each id"
             )
@@ -146,7 +143,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     except Exception as error:  # numpy and safetensors raise what their zip and JSON readers happen to raise
-        raise SideError(f"{path} cannot be read as arrays: {' '.join(str(error).split())[:200]}") from None
+        raise FormatError(f"{path} cannot be read as arrays: {' '.join(str(error).split())[:200]}") from None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -176,14 +173,14 @@ class ServerSide(Side):
             try:
                 self._model = str(listed["data"][0]["id"])
             except (KeyError, IndexError, TypeError):
-                raise SideError(f"{self.url}/v1/models lists no model: name one with --model") from None
+                raise FormatError(f"{self.url}/v1/models lists no model: name one with --model") from None
         rows = [row for prompt in prompts for row in self._one(prompt.tolist())]
         width = max(1, *(len(row) for row in rows))
         ids = torch.full((len(rows), width), -1)
         values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
         for i, row in enumerate(rows):
             if any(not 0 <= token < 2**31 for token in row):
-                raise SideError(f"{self.url} tells of tokens with impossible ids")
+                raise FormatError(f"{self.url} tells of tokens with impossible ids")
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
             values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
         return Outputs(ids, values)
@@ -200,11 +197,11 @@ class ServerSide(Side):
                 told = [None, *({str(i): {"logprob": lp}} for i, lp in zip(ids[1:], own[1:], strict=False))]
             rows = [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in told]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            if isinstance(error, SideError):
+            if isinstance(error, FormatError):
                 raise
-            raise SideError(f"{self.url} gives no log-probs of prompts: {type(error).__name__} {error}") from None
+            raise FormatError(f"{self.url} gives no log-probs of prompts: {type(error).__name__} {error}") from None
         if len(rows) != len(ids):
-            raise SideError(f"{self.url} gave log-probs of {len(rows)} positions for a prompt of {len(ids)} ids")
+            raise FormatError(f"{self.url} gave log-probs of {len(rows)} positions for a prompt of {len(ids)} ids")
         return [*rows[1:], {}]  # of the token at a position, from the one before
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
@@ -218,10 +215,10 @@ class ServerSide(Side):
                 return json.loads(answer.read(LARGEST))
         except HTTPError as error:
             told = error.read(400).decode("utf-8", "replace")
-            raise SideError(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
+            raise FormatError(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
         except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
             why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
-            raise SideError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
+            raise FormatError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
 
 
 def side(what: str, model: str | None = None) -> Side:
@@ -241,9 +238,9 @@ def side(what: str, model: str | None = None) -> Side:
             return PackSide(path)
         if path.suffix in (".npz", ".safetensors"):
             return ArraysSide(path)
-        raise SideError(f"{what} is none of: a folder, a pack, a server's URL, an .npz, a trace")
+        raise FormatError(f"{what} is none of: a folder, a pack, a server's URL, an .npz, a trace")
     if path.suffix in (".npz", ".safetensors") and not path.exists():
-        raise SideError(f"no such file: {what}")
+        raise FormatError(f"no such file: {what}")
     return FolderSide(read_folder(locate(what)), what)
 
 

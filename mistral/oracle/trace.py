@@ -105,8 +105,8 @@ def write(loaded: Loaded, prompts: Sequence[Tensor], path: str | PathLike[str]) 
         prompts: [n] int64 ids of each, at least 1; packed into one forward, prompt after prompt.
 
     Raises:
-        ArraysError: the file cannot be written.
-        VerifyError: an id that the model does not know.
+        FormatError: the file cannot be written.
+        UsageError: an id that the model does not know.
     """
     require_ids(prompts, loaded.args)
     files.require_writable(path)

@@ -126,7 +126,7 @@ def verify(
         progress: told how much of the work is done, and how much there is.
 
     Raises:
-        VerifyError: a weight that is not finite.
+        UsageError: a weight that is not finite.
         WeightsError: a file that cannot be read.
     """
     notes: list[str] = []

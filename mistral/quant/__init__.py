@@ -11,6 +11,7 @@ from mistral.fast.layout import bits_of
 from mistral.model import Transformer
 from mistral.quant.cuda import CudaInt4Linear, CudaInt8Linear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
+from mistral.util.errors import FormatError
 
 KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 CPU = torch.device("cpu")
@@ -21,21 +22,17 @@ def quantize(name: str, weight: Tensor, quant: str, device: torch.device = CPU) 
     return _placed(KINDS[bits_of(name, quant)].of(weight), device)
 
 
-class CorruptWeights(ValueError):
-    """Weights in few bits that mean nothing."""
-
-
 def from_stored(
     name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
 ) -> QuantizedLinear:
     """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`.
 
     Raises:
-        CorruptWeights: a scale is no number, or negative.
+        FormatError: a scale is no number, or negative.
     """
     for scale in tensors[1:]:
         if not (scale.isfinite() & (scale >= 0)).all():
-            raise CorruptWeights(f"{name}: a scale of its {quant} weights is negative or no number")
+            raise FormatError(f"{name}: a scale of its {quant} weights is negative or no number")
     return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
 
 

@@ -1,8 +1,40 @@
-"""What a file holds, for an error: printable and of bearable length, whatever it is."""
+"""What can go wrong: one root, few kinds; and values in messages, printable and short whatever they are.
+
+Every message says what is wrong, how much of it, and what to do.
+"""
 
 from __future__ import annotations
 
 import reprlib
+
+
+class MistralError(ValueError):
+    """Something that the caller can change. The command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class UsageError(MistralError):
+    """A flag, an argument or an option that cannot be meant; nothing was run."""
+
+
+class FormatError(MistralError):
+    """A file or folder that is missing, broken, or holds something else."""
+
+
+class Unavailable(MistralError):
+    """A library, a compiler, the network or room on a disk is missing."""
+
+
+class ChecksFailed(MistralError):
+    """The checks ran, and some failed; what was printed says which."""
+
+    exit_code = 1
+
+
+class ConvertError(UsageError):
+    """A conversion that cannot be done; the destination is as it was."""
+
 
 LONGEST = 80  # characters
 
@@ -22,11 +54,3 @@ def short_repr(value: object) -> str:
 def printable(text: str, longest: int = LONGEST) -> str:
     """A name or a sentence as it is, or quoted if it is long or cannot be printed."""
     return text if text.isprintable() and len(text) <= longest else short_repr(text)
-
-
-class ConvertError(ValueError):
-    """A conversion that cannot be done; the destination is as it was."""
-
-
-class ArraysError(ValueError):
-    """A file that cannot be written, or is not what it should be."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mistral.util.errors import ArraysError
+from mistral.util.errors import FormatError
 
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
 
@@ -59,7 +59,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
 
     Raises:
-        ArraysError: its folder takes no files, or it is there and no file: a folder, a device.
+        FormatError: its folder takes no files, or it is there and no file: a folder, a device.
     """
     with part_of(path):
         pass
@@ -71,7 +71,7 @@ def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
     not moved there is gone at the end.
 
     Raises:
-        ArraysError: the file cannot be written.
+        FormatError: the file cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -87,7 +87,7 @@ def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
         beside.open("xb").close()  # safetensors' own error would not say why
         yield target, beside
     except (OSError, SafetensorError) as error:
-        raise ArraysError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise FormatError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with suppress(OSError):
             beside.unlink()

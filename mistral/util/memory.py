@@ -10,11 +10,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mistral.util.errors import MistralError
+
 if TYPE_CHECKING:
     import torch
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(MistralError):
     """More memory is needed than is left; nothing was allocated."""
 
 

@@ -14,11 +14,12 @@ import pytest
 
 import mistral
 from mistral.cli import COMMANDS, RANGES
-from mistral.cli.flags import UsageError, canonical, readable_by_fire
+from mistral.cli.flags import canonical, readable_by_fire
 from mistral.cli.generate import DEMO_PROMPTS, SEPARATOR
 from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load
+from mistral.util.errors import UsageError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 

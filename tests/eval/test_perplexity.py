@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral.cache import RollingBufferCache
-from mistral.eval.perplexity import PerplexityError, Score, perplexity
+from mistral.eval.perplexity import Score, perplexity
+from mistral.util.errors import UsageError
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
 from tests.support.tiny import ragged, tiny_args, tiny_model, true_logprobs
@@ -71,7 +72,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_what_cannot_be_scored(ids: list[int], chunk: int, error: str) -> None:
-    with pytest.raises(PerplexityError, match=error):
+    with pytest.raises(UsageError, match=error):
         perplexity(tiny_model(tiny_args()), ids, chunk_size=chunk)
 
 
@@ -79,7 +80,7 @@ def test_numbers_that_are_none() -> None:
     model = tiny_model(tiny_args())
     with torch.no_grad():
         model.norm.weight.fill_(math.nan)
-    with pytest.raises(PerplexityError, match="not numbers"):
+    with pytest.raises(UsageError, match="not numbers"):
         perplexity(model, [1, 2, 3])
     assert Score(1, 1e9).perplexity == math.inf
 

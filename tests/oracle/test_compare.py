@@ -17,10 +17,11 @@ from mistral import cli
 from mistral.formats.folder import read_folder
 from mistral.loader.load import assemble
 from mistral.oracle import mutants, pack
-from mistral.oracle.compare import CompareError, compare, differences
+from mistral.oracle.compare import compare, differences
 from mistral.oracle.inputs import prompts_for
 from mistral.oracle.outputs import Outputs
-from mistral.oracle.sides import FolderSide, SideError, side
+from mistral.oracle.sides import FolderSide, side
+from mistral.util.errors import FormatError, UsageError
 from tests.support.folders import make_folder, random_state
 from tests.support.tiny import tiny_args, tiny_model
 from tests.support.truth import truth
@@ -399,25 +400,25 @@ def test_what_is_no_side(tmp_path, folder, packed):
     ):
         with pytest.raises(ValueError, match=said):
             side(str(tmp_path / name))
-    with pytest.raises(SideError):
+    with pytest.raises(FormatError):
         side(str(tmp_path / "x.txt"))
 
 
 def test_sides_that_have_nothing_in_common(folder, packed, tmp_path):
     other = make_folder(tmp_path / "other", vocab_size=50, tokenizer=False)
-    with pytest.raises(CompareError, match="vocabularies differ: .* know (61 and 50|50 and 61) tokens"):
+    with pytest.raises(UsageError, match="vocabularies differ: .* know (61 and 50|50 and 61) tokens"):
         compare(side(str(folder)), side(str(other)))
-    with pytest.raises(CompareError, match="outside the vocabulary of 61"):
+    with pytest.raises(UsageError, match="outside the vocabulary of 61"):
         compare(side(str(folder)), side(str(folder)), prompts=[torch.tensor([1, 61])])
-    with pytest.raises(CompareError, match="two servers"):
+    with pytest.raises(UsageError, match="two servers"):
         compare(side("http://a"), side("http://b"))
     bound = side(str(packed))
-    with pytest.raises(CompareError, match="speaks of its own prompts"):
+    with pytest.raises(UsageError, match="speaks of its own prompts"):
         compare(bound, FolderSide(read_folder(folder), "x"), prompts=[torch.tensor([1])])
     moved = dataclasses.replace(bound.pack, prompts=[p.flip(0) for p in bound.pack.prompts])
     again = side(str(packed))
     again.prompts = moved.prompts
-    with pytest.raises(CompareError, match="different prompts"):
+    with pytest.raises(UsageError, match="different prompts"):
         compare(bound, again)
 
 

@@ -28,9 +28,10 @@ from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
 from mistral.oracle.mutants import MUTANTS, applies, logits_with, mutated, theta
-from mistral.oracle.mutation import PLAIN, Mutant, MutantError
+from mistral.oracle.mutation import PLAIN, Mutant
 from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
+from mistral.util.errors import UsageError
 from tests.core.test_deep import LENS, deep_model
 from tests.support import truth
 from tests.support.tiny import (
@@ -143,7 +144,7 @@ def test_models_that_step_in_their_own_way_are_known() -> None:
 
 def test_names_that_are_not_there_are_refused() -> None:
     with (
-        pytest.raises(MutantError, match="no mistake is called 'window'; there are window_one_more, "),
+        pytest.raises(UsageError, match="no mistake is called 'window'; there are window_one_more, "),
         mutated("window"),
     ):
         pass

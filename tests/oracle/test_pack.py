@@ -19,7 +19,7 @@ from mistral.loader.load import assemble
 from mistral.oracle import pack
 from mistral.oracle.outputs import fingerprint
 from mistral.oracle.trace import names
-from mistral.util.errors import ArraysError
+from mistral.util.errors import FormatError
 from tests.support.folders import ROOT, make_folder
 from tests.support.truth import truth
 
@@ -222,6 +222,6 @@ def test_files_that_are_no_packs(tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((pack.SHIPPED / "window.safetensors").read_bytes()[:5000])
     assert not pack.is_pack(cut)
-    with pytest.raises(ArraysError):
+    with pytest.raises(FormatError):
         pack.read(cut)
     assert not pack.is_pack(tmp_path)
