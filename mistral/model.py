@@ -138,8 +138,9 @@ class Transformer(nn.Module):
         """The model of a folder; see `mistral.load`, which also gives its tokenizer."""
         import mistral
 
-        options = {"device": device, "dtype": dtype, "attention": attention, "max_batch_size": max_batch_size}
-        return mistral.load(folder, **options).model
+        return mistral.load(
+            folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size
+        ).model
 
     @property
     def dtype(self) -> torch.dtype:
