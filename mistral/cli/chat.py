@@ -83,8 +83,8 @@ class Conversation:
             show(self._chat.answer(question, between_steps), more=self._read)
 
     def _read(self) -> str:
-        kept = f", {self._chat.kept} kept" if self._chat.kept else ""
-        return f"; {self._chat.prefilled} prompt tokens read{kept}"
+        kept = f", {self._chat.cached_tokens} kept" if self._chat.cached_tokens else ""
+        return f"; {self._chat.prefilled_tokens} prompt tokens read{kept}"
 
     def _help(self, rest: str) -> None:
         for name, (what, _) in self._commands.items():
@@ -110,11 +110,11 @@ class Conversation:
         say(f"saved {_turns(self._chat)} in {rest}")
 
     def _load(self, rest: str) -> None:
-        from mistral.chat.session import OPTIONS, load
+        from mistral.chat.session import PARAMS, load
 
         load(self._chat, _file("/load", rest), self._fingerprint())
-        options = ", ".join(f"{name} {self._chat.options[name]}" for name in OPTIONS if name in self._chat.options)
-        say(f"loaded {_turns(self._chat)} from {rest}; {options}, seed {self._chat.seed}")
+        told = "".join(f", {name} {getattr(self._chat.params, name)}" for name in PARAMS if _is_set(self._chat, name))
+        say(f"loaded {_turns(self._chat)} from {rest}; seed {self._chat.seed}{told}")
 
     def _quit(self, rest: str) -> None:
         self._over = True
@@ -124,6 +124,11 @@ def _file(command: str, name: str) -> str:
     if not name:
         raise UsageError(f"{command} wants the name of a file")
     return name
+
+
+def _is_set(chat: Chat, name: str) -> bool:
+    """Whether a field of the sampling parameters differs from its default."""
+    return bool(getattr(chat.params, name) != getattr(type(chat.params)(), name))
 
 
 def _turns(chat: Chat) -> str:
