@@ -99,7 +99,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
 
 def _untied(args: ModelArgs, weights: WeightFiles, notes: list[str]) -> ModelArgs:
     """The args without a tie where the files hold an output matrix: what is there is what was meant."""
-    own = [name for name in weights.tensors if name.startswith("output.") or name == hf.to_hf(OUTPUT)]
+    own = [name for name in (OUTPUT, "output.packed", hf.to_hf(OUTPUT)) if name in weights.tensors]
     if not args.tied_embeddings or not own:
         return args
     notes.append(f"the output is said to be tied to the embeddings, but the files hold {own[0]}, which was read")
