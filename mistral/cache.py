@@ -119,7 +119,8 @@ class StepKeys:
 
     def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
         positions = run.pick(plan.device_positions)
-        return Tile(run, start, stop, positions[:, start:stop], positions[:, self._first(start) : stop])
+        seen = positions[:, self._first(start) : stop]
+        return Tile(run, start, stop, positions[:, start:stop], seen, slots=positions[:, :0])
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         span = slice(self._first(tile.start), tile.stop)

@@ -25,8 +25,9 @@ from mistral.fast.linear import use_kernels
 from mistral.linear import Linear
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
+from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
-from mistral.rope import cos_sin, inverse_frequencies
+from mistral.rope import Rope
 from mistral.sampling import distribution
 from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder
@@ -63,7 +64,7 @@ def make_model(args: ModelArgs, kind: str = "float32", seed: int = 0) -> Bitwise
     if kind in DTYPES:
         state = {name: tensor.to(DTYPES[kind]) for name, tensor in state.items()}
     else:
-        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(p, state[n], kind) for n, p in parameters(args).items() if p.quantized}
         state = {n: t for n, t in state.items() if n not in few} | put_quantized(model, few)
     model.load_state_dict(state, assign=True)
     use_kernels(model)
@@ -227,13 +228,13 @@ def test_groups_hold_every_token_once_and_few_of_a_sequence(seqlens: list[int], 
 
 @given(st.sampled_from([2, 6, 10, 128]), st.lists(st.integers(0, 200_000), min_size=1, max_size=70))
 def test_cosines_do_not_depend_on_neighbours(head_dim: int, positions: list[int]) -> None:
-    frequencies = inverse_frequencies(head_dim, 1e6)
+    rope = Rope(tiny_args(head_dim=head_dim, rope_theta=1e6))
     at = torch.tensor(positions)
-    together = aligned_cos_sin(at, frequencies)
+    together = aligned_cos_sin(at, rope)
     for got, want, contract in zip(
         together,
-        map(torch.cat, zip(*(aligned_cos_sin(one, frequencies) for one in at.split(1)), strict=True)),
-        cos_sin(at, frequencies),
+        map(torch.cat, zip(*(aligned_cos_sin(one, rope) for one in at.split(1)), strict=True)),
+        rope.cos_sin(at),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -394,8 +395,8 @@ def plant_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos_sin(positions, frequencies)
+    def wrong(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        cos, sin = rope.cos_sin(positions)
         return (a_bit_more(cos), sin) if len(positions) == 6 else (cos, sin)
 
     monkeypatch.setattr(bitwise, "aligned_cos_sin", wrong)

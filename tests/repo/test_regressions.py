@@ -179,9 +179,11 @@ def test_lengths_may_be_a_tensor() -> None:
     assert cache.lengths == [1, 2]
 
 
-def test_tied_and_zero_windows_are_refused() -> None:
-    with pytest.raises(ParamsError, match="tied_embeddings"):
-        to_args({**PARAMS, "tied_embeddings": True})
+def test_what_is_neither_tied_nor_not_and_zero_windows_are_refused() -> None:
+    assert to_args({**PARAMS, "tied_embeddings": True}).tied_embeddings
+    assert not to_args({**PARAMS, "tied_embeddings": None}).tied_embeddings
+    with pytest.raises(ParamsError, match="tied_embeddings must be true or false"):
+        to_args({**PARAMS, "tied_embeddings": 1})
     with pytest.raises(ParamsError, match="sliding_window is 0"):
         to_args({**PARAMS, "sliding_window": "0"})
 
