@@ -7,8 +7,11 @@ over a plan and any tokenizer that encodes and decodes; knows nothing about file
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -243,3 +246,13 @@ def generate(
     wanted = any(s.max_tokens for s in running.sequences)
     texts = [tokenizer.decode(s.prompt + s.made) for s in running.sequences] if wanted else []
     return texts, logprobs
+
+
+class _CallableModule(ModuleType):
+    """`from mistral import generate` gives the function, or this module once it was imported: both can be called."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return generate(*given, **named)
+
+
+sys.modules[__name__].__class__ = _CallableModule
