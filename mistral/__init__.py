@@ -39,7 +39,7 @@ _HOMES = {
     "Unavailable": "mistral.util.errors",
     "OutOfMemory": "mistral.util.memory",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (all are strings)
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,8 @@ class Chat:
     Attributes:
         turns: the conversation; may be changed between answers.
         answers: how many were begun, those that were undone included.
-        prefilled, kept: tokens of the last prompt that the model took in, and that the cache held already.
+        prefilled_tokens, cached_tokens: of the last prompt, those that the model processed, and those that the cache
+            held already.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Chat:
         self.options = options
         self.turns: list[Turn] = []
         self.answers = 0
-        self.prefilled = self.kept = 0
+        self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
         self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
         probe = template.conversation(system, [Turn("")])  # refuses a system prompt that has no place
@@ -77,9 +78,13 @@ class Chat:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
         ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
-        self.kept = self._cache.rewind(0, _common(self._held, ids[:-1]))
-        self.prefilled = len(ids) - self.kept
-        self._held = ids[: self.kept]
+        return self._answer(Turn(question, []), ids, self._stream(ids, progress))
+
+    def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
+        """Continue ids; what the cache holds of them already is not processed again."""
+        self.cached_tokens = self._cache.rewind(0, _common(self._held, ids[:-1]))
+        self.prefilled_tokens = len(ids) - self.cached_tokens
+        self._held = ids[: self.cached_tokens]
         pieces = stream(
             [ids],
             self.model,
@@ -90,7 +95,7 @@ class Chat:
             **self.options,
         )
         self.answers += 1
-        return self._answer(Turn(question, []), ids, pieces)
+        return pieces
 
     def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
         assert turn.answer is not None
@@ -110,6 +115,21 @@ class Chat:
             self._held = (ids + turn.answer)[: self._cache.lengths[0]]
             if turn.answer or ended:
                 self.turns.append(turn)
+
+    def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Go on with the last answer, where it stopped; text, as `answer` gives it.
+
+        Raises:
+            ValueError: a subclass that names what cannot be; the conversation is as before.
+        """
+        if not self.turns:
+            raise GenerationError("there is no answer to go on with")
+        turn = self.turns[-1]
+        ids = self.template.conversation(self.system, [*self.turns[:-1], Turn(turn.question)])
+        pieces = self._stream([*ids, *(turn.answer or ())], progress)
+        self.turns.pop()
+        turn.answer = list(turn.answer or ())
+        return self._answer(turn, ids, pieces)
 
     def undo(self) -> Turn:
         """Drop the last question and its answer, and return them.

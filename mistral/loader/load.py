@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, is_quantized, stored_as
@@ -22,7 +22,6 @@ from mistral.util import memory
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mistral.loader.runtime import Runtime
@@ -35,7 +34,7 @@ class Loaded:
 
     Args:
         model: in evaluation mode, on its device.
-        tokenizer: the folder's, or the one that was given.
+        tokenizer: the folder's, or the one that was given to `load`, which may have fewer methods.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
         parameters: how many weights there are.
@@ -44,7 +43,7 @@ class Loaded:
     """
 
     model: Transformer
-    tokenizer: TokenizerLike
+    tokenizer: Tokenizer
     args: ModelArgs
     runtime: Runtime
     folder: Path
@@ -103,7 +102,7 @@ def load(
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
     files, parameters = found.weights.files, found.parameters
-    return Loaded(model, own, found.args, run, found.path, files, parameters, release, notes)
+    return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
 
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:

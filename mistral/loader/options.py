@@ -13,7 +13,17 @@ from mistral.util.errors import UsageError, short_repr
 
 EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
-DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "fp64", "fp32", "bf16", "fp16")
+# What may be typed, and PyTorch's name for it.
+DTYPE_NAMES = {
+    "float64": "float64",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 class OptionError(UsageError):

@@ -12,19 +12,10 @@ import torch
 from mistral import backends
 from mistral.attention import Attend
 from mistral.loader.executions import EXECUTIONS, Execution
-from mistral.loader.options import LoadOptions, OptionError
+from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
 from mistral.util import memory
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
 WIDEN_SHARE = 0.6
 
