@@ -6,12 +6,26 @@ from collections.abc import Callable
 
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
-from mistral.cli.completion import completion
+from mistral.cli.completion import script
 from mistral.cli.evaluate import perplexity
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
 from mistral.cli.oracle import compare, mutants, pack, trace, verify
 from mistral.cli.prompts import folder_or_prompt, folder_or_text
+
+
+
+def completion(shell: str) -> None:
+    """Print a script that makes a shell complete the commands and flags of mistral-ref.
+
+    eval "$(mistral-ref completion bash)"
+    eval "$(mistral-ref completion zsh)"
+    python -m main completion fish > ~/.config/fish/completions/mistral-ref.fish
+
+    SHELL is bash, zsh or fish. For bash and zsh, put the line into the file that the shell reads when it starts.
+    """
+    print(script(shell, COMMANDS))
+
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,

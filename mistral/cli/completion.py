@@ -1,8 +1,9 @@
-"""completion: a script with which a shell completes commands and flags."""
+"""The script with which a shell completes commands and flags, from the table of commands."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 
 from mistral.cli import flags, help
 from mistral.util.errors import UsageError
@@ -19,42 +20,35 @@ _mistral_ref() {{
 }}
 complete -o default -F _mistral_ref mistral-ref
 """
+Commands = Mapping[str, Callable[..., None]]
 ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 
 
-def completion(shell: str) -> None:
-    """Print a script that makes a shell complete the commands and flags of mistral-ref.
+def script(shell: str, commands: Commands) -> str:
+    """What the shell reads.
 
-    eval "$(mistral-ref completion bash)"
-    eval "$(mistral-ref completion zsh)"
-    python -m main completion fish > ~/.config/fish/completions/mistral-ref.fish
-
-    SHELL is bash, zsh or fish. For bash and zsh, put the line into the file that the shell reads when it starts.
+    Raises:
+        UsageError: there is none for this shell.
     """
-    from mistral.cli.commands import COMMANDS
-
     names = {
-        command: [p.name for p in inspect.signature(function).parameters.values() if flags.kind_of(p)]
-        for command, function in COMMANDS.items()
+        name: [p.name for p in inspect.signature(command).parameters.values() if flags.kind_of(p)]
+        for name, command in commands.items()
     }
     if shell == "fish":
-        print("\n".join(_fish(names)))
-    elif shell in ("bash", "zsh"):
-        cases = "\n".join(
-            f'    {command}) words="{" ".join(f"--{n}" for n in (*flags_of, *flags.COMMON))}" ;;'
-            for command, flags_of in names.items()
-        )
-        print((ZSH if shell == "zsh" else "") + BASH.format(cases=cases, commands=" ".join(names)), end="")
-    else:
+        return "\n".join(_fish(commands, names))
+    if shell not in ("bash", "zsh"):
         raise UsageError(f"no script for the shell {shell!r}: bash, zsh and fish have one")
+    cases = "\n".join(
+        f'    {name}) words="{" ".join(f"--{flag}" for flag in (*known, *flags.COMMON))}" ;;'
+        for name, known in names.items()
+    )
+    return (ZSH if shell == "zsh" else "") + BASH.format(cases=cases, commands=" ".join(names)).rstrip()
 
 
-def _fish(names: dict[str, list[str]]) -> list[str]:
-    from mistral.cli.commands import COMMANDS
-
+def _fish(commands: Commands, names: dict[str, list[str]]) -> list[str]:
     lines = [f"complete -c mistral-ref -n __fish_use_subcommand -f -a {command}" for command in names]
     for command, parameters in names.items():
-        texts = help.help_texts(COMMANDS[command])
+        texts = help.help_texts(commands[command])
         for name in parameters:
             what = texts.get(name, name).replace("\\", "\\\\").replace("'", "\\'")
             lines.append(f"complete -c mistral-ref -n '__fish_seen_subcommand_from {command}' -l {name} -d '{what}'")

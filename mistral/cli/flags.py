@@ -60,13 +60,13 @@ def parse(
     """
     parameters = {p.name: p for p in inspect.signature(command).parameters.values() if kind_of(p)}
     given, positionals = _split(words, parameters)
+    _check_parcels(command, given)
     for name, value in _place(positionals, parameters, given, disambiguate).items():
         given[name] = value
     needed = [p for p in parameters.values() if p.default is p.empty and p.name not in given]
     missing = [f"--{p.name}" if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in needed]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}")
-    _check_parcels(command, given)
     return [f"--{name}={json.dumps(value)}" for name, value in given.items()]
 
 

@@ -97,7 +97,7 @@ def load(
         own = load_tokenizer(found.path, found.args.vocab_size)
     path = own.path if isinstance(own, Tokenizer) else None
     release, odd = identify(found.args, None if path is None else tokenizer_kind(path))
-    model, run = assemble(found, options)
+    model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_words, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
@@ -116,7 +116,7 @@ def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool
 
 
 @flat(options=LoadOptions())
-def assemble(found: Folder, options: LoadOptions) -> tuple[Transformer, Runtime]:
+def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runtime]:
     """The model that a folder holds, in memory, and how it runs; see `load`.
 
     Raises:
