@@ -14,7 +14,6 @@ from mistral.cli.oracle import compare, mutants, pack, trace, verify
 from mistral.cli.prompts import folder_or_prompt, folder_or_text
 
 
-
 def completion(shell: str) -> None:
     """Print a script that makes a shell complete the commands and flags of mistral-ref.
 

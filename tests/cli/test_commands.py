@@ -457,6 +457,4 @@ def test_a_folder_that_is_not_there_is_no_prompt_while_text_waits_on_stdin() -> 
 def test_a_blank_after_a_switch(cli: Command, word: str) -> None:
     done = cli("complete", "The king", "--deterministic", word)
     assert done.code == 2
-    assert (
-        done.error == f"--deterministic {word}: write --deterministic=true or --deterministic=false, without a space"
-    )
+    assert done.error == f"--deterministic {word}: write --deterministic=true or --deterministic=false, without a space"
