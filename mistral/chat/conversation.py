@@ -89,6 +89,10 @@ class Chat:
         if self.params.n > 1:
             raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
         ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
+        return self._answer(Turn(question, []), ids, self._stream(ids, progress))
+
+    def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
+        """Continue ids; what the cache holds of them already is not processed again."""
         self.cached_tokens = self._cache.rewind(0, _common(self._held, ids[:-1]))
         self.prefilled_tokens = len(ids) - self.cached_tokens
         self._held = ids[: self.cached_tokens]
@@ -102,7 +106,7 @@ class Chat:
             progress=progress,
         )
         self.answers += 1
-        return self._answer(Turn(question, []), ids, pieces)
+        return pieces
 
     def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
         assert turn.answer is not None
@@ -122,6 +126,21 @@ class Chat:
             self._held = (ids + turn.answer)[: self._cache.lengths[0]]
             if turn.answer or ended:
                 self.turns.append(turn)
+
+    def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Go on with the last answer, where it stopped; text, as `answer` gives it.
+
+        Raises:
+            ValueError: a subclass that names what cannot be; the conversation is as before.
+        """
+        if not self.turns:
+            raise GenerationError("there is no answer to go on with")
+        turn = self.turns[-1]
+        ids = self.template.conversation(self.system, [*self.turns[:-1], Turn(turn.question)])
+        pieces = self._stream([*ids, *(turn.answer or ())], progress)
+        self.turns.pop()
+        turn.answer = list(turn.answer or ())
+        return self._answer(turn, ids, pieces)
 
     def undo(self) -> Turn:
         """Drop the last question and its answer, and return them.

@@ -317,7 +317,7 @@ def test_loaded(tmp_path: Path, quant: str | None) -> None:
     loaded = load(folder, device="cpu", deterministic=True, quant=quant)
     assert torch.get_num_threads() == before
     assert "; attention kernels; kernels for all steps; bitwise; " in loaded.describe()
-    assert loaded.runtime.deterministic
+    assert loaded.runtime.execution == "bitwise"
     model = loaded.model
     assert isinstance(model, BitwiseTransformer)
     prompts = ragged([30, 2, 9], loaded.args.vocab_size)
@@ -333,10 +333,10 @@ def test_loaded(tmp_path: Path, quant: str | None) -> None:
     [
         (
             {"dtype": "bfloat16"},
-            "deterministic is for a CPU in float32, not for cpu in bfloat16: use --device cpu --dtype float32",
+            "execution bitwise is for a CPU in float32, not for cpu in bfloat16: use --device cpu --dtype float32",
         ),
-        ({"attention": "eager"}, "deterministic has an attention of its own: leave --attention eager out"),
-        ({"kernels": False}, "deterministic computes with the kernels: leave --kernels=false out"),
+        ({"attention": "eager"}, "execution bitwise has its own attention: omit --attention eager"),
+        ({"kernels": False}, "execution is given as bitwise and as eager: give one of them"),
     ],
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -351,7 +351,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "model")
     library.cache_clear()
     try:
-        with pytest.raises(OptionError, match=r"deterministic computes .* there is no compiler \(no-such-compiler\)"):
+        with pytest.raises(OptionError, match=r"bitwise computes .* there is no compiler \(no-such-compiler\)"):
             load(folder, device="cpu", deterministic=True)
     finally:
         library.cache_clear()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mistral import fast, quant
 from mistral.fast.layout import bits_of
 from mistral.loader import runtime
-from mistral.loader.options import OptionError
+from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.quant import cuda
 from tests.support.tiny import TOLERANCE, distance, make_cache, play, prefill_then_decode, ragged, tiny_args, tiny_model
@@ -101,7 +101,7 @@ def test_where_few_bits_may_be(device, monkeypatch):
     monkeypatch.setattr(runtime.memory, "available", lambda _: None)
     facts = {"stored": torch.bfloat16, "parameters": 1, "head_dim": 8}
     if device == "cuda":
-        assert runtime.resolve(device, None, "sdpa", None, "int8", **facts).quant == "int8"
+        assert runtime.resolve(LoadOptions(device=device, attention="sdpa", quant="int8"), **facts).quant == "int8"
         return
     with pytest.raises(OptionError, match="for a CPU in float32, or for CUDA, not for mps in bfloat16"):
-        runtime.resolve(device, None, "sdpa", None, "int8", **facts)
+        runtime.resolve(LoadOptions(device=device, attention="sdpa", quant="int8"), **facts)
