@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import unknown_module
-from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
-from mistral.model import Transformer
+from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
+from mistral.fast.threads import Threads
+from mistral.model import Transformer, widen
 from mistral.plan import Plan
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
@@ -66,6 +67,10 @@ _kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]]
 class FastTransformer(Transformer):
     """`Transformer` whose decode steps are one call of the kernels."""
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._threads: dict[int, Threads] = {}  # by the tokens of a step
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations: at least fp32, also where the weights are narrower."""
@@ -112,12 +117,24 @@ class FastTransformer(Transformer):
         seen = int((positions - begins).max()) + 1
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
-        count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, torch.get_num_threads()))
-        scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
         rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
-        given = (pointer(x) for x in (which, positions, begins, cos, sin))
-        used = (pointer(x) for x in (h, scratch, rounded))
-        library().decode(ctypes.byref(model), count, *given, most, *used, threads)
+        with self.threads_for(len(rows)).step() as chosen:
+            count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
+            scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
+            given = (pointer(x) for x in (which, positions, begins, cos, sin))
+            used = (pointer(x) for x in (h, scratch, rounded))
+            library().decode(ctypes.byref(model), count, *given, most, *used, threads)
+
+    @torch.no_grad()
+    def logits(self, h: Tensor) -> Tensor:
+        matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
+        if matrix is None:
+            return super().logits(h)
+        return widen(product(matrix, h, self.threads_for(len(h)).pick(torch.get_num_threads())))
+
+    def threads_for(self, rows: int) -> Threads:
+        """Chooses the number of threads for steps of so many tokens."""
+        return self._threads.setdefault(rows, Threads())
 
     def described(self, cache: RollingBufferCache) -> Model | None:
         """The model and its cache as the kernels have them; None if they are not for them (see `stands_aside`), or
