@@ -40,7 +40,7 @@ def report(model: Transformer, reason: str) -> None:
     """Log why a fast path stands aside: once for each model and reason, not at every step."""
     if _reported.get(model) != reason:
         _reported[model] = reason
-        logging.getLogger(__name__).warning("%s: steps take the plain path", reason)
+        logging.getLogger(__name__).warning("%s: it stands aside", reason)
 
 
 def _unknown(name: str, module: nn.Module) -> str:
