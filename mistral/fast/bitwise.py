@@ -48,11 +48,10 @@ class BitwiseTransformer(FastTransformer):
             cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
         model = self.described(cache) if cache.layer(0).k.dtype == torch.float32 else None
         if model is None:
-            if (reason := self.stands_aside()) is not None:
-                raise NotDeterministic(f"deterministic computes with the kernels alone, but {reason}")
+            reason = self.stands_aside()
             raise NotDeterministic(
-                "deterministic is for weights on a CPU, as they were loaded, and a cache in float32; "
-                "load without it to run another way"
+                "deterministic is for weights on a CPU, as they were loaded, and a cache in float32"
+                f"{f' ({reason})' if reason else ''}; load without it to run another way"
             )
         h = self.tok_embeddings(input_ids).to(torch.float32)
         for store in cache.layers:

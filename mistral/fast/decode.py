@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
+<<<<<<< HEAD
 from mistral.fast.known import unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
 from mistral.model import Transformer, widen
+=======
+from mistral.fast.known import report, unknown_module
+from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
+from mistral.model import Transformer
+>>>>>>> h-core
 from mistral.plan import Plan
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
@@ -155,15 +161,18 @@ class FastTransformer(Transformer):
         return kept.model
 
     def stands_aside(self) -> str | None:
-        """Why the kernels leave this model to the plain path, as a reason to report; None if they take its steps."""
+        """Why the kernels leave this model's steps to the plain path; None if they take them."""
         found = matrices_of(self)
         return found if isinstance(found, str) else None
 
     def _describe(self, cache: RollingBufferCache) -> Kept | None:
         args = self.args
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        if any(hooks):
+            return None
         matrices = matrices_of(self)
-        if any(hooks) or isinstance(matrices, str):
+        if isinstance(matrices, str):
+            report(self, matrices)
             return None
         layers = (Layer * len(self.layers))()
         wide, narrow = [], []
@@ -203,8 +212,8 @@ class FastTransformer(Transformer):
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
     """The products of each layer as the kernels have them, by the fields of `Layer`; or why they cannot have them."""
-    if (reason := unknown_module(model)) is not None:
-        return reason
+    if (module := unknown_module(model)) is not None:
+        return f"the fast path kernels does not know the module {module}"
     layers = []
     for i, block in enumerate(model.layers):
         matrices: dict[str, Matrix] = {}
@@ -212,11 +221,10 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
             linear = block.get_submodule(path)
             matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
             if matrix is None:
-                kind = type(linear).__name__
-                return f"the kernels cannot read the weights of layers.{i}.{path}, a {kind}: steps take the plain path"
+                return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
             matrices[path.rpartition(".")[2]] = matrix
         kinds = {matrix.kind for matrix in matrices.values()}
         if len(kinds) > 1 and kinds & {INT8, INT4}:  # the inputs of all products of a layer are rounded alike
-            return f"layers.{i} has products of several kinds: steps take the plain path"
+            return f"the kernels do not know a layer with several kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers

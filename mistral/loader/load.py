@@ -124,8 +124,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     """
     import torch
 
+    from mistral.fast.known import unknown_module
     from mistral.loader import runtime
-    from mistral.loader.executions import unknown_module
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

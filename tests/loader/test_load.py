@@ -14,10 +14,11 @@ import mistral
 from mistral import backends
 from mistral.fast.decode import FastTransformer
 from mistral.fast.kernels import KernelsUnavailable, library
+from mistral.fast.known import unknown_module
 from mistral.formats.folder import read_folder
 from mistral.generate import complete
 from mistral.loader import runtime
-from mistral.loader.executions import EXECUTIONS, unknown_module
+from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import assemble, load
 from mistral.loader.options import ATTENTIONS, DTYPE_NAMES, LoadOptions, OptionError
 from mistral.loader.options import EXECUTIONS as NAMES
