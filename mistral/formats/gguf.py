@@ -133,7 +133,7 @@ def args_of(
     """
     _check_kind(metadata)
     values, rule = _shape(metadata)
-    found = metadata.get("llama.attention.sliding_window")
+    found: Any = metadata.get("llama.attention.sliding_window")
     given = found if sliding_window == "auto" and found not in (None, 0) else sliding_window
     try:
         args = ModelArgs(**values, theta_rule=rule)
@@ -159,9 +159,8 @@ def _check_kind(metadata: Metadata) -> None:
         return
     if not isinstance(name, str):
         raise GgufError("the file lacks general.architecture: it is no model")
-    raise GgufError(
-        f"the file is {ELSEWHERE.get(name, 'a model of another family')} (architecture {short_repr(name)}): use llama.cpp"
-    )
+    what = ELSEWHERE.get(name, "a model of another family")
+    raise GgufError(f"the file is {what} (architecture {short_repr(name)}): use llama.cpp")
 
 
 def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:

@@ -137,7 +137,9 @@ def read_gguf(path: Path) -> Gguf:
             tensors[name] = tensor
     expected = metadata.get("split.tensors.count", len(tensors))
     if len(files) > 1 and expected != len(tensors):
-        raise GgufError(f"{files[0]} and its parts hold {len(tensors)} tensors, but {short_repr(expected)} were written")
+        raise GgufError(
+            f"{files[0]} and its parts hold {len(tensors)} tensors, but {short_repr(expected)} were written"
+        )
     return Gguf(files, metadata, tensors)
 
 
@@ -150,7 +152,9 @@ def _only(folder: Path) -> Path:
     models = {match["stem"] if (match := PART.fullmatch(p.name)) else p.name: p for p in reversed(found)}
     if len(models) != 1:
         names = ", ".join(short_repr(p.name) for p in found[:3])
-        what = f"several models ({names}{', ...' if len(found) > 3 else ''}): give one file" if found else "no .gguf file"
+        what = (
+            f"several models ({names}{', ...' if len(found) > 3 else ''}): give one file" if found else "no .gguf file"
+        )
         raise GgufError(f"{folder} holds {what}")
     return next(iter(models.values()))
 
@@ -193,7 +197,8 @@ def _read_one(path: Path) -> tuple[Metadata, dict[str, GgufTensor]]:
             raise _Broken(f"it has version {version}, and 2 and 3 are read: convert the model again")
         if keys > MOST_KEYS or tensors > MOST_TENSORS:
             raise _Broken(
-                f"it declares {keys:,} keys and {tensors:,} tensors; at most {MOST_KEYS:,} and {MOST_TENSORS:,} are read"
+                f"it declares {keys:,} keys and {tensors:,} tensors; "
+                f"at most {MOST_KEYS:,} and {MOST_TENSORS:,} are read"
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = _Reader(data, 24, min(size, len(data)))
@@ -258,8 +263,9 @@ class _Reader:
         kind = TYPES[number]
         if 0 in shape or math.prod(shape) >= 2**63:
             raise _Broken(f"the shape of {what} is {short_repr(list(shape))}, which no tensor has")
-        if (shape[-1] if shape else 1) % kind.elements:
-            raise _Broken(f"{what} has rows of {shape[-1] if shape else 1} weights, and {kind.name} comes in blocks of {kind.elements}")
+        row = shape[-1] if shape else 1
+        if row % kind.elements:
+            raise _Broken(f"{what} has rows of {row} weights, and {kind.name} comes in blocks of {kind.elements}")
         return name, kind, shape, offset
 
     def value(self, key: str) -> Value:

@@ -77,7 +77,11 @@ def special_ids(metadata: Metadata) -> SpecialIds:
         return -1 if value == 2**32 - 1 else value
 
     usual = kind_of(metadata) == SENTENCEPIECE
-    unk, bos, eos = named("unknown", 0 if usual else -1), named("bos", 1 if usual else -1), named("eos", 2 if usual else -1)
+    unk, bos, eos = (
+        named("unknown", 0 if usual else -1),
+        named("bos", 1 if usual else -1),
+        named("eos", 2 if usual else -1),
+    )
     ends = frozenset({eos, named("eot"), named("eom")} - {-1})
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     return SpecialIds(bos, eos, unk, named("padding"), ends, add_bos if isinstance(add_bos, bool) else None)
@@ -166,14 +170,16 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace("{1,3}", "")
 PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 # How text is split before BPE, by the name in tokenizer.ggml.pre: patterns, each of which splits what the one before
 # left; and whether a piece that is a token as a whole is taken as it is, whatever the merges give.
 PRE: dict[str, tuple[tuple[str, ...], bool]] = {
     "tekken": ((PATTERN,), True),
-    "smollm": ((r"\p{N}", GPT2), False),
-    "gpt-2": ((GPT2,), False),
-    "llama-bpe": ((LLAMA3,), True),
+    **dict.fromkeys(("smollm", "minerva-7b", "starcoder", "refact", "command-r"), ((r"\p{N}", GPT2), False)),
+    **dict.fromkeys(("gpt-2", "mpt"), ((GPT2,), False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), ((LLAMA3,), True)),
+    "qwen2": ((QWEN2,), False),
     "default": ((PUNCTUATION, GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"), False),
 }
 
