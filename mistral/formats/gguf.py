@@ -121,12 +121,16 @@ def _renamed(name: str, table: dict[str, str]) -> str:
 
 
 def args_of(
-    metadata: Metadata, sliding_window: Windows | Literal["auto"] = "auto", max_batch_size: int = 0
+    metadata: Metadata,
+    sliding_window: Windows | Literal["auto"] = "auto",
+    max_batch_size: int = 0,
+    tied: bool = False,
 ) -> tuple[ModelArgs, list[str]]:
     """The shape that a file's metadata gives, and what was assumed, a sentence each: the first is about the window.
 
     Args:
         sliding_window: as in ModelArgs; "auto": the file's own, else that of the release that the shape is, else none.
+        tied: whether the output matrix is the embeddings; the tensors tell, see `is_tied`.
 
     Raises:
         GgufError: another kind of model, a key that is missing, refused or unknown, or a value that cannot be.
@@ -145,7 +149,7 @@ def args_of(
         args, note = _window_of_release(args)
     else:
         note = f"sliding window {args.window_text}: {'as the file gives it' if given == found else 'as requested'}"
-    return replace(args, max_batch_size=max_batch_size), [note]
+    return replace(args, max_batch_size=max_batch_size, tied_embeddings=tied), [note]
 
 
 def _check_kind(metadata: Metadata) -> None:
@@ -273,7 +277,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     """The tensors of a model under GGUF's names, rows in Mistral's order; nothing is read, but for a few factors.
 
     A reader maps F32, F16, BF16 and F64 as they are, and gives all other types in fp32: exactly the numbers that the
-    blocks stand for. Types that are not read have None as `dtype`.
+    blocks stand for. Types that are not read have "" as `dtype`.
 
     Raises:
         WeightsError: the file scales its rotary frequencies one by one, or cannot be read.
@@ -285,9 +289,9 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     part = Part(gguf.files[0], 0, 0)
     for name, tensor in gguf.tensors.items():
         kind = tensor.kind.name
-        dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else None)
+        dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
         tensors[name] = StoredBlocks(tensor.shape, dtype, kind, tensor.nbytes)
-        if dtype is None:
+        if not dtype:
             continue  # refused by name before anything is read
         if tensor.path != part.path or tensor.end - part.begin > PART:
             part = Part(tensor.path, tensor.begin, tensor.end)

@@ -21,7 +21,7 @@ from mistral.formats.gguf_header import GgufError, StringArray, _shortest, is_gg
 from mistral.formats.gguf_tokenizer import byte_level, sentencepiece_model
 from mistral.formats.weights import WeightsError, check_tensors
 from mistral.model import Transformer
-from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
+from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
 from tests.support.gguf_files import gguf_args, shape_keys, write_gguf
 from tests.support.tiny import tiny_args, tiny_model
@@ -32,12 +32,12 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 def model_of(path: Path) -> Transformer:
     """The model in a file, in fp32."""
     gguf = read_gguf(path)
-    args, _ = args_of(gguf.metadata)
     weights = open_gguf(gguf)
-    shapes = {name_of(name): shape for name, shape in expected_shapes(args).items()}
+    args, _ = args_of(gguf.metadata, tied=is_tied(weights))
+    shapes = {name_of(name): parameter.shape for name, parameter in parameters(args).items()}
     check_tensors(weights.tensors, shapes, path.name, "the metadata")
     model = Transformer(args)
-    model.load_state_dict({name: weights.get(name_of(name)).float() for name in expected_shapes(args)}, assign=True)
+    model.load_state_dict({name: weights.get(name_of(name)).float() for name in parameters(args)}, assign=True)
     return model
 
 
@@ -53,7 +53,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     args, _ = args_of(gguf.metadata)
     assert args == gguf_args()
     weights = open_gguf(gguf)
-    assert {to_mistral(name) for name in weights.tensors} == set(expected_shapes(args)) == set(held)
+    assert {to_mistral(name) for name in weights.tensors} == set(parameters(args)) == set(held)
     for name, expected in held.items():
         stored, found = weights.tensors[name_of(name)], weights.get(name_of(name))
         assert stored.shape == found.shape == expected.shape
@@ -117,10 +117,13 @@ def test_version_2_and_another_alignment(tmp_path: Path) -> None:
 
 def test_tied_output(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    write_gguf(path, without=(OUTPUT,))
-    weights = open_gguf(read_gguf(path))
-    assert is_tied(weights)
-    assert name_of(EMBEDDINGS) in weights.tensors
+    model = tiny_model(gguf_args(tied_embeddings=True), seed=4)
+    write_gguf(path, args=model.args, state=model.state_dict(), without=(OUTPUT,))
+    assert is_tied(open_gguf(read_gguf(path)))
+    found, ids = model_of(path), torch.arange(9)
+    assert found.args == model.args
+    with torch.no_grad():
+        assert torch.equal(found(ids, [9]), model(ids, [9]))
     write_gguf(path)
     assert not is_tied(open_gguf(read_gguf(path)))
 
@@ -135,7 +138,7 @@ def test_files_in_parts(tmp_path: Path) -> None:
         args, _ = args_of(gguf.metadata)
         weights = open_gguf(gguf)
         assert all(torch.equal(weights.get(name_of(n)).float(), torch.from_numpy(w)) for n, w in held.items())
-        assert len(weights.tensors) == len(expected_shapes(args))
+        assert len(weights.tensors) == len(parameters(args))
     parts[1].rename(tmp_path / "other.gguf")
     with pytest.raises(GgufError, match="1 of 4 parts are missing beside .*: m-00002-of-00004.gguf"):
         read_gguf(parts[0])
