@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import RollingBufferCache
+from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.sampling import Sampler, Uniforms
 from mistral.util import memory
@@ -224,8 +225,8 @@ class Generation:
         rows = max(1, LOGIT_FLOATS // self.model.args.vocab_size)
         for first in range(0, len(targets), rows):
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
-            logprobs = self.model.logits(h[first : first + len(wanted)]).log_softmax(-1)
-            found = logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist()
+            logits = self.model.logits(h[first : first + len(wanted)])
+            found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
             for logprob in found:
                 _check_number(logprob, sequence.index)
             sequence.prompt_logprobs += found
@@ -235,11 +236,10 @@ class Generation:
         logits = self.model.logits(h)
         draws = [0.0] * len(ready) if self.sampler.greedy else [s.uniforms() for s in ready]
         chosen = self.sampler(logits, torch.tensor(draws, dtype=torch.float32, device=logits.device))
-        logprobs = logits.log_softmax(-1)
-        of_chosen = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
+        of_chosen = logprobs(logits, chosen[:, None]).squeeze(-1)
         tokens = []
         for sequence, token, logprob, top in zip(
-            ready, chosen.tolist(), of_chosen.tolist(), self._likeliest(logprobs), strict=True
+            ready, chosen.tolist(), of_chosen.tolist(), self._likeliest(logits), strict=True
         ):
             _check_number(logprob, sequence.index)
             if token == self.eos_id:
@@ -251,13 +251,14 @@ class Generation:
                 self._end(sequence, "length")
         return tokens
 
-    def _likeliest(self, logprobs: Tensor) -> list[dict[int, float]]:
+    def _likeliest(self, logits: Tensor) -> list[dict[int, float]]:
         """The likeliest ids of each row and their log-probabilities, as many as asked for."""
         if not self.top_logprobs:
-            return [{} for _ in logprobs]
+            return [{} for _ in logits]
         # A stable sort, because topk breaks ties anyhow.
-        values, ids = (x[:, : self.top_logprobs].tolist() for x in logprobs.sort(dim=-1, descending=True, stable=True))
-        return [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+        ids = logits.argsort(dim=-1, descending=True, stable=True)[:, : self.top_logprobs]
+        values = logprobs(logits, ids)
+        return [dict(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _check_number(logprob: float, index: int) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mistral.logprobs import logprobs
 from mistral.oracle import arrays, mutants
 from mistral.oracle.inputs import inside, prompts_for
 from mistral.oracle.metrics import Progress, limit_of, place, short
 from mistral.oracle.outputs import Outputs, Unavoidable
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
-from mistral.oracle.truth import logprobs
 from mistral.util.errors import UsageError
 
 # Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
-from mistral.oracle.truth import logprobs
+from mistral.logprobs import logprobs
 
 # How many times the unavoidable error an implementation may have: its root mean square, and its largest against the
 # largest. In 16 bits what is stored rounds far more coarsely than sums in fp32 do, and right implementations have 1.0

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
+from mistral.logprobs import logprobs
 from mistral.oracle.inputs import WeightReader, through
 from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, short
-from mistral.oracle.truth import Truth, logprobs, scale_of_rounding, unavoidable
+from mistral.oracle.truth import Truth, scale_of_rounding, unavoidable
 from mistral.parameters import OUTPUT
 
 PRINTS = 8  # numbers in a fingerprint

@@ -21,12 +21,12 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
+from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader
 from mistral.oracle.outputs import Outputs, Unavoidable, fingerprint, tell
 from mistral.oracle.trace import names
-from mistral.oracle.truth import logprobs
 from mistral.parameters import OUTPUT
 from mistral.util.errors import FormatError
 

@@ -148,11 +148,6 @@ class Truth:
         return out
 
 
-def logprobs(logits: Tensor) -> Tensor:
-    """Rule 10: natural logs of the softmax, [n, V] float64."""
-    return logits.double().log_softmax(-1)
-
-
 def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> list[Truth]:
     """The truth with results rounded as `compute` makes unavoidable, `draws` times; for float64, which the truth is in
     itself, as float32 does: see `scale_of_rounding`."""

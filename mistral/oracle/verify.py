@@ -20,6 +20,7 @@ from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.formats.folder import Folder
+from mistral.logprobs import logprobs
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, random_prompts, through
 from mistral.oracle.layerwise import (
@@ -35,7 +36,7 @@ from mistral.oracle.layerwise import (
     whole,
 )
 from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, Verdict, judge, limit_of, short, table
-from mistral.oracle.truth import Truth, draws, logprobs, scale_of_rounding, unavoidable
+from mistral.oracle.truth import Truth, draws, scale_of_rounding, unavoidable
 from mistral.parameters import OUTPUT
 from mistral.window import QUERY_BLOCK
 

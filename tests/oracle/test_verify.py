@@ -11,10 +11,11 @@ import torch
 from mistral import cli
 from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
+from mistral.logprobs import logprobs
 from mistral.oracle import layerwise, verify
 from mistral.oracle.layerwise import LibraryRunner, OneFileRunner, TransformersRunner
 from mistral.oracle.metrics import LIMITS, Errors, ErrorStats, judge, limit_of, place
-from mistral.oracle.truth import Truth, draws, logprobs
+from mistral.oracle.truth import Truth, draws
 from tests.support.folders import make_folder, random_state
 from tests.support.tiny import ragged, tiny_args, tiny_model, true_logprobs
 from tools import odd_shapes
