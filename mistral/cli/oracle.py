@@ -25,8 +25,8 @@ def verify(folder: str | None = None, *, full: bool = False, json: bool = False,
 
     one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
     backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
-    Errors are multiples of what rounding to the dtype makes unavoidable. FOLDER may also be a pack with weights.
-    The exit code is 0 if all pass, else 1.
+    Errors are multiples of the error budget, which is what rounding to the dtype does. FOLDER may also be a pack with
+    weights. The exit code is 0 if all pass, else 1.
     """
     from mistral.oracle import verify as verifying
 
@@ -54,9 +54,9 @@ def pack(
     python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --full
 
     Ids of the prompts, the likeliest tokens after each position and their log-probs, fingerprints of all activations,
-    what rounding makes unavoidable, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts
-    are random ids, or FILE's lines (as `complete` takes them). --weights puts the weights in too. Packs that have them
-    can be converted to folders: python -m main convert x.safetensors DST --to hf
+    its error budgets, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts are random ids,
+    or FILE's lines (as `complete` takes them). --weights puts the weights in too. Packs that have them can be converted
+    to folders: python -m main convert x.safetensors DST --to hf
     """
     from mistral.oracle import pack as packing
     from mistral.oracle.inputs import inside
