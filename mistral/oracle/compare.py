@@ -17,7 +17,7 @@ from torch import Tensor
 from mistral.logprobs import logprobs
 from mistral.oracle import arrays, mutants
 from mistral.oracle.inputs import inside, prompts_for
-from mistral.oracle.metrics import LARGEST, LIMITS, Progress, place, short
+from mistral.oracle.metrics import LIMITS, Progress, place, short
 from mistral.oracle.outputs import ErrorBudget, Outputs
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
@@ -25,6 +25,9 @@ from mistral.util.errors import UsageError
 
 # Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
 UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+# Each position is judged by the largest error of the budget, of which it may have this many times the limit.
+SINGLE = 1.5
 
 # A mistake explains a difference if it leaves at most this share of it, and at most so many times the limit.
 SHARE, SLACK = 0.02, 8.0
@@ -124,7 +127,7 @@ def compare(
     budget = _budget(a, b, ours, asked, compute)
     difference = differences(found_a, found_b)
     args = a.args or b.args
-    times = LARGEST * LIMITS[compute]
+    times = SINGLE * LIMITS[compute]
     limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
     if not limit < torch.inf:
         raise UsageError(

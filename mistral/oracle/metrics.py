@@ -15,8 +15,9 @@ from mistral.logprobs import logprobs
 # epsilon, has 22 and more.
 LIMITS = {torch.float64: 5.0, torch.float32: 5.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
-# By how much more the largest error of all may be beyond the largest of the budget: it is one random number.
-LARGEST = 1.5
+# The largest error of all may be this many times the limit, of the largest of the budget. It is one random number over
+# a few: where a model is sensitive at one position only, beyond 5 times once in 500 runs.
+LARGEST = 2.5
 
 LOGITS = 1 << 22  # held at once of the truth, and of one other: 32 MB in float64
 

@@ -18,7 +18,8 @@ from mistral.formats.folder import read_folder
 from mistral.loader.load import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import pack
-from mistral.oracle.metrics import LARGEST, LIMITS
+from mistral.oracle.compare import SINGLE
+from mistral.oracle.metrics import LIMITS
 from mistral.oracle.outputs import fingerprint
 from mistral.oracle.trace import names
 from mistral.util.errors import FormatError
@@ -82,7 +83,7 @@ def test_our_model_is_within_the_packs_budget(path, tmp_path):
         scores = logprobs(model.forward(torch.cat(told.prompts), [len(p) for p in told.prompts]))
     apart = (scores.gather(1, told.top_ids) - told.top_logprobs).abs().max()
     budget = next(b for b in told.budgets if b.of.endswith("/fp32"))
-    assert apart < LARGEST * LIMITS[torch.float32] * budget.logprobs
+    assert apart < SINGLE * LIMITS[torch.float32] * budget.logprobs
     assert budget.logprobs < 1e-5
 
 
