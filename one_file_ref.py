@@ -264,8 +264,8 @@ def generate(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continue each prompt greedily by up to max_tokens ids; a row ends before eos_id, the others go on without it.
 
-    Returns the new ids, and per row the log-probability of prompt tokens 1.. and then of the new ones. max_tokens = 0
-    scores the prompts. chunk_size bounds how many tokens of a prompt are read at once, and with it the memory."""
+    Returns the new ids, and per row the log-probability (softmax in float64) of prompt tokens 1.. and then of the new
+    ones. max_tokens = 0 scores the prompts. chunk_size bounds the prompt tokens read at once, and with them memory."""
     if max_tokens < 0 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"max_tokens must be at least 0, chunk_size at least 1, not {max_tokens} and {chunk_size}")
     for i, prompt in enumerate(prompts):
@@ -289,7 +289,7 @@ def generate(
         logits = step([prompt[start : start + chunk_size] for prompt in prompts])
         for prompt, rows, scores in zip(prompts, logits, logprobs, strict=True):
             following = prompt[start + 1 : start + 1 + len(rows)]  # the last logits of a chunk predict the next chunk
-            scores += rows.log_softmax(-1)[range(len(following)), following].tolist()
+            scores += [float(row.double().log_softmax(-1)[i]) for row, i in zip(rows, following, strict=False)]
 
     alive = list(range(len(prompts)))
     for count in range(1, max_tokens + 1):
@@ -297,7 +297,7 @@ def generate(
         alive = [row for row in alive if picks[row] != eos_id]
         for row in alive:
             new[row].append(picks[row])
-            logprobs[row].append(float(last[row].log_softmax(-1)[picks[row]]))
+            logprobs[row].append(float(last[row].double().log_softmax(-1)[picks[row]]))
         if not alive or count == max_tokens:  # nobody would read the next logits
             break
         step([new[row][-1:] if row in alive else [] for row in range(len(prompts))])

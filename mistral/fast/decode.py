@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
-<<<<<<< HEAD
-from mistral.fast.known import unknown_module
+from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
 from mistral.model import Transformer, widen
-=======
-from mistral.fast.known import report, unknown_module
-from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
-from mistral.model import Transformer
->>>>>>> h-core
 from mistral.plan import Plan
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.

@@ -18,7 +18,7 @@ TRIES = (
     3  # steps of each choice that are compared, the fastest of each; one is enough where it is HOPELESS times slower
 )
 HOPELESS = 2
-PATIENCE = 200  # steps until the other choice is tried again, at first; four times as many after each that was hopeless
+PATIENCE = 200  # steps until the other choice is tried again; each time that it was hopeless, four times as many
 LONGEST = 50_000
 
 

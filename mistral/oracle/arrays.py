@@ -51,7 +51,7 @@ def _without_infinities(value: Any) -> Any:
     return [_without_infinities(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path, format_name: str, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a file of ours.
 
     Raises:
@@ -60,8 +60,9 @@ def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor],
     facts = facts_of(path)
     if facts.get("format") != format_name:
         raise FormatError(f"{path} is no {format_name}")
-    if facts.get("version") != version:
-        raise FormatError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {version}")
+    if facts.get("version") not in versions:
+        known = " and ".join(map(str, versions))
+        raise FormatError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {known}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

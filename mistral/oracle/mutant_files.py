@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mistral.formats.folder import Folder
 from mistral.loader.load import assemble
+from mistral.logprobs import logprobs
 from mistral.oracle import mutants
 from mistral.oracle.inputs import require_ids
 from mistral.oracle.metrics import Progress
-from mistral.oracle.truth import logprobs
 from mistral.util.errors import FormatError
 from mistral.util.files import part_of, require_writable
 

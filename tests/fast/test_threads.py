@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -39,7 +40,7 @@ def test_beside_a_busy_program_one_thread_and_ever_rarer_looks_at_all() -> None:
     at = [i for i, n in enumerate(picked) if n == 4]
     assert at[0] == 0
     assert len(at) <= 5
-    gaps = [b - a for a, b in zip(at, at[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(at)]
     assert gaps == sorted(gaps)
     lost = sum(map(busy, picked)) / len(picked)
     assert lost < 1.02  # times what one thread alone takes
