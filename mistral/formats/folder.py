@@ -5,27 +5,18 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
-from mistral.formats import huggingface as hf
-from mistral.formats.huggingface import find_hf_weights, has_hf_weights
-from mistral.formats.mapped_tensors import Progress
-from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mistral_weights, read_object, to_args
+from mistral.formats.layout import Layout
+from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
-from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
+from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 from mistral.util.errors import FormatError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# The file that gives the shape, by layout.
-CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -33,19 +24,19 @@ class Folder:
     """A model on disk.
 
     Args:
-        path: the folder.
-        layout: "mistral" or "huggingface".
+        path: the folder; a file where the layout has the whole model in one.
+        layout: a row of LAYOUTS.
         source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         tied: whether output.weight is tok_embeddings.weight under another name.
-        quant: "int8" or "int4" where the weights of products are stored in few bits, under the names of
-            `packing.stored_as`; else None.
-        notes: what was assumed or left aside, a sentence each.
+        quant: "int8" or "int4" where the matrices are stored quantized, under the names of `fast.layout.stored_as`;
+            else None.
+        notes: what was assumed or ignored, a sentence each.
     """
 
     path: Path
-    layout: str
+    layout: Layout
     source: str
     raw: dict[str, Any]
     args: ModelArgs
@@ -70,94 +61,47 @@ class Folder:
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     """Read what a folder says of itself, and check that its parts fit together.
 
-    Where both layouts are there, Mistral's is taken, and a note says so.
+    Where several layouts are there, the first in LAYOUTS is read, and a note says so.
 
     Raises:
         FormatError, ParamsError, WeightsError: no such folder, or what is wrong in it.
     """
     path = Path(folder)
-    if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
-        if os.path.isfile(path):
-            raise FormatError(f"{path} is a file: give the folder that it is in")
+    if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise FormatError(f"no such folder: {path}")
-    notes: list[str] = []
-    layout = _layout(path, notes)
-    source = CONFIGS[layout]
-    raw = read_object(path / source)
-    if layout == "mistral":
-        args = to_args(raw, max_batch_size)
-        weights = find_weights(path)
-    else:
-        args, assumed = hf.config_to_args(raw, max_batch_size)
-        notes += assumed
-        weights = find_hf_weights(path)
-    tied = raw.get("tie_word_embeddings") is True and hf.to_hf(OUTPUT) not in weights.tensors
-    quant = raw.get(FEW_BITS) if layout == "mistral" else None
+    if not os.path.isdir(path) and not any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        raise FormatError(f"{path} is a file: give the folder that it is in")
+    layout, notes = find_layout(path)
+    raw = layout.read_config(path)
+    args, assumed = layout.to_args(raw, max_batch_size)
+    weights = layout.find_weights(path)
+    tied, quant = layout.is_tied(raw, weights), layout.quantization(raw)
     try:
-        weights = _checked(weights, args, layout, source, tied, quant)
+        weights = _checked(weights, args, layout, tied, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
-        hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
-        raise WeightsError("; ".join([str(error), *hints])) from None
-    return Folder(path, layout, source, raw, args, weights, tied, tuple(notes), quant)
+        raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
+    return Folder(path, layout, layout.config, raw, args, weights, tied, (*notes, *assumed), quant)
 
 
-def _checked(
-    weights: WeightFiles, args: ModelArgs, layout: str, source: str, tied: bool, quant: str | None
-) -> WeightFiles:
+def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, tied: bool, quant: str | None) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
-            f"{source} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
+            f"{layout.config} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
         )
-    expected = expected_shapes(args)
-    if layout == "mistral":
-        shapes, dtypes = stored_shapes(args, quant)
-        check_tensors(weights.tensors, shapes, where, source, dtypes)
-        return weights
-    return _as_mistral(weights, args, expected, tied, where, source)
-
-
-def _layout(path: Path, notes: list[str]) -> str:
-    params, config = (path / "params.json").exists(), (path / "config.json").exists()
-    if params and (has_mistral_weights(path) or not (config and has_hf_weights(path))):
-        if config and has_hf_weights(path):
-            notes.append("the folder holds both layouts: Mistral's was read, Hugging Face's left aside")
-        return "mistral"
-    if config:
-        return "huggingface"
-    raise ParamsError(
-        f"no params.json and no config.json in {path}: a model folder has one of them, weights and a tokenizer"
-    )
-
-
-def _as_mistral(
-    weights: WeightFiles,
-    args: ModelArgs,
-    shapes: dict[str, tuple[int, ...]],
-    tied: bool,
-    where: str,
-    source: str,
-) -> WeightFiles:
-    """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
-    stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
-    names = {ours: hf.to_hf(ours) for ours in shapes}
+    shapes, dtypes = stored_shapes(args, quant)
+    names = {ours: layout.name_of(ours) for ours in shapes}
     if tied:
         names[OUTPUT] = names[EMBEDDINGS]
+    stored = {name: t for name, t in weights.tensors.items() if not layout.ignores(name)}
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
-    check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, source)
+    check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, layout.config, dtypes)
     place = {name: i for i, name in enumerate(weights.readers)}
-    readers: dict[str, Reader] = {}
-    for ours, name in sorted(names.items(), key=lambda pair: place[pair[1]]):
-        heads = hf.heads_of(ours, args)
-        reader = weights.readers[name]
-        readers[ours] = reader if heads is None else partial(_reordered, reader, heads)
+    in_order = sorted(names, key=lambda ours: place[names[ours]])
+    readers = {ours: layout.fix(ours, args, weights.readers[names[ours]]) for ours in in_order}
     return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
-
-
-def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
-    return hf.rows_to_mistral(reader(progress), heads)
 
 
 def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -8,19 +8,33 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats.mistral import ParamsError
-from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
+from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
+from mistral.formats.weights import (
+    Reader,
+    WeightFiles,
+    WeightsError,
+    dtype_name,
+    numbered_parts,
+    open_safetensors,
+    parts_among,
+    some_names,
+)
+from mistral.parameters import OUTPUT
 from mistral.util.errors import ConvertError, short_repr
 from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from mistral.formats.mapped_tensors import Progress
 
 # Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
 NAMES = {
@@ -316,7 +330,6 @@ def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:
     return weights
 
 
-HF_FILES = ("generation_config.json",)
 # Keys of a config.json that say nothing about shape and stay true of the converted model.
 HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
 # How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
@@ -350,3 +363,84 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
     if mixed:
         config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
     return config
+
+
+class HuggingFaceLayout(Layout):
+    """The layout of transformers: config.json and model*.safetensors, other names, another order of rows in q and k."""
+
+    name, to = "huggingface", "hf"
+    title = "Hugging Face's layout"
+    config = "config.json"
+    index = INDEX
+    shards = True
+    absent_window = str(DEFAULT_WINDOW)
+    extra = ("generation_config.json",)
+
+    def has_weights(self, path: Path) -> bool:
+        return has_hf_weights(path)
+
+    def weight_sets(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        single, parts = ("model.safetensors",), parts_among(names, "model")
+        return [(INDEX, *parts) if parts else (), single] if INDEX in names else [single, parts]
+
+    def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
+        return config_to_args(raw, max_batch_size)
+
+    def find_weights(self, path: Path) -> WeightFiles:
+        return find_hf_weights(path)
+
+    def name_of(self, name: str) -> str:
+        return to_hf(name)
+
+    def ignores(self, stored: str) -> bool:
+        return to_mistral(stored) is None
+
+    def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:
+        heads = heads_of(name, args)
+        return reader if heads is None else partial(_reordered, reader, heads)
+
+    def is_tied(self, raw: dict[str, Any], weights: WeightFiles) -> bool:
+        return raw.get("tie_word_embeddings") is True and to_hf(OUTPUT) not in weights.tensors
+
+    def in_its_words(self, text: str) -> str:
+        return in_their_words(text)
+
+    def file_name(self, number: int, total: int) -> str:
+        return "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+
+    def unfix(self, name: str, args: ModelArgs, weight: Tensor) -> Tensor:
+        heads = heads_of(name, args)
+        return weight if heads is None else rows_to_hf(weight.contiguous(), heads)
+
+    def describe(
+        self,
+        args: ModelArgs,
+        raw: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        quant: str | None,
+        tokens: Callable[[], dict[str, int]],
+    ) -> tuple[dict[str, Any], list[str]]:
+        notes = []
+        length = trained_length(raw)
+        if length is None:
+            length = LENGTH
+            notes.append(f"the training length is not given: config.json has max_position_embeddings {length}")
+        kept = {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
+        if "bos_token_id" not in kept or "eos_token_id" not in kept:
+            kept = {**tokens(), **kept}
+        return config_json(args, length, dtype, kept), notes
+
+    def window_rule(self, raw: dict[str, Any]) -> str:
+        return "given by layer_types in config.json" if raw.get("layer_types") is not None else super().window_rule(raw)
+
+    def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
+        flags = "--config_format hf --load_format safetensors"
+        if not (path / "tokenizer.json").is_file():
+            flags = f"--tokenizer_mode mistral {flags}"
+        mixed = len(set(args.windows)) > 1
+        return Serving(flags, "vLLM reads a window for each layer in Mistral's layout" if mixed else None)
+
+
+def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
+    return rows_to_mistral(reader(progress), heads)

@@ -14,11 +14,10 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of
-from mistral.formats import huggingface as hf
-from mistral.formats.folder import BUNDLED, CONFIGS, Folder, read_folder, short
+from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
-from mistral.formats.huggingface import INDEX
-from mistral.formats.mistral import ParamsError, read_object, to_args
+from mistral.formats.layout import ParamsError
+from mistral.formats.layouts import LAYOUTS, NATIVE
 from mistral.formats.releases import COMPARED, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
@@ -28,7 +27,6 @@ from mistral.util import memory
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-LAYOUTS = {"mistral": "Mistral's", "huggingface": "Hugging Face's"}
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -46,7 +44,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     """
     path = short(BUNDLED) if folder is None else locate(folder)
     found = read_folder(path)
-    args, source, raw = found.args, found.source, found.raw
+    args = found.args
     tokenizer = _tokenizer(path)
     release, odd = identify(args, None if tokenizer["error"] else tokenizer["kind"])
     files = _files(found, tokenizer["file"])
@@ -61,13 +59,13 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     return {
         "folder": str(path),
         "release": None if release is None else _release(release),
-        "layout": found.layout,
+        "layout": found.layout.name,
         "files": files,
         "bytes": sum(f["bytes"] for f in files),
         "parameters": found.parameters,
         "dtypes": dtypes,
         "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
-        "window": {"text": args.window_text, "layers": list(args.windows), "rule": _window_rule(raw, source)},
+        "window": {"text": args.window_text, "layers": list(args.windows), "rule": found.layout.window_rule(found.raw)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "tokenizer": tokenizer,
         "template": _template(path, tokenizer, release),
@@ -110,15 +108,6 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _window_rule(raw: dict[str, Any], source: str) -> str:
-    if raw.get("layer_types") is not None:
-        return f"given by layer_types in {source}"
-    for key in ("sliding_window", "_sliding_window"):
-        if key in raw:
-            return f"given in {source}" if key == "sliding_window" else f"given as {key} in {source}"
-    return f"absent from {source}, which means {'none' if source == 'params.json' else hf.DEFAULT_WINDOW}"
-
-
 def _tokenizer(path: Path) -> dict[str, Any]:
     paths = tokenizer_files(path)
     facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
@@ -154,8 +143,8 @@ def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
     roles = dict.fromkeys((f.name for f in found.weights.files), "weights")
     roles[found.source] = "shape"
-    if found.layout == "huggingface":
-        roles[INDEX] = "index"
+    if found.layout.index is not None:
+        roles[found.layout.index] = "index"
     if tokenizer is not None:
         roles[tokenizer] = "tokenizer"
     files = []
@@ -171,19 +160,18 @@ def _about_shape(found: Folder, release: Release | None) -> list[str]:
     args, source, raw = found.args, found.source, found.raw
     if release is None and args.theta_rule.startswith("absent"):
         said.append(f"rope_theta is {args.theta_rule}: no release tells whether {args.rope_theta:g} is right")
-    if found.layout == "mistral" and "_sliding_window" in raw:
-        said.append("params.json spells it _sliding_window, which vLLM does not read: rename it, or vLLM has no window")
+    said += found.layout.odd(raw)
     if isinstance(raw.get("sliding_window"), str):
         said.append(f"{source} gives sliding_window as text, which other programs refuse: write a number or null")
-    (other,) = set(CONFIGS.values()) - {source}
-    if (found.path / other).is_file():
+    for other in LAYOUTS.values():
+        if other is found.layout or not other.has_config(found.path):
+            continue
         try:
-            there = read_object(found.path / other)
-            theirs = hf.config_to_args(there)[0] if other == "config.json" else to_args(there)
+            theirs, _ = other.to_args(other.read_config(found.path))
         except ParamsError as error:
-            said.append(f"{other} is there too, left aside, and wrong: {error}")
+            said.append(f"{other.config} is there too, ignored, and wrong: {error}")
         else:
-            said += _differences(args, theirs, source, other)
+            said += _differences(args, theirs, source, other.config)
     return said
 
 
@@ -204,12 +192,12 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
     others = [p.name for p in tokenizer_files(path)[1:]]
     if others:
-        said.append(f"several tokenizers: {name} is read, {', '.join(others)} left aside")
+        said.append(f"several tokenizers: {name} is read, {', '.join(others)} ignored")
     return said
 
 
 def _about_files(
-    path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]], few_bits: bool
+    path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]], quantized: bool
 ) -> list[str]:
     said = []
     left = [f for f in files if f["role"] == "leftover"]
@@ -223,7 +211,7 @@ def _about_files(
     for link in sorted(path.iterdir()):
         if link.is_symlink() and not link.exists():
             said.append(f"{link.name} is a link to a file that is gone")
-    if few_bits:
+    if quantized:
         return said
     if len(dtypes) > 1:
         counts = ", ".join(f"{count['tensors']} {name}" for name, count in dtypes.items())
@@ -238,22 +226,16 @@ def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """How vLLM serves it: commands in order, and why the first converts, if it does."""
     if tokenizer["error"] is not None or found.quant is not None:
         return {"commands": [], "convert_first": None}
-    folder, first = str(found.path), None
-    if any(f.suffix == ".pth" for f in found.weights.files):
-        first = "vLLM does not read .pth files"
-    elif found.layout == "huggingface" and len(set(found.args.windows)) > 1:
-        first = "vLLM reads a window for each layer in Mistral's layout"
+    folder, serving = str(found.path), found.layout.serving(found.path, found.args, found.weights.files)
     commands = []
-    if first:
+    if serving.convert_first:
         folder = f"{folder}-converted"
-        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to mistral")
-    if found.layout == "mistral" or first:
-        options = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
-    else:
-        options = "--config_format hf --load_format safetensors"
-        if not (found.path / "tokenizer.json").is_file():
-            options = f"--tokenizer_mode mistral {options}"
-    return {"commands": [*commands, f"vllm serve {_word(folder)} {options}"], "convert_first": first}
+        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {NATIVE.to}")
+        serving = NATIVE.serving(Path(folder), found.args, ())._replace(convert_first=serving.convert_first)
+    return {
+        "commands": [*commands, f"vllm serve {_word(folder)} {serving.flags}"],
+        "convert_first": serving.convert_first,
+    }
 
 
 def _word(path: str) -> str:
@@ -278,21 +260,24 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
         lines += [f"  {command}" for command in report["serve"]["commands"]]
     else:
-        reason = "until it has a tokenizer" if report["tokenizer"]["error"] else "which reads no weights in few bits"
+        reason = (
+            "until it has a tokenizer"
+            if report["tokenizer"]["error"]
+            else "which does not read the quantized weights of this library"
+        )
         lines += ["", f"not served by vLLM {reason}"]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
     shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
-    weights = [f for f in report["files"] if f["role"] == "weights"]
+    weights, layout = [f for f in report["files"] if f["role"] == "weights"], LAYOUTS[report["layout"]]
     each = "" if report["window"]["text"].endswith("layers") else " in every layer"
     words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
     facts = {
         "folder": report["folder"],
         "release": "none that is known" if release is None else " or ".join(release["variants"]),
-        "layout": f"{LAYOUTS[report['layout']]}: {CONFIGS[report['layout']]}, "
-        + file_names(tuple(Path(f["name"]) for f in weights)),
+        "layout": f"{layout.title}: {layout.config}, " + file_names(tuple(Path(f["name"]) for f in weights)),
         "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {' and '.join(report['dtypes'])}",
         "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
         f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "

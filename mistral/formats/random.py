@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder
+from mistral.formats.layouts import NATIVE
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import expected_shapes
@@ -41,7 +42,8 @@ def random_folder(args: ModelArgs, path: Path, dtype: str = "bfloat16", seed: in
     for i, (name, sizes) in enumerate(expected_shapes(args).items()):
         tensors[name] = Stored(sizes, dtype, dtype)
         readers[name] = partial(_weight, block, i * STEP % BLOCK, sizes)
-    return Folder(path, "mistral", "params.json", {}, args, WeightFiles((), tensors, readers), tied=False, notes=())
+    weights = WeightFiles((), tensors, readers)
+    return Folder(path, NATIVE, NATIVE.config, {}, args, weights, tied=False, notes=())
 
 
 def _weight(block: Tensor, place: int, shape: tuple[int, ...], progress: Progress = None) -> Tensor:

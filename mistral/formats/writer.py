@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral import quant
-from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
+from mistral.formats.layout import Layout
 from mistral.formats.weights import CODES, dtype_name
 from mistral.util.errors import ConvertError
 
@@ -27,7 +26,7 @@ PIECE = 2**24  # weights written at a time
 class PlannedTensor:
     """A tensor to be written: Mistral's name and the layout's, shape, dtype.
 
-    Of a weight in few bits, one of the parts that stand for it.
+    Of a quantized weight, one of the parts that stand for it.
     """
 
     source: str
@@ -58,7 +57,7 @@ def header(tensors: list[PlannedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: str) -> list[str]:
+def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: Layout) -> list[str]:
     rounding = Rounding()
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
@@ -68,13 +67,11 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
                 file.write(header(part))
                 for tensor in part:
                     _write_tensor(file, tensor, folder, to, rounding, bar)
-                file.flush()
-                os.fsync(file.fileno())
     return rounding.verdict()
 
 
 def _write_tensor(
-    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: str, rounding: Rounding, bar: tqdm
+    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
     weight = folder.weights.get(tensor.source)
     if tensor.quant is not None:
@@ -82,9 +79,7 @@ def _write_tensor(
         file.write(rounded.view(torch.uint8).numpy().data)
         bar.update(rounded.nbytes)
         return
-    heads = hf.heads_of(tensor.source, folder.args)
-    if to == "hf" and heads is not None:
-        weight = hf.rows_to_hf(weight.contiguous(), heads)
+    weight = to.unfix(tensor.source, folder.args, weight)
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     for piece in weight.split(rows):
         written = piece.to(tensor.dtype).contiguous()
@@ -137,7 +132,4 @@ def as_json(value: dict[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -93,7 +93,7 @@ def test_there_and_back_every_tensor_has_the_same_bytes(tmp_path: Path, dtype: A
     back = convert(tmp_path / "b", tmp_path / "c", "mistral")
     assert hashes(tmp_path / "c") == hashes(src)
     assert len(hashes(src)) == len(state)
-    assert (there.layout, there.files, back.files) == (
+    assert (there.layout.name, there.files, back.files) == (
         "huggingface",
         ("model.safetensors",),
         ("consolidated.safetensors",),

@@ -655,7 +655,7 @@ def test_files(tmp_path: Path, shards: int, index: bool) -> None:
     assert_same(loaded.model.state_dict(), random_state(1))
     assert len(loaded.files) == max(shards, 1)
     found = read_folder(tmp_path)
-    assert found.layout == "huggingface"
+    assert found.layout.name == "huggingface"
     assert list(found.weights.tensors) == list(loaded.model.state_dict())
 
 
@@ -889,7 +889,7 @@ def test_where_both_layouts_are_there_mistrals_is_read(tmp_path: Path, capfd: py
     loaded = load(tmp_path, device="cpu")
     assert_same(loaded.model.state_dict(), random_state(1))
     (note,) = loaded.notes
-    assert note == "the folder holds both layouts: Mistral's was read, Hugging Face's left aside"
+    assert note == "the folder holds several layouts: Mistral's layout was read, Hugging Face's layout ignored"
     outcome = in_process(capfd)("complete", tmp_path, "--max_tokens", 1, "--temperature", 0, stdin="a")
     assert note not in outcome.text
     assert f"note: {note}" in outcome.err.splitlines()
@@ -898,12 +898,12 @@ def test_where_both_layouts_are_there_mistrals_is_read(tmp_path: Path, capfd: py
 def test_half_of_a_layout_does_not_count(tmp_path: Path) -> None:
     make_hf_folder(tmp_path, seed=0)
     write_params(tmp_path, PARAMS)
-    assert read_folder(tmp_path).layout == "huggingface"
+    assert read_folder(tmp_path).layout.name == "huggingface"
     assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state(0))
     write_weights(tmp_path, random_state(1))
     (tmp_path / "model.safetensors").unlink()
     found = read_folder(tmp_path)
-    assert (found.layout, found.notes) == ("mistral", ())
+    assert (found.layout.name, found.notes) == ("mistral", ())
     assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state(1))
 
 

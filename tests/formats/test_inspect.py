@@ -477,7 +477,7 @@ def test_a_tekken_that_is_broken(tiny: Path, broken: Any) -> None:
 
 def test_several_tokenizers(tiny: Path) -> None:
     shutil.copy(tiny / "tokenizer.model", tiny / "tokenizer.model.v3")
-    assert suspicious(tiny) == "several tokenizers: tokenizer.model.v3 is read, tokenizer.model left aside"
+    assert suspicious(tiny) == "several tokenizers: tokenizer.model.v3 is read, tokenizer.model ignored"
 
 
 def test_a_guessed_theta(tmp_path: Path) -> None:
@@ -523,12 +523,12 @@ def test_both_layouts(tiny: Path) -> None:
     report = inspect_folder(tiny)
     assert report["layout"] == "mistral"
     assert report["suspicious"] == [
-        "the folder holds both layouts: Mistral's was read, Hugging Face's left aside",
+        "the folder holds several layouts: Mistral's layout was read, Hugging Face's layout ignored",
         "params.json, which was read, and config.json differ: rope_theta 10000 and 1e+06, window 5 and none",
         "not read, 100 B: model.safetensors",
     ]
     (tiny / "config.json").write_text("{")
-    assert "config.json is there too, left aside, and wrong: " in suspicious(tiny)
+    assert "config.json is there too, ignored, and wrong: " in suspicious(tiny)
 
 
 @pytest.mark.parametrize(
