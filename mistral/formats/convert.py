@@ -69,7 +69,7 @@ class Converted:
         """One line: what was written, and where."""
         dtypes = "/".join(dtype_name(d) for d in self.dtypes)
         names = file_names(tuple(map(Path, self.files)))
-        return f"{self.path}: {self.layout.title}, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
+        return f"{self.path}: {self.layout.title} layout, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
 
 
 def convert(
@@ -157,7 +157,9 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
     if quant is not None and quant not in QUANTS:
         raise ConvertError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
     if quant is not None and layout is not NATIVE:
-        raise ConvertError(f"quantized weights are written in {NATIVE.title}, for this library alone: --to {NATIVE.to}")
+        raise ConvertError(
+            f"quantized weights are written in {NATIVE.title} layout, for this library alone: --to {NATIVE.to}"
+        )
     target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")

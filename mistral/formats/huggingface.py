@@ -369,7 +369,7 @@ class HuggingFaceLayout(Layout):
     """The layout of transformers: config.json and model*.safetensors, other names, another order of rows in q and k."""
 
     name, to = "huggingface", "hf"
-    title = "Hugging Face's layout"
+    title = "Hugging Face's"
     config = "config.json"
     index = INDEX
     shards = True

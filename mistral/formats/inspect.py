@@ -141,8 +141,7 @@ def _words(path: Path) -> int:
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
-    roles = dict.fromkeys((f.name for f in found.weights.files), "weights")
-    roles[found.source] = "shape"
+    roles = {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be both
     if found.layout.index is not None:
         roles[found.layout.index] = "index"
     if tokenizer is not None:
@@ -271,13 +270,14 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _facts(report: dict[str, Any]) -> list[str]:
     shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
-    weights, layout = [f for f in report["files"] if f["role"] == "weights"], LAYOUTS[report["layout"]]
+    layout = LAYOUTS[report["layout"]]
+    weights = tuple(Path(f["name"]) for f in report["files"] if f["role"] == "weights")
     each = "" if report["window"]["text"].endswith("layers") else " in every layer"
     words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
     facts = {
         "folder": report["folder"],
         "release": "none that is known" if release is None else " or ".join(release["variants"]),
-        "layout": f"{layout.title}: {layout.config}, " + file_names(tuple(Path(f["name"]) for f in weights)),
+        "layout": f"{layout.title}: " + ", ".join(dict.fromkeys((layout.config, file_names(weights)))),
         "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {' and '.join(report['dtypes'])}",
         "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
         f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "

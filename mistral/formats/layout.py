@@ -40,7 +40,7 @@ class Layout(ABC):
 
     Args:
         name: in reports and packs, and the key in LAYOUTS.
-        title: human-readable.
+        title: human-readable; "layout" follows it in a sentence.
         to: what `convert --to` calls it; None: it is read and not written.
         config: the file that gives the shape.
         index: the file that says which file holds which tensor, where there are several; None: there is none.

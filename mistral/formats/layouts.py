@@ -28,4 +28,6 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
     complete = [layout for layout in described if layout.has_weights(path)]
     chosen = next(iter(complete), described[0])
     others = " and ".join(layout.title for layout in complete[1:])
-    return chosen, [f"the folder holds several layouts: {chosen.title} was read, {others} ignored"] if others else []
+    return chosen, [
+        f"the folder holds several layouts: {chosen.title} was read, {others} was ignored"
+    ] if others else []

@@ -73,10 +73,10 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         if raw.get("sliding_window", raw["_sliding_window"]) != raw["_sliding_window"]:
             raise ParamsError("params.json gives both sliding_window and _sliding_window, and they differ")
         raw["sliding_window"] = raw.pop("_sliding_window")
-    _quantization(raw)
     for key, reason in REFUSED.items():
-        if raw.get(key) is not None and not (key in QUANTIZATION and isinstance(raw[key], str)):
+        if raw.get(key) is not None and not (key in QUANTIZATION and not isinstance(raw[key], dict)):
             raise ParamsError(f"params.json has {key!r}: {reason}")
+    _quantization(raw)
     if raw.get("model_type") == "mamba":
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
@@ -149,7 +149,7 @@ def _quantization(raw: dict[str, Any]) -> str | None:
     Raises:
         ParamsError: another word, or two that differ.
     """
-    given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None and not isinstance(raw[key], dict)}
+    given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None}
     for key, value in given.items():
         if value not in QUANTS:
             raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be {' or '.join(QUANTS)}")
@@ -174,7 +174,7 @@ class MistralLayout(Layout):
     """The layout of Mistral's own downloads: params.json and consolidated weights."""
 
     name, to = "mistral", "mistral"
-    title = "Mistral's layout"
+    title = "Mistral's"
     config = "params.json"
 
     def has_weights(self, path: Path) -> bool:

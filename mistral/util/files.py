@@ -75,7 +75,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError as error:  # a null in it
-        raise FormatError(f"{os.fspath(path)!r} cannot be a file: {error}") from None
+        raise FormatError(f"{os.fspath(path)!r} cannot be written: {error}") from None
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:

@@ -889,7 +889,7 @@ def test_where_both_layouts_are_there_mistrals_is_read(tmp_path: Path, capfd: py
     loaded = load(tmp_path, device="cpu")
     assert_same(loaded.model.state_dict(), random_state(1))
     (note,) = loaded.notes
-    assert note == "the folder holds several layouts: Mistral's layout was read, Hugging Face's layout ignored"
+    assert note == "the folder holds several layouts: Mistral's was read, Hugging Face's was ignored"
     outcome = in_process(capfd)("complete", tmp_path, "--max_tokens", 1, "--temperature", 0, stdin="a")
     assert note not in outcome.text
     assert f"note: {note}" in outcome.err.splitlines()

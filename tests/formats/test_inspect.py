@@ -523,7 +523,7 @@ def test_both_layouts(tiny: Path) -> None:
     report = inspect_folder(tiny)
     assert report["layout"] == "mistral"
     assert report["suspicious"] == [
-        "the folder holds several layouts: Mistral's layout was read, Hugging Face's layout ignored",
+        "the folder holds several layouts: Mistral's was read, Hugging Face's was ignored",
         "params.json, which was read, and config.json differ: rope_theta 10000 and 1e+06, window 5 and none",
         "not read, 100 B: model.safetensors",
     ]

@@ -75,7 +75,7 @@ def test_the_table() -> None:
 class OneFile(Layout):
     """All of a model in one file, with names and an order of rows of its own."""
 
-    name, title, config = "one-file", "a layout of one file", "model.one"
+    name, title, config = "one-file", "one file", "model.one"
 
     def has_config(self, path: Path) -> bool:
         return self.has_weights(path)
@@ -131,7 +131,7 @@ def test_a_third_row_is_all_it_takes(tmp_path: Path, third: None) -> None:
     assert loaded.notes[0] == "its shape was guessed"
     report = inspect_folder(tmp_path / "a")
     assert report["layout"] == "one-file"
-    assert "a layout of one file: model.one" in as_text(report)
+    assert "one file: model.one" in as_text(report)
     convert(tmp_path / "a", tmp_path / "b", "mistral")
     assert torch.equal(load(tmp_path / "b", device="cpu").model.output.weight, state["output.weight"])
 
@@ -153,5 +153,5 @@ def test_which_layout_a_folder_has(tmp_path: Path, third: None) -> None:
     (tmp_path / "consolidated.safetensors").touch()
     assert find_layout(tmp_path) == (
         NATIVE,
-        ["the folder holds several layouts: Mistral's layout was read, a layout of one file ignored"],
+        ["the folder holds several layouts: Mistral's was read, one file was ignored"],
     )
