@@ -232,7 +232,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: seen.append(folder))
-    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -274,7 +274,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
     monkeypatch.setattr(
-        "mistral.cli.terminal._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+        "mistral.cli.generate.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
     )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
@@ -289,7 +289,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
-    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)
