@@ -10,17 +10,19 @@ import glob
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mistral.fast.layout import QUANTS, is_quantized, stored_as
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.layout import Layout
+from mistral.formats.layout import Layout, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
@@ -28,13 +30,14 @@ from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
-from mistral.util.errors import ConvertError
+from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
 
+GENERATION = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
-TOKENIZER_FILES = (
+# What is carried along, as it is, into either layout.
+CARRIED = (
     "tokenizer.model*",
     "tekken.json",
     "tokenizer.json",
@@ -42,6 +45,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "additional_chat_templates/*",
+    GENERATION,
+    "LICEN[CS]E*",
 )
 
 
@@ -127,8 +133,9 @@ def write_folder(
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     described = _describe(folder, layout, tensors, quant, notes)
-    patterns = TOKENIZER_FILES + layout.extra
-    carried = sorted({path for pattern in patterns for path in folder.path.glob(pattern) if path.is_file()})
+    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
+    carried = sorted(path for path in found if path.name not in described)
+    notes += _not_carried(folder, carried, set(described))
     if layout is not NATIVE and carried and not (folder.path / "tokenizer.json").is_file():
         notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
     rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
@@ -140,7 +147,9 @@ def write_folder(
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
                 write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
             for path in carried:
-                shutil.copyfile(path, work / path.name)  # what a link leads to, with the modes of a new file
+                copy = work / path.relative_to(folder.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
             for name, text in described.items():  # last, because no folder without them is taken for a model
                 write_text(work / name, text)
             read_folder(work)
@@ -244,7 +253,40 @@ def _describe(
         folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
     )
     notes += assumed
-    return {layout.config: as_json(described)}
+    if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
+        notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
+    texts = {layout.config: as_json(described)}
+    if "eos_token_id" not in described:
+        texts |= _ends(folder, notes)
+    return texts
+
+
+def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
+    """A generation_config.json with the ids that end sequences, where the source's config.json alone names them."""
+    named = _ids(folder.raw.get("eos_token_id"))
+    path = folder.path / GENERATION
+    generation = read_object(path) if path.is_file() else {}
+    there = _ids(generation.get("eos_token_id"))
+    with suppress(TokenizerError):
+        there.append(load_tokenizer(folder.path, folder.args.vocab_size).eos_id)
+    if all(i in there for i in named):
+        return {}
+    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
+    notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
+    return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
+    """A note on the files of the source that have no copy and no counterpart in the destination."""
+    used = {folder.source, folder.layout.index, *written, *(path.name for path in folder.weights.files)}
+    used |= {path.relative_to(folder.path).parts[0] for path in carried}
+    rest = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in used)
+    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
+    return [f"not carried along: {shown}"] if rest else []
 
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:

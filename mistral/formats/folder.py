@@ -11,7 +11,8 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import is_quantized, stored_as
-from mistral.formats.layout import Layout
+from mistral.formats.elsewhere import kind_of
+from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names
@@ -69,12 +70,15 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     path = Path(folder)
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise FormatError(f"no such folder: {path}")
-    if not os.path.isdir(path) and not any(layout.has_weights(path) for layout in LAYOUTS.values()):
-        raise FormatError(f"{path} is a file: give the folder that it is in")
-    layout, notes = find_layout(path)
-    raw = layout.read_config(path)
-    args, assumed = layout.to_args(raw, max_batch_size)
-    weights = layout.find_weights(path)
+    try:
+        layout, notes = find_layout(path)
+        raw = layout.read_config(path)
+        args, assumed = layout.to_args(raw, max_batch_size)
+        weights = layout.find_weights(path)
+    except (ParamsError, WeightsError) as error:
+        if what := _what_else(path):
+            raise type(error)(f"{error}; there is {what}") from None
+        raise
     tied, quant = layout.is_tied(raw, weights), layout.quantization(raw)
     try:
         weights = _checked(weights, args, layout, tied, quant)
@@ -82,6 +86,13 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     return Folder(path, layout, layout.config, raw, args, weights, tied, (*notes, *assumed), quant)
+
+
+def _what_else(path: Path) -> str | None:
+    """What there is in the place of weights that are read here."""
+    if any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        return None
+    return kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
 
 
 def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, tied: bool, quant: str | None) -> WeightFiles:

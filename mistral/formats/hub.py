@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from mistral.formats.elsewhere import kind_of
 from mistral.formats.layout import Layout
 from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
@@ -169,16 +170,9 @@ def _choose(names: Collection[str]) -> _Choice | None:
 
 def _unsupported(repo: str, names: Collection[str]) -> str:
     """What a repository without weights that are read here has instead, in one line."""
-    kinds = {
-        "GGUF files: give the repository that they were made from": r".*\.gguf",
-        "an adapter: merge it into its model first": r"adapter_(model|config)\..*",
-        "pytorch_model.bin: it must be saved as safetensors first": r"pytorch_model.*\.bin",
-        ".pth files in several parts: they must be joined first": r"consolidated\.01\.pth",
-    }
     expected = "expected consolidated.safetensors with params.json, or model.safetensors with config.json"
-    for what, pattern in kinds.items():
-        if any(re.fullmatch(pattern, name.rpartition("/")[2]) for name in names):
-            return f"{repo} has no weights that are read here ({expected}), but {what}"
+    if what := kind_of(names):
+        return f"{repo} has no weights that are read here ({expected}), but {what}"
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
     return f"{repo} is no model that is read here: {expected}, but it has {shown or 'no files'}"
 

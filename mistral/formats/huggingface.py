@@ -27,7 +27,7 @@ from mistral.formats.weights import (
     some_names,
 )
 from mistral.parameters import OUTPUT
-from mistral.util.errors import ConvertError, short_repr
+from mistral.util.errors import ConvertError, printable, short_repr
 from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
@@ -124,19 +124,27 @@ HARMLESS = {
     "initializer_range": "training",
     "label2id": "a classifier's",
     "max_position_embeddings": "how long the training sequences were",
+    "max_sequence_length": "how long the training sequences were",
     "model_type": "checked on its own",
     "output_attentions": "an option of transformers",
     "output_hidden_states": "an option of transformers",
     "pad_token_id": "the tokenizer's",
     "problem_type": "a classifier's",
     "return_dict": "an option of transformers",
+    "tokenizer": "the tokenizer's",
     "tokenizer_class": "the tokenizer's",
     "torch_dtype": "the weights have their own",
     "transformers_version": "where it was exported",
+    "trust_remote_code": "code, which is never run",
     "unk_token_id": "the tokenizer's",
     "unsloth_fixed": "where it was exported",
     "unsloth_version": "where it was exported",
     "use_cache": "an option of transformers",
+}
+# Those that are written anew, or say nothing about a model.
+LABELS = {
+    *("_attn_implementation", "_name_or_path", "architectures", "dtype", "eos_token_id", "bos_token_id", "model_type"),
+    *("max_position_embeddings", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
 }
 # Keys with a meaning that is worked out below.
 HANDLED = {
@@ -158,6 +166,12 @@ ONLY = {
     "tie_encoder_decoder": (False,),
     "pretraining_tp": (1,),
     "use_sliding_window": (True, None),
+}
+# Keys of quantized checkpoints.
+QUANTIZED = {
+    "quantization_config": "a quantized checkpoint",
+    "quantization": "a checkpoint quantized by MLX",
+    "quip_params": "a checkpoint quantized by QuIP#",
 }
 # Other kinds of model of the family, by model_type; transformers and vLLM have them.
 ELSEWHERE = {
@@ -190,9 +204,13 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
         if key in ONLY:
             if value not in ONLY[key]:
                 raise ParamsError(f"config.json has {key} = {short_repr(value)}, which this model does not have")
-        elif key == "quantization_config":
+        elif key in QUANTIZED:
             if value is not None:
-                raise ParamsError(f"config.json has {key!r}: a quantized checkpoint: use transformers or vLLM")
+                method = value.get("quant_method") if isinstance(value, dict) else None
+                what = f"a checkpoint quantized by {printable(method)}" if isinstance(method, str) else QUANTIZED[key]
+                raise ParamsError(
+                    f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
+                )
         elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
@@ -295,11 +313,7 @@ def find_hf_weights(folder: Path) -> WeightFiles:
     parts = numbered_parts(folder, "model")
     if parts:
         return open_safetensors(parts)
-    old = next(folder.glob("pytorch_model*.bin"), None)
-    advice = f"; {old.name} must be saved as safetensors first" if old else ""
-    raise WeightsError(
-        f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors{advice}"
-    )
+    raise WeightsError(f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors")
 
 
 def _indexed_parts(index: Path) -> tuple[Path, ...]:
@@ -374,7 +388,6 @@ class HuggingFaceLayout(Layout):
     index = INDEX
     shards = True
     absent_window = str(DEFAULT_WINDOW)
-    extra = ("generation_config.json",)
 
     def has_weights(self, path: Path) -> bool:
         return has_hf_weights(path)
@@ -401,6 +414,9 @@ class HuggingFaceLayout(Layout):
 
     def is_tied(self, raw: dict[str, Any], weights: WeightFiles) -> bool:
         return raw.get("tie_word_embeddings") is True and to_hf(OUTPUT) not in weights.tensors
+
+    def unused(self, raw: dict[str, Any]) -> list[str]:
+        return [key for key in raw if key in HARMLESS and key not in LABELS and raw[key] is not None]
 
     def in_its_words(self, text: str) -> str:
         return in_their_words(text)

@@ -16,7 +16,7 @@ from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
-from mistral.formats.layout import ParamsError
+from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE
 from mistral.formats.releases import COMPARED, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
@@ -24,6 +24,7 @@ from mistral.formats.weights import Stored, file_names
 from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 from mistral.util import memory
+from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,7 +47,8 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     found = read_folder(path)
     args = found.args
     tokenizer = _tokenizer(path)
-    release, odd = identify(args, None if tokenizer["error"] else tokenizer["kind"])
+    known = tokenizer["words"] is not None
+    release, odd = identify(args, tokenizer["kind"] if known else None, tokenizer["version"])
     files = _files(found, tokenizer["file"])
     dtypes = _dtypes(found.tensors)
     suspicious = [
@@ -67,8 +69,9 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
         "window": {"text": args.window_text, "layers": list(args.windows), "rule": found.layout.window_rule(found.raw)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
+        "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
-        "template": _template(path, tokenizer, release),
+        "template": _template(tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
             "cache": [
@@ -110,33 +113,33 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
 
 def _tokenizer(path: Path) -> dict[str, Any]:
     paths = tokenizer_files(path)
-    facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
+    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
     if not paths:
         return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
-        return facts | {"words": _words(paths[0])}
+        words, version = _words_and_version(paths[0])
+        return facts | {"words": words, "version": version}
     except TokenizerError as error:
         return facts | {"error": str(error)}
 
 
-def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
-    """What a conversation would be written in, and by which rule that is known."""
-    if release is not None:
+def _template(tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
+    """What a conversation is written in, and by which rule that is known; as `chat.templates.find_template` decides."""
+    version, kind = tokenizer["version"], tokenizer["kind"]
+    if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
         return {"name": release.template, "rule": "of the release's instruct variants"}
-    if tokenizer["words"] is None:
+    if version is None:
         return None
-    file = path / tokenizer["file"]
-    if tokenizer["kind"] == "tekken":
-        config = json.loads(file.read_bytes())["config"]  # which was looked at when the words were counted
-        name = f"{config.get('version')}-tekken"
-    else:
-        name = Tokenizer(file).version
-    return {"name": name, "rule": f"by {tokenizer['file']}"}
+    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
 
 
-def _words(path: Path) -> int:
-    return Tokenizer(path).n_words if tokenizer_kind(path) == "sentencepiece" else tekken_words(path)
+def _words_and_version(path: Path) -> tuple[int, str]:
+    if tokenizer_kind(path) == "sentencepiece":
+        tokenizer = Tokenizer(path)
+        return tokenizer.n_words, tokenizer.version
+    words = tekken_words(path)  # looks at the file first
+    return words, str(json.loads(read_limited(path))["config"].get("version"))
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
@@ -223,7 +226,8 @@ def _about_files(
 
 def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """How vLLM serves it: commands in order, and why the first converts, if it does."""
-    if tokenizer["error"] is not None or found.quant is not None:
+    others = (found.path / "tokenizer.json").is_file() and found.layout is not NATIVE  # vLLM reads it, we may not
+    if (tokenizer["error"] is not None and not others) or found.quant is not None:
         return {"commands": [], "convert_first": None}
     folder, serving = str(found.path), found.layout.serving(found.path, found.args, found.weights.files)
     commands = []
@@ -286,6 +290,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {KINDS[tokenizer['kind']]}{words}" if tokenizer["file"] else "none",
     }
+    if report["trained_length"] is not None:
+        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
     if report["template"] is not None:
         facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
     return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]

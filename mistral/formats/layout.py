@@ -46,7 +46,6 @@ class Layout(ABC):
         index: the file that says which file holds which tensor, where there are several; None: there is none.
         shards: whether large models are written as several files.
         absent_window: what it means if the file that gives the shape has no sliding window.
-        extra: files, as patterns, that have a use in this layout alone and are carried along by `convert`.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Layout(ABC):
     index: str | None = None
     shards = False
     absent_window = "none"
-    extra: tuple[str, ...] = ()
 
     # --- what is there
 
@@ -121,6 +119,10 @@ class Layout(ABC):
     def in_its_words(self, text: str) -> str:
         """A sentence about ModelArgs, with the layout's names of what it is about."""
         return text
+
+    def unused(self, raw: dict[str, Any]) -> list[str]:
+        """Keys of what gives the shape that change no number, and that another layout may have no place for."""
+        return []
 
     # --- writing
 

@@ -21,6 +21,8 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
     Raises:
         ParamsError: nothing gives a shape.
     """
+    if path.is_file() and not any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        raise ParamsError(f"{path} is a file: give the folder that it is in")
     described = [layout for layout in LAYOUTS.values() if layout.has_config(path)]
     if not described:
         names = " and ".join(f"no {layout.config}" for layout in LAYOUTS.values())

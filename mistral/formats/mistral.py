@@ -33,7 +33,9 @@ HARMLESS = {
     "max_batch_size": "a setting of the machine it was exported on",
     "dtype": "the weights have their own",
     "model_type": "a label, unless it is that of a Mamba model",
+    "lora": "how it was fine-tuned: mistral-finetune writes it beside merged weights too",
 }
+LABELS = ("max_seq_len", "max_position_embeddings", "max_batch_size", "dtype", "model_type")  # written anew, or empty
 # Would make the numbers wrong if they were ignored, unless they are null; where to go instead. What says most about
 # the model comes first: a later release has several of them.
 REFUSED = {
@@ -49,7 +51,6 @@ REFUSED = {
     "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
     "ssm_config": "a Mamba model (Codestral Mamba): use transformers or mamba-ssm",
-    "lora": "a LoRA adapter, not a model: merge it into its base first",
 }
 # Harmless only with the one value that means "not used".
 REFUSED_UNLESS = {
@@ -189,6 +190,9 @@ class MistralLayout(Layout):
 
     def find_weights(self, path: Path) -> WeightFiles:
         return find_weights(path)
+
+    def unused(self, raw: dict[str, Any]) -> list[str]:
+        return [key for key in raw if key in HARMLESS and key not in LABELS]
 
     def quantization(self, raw: dict[str, Any]) -> str | None:
         return _quantization(raw)

@@ -14,7 +14,7 @@ from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
-from mistral.formats.weights import file_names
+from mistral.formats.weights import Stored, file_names
 from mistral.loader.options import OptionError
 from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
 from mistral.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def load(
     """
     found = read_folder(BUNDLED if folder is None else locate(folder), max_batch_size)
     tokenizer = load_tokenizer(found.path, found.args.vocab_size)
-    release, odd = identify(found.args, tokenizer_kind(tokenizer.path))
+    release, odd = identify(found.args, tokenizer_kind(tokenizer.path), tokenizer.version)
     model, run = assemble(
         found,
         device=device,
@@ -177,8 +177,18 @@ def assemble(
 def _size_in_memory(found: Folder, run: Runtime) -> int:
     """Bytes of the weights once they are loaded."""
     if run.quant is None:
-        return found.parameters * run.weights.itemsize
+        return sum(tensor.parameters * _kept(tensor, run).itemsize for tensor in found.tensors.values())
     return sum(bytes_of(name, s, run.quant, run.weights.itemsize) for name, s in expected_shapes(found.args).items())
+
+
+def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
+    """The dtype in which a tensor is kept: where weights stay as they are stored, each has its own, up to that of the
+    arithmetic; a checkpoint may mix them."""
+    import torch
+
+    own: torch.dtype = getattr(torch, str(tensor.dtype))
+    fits = run.weights != run.compute and torch.promote_types(own, run.compute) == run.compute
+    return own if fits else run.compute
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
@@ -207,7 +217,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
-                tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
+                weight = found.weights.get(name, bar.update)
+                tensors[name] = weight.to(run.device, _kept(found.weights.tensors[name], run), copy=own)
     if found.tied:
         tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:

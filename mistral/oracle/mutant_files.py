@@ -43,7 +43,7 @@ def write(
     require_ids(prompts, found.args)
     if not os.fspath(folder):
         raise FormatError("the folder to write to has no name")
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

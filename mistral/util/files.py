@@ -103,8 +103,8 @@ def folder_atomic(place: Path) -> Iterator[Path]:
     try:
         work.mkdir()
         yield work
-        for file in work.iterdir():
-            _sync_file(file)
+        for inner in sorted(work.rglob("*")):
+            (_sync_folder if inner.is_dir() else _sync_file)(inner)
         _sync_folder(work)
         if place.is_dir():
             place.rmdir()
