@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import is_quantized, stored_as
+from mistral.fast.layout import stored_as
 from mistral.formats.elsewhere import kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names
-from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
+from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
 
 
@@ -30,7 +29,6 @@ class Folder:
         source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
-        tied: whether output.weight is tok_embeddings.weight under another name.
         quant: "int8" or "int4" where the matrices are stored quantized, under the names of `fast.layout.stored_as`;
             else None.
         notes: what was assumed or ignored, a sentence each.
@@ -42,21 +40,18 @@ class Folder:
     raw: dict[str, Any]
     args: ModelArgs
     weights: WeightFiles
-    tied: bool
     notes: tuple[str, ...]
     quant: str | None = None
 
     @property
     def tensors(self) -> dict[str, Stored]:
-        """The tensors that there are, each once, in the files' order: a tied output is not among them."""
-        names = (name for name in self.weights.readers if not (self.tied and name == OUTPUT))
-        return {name: self.weights.tensors[name] for name in names}
+        """The tensors that there are, in the files' order."""
+        return {name: self.weights.tensors[name] for name in self.weights.readers}
 
     @property
     def parameters(self) -> int:
         """How many weights there are."""
-        shapes = expected_shapes(self.args)
-        return sum(math.prod(shape) for name, shape in shapes.items() if not (self.tied and name == OUTPUT))
+        return sum(parameter.numel for parameter in parameters(self.args).values())
 
 
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
@@ -79,13 +74,14 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         if what := _what_else(path):
             raise type(error)(f"{error}; there is {what}") from None
         raise
-    tied, quant = layout.is_tied(raw, weights), layout.quantization(raw)
+    args, tied = _untied(args, weights, layout)
+    quant = layout.quantization(raw)
     try:
-        weights = _checked(weights, args, layout, tied, quant)
+        weights = _checked(weights, args, layout, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
-    return Folder(path, layout, layout.config, raw, args, weights, tied, (*notes, *assumed), quant)
+    return Folder(path, layout, layout.config, raw, args, weights, (*notes, *assumed, *tied), quant)
 
 
 def _what_else(path: Path) -> str | None:
@@ -95,7 +91,16 @@ def _what_else(path: Path) -> str | None:
     return kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
 
 
-def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, tied: bool, quant: str | None) -> WeightFiles:
+def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[ModelArgs, list[str]]:
+    """The args without a tie where the files hold an output matrix, and a note: what is there is what was meant."""
+    own = [layout.name_of(n) for n in (OUTPUT, "output.packed") if layout.name_of(n) in weights.tensors]
+    if not args.tied_embeddings or not own:
+        return args, []
+    note = f"the output is said to be tied to the embeddings, but the files hold {own[0]}, which was read"
+    return replace(args, tied_embeddings=False), [note]
+
+
+def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str | None) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
@@ -104,8 +109,6 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, tied: bool, 
         )
     shapes, dtypes = stored_shapes(args, quant)
     names = {ours: layout.name_of(ours) for ours in shapes}
-    if tied:
-        names[OUTPUT] = names[EMBEDDINGS]
     stored = {name: t for name, t in weights.tensors.items() if not layout.ignores(name)}
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
     check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, layout.config, dtypes)
@@ -119,11 +122,11 @@ def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[i
     """Names and shapes of the tensors in files, with the dtypes of those that are no weights of any float's size."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for name, shape in expected_shapes(args).items():
-        if quant is None or not is_quantized(name):
-            shapes[name] = shape
+    for name, parameter in parameters(args).items():
+        if quant is None or not parameter.quantized:
+            shapes[name] = parameter.shape
         else:
-            for stored, (sizes, dtype) in stored_as(name, shape, quant).items():
+            for stored, (sizes, dtype) in stored_as(parameter, quant).items():
                 shapes[stored], dtypes[stored] = sizes, dtype
     return shapes, dtypes
 

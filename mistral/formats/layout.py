@@ -108,10 +108,6 @@ class Layout(ABC):
         """The reader of a tensor that Mistral calls `name`, with rows in Mistral's order."""
         return reader
 
-    def is_tied(self, raw: dict[str, Any], weights: WeightFiles) -> bool:
-        """Whether the output matrix is the embeddings, and not in the files."""
-        return False
-
     def quantization(self, raw: dict[str, Any]) -> str | None:
         """ "int8" or "int4" where the matrices are stored quantized as `fast.layout` has it."""
         return None

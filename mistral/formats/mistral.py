@@ -13,7 +13,6 @@ from mistral.formats.layout import Layout, ParamsError, Serving, read_object, tr
 from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
 from mistral.util.errors import short_repr
-from mistral.window import shortest_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_object", "to_args"]
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-OPTIONAL = ("sliding_window", "rope_theta")
+OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
 # Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
 # have an object there. The second is what this library wrote before 0.1.
 QUANTIZATION = ("quantization", "few_bits")
@@ -54,7 +53,6 @@ REFUSED = {
 }
 # Harmless only with the one value that means "not used".
 REFUSED_UNLESS = {
-    "tied_embeddings": (False, None),
     "causal": (True, None),
     "use_biases": (False, None),
     "attn_bias": (False, None),
@@ -96,6 +94,8 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
     if missing:
         raise ParamsError(f"params.json lacks {', '.join(missing)}")
     values = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if key in raw}
+    if raw.get("tied_embeddings") is None:
+        values.pop("tied_embeddings", None)
     window = values.get("sliding_window")
     if isinstance(window, str):
         values["sliding_window"] = _window_from_text(window)
@@ -161,14 +161,8 @@ def _quantization(raw: dict[str, Any]) -> str | None:
 
 def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -> dict[str, Any]:
     """What a params.json holds; `length` is how long the training sequences were."""
-    params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
-    params["sliding_window"] = shortest_pattern(args.windows)
-    params["rope_theta"] = args.rope_theta
-    if length is not None:
-        params["max_seq_len"] = length
-    if quant is not None:
-        params[QUANTIZATION[0]] = quant
-    return params
+    params = args.to_params() | ({} if length is None else {"max_seq_len": length})
+    return params if quant is None else {**params, QUANTIZATION[0]: quant}
 
 
 class MistralLayout(Layout):

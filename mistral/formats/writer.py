@@ -16,6 +16,7 @@ from mistral import quant
 from mistral.formats.folder import Folder
 from mistral.formats.layout import Layout
 from mistral.formats.weights import CODES, dtype_name
+from mistral.parameters import Parameter
 from mistral.util.errors import ConvertError
 
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
@@ -24,12 +25,12 @@ PIECE = 2**24  # weights written at a time
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: Mistral's name and the layout's, shape, dtype.
+    """A tensor to be written: the weight that it is, its name in the layout, shape, dtype.
 
     Of a quantized weight, one of the parts that stand for it.
     """
 
-    source: str
+    source: Parameter
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -73,13 +74,13 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = folder.weights.get(tensor.source)
+    weight = folder.weights.get(tensor.source.name)
     if tensor.quant is not None:
         rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
         file.write(rounded.view(torch.uint8).numpy().data)
         bar.update(rounded.nbytes)
         return
-    weight = to.unfix(tensor.source, folder.args, weight)
+    weight = to.unfix(tensor.source.name, folder.args, weight)
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     for piece in weight.split(rows):
         written = piece.to(tensor.dtype).contiguous()
@@ -105,7 +106,7 @@ class Rounding:
             return  # wider: exact
         infinite = int((after.isinf() & before.isfinite()).sum())
         if infinite and not self.infinite:
-            self.first = tensor.source
+            self.first = tensor.source.name
         self.infinite += infinite
         self.zero += int(((after == 0) & (before != 0)).sum())
 
