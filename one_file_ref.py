@@ -79,8 +79,8 @@ class ModelArgs:
         try:
             params = json.loads(path.read_text(encoding="utf-8-sig"))
             params = {k: v for k, v in params.items() if k not in HARMLESS and v not in (None, UNUSED.get(k))}
-            if "_sliding_window" in params and params.get("sliding_window") is None:  # how some releases spell it
-                params["sliding_window"] = params.pop("_sliding_window")
+            if "_sliding_window" in params and params.get("sliding_window") in (None, params["_sliding_window"]):
+                params["sliding_window"] = params.pop("_sliding_window")  # how some releases spell it
             if isinstance(window := params.get("sliding_window"), str):  # a number, null, none or nothing
                 params["sliding_window"] = json.loads(window.lower().replace("none", "null") or "null")
             unknown, missing = params.keys() - {*known}, {*known} - params.keys() - {"sliding_window", "rope_theta"}
