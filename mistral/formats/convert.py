@@ -22,7 +22,7 @@ import torch
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.layout import Layout, read_object
+from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
@@ -126,7 +126,9 @@ def write_folder(
     """
     layout, target = _layout_and_dtype(to, dtype, quant)
     if folder.quant is not None:
-        raise ConvertError(f"the weights of {folder.path} have been rounded to {folder.quant}: convert what they were")
+        raise ConvertError(
+            f"the weights of {folder.path} are already quantized to {folder.quant}: convert what they were made from"
+        )
     place = _destination(folder.path, Path(dst))
     notes = list(folder.notes)
     files = _plan(folder, layout, target, quant, shard_size)
@@ -262,8 +264,9 @@ def _describe(
 def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
     """A generation_config.json with the ids that end sequences, where the source's config.json alone names them."""
     named = _ids(folder.raw.get("eos_token_id"))
-    path = folder.path / GENERATION
-    generation = read_object(path) if path.is_file() else {}
+    path, generation = folder.path / GENERATION, dict[str, Any]()
+    with suppress(ParamsError):  # a broken one is carried along as it is
+        generation = read_object(path) if path.is_file() else {}
     there = _ids(generation.get("eos_token_id"))
     with suppress(TokenizerError):
         there.append(load_tokenizer(folder.path, folder.args.vocab_size).eos_id)

@@ -14,7 +14,7 @@ from mistral.formats.elsewhere import kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
-from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names
+from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
 
@@ -103,6 +103,9 @@ def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[Mode
 def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str | None) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
+    if adapter := [name for name in weights.tensors if ".lora_" in name]:
+        what = "a LoRA adapter, not a model: merge it into its base model first"
+        raise WeightsError(f"the weights in {where} hold {some_names(adapter)}: {what}")
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
             f"{layout.config} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"

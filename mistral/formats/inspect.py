@@ -18,7 +18,7 @@ from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE
-from mistral.formats.releases import COMPARED, Release, identify
+from mistral.formats.releases import COMPARED, RELEASES, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import parameters
@@ -60,7 +60,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     ]
     return {
         "folder": str(path),
-        "release": None if release is None else _release(release),
+        "release": None if release is None else _release(release, tokenizer["version"]),
         "layout": found.layout.name,
         "files": files,
         "bytes": sum(f["bytes"] for f in files),
@@ -88,10 +88,11 @@ def _weight_bytes(found: Folder, itemsize: int) -> int:
     return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
 
 
-def _release(release: Release) -> dict[str, Any]:
+def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
+    same = [r for r in RELEASES if r is release or (tokenizer_version is None and r.shape == release.shape)]
     return {
         "name": release.name,
-        "variants": list(release.variants),
+        "variants": [variant for one in same for variant in one.variants],
         "template": release.template,
         "tokenizer": release.tokenizer_file,
         "files": list(release.files),
@@ -132,12 +133,13 @@ def _template(tokenizer: dict[str, Any], release: Release | None) -> dict[str, s
     return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
 
 
-def _words_and_version(path: Path) -> tuple[int, str]:
+def _words_and_version(path: Path) -> tuple[int, str | None]:
     if tokenizer_kind(path) == "sentencepiece":
         tokenizer = Tokenizer(path)
         return tokenizer.n_words, tokenizer.version
     words = tekken_words(path)  # looks at the file first
-    return words, str(json.loads(read_limited(path))["config"].get("version"))
+    version = json.loads(read_limited(path))["config"].get("version")
+    return words, version if isinstance(version, str) else None
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:

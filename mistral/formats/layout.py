@@ -176,7 +176,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         text = read_limited(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} cannot be read: {error}") from None
+        raise ParamsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits

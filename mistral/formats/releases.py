@@ -68,6 +68,11 @@ class Release:
     wrong_copies: tuple[WrongCopy, ...] = ()
 
     @property
+    def shape(self) -> tuple[Value, ...]:
+        """What COMPARED names."""
+        return tuple(getattr(self, name) for name in COMPARED)
+
+    @property
     def tokenizer_version(self) -> str:
         """The version of its tokenizer, as far as its file is named for one: "v1", "v3", "v7"."""
         return (
@@ -185,22 +190,6 @@ RELEASES = (
         wrong_copies=(STRAY_WINDOW,),
     ),
     Release(
-        name="Large 2407",
-        variants=("Large Instruct 2407",),
-        dim=12288,
-        n_layers=88,
-        hidden_dim=28672,
-        n_heads=96,
-        vocab_size=32768,
-        sliding_window=None,
-        rope_theta=1e6,
-        tokenizer_kind="sentencepiece",
-        tokenizer_file="tokenizer.model.v3",
-        template="v3",
-        files=("params.json", "consolidated-*-of-*.safetensors", "tokenizer.model.v3"),
-        wrong_copies=(STRAY_WINDOW,),
-    ),
-    Release(
         name="Large 2411",
         variants=("Large Instruct 2411",),
         dim=12288,
@@ -214,6 +203,22 @@ RELEASES = (
         tokenizer_file="tokenizer.model.v7",
         template="v7",
         files=("params.json", "consolidated-*-of-*.safetensors", "tokenizer.model.v7"),
+        wrong_copies=(STRAY_WINDOW,),
+    ),
+    Release(
+        name="Large 2407",
+        variants=("Large Instruct 2407",),
+        dim=12288,
+        n_layers=88,
+        hidden_dim=28672,
+        n_heads=96,
+        vocab_size=32768,
+        sliding_window=None,
+        rope_theta=1e6,
+        tokenizer_kind="sentencepiece",
+        tokenizer_file="tokenizer.model.v3",
+        template="v3",
+        files=("params.json", "consolidated-*-of-*.safetensors", "tokenizer.model.v3"),
         wrong_copies=(STRAY_WINDOW,),
     ),
     Release(

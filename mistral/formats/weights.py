@@ -173,11 +173,6 @@ def check_tensors(
     Raises:
         WeightsError: names, shapes or dtypes differ; the message names them.
     """
-    if adapter := [name for name in found if ".lora_" in name]:
-        raise WeightsError(
-            f"the weights in {where} hold {some_names(adapter)}: a LoRA adapter, not a model: "
-            "merge it into its base model first"
-        )
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing or unknown:

@@ -233,8 +233,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
-                weight = found.weights.get(name, bar.update)
-                tensors[name] = weight.to(run.device, _kept(found.weights.tensors[name], run), copy=own)
+                dtype = _kept(found.weights.tensors[name], run)
+                tensors[name] = found.weights.get(name, bar.update).to(run.device, dtype, copy=own)
     if few_bits:
         tensors |= put_quantized(model, few_bits)
         for module in few_bits.values():

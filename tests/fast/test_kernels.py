@@ -844,9 +844,12 @@ def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest
     for words, error in (
         (
             ["complete", few, "Hi", "--quant", "int8"],
-            f"the weights of {few} have been rounded to int4: leave out quant",
+            f"the weights of {few} are already quantized to int4: omit quant",
         ),
-        (["convert", few, tmp_path / "again", "--to", "mistral"], f"the weights of {few} have been rounded to int4"),
+        (
+            ["convert", few, tmp_path / "again", "--to", "mistral"],
+            f"the weights of {few} are already quantized to int4",
+        ),
         (["convert", folder, tmp_path / "hf", "--to", "hf", "--quant", "int4"], "quantized weights are written in"),
         (["convert", folder, tmp_path / "int2", "--to", "mistral", "--quant", "int2"], "quant 'int2' is not one of"),
         (["complete", few, "Hi", "--dtype", "float64"], "quantized weights are for a CPU in float32"),

@@ -155,7 +155,7 @@ def test_a_release_in_both_layouts_is_transformers(tmp_path: Path, release: str)
         assert (len(loaded.files) > 1) == (folder.name == "sharded" or (form == "parts" and folder == tmp_path))
         assert loaded.args.windows == args.windows
         assert loaded.args.rope_theta == args.rope_theta
-        assert not [note for note in loaded.notes if "no word for" not in note]
+        assert not [note for note in loaded.notes if "no token for" not in note]
         assert_same(loaded.model.state_dict(), state)
         assert log_probs_apart(loaded, want, prompts) < TOLERANCE
         with torch.no_grad():
@@ -733,7 +733,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "adapter": (
         lambda s: s.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}),
-        "hold unknown model.layers.0.self_attn.q_proj.lora_A.weight",
+        "hold model.layers.0.self_attn.q_proj.lora_A.weight: a LoRA adapter, not a model",
     ),
     "one layer more": (
         lambda s: s.update({"model.layers.2.mlp.up_proj.weight": torch.ones(40, 24)}),
@@ -872,7 +872,7 @@ def test_pickled_weights_get_advice(tmp_path: Path, name: str) -> None:
     path.rename(tmp_path / name)
     error = spoilt(tmp_path)
     assert error.startswith(f"no weights in {tmp_path}: expected model.safetensors, or ")
-    assert error.endswith(f"; {name} must be saved as safetensors first")
+    assert error.endswith("; there is pytorch_model.bin: it must be saved as safetensors first")
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mistral.parameters import parameters
 from mistral.quant import quantize
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
-from tests.support.folders import PARAMS, make_folder, random_state
+from tests.support.folders import PARAMS, make_folder, random_state, write_params
 from tests.support.tiny import tiny_args
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 493443\n"
@@ -238,12 +238,14 @@ def test_what_is_not_carried_along_is_listed(tmp_path: Path) -> None:
         (folder / name).mkdir()
         (folder / name / "tools.jinja").write_text(name)
     for to in ("mistral", "hf"):
-        written = convert(folder, tmp_path / to, to)
+        written = convert(folder, tmp_path / f"to-{to}", to)
         assert "not carried along: README.md, quality.txt, runs" in written.notes
-        names = {path.name for path in (tmp_path / to).iterdir()}
+        names = {path.name for path in (tmp_path / f"to-{to}").iterdir()}
         assert {"LICENSE", "chat_template.jinja", "special_tokens_map.json"} < names
         assert not names & {"README.md", "quality.txt", "runs"}
-        assert (tmp_path / to / "additional_chat_templates" / "tools.jinja").read_text() == "additional_chat_templates"
+        assert (
+            tmp_path / f"to-{to}" / "additional_chat_templates" / "tools.jinja"
+        ).read_text() == "additional_chat_templates"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,8 @@ def test_releases_of_one_shape_are_told_apart(tmp_path: Path, release: str, file
 
 def test_the_trained_length(tmp_path: Path) -> None:
     for name, params, want in (("a", {"max_seq_len": 32768}, 32768), ("b", {}, None)):
-        report = inspect_folder(make_folder(tmp_path / name, **params))
+        write_params(make_folder(tmp_path / name), {**PARAMS, **params})
+        report = inspect_folder(tmp_path / name)
         assert report["trained_length"] == want
         assert ("trained on  sequences of up to 32,768 tokens" in as_text(report)) == (want is not None)
 
