@@ -32,7 +32,9 @@ from torch import Tensor, nn
 BUNDLED = Path(__file__).resolve().parent / "mistral" / "bundled"
 PROMPTS = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings"}  # in params.json, without effect on the numbers
+HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings", "dtype", "model_type", "lora"}  # not read
+FALSE = ("tied_embeddings", "use_biases", "attn_bias", "qk_norm")
+UNUSED = {**dict.fromkeys(FALSE, False), "causal": True, "activation": "silu"}  # what such a key must have
 
 
 @dataclass
@@ -75,12 +77,12 @@ class ModelArgs:
             raise ValueError(f"no params.json in {folder}" if folder.is_dir() else f"no such folder: {folder}")
         known = [f.name for f in fields(ModelArgs) if f.init]
         try:
-            params = json.loads(path.read_text(encoding="utf-8"))
-            params = {name: value for name, value in params.items() if name not in HARMLESS}
-            if "_sliding_window" in params and params.get("sliding_window") is None:  # how some releases spell it
-                params["sliding_window"] = params.pop("_sliding_window")
-            if isinstance(window := params.get("sliding_window"), str):
-                params["sliding_window"] = json.loads(window)
+            params = json.loads(path.read_text(encoding="utf-8-sig"))
+            params = {k: v for k, v in params.items() if k not in HARMLESS and v not in (None, UNUSED.get(k))}
+            if "_sliding_window" in params and params.get("sliding_window") in (None, params["_sliding_window"]):
+                params["sliding_window"] = params.pop("_sliding_window")  # how some releases spell it
+            if isinstance(window := params.get("sliding_window"), str):  # a number, null, none or nothing
+                params["sliding_window"] = json.loads(window.lower().replace("none", "null") or "null")
             unknown, missing = params.keys() - {*known}, {*known} - params.keys() - {"sliding_window", "rope_theta"}
             if unknown or missing:
                 raise ValueError(f"unknown keys: {sorted(unknown)}, missing keys: {sorted(missing)}")
@@ -339,8 +341,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
         if tensor.dtype not in DTYPES.values() or list(tensor.shape) != expected[name]:
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, params.json says {expected[name]}")
         state[name] = tensor.to(device, dtype)
-    problems += [f"{name} is missing" for name in expected if name not in state]
-    if problems:
+    if problems := problems + [f"{name} is missing" for name in expected if name not in state]:
         raise ValueError(f"{len(problems)} tensors of {folder} do not fit: {'; '.join(problems[:8])}")
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -348,8 +349,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
 
 def load_tokenizer(folder: Path) -> tuple[Any, Any, int, int]:
     """encode (beginning of sequence first), decode, the number of ids, and the id that ends a text."""
-    paths = sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))
-    if not paths:
+    if not (paths := sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))):
         raise ValueError(f"no tokenizer.model or tekken.json in {folder}")
     try:
         if paths[-1].suffix == ".json":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError
-from mistral.util.files import part_of
+from mistral.util.files import real_path, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -26,15 +26,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     Raises:
         FormatError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {name: as_json(value) for name, value in facts.items()}
-    with part_of(path) as (target, beside):
-        mode = beside.stat().st_mode
-        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
-        beside.chmod(mode)
-        os.replace(beside, target)
-    return target
+    with write_atomic(path) as beside:
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+    return real_path(path)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

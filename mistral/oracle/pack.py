@@ -21,9 +21,8 @@ from torch import Tensor
 
 from mistral import __version__
 from mistral.args import ModelArgs
-from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
-from mistral.formats.mistral import to_args
+from mistral.formats.layouts import LAYOUTS, NATIVE
 from mistral.formats.tokenizers import tokenizer_files
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
@@ -136,7 +135,7 @@ def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[E
     return {
         "format": FORMAT,
         "version": VERSION,
-        "layout": found.layout,
+        "layout": found.layout.name,
         "config": found.raw,
         "args": {name: args[name] for name in args if name not in ("max_batch_size", "theta_rule")},
         "rules": {
@@ -234,9 +233,7 @@ def _numbers(names: Sequence[str], values: Sequence[Any]) -> dict[str, float]:
 
 def _args(facts: dict[str, Any]) -> ModelArgs:
     """The shape, by the rules of the layout that the pack was made from."""
-    if facts["layout"] == "mistral":
-        return to_args(facts["config"])
-    return hf.config_to_args(facts["config"])[0]
+    return LAYOUTS[facts["layout"]].to_args(facts["config"])[0]
 
 
 def is_pack(path: str | PathLike[str]) -> bool:
@@ -272,5 +269,5 @@ def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
         stored,
         {ours: files.readers[name] for ours, name in names.items()},
     )
-    raw = {**facts["config"]} if facts["layout"] == "mistral" else {}
-    return Folder(beside, "mistral", "params.json", raw, args, weights, notes=())
+    raw = {**facts["config"]}
+    return Folder(beside, NATIVE, NATIVE.config, raw, args, weights, notes=())
