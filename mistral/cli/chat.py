@@ -68,7 +68,7 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
             echo_err(RAW_HELP)
             continue
         try:
-            terminal.stream_one(loaded, prompt, echo=prompt, **vars(params), chunk_size=chunk_size)
+            terminal.stream_one(loaded, prompt, params, echo=prompt, chunk_size=chunk_size)
         except KeyboardInterrupt:
             if not is_interactive():
                 raise
@@ -84,8 +84,5 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
 
     template = template_of(loaded, name)
     echo_err(f"template {template.name}, by {'--template' if name else loaded.tokenizer.path.name}")
-    options = {n: value for n, value in vars(params).items() if n not in ("seed", "top_logprobs")}
-    chat = Chat(
-        loaded.model, loaded.tokenizer, template, system=system, seed=params.seed, **options, chunk_size=chunk_size
-    )
+    chat = Chat(loaded.model, loaded.tokenizer, template, system=system, chunk_size=chunk_size, params=params)
     Conversation(chat, lambda: fingerprint(loaded.folder)).run()

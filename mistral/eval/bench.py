@@ -27,6 +27,7 @@ from mistral.formats.releases import COMPARED, RELEASES
 from mistral.loader.load import assemble, load
 from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
+from mistral.parameters import EMBEDDINGS
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
@@ -103,8 +104,7 @@ def _wait(device: torch.device) -> None:
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.nbytes for t in tensors) - model.tok_embeddings.weight.nbytes
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != EMBEDDINGS)
 
 
 def weights_in_products(model: Transformer) -> int:

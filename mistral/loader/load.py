@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import bytes_of, is_quantized, stored_as
+from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
 from mistral.formats.weights import file_names
 from mistral.loader.options import LoadOptions, OptionError
-from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
+from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer, TokenizerLike
 from mistral.util import memory
 from mistral.util.flat import flat
@@ -124,14 +124,13 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     """
     import torch
 
+    from mistral.fast.known import unknown_module
     from mistral.loader import runtime
-    from mistral.loader.executions import unknown_module
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
-    assert stored is not None
     if found.quant is not None and options.quant not in (None, found.quant):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
     run = runtime.resolve(
@@ -149,8 +148,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    if run.how.whole_steps and (module := unknown_module(model)):
-        run = run.standing_aside(module)
+    if run.how.whole_steps and (reason := unknown_module(model)) is not None:
+        run = run.standing_aside(reason)
         model = build(run)
     _fill(model, found, run)
     if run.execution == "bitwise":
@@ -177,9 +176,7 @@ def _require_memory(found: Folder, run: Runtime) -> None:
 
 def _size_in_memory(found: Folder, run: Runtime) -> int:
     """Bytes of the weights once they are loaded."""
-    if run.quant is None:
-        return found.parameters * run.weights.itemsize
-    return sum(bytes_of(name, s, run.quant, run.weights.itemsize) for name, s in expected_shapes(found.args).items())
+    return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
@@ -194,30 +191,26 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     few_bits: dict[str, QuantizedLinear] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
-        shapes = expected_shapes(found.args)
-        for name in found.tensors if found.quant is None else shapes:
+        expected = parameters(found.args)
+        for name in found.tensors if found.quant is None else expected:
             # No name for what is read: its part of the file is let go before the next one is mapped.
-            if found.quant is not None and is_quantized(name):
-                parts = stored_as(name, shapes[name], found.quant)
+            if found.quant is not None and expected[name].quantized:
+                parts = stored_as(expected[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
-                few_bits[name] = from_stored(name, shapes[name], found.quant, stored, run.device)
-            elif run.quant is not None and is_quantized(name):
+                few_bits[name] = from_stored(expected[name], found.quant, stored, run.device)
+            elif run.quant is not None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update)
-                few_bits[name] = quantize(name, weight, run.quant, run.device)
+                few_bits[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
-    if found.tied:
-        tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:
         tensors |= put_quantized(model, few_bits)
         for module in few_bits.values():
             module.by_kernels = run.how.products
     model.load_state_dict(tensors, strict=True, assign=True)
-    if found.tied:  # one parameter, also to those who count them, train them or move them
-        model.output.weight = model.tok_embeddings.weight
     if run.how.products:
         use_kernels(model)
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,12 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
     turns = list(chat.turns)
     with pytest.raises(TemplateError, match="not valid Unicode"):
         chat.answer("\ud800")
-    chat.options["top_k"] = -1
-    with pytest.raises(ValueError, match="top_k"):
-        chat.answer("Bye")
-    chat.options["top_k"] = 0
+    params = chat.params
+    for wrong, message in (({"n": 2}, "n is 2"), ({"logit_bias": {10**6: 1.0}}, "logit_bias")):
+        chat.params = replace(params, **wrong)
+        with pytest.raises(GenerationError, match=message):
+            chat.answer("Bye")
+    chat.params = params
     assert (chat.turns, chat.answers) == (turns, 1)
     fresh = make_chat(v1)
     fresh.turns = turns[:]

@@ -10,9 +10,9 @@ from mistral import quant
 from mistral.attention import eager, tiled
 from mistral.cache import RollingBufferCache
 from mistral.fast.cuda_graph import LEAST, CudaGraphTransformer, _layer, bucket
-from mistral.fast.layout import is_quantized
 from mistral.loader import runtime
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.parameters import parameters
 from mistral.quant import cuda
 from mistral.quant.linear import Int8Linear
 from tests.support.tiny import (
@@ -155,8 +155,8 @@ def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
     prompts = ragged(lens, model.args.vocab_size, seed=4)
     other = twin(model)
     if bits:
-        state = {n: w for n, w in model.state_dict().items() if is_quantized(n)}
-        there = {n: on_gpu(quant.quantize(n, w, bits)) for n, w in state.items()}
+        state, expected = model.state_dict(), parameters(model.args)
+        there = {n: on_gpu(quant.quantize(p, state[n], bits)) for n, p in expected.items() if p.quantized}
         quant.put_quantized(other, there)
         model.load_state_dict({n: module.rows(0, module.out_features) for n, module in there.items()}, strict=False)
     want = true_logprobs(model, prompts)

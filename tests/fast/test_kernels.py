@@ -32,6 +32,7 @@ from mistral.linear import Linear
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
 from mistral.model import Transformer
+from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize, rounding
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from tests.support.commands import Command, in_process
@@ -88,7 +89,7 @@ def fast_twin(model: Transformer, kind: str) -> tuple[FastTransformer, Transform
         fast.load_state_dict({n: t.to(DTYPES[kind]) for n, t in state.items()}, assign=True)
         plain.load_state_dict({n: t.to(DTYPES[kind]).float() for n, t in state.items()})
     else:
-        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(p, state[n], kind) for n, p in parameters(model.args).items() if p.quantized}
         rest = {n: t for n, t in state.items() if n not in few}
         fast.load_state_dict(rest | put_quantized(fast, few), assign=True)
         plain.load_state_dict(rest | {n: m.rows(0, m.out_features) for n, m in few.items()})
