@@ -1,4 +1,4 @@
-"""A conversation: its turns, and a cache that is never told more than it needs.
+"""A conversation: its messages, and a cache that is never told more than it needs.
 
 Knows nothing about terminals or files. The ids of the whole conversation are worked out anew for every
 answer; what the cache holds of them already is kept, whatever has happened in between.
@@ -6,13 +6,14 @@ answer; what the cache holds of them already is kept, whatever has happened in b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.chat.templates import Template, TemplateError, Turn
+from mistral.chat.messages import Message, TemplateError
+from mistral.chat.templates import Template
 from mistral.engine import GenerationError, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
@@ -31,7 +32,7 @@ class Chat:
         options: what `stream` takes: max_tokens, temperature, top_p, ...
 
     Attributes:
-        turns: the conversation; may be changed between answers.
+        messages: the conversation, without the system prompt; may be changed between answers.
         answers: how many were begun, those that were undone included.
         prefilled, kept: tokens of the last prompt that the model took in, and that the cache held already.
     """
@@ -52,12 +53,12 @@ class Chat:
         self.system = system
         self.seed = int(torch.randint(2**53, (), device="cpu")) if seed is None else seed
         self.options = options
-        self.turns: list[Turn] = []
+        self.messages: list[Message] = []
         self.answers = 0
         self.prefilled = self.kept = 0
         self._held: list[int] = []
         self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
-        probe = template.conversation(system, [Turn("")])  # refuses a system prompt that has no place
+        probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
         if max(probe) >= model.args.vocab_size:
             raise TemplateError(
                 f"template {template.name} has the id {max(probe)}, outside the vocabulary of {model.args.vocab_size}: "
@@ -67,8 +68,8 @@ class Chat:
     def answer(self, question: str, progress: Progress | None = None) -> Iterator[Piece]:
         """Answer a question, handing out text as it is made, without the space that some tokenizers put first.
 
-        The turn joins the conversation when the iterator ends, is closed or is broken off; a turn of which no
-        token was made does not.
+        Question and answer join the conversation when the iterator ends, is closed or is broken off; a question of
+        whose answer no token was made does not.
 
         Args:
             progress: see `stream`.
@@ -76,7 +77,8 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
-        ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
+        asked = Message("user", question)
+        ids = self._encode([*self.messages, asked])
         self.kept = self._cache.rewind(0, _common(self._held, ids[:-1]))
         self.prefilled = len(ids) - self.kept
         self._held = ids[: self.kept]
@@ -90,40 +92,48 @@ class Chat:
             **self.options,
         )
         self.answers += 1
-        return self._answer(Turn(question, []), ids, pieces)
+        return self._answer(asked, ids, pieces)
 
-    def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        assert turn.answer is not None
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation behind the system prompt."""
+        return self.template.encode_chat([Message("system", self.system), *messages])
+
+    def _answer(self, asked: Message, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
+        made: list[int] = []
+        answer = Message("assistant", "", made)
         ended = False
         try:
             for piece in pieces:
                 if piece.token:
-                    turn.answer.append(piece.token.id)
+                    made.append(piece.token.id)
                 text = piece.text
-                if not turn.text and text[:1] == " " and self.tokenizer.decode(turn.answer)[:1] != " ":
+                if not answer.content and text[:1] == " " and self.tokenizer.decode(made)[:1] != " ":
                     text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
-                turn.text += text
+                answer.content += text
                 ended = ended or piece.finish_reason is not None
                 yield Piece(piece.index, text, piece.token, piece.finish_reason)
         finally:
             # Its length moves only with whole steps, so this is true after an interruption too.
-            self._held = (ids + turn.answer)[: self._cache.lengths[0]]
-            if turn.answer or ended:
-                self.turns.append(turn)
+            self._held = (ids + made)[: self._cache.lengths[0]]
+            if made or ended:
+                self.messages += [asked, answer]
 
-    def undo(self) -> Turn:
-        """Drop the last question and its answer, and return them.
+    def undo(self) -> Message:
+        """Drop the last question and its answer, and return the question.
 
         Raises:
             GenerationError: there is none.
         """
-        if not self.turns:
+        last = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=None)
+        if last is None:
             raise GenerationError("there is nothing to undo")
-        return self.turns.pop()
+        question = self.messages[last]
+        del self.messages[last:]
+        return question
 
     def reset(self) -> None:
         """Begin a new conversation, with the same system prompt."""
-        self.turns.clear()
+        self.messages.clear()
 
     def set_system(self, system: str) -> None:
         """Change the system prompt, for the conversation so far too; "" is none.
@@ -131,7 +141,7 @@ class Chat:
         Raises:
             TemplateError: the template has no place for one.
         """
-        self.template.conversation(system, [Turn("")])
+        self.template.encode_chat([Message("system", system), Message("user", "")])
         self.system = system
 
 

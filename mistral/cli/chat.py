@@ -96,7 +96,7 @@ class Conversation:
         say("a new conversation")
 
     def _undo(self, rest: str) -> None:
-        say(f"dropped: {self._chat.undo().question}")
+        say(f"dropped: {self._chat.undo().content}")
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -127,7 +127,7 @@ def _file(command: str, name: str) -> str:
 
 
 def _turns(chat: Chat) -> str:
-    n = len(chat.turns)
+    n = sum(message.role == "user" for message in chat.messages)
     return f"{n} turn" if n == 1 else f"{n} turns"
 
 

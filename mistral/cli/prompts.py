@@ -150,7 +150,7 @@ def with_gaps(asked: list[PromptLine], loaded: Loaded) -> list[Any]:
     if all(one.suffix is None for one in asked):
         return [one.prompt for one in asked]
     template = template_of(loaded, None)
-    return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+    return [one.prompt if one.suffix is None else template.encode_fim(one.prompt, one.suffix) for one in asked]
 
 
 def folder_or_prompt(word: str) -> str:

@@ -23,7 +23,8 @@ from mistral.formats.releases import COMPARED, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import expected_shapes
-from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
+from mistral.tekken import tekken_words
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 
 POSITIONS = (2048, 8192, 32768, 131072)

@@ -27,7 +27,8 @@ from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, identify
 from mistral.loader.load import load
 from mistral.parameters import expected_shapes
-from mistral.tokenizer import PATTERN, Tokenizer
+from mistral.tekken import PATTERN
+from mistral.tokenizer import Tokenizer
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state
 

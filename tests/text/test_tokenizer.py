@@ -20,7 +20,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 import mistral.tokenizer as tokenizer_module
 from mistral.chat.templates import TemplateError, find_template
 from mistral.detokenizer import Detokenizer
-from mistral.tokenizer import PATTERN, Tokenizer, TokenizerError, encode
+from mistral.tekken import PATTERN
+from mistral.tokenizer import Tokenizer, TokenizerError, encode
 from tools.fuzz.mutate import fields, join
 
 DATA = Path(mistral_common.__file__).parent / "data"
