@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -48,6 +48,7 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
         self.path = path
+        self._ends: frozenset[int] | None = None
         kind: Any = _SentencePiece
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
@@ -77,6 +78,15 @@ class Tokenizer:
     def eos_id(self) -> int:
         """Id that ends a text; -1 where there is none."""
         return self._model.eos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end a sequence: `eos_id`, or those that were set, as the model's other files may name more."""
+        return self._ends if self._ends is not None else frozenset({self.eos_id} - {-1})
+
+    @eos_ids.setter
+    def eos_ids(self, ids: Iterable[int]) -> None:
+        self._ends = frozenset(ids)
 
     @property
     def pad_id(self) -> int:

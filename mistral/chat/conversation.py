@@ -7,7 +7,7 @@ answer; what the cache holds of them already is kept, whatever has happened in b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -15,9 +15,11 @@ from mistral.cache import RollingBufferCache
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template
 from mistral.engine import GenerationError, Progress
-from mistral.generate import Piece, stream
+from mistral.generate import Piece, eos_of, stream
 from mistral.model import Transformer
+from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
+from mistral.util.flat import flat
 
 
 class Chat:
@@ -28,15 +30,22 @@ class Chat:
         tokenizer: decodes.
         template: says what surrounds a turn.
         system: the system prompt; "" is none.
-        seed: of the answers' random draws: answer n draws with seed + n. None takes one at random.
-        options: what `stream` takes: max_tokens, temperature, top_p, ...
+        chunk_size: see `stream`.
+        params: how questions are answered; its fields may also be given by name (`temperature=0`). Answer n draws
+            with seed + n; without a seed, one is drawn for the conversation.
 
     Attributes:
         messages: the conversation, without the system prompt; may be changed between answers.
+        seed: what answers draw with; `params.seed` is not looked at again.
         answers: how many were begun, those that were undone included.
-        prefilled, kept: tokens of the last prompt that the model took in, and that the cache held already.
+        prefilled_tokens, cached_tokens: of the last prompt, those that the model processed, and those that the cache
+            held already.
+
+    Raises:
+        ValueError: a subclass that names what cannot be.
     """
 
+    @flat(params=SamplingParams())
     def __init__(
         self,
         model: Transformer,
@@ -44,18 +53,19 @@ class Chat:
         template: Template,
         *,
         system: str = "",
-        seed: int | None = None,
-        **options: Any,
+        chunk_size: int | None = None,
+        params: SamplingParams,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
         self.system = system
-        self.seed = int(torch.randint(2**53, (), device="cpu")) if seed is None else seed
-        self.options = options
+        self.params = params
+        self.chunk_size = chunk_size
+        self.seed = int(torch.randint(2**53, (), device="cpu")) if params.seed is None else params.seed
         self.messages: list[Message] = []
         self.answers = 0
-        self.prefilled = self.kept = 0
+        self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
         self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
         probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
@@ -77,30 +87,39 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
+        if self.params.n > 1:
+            raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
         asked = Message("user", question)
         ids = self._encode([*self.messages, asked])
-        self.kept = self._cache.rewind(0, _common(self._held, ids[:-1]))
-        self.prefilled = len(ids) - self.kept
-        self._held = ids[: self.kept]
+        return self._answer([asked], Message("assistant", ""), ids, self._stream(ids, progress))
+
+    def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
+        """Continue ids; what the cache holds of them already is not processed again."""
+        self.cached_tokens = self._cache.rewind(0, _common(self._held, ids[:-1]))
+        self.prefilled_tokens = len(ids) - self.cached_tokens
+        self._held = ids[: self.cached_tokens]
         pieces = stream(
             [ids],
             self.model,
             self.tokenizer,
-            seed=self.seed + self.answers,
+            params=replace(self.params, seed=self.seed + self.answers),
+            chunk_size=self.chunk_size,
+            eos_ids=eos_of(self.tokenizer) | self.template.ends,
             cache=self._cache,
             progress=progress,
-            **self.options,
         )
         self.answers += 1
-        return self._answer(asked, ids, pieces)
+        return pieces
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation behind the system prompt."""
         return self.template.encode_chat([Message("system", self.system), *messages])
 
-    def _answer(self, asked: Message, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        made: list[int] = []
-        answer = Message("assistant", "", made)
+    def _answer(
+        self, asked: list[Message], answer: Message, ids: list[int], pieces: Iterator[Piece]
+    ) -> Iterator[Piece]:
+        """Hand out the pieces of an answer, which joins the conversation at the end, what was asked before it."""
+        made = answer.ids = answer.ids or []
         ended = False
         try:
             for piece in pieces:
@@ -111,12 +130,27 @@ class Chat:
                     text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
                 answer.content += text
                 ended = ended or piece.finish_reason is not None
-                yield Piece(piece.index, text, piece.token, piece.finish_reason)
+                yield replace(piece, text=text)
         finally:
             # Its length moves only with whole steps, so this is true after an interruption too.
             self._held = (ids + made)[: self._cache.lengths[0]]
             if made or ended:
-                self.messages += [asked, answer]
+                self.messages += [*asked, answer]
+
+    def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Go on with the last answer, where it stopped; text, as `answer` gives it.
+
+        Raises:
+            ValueError: a subclass that names what cannot be; the conversation is as before.
+        """
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise GenerationError("there is no answer to go on with")
+        last = self.messages[-1]
+        made = self.tokenizer.encode(last.content, bos=False) if last.ids is None else last.ids
+        ids = [*self._encode(self.messages[:-1]), *made]
+        pieces = self._stream(ids, progress)
+        self.messages.pop()
+        return self._answer([], replace(last, ids=list(made)), ids[: len(ids) - len(made)], pieces)
 
     def undo(self) -> Message:
         """Drop the last question and its answer, and return the question.

@@ -133,6 +133,7 @@ _PROBE = (Message("user", "a"), Message("assistant", "a"))
 def _compile(text: str, source: str) -> Any:
     try:
         import jinja2
+        import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise TemplateError(f"the template of {source} needs jinja2: pip install jinja2") from None
@@ -140,7 +141,7 @@ def _compile(text: str, source: str) -> Any:
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what the model writes, for training; here it is just its content."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

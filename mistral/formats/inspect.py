@@ -20,9 +20,16 @@ from mistral.formats.hub import locate
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, identify
-from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
+from mistral.formats.tokenizers import (
+    chat_templates,
+    missing_tokens,
+    other_tokenizers,
+    tokenizer_files,
+    tokenizer_kind,
+    tokenizer_notes,
+)
 from mistral.formats.weights import Stored, file_names
-from mistral.parameters import expected_shapes
+from mistral.parameters import parameters
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
@@ -30,7 +37,7 @@ from mistral.util import memory
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 LAYOUTS = {"mistral": "Mistral's", "huggingface": "Hugging Face's"}
-KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
+KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2", ".download")
@@ -85,9 +92,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
 
 
 def _weight_bytes(found: Folder, itemsize: int) -> int:
-    if found.quant is None:
-        return found.parameters * itemsize
-    return sum(bytes_of(name, shape, found.quant, itemsize) for name, shape in expected_shapes(found.args).items())
+    return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
 
 
 def _release(release: Release) -> dict[str, Any]:
@@ -124,7 +129,8 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     paths = tokenizer_files(path)
     facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
     if not paths:
-        return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
+        expected = "tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
+        return facts | {"error": f"no tokenizer in {path}: expected {expected}"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
         return facts | {"words": _words(paths[0])}
@@ -133,7 +139,15 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
-    """What a conversation would be written in, and by which rule that is known."""
+    """What a conversation would be written in, and by which rule that is known; as `chat.templates.find_template`."""
+    try:
+        own = chat_templates(path)
+    except TokenizerError as error:
+        return {"name": "broken", "rule": str(error)}
+    if own:
+        found = own.get("default")
+        rule = f"one of {', '.join(own)} by --template" if found is None else "the folder's own, in Jinja"
+        return {"name": "none by default" if found is None else found.file, "rule": rule}
     if release is not None:
         return {"name": release.template, "rule": "of the release's instruct variants"}
     if tokenizer["words"] is None:
@@ -148,7 +162,7 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
 
 
 def _words(path: Path) -> int:
-    return Tokenizer(path).n_words if tokenizer_kind(path) == "sentencepiece" else tekken_words(path)
+    return tekken_words(path) if tokenizer_kind(path) == "tekken" else Tokenizer(path).n_words
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
@@ -203,9 +217,10 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
     elif words is not None and missing_tokens(args, words, release):
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
-    others = [p.name for p in tokenizer_files(path)[1:]]
-    if others:
-        said.append(f"several tokenizers: {name} is read, {', '.join(others)} left aside")
+    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
+        said += tokenizer_notes(path, Tokenizer(path / name), args.vocab_size)
+    elif others := other_tokenizers(path):
+        said.append(f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored")
     return said
 
 

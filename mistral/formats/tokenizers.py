@@ -6,7 +6,6 @@ import filecmp
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats.releases import Release
@@ -34,7 +33,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """
     versions: list[tuple[tuple[int, int], Path]] = []
     for path in folder.glob("tokenizer.model.v*"):
-        if match := re.fullmatch(r"tokenizer\.model\.v(\d{1,4})(?:m(\d{1,4}))?", path.name):
+        if match := re.fullmatch(r"tokenizer\.model\.v([0-9]{1,4})(?:m([0-9]{1,4}))?", path.name):
             versions.append(((int(match[1]), int(match[2] or 0)), path))
     newest_first = [path for _, path in sorted(versions, reverse=True)]
     candidates = [folder / "tekken.json", *newest_first, folder / "tokenizer.model", folder / JSON]
@@ -56,7 +55,7 @@ def tokenizer_kind(path: Path) -> str:
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder, the first of its `tokenizer_files`.
+    """The tokenizer of a folder, the first of its `tokenizer_files`, with the `eos_ids` of the folder.
 
     Tokens that were added may lie outside the model's vocabulary, as padding often does: see `tokenizer_notes`.
 
@@ -73,6 +72,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise TokenizerError(
             f"{path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
+    tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
     return tokenizer
 
 
@@ -87,34 +87,31 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
         notes.append(
             f"the model has no weights for {len(beyond)} added tokens of its tokenizer ({named}): they are not used"
         )
-    return notes
+    return notes + eos_ids(folder, tokenizer, vocab_size)[1]
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:
     """The ids that end a sequence, and notes on what was ignored.
 
     They are all that generation_config.json, config.json and the tokenizer name: one of them in the place of another
-    is how models come to write without end.
-
-    Raises:
-        TokenizerError: a file that names something else than ids.
+    is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
+    the shape too, reading the folder refuses it.
     """
     found: set[int] = set() if tokenizer is None or tokenizer.eos_id < 0 else {tokenizer.eos_id}
     notes: list[str] = []
     for name in ENDS:
-        for i in _ids(folder / name, read_json(folder / name).get("eos_token_id")):
-            if i < vocab_size:
+        try:
+            told = read_json(folder / name).get("eos_token_id")
+        except TokenizerError as error:
+            notes.append(f"whether {name} names an end of sequence is unknown: {error}")
+            continue
+        ids = told if isinstance(told, list) else [] if told is None else [told]
+        for i in ids:
+            if type(i) is not int or i >= vocab_size:
+                notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
+            elif i >= 0:  # -1 is how some write none
                 found.add(i)
-            else:
-                notes.append(f"{name} ends sequences with the id {i}, which the model of {vocab_size} ids cannot give")
     return frozenset(found), notes
-
-
-def _ids(path: Path, value: Any) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
-        raise TokenizerError(f"{path} has eos_token_id {short_repr(value)}: an id, a list of ids or null belongs there")
-    return [i for i in ids if i >= 0]  # -1 is how some write none
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: weights in few bits.
@@ -41,12 +40,12 @@ class Stored:
 
     Args:
         shape: its sizes.
-        dtype: PyTorch's name of it, one of ITEMSIZE; None if weights cannot have it.
+        dtype: PyTorch's name of it, one of ITEMSIZE; "" if weights cannot have it.
         dtype_name: the file's name of it.
     """
 
     shape: tuple[int, ...]
-    dtype: str | None
+    dtype: str
     dtype_name: str
 
     @property
@@ -57,7 +56,6 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of a dtype that weights can have."""
-        assert self.dtype is not None
         return self.parameters * ITEMSIZE[self.dtype]
 
 
@@ -136,9 +134,9 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         for name, entry in entries.items():
             if name in tensors:
                 raise WeightsError(f"{printable(name)} is in {path.name} and in an earlier part")
-            dtype = NAMES.get(entry.dtype)
+            dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
-            if dtype is None:
+            if not dtype:
                 continue  # refused by name before anything is read
             if entry.end - part.begin > PART:
                 part = Part(path, entry.begin, entry.end)

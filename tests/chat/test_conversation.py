@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_a_new_turn_takes_in_only_what_is_new(v1: Tokenizer, window: Any) -> Non
         assert (chat.messages[-2], made is None) == (Message("user", question), False)
         # The last token of an answer was made and never taken in; with eos after it, that makes two.
         assert first == ids[max(0, len(before) - 2) :]
-        assert (chat.prefilled, chat.kept) == (len(first), len(ids) - len(first))
+        assert (chat.prefilled_tokens, chat.cached_tokens) == (len(first), len(ids) - len(first))
         assert others == [[i] for i in made[: len(made) - (len(made) == 6)]]  # type: ignore[index]
 
 
@@ -89,16 +90,16 @@ def test_whatever_happened_an_answer_is_that_of_a_fresh_conversation(v1: Tokeniz
             fresh.messages = list(chat.messages)
             assert ask(chat, question) == ask(fresh, question)
             assert chat.messages == fresh.messages
-            assert fresh.kept == 0
-            assert chat.prefilled + chat.kept == fresh.prefilled
+            assert fresh.cached_tokens == 0
+            assert chat.prefilled_tokens + chat.cached_tokens == fresh.prefilled_tokens
 
 
 def test_the_system_prompt_of_v3_moves_with_the_turns(v3: Tokenizer) -> None:
     chat = make_chat(v3, None, system="Be brief.")
     ask(chat, "Hi")
-    first = chat.prefilled
+    first = chat.prefilled_tokens
     ask(chat, "Bye")
-    assert chat.kept == 2  # bos and [INST]: what follows was the system prompt, and is the question now
+    assert chat.cached_tokens == 2  # bos and [INST]: what follows was the system prompt, and is the question now
     assert first == len(chat.template.encode_chat([Message("system", "Be brief."), Message("user", "Hi")]))
     chat.set_system("")
     ask(chat, "More")
@@ -177,7 +178,7 @@ def test_an_answer_that_was_broken_off_stays_as_far_as_it_came(v1: Tokenizer, wi
     fresh = Chat(chat.model, v1, chat.template, **OPTIONS)  # type: ignore[arg-type]
     fresh.messages = list(chat.messages)
     assert ask(chat, "And when?") == ask(fresh, "And when?")
-    assert (chat.kept > 0) == (how != "within a step")  # a broken step takes the cache with it
+    assert (chat.cached_tokens > 0) == (how != "within a step")  # a broken step takes the cache with it
 
 
 def test_a_question_without_an_answer_is_none(v1: Tokenizer) -> None:
@@ -203,7 +204,7 @@ def test_an_answer_may_be_empty(v1: Tokenizer) -> None:
     assert ask(chat, "Hi") == ""
     assert chat.messages == [Message("user", "Hi"), Message("assistant", "", [])]
     ask(chat, "Bye")
-    assert chat.kept == len(chat.template.encode_chat([Message("user", "Hi")]))
+    assert chat.cached_tokens == len(chat.template.encode_chat([Message("user", "Hi")]))
 
 
 def test_stop_strings_end_an_answer(v1: Tokenizer) -> None:
@@ -229,10 +230,12 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
     messages = list(chat.messages)
     with pytest.raises(TemplateError, match="not valid Unicode"):
         chat.answer("\ud800")
-    chat.options["top_k"] = -1
-    with pytest.raises(ValueError, match="top_k"):
-        chat.answer("Bye")
-    chat.options["top_k"] = 0
+    params = chat.params
+    for wrong, message in (({"n": 2}, "n is 2"), ({"logit_bias": {10**6: 1.0}}, "logit_bias")):
+        chat.params = replace(params, **wrong)
+        with pytest.raises(GenerationError, match=message):
+            chat.answer("Bye")
+    chat.params = params
     assert (chat.messages, chat.answers) == (messages, 1)
     fresh = make_chat(v1)
     fresh.messages = messages[:]

@@ -104,12 +104,12 @@ def test_a_release_chats(tmp_path: Path, release: str) -> None:
         assert text == chat.messages[-1].content == loaded.tokenizer.decode(chat.messages[-1].ids)
     ids = found.encode_chat([Message("system", system), *chat.messages])
     before = found.encode_chat([Message("system", system), *chat.messages[:2], Message("user", "Bye")])
-    assert chat.prefilled + chat.kept == len(before)
+    assert chat.prefilled_tokens + chat.cached_tokens == len(before)
     # From v2 to v3 the system prompt moves to the newest turn, so that all after the first [INST] is new.
     moved = template in ("v3", "v3-tekken")
-    assert chat.kept == (2 if moved else len(before) - chat.prefilled) > 0
+    assert chat.cached_tokens == (2 if moved else len(before) - chat.prefilled_tokens) > 0
     if not moved:
-        assert chat.prefilled < len(before) / 2 + 2
+        assert chat.prefilled_tokens < len(before) / 2 + 2
     assert ids[: len(before)] == before
 
 

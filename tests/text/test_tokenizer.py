@@ -322,6 +322,45 @@ def test_ids_without_a_word(name: str) -> None:
         tokenizer.decode([1, -1])
 
 
+class Plain:
+    """A tokenizer of one's own, which leaves bos out."""
+
+    bos_id: Any = 1
+    eos_id = 2
+
+    def encode(self, s: str) -> list[int]:
+        return load("bundled").encode(s, bos=False)
+
+    def decode(self, t: list[int]) -> str:
+        return load("bundled").decode(t)
+
+
+class AsTransformers(Plain):
+    def encode(self, s: str, add_special_tokens: bool = True) -> list[int]:
+        return load("bundled").encode(s, bos=add_special_tokens)
+
+
+class WithBos(Plain):
+    def encode(self, s: str) -> list[int]:
+        return load("bundled").encode(s)
+
+
+class WithSwitches(Plain):
+    def encode(self, s: str, bos: bool = False, eos: bool = True) -> list[int]:
+        return [*load("bundled").encode(s, bos=bos), *([2] if eos else [])]
+
+
+class WithoutAny(Plain):
+    bos_id = None
+
+
+@pytest.mark.parametrize("kind", [Plain, AsTransformers, WithBos, WithSwitches, WithoutAny])
+def test_a_prompt_has_one_bos_whoever_puts_it_there(kind: type[Plain]) -> None:
+    want = load("bundled").encode("The king", bos=kind is not WithoutAny)
+    assert encode(kind(), "The king") == want
+    assert encode(kind(), "") == ([] if kind is WithoutAny else [1])
+
+
 # Text that appears bit by bit.
 
 

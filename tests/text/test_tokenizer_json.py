@@ -15,8 +15,10 @@ from mistral.tokenizer import Tokenizer, TokenizerError, encode
 from tests.support.tokenizer_json import DATA, KINDS, fuzz_texts, write_tokenizer
 
 TEXTS = fuzz_texts(3000)
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 FLAGS = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
 
 
