@@ -33,15 +33,16 @@ from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
 
-GENERATION = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+GENERATION = "generation_config.json"
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # What is carried along, as it is, into either layout.
 CARRIED = (
     "tokenizer.model*",
     "tekken.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
@@ -135,11 +136,11 @@ def write_folder(
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     described = _describe(folder, layout, tensors, quant, notes)
+    if layout is not NATIVE:
+        described = _for_transformers(folder, notes) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    if layout is not NATIVE and carried and not (folder.path / "tokenizer.json").is_file():
-        notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
     rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
@@ -275,6 +276,30 @@ def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
     ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
     notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
+
+
+def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
+    if (folder.path / TOKENIZER_JSON).is_file():
+        return {}
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+    except TokenizerError:
+        return {}
+    from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
+
+    made = to_tokenizer_json(tokenizer)
+    if made is None:
+        notes.append(
+            f"no {TOKENIZER_JSON} gives the ids of {tokenizer.path.name}, so none was written: "
+            "transformers may split texts differently"
+        )
+        return {}
+    texts = {TOKENIZER_JSON: made}
+    if not (folder.path / TOKENIZER_CONFIG).is_file():
+        texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
+    notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
+    return texts
 
 
 def _ids(value: Any) -> list[int]:

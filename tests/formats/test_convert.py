@@ -23,11 +23,12 @@ from torch import Tensor
 from mistral.formats import huggingface, writer
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
-from mistral.formats.folder import read_folder
+from mistral.formats.folder import BUNDLED, read_folder
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
@@ -656,3 +657,17 @@ def test_memory_is_about_one_tensor(tmp_path: Path, form: str, to: str, dtype: s
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 3 * largest + 2**23 < total / 8
+
+
+def test_transformers_gives_our_ids_of_what_was_written(tmp_path: Path) -> None:
+    """A folder with tokenizer.model alone: AutoTokenizer would leave BOS out, and split the first word differently."""
+    source = shutil.copytree(
+        BUNDLED, tmp_path / "source", ignore=shutil.ignore_patterns("*.md", "pr*.json", "tr*.json")
+    )
+    converted = convert(source, tmp_path / "hf", "hf")
+    assert any("transformers gives the same ids" in note for note in converted.notes)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = Tokenizer(source / "tokenizer.model")
+    for text in ("Once upon a time", " a  b", "Straße\n\n🙂", ""):
+        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
