@@ -71,7 +71,7 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
             echo_err(RAW_HELP)
             continue
         try:
-            terminal.stream_one(loaded, prompt, echo=prompt, params=params, chunk_size=chunk_size)
+            terminal.stream_one(loaded, prompt, params, echo=prompt, chunk_size=chunk_size)
         except KeyboardInterrupt:
             if not is_interactive():
                 raise
