@@ -99,7 +99,7 @@ def load(
     release, odd = identify(found.args, None if path is None else tokenizer_kind(path))
     model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_words, release) if isinstance(own, Tokenizer) else 0
-    padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
+    padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
     files, parameters = found.weights.files, found.parameters
     return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
