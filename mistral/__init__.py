@@ -5,6 +5,8 @@ Importing this package imports nothing else; torch comes with the name that need
 
 from __future__ import annotations
 
+import os
+
 # Spelled out, for type checkers: importing `typing` would take a tenth of the time until Ctrl-C is handled.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
 
     from mistral.chat.conversation import Chat as Chat
     from mistral.generate import complete as complete
-    from mistral.generate import generate as generate
     from mistral.generate import stream as stream
     from mistral.loader.load import load as load
     from mistral.loader.options import LoadOptions as LoadOptions
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# GCC's OpenMP, which PyTorch brings, has a thread that waits spin for milliseconds before it sleeps. Beside another
+# busy program that takes the core from the very thread that all wait for. It reads this when torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "5000"  # tens of microseconds: as long as the waits of a step that nobody disturbs
+
 # Where each public name lives.
 _HOMES = {
     "load": "mistral.loader.load",
@@ -32,7 +38,6 @@ _HOMES = {
     "SamplingParams": "mistral.sampling_params",
     "Chat": "mistral.chat.conversation",
     "complete": "mistral.generate",
-    "generate": "mistral.generate",
     "stream": "mistral.generate",
     "MistralError": "mistral.util.errors",
     "UsageError": "mistral.util.errors",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
 from typing import Any, TypeVar
 
 from mistral.cache import RollingBufferCache
@@ -344,13 +342,3 @@ def generate(
     if not any(each.max_tokens for each in params):
         return [], logprobs
     return [tokenizer.decode(request.prompt_ids + request.output_ids) for request in requests], logprobs
-
-
-class _CallableModule(ModuleType):
-    """`from mistral import generate` gives the function, or this module once it was imported: both can be called."""
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return generate(*given, **named)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /quit or Ctrl-D leaves."
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "top_logprobs", "n"))
+UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor")
+
+
+@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
 def interactive(
     folder: str | None = None,
     *,
@@ -84,5 +87,5 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
 
     template = template_of(loaded, name)
     echo_err(f"template {template.name}, by {'--template' if name else loaded.tokenizer.path.name}")
-    chat = Chat(loaded.model, loaded.tokenizer, template, system=system, chunk_size=chunk_size, params=params)
+    chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
     Conversation(chat, lambda: fingerprint(loaded.folder)).run()
