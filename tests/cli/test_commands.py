@@ -256,7 +256,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda folder, *_: seen.append(folder) or NOTHING)
-    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, *_, **__: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -298,7 +298,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
     monkeypatch.setattr(
-        "mistral.cli.terminal.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+        "mistral.cli.terminal.stream_one", lambda loaded, prompt, params, **_: seen.append((prompt, params.stop))
     )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
@@ -313,7 +313,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
-    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, *_, **__: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)

@@ -138,11 +138,11 @@ def test_a_fast_path_stands_aside_for_a_module_it_does_not_know(folder: Path, mo
     assert type(fast) is Transformer
     assert run.execution == "products"
     (note,) = run.notes
-    assert note.startswith("layers.0.feed_forward is a Doubled, which the fast paths do not know")
+    assert "kernels does not know the module layers.0.feed_forward (Doubled)" in note
     ids = [[1, 5, 9]]
     made = [complete(ids, m, Mine(), max_tokens=6, temperature=0)[0].tokens for m in (slow, fast)]
     assert made[0] == made[1]
-    with pytest.raises(OptionError, match="with the kernels, but layers.0.feed_forward is a Doubled"):
+    with pytest.raises(OptionError, match="bitwise is not possible: it does not know the module layers.0.feed_forward"):
         assemble(found, device="cpu", execution="bitwise")
 
 
