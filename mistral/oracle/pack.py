@@ -35,6 +35,7 @@ from mistral.util.errors import FormatError
 
 FORMAT, VERSION = "mistral oracle pack", 2
 READABLE = (1, VERSION)
+WIDER = 2  # times the limits of today: those by which packs of version 1 were judged, in fp32 and fp64
 SHIPPED = Path(__file__).with_name("packs")
 WEIGHTS = "weights."  # before the names of weights in the file
 ACTIVATIONS = "activations."
@@ -204,19 +205,21 @@ def read(path: str | PathLike[str]) -> Pack:
         if not all(x.isfinite().all() for x in (top_logprobs, *prints.values())):
             raise ValueError("it has numbers that are not finite")
         prompts = list(ids.split(lens.tolist()))
-        budgets = [
-            ErrorBudget(
-                of,
-                _number(u["rms"]),
-                _number(u["largest"]),
-                dict(zip(prints, map(_number, u["activations"]), strict=True)),
-            )
-            # Version 1 had the same facts under another name. Its budgets, with exact sums, are somewhat smaller.
-            for of, u in facts["error_budgets" if facts["version"] == VERSION else "unavoidable"].items()
-        ]
+        budgets = _budgets(facts, list(prints))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
         raise PackError(f"{path} is not a whole pack: {' '.join(str(error).split())}") from None
     return Pack(Path(path), args, prompts, top_ids, top_logprobs, own, prints, budgets, facts)
+
+
+def _budgets(facts: dict[str, Any], names: list[str]) -> list[ErrorBudget]:
+    """The error budgets. Those of version 1 had another name and exact sums, and limits that were wider."""
+    told = facts["error_budgets" if facts["version"] == VERSION else "unavoidable"]
+    budgets = []
+    for of, u in told.items():
+        factor = WIDER if facts["version"] == 1 and of.endswith(("fp32", "fp64")) else 1
+        rms, largest, *activations = (factor * _number(x) for x in (u["rms"], u["largest"], *u["activations"]))
+        budgets.append(ErrorBudget(of, rms, largest, dict(zip(names, activations, strict=True))))
+    return budgets
 
 
 def _number(value: Any) -> float:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mistral.engine import Generation
+from mistral.engine import Engine
 from mistral.eval.perplexity import perplexity
 from mistral.logprobs import logprobs
-from mistral.sampling import Sampler
+from mistral.sampling_params import SamplingParams
 from tests.support.tiny import tiny_args, tiny_model
 
 
@@ -72,12 +72,12 @@ def test_every_door_gives_the_same_numbers(monkeypatch):
     right = model.logits
     monkeypatch.setattr(model, "logits", lambda h: given.append(right(h)) or given[-1])
     prompt = [1, 40_000, 7, 12_345, 3]
-    options = {"eos_id": None, "sampler": Sampler(temperature=0), "seed": 0}
-    generation = Generation([prompt], model, max_tokens=1, score_prompts=True, top_logprobs=2, **options)
-    (token,) = generation.step()
+    engine = Engine(model, eos_ids=(), score_prompts=True)
+    request = engine.add(prompt, SamplingParams(temperature=0, max_tokens=1, top_logprobs=2))
+    (token,) = engine.step()
     near = {"abs": 1e-9, "rel": 0}
     of_prompt, of_token = map(by_numpy, given)
-    assert generation.sequences[0].prompt_logprobs == pytest.approx(of_prompt[range(4), prompt[1:]], **near)
+    assert request.prompt_logprobs == pytest.approx(of_prompt[range(4), prompt[1:]], **near)
     assert token.logprob == pytest.approx(of_token[0].max(), **near)
     assert token.top[token.id] == token.logprob
     assert list(token.top.values()) == pytest.approx(np.sort(of_token[0])[:-3:-1], **near)

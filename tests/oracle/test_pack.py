@@ -239,4 +239,7 @@ def test_a_pack_of_version_1_is_still_read(tmp_path: Path) -> None:
     facts["unavoidable"] = facts.pop("error_budgets")
     old = tmp_path / "old.safetensors"
     save_file(tensors, old, metadata={k: json.dumps(v) for k, v in facts.items()})
-    assert pack.read(old).budgets == pack.read(source).budgets
+    for was, now in zip(pack.read(old).budgets, pack.read(source).budgets, strict=True):
+        factor = 2 if was.of.endswith(("fp32", "fp64")) else 1
+        assert (was.of, was.rms, was.logprobs) == (now.of, factor * now.rms, factor * now.logprobs)
+        assert was.prints == {name: factor * x for name, x in now.prints.items()}
