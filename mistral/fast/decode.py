@@ -125,7 +125,6 @@ class FastTransformer(Transformer):
             used = (pointer(x) for x in (h, scratch, rounded))
             library().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
-    @torch.no_grad()
     def logits(self, h: Tensor) -> Tensor:
         matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
         if matrix is None:

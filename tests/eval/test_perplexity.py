@@ -104,7 +104,7 @@ def test_the_command(cli: Command, tmp_path: Path) -> None:
     ("make", "error"),
     [
         (lambda path: None, "cannot be read: No such file or directory"),
-        (lambda path: path.write_bytes(b""), "1 tokens: there is nothing to predict"),
+        (lambda path: path.write_bytes(b""), "/text is empty"),
         (lambda path: path.write_bytes(b"voil\xe0"), "is not UTF-8"),
     ],
 )

@@ -88,10 +88,10 @@ def test_a_model(kind):
 
 
 def test_what_is_placed_elsewhere():
-    weight = torch.rand(20, 40)
-    assert quant.quantize("layers.0.attention.wq.weight", weight, "int4", META).packed.shape == (20, 2, 16)
-    assert quant.quantize("output.weight", weight, "int4", META).packed.shape == (20, 40)
-    assert quant.quantize("output.weight", weight, "int4").packed.device.type == "cpu"
+    weight, known = torch.rand(20, 40), parameters(tiny_args())
+    assert quant.quantize(known["layers.0.attention.wq.weight"], weight, "int4", META).packed.shape == (20, 2, 16)
+    assert quant.quantize(known["output.weight"], weight, "int4", META).packed.shape == (20, 40)
+    assert quant.quantize(known["output.weight"], weight, "int4").packed.device.type == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
