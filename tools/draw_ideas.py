@@ -289,7 +289,8 @@ def draw_packed() -> Picture:
         picture.line((left + 3, y + 36), (left + 3, y + 42), (right - 3, y + 42), (right - 3, y + 36))
         rows = run.rows.stop - run.rows.start
         picture.text((left + right) / 2, y + 56, f"run [{rows}, {run.n}]", "soft", 11)
-    words = f"T = {len(plan.positions)} tokens, no padding; each run is a rectangle of adjacent sequences that contribute the same"
+    packed = f"T = {len(plan.positions)} tokens, no padding"
+    words = f"{packed}; a run is a rectangle: adjacent sequences that contribute equally many"
     picture.text(345, y + 84, words, "soft", 12)
     return picture
 

@@ -41,7 +41,7 @@ def _number(x: float) -> str:
 
 
 class Picture:
-    """An SVG of width x height pixels that grows as things are drawn on it; `title` is read to those who cannot see it."""
+    """An SVG of width x height pixels, drawn in order; `title` is for those who cannot see it."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self.width, self.height, self.title = width, height, title
