@@ -12,16 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats import huggingface as hf
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
 from mistral.util.errors import ConvertError, short_repr
 from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
@@ -337,7 +335,7 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
     config: dict[str, Any] = {
         "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
         "model_type": "ministral" if mixed else "mistral",
-        **{theirs: getattr(args, ours) for theirs, ours in hf.SHAPE.items()},
+        **{theirs: getattr(args, ours) for theirs, ours in SHAPE.items()},
         "head_dim": args.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": length,

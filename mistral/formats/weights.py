@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: weights in few bits.

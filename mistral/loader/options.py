@@ -6,12 +6,8 @@ Flags, help texts and defaults derive from this class. What is left open is deci
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mistral.util.errors import UsageError, short_repr
-
-if TYPE_CHECKING:
-    import torch
 
 EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
 
@@ -37,8 +33,8 @@ class LoadOptions:
         OptionError: a value that cannot be, whatever the machine.
     """
 
-    device: torch.device | str | None = None
-    dtype: torch.dtype | str | None = None
+    device: str | None = None
+    dtype: str | None = None
     attention: str | None = None
     execution: str = "auto"
     quant: str | None = None
@@ -46,6 +42,9 @@ class LoadOptions:
     max_batch_size: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("device", "dtype"):  # torch's own objects are taken by their names
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value).removeprefix("torch."))
         if self.execution not in EXECUTIONS:
             raise OptionError(f"execution {short_repr(self.execution)} is not one of {', '.join(EXECUTIONS)}")
         for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):

@@ -325,7 +325,7 @@ def test_auto_tries_flash_on_cuda_only_in_half_precision(monkeypatch, caplog):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"'flsh'.*auto, sdpa, plain, flash, xformers"):
+    with pytest.raises(ValueError, match=r"'flsh'.*auto, sdpa, eager, flash, xformers"):
         backends.resolve("flsh", CPU, torch.float32)
 
 

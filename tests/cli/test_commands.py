@@ -231,8 +231,8 @@ def test_one_word_that_is_a_folder_is_the_folder(
     cli: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: seen.append(folder))
-    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: seen.append(folder))
+    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -272,9 +272,9 @@ def test_one_word_that_is_a_folder_is_the_folder(
 )
 def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
     monkeypatch.setattr(
-        "mistral.cli.terminal._stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+        "mistral.cli.generate.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
     )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
@@ -288,8 +288,8 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("prompt", ["--", "--json", "--max_tokens=3", "-h", "--help", "---"])
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.load_model", lambda folder, *_, **__: None)
-    monkeypatch.setattr("mistral.cli.terminal._stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)

@@ -612,3 +612,11 @@ def test_the_truth_itself_on_a_case_done_by_hand():
     assert np.allclose(np.exp(logp).sum(-1), 1)
     assert np.allclose(hidden[0][0], hidden[0][2])
     assert len(hidden) == 2
+
+
+def test_a_new_model_has_random_embeddings() -> None:
+    """As nn.Embedding draws them: a model of one's own to train must not begin with what memory happened to hold."""
+    torch.manual_seed(0)
+    first, second = (Transformer(tiny_args(vocab_size=2000)).tok_embeddings.weight for _ in range(2))
+    assert abs(first.std().item() - 1) < 0.02
+    assert not torch.equal(first, second)

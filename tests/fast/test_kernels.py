@@ -411,6 +411,36 @@ def test_decode_steps_over_many_positions(window: int | None, heads: tuple[int, 
     assert distance([logits[0]], [logits[1]]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("score", [-25.0, 100.0])
+def test_attention_whose_scores_lie_far_apart(score: float) -> None:
+    """One of 300 positions, in the first of three parts, differs by `score` from all others, whose keys are 0.
+
+    At -25 it has a weight of 5e-14 and a value of 1e10: nothing that counts may be rounded to 0. At 100 it has all the
+    weight, and the other parts, merged by the largest score, have none.
+    """
+    args = tiny_args(n_heads=1, n_kv_heads=1, sliding_window=None)
+    fast, plain = fast_twin(tiny_model(args, seed=4), "float32")
+    queries: list[Tensor] = []
+    attend = plain.layers[0].attention.attend
+    plain.layers[0].attention.attend = lambda q, *rest: (queries.append(q), attend(q, *rest))[1]
+    ids, caches = torch.tensor([7]), [filled_cache(args, [300]) for _ in range(3)]
+    with torch.inference_mode():
+        plain.forward(ids, [1], caches.pop())
+        q = queries[0][0, 0]
+        for cache in caches:
+            store = cache.layers[0]
+            store.k.zero_()
+            store.v.zero_()
+            store.k[0, 5, 0] = score * args.head_dim**0.5 * q / q.square().sum()
+            store.v[0, 5] = 1e10 if score < 0 else 1.0
+        got, want = (model.forward(ids, [1], cache) for model, cache in zip((fast, plain), caches, strict=True))
+        caches[0].rewind(0, 300)
+        caches[0].layers[0].v.zero_()
+        without = plain.forward(ids, [1], caches[0])
+    assert distance([got], [want]) <= TOLERANCE
+    assert distance([without], [want]) > 10 * TOLERANCE  # the position matters
+
+
 @pytest.mark.parametrize("window", [None, 200])
 def test_parts_do_not_hang_on_threads_or_company(window: int | None) -> None:
     args = tiny_args(sliding_window=window)

@@ -192,7 +192,7 @@ def test_other_attention_backends_stand_aside(name: str) -> None:
         raise AssertionError("the backend computed")
 
     plain = deep_model(THETA)
-    model = Transformer(plain.args, varlen.Packed(lambda *_: None, kernel))
+    model = Transformer(plain.args, varlen.VarlenAttention(lambda *_: None, kernel))
     model.load_state_dict(plain.state_dict())
     prompts = ragged(LENS, model.args.vocab_size)
     with pytest.raises(AssertionError, match="computed"):

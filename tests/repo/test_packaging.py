@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,9 @@ from packaging.utils import canonicalize_name
 import mistral
 from tools.import_all import modules
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("xformers", "transformers", "matplotlib", "prompt_toolkit", "huggingface_hub", "pytest", "hypothesis")
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,55 @@
+"""Options as parcels, shown flat: a function that takes a dataclass is called by its fields. Runs without torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+def flat(**parcels: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Give a function that takes dataclasses as keyword arguments a signature of their fields.
+
+        @flat(params=SamplingParams(max_tokens=35), options=LoadOptions())
+        def demo(folder: str | None = None, *, params: SamplingParams, options: LoadOptions) -> None: ...
+
+    `demo(max_tokens=5, device="cpu")` then passes `SamplingParams(max_tokens=5)` and `LoadOptions(device="cpu")`. The
+    instances given here hold the defaults. A parcel may also be given whole, and fields beside it change it.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+        @functools.wraps(function)
+        def call(*given: Any, **named: Any) -> R:
+            for name, default in parcels.items():
+                whole = named.pop(name, None)
+                changes = {f.name: named.pop(f.name) for f in fields(default) if f.name in named}
+                base = default if whole is None else whole
+                named[name] = replace(base, **changes) if changes else base
+            return function(*given, **named)
+
+        own = inspect.signature(function).parameters.values()
+        shown = [p for p in own if p.name not in parcels]
+        shown += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(default, f.name), annotation=f.type
+            )
+            for default in parcels.values()
+            for f in fields(default)
+        ]
+        call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def field_help(kind: type) -> dict[str, str]:
+    """What `Args:` of a dataclass's docstring says about each field, on one line."""
+    text = (inspect.getdoc(kind) or "").partition("Args:\n")[2]
+    text = re.split(r"\n\n|\n\S", text)[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", said) for name, said in found}
