@@ -1,8 +1,8 @@
 """What mkdocs.yml asks of this project while the site is built: help texts as they are, and equations without a script.
 
-A code block that is one line, `$ python -m main COMMAND --help` or `>>> help(NAME)`, gets what that prints: elsewhere the
-page still says how to see it. Equations between dollar signs (which arithmatex has marked) become MathML, which browsers
-draw by themselves.
+A code block that is one line, `$ python -m main COMMAND --help` or `>>> help(NAME)`, gets what that prints; elsewhere
+the page still says how to see it. Equations between dollar signs (which arithmatex has marked) become MathML, which
+browsers draw by themselves.
 """
 
 from __future__ import annotations
