@@ -34,7 +34,10 @@ def printed(command: str, folder: Path) -> str:
         ["bash", "-c", words], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     print(f"  {command} (exit code {run.returncode})")
-    return run.stdout if run.stdout.endswith("\n") or not run.stdout else f"{run.stdout}\n"
+    if run.returncode not in (0, 1):  # 1: checks that failed, which a sample may show
+        raise SystemExit(f"{command}\n{run.stdout}")
+    output = run.stdout.replace(f"{folder}/", "")
+    return output if output.endswith("\n") or not output else f"{output}\n"
 
 
 def refresh(page: Path, folder: Path) -> None:
