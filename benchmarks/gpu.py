@@ -79,8 +79,8 @@ def ours(args: ModelArgs, device: torch.device, quant: str | None) -> Transforme
     """Our model, its decode steps captured where there is a GPU."""
     options: dict[str, Any] = {"quant": quant} if device.type == "cuda" or quant is None else {}
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    kernels = True if device.type == "cuda" else None
-    return assemble(random_folder(args, Path()), device=device, dtype=dtype, kernels=kernels, **options)[0]
+    execution = "cuda_graph" if device.type == "cuda" else "auto"
+    return assemble(random_folder(args, Path()), device=device, dtype=dtype, execution=execution, **options)[0]
 
 
 def our_rates(model: Transformer, name: str, questions: list[tuple[str, int, int]]) -> Rates:

@@ -5,18 +5,46 @@ Importing this package imports nothing else; torch comes with the name that need
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mistral.loader.load import load
+    from mistral.chat.conversation import Chat as Chat
+    from mistral.generate import complete as complete
+    from mistral.generate import stream as stream
+    from mistral.loader.load import load as load
+    from mistral.loader.options import LoadOptions as LoadOptions
+    from mistral.sampling_params import SamplingParams as SamplingParams
+    from mistral.util.errors import FormatError as FormatError
+    from mistral.util.errors import MistralError as MistralError
+    from mistral.util.errors import Unavailable as Unavailable
+    from mistral.util.errors import UsageError as UsageError
+    from mistral.util.memory import OutOfMemory as OutOfMemory
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+
+# Where each public name lives.
+_HOMES = {
+    "load": "mistral.loader.load",
+    "LoadOptions": "mistral.loader.options",
+    "SamplingParams": "mistral.sampling_params",
+    "Chat": "mistral.chat.conversation",
+    "complete": "mistral.generate",
+    "stream": "mistral.generate",
+    "MistralError": "mistral.util.errors",
+    "UsageError": "mistral.util.errors",
+    "FormatError": "mistral.util.errors",
+    "Unavailable": "mistral.util.errors",
+    "OutOfMemory": "mistral.util.memory",
+}
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from mistral.loader.load import load
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from mistral.util.errors import FormatError, short_repr
-from mistral.window import Window, slots_for
+from mistral.window import Window, shortest_pattern, slots_for
 
 
 class ArgsError(FormatError):
@@ -23,9 +24,10 @@ THETA_WITH_WINDOW = 1e4
 THETA_WITHOUT_WINDOW = 1e6
 
 LARGEST = 2**31 - 1  # of any size here: products of two stay inside 64 bits
+SIZES = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelArgs:
     """Shape of a Mistral transformer (Mistral 7B, arXiv 2310.06825, table 1).
 
@@ -42,6 +44,7 @@ class ModelArgs:
             them. A list gives one window per layer and repeats until every layer has one
             (Ministral 8B: [None, 32768, 32768, 32768]).
         rope_theta: base of the rotary frequencies. None: 1e4 if a window is declared, else 1e6.
+        tied_embeddings: whether the output matrix is the embedding matrix, one parameter.
         max_batch_size: most sequences in one forward; 0 sets no limit.
         theta_rule: how rope_theta was found; filled in when left empty.
 
@@ -59,11 +62,12 @@ class ModelArgs:
     vocab_size: int
     sliding_window: int | tuple[int | None, ...] | None = None
     rope_theta: float = None  # type: ignore[assignment]  # a float once constructed
+    tied_embeddings: bool = False
     max_batch_size: int = 0
     theta_rule: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size"):
+        for name in SIZES:
             _check_int(name, getattr(self, name), least=1)
         _check_int("max_batch_size", self.max_batch_size, least=0)
         _check_positive("norm_eps", self.norm_eps)
@@ -72,6 +76,8 @@ class ModelArgs:
             raise ArgsError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
+        if not isinstance(self.tied_embeddings, bool):
+            raise ArgsError(f"tied_embeddings must be true or false, not {short_repr(self.tied_embeddings)}")
         self._check_window()
         given: object = self.rope_theta
         if given is None:
@@ -96,6 +102,9 @@ class ModelArgs:
         for w in self._distinct_windows:
             if w is not None:
                 _check_int("sliding_window", w, least=1)
+        # One spelling of each pattern, so that equal models have equal args.
+        pattern = shortest_pattern(self._distinct_windows)
+        object.__setattr__(self, "sliding_window", tuple(pattern) if isinstance(pattern, list) else pattern)
 
     @property
     def _distinct_windows(self) -> tuple[Window, ...]:
@@ -107,6 +116,23 @@ class ModelArgs:
         """The window of each layer, `n_layers` of them."""
         per_layer = self._distinct_windows
         return per_layer * (self.n_layers // len(per_layer))
+
+    def to_params(self) -> dict[str, Any]:
+        """The object that a params.json holds; what is read back from it equals these args.
+
+        All but max_batch_size, which is no part of a model.
+        """
+        params = {name: getattr(self, name) for name in (*SIZES, "norm_eps")}
+        params |= {"sliding_window": shortest_pattern(self.windows), "rope_theta": self.rope_theta}
+        return params | ({"tied_embeddings": True} if self.tied_embeddings else {})
+
+    def __repr__(self) -> str:
+        heads = f"{self.n_heads}/{self.n_kv_heads} of {self.head_dim}"
+        tied = ", tied" if self.tied_embeddings else ""
+        return (
+            f"ModelArgs({self.n_layers} layers of {self.dim}, heads {heads}, hidden {self.hidden_dim}, "
+            f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{tied})"
+        )
 
     def cache_bytes(self, positions: int, itemsize: int) -> int:
         """Bytes of keys and values of one sequence of `positions`, all layers, in numbers of `itemsize` bytes."""

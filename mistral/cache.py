@@ -73,12 +73,12 @@ class RollingBuffer:
     @torch.inference_mode(False)  # storage outlives the block it was made in, and may be used outside
     @torch.no_grad()
     def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
-        """Move to `capacity` slots; every position still held keeps its key."""
-        old = self.capacity
+        """Move to `capacity` slots of a row for each start; every position still held keeps its key."""
+        old, rows = self.k.shape[1], self.k.shape[0]
         for name in ("k", "v"):
             storage = getattr(self, name)
-            wider = storage.new_zeros(storage.shape[0], capacity, *storage.shape[2:])
-            for row, (start, origin) in enumerate(zip(starts, origins, strict=True)):
+            wider = storage.new_zeros(len(starts), capacity, *storage.shape[2:])
+            for row, (start, origin) in enumerate(zip(starts[:rows], origins[:rows], strict=True)):
                 held = torch.arange(max(origin, start - old), start, device=storage.device)
                 wider[row, held % capacity] = storage[row, held % old] if old else storage[row]
             setattr(self, name, wider)
@@ -119,7 +119,8 @@ class StepKeys:
 
     def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
         positions = run.pick(plan.device_positions)
-        return Tile(run, start, stop, positions[:, start:stop], positions[:, self._first(start) : stop])
+        seen = positions[:, self._first(start) : stop]
+        return Tile(run, start, stop, positions[:, start:stop], seen, slots=positions[:, :0])
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         span = slice(self._first(tile.start), tile.stop)
@@ -185,6 +186,13 @@ class RollingBufferCache:
     def layer(self, i: int) -> RollingBuffer:
         """The store of layer i."""
         return self.layers[i]
+
+    def grow(self, rows: int, positions: int) -> None:
+        """Make room for `rows` sequences of up to `positions`; what is held stays, and nothing shrinks."""
+        for counts in (self.lengths, self.origins, self._reached):
+            counts += [0] * (rows - len(counts))
+        for layer in self.layers:
+            layer.grow(max(layer.capacity, layer.capacity_for(positions)), self.lengths, self.origins)
 
     def reset(self, row: int | None = None, position: int = 0) -> None:
         """Forget a sequence (all of them if row is None); the next one begins at `position`.

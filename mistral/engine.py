@@ -1,8 +1,7 @@
-"""Ids in, ids out: a batch of requests, one step at a time. Knows nothing about text, files or options."""
+"""Ids in, ids out: a running batch that requests join and leave. Knows nothing about text, files or options."""
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from mistral.cache import RollingBufferCache
 from mistral.model import Transformer
-from mistral.sampling import Sampler, Uniforms
+from mistral.sampling import LogitChanges, RequestRng, sample_each
+from mistral.sampling_params import SamplingParams
 from mistral.util import memory
 from mistral.util.errors import UsageError
 
 Finish = Literal["stop", "length"]
 Progress = Callable[[int, int], None]
-STEP_TOKENS = 2048  # prompt tokens a step takes in, over all rows, unless a chunk size is given
+STEP_TOKENS = 2048  # prompt tokens that a step processes, over all rows, unless a chunk size is given
 LOGIT_FLOATS = 1 << 24  # logits held at once while a prompt is scored: 64 MB
 LESS = "lower --max_tokens, shorten the prompt, or use --dtype bfloat16"  # where keys and values do not fit
 
@@ -28,240 +28,381 @@ class GenerationError(UsageError):
     """A prompt or a number that cannot be generated from."""
 
 
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way through the model, and what was generated from it so far.
+
+    Args:
+        index: the caller's number for its prompt.
+        prompt_ids: ids of the prompt.
+        params: how it is continued.
+        eos_ids: ids that end it when they are generated.
+        rng: its random numbers; None where none are drawn.
+        sample: which of the `params.n` samples of its prompt it is.
+        row: the row of the cache that it has; None while it waits, and once it has ended.
+        num_computed: how many of prompt_ids + output_ids the model has processed.
+        output_ids: generated ids, without the one that ended it.
+        prompt_logprobs: of prompt_ids[1:], as far as they are known, where prompts are scored.
+        finish: "stop" (an eos id, or stopped from outside) or "length"; None until it has ended.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    rng: RequestRng | None
+    sample: int = 0
+    row: int | None = None
+    num_computed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+    changes: LogitChanges | None = field(default=None, repr=False)
+
+    @property
+    def positions(self) -> int:
+        """Positions that it may need: the last token generated is never processed."""
+        return len(self.prompt_ids) + max(self.params.max_tokens - 1, 0)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether some of its prompt is still to be processed."""
+        return self.num_computed < len(self.prompt_ids)
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that the model has processed, and all of them."""
+        return min(self.num_computed, len(self.prompt_ids)), len(self.prompt_ids)
+
+    def next_ids(self, chunk: int) -> list[int]:
+        """What the model processes next: a chunk of the prompt, or the last token generated."""
+        if self.prefilling:
+            return self.prompt_ids[self.num_computed : self.num_computed + chunk]
+        return self.output_ids[-1:]
+
+
 @dataclass(frozen=True)
 class Token:
     """One generated token.
 
     Args:
-        index: which prompt it continues.
+        request: the request that it continues; not compared.
         id: the token.
-        logprob: natural log of its probability under the untempered softmax.
-        top: the likeliest tokens and their log-probabilities, likeliest first, as many as asked for.
+        logprob: natural log of its probability under the softmax of the logits as the model gave them.
+        top: the most likely tokens and their log-probabilities, most likely first, as many as requested.
     """
 
-    index: int
+    request: Request = field(repr=False, compare=False)
     id: int
     logprob: float
     top: dict[int, float]
 
-
-@dataclass
-class PromptState:
-    """Host-side state of one prompt being continued.
-
-    Args:
-        index: its place among the prompts.
-        prompt: its ids.
-        max_tokens: most tokens to make.
-        fed: how many of prompt + made the model has taken in.
-        made: generated ids, without eos.
-        prompt_logprobs: of prompt[1:], as far as they are known.
-        finish: why it ended; None while it runs.
-    """
-
-    index: int
-    prompt: list[int]
-    max_tokens: int
-    uniforms: Uniforms
-    fed: int = 0
-    made: list[int] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
-    finish: Finish | None = None
-
-    def next_ids(self, chunk: int) -> list[int]:
-        """What the model takes in next: a chunk of the prompt, or the last token made."""
-        if self.fed < len(self.prompt):
-            return self.prompt[self.fed : self.fed + chunk]
-        return self.made[-1:]
+    @property
+    def index(self) -> int:
+        """The caller's number for the prompt that it continues."""
+        return self.request.index
 
 
-class Generation:
-    """Prompts on their way through a model, one step at a time.
+class Engine:
+    """A batch of requests, one step at a time. Requests join with `add` and leave when they end.
 
-    Prompts beyond the rows of the cache wait and take over a row when its sequence ends. In one step
-    some rows may take in prompt chunks while others decode.
+    Requests without a row of the cache wait, first come first served, and take one over when its sequence has
+    ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt and
+    params decides what a request generates. After an exception in `step` the engine is of no more use.
 
     Args:
-        prompts: ids of each prompt, at least one each; lists are not copied: leave them alone until the end.
-        model: the model; `args.max_batch_size` bounds the rows.
-        max_tokens: most tokens to make, one number or one a prompt.
-        eos_id: ends a sequence when generated; None never does.
-        sampler: how tokens are chosen.
-        seed: of the prompts' random streams.
-        chunk_size: most prompt tokens a sequence takes in at a step; None shares STEP_TOKENS.
+        model: the model.
+        eos_ids: ids that end a sequence when they are generated, for requests that bring none of their own.
+        chunk_size: the most prompt tokens of a sequence in a step; None shares STEP_TOKENS among the rows.
         score_prompts: also keep the log-probabilities of the prompts' tokens.
-        top_logprobs: how many of the likeliest tokens to report with each token.
-        cache: one to go on from, with a row for each prompt, whose row b holds the first `lengths[b]`
-            tokens of prompt b: they are not taken in again (nor scored). None makes one.
+        rows: the most sequences in a step; None: `args.max_batch_size`, or no limit.
+        positions: length of a sequence to make room for from the start. The cache grows when longer ones join.
+        cache: one to use; its rows are the batch. None makes one, as large as the requests need and memory allows.
+
+    Attributes:
+        cache: where keys and values are; None before the first step, unless one was given.
 
     Raises:
-        GenerationError: an empty prompt, an id outside the vocabulary, or a number out of range; a cache
-            that has too few rows, or holds all of a prompt.
-        OutOfMemory: not even one row of cache fits the memory left.
+        GenerationError: a number out of range.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
         model: Transformer,
         *,
-        max_tokens: int | Sequence[int],
-        eos_id: int | None,
-        sampler: Sampler,
-        seed: int,
+        eos_ids: Iterable[int],
         chunk_size: int | None = None,
         score_prompts: bool = False,
-        top_logprobs: int = 0,
+        rows: int | None = None,
+        positions: int = 0,
         cache: RollingBufferCache | None = None,
     ) -> None:
-        limits = _check(prompts, model.args.vocab_size, max_tokens, chunk_size, top_logprobs)
+        for name, number, least in (("chunk_size", chunk_size, 1), ("rows", rows, 1), ("positions", positions, 0)):
+            _check_whole(name, number, least)
         self.model = model
-        self.eos_id = eos_id
-        self.sampler = sampler
+        self.eos_ids = frozenset(eos_ids)
         self.chunk_size = chunk_size
         self.score_prompts = score_prompts
-        self.top_logprobs = top_logprobs
-        self.sequences = [
-            PromptState(i, prompt if isinstance(prompt, list) else list(prompt), limit, Uniforms(seed, i))
-            for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
-        ]
-        for s in self.sequences:
-            if not s.max_tokens and not score_prompts:
-                s.finish = "length"  # nothing to make and nothing to score
-        self._waiting = deque(s for s in self.sequences if s.finish is None)
-        # The last token made is never fed back; a prompt that is only scored goes in whole.
-        positions = max((len(s.prompt) + max(s.max_tokens - 1, 0) for s in self._waiting), default=0)
-        self._rows: list[PromptState | None]
-        if cache is not None:
-            self.cache = cache
-            self._rows = self._go_on(cache, positions)
-            self._waiting.clear()
-            return
-        rows = rows_that_fit(model, len(self._waiting), positions)
-        self.cache = RollingBufferCache(
-            model.args, max(rows, 1), device=model.device, dtype=model.dtype, positions=positions
-        )
-        self._rows = [None] * rows
+        self.cache = cache
+        self._given = cache is not None
+        self._limits = [n for n in (rows, model.args.max_batch_size) if n]
+        self._least_positions = positions
+        self._positions = 0  # that each row has room for
+        self._fits = 0  # the most positions of a sequence that was found to fit the memory
+        self._rows: list[Request | None] = [None] * len(cache.lengths) if cache is not None else []
+        self._waiting: deque[Request] = deque()
+        self._joined = False  # whether there are requests that no room was made for yet
+        self._added = 0
 
-    def _go_on(self, cache: RollingBufferCache, positions: int) -> list[PromptState | None]:
-        """Each prompt in its own row, with what the row holds already taken in."""
-        if len(cache.lengths) < len(self.sequences):
-            raise GenerationError(f"{len(self.sequences)} prompts for a cache of {len(cache.lengths)} rows")
-        for s, held in zip(self.sequences, cache.lengths, strict=False):
-            if held >= len(s.prompt):
-                raise GenerationError(
-                    f"the cache holds {held} tokens of prompt {s.index}, which has {len(s.prompt)}: rewind it"
-                )
-            s.fed = held
-        grown = len(cache.lengths) * self.model.args.cache_bytes(positions, self.model.dtype.itemsize) - cache.nbytes
-        memory.require(max(0, grown), self.model.device, f"{positions} positions in the cache", LESS)
-        return [s if s.finish is None else None for s in self.sequences]
+    def add(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        row: int | None = None,
+        *,
+        eos_ids: Iterable[int] | None = None,
+        index: int | None = None,
+        sample: int = 0,
+    ) -> Request:
+        """Have a prompt continued, from the next step that has a row for it.
+
+        Args:
+            prompt_ids: ids, at least one. A list is not copied: leave it alone until the request has ended.
+            params: how to continue it. One request is one sample: whoever needs `n` of them adds n requests.
+            row: of the cache, to continue from what it holds: the beginning of the prompt, which is not processed
+                again (nor scored). None takes the next free row, from its beginning.
+            eos_ids: ids that end it; None: those of the engine.
+            index: the caller's number for the prompt, for tokens and errors; None counts.
+            sample: which of the n samples this is, from 0; with the seed it decides the random numbers.
+
+        Raises:
+            GenerationError: an empty prompt, an id outside the vocabulary, a number out of range, or a row that is
+                not there, is taken, or holds all of the prompt.
+            OutOfMemory: keys and values of such a sequence do not fit the memory left.
+        """
+        index = self._added if index is None else index
+        ids = prompt_ids if isinstance(prompt_ids, list) else list(prompt_ids)
+        _check_request(ids, params, index, sample, self.model.args.vocab_size)
+        held = 0 if row is None else self._check_row(row, ids, index)
+        ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
+        request = Request(index, ids, params, ends, None, sample, num_computed=held)
+        if not params.max_tokens and not self.score_prompts:
+            request.finish = "length"  # nothing to generate and nothing to score
+        else:
+            self._check_memory(request.positions)
+            if params.max_tokens and not params.greedy:
+                seed = int(torch.randint(2**62, (), device="cpu")) if params.seed is None else params.seed
+                request.rng = RequestRng(seed, sample)
+            if row is None:
+                self._waiting.append(request)
+                self._joined = True
+            else:
+                self._place(request, row)
+        self._added += 1
+        return request
 
     @property
     def done(self) -> bool:
-        """Whether every sequence has ended."""
+        """Whether every request has ended."""
         return not self._waiting and not any(self._rows)
 
-    @property
-    def taken(self) -> tuple[int, int]:
-        """Tokens of the prompts that the model has taken in, and all there are."""
-        return sum(min(s.fed, len(s.prompt)) for s in self.sequences), sum(len(s.prompt) for s in self.sequences)
+    def stop(self, request: Request) -> None:
+        """End a request from outside, as if it had generated an eos id, also while it waits."""
+        if request.finish is None:
+            self._end(request, "stop")
 
-    def stop(self, index: int) -> None:
-        """End a sequence from outside, as if it had made eos."""
-        self._end(self.sequences[index], "stop")
-
-    def _end(self, sequence: PromptState, finish: Finish) -> None:
-        sequence.finish = finish
-        for row, held in enumerate(self._rows):
-            if held is sequence:
-                self._rows[row] = None
-
-    @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Run one forward; return the tokens made by rows that have their whole prompt in, in row order.
+        """Run one forward; return the tokens generated by rows whose prompt is processed, in row order.
 
-        A sequence that has just ended has its `finish` set; eos itself is not among the tokens.
+        A request that has just ended has its `finish` set; the eos id itself is not among the tokens.
+
+        Raises:
+            GenerationError: the model's logits are NaN.
+            OutOfMemory: there is too little memory left for even one of the requests that wait.
         """
+        if self._waiting:
+            self._admit()
+        if not any(self._rows):
+            return []
+        with torch.inference_mode():
+            return self._forward()
+
+    # Rows and memory.
+
+    def _end(self, request: Request, finish: Finish) -> None:
+        request.finish = finish
+        request.changes = None
+        if request.row is None:
+            self._waiting.remove(request)
+        else:
+            self._rows[request.row] = None
+            request.row = None
+
+    def _place(self, request: Request, row: int) -> None:
+        self._rows[row], request.row = request, row
+
+    def _check_row(self, row: int, ids: list[int], index: int) -> int:
+        """How many tokens of the prompt the row holds."""
+        if self.cache is None or not 0 <= row < len(self._rows):
+            raise GenerationError(f"there is no row {row} for prompt {index}: the cache has {len(self._rows)} rows")
+        if self._rows[row] is not None:
+            raise GenerationError(f"row {row} is taken by a request that has not ended")
+        held = self.cache.lengths[row]
+        if held >= len(ids):
+            raise GenerationError(f"the cache holds {held} tokens of prompt {index}, which has {len(ids)}: rewind it")
+        return held
+
+    def _check_memory(self, positions: int) -> None:
+        """Refuse a sequence that does not fit, alone or (where the cache is given) in a row of its own."""
+        if positions <= self._fits:
+            return
+        needed = self.model.args.cache_bytes(positions, self.model.dtype.itemsize)
+        what = f"keys and values of one sequence of {positions} positions"
+        if self._given:
+            needed, what = needed * len(self._rows), f"{positions} positions in the cache"
+            self._positions = positions  # the cache itself makes room, step by step
+        there = 0 if self.cache is None else self.cache.nbytes
+        memory.require(max(0, needed - there), self.model.device, what, LESS)
+        self._fits = positions
+
+    def _admit(self) -> None:
+        """Give rows to those that wait, in the order in which they came, as far as rows and memory go."""
+        if not self._given and (self._joined or (self._waiting[0].positions > self._positions and not any(self._rows))):
+            self._make_room()
+        self._joined = False
         for row, held in enumerate(self._rows):
-            if held is None and self._waiting:
+            if not self._waiting or self._waiting[0].positions > self._positions:
+                return
+            if held is None:
+                assert self.cache is not None
                 self.cache.reset(row)
-                self._rows[row] = self._waiting.popleft()
-        fed = self._next_inputs()
-        ids = torch.tensor([i for piece in fed for i in piece], device=self.model.device)
-        plan = self.cache.plan([len(piece) for piece in fed])
+                self._place(self._waiting.popleft(), row)
+
+    def _make_room(self) -> None:
+        """Make a cache for those that wait, or let it grow; where memory is short and others run, they wait."""
+        running = sum(request is not None for request in self._rows)
+        rows = min([running + len(self._waiting), *self._limits])
+        positions = max(self._least_positions, *(request.positions for request in self._waiting))
+        if rows <= len(self._rows) and positions <= self._positions:
+            return
+        args, itemsize, device = self.model.args, self.model.dtype.itemsize, self.model.device
+        if not running:
+            self.cache, self._rows, self._positions = None, [], 0  # its memory counts as left
+            rows = rows_that_fit(self.model, rows, positions)
+            self.cache = RollingBufferCache(args, rows, device=device, dtype=self.model.dtype, positions=positions)
+            self._rows, self._positions = [None] * rows, positions
+            return
+        assert self.cache is not None
+        now = len(self._rows)
+        positions = max(positions, self._positions)
+        # Twice as many rows at least: whoever joins one by one moves the storage seldom.
+        roomy = min([max(rows, 2 * now), *self._limits]) if rows > now else now
+        for rows in (roomy, now):
+            more, left = rows * args.cache_bytes(positions, itemsize) - self.cache.nbytes, memory.available(device)
+            if left is None or more <= left:
+                self.cache.grow(rows, positions)
+                self._rows += [None] * (rows - now)
+                self._positions = positions
+                return
+
+    # A step.
+
+    def _forward(self) -> list[Token]:
+        assert self.cache is not None
+        pieces = self._next_inputs()
+        ids = torch.tensor([i for piece in pieces for i in piece], device=self.model.device)
+        plan = self.cache.plan([len(piece) for piece in pieces])
         h = self.model.step(ids, plan, self.cache)
         self.cache.commit(plan)
 
         last_rows: list[int] = []
-        ready: list[PromptState] = []
+        ready: list[Request] = []
         end = 0
-        for sequence, piece in zip(list(self._rows), fed, strict=True):
+        for request, piece in zip(list(self._rows), pieces, strict=True):
             begin, end = end, end + len(piece)
-            if sequence is None:
+            if request is None:
                 continue
-            if self.score_prompts and sequence.fed < len(sequence.prompt):
-                self._score(sequence, h[begin:end])
-            sequence.fed += len(piece)
-            if sequence.fed < len(sequence.prompt):
+            if self.score_prompts and request.prefilling:
+                self._score(request, h[begin:end])
+            request.num_computed += len(piece)
+            if request.prefilling:
                 continue
-            if sequence.max_tokens:
+            if request.params.max_tokens:
                 last_rows.append(end - 1)
-                ready.append(sequence)
+                ready.append(request)
             else:
-                self._end(sequence, "length")
-        return self._choose(h[last_rows], ready) if ready else []
+                self._end(request, "length")
+        return self._sample(h[last_rows], ready) if ready else []
 
     def _next_inputs(self) -> list[list[int]]:
-        """The ids each row takes in at this step."""
-        prefilling = sum(s is not None and s.fed < len(s.prompt) for s in self._rows)
+        """The ids that each row contributes to this step."""
+        prefilling = sum(request is not None and request.prefilling for request in self._rows)
         chunk = self.chunk_size or max(1, STEP_TOKENS // max(1, prefilling))
-        return [s.next_ids(chunk) if s is not None else [] for s in self._rows]
+        return [request.next_ids(chunk) if request is not None else [] for request in self._rows]
 
-    def _score(self, sequence: PromptState, h: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow the ones just taken in."""
-        targets = sequence.prompt[sequence.fed + 1 : sequence.fed + 1 + len(h)]
+    def _score(self, request: Request, h: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow the ones just processed."""
+        first_id = request.num_computed + 1
+        targets = request.prompt_ids[first_id : first_id + len(h)]
         rows = max(1, LOGIT_FLOATS // self.model.args.vocab_size)
         for first in range(0, len(targets), rows):
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
             logprobs = self.model.logits(h[first : first + len(wanted)]).log_softmax(-1)
             found = logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist()
             for logprob in found:
-                _check_number(logprob, sequence.index)
-            sequence.prompt_logprobs += found
+                _check_number(logprob, request.index)
+            request.prompt_logprobs += found
 
-    def _choose(self, h: Tensor, ready: list[PromptState]) -> list[Token]:
-        """Sample a token for each sequence and take note of those that end with it."""
+    def _sample(self, h: Tensor, ready: list[Request]) -> list[Token]:
+        """Choose a token for each request, and end those that end with it."""
         logits = self.model.logits(h)
-        draws = [0.0] * len(ready) if self.sampler.greedy else [s.uniforms() for s in ready]
-        chosen = self.sampler(logits, torch.tensor(draws, dtype=torch.float32, device=logits.device))
+        draws = [0.0 if request.rng is None else request.rng() for request in ready]
+        uniform = torch.tensor(draws, dtype=torch.float32, device=logits.device)
+        chosen = sample_each(_changed(logits, ready), uniform, [request.params for request in ready])
         logprobs = logits.log_softmax(-1)
         of_chosen = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
         tokens = []
-        for sequence, token, logprob, top in zip(
-            ready, chosen.tolist(), of_chosen.tolist(), self._likeliest(logprobs), strict=True
+        for request, token, logprob, top in zip(
+            ready, chosen.tolist(), of_chosen.tolist(), _most_likely(logprobs, ready), strict=True
         ):
-            _check_number(logprob, sequence.index)
-            if token == self.eos_id:
-                self._end(sequence, "stop")
+            _check_number(logprob, request.index)
+            if token in request.eos_ids:
+                self._end(request, "stop")
                 continue
-            sequence.made.append(token)
-            tokens.append(Token(sequence.index, token, logprob, top))
-            if len(sequence.made) == sequence.max_tokens:
-                self._end(sequence, "length")
+            request.output_ids.append(token)
+            tokens.append(Token(request, token, logprob, top))
+            if len(request.output_ids) == request.params.max_tokens:
+                self._end(request, "length")
         return tokens
 
-    def _likeliest(self, logprobs: Tensor) -> list[dict[int, float]]:
-        """The likeliest ids of each row and their log-probabilities, as many as asked for."""
-        if not self.top_logprobs:
-            return [{} for _ in logprobs]
-        # A stable sort, because topk breaks ties anyhow.
-        values, ids = (x[:, : self.top_logprobs].tolist() for x in logprobs.sort(dim=-1, descending=True, stable=True))
-        return [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+
+def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
+    """The logits to choose from: [R, V], in which some requests' rows differ from what the model gave."""
+    rows = [row for row, request in enumerate(ready) if request.params.changes_logits]
+    if not rows:
+        return logits
+    changed = logits.clone()
+    for row in rows:
+        request = ready[row]
+        if request.changes is None:
+            request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
+        changed[row] = request.changes(logits[row], request.output_ids)
+    return changed
+
+
+def _most_likely(logprobs: Tensor, ready: list[Request]) -> list[dict[int, float]]:
+    """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
+    counts = [request.params.top_logprobs for request in ready]
+    most = max(counts)
+    if not most:
+        return [{} for _ in ready]
+    # A stable sort, because topk breaks ties anyhow.
+    values, ids = (x[:, :most].tolist() for x in logprobs.sort(dim=-1, descending=True, stable=True))
+    return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids, values, counts, strict=True)]
 
 
 def _check_number(logprob: float, index: int) -> None:
-    """Refuse what a model whose logits are not numbers makes."""
+    """Refuse what a model whose logits are NaN generates."""
     if logprob != logprob:
         raise GenerationError(
             f"the model's logits for prompt {index} are not numbers: "
@@ -269,57 +410,41 @@ def _check_number(logprob: float, index: int) -> None:
         )
 
 
-def rows_that_fit(model: Transformer, prompts: int, positions: int) -> int:
-    """Rows for a cache of sequences of up to `positions`: as many as prompts, the batch limit and memory allow.
+def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:
+    """Rows for a cache of sequences of up to `positions`: as many as asked for, or as memory allows; at least one.
 
     Raises:
         OutOfMemory: not even one.
     """
-    args = model.args
-    needed = args.cache_bytes(positions, model.dtype.itemsize)
-    rows = min(prompts, args.max_batch_size or prompts)
-    if rows:
-        memory.require(
-            needed,
-            model.device,
-            f"keys and values of one sequence of {positions} positions",
-            LESS,
-        )
+    needed = model.args.cache_bytes(positions, model.dtype.itemsize)
+    memory.require(needed, model.device, f"keys and values of one sequence of {positions} positions", LESS)
     left = memory.available(model.device)
-    return rows if left is None or not needed else min(rows, left // needed)
+    return rows if left is None or not needed else max(1, min(rows, left // needed))
 
 
-def _check(
-    prompts: Sequence[Sequence[int]],
-    vocab_size: int,
-    max_tokens: int | Sequence[int],
-    chunk_size: int | None,
-    top_logprobs: int,
-) -> list[int]:
-    """Refuse what cannot be generated from; return max_tokens for each prompt."""
-    if not len(prompts):
-        raise GenerationError("no prompts: give at least one")
-    each = max_tokens if isinstance(max_tokens, Iterable) else [max_tokens] * len(prompts)
-    try:
-        limits = [operator.index(n) for n in each]
-    except TypeError:
-        raise GenerationError(f"max_tokens is {max_tokens!r}; it must be a whole number, or one a prompt") from None
-    if len(limits) != len(prompts):
-        raise GenerationError(f"{len(limits)} values of max_tokens for {len(prompts)} prompts")
-    for limit in limits:
-        if limit < 0:
-            raise GenerationError(f"max_tokens is {limit}; it must be at least 0")
-    for name, number in (("chunk_size", chunk_size), ("top_logprobs", top_logprobs)):
-        if number is not None and not isinstance(number, int):
-            raise GenerationError(f"{name} is {number!r}; it must be a whole number")
-    if chunk_size is not None and chunk_size < 1:
-        raise GenerationError(f"chunk_size is {chunk_size}; it must be at least 1")
-    if not 0 <= top_logprobs <= vocab_size:
-        raise GenerationError(f"top_logprobs is {top_logprobs}; it must be between 0 and the vocabulary's {vocab_size}")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise GenerationError(f"prompt {i} has no tokens")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = next(t for t in prompt if not 0 <= t < vocab_size)
-            raise GenerationError(f"prompt {i} has the id {wrong}, outside the vocabulary of {vocab_size}")
-    return limits
+def _check_whole(name: str, number: object, least: int) -> None:
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise GenerationError(f"{name} is {number!r}; it must be a whole number")
+    if number < least:
+        raise GenerationError(f"{name} is {number}; it must be at least {least}")
+
+
+def _check_request(ids: list[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
+    """Refuse what cannot be generated from."""
+    if not ids:
+        raise GenerationError(f"prompt {index} has no tokens")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(t for t in ids if not 0 <= t < vocab_size)
+        raise GenerationError(f"prompt {index} has the id {wrong}, outside the vocabulary of {vocab_size}")
+    if not 0 <= sample < params.n:
+        raise GenerationError(f"sample is {sample}; it must be at least 0 and less than n, {params.n}")
+    if params.top_logprobs > vocab_size:
+        raise GenerationError(
+            f"top_logprobs is {params.top_logprobs}; it must be between 0 and the vocabulary's {vocab_size}"
+        )
+    if params.logit_bias and params.logit_bias[-1][0] >= vocab_size:
+        raise GenerationError(
+            f"logit_bias has the id {params.logit_bias[-1][0]}, outside the vocabulary of {vocab_size}"
+        )

@@ -1,25 +1,28 @@
-"""Generation in three thin layers: ids (`Generation`), text as it appears (`stream`), results (`complete`).
+"""Text in, text out, on top of the engine: as it is generated (`stream`), or when it has ended (`complete`).
 
 `generate` keeps the meaning it has in Mistral's 2023 repository. Works with any model that steps
-over a plan and any tokenizer that encodes and decodes; knows nothing about files or options.
+over a plan and any tokenizer that encodes and decodes; knows nothing about files or load options.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
-from mistral.engine import Finish, Generation, GenerationError, Progress, Token
+from mistral.engine import Engine, Finish, GenerationError, Progress, Request, Token
 from mistral.model import Transformer
-from mistral.sampling import Sampler
+from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike, encode
+from mistral.util.flat import flat
 
 Prompt = str | Sequence[int]
+R = TypeVar("R")
+DEFAULT = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Piece:
         text: text that is now certain; may be empty, never half a character.
         token: the token, None for text that was held back until the end.
         finish_reason: set on a sequence's last piece: "stop" (eos or a stop string) or "length".
+        sample: which of the prompt's n samples it belongs to.
     """
 
     index: int
     text: str
     token: Token | None
     finish_reason: Finish | None = None
+    sample: int = 0
 
 
 @dataclass
@@ -45,11 +50,12 @@ class Completion:
 
     Args:
         text: continuation only, up to eos or the stop string.
-        tokens: ids made, without eos; where a stop string ended it, the last of them spell what `text` leaves out.
-        logprobs: of each token, natural log, untempered.
-        top_logprobs: for each token the likeliest ids and their log-probabilities, as many as asked for.
+        tokens: generated ids, without eos; where a stop string ended it, the last of them spell what `text` omits.
+        logprobs: of each token, natural log, of the logits as the model gave them.
+        top_logprobs: for each token the most likely ids and their log-probabilities, as many as requested.
         finish_reason: "stop" (eos or a stop string) or "length".
         prompt_tokens: ids of the prompt, bos included.
+        sample: which of the prompt's n samples it is.
     """
 
     text: str
@@ -58,15 +64,24 @@ class Completion:
     top_logprobs: list[dict[int, float]]
     finish_reason: Finish
     prompt_tokens: list[int]
+    sample: int = 0
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[list[int]]:
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
+    prompts = _prompt_list(prompts)
+    return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
+
+
+def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         raise GenerationError("prompts is one string; give a list of them")
     if not isinstance(prompts, Iterable):
         raise GenerationError(f"prompts is {prompts!r}; it must be a list of strings or of lists of ids")
-    return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
+    several = list(prompts)
+    if not several:
+        raise GenerationError("no prompts: give at least one")
+    return several
 
 
 def _ids(prompt: Sequence[int], i: int) -> list[int]:
@@ -80,102 +95,175 @@ def _ids(prompt: Sequence[int], i: int) -> list[int]:
         raise GenerationError(f"prompt {i} is {prompt!r:.60}; it must be a string or a list of ids") from None
 
 
+def eos_of(tokenizer: TokenizerLike) -> frozenset[int]:
+    """The ids that end a sequence: `eos_ids` of a tokenizer that has several, else its `eos_id`; None is none."""
+    several = getattr(tokenizer, "eos_ids", None)
+    if several is not None:
+        return frozenset(several)
+    return frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))
+
+
+def sampled(function: Callable[..., R]) -> Callable[..., R]:
+    """Give a function that takes prompts first, and `params`, the fields of SamplingParams as keyword arguments.
+
+    `params` may be one for all prompts, or a list, one a prompt; so may `max_tokens`. The function gets either.
+    """
+    shown = flat(params=DEFAULT)(function)
+    names = [field.name for field in fields(SamplingParams)]
+
+    @functools.wraps(shown)
+    def call(prompts: Sequence[Prompt], *given: Any, **named: Any) -> R:
+        if _is_list(named.get("params")) or _is_list(named.get("max_tokens")):
+            prompts = _prompt_list(prompts)
+            params = _one_each("params", named.pop("params", DEFAULT), len(prompts))
+            changes = [{name: named.pop(name) for name in names if name in named and name != "max_tokens"}] * len(
+                params
+            )
+            if "max_tokens" in named:
+                limits = _one_each("max_tokens", named.pop("max_tokens"), len(prompts))
+                changes = [{**each, "max_tokens": most} for each, most in zip(changes, limits, strict=True)]
+            named["params"] = [replace(one, **its) for one, its in zip(params, changes, strict=True)]
+        return shown(prompts, *given, **named)
+
+    return call
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    each = list(given) if _is_list(given) else [given] * count
+    if len(each) != count:
+        raise GenerationError(f"{len(each)} values of {name} for {count} prompts")
+    return each
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that were added to an engine: their ids, and their requests, n a prompt, in order."""
+
+    engine: Engine
+    ids: list[list[int]]
+    requests: list[Request]
+
+
+def _start(
+    prompts: Sequence[Prompt],
+    tokenizer: TokenizerLike,
+    engine: Engine,
+    params: SamplingParams | list[SamplingParams],
+) -> _Batch:
+    """Add each prompt to the engine; in a cache that was given, prompt i continues row i."""
+    ids = encode_prompts(prompts, tokenizer)
+    each = _one_each("params", params, len(ids))
+    for one in each:
+        if not isinstance(one, SamplingParams):
+            raise GenerationError(f"params is {one!r:.60}; it must be SamplingParams, or a list of them, one a prompt")
+    rows: list[int | None] = [None] * len(ids)
+    if engine.cache is not None:
+        if len(ids) > len(engine.cache.lengths):
+            raise GenerationError(f"{len(ids)} prompts for a cache of {len(engine.cache.lengths)} rows")
+        if any(one.n > 1 for one in each):
+            raise GenerationError("a cache has one row for each prompt: n must be 1")
+        rows = list(range(len(ids)))
+    requests = [
+        engine.add(prompt, one, row, index=index, sample=sample)
+        for index, (prompt, one, row) in enumerate(zip(ids, each, rows, strict=True))
+        for sample in range(one.n)
+    ]
+    return _Batch(engine, ids, requests)
+
+
+@sampled
 def stream(
     prompts: Sequence[Prompt],
     model: Transformer,
     tokenizer: TokenizerLike,
     *,
-    max_tokens: int | Sequence[int] = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.8,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
+    params: SamplingParams | list[SamplingParams],
+    eos_ids: Collection[int] | None = None,
     chunk_size: int | None = None,
-    top_logprobs: int = 0,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Piece]:
-    """Continue prompts, handing out text as it is made.
+    """Continue prompts, handing out text as it is generated.
 
     Args:
         prompts: strings (bos is put in front) or lists of ids (taken as they are), any number.
-        max_tokens: most tokens to make, one number or one a prompt.
-        temperature, top_p, top_k, min_p: see `sampling`; temperature 0 is greedy.
-        seed: same seed, same random draws for the same prompt index; None takes one from PyTorch's
-            default generator, so `torch.manual_seed` decides.
-        stop: strings that end a continuation; neither they nor what follows is shown.
-        chunk_size: most prompt tokens a sequence takes in at a step; changes no number.
-        top_logprobs: how many of the likeliest tokens to report with each token.
-        cache: one that holds the beginnings of the prompts; see `Generation`.
-        progress: called between steps with the tokens of the prompts taken in so far and in all. What it
+        params: how to continue them: one for all, or a list, one a prompt. Its fields may also be given by name
+            (`temperature=0`), and `max_tokens` then as a list, one a prompt. Without a seed each request takes one
+            from PyTorch's default generator, so `torch.manual_seed` decides.
+        eos_ids: ids that end a continuation; None: those of the tokenizer.
+        chunk_size: the most prompt tokens of a sequence in a step; changes no number.
+        cache: one that holds the beginnings of the prompts, prompt i in row i; they are not processed again.
+        progress: called between steps with the prompt tokens processed so far and in all. What it
             raises ends the generation there, with the cache whole.
 
     Yields:
-        Pieces, at least one a prompt; a sequence's last one carries its finish reason.
+        Pieces, at least one a request; a sequence's last one carries its finish reason.
 
     Raises:
         ValueError: a subclass that names the argument; before anything is computed.
     """
-    sampler = Sampler(temperature, top_p, top_k, min_p)
-    stops = _check_stop(stop)
-    ids = encode_prompts(prompts, tokenizer)
-    running = Generation(
-        ids,
-        model,
-        max_tokens=max_tokens,
-        eos_id=tokenizer.eos_id,
-        sampler=sampler,
-        seed=_seed(seed, sampler, max_tokens),
-        chunk_size=chunk_size,
-        top_logprobs=top_logprobs,
-        cache=cache,
-    )
-    return _pieces(running, [StopStrings(tokenizer, prompt, stops) for prompt in ids], progress)
+    ends = eos_of(tokenizer) if eos_ids is None else eos_ids
+    batch = _start(prompts, tokenizer, Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache), params)
+    return _pieces(batch, tokenizer, progress)
 
 
-def _pieces(running: Generation, texts: list[StopStrings], progress: Progress | None) -> Iterator[Piece]:
-    open_ = {s.index: s for s in running.sequences}
-    while open_:
+def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) -> Iterator[Piece]:
+    engine, requests = batch.engine, batch.requests
+    texts = {r: StopStrings(tokenizer, r.prompt_ids, r.params.stop) for r in requests}
+    running = list(requests)
+    while running:
         if progress is not None:
-            progress(*running.taken)
-        for token in [] if running.done else running.step():
-            text = texts[token.index]
+            done, total = zip(*(r.prefill_progress for r in requests), strict=True)
+            progress(sum(done), sum(total))
+        for token in engine.step():
+            request = token.request
+            text = texts[request]
             shown = text.push(token.id)
             if text.stopped:
-                running.stop(token.index)
-            yield Piece(token.index, shown, token)
-        for sequence in [s for s in open_.values() if s.finish]:
-            del open_[sequence.index]
-            text = texts[sequence.index]
+                engine.stop(request)
+            yield Piece(request.index, shown, token, sample=request.sample)
+        ended = [r for r in running if r.finish]
+        if ended:
+            running = [r for r in running if not r.finish]
+        for request in ended:
+            text = texts.pop(request)
             rest = text.flush()
-            yield Piece(sequence.index, rest, None, "stop" if text.stopped else sequence.finish)
+            yield Piece(request.index, rest, None, "stop" if text.stopped else request.finish, request.sample)
 
 
-def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(s, str) for s in stops):
-        raise GenerationError(f"stop is {stop!r}; it must be strings")
-    if "" in stops:
-        raise GenerationError("an empty stop string would stop everything at once")
-    return stops
-
-
-def _seed(seed: int | None, sampler: Sampler, max_tokens: int | Sequence[int]) -> int:
-    if seed is not None or sampler.greedy or not max_tokens:
-        return seed or 0
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
+@sampled
 def completions(
-    prompts: Sequence[Prompt], model: Transformer, tokenizer: TokenizerLike, **options: object
+    prompts: Sequence[Prompt],
+    model: Transformer,
+    tokenizer: TokenizerLike,
+    *,
+    params: SamplingParams | list[SamplingParams],
+    eos_ids: Collection[int] | None = None,
+    chunk_size: int | None = None,
+    cache: RollingBufferCache | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Continue prompts, handing out each one's index and result when it has ended; takes what `stream` takes."""
+    """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
-    results = [Completion("", [], [], [], "length", prompt) for prompt in ids]
-    for piece in stream(ids, model, tokenizer, **options):  # type: ignore[arg-type]
-        result = results[piece.index]
+    results: dict[tuple[int, int], Completion] = {}
+    for piece in stream(
+        ids,
+        model,
+        tokenizer,
+        params=params,
+        eos_ids=eos_ids,
+        chunk_size=chunk_size,
+        cache=cache,
+        progress=progress,
+    ):
+        key = piece.index, piece.sample
+        if key not in results:
+            results[key] = Completion("", [], [], [], "length", ids[piece.index], piece.sample)
+        result = results[key]
         result.text += piece.text
         if piece.token:
             result.tokens.append(piece.token.id)
@@ -183,19 +271,37 @@ def completions(
             result.top_logprobs.append(piece.token.top)
         if piece.finish_reason:
             result.finish_reason = piece.finish_reason
-            yield piece.index, result
+            yield piece.index, results.pop(key)
 
 
+@sampled
 def complete(
-    prompts: Sequence[Prompt], model: Transformer, tokenizer: TokenizerLike, **options: object
+    prompts: Sequence[Prompt],
+    model: Transformer,
+    tokenizer: TokenizerLike,
+    *,
+    params: SamplingParams | list[SamplingParams],
+    eos_ids: Collection[int] | None = None,
+    chunk_size: int | None = None,
+    cache: RollingBufferCache | None = None,
+    progress: Progress | None = None,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
     Returns:
-        One Completion a prompt, in order.
+        The completions, n of each prompt, in the order of the prompts.
     """
-    results = dict(completions(prompts, model, tokenizer, **options))
-    return [results[i] for i in range(len(results))]
+    results = completions(
+        prompts,
+        model,
+        tokenizer,
+        params=params,
+        eos_ids=eos_ids,
+        chunk_size=chunk_size,
+        cache=cache,
+        progress=progress,
+    )
+    return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 
 
 def generate(
@@ -203,43 +309,36 @@ def generate(
     model: Transformer,
     tokenizer: TokenizerLike,
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     chunk_size: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.8,
+    temperature: float = DEFAULT.temperature,
+    top_p: float = DEFAULT.top_p,
     seed: int | None = None,
 ) -> tuple[list[str], list[list[float]]]:
     """Continue prompts; the interface of Mistral's 2023 repository.
 
     Args:
         prompts: strings (bos is put in front) or lists of ids (taken as they are).
-        max_tokens: most tokens to make; 0 scores the prompts.
-        chunk_size, temperature, top_p, seed: see `stream`.
+        max_tokens: the most tokens to generate, one number or one a prompt; 0 scores the prompts.
+        chunk_size, temperature, top_p, seed: see `stream` and `SamplingParams`.
 
     Returns:
         The texts, prompt included (an empty list if max_tokens is 0), and for each prompt the
-        log-probabilities of its tokens from the second on, then those of the tokens made.
+        log-probabilities of its tokens from the second on, then those of the generated tokens.
 
     Raises:
         ValueError: a subclass that names the argument.
     """
-    sampler = Sampler(temperature, top_p)
+    one = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     ids = encode_prompts(prompts, tokenizer)
-    running = Generation(
-        ids,
-        model,
-        max_tokens=max_tokens,
-        eos_id=tokenizer.eos_id,
-        sampler=sampler,
-        seed=_seed(seed, sampler, max_tokens),
-        chunk_size=chunk_size,
-        score_prompts=True,
-    )
-    made: list[list[float]] = [[] for _ in ids]
-    while not running.done:
-        for token in running.step():
-            made[token.index].append(token.logprob)
-    logprobs = [s.prompt_logprobs + more for s, more in zip(running.sequences, made, strict=True)]
-    wanted = any(s.max_tokens for s in running.sequences)
-    texts = [tokenizer.decode(s.prompt + s.made) for s in running.sequences] if wanted else []
-    return texts, logprobs
+    params = [replace(one, max_tokens=most) for most in _one_each("max_tokens", max_tokens, len(ids))]
+    engine = Engine(model, eos_ids=eos_of(tokenizer), chunk_size=chunk_size, score_prompts=True)
+    requests = _start(ids, tokenizer, engine, params).requests
+    generated: dict[Request, list[float]] = {request: [] for request in requests}
+    while not engine.done:
+        for token in engine.step():
+            generated[token.request].append(token.logprob)
+    logprobs = [request.prompt_logprobs + more for request, more in generated.items()]
+    if not any(each.max_tokens for each in params):
+        return [], logprobs
+    return [tokenizer.decode(request.prompt_ids + request.output_ids) for request in requests], logprobs

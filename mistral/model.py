@@ -1,25 +1,28 @@
-"""The transformer: RMSNorm, Attention, FeedForward, Transformer.
+"""The transformer of Mistral 7B (arXiv 2310.06825): RMSNorm, Attention, FeedForward, Transformer.
 
 Pure arithmetic on (tokens, plan, store): no files, no devices, no options, no sampling. Module
-names are the names in Mistral's checkpoints.
+names are the names in Mistral's checkpoints. T is the number of packed tokens of a step.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mistral
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import Linear
+from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
-from mistral.rope import cos_sin, inverse_frequencies, rotate
+from mistral.rope import Rope, rotate
 
 __all__ = ["ModelArgs", "Transformer"]
 
@@ -44,11 +47,10 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """[T] ids to [T, dim]."""
+    """A row of the weight for each token: [T] int64 ids to [T, dim], in the weight's dtype."""
 
     def reset_parameters(self) -> None:
-        # Weights about to be loaded are on the meta device, where drawing numbers imports a compiler: a second.
-        if not self.weight.is_meta:
+        if not self.weight.is_meta:  # where drawing numbers would import a compiler, which takes a second
             super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -59,9 +61,10 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: [T, dim] to [T, dim].
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions: [T, dim] to [T, dim], in x's dtype.
 
-    Head counts are read from the weights' shapes; query head h uses key head h // (H // K).
+    Head counts are read from the weights' shapes; query head h uses key head h // (H // K). Which keys a token sees is
+    the store's and the plan's business.
     """
 
     def __init__(self, args: ModelArgs, attend: Attend) -> None:
@@ -80,7 +83,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x); w1 is the gate, w3 up, w2 down. [T, dim] to [T, dim]."""
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x); w1 is the gate, w3 up, w2 down. [T, dim] to [T, dim]."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -93,12 +96,12 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One layer: attention and feed-forward, each on the normalised residual stream."""
+    """One layer: attention and feed-forward, each on the normalised residual stream. [T, dim] to [T, dim]."""
 
     def __init__(self, args: ModelArgs, attend: Attend) -> None:
         super().__init__()
         self.attention = Attention(args, attend)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward: nn.Module = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -111,7 +114,7 @@ class Transformer(nn.Module):
     """A Mistral model: packed token ids in, logits out.
 
     Args:
-        args: the shape.
+        args: the shape. Where it says tied, output.weight is tok_embeddings.weight, one parameter.
         attend: the attention backend; PyTorch SDPA in tiles unless one is given.
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
     """
@@ -124,8 +127,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
-        # Plain attribute, not a buffer: it stays fp32 on the CPU wherever the weights go.
-        self._frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
+        self.rope = Rope(args)  # no module: it stays fp32 on the CPU wherever the weights go
+        self._tie()
 
     @staticmethod
     def from_folder(
@@ -136,11 +139,27 @@ class Transformer(nn.Module):
         attention: str | None = None,
     ) -> Transformer:
         """The model of a folder; see `mistral.load`, which also gives its tokenizer."""
-        import mistral
+        found = mistral.load(folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size)
+        return found.model
 
-        return mistral.load(
-            folder, device=device, dtype=dtype, attention=attention, max_batch_size=max_batch_size
-        ).model
+    def _tie(self) -> None:
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        super()._apply(fn, recurse)
+        self._tie()  # a move from the meta device makes a parameter for each name
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; a tied output has no entry of its own, or the embeddings'."""
+        if self.args.tied_embeddings and (shared := state_dict.get(EMBEDDINGS)) is not None:
+            if not torch.equal(state_dict.get(OUTPUT, shared), shared):
+                raise ValueError("the output is tied to the embeddings, but the weights hold another output matrix")
+            state_dict = {**state_dict, OUTPUT: shared}
+        found = super().load_state_dict(state_dict, strict, assign)
+        self._tie()
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,8 +172,8 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.device
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        """One step through all layers, without moving the cache's lengths: [T] ids to [T, dim], normalised."""
-        cos, sin = (x.to(self.device) for x in cos_sin(plan.positions, self._frequencies))
+        """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""
+        cos, sin = (x.to(self.device) for x in self.rope.cos_sin(plan.positions))
         h = self.tok_embeddings(input_ids).to(self.dtype)
         for i, layer in enumerate(self.layers):
             h = layer(h, cos, sin, plan, cache.layer(i))

@@ -93,7 +93,7 @@ class Tile:
         start, stop: which of the run's n tokens.
         q_pos: [R, stop - start] absolute positions of the queries.
         k_pos: [R, S] absolute position of every key offered, in the order offered; -1 where empty.
-        slots: [R, stop - start] where the new keys are written; None without a cache.
+        slots: [R, stop - start] where the new keys are written; [R, 0] without a cache.
     """
 
     run: Run
@@ -101,7 +101,7 @@ class Tile:
     stop: int
     q_pos: Tensor
     k_pos: Tensor
-    slots: Tensor | None = None
+    slots: Tensor
 
 
 class LayerStore(Protocol):

@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles for the positions asked for, and the rotation.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): angles for the positions asked for, and the rotation.
 
 Real arithmetic only (no complex tensors, so it runs on every device), and no table: there is
 no largest position.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mistral.args import ModelArgs
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -19,15 +21,30 @@ def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
 
 
-def cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position x frequency: two [T, D/2] fp32 tensors on the CPU.
+class Rope:
+    """By which angle each pair of a head turns at a position. The one place that knows theta.
 
     Args:
-        positions: [T] absolute positions, int64, on the CPU (devices differ in the last bits).
-        frequencies: [D/2] fp32, from `inverse_frequencies`.
+        args: the shape.
+
+    Attributes:
+        frequencies: [D/2] fp32 on the CPU, radians per position. No buffer: no cast of a model may round them.
+        scale: factor of cosines and sines, 1.0 but for scaled positions.
     """
-    angles = torch.outer(positions.float(), frequencies)
-    return angles.cos(), angles.sin()
+
+    def __init__(self, args: ModelArgs) -> None:
+        self.frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
+        self.scale = 1.0
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of position x frequency, times scale: two [T, D/2] fp32 tensors on the CPU.
+
+        Args:
+            positions: [T] absolute positions, int64, on the CPU (devices differ in the last bits).
+        """
+        angles = torch.outer(positions.float(), self.frequencies)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

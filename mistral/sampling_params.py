@@ -6,9 +6,32 @@ Flags, help texts, ranges, defaults and the fields of saved conversations derive
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 from mistral.util.errors import UsageError, short_repr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Prompt ids, output ids and the logits [V] of the next token, to logits [V].
+LogitsProcessor = Callable[[list[int], list[int], "Tensor"], "Tensor"]
+
+LARGEST = 2**63 - 1
+# Whole numbers, then others: the least and the most of each. Those of the penalties and biases are vLLM's, whose
+# repetition penalty has no upper limit; this one keeps any fp32 logit finite.
+COUNTS = {"max_tokens": (0, LARGEST), "top_k": (0, LARGEST), "n": (1, 2**31 - 1), "top_logprobs": (0, LARGEST)}
+NUMBERS = {
+    "temperature": (0, sys.float_info.max),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+}
+LARGEST_BIAS = 100
 
 
 class SamplingError(UsageError):
@@ -17,7 +40,7 @@ class SamplingError(UsageError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one prompt is continued. Each request has its own.
+    """How one prompt is continued. Each request has its own. Names and penalties are those of vLLM.
 
     Args:
         max_tokens: the most tokens to generate; 0 only scores the prompt
@@ -25,9 +48,17 @@ class SamplingParams:
         top_p: sample from the most likely tokens whose probabilities sum to this; 1 keeps all
         top_k: sample from this many of the most likely tokens; 0 keeps all
         min_p: drop tokens less likely than this share of the most likely one
+        repetition_penalty: above 1, tokens of the prompt and the output so far become less likely
+        frequency_penalty: above 0, a token becomes less likely each time that it is generated
+        presence_penalty: above 0, tokens that were generated become less likely
         seed: the same seed gives the same text for the same prompt; default: random
+        n: how many continuations to sample of each prompt; they differ, unless temperature is 0
         stop: text that ends the continuation; not printed
         top_logprobs: report this many of the most likely tokens at each position
+        logit_bias: what to add to the logits of some tokens, by id, from -100 to 100
+        logits_processor: a function that changes the logits: (prompt_ids, output_ids, logits) -> logits
+
+    Two instances that differ in `logits_processor` only are equal: a function cannot be compared, nor saved.
 
     Raises:
         SamplingError: a value has the wrong type or is out of its range.
@@ -38,37 +69,86 @@ class SamplingParams:
     top_p: float = 0.8
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
+    n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logits_processor: LogitsProcessor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "top_logprobs"):
-            _check(name, getattr(self, name), int, 0, 2**63 - 1)
-        _check("temperature", self.temperature, float, 0, sys.float_info.max)
-        for name in ("top_p", "min_p"):
-            _check(name, getattr(self, name), float, 0, 1)
+        for name, (least, most) in COUNTS.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), int, least, most))
+        for name, limits in NUMBERS.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), float, *limits))
         if self.seed is not None:
-            _check("seed", self.seed, int, -sys.maxsize, sys.maxsize)
-        given: object = self.stop
-        stop = (given,) if isinstance(given, str) else tuple(self.stop or ())
-        if not all(isinstance(s, str) for s in stop):
-            raise SamplingError(f"stop is {short_repr(self.stop)}; it must be strings")
-        if "" in stop:
-            raise SamplingError("an empty stop string would stop everything at once")
-        object.__setattr__(self, "stop", stop)
+            object.__setattr__(self, "seed", _number("seed", self.seed, int, -LARGEST, LARGEST))
+        object.__setattr__(self, "stop", _stop(self.stop))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise SamplingError(f"logits_processor is {short_repr(self.logits_processor)}; it must be a function")
 
     @property
     def greedy(self) -> bool:
         """Whether no random number is used."""
         return self.temperature == 0
 
+    @property
+    def penalized(self) -> bool:
+        """Whether tokens that were seen before are treated differently."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
-def _check(name: str, value: object, kind: type, least: float, most: float) -> None:
-    kinds = (int,) if kind is int else (int, float)
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are changed before a token is chosen from them."""
+        return self.penalized or bool(self.logit_bias) or self.logits_processor is not None
+
+    @property
+    def filters(self) -> tuple[float, ...]:
+        """What decides how a token is chosen from logits: requests that have these alike are sampled together."""
+        return () if self.temperature == 0 else (self.temperature, self.top_p, self.top_k, self.min_p)
+
+
+def _number(name: str, value: Any, kind: type, least: float, most: float) -> int | float:
+    """The value, as a plain number; NumPy's are accepted too."""
+    kinds: Any = Integral if kind is int else Real
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise SamplingError(f"{name} is {short_repr(value)}; it must be a {'whole ' if kind is int else ''}number")
-    if not value >= least:  # this way round, NaN is refused too
+    number: int | float = value if isinstance(value, int | float) else kind(value)
+    if not number >= least:  # this way round, NaN is refused too
         raise SamplingError(f"{name} is {short_repr(value)}; it must be at least {least:g}")
-    if value > most:
+    if number > most:
         raise SamplingError(f"{name} is {short_repr(value)}; it must be at most {most:g}")
+    return number
+
+
+def _stop(given: object) -> tuple[str, ...]:
+    stop = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    if given is None:
+        return ()
+    if not all(isinstance(text, str) for text in stop):
+        raise SamplingError(f"stop is {short_repr(given)}; it must be strings")
+    if "" in stop:
+        raise SamplingError("an empty stop string would stop everything at once")
+    return stop
+
+
+def _biases(given: object) -> tuple[tuple[int, float], ...]:
+    """Pairs of id and bias, by id, of a mapping or of pairs."""
+    pairs = given.items() if isinstance(given, Mapping) else given or ()
+    try:
+        biases = [(token, bias) for token, bias in pairs]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise SamplingError(f"logit_bias is {short_repr(given)}; it must map ids to numbers") from None
+    checked = {
+        int(_number("an id of logit_bias", token, int, 0, LARGEST)): float(
+            _number(f"logit_bias of {short_repr(token)}", bias, float, -LARGEST_BIAS, LARGEST_BIAS)
+        )
+        for token, bias in biases
+    }
+    if len(checked) != len(biases):
+        raise SamplingError("logit_bias has an id twice")
+    return tuple(sorted(checked.items()))

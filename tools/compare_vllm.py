@@ -43,10 +43,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mistral.engine import Generation
+from mistral.engine import Engine
 from mistral.loader.load import load
 from mistral.model import ModelArgs, Transformer
-from mistral.sampling import Sampler
+from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,7 +248,9 @@ def continue_here(folder: Path, prompts: list[list[int]], max_tokens: int) -> li
     """What we make of the prompts; no token ends them."""
     model = load(folder, device="cpu", dtype="float32", kernels=False).model
     made = [Continuation([], [], []) for _ in prompts]
-    running = Generation(prompts, model, max_tokens=max_tokens, eos_id=None, sampler=Sampler(0), seed=0, top_logprobs=2)
+    running = Engine(model, eos_ids=())
+    for prompt in prompts:
+        running.add(prompt, SamplingParams(max_tokens=max_tokens, temperature=0, top_logprobs=2))
     while not running.done:
         for token in running.step():
             likeliest, next_one = token.top.values()

@@ -26,7 +26,7 @@ from mistral.formats.folder import read_folder
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader, random_prompts
 from mistral.oracle.outputs import tell
-from mistral.parameters import expected_shapes
+from mistral.parameters import Parameter, parameters
 
 SHAPE = {
     "dim": 40,
@@ -83,19 +83,19 @@ CASES = (
 )
 
 
-def random_state(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def random_state(weights: Mapping[str, Parameter], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Matrices hot enough that attention looks at some keys more than at others, norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, shape in shapes.items():
-        uniform = torch.rand(shape, generator=generator) * 2 - 1
-        if len(shape) == 1:
+    for name, parameter in weights.items():
+        uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        if parameter.role == "norm":
             weight = 1 + 0.25 * uniform
-        elif name == "tok_embeddings.weight":
+        elif parameter.role == "embedding":
             weight = uniform * 3**0.5
         else:
-            hot = 2.0 if name.endswith(("wq.weight", "wk.weight")) else 1.0
-            weight = uniform * hot * (3 / shape[1]) ** 0.5
+            hot = 1.0 if parameter.heads is None else 2.0  # q and k
+            weight = uniform * hot * (3 / parameter.shape[1]) ** 0.5
         state[name] = weight.to(dtype)
     return state
 
@@ -107,7 +107,7 @@ def write_case(case: Case, seed: int, work: Path) -> Path:
     if case.config is None:
         (folder / "params.json").write_text(json.dumps({**SHAPE, **case.params}))
         args = _args(folder)
-        save_file(random_state(expected_shapes(args), case.dtype, seed), folder / "consolidated.safetensors")
+        save_file(random_state(parameters(args), case.dtype, seed), folder / "consolidated.safetensors")
         return folder
     config = {
         "model_type": "mistral",
@@ -126,7 +126,7 @@ def write_case(case: Case, seed: int, work: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     args = hf.config_to_args(config)[0]
-    state = random_state(expected_shapes(args), case.dtype, seed)
+    state = random_state(parameters(args), case.dtype, seed)
     save_file({hf.to_hf(name): w for name, w in state.items()}, folder / "model.safetensors")
     return folder
 

@@ -29,7 +29,7 @@ from mistral.formats.folder import read_folder
 from mistral.formats.mistral import to_args
 from mistral.oracle.metrics import short
 from mistral.oracle.verify import Row, verify
-from mistral.parameters import expected_shapes
+from mistral.parameters import parameters
 
 
 def write_model(folder: Path, seed: int) -> None:
@@ -58,7 +58,8 @@ def draw_weights(args: ModelArgs, scale: float | None, seed: int) -> dict[str, T
     """Weights by name in fp32: matrices normal, of that deviation (None: the root of their width), norms around 1."""
     numbers = np.random.default_rng(seed)  # torch.randn differs between CPU capability levels
     weights = {}
-    for name, (*rows, width) in expected_shapes(args).items():
+    for name, parameter in parameters(args).items():
+        *rows, width = parameter.shape
         drawn = torch.from_numpy(numbers.standard_normal((*rows, width), dtype=np.float32))
         weights[name] = drawn * (scale or width**-0.5) if rows else 1 + 0.3 * drawn
     return weights

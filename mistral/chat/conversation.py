@@ -7,7 +7,7 @@ answer; what the cache holds of them already is kept, whatever has happened in b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +16,9 @@ from mistral.chat.templates import Template, TemplateError, Turn
 from mistral.engine import GenerationError, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
+from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
+from mistral.util.flat import flat
 
 
 class Chat:
@@ -27,15 +29,22 @@ class Chat:
         tokenizer: decodes.
         template: says what surrounds a turn.
         system: the system prompt; "" is none.
-        seed: of the answers' random draws: answer n draws with seed + n. None takes one at random.
-        options: what `stream` takes: max_tokens, temperature, top_p, ...
+        chunk_size: see `stream`.
+        params: how questions are answered; its fields may also be given by name (`temperature=0`). Answer n draws
+            with seed + n; without a seed, one is drawn for the conversation.
 
     Attributes:
         turns: the conversation; may be changed between answers.
+        seed: what answers draw with; `params.seed` is not looked at again.
         answers: how many were begun, those that were undone included.
-        prefilled, kept: tokens of the last prompt that the model took in, and that the cache held already.
+        prefilled_tokens, cached_tokens: of the last prompt, those that the model processed, and those that the cache
+            held already.
+
+    Raises:
+        ValueError: a subclass that names what cannot be.
     """
 
+    @flat(params=SamplingParams())
     def __init__(
         self,
         model: Transformer,
@@ -43,18 +52,19 @@ class Chat:
         template: Template,
         *,
         system: str = "",
-        seed: int | None = None,
-        **options: Any,
+        chunk_size: int | None = None,
+        params: SamplingParams,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
         self.system = system
-        self.seed = int(torch.randint(2**53, (), device="cpu")) if seed is None else seed
-        self.options = options
+        self.params = params
+        self.chunk_size = chunk_size
+        self.seed = int(torch.randint(2**53, (), device="cpu")) if params.seed is None else params.seed
         self.turns: list[Turn] = []
         self.answers = 0
-        self.prefilled = self.kept = 0
+        self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
         self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
         probe = template.conversation(system, [Turn("")])  # refuses a system prompt that has no place
@@ -76,21 +86,27 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
+        if self.params.n > 1:
+            raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
         ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
-        self.kept = self._cache.rewind(0, _common(self._held, ids[:-1]))
-        self.prefilled = len(ids) - self.kept
-        self._held = ids[: self.kept]
+        return self._answer(Turn(question, []), ids, self._stream(ids, progress))
+
+    def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
+        """Continue ids; what the cache holds of them already is not processed again."""
+        self.cached_tokens = self._cache.rewind(0, _common(self._held, ids[:-1]))
+        self.prefilled_tokens = len(ids) - self.cached_tokens
+        self._held = ids[: self.cached_tokens]
         pieces = stream(
             [ids],
             self.model,
             self.tokenizer,
-            seed=self.seed + self.answers,
+            params=replace(self.params, seed=self.seed + self.answers),
+            chunk_size=self.chunk_size,
             cache=self._cache,
             progress=progress,
-            **self.options,
         )
         self.answers += 1
-        return self._answer(Turn(question, []), ids, pieces)
+        return pieces
 
     def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
         assert turn.answer is not None
@@ -104,12 +120,27 @@ class Chat:
                     text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
                 turn.text += text
                 ended = ended or piece.finish_reason is not None
-                yield Piece(piece.index, text, piece.token, piece.finish_reason)
+                yield replace(piece, text=text)
         finally:
             # Its length moves only with whole steps, so this is true after an interruption too.
             self._held = (ids + turn.answer)[: self._cache.lengths[0]]
             if turn.answer or ended:
                 self.turns.append(turn)
+
+    def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Go on with the last answer, where it stopped; text, as `answer` gives it.
+
+        Raises:
+            ValueError: a subclass that names what cannot be; the conversation is as before.
+        """
+        if not self.turns:
+            raise GenerationError("there is no answer to go on with")
+        turn = self.turns[-1]
+        ids = self.template.conversation(self.system, [*self.turns[:-1], Turn(turn.question)])
+        pieces = self._stream([*ids, *(turn.answer or ())], progress)
+        self.turns.pop()
+        turn.answer = list(turn.answer or ())
+        return self._answer(turn, ids, pieces)
 
     def undo(self) -> Turn:
         """Drop the last question and its answer, and return them.

@@ -10,19 +10,19 @@ import os
 import re
 import secrets
 from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
 from mistral.chat.templates import TemplateError, Turn
-from mistral.sampling import Sampler
-from mistral.sampling_params import SamplingError
+from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
 
 FORMAT, VERSION = "mistral conversation", 1
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-OPTIONS = (*SAMPLING, "max_tokens", "stop")
+# Fields of SamplingParams that are kept: all but the seed, which is the conversation's, n, which is 1, and functions.
+PARAMS = tuple(f.name for f in fields(SamplingParams) if f.name not in ("seed", "n", "logits_processor"))
 
 
 class SessionError(FormatError):
@@ -36,16 +36,16 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         model: the fingerprint of the model (`formats.fingerprint`).
 
     Raises:
-        SessionError: the file cannot be written, or would replace something else.
+        SessionError: the file cannot be written, or would replace something else; or a function changes the logits.
     """
+    if chat.params.logits_processor is not None:
+        raise SessionError("a conversation with a logits_processor cannot be saved: a file holds no functions")
     target = Path(os.path.expanduser(path))
     if os.path.exists(target):
         try:
             _read(target)
         except SessionError:
             raise SessionError(f"{target} is there and is no conversation: give another name") from None
-    stop = chat.options.get("stop")
-    options = {**chat.options, "stop": [stop] if isinstance(stop, str) else list(stop or ())}
     told = {
         "format": FORMAT,
         "version": VERSION,
@@ -54,7 +54,7 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "system": chat.system,
         "seed": chat.seed,
         "answers": chat.answers,
-        **{name: options[name] for name in OPTIONS if name in options},
+        **{name: getattr(chat.params, name) for name in PARAMS},
         "turns": [{"question": t.question, "answer": t.answer, "text": t.text} for t in chat.turns],
     }
     try:
@@ -65,6 +65,9 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
 
 def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     """Put a saved conversation in the place of the present one, with its sampling, and its place in the random draws.
+
+    What the file does not specify of its sampling has the default, as it had when the conversation was saved; only a
+    `logits_processor` of the chat stays.
 
     Args:
         model: the fingerprint of the model, which must be that of the file.
@@ -83,12 +86,12 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     try:
         system, seed, answers = _of(told, "system", str), _of(told, "seed", int), _of(told, "answers", int)
         turns = [_turn(entry, chat.model.args.vocab_size) for entry in _of(told, "turns", list)]
-        options = _options(told)
+        params = _params(told, chat.params)
         chat.template.conversation(system, [*turns, Turn("")])
     except (TypeError, SamplingError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.system, chat.seed, chat.answers, chat.turns = system, seed, answers, turns
-    chat.options = {**chat.options, **options}
+    chat.params = params
 
 
 def _write(text: str, target: Path) -> None:
@@ -142,11 +145,13 @@ def _turn(entry: Any, vocab_size: int) -> Turn:
     return Turn(_of(entry, "question", str), answer, _of(entry, "text", str))
 
 
-def _options(told: dict[str, Any]) -> dict[str, Any]:
-    sampling = {name: told[name] for name in SAMPLING if name in told}
-    Sampler(**sampling)  # refuses what is out of range
-    if "max_tokens" in told and _of(told, "max_tokens", int) < 0:
-        raise TypeError(f"max_tokens is {told['max_tokens']}")
-    if "stop" in told and not all(isinstance(s, str) and s and _valid(s) for s in _of(told, "stop", list)):
+def _params(told: dict[str, Any], present: SamplingParams) -> SamplingParams:
+    found = {name: told[name] for name in PARAMS if name in told}
+    for name in ("stop", "logit_bias"):
+        if name in found:
+            _of(told, name, list)
+    if not all(isinstance(text, str) and _valid(text) for text in found.get("stop", ())):
         raise TypeError("stop holds something else than texts")
-    return {name: told[name] for name in OPTIONS if name in told}
+    params = SamplingParams(**found, seed=told["seed"], logits_processor=present.logits_processor)
+    replace(params, seed=told["seed"] + told["answers"])  # refuses what the next answer could not draw with
+    return params

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mistral.cli import flags
+from mistral.cli.prompts import default_folder
+from mistral.loader.options import LoadOptions
 from mistral.util.errors import UsageError
+from mistral.util.flat import flat
 
 
+@flat(options=LoadOptions(), omit=("max_batch_size",))
 def bench(
     folder: str | None = None,
     *,
@@ -18,13 +20,7 @@ def bench(
     repeats: int = 5,
     json: bool = False,
     plot: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    threads: int | None = None,
+    options: LoadOptions,
 ) -> None:
     """Measure prefill and decoding, beside what memory and arithmetic would allow at best.
 
@@ -34,27 +30,33 @@ def bench(
     python -m main bench --shape 1b --json > bench.json
 
     Medians over the repeats, and the slowest and fastest of them. The limit of decoding is the rate at which memory
-    is read, measured between the repeats; that of prefill is the rate of one large product. --shape takes random
-    weights of that shape. Close other programs: on a busy machine every figure is too low.
+    is read, measured between the repeats; that of prefill is the rate of one large product. Close other programs: on
+    a busy machine every figure is too low.
+
+    Args:
+        shape: random weights in the shape of a model: 7b or 1b
+        contexts: positions in the cache when decoding, with commas between; the first one also for the batches
+        batches: sequences decoded together
+        prompts: lengths of prompts to prefill
+        repeats: how often everything is measured
+        json: print one JSON object instead of a table
+        plot: a file for a picture of the rates against the positions (.svg, .png; needs matplotlib)
     """
     asked = {
         "contexts": flags.numbers("contexts", contexts),
         "batches": flags.numbers("batches", batches),
         "prompts": flags.numbers("prompts", prompts),
     }
+    if not 1 <= repeats <= 1000:
+        raise UsageError(f"--repeats is {repeats}; it must be between 1 and 1000")
     if folder is not None and shape is not None:
         raise UsageError("FOLDER and --shape: give one of them")
     from mistral.eval import bench as measuring
 
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "kernels": kernels}
-    options |= {"quant": quant, "deterministic": deterministic}
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     if plot is not None:
         measuring.require_plotting(plot)
-    report = measuring.report(folder, shape, options, repeats=repeats, **asked)
+    chosen = folder if shape is not None else default_folder(folder)
+    report = measuring.report(chosen, shape, options, repeats=repeats, **asked)
     print(measuring.as_json(report) if json else measuring.as_text(report))
     if plot is not None:
         measuring.plot(report, plot)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 
-from mistral.cli import terminal
-from mistral.cli.prompts import load_model, one_line, read_text
+from mistral.cli import flags, terminal
+from mistral.cli.prompts import one_line, open_model, read_text
+from mistral.loader.options import LoadOptions
+from mistral.util.errors import UsageError
+from mistral.util.flat import flat
 
 
+@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size",))
 def perplexity(
     folder: str | None = None,
     file: str | None = None,
     *,
     json: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    threads: int | None = None,
     chunk_size: int | None = None,
+    options: LoadOptions,
 ) -> None:
-    """Say how well a model predicts a text, of any length.
+    """Measure how well a model predicts a text, of any length.
 
     python -m main perplexity story.txt
     python -m main perplexity mistral-7B-v0.1 story.txt
@@ -30,11 +28,18 @@ def perplexity(
     cat story.txt | python -m main perplexity mistral-7B-v0.1
 
     The text is one sequence with bos in front, each token predicted from all before it that the windows show;
-    memory does not grow with it, but for layers without a window. Perplexity is exp of the mean nats a token. --json
+    memory does not grow with it, except for layers without a window. Perplexity is exp of the mean nats a token. --json
     prints one object: tokens, nats (their sum), perplexity, characters.
+
+    Args:
+        json: print one JSON object instead of text
+        chunk_size: tokens of a step; default: 2048; changes no number
     """
+    flags.require_at_least(1, chunk_size=chunk_size)
     text = read_text(file)
-    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=1)
+    if not text:
+        raise UsageError(f"no text: {'give a file, or text on stdin' if file is None else f'{file} is empty'}")
+    loaded = open_model(folder, options)
     from mistral.engine import STEP_TOKENS
     from mistral.eval.perplexity import perplexity as score_text
     from mistral.tokenizer import encode

@@ -11,96 +11,58 @@ import difflib
 import inspect
 import json
 import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import fire.decorators
-
 from mistral.util.errors import UsageError
+from mistral.util.flat import parcels_of
 
 NUMBERS = {
     int: r"[+-]?[0-9]{1,300}",
     float: r"[+-]?([0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?|nan|inf)",
 }
-
-
-SHORT = {"-o": "output"}
+# The kinds of annotations that can be typed as flags; others (a callable, say) are for Python alone.
+KINDS: dict[str, type] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list[str]": list,
+    "tuple[str, ...]": list,
+}
+SHORT = {"-o": "output", "-n": "max_tokens", "-t": "temperature", "-s": "seed"}
+# Switches that stand for a value of another flag.
+SHORT_FORMS = {"deterministic": ("execution", "bitwise")}
 # Words that nobody puts after a switch as a prompt.
-SWITCHED = ("true", "false", "on", "off", "yes", "no", "0", "1")
+BOOLEANS = ("true", "false", "on", "off", "yes", "no", "0", "1")
+RENAMED = {
+    "kernels": "--execution kernels, or --execution eager for --kernels=false",
+    "mistake": "--mutant",
+}
+# Understood by every command.
+COMMON = {"quiet": "print no notes and no statistics, only results and errors", "verbose": "print more about errors"}
 
 
-Ranges = Mapping[str, tuple[float, float]]
-
-
-def canonical(
-    command: Callable[..., None],
-    words: Sequence[str],
-    ranges: Ranges | None = None,
-    lone: Callable[[str], str] | None = None,
+def parse(
+    command: Callable[..., None], words: Sequence[str], disambiguate: Callable[[str], str] | None = None
 ) -> list[str]:
     """The words of a command line as `--name=value`, each checked and of its parameter's type.
 
     `--name value`, `--name=value`, `--name` for switches, dashes or underscores within names, and
-    `--` before words that are not flags; `-o` for `--output`. A flag of type list may be repeated.
+    `--` before words that are not flags; the short flags of `SHORT`. A flag of type list may be repeated.
 
     Args:
-        ranges: the least and the most of each number that has them.
-        lone: names the parameter meant by a single word where several could be; None takes the first.
+        disambiguate: names the parameter meant by a single word where several could be; None takes the first.
 
     Raises:
-        UsageError: an unknown or repeated flag, a missing, ill-typed or impossible value, a word too many.
+        UsageError: an unknown or repeated flag, a missing, ill-typed or impossible value, an unexpected argument.
     """
-    parameters = inspect.signature(command, eval_str=True).parameters
-    places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    given: dict[str, Any] = {}
-    loose: list[str] = []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if word == "--":
-            loose += queue
-            break
-        if word in SHORT and SHORT[word] in parameters:
-            word = f"--{SHORT[word]}"
-        if not word.startswith("--"):
-            if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
-                raise UsageError(f"{word}: flags begin with two dashes; for a prompt, put -- before it")
-            loose.append(word)
-            continue
-        flag, equals, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
-        if name not in parameters:
-            raise UsageError(f"no flag --{flag}{_suggestion(name, parameters)}")
-        kind = _kind(parameters[name])
-        if not equals:
-            if kind is bool:
-                if queue and queue[0].lower() in SWITCHED:
-                    raise UsageError(f"--{flag} {queue[0]}: write --{flag}=true or --{flag}=false, without a blank")
-                value = "true"
-            elif queue and not queue[0].startswith("--"):
-                value = queue.pop(0)
-            else:
-                raise UsageError(f"--{flag} needs a value")
-        converted = _convert(f"--{flag}", value, kind)
-        if ranges and name in ranges:
-            _check_range(f"--{flag}", converted, *ranges[name])
-        if kind is list:
-            if not value:
-                raise UsageError(f"--{flag} is empty")
-            given.setdefault(name, []).append(value)
-        elif name in given:
-            raise UsageError(f"--{flag} is given twice")
-        else:
-            given[name] = converted
-    free = [p for p in places if p.name not in given]
-    if lone and len(loose) == 1 and len(free) == len(places):
-        free = [parameters[lone(loose[0])]]
-    if len(loose) > len(free):
-        raise UsageError(f"a word too many: {loose[len(free)]!r} (a prompt of several words wants quotes)")
-    for parameter, word in zip(free, loose, strict=False):
-        given[parameter.name] = _convert(parameter.name, word, _kind(parameter))
+    parameters = {p.name: p for p in inspect.signature(command).parameters.values() if kind_of(p)}
+    given, positionals = _split(words, parameters)
+    _check_parcels(command, given)
+    for name, value in _place(positionals, parameters, given, disambiguate).items():
+        given[name] = value
     needed = [p for p in parameters.values() if p.default is p.empty and p.name not in given]
     missing = [f"--{p.name}" if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in needed]
     if missing:
@@ -108,26 +70,121 @@ def canonical(
     return [f"--{name}={json.dumps(value)}" for name, value in given.items()]
 
 
+def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the flags, converted, and the words that are no flags."""
+    given: dict[str, Any] = {}
+    positionals: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            return given, positionals + queue
+        short, equals, value = word.partition("=")
+        if SHORT.get(short) in parameters:
+            word = f"--{SHORT[short]}{equals}{value}"
+        if not word.startswith("--"):
+            if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
+                raise UsageError(f"{word}: long flags begin with two dashes; for a prompt, put -- before it")
+            positionals.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name in SHORT_FORMS and SHORT_FORMS[name][0] in parameters:
+            if _switch(flag, equals, value, queue) == "true":
+                _put(given, *SHORT_FORMS[name], f"--{flag}")
+            continue
+        if name not in parameters:
+            raise UsageError(f"no flag --{flag}{_suggestion(name, parameters)}")
+        kind = kind_of(parameters[name])
+        if kind is bool:
+            value = _switch(flag, equals, value, queue)
+        elif not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UsageError(f"--{flag} needs a value")
+            value = queue.pop(0)
+        if kind is list:
+            if not value:
+                raise UsageError(f"--{flag} is empty")
+            given.setdefault(name, []).append(value)
+        else:
+            _put(given, name, convert(f"--{flag}", value, kind), f"--{flag}")
+    return given, positionals
+
+
+def _put(given: dict[str, Any], name: str, value: Any, flag: str) -> None:
+    if name in given:
+        short = next((s for s, (long, _) in SHORT_FORMS.items() if long == name), None)
+        if short is not None and given[name] != value:
+            means = f"--{short} is short for --{name} {SHORT_FORMS[short][1]}"
+            raise UsageError(f"--{name} is given as {given[name]} and as {value} ({means}): give one of them")
+        raise UsageError(f"{flag} is given twice")
+    given[name] = value
+
+
+def _switch(flag: str, equals: str, value: str, queue: list[str]) -> str:
+    """ "true" or "false" for a switch."""
+    if not equals:
+        if queue and queue[0].lower() in BOOLEANS:
+            raise UsageError(f"--{flag} {queue[0]}: write --{flag}=true or --{flag}=false, without a space")
+        return "true"
+    return "true" if convert(f"--{flag}", value, bool) else "false"
+
+
+def _place(
+    positionals: list[str],
+    parameters: dict[str, inspect.Parameter],
+    given: dict[str, Any],
+    disambiguate: Callable[[str], str] | None,
+) -> dict[str, Any]:
+    """The words that are no flags, by the parameters whose places they take."""
+    places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    free = [p for p in places if p.name not in given]
+    if disambiguate and len(positionals) == 1 and len(free) == len(places):
+        free = [parameters[disambiguate(positionals[0])]]
+    if len(positionals) > len(free):
+        raise UsageError(f"unexpected argument {positionals[len(free)]!r} (quote a prompt that contains spaces)")
+    return {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
+
+
+def _check_parcels(command: Callable[..., None], given: dict[str, Any]) -> None:
+    """Have the dataclasses check their values now, without torch; their messages get the flags' dashes."""
+    for default, shown in parcels_of(command):
+        names = [field.name for field in shown if field.name in given]
+        try:
+            replace(default, **{name: given[name] for name in names})
+        except UsageError as error:
+            text = str(error)
+            raise UsageError(f"--{text}" if text.partition(" ")[0] in names else text) from None
+
+
 def readable_by_fire(command: Callable[..., None]) -> Callable[..., None]:
-    """Have Fire read each value as the JSON that `canonical` wrote, and as nothing else."""
+    """Have Fire read each value as the JSON that `parse` wrote, and as nothing else."""
+    import fire.decorators
+
     names = inspect.signature(command).parameters
     return fire.decorators.SetParseFns(**dict.fromkeys(names, json.loads))(command)
 
 
-def _kind(parameter: inspect.Parameter) -> type:
-    annotation = parameter.annotation
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    (kind,) = [o for o in options if o is not types.NoneType]
-    return typing.get_origin(kind) or kind
+def kind_of(parameter: inspect.Parameter) -> Any:
+    """str, int, float, bool or list; None if no flag can give such a value."""
+    return KINDS.get(str(parameter.annotation).removesuffix(" | None"))
 
 
-def _convert(what: str, text: str, kind: type) -> Any:
+def convert(what: str, text: str, kind: Any) -> Any:
+    """A word as a value of a kind.
+
+    Args:
+        what: the flag, for messages.
+
+    Raises:
+        UsageError: it is none.
+    """
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{what} is a switch: give it no value, or true or false, not {text!r}")
         return text.lower() == "true"
     if kind in (int, float):
-        # Stricter than Python, which takes 1_0, blanks, and the digits of every script.
+        # Stricter than Python, which takes 1_0, spaces, and the digits of every script.
         if not re.fullmatch(NUMBERS[kind], text):
             article = "a whole number" if kind is int else "a number"
             raise UsageError(f"{what} must be {article}, not {text!r}")
@@ -135,16 +192,31 @@ def _convert(what: str, text: str, kind: type) -> Any:
     return text
 
 
-def _check_range(what: str, value: float, least: float, most: float) -> None:
-    if not value >= least:  # this way round, what is not a number is refused too
-        raise UsageError(f"{what} is {value}; it must be at least {least:g}")
-    if value > most:
-        raise UsageError(f"{what} is {value}; it must be at most {most:g}")
-
-
-def _suggestion(name: str, parameters: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, parameters, n=1)
+def _suggestion(name: str, parameters: Iterable[str]) -> str:
+    if name in RENAMED:
+        return f": use {RENAMED[name]}"
+    close = difflib.get_close_matches(name, [*parameters, *COMMON], n=1)
     return f"; did you mean --{close[0]}?" if close else "; see --help, and put -- before a prompt that begins so"
+
+
+def take_common(words: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The words without the flags that every command has, and which of them were given."""
+    end = words.index("--") if "--" in words else len(words)
+    found = {word[2:] for word in words[:end] if word[:2] == "--" and word[2:] in COMMON}
+    if len(found) > 1:
+        raise UsageError("--quiet and --verbose: give one of them")
+    return [w for i, w in enumerate(words) if i >= end or w[2:] not in found or w[:2] != "--"], found
+
+
+def require_at_least(least: int, **values: int | None) -> None:
+    """Refuse the numbers of a command's own flags that are too small.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name, value in values.items():
+        if value is not None and not least <= value < 2**63:
+            raise UsageError(f"--{name} is {value}; it must be at least {least:,} and below 2**63")
 
 
 def numbers(name: str, text: str) -> list[int]:
@@ -154,6 +226,6 @@ def numbers(name: str, text: str) -> list[int]:
         UsageError: something else.
     """
     if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
-        wanted = "whole numbers of at most nine digits with commas between, such as 32,4096"
-        raise UsageError(f"--{name} is {text!r}; it must be {wanted}")
+        needed = "whole numbers of at most nine digits with commas between, such as 32,4096"
+        raise UsageError(f"--{name} is {text!r}; it must be {needed}")
     return [int(n) for n in text.split(",")]

@@ -6,16 +6,21 @@ from mistral.cli import prompts, terminal
 
 
 def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None) -> None:
-    """Write a model folder anew: in the other layout, as safetensors, or in another dtype.
+    """Write a model folder again: in the other layout, as safetensors, in another dtype, or quantized.
 
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
 
-    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that is not there yet.
+    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that does not exist yet.
     Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
-    it is complete, not before. What --quant wrote loads at once, and nothing but this library reads it.
+    it is complete, not before. A folder written with --quant loads at once, and only this library reads it.
+
+    Args:
+        to: the layout to write: mistral or hf
+        dtype: of the weights written: float32, bfloat16 or float16; default: as they are
+        quant: int8 or int4: write quantized weights; default: as they are
     """
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
@@ -25,13 +30,13 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str
             written = write_folder(found, dst, to, dtype=dtype, quant=quant)
     else:
         written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
-    terminal.say(f"wrote {written.describe()}")
+    terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
-        terminal.say(f"note: {note}")
+        terminal.echo_err(f"note: {note}")
 
 
 def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
-    """Say what a folder is, what it needs, and what looks wrong; no tensor is read.
+    """Report what a folder is, what it needs, and what looks wrong; no tensor is read.
 
     python -m main inspect
     python -m main inspect mistral-7B-v0.1
@@ -39,10 +44,13 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
 
     Release, layout, files, dtypes, window and theta with the rule used, tokenizer, memory for weights
     and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder.
-    Without FOLDER: the small model that ships. --json prints one object. Only a .pth file takes PyTorch, and seconds.
+    Without FOLDER: the bundled model. Only a .pth file needs PyTorch, and seconds.
+
+    Args:
+        json: print one JSON object instead of text
     """
     from mistral.formats.inspect import as_json, as_text
     from mistral.formats.inspect import inspect_folder as report_on
 
-    report = report_on(folder)
+    report = report_on(prompts.default_folder(folder))
     print(as_json(report) if json else as_text(report))

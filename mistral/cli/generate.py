@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mistral.cli import terminal
-from mistral.cli.prompts import load_model, read_prompts, with_gaps
-from mistral.cli.terminal import stream_one
+from mistral.cli import flags, terminal
+from mistral.cli.prompts import (
+    as_ids,
+    default_folder,
+    note_if_instruct,
+    open_model,
+    read_prompts,
+    require_instruct,
+)
+from mistral.loader.options import LoadOptions
+from mistral.sampling_params import SamplingParams
 from mistral.util.errors import UsageError
+from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     from mistral.generate import Completion
@@ -24,21 +33,13 @@ DEMO_PROMPTS = (
 )
 
 
+@flat(
+    params=SamplingParams(max_tokens=35, temperature=0.0),
+    options=LoadOptions(max_batch_size=3),
+    omit=("max_batch_size", "top_k", "min_p", "stop", "top_logprobs"),
+)
 def demo(
-    folder: str | None = None,
-    *,
-    max_tokens: int = 35,
-    temperature: float = 0.0,
-    top_p: float = 0.8,
-    seed: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    threads: int | None = None,
-    chunk_size: int | None = None,
+    folder: str | None = None, *, chunk_size: int | None = None, params: SamplingParams, options: LoadOptions
 ) -> None:
     """Continue three prompts in one ragged batch, and print each text.
 
@@ -46,109 +47,115 @@ def demo(
     python -m main demo mistral-7B-v0.1 --max_tokens 35 --temperature 0
     python -m main demo mistral-7B-v0.1 --device cuda --dtype bfloat16
 
-    Without FOLDER: the small model that ships, on prompts that suit it.
+    Without FOLDER: the bundled model, with prompts that suit it.
+
+    Args:
+        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
     """
-    from mistral.formats.folder import BUNDLED
+    flags.require_at_least(1, chunk_size=chunk_size)
+    prompts: Sequence[str] = DEMO_PROMPTS
+    if default_folder(folder) is None:
+        from mistral.formats.folder import BUNDLED
+
+        prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
+    loaded = open_model(folder, options)
     from mistral.generate import generate
 
-    loaded = load_model(folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=3)
-    prompts: Sequence[str] = DEMO_PROMPTS
-    if folder is None:
-        prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
     texts, _ = generate(
         prompts,
         loaded.model,
         loaded.tokenizer,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        seed=params.seed,
         chunk_size=chunk_size,
     )
     for text in texts:
-        print(text)
-        print(SEPARATOR)
+        terminal.write(f"{text}\n{SEPARATOR}\n")
 
 
+@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16))
 def complete(
     folder: str | None = None,
     prompt: str | None = None,
     *,
+    instruct: bool = False,
+    system: str | None = None,
+    template: str | None = None,
     suffix: str | None = None,
     file: str | None = None,
     json: bool = False,
-    top_logprobs: int = 0,
-    max_tokens: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.8,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stop: list[str] | None = None,
-    max_batch_size: int = 16,
-    device: str | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    threads: int | None = None,
     chunk_size: int | None = None,
+    params: SamplingParams,
+    options: LoadOptions,
 ) -> None:
     """Continue a prompt, or many; only the continuation goes to stdout, so it pipes.
 
     python -m main complete "Once upon a time" --max_tokens 40
     python -m main complete mistral-7B-v0.1 "The capital of France is" --temperature 0
     echo "Once upon a time" | python -m main complete mistral-7B-v0.1
+    python -m main complete mistral-7B-Instruct-v0.3 "What is the capital of France?" --instruct
     python -m main complete mistral-7B-v0.1 --file prompts.jsonl --json > answers.jsonl
     python -m main complete codestral-22B-v0.1 "def fibonacci(n):" --suffix "    return a"
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
-    JSON string, or an object with "prompt" (text, or a list of ids) and perhaps "max_tokens" and "suffix".
-    The texts of FILE's prompts are each followed by a line of =====================. --json prints one
-    object a prompt: index, prompt_tokens, tokens, text, logprobs, finish_reason, and top_logprobs if
-    asked for.
+    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens" and "suffix"; where
+    its name ends in .txt, each line is a prompt. The texts of FILE's prompts are each followed by a line of
+    =====================. --json prints one object a prompt: index, prompt_tokens, tokens, text, logprobs,
+    finish_reason, and top_logprobs if requested.
+
+    Args:
+        instruct: each prompt is a question; it is asked with the template of the model
+        system: with --instruct: the system prompt
+        template: with --instruct: v1, v2, v3, v7 or mistrallite; default: the one that goes with the tokenizer
+        suffix: the text that follows the gap, for fill-in-the-middle (Codestral)
+        file: a file of prompts, one JSON value a line, or one prompt a line if its name ends in .txt; - is stdin
+        json: print JSON lines instead of text
+        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
+        max_batch_size: the most prompts in one batch; the others wait
     """
-    if top_logprobs and not json:
+    flags.require_at_least(1, chunk_size=chunk_size)
+    if params.top_logprobs and not json:
         raise UsageError("--top_logprobs are printed with --json only: give both")
+    require_instruct(instruct, system, template)
+    if instruct and suffix is not None:
+        raise UsageError("--suffix and --instruct: give one of them")
     from mistral.formats.hub import is_hub_id
 
     if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
         raise UsageError(f"no such folder: {folder}")
-    asked = read_prompts(prompt, suffix, file, max_tokens)
-    loaded = load_model(
-        folder, device, dtype, attention, kernels, quant, deterministic, threads, max_batch_size=max_batch_size
-    )
-    prompts, limits = with_gaps(asked, loaded), [one.max_tokens for one in asked]
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "seed": seed,
-        "stop": stop or (),
-        "chunk_size": chunk_size,
-        "top_logprobs": top_logprobs,
-    }
+    asked = read_prompts(prompt, suffix, file)
+    loaded = open_model(folder, options)
+    if not instruct:
+        note_if_instruct(loaded)
+    prompts = as_ids(asked, loaded, instruct, system, template)
+    limits = [params.max_tokens if one.max_tokens is None else one.max_tokens for one in asked]
+    options_of_all: dict[str, Any] = {**vars(params), "chunk_size": chunk_size}
     if file is None and not json:
-        stream_one(loaded, prompts[0], max_tokens=limits[0], **options)
+        options_of_all["max_tokens"] = limits[0]
+        terminal.stream_one(loaded, prompts[0], **options_of_all)
         return
-    from tqdm import tqdm
-
     from mistral.generate import completions
 
-    ended = completions(prompts, loaded.model, loaded.tokenizer, max_tokens=limits, **options)
-    bar = tqdm(ended, total=len(prompts), desc="prompts", unit="prompt", delay=2, disable=None, leave=False)
-    early: dict[int, Completion] = {}  # ended before one that comes before it
+    options_of_all["max_tokens"] = limits
+    ended = completions(prompts, loaded.model, loaded.tokenizer, **options_of_all)
+    _print_in_order(ended, len(prompts), json, bool(params.top_logprobs))
+
+
+def _print_in_order(ended: Iterable[tuple[int, Completion]], count: int, json: bool, with_top: bool) -> None:
+    """Print each completion as soon as those before it have ended too."""
+    from tqdm import tqdm
+
+    bar = tqdm(ended, total=count, desc="prompts", unit="prompt", delay=2, disable=None, leave=False)
+    early: dict[int, Completion] = {}
     turn = 0
     for index, result in bar:
         early[index] = result
         while turn in early:
             shown = early.pop(turn)
             with bar.external_write_mode():
-                terminal.write(
-                    _as_json(turn, shown, bool(top_logprobs)) + "\n" if json else f"{shown.text}\n{SEPARATOR}\n"
-                )
+                terminal.write(f"{_as_json(turn, shown, with_top)}\n" if json else f"{shown.text}\n{SEPARATOR}\n")
             turn += 1
 
 

@@ -1,13 +1,16 @@
-"""The oracle's commands, thin: ask for what is wanted, import what does it, print."""
+"""The oracle's commands, thin: check what is requested, import what does it, print."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
-from mistral.cli.prompts import PromptLine, load_model, model_of, one_line, read_jsonl, read_prompts
+from mistral.cli.prompts import PromptLine, model_of, one_line, open_model, read_file, read_prompts
+from mistral.loader.options import DTYPE_NAMES, LoadOptions
 from mistral.util.errors import ChecksFailed, UsageError
+from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
-    """Run every way of computing a model that is at hand, on its own weights, against float64.
+    """Run every available way of computing a model, on its own weights, against float64.
 
     python -m main verify
     python -m main verify mistral-7B-v0.1
@@ -25,8 +28,13 @@ def verify(folder: str | None = None, *, full: bool = False, json: bool = False,
 
     one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
     backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
-    Errors are multiples of what rounding to the dtype makes unavoidable. FOLDER may also be a pack with weights.
-    The exit code is 0 if all pass, else 1.
+    Errors are multiples of the error budget: the rounding error that no implementation in that dtype can avoid.
+    FOLDER may also be a pack with weights. The exit code is 0 if all pass, else 1.
+
+    Args:
+        full: use prompts longer than the model's window, however wide it is
+        json: print one JSON object instead of a table
+        seed: of the random prompts
     """
     from mistral.oracle import verify as verifying
 
@@ -47,17 +55,26 @@ def pack(
     full: bool = False,
     seed: int = 0,
 ) -> None:
-    """Write a golden pack: what a model says of prompts, in float64, for other programs to be checked against.
+    """Write a golden pack: the outputs of a model for some prompts, in float64, to check other programs against.
 
     python -m main pack -o small.safetensors
     python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --file prompts.jsonl
     python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --full
 
-    Ids of the prompts, the likeliest tokens after each position and their log-probs, fingerprints of all activations,
-    what rounding makes unavoidable, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts
-    are random ids, or FILE's lines (as `complete` takes them). --weights puts the weights in too. Packs that have them
+    Ids of the prompts, the top tokens after each position and their log-probs, fingerprints of all activations,
+    the error budget, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts
+    are random ids, or the lines of --file (as `complete` reads them). Packs with weights
     can be converted to folders: python -m main convert x.safetensors DST --to hf
+
+    Args:
+        output: the file to write
+        file: a file of prompts, as `complete` reads them; default: random prompts
+        top: how many of the most likely tokens to keep of each position
+        weights: put the weights in too
+        full: use prompts longer than the model's window, however wide it is
+        seed: of the random prompts
     """
+    flags.require_at_least(1, top=top)
     from mistral.oracle import pack as packing
     from mistral.oracle.inputs import inside
 
@@ -66,9 +83,9 @@ def pack(
         bar = terminal.Bar("packing", "step")
         written = packing.pack(found, output, prompts, top=top, weights=weights, progress=bar)
         note = inside(found.args, [len(p) for p in prompts])
-    terminal.say(f"wrote {written}: {len(prompts)} prompts, {written.stat().st_size / 1e6:.1f} MB")
+    terminal.echo_err(f"wrote {written}: {len(prompts)} prompts, {written.stat().st_size / 1e6:.1f} MB")
     if note:
-        terminal.say(f"note: {note}: --full takes longer ones")
+        terminal.echo_err(f"note: {note}: --full uses longer ones")
 
 
 def compare(
@@ -82,27 +99,33 @@ def compare(
     json: bool = False,
     seed: int = 0,
 ) -> None:
-    """Say whether two sides agree, where they part, and which mistake explains it.
+    """Compare two sides: whether they agree, where they first differ, and which mutant explains it.
 
     python -m main compare mistral-7B-v0.1 mistral-7B-v0.1-hf
     python -m main compare mistral-7B-v0.1 http://localhost:8000 --dtype bfloat16
     python -m main compare v0.1.safetensors logits.npz
 
     A and B are each a folder in either layout, a hub id, a pack, an .npz (prompt_ids, and logits or logprobs [T, V]), a
-    file that `trace` wrote, or the URL of an OpenAI-style server that tells log-probs of prompts (vLLM). --dtype is
-    that of the arithmetic of the side that is not the truth. Differences beyond what rounding explains are named: the
-    first activation and position that part; and the planted mistakes that, made by our model, give the other
-    side's numbers. The exit code is 0 if the sides agree, else 1.
+    file that `trace` wrote, or the URL of an OpenAI-style server that returns log-probs of prompts (vLLM). Differences
+    beyond what rounding explains are named: the first activation and position that differ; and the mutants of our
+    model that give the other side's numbers. The exit code is 0 if the sides agree, else 1.
+
+    Args:
+        file: a file of prompts, as `complete` reads them; default: random prompts
+        model: the server's name for the model; default: the first that it lists
+        dtype: of the arithmetic of the side that is not the truth
+        full: use prompts longer than the model's window, however wide it is
+        json: print one JSON object instead of text
+        seed: of the random prompts
     """
-    from mistral.loader.options import OptionError
+    if dtype not in DTYPE_NAMES:  # before torch is imported
+        raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+    if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
+        raise UsageError("--model is a server's name for it, and neither side is a server")
     from mistral.loader.runtime import DTYPES
     from mistral.oracle import compare as comparing
     from mistral.oracle.sides import FolderSide, side
 
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
-        raise UsageError("--model is a server's name for it, and neither side is a server")
     sides = [side(a, model), side(b, model)]
     prompts = None
     if file is not None:
@@ -114,39 +137,47 @@ def compare(
         prompts=prompts,
         full=full,
         seed=seed,
-        progress=terminal.Bar("planting", "mistake"),
+        progress=terminal.Bar("comparing", "mutant"),
     )
     print(comparing.as_json(report) if json else comparing.as_text(report))
     if not report.same:
         raise ChecksFailed
 
 
-def plants(
+def mutants(
     folder: str | None = None,
     *,
     output: str | None = None,
-    mistake: list[str] | None = None,
+    mutant: list[str] | None = None,
     file: str | None = None,
     full: bool = False,
     seed: int = 0,
 ) -> None:
-    """List the named mistakes, or write what a model says that makes them, to prove that a test would catch it.
+    """List the mutants, or write what a model with one of them outputs, to prove that a test would catch it.
 
-    python -m main plants
-    python -m main plants x.safetensors --output mistakes
-    python -m main plants mistral-7B-v0.1 --output mistakes --mistake window_one_more --mistake mask_leak
+    python -m main mutants
+    python -m main mutants x.safetensors --output wrong
+    python -m main mutants mistral-7B-v0.1 --output wrong --mutant window_one_more --mutant mask_leak
 
-    Into the folder OUTPUT goes an .npz for each mistake that changes this model's numbers on these prompts: prompt_ids,
-    prompt_lens and logprobs [T, V], and right.npz, without a mistake. A test that takes an engine's log-probs must
-    accept right.npz and no other. FOLDER may be a pack with weights, whose prompts are taken then.
+    A mutant is a named mistake, injected into the model. OUTPUT is a folder, for an .npz of each mutant that changes
+    this model's numbers on these prompts: prompt_ids, prompt_lens and logprobs [T, V]; and right.npz, without a
+    mistake. A test that reads an engine's log-probs must accept right.npz and no other. FOLDER may be a pack with
+    weights, whose prompts are then used.
+
+    Args:
+        output: the folder to write to; default: list the mutants
+        mutant: write only this one; default: all that matter here
+        file: a file of prompts, as `complete` reads them; default: random prompts
+        full: use prompts longer than the model's window, however wide it is
+        seed: of the random prompts
     """
     from mistral.oracle.mutants import MUTANTS, plant
 
-    for name in mistake or ():
+    for name in mutant or ():
         plant(name)  # refuse an unknown one before anything is loaded
     if output is None:
-        if folder is not None or file is not None or mistake:
-            raise UsageError("give --output, a folder to write to; without anything else the mistakes are listed")
+        if folder is not None or file is not None or mutant:
+            raise UsageError("give --output, a folder to write to; without any flag the mutants are listed")
         width = max(map(len, MUTANTS))
         for one in MUTANTS.values():
             print(f"{one.name:{width}}  {one.what}")
@@ -159,13 +190,17 @@ def plants(
             prompts = packing.read(folder).prompts
         else:
             prompts = _prompts(found, file, full, seed)
-        wanted = mistake or list(MUTANTS)
-        written = write(found, prompts, output, wanted, terminal.Bar("planting", "mistake"))
-    terminal.say(f"wrote {len(written)} files in {output}: {', '.join(written)}")
+        wanted = mutant or list(MUTANTS)
+        written = write(found, prompts, output, wanted, terminal.Bar("injecting", "mutant"))
+    terminal.echo_err(f"wrote {len(written)} files in {output}: {', '.join(written)}")
     if left := [name for name in wanted if f"{name}.npz" not in written]:
-        terminal.say(f"note: these change nothing on this model and these prompts: {', '.join(left)}")
+        terminal.echo_err(f"note: these change nothing on this model and these prompts: {', '.join(left)}")
 
 
+@flat(
+    options=LoadOptions(device="cpu", execution="eager"),
+    omit=("device", "execution", "quant", "threads", "max_batch_size"),
+)
 def trace(
     folder: str | None = None,
     prompt: str | None = None,
@@ -175,8 +210,7 @@ def trace(
     plan: str | None = None,
     chunk_size: int | None = None,
     window: int | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
+    options: LoadOptions,
 ) -> None:
     """Write every activation of prompts to a file, or print what the steps of a plan do.
 
@@ -185,15 +219,26 @@ def trace(
     python -m main trace mistral-7B-v0.1 --file prompts.jsonl -o t.safetensors
     python -m main trace --plan 7,3 --chunk_size 4 --window 3
 
-    Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), on the
-    plain path; `compare` takes the file as a side. FILE's lines are as `complete` takes them, and are packed into one
-    forward, prompt after prompt. --plan takes the lengths of prompts that are read in chunks, and
-    prints as JSON, for a layer of that window (none if left out): positions, slots and masks of each step.
+    Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), computed
+    eagerly; `compare` accepts the file as a side. The prompts of --file are packed into one forward, one after the
+    other. --plan prints as JSON, for prompts of these lengths and a layer of that window: positions, slots and masks
+    of each step.
+
+    Args:
+        output: the file to write
+        file: a file of prompts, as `complete` reads them
+        plan: lengths of prompts, with commas between
+        chunk_size: with --plan: tokens of each prompt in a step; default: all at once
+        window: with --plan: of the layer; default: none
+        dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: float32
+        attention: sdpa or eager; default: sdpa, in float64 eager
     """
+    flags.require_at_least(1, chunk_size=chunk_size, window=window)
     if (plan is None) == (output is None):
         raise UsageError("give --output for activations, or --plan for slots and masks")
     if plan is not None:
-        given = {"FOLDER": folder, "a prompt": prompt, "--file": file, "--dtype": dtype, "--attention": attention}
+        given = {"FOLDER": folder, "a prompt": prompt, "--file": file}
+        given |= {"--dtype": options.dtype, "--attention": options.attention}
         if extra := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"--plan does not go with {extra[0]}: it is about lengths, a chunk and a window")
         from mistral.oracle.trace import plans
@@ -203,15 +248,15 @@ def trace(
         return
     if chunk_size is not None or window is not None:
         raise UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
-    asked = read_prompts(prompt, None, file, 0)
-    loaded = load_model(folder, "cpu", dtype, attention, False, None, False, None, max_batch_size=len(asked))
+    asked = read_prompts(prompt, None, file)
+    loaded = open_model(folder, replace(options, max_batch_size=len(asked)))
     from mistral.oracle.trace import write
 
     assert output is not None
     prompts = _ids(asked, loaded.tokenizer, file)
     written, names = write(loaded, prompts, output)
     count = sum(map(len, prompts))
-    terminal.say(f"wrote {written}: {names} activations of {count} ids, {written.stat().st_size / 1e6:.1f} MB")
+    terminal.echo_err(f"wrote {written}: {names} activations of {count} ids, {written.stat().st_size / 1e6:.1f} MB")
 
 
 def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:
@@ -220,15 +265,15 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
     if file is None:
         return prompts_for(found.args, full, seed)
     if full:
-        raise UsageError("--full is about random prompts, and --file gives others: leave one out")
+        raise UsageError("--full is about random prompts, and --file gives others: omit one")
     return _read_prompts(file, found)
 
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
-    """Ids of a file's prompts; text wants a tokenizer."""
+    """Ids of a file's prompts; text needs a tokenizer."""
     from mistral.formats.tokenizers import load_tokenizer
 
-    asked, tokenizer = read_jsonl(file, 0), None
+    asked, tokenizer = read_file(file), None
     if any(isinstance(one.prompt, str) for one in asked):
         if found is None:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")

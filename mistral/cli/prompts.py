@@ -1,4 +1,4 @@
-"""What a command line asks for: a model, prompts, a text. Each is had or refused with one line.
+"""What a command line specifies: a model, prompts, a text. Each is read, or refused with one line.
 
 Knows nothing about commands.
 """
@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,103 +16,89 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
-from mistral.util.errors import UsageError
+from mistral.util.errors import MistralError, UsageError
+from mistral.util.files import decode_text, read_limited
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
     from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
+    from mistral.loader.options import LoadOptions
 
 
-def load_model(
-    folder: str | None,
-    device: str | None,
-    dtype: str | None,
-    attention: str | None,
-    kernels: bool | None,
-    quant: str | None,
-    deterministic: bool,
-    threads: int | None,
-    max_batch_size: int,
-) -> Loaded:
+def default_folder(folder: str | None) -> str | None:
+    """The folder, or the one that MISTRAL_MODEL names, or None for the bundled model."""
+    return folder if folder is not None else os.environ.get("MISTRAL_MODEL") or None
+
+
+def open_model(folder: str | None, options: LoadOptions) -> Loaded:
+    """Load a model, and report on stderr what was loaded, and every note."""
     from mistral.loader.load import load
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    loaded = load(
-        folder,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        kernels=kernels,
-        quant=quant,
-        deterministic=deterministic,
-        max_batch_size=max_batch_size,
-    )
-    bundled = "the model that ships, " if folder is None else ""
-    terminal.say(f"loaded {bundled}{loaded.describe()}")
+    chosen = default_folder(folder)
+    loaded = load(chosen, options=options)
+    what = "the bundled model, " if chosen is None else "" if folder is not None else "MISTRAL_MODEL, "
+    terminal.echo_err(f"loaded {what}{loaded.describe()}")
     for note in loaded.notes:
-        terminal.say(f"note: {note}")
+        terminal.echo_err(f"note: {note}")
     return loaded
 
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt, text or ids; the text that follows it, if it is a gap to fill; and the most tokens to make."""
+    """A prompt, text or ids; the text that follows it, for fill-in-the-middle; and its own most tokens to generate."""
 
     prompt: Any
-    suffix: str | None
-    max_tokens: int
+    suffix: str | None = None
+    max_tokens: int | None = None
 
 
-def read_prompts(prompt: str | None, suffix: str | None, file: str | None, max_tokens: int) -> list[PromptLine]:
+def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
     """What to continue: the word, the lines of the file, or stdin."""
     if file is not None:
         if prompt is not None:
             raise UsageError("a prompt and --file: give one of them")
         if suffix is not None:
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
-        return read_jsonl(file, max_tokens)
+        return read_file(file)
     if prompt is None:
-        try:
-            prompt = "" if terminal.typed() or sys.stdin is None else sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise terminal.not_utf8("stdin", error) from None
+        prompt = without_last_end(decode_text(terminal.read_stdin(), "stdin"))
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
-    return [PromptLine(prompt, suffix, max_tokens)]
+    return [PromptLine(prompt, suffix)]
 
 
-def read_jsonl(file: str, max_tokens: int) -> list[PromptLine]:
-    asked: list[PromptLine] = []
-    try:
-        # A byte order mark, as some editors put in front, is no part of the first line.
-        with sys.stdin if file == "-" else open(file, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    asked.append(_one_prompt(line, f"{file} line {number}", max_tokens))
-    except UnicodeDecodeError as error:
-        raise terminal.not_utf8(file, error) from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    if not asked:
+def without_last_end(text: str) -> str:
+    """Text without the line end that files and `echo` put last."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def read_file(file: str) -> list[PromptLine]:
+    """The prompts of a file: a JSON value a line, or, where its name ends in .txt, a prompt a line."""
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_text(file).split("\n"), 1)]
+    plain = file.lower().endswith(".txt")
+    found = [
+        PromptLine(line) if plain else _one_prompt(line, f"{file} line {number}")
+        for number, line in lines
+        if line.strip()
+    ]
+    if not found:
         raise UsageError(f"no prompts in {file}: it has no line that is not empty")
-    return asked
+    return found
 
 
-def _one_prompt(line: str, where: str, max_tokens: int) -> PromptLine:
+def _one_prompt(line: str, where: str) -> PromptLine:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}") from None
+        plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
+        raise UsageError(f"{where} is not JSON: {error}{plain}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
     unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
     if unknown:
         raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
-    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens", max_tokens)
+    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens")
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise UsageError(f"{where}: the prompt must be text or a list of ids")
@@ -121,21 +106,22 @@ def _one_prompt(line: str, where: str, max_tokens: int) -> PromptLine:
         raise UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
     if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
         raise UsageError(f"{where}: a suffix must be text, and so must its prompt")
-    if type(limit) is not int or limit < 0:
+    if "max_tokens" in entry and (type(limit) is not int or limit < 0):
         raise UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
     return PromptLine(prompt, suffix, limit)
 
 
 def read_text(file: str | None) -> str:
+    """The text of a file, or of stdin for None and "-"."""
+    if file is None or file == "-":
+        return decode_text(terminal.read_stdin(), "stdin")
     try:
-        if file is None:
-            return "" if terminal.typed() or sys.stdin is None else sys.stdin.read()
-        with open(file, encoding="utf-8") as opened:
-            return opened.read()
-    except UnicodeDecodeError as error:
-        raise terminal.not_utf8(file or "stdin", error) from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+        with open(file, "rb") as opened:
+            return decode_text(opened.read(), file)
+    except (OSError, ValueError) as error:
+        if isinstance(error, MistralError):
+            raise
+        raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def template_of(loaded: Loaded, name: str | None) -> Template:
@@ -145,32 +131,94 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     return find_template(loaded.tokenizer, name=name, release=release)
 
 
-def with_gaps(asked: list[PromptLine], loaded: Loaded) -> list[Any]:
-    """The prompts, those with a suffix as the ids after which its model fills the gap."""
-    if all(one.suffix is None for one in asked):
+def require_instruct(instruct: bool, system: str | None, template: str | None) -> None:
+    """Refuse flags that only a conversation has.
+
+    Raises:
+        UsageError: there is one, without --instruct.
+    """
+    if not instruct and (system is not None or template is not None):
+        raise UsageError("--system and --template belong to a conversation: add --instruct")
+
+
+def as_ids(
+    asked: list[PromptLine], loaded: Loaded, instruct: bool = False, system: str | None = None, name: str | None = None
+) -> list[Any]:
+    """The prompts; as ids where a template writes them: questions, and fill-in-the-middle.
+
+    Args:
+        name: of the template; None takes the model's.
+
+    Raises:
+        UsageError: --instruct with ids or a suffix.
+    """
+    if not instruct and all(one.suffix is None for one in asked):
         return [one.prompt for one in asked]
-    template = template_of(loaded, None)
-    return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+    template = template_of(loaded, name)
+    if not instruct:
+        return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+    if any(one.suffix is not None or not isinstance(one.prompt, str) for one in asked):
+        raise UsageError("--instruct takes questions: each prompt must be text, without a suffix")
+    from mistral.chat.templates import Turn
+
+    return [template.conversation(system or "", [Turn(one.prompt)]) for one in asked]
+
+
+def note_if_instruct(loaded: Loaded) -> None:
+    """Print a note if raw text goes to a model that was tuned on conversations."""
+    if is_instruct(loaded.folder):
+        terminal.echo_err("note: this is an instruct model, and the prompt is continued as raw text: see --instruct")
+
+
+def is_instruct(folder: Path) -> bool:
+    """Whether a folder holds a model for conversations: its name says so, or it brings a chat template."""
+    names = [folder.name, *(p.name for p in folder.parents if p.name.startswith("models--"))]
+    if any(re.search(r"instruct|chat", name, re.IGNORECASE) for name in names):
+        return True
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        config = json.loads(read_limited(folder / "tokenizer_config.json"))
+    except (OSError, ValueError, RecursionError):  # not there, or broken: loading reports on it
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def folder_or_prompt(word: str) -> str:
-    """Which of the two a single word after `complete` is: a path that is there, or looks like one or a hub id."""
-    one_word = not re.search(r"\s", word)
-    path = os.path.isdir(word) or (one_word and re.match(r"/|\.\.?/|~|.*/$|[\w.-]+(/[\w.-]+)+(@\S+)?$", word))
-    if one_word and not path and terminal.text_waits():
+    """Which of the two a single word is, where a prompt on stdin may go with it.
+
+    A folder that exists, or a path that can be nothing else; owner/name only where stdin may bring the prompt.
+    """
+    if os.path.isdir(word):
+        return "folder"
+    if re.search(r"\s", word):
+        return "prompt"
+    if re.match(r"/.|\.\.?/|~|.*/$", word):
+        return "folder"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():
+        return "folder"
+    if terminal.stdin_has_data():
         raise UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
-    if one_word and not path:
-        terminal.say(f"note: there is no folder {word!r} here, so it is the prompt")
-    return "folder" if path else "prompt"
+    terminal.echo_err(f"note: there is no folder {word!r} here, so it is the prompt")
+    return "prompt"
+
+
+def folder_or_text(word: str) -> str:
+    """Whether a single word of `perplexity` is the folder, or the file with the text."""
+    if os.path.isdir(word):
+        return "folder"
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", word) and not os.path.exists(word)
+    return "folder" if is_hub_id and terminal.stdin_may_have_data() else "file"
 
 
 @contextlib.contextmanager
 def model_of(folder: str | None) -> Iterator[Folder]:
-    """A folder, a hub id, a pack with weights, or the model that ships."""
+    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model."""
     from mistral.formats.folder import BUNDLED, read_folder
     from mistral.formats.hub import locate
     from mistral.oracle.pack import folder_of, is_pack
 
+    folder = default_folder(folder)
     if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
         with tempfile.TemporaryDirectory() as nothing:
             yield folder_of(folder, Path(nothing))

@@ -1,68 +1,120 @@
-"""What is typed and what is shown: lines in, text out as it is made, and the commands of a conversation.
+"""What is typed and what is shown: lines in, text out as it is generated. Knows nothing about models.
 
-Text goes to stdout, everything else to stderr. Knows nothing about models.
+Text goes to stdout, everything else to stderr. At a terminal, control characters in either are shown, not obeyed.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import sys
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mistral.util.errors import UsageError
+from mistral.util.errors import FormatError
+from mistral.util.files import decode_text, is_wide
 
 if TYPE_CHECKING:
     from mistral.generate import Piece
     from mistral.loader.load import Loaded
 
+# What a terminal may obey: C0 and C1 controls but for tab and line feed, and what turns the order of letters round.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
+QUOTES = '"""'
+_quiet = False
 
-def typed() -> bool:
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """While open, `echo_err` prints nothing if `quiet`."""
+    global _quiet
+    before, _quiet = _quiet, quiet
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def is_interactive() -> bool:
     """Whether somebody types at stdin. (A process may also have no stdin at all.)"""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+def visible(text: str) -> str:
+    """Text with its control characters spelled out, as in \\x1b[31m."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def has_colour(stream: Any) -> bool:
+    """Whether colours may be used: at a terminal that knows them, unless NO_COLOR is set."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def write(text: str) -> None:
-    """Text for stdout, at once."""
-    sys.stdout.write(text)
+    """Text for stdout, at once: byte for byte where it is piped."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def say(line: str) -> None:
-    """A line for stderr."""
-    print(line, file=sys.stderr, flush=True)
+def echo_err(line: str) -> None:
+    """A line for stderr, unless --quiet was given."""
+    if not _quiet:
+        print(visible(line), file=sys.stderr, flush=True)
 
 
-def say_error(error: Exception) -> None:
+def echo_error(error: Exception) -> None:
     """One line, whatever is in the names and words that it quotes."""
-    say(f"error: {' '.join(str(error).splitlines())}")
+    line = visible(f"error: {' '.join(str(error).splitlines())}")
+    print(f"{_RED}{line}{_PLAIN}" if has_colour(sys.stderr) else line, file=sys.stderr, flush=True)
 
 
-def not_utf8(what: str, error: UnicodeDecodeError) -> UsageError:
-    """The error for bytes that are no text."""
-    byte = error.object[error.start]
-    return UsageError(f"{what} is not UTF-8 (byte 0x{byte:02x}): convert it first, for example with iconv")
+def confirm(question: str) -> bool:
+    """Whether somebody at the terminal answers with y; without a terminal there is nobody to ask, and it is yes."""
+    if not is_interactive():
+        return True
+    print(visible(f"{question} [y/N] "), end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def lines(ask: str) -> Iterator[str]:
+def read_stdin() -> bytes:
+    """All bytes of stdin; none where somebody types or there is no stdin."""
+    if sys.stdin is None or is_interactive():
+        return b""
+    buffer = getattr(sys.stdin, "buffer", None)  # a caller in Python may have put text in its place
+    return sys.stdin.read().encode() if buffer is None else buffer.read()
+
+
+def read_lines(ask: str, blocks: bool = False) -> Iterator[str]:
     """Lines of stdin without their ends; on a terminal, asked for, and Ctrl-C only drops the line.
 
+    Args:
+        blocks: take the lines from one that begins with three quotation marks to one that ends with them as one text.
+
     Raises:
-        UsageError: a piped line is not UTF-8.
+        FormatError: a piped line is not UTF-8.
     """
-    if not typed():
-        yield from _piped()
+    whole = _block if blocks else (lambda read: read())
+    if not is_interactive():
+        piped = _piped()
+        with suppress(StopIteration):
+            while True:
+                yield whole(piped.__next__)
         return
     read = _reader(ask)
     while True:
         try:
-            yield read()
+            yield whole(read).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            say_error(not_utf8("the line", error))
+            byte = error.object[error.start]
+            echo_error(FormatError(f"the line is not UTF-8 (byte 0x{byte:02x}): convert it first"))
         except EOFError:
             write("\n")
             return
@@ -70,16 +122,29 @@ def lines(ask: str) -> Iterator[str]:
             write("\n")
 
 
+def _block(read: Callable[[], str]) -> str:
+    text = read()
+    if not text.startswith(QUOTES):
+        return text
+    text = text[len(QUOTES) :]
+    while not text.rstrip().endswith(QUOTES):
+        text += "\n" + read()
+    return text.rstrip()[: -len(QUOTES)].strip("\n")
+
+
 def _piped() -> Iterator[str]:
-    while line := _piped_line():
-        yield line.rstrip("\r\n")
-
-
-def _piped_line() -> str:
-    try:
-        return sys.stdin.readline() if sys.stdin else ""
-    except UnicodeDecodeError as error:
-        raise not_utf8("stdin", error) from None
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:  # no stdin, or text that a caller in Python has put there
+        yield from (line.rstrip("\r\n") for line in sys.stdin or ())
+        return
+    first = buffer.readline()
+    if is_wide(first):
+        yield from (line.removesuffix("\r") for line in decode_text(first + buffer.read(), "stdin").split("\n"))
+        return
+    if first:
+        yield decode_text(first, "stdin").rstrip("\r\n")
+    while line := buffer.readline():
+        yield decode_text(BOM_UTF8 + line, "stdin").rstrip("\r\n")  # the mark: whatever it begins with, it is UTF-8
 
 
 def _reader(ask: str) -> Callable[[], str]:
@@ -94,8 +159,36 @@ def _reader(ask: str) -> Callable[[], str]:
         return lambda: _plain(ask, asked_on)
     if is_dumb_terminal():
         return lambda: _plain(ask, asked_on)
-    session: Any = PromptSession(ask, output=create_output(stdout=asked_on))
+    shown: Any = [("bold" if has_colour(asked_on) else "", ask)]
+    session: Any = PromptSession(
+        shown, output=create_output(stdout=asked_on), history=_history(), enable_suspend=True, key_bindings=_keys()
+    )
     return lambda: str(session.prompt())
+
+
+def _keys() -> Any:
+    """Alt-Enter begins a new line of the same text."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    return keys
+
+
+def _history() -> Any:
+    """What was typed before, from a file that only its owner can read; only of this session if it cannot be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    path = Path(base) / "mistral-ref" / "history"
+    try:
+        if not path.is_absolute():  # no home folder is known
+            return InMemoryHistory()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
 
 
 def _plain(ask: str, asked_on: Any) -> str:
@@ -120,20 +213,20 @@ class Bar:
         self._what, self._unit = what, unit
         self._bar: Any = None
 
-    def __call__(self, taken: int, total: int) -> None:
+    def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if self._bar is None:
             self._bar = tqdm(
-                total=total, initial=taken, desc=self._what, unit=self._unit, delay=2, disable=None, leave=False
+                total=total, initial=done, desc=self._what, unit=self._unit, delay=2, disable=None, leave=False
             )
-        self._bar.update(taken - self._bar.n)
-        if taken == total:
+        self._bar.update(done - self._bar.n)
+        if done == total:
             self._bar.close()
 
 
 class Interrupt:
-    """Ctrl-C while an answer is made: the first ends it between two steps, a second one at once.
+    """Ctrl-C while an answer is generated: the first ends it between two steps, a second one at once.
 
     One that comes after the last step is raised at the end.
     """
@@ -157,7 +250,7 @@ class Interrupt:
         self._asked = True
 
     def check(self) -> None:
-        """End the answer if that was asked for.
+        """End the answer if Ctrl-C was pressed.
 
         Raises:
             KeyboardInterrupt: it was.
@@ -166,33 +259,34 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def show(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
-    """Text on stdout as it is made, `echo` first; then how fast, on stderr, also after Ctrl-C.
+def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
+    """Text on stdout as it is generated, `echo` first; then how fast, on stderr, also after Ctrl-C.
 
     Args:
-        more: what else to tell at the end.
+        more: what else to report at the end.
     """
     began = first = time.perf_counter()
-    made, reason, interrupt = 0, "", None
+    generated, reason, interrupt = 0, "", None
     try:
         write(echo)
         for piece in pieces:
             write(piece.text)
             if piece.token:
-                made += 1
-                first = first if made > 1 else time.perf_counter()
+                generated += 1
+                first = first if generated > 1 else time.perf_counter()
             reason = piece.finish_reason or reason
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
     seconds = time.perf_counter() - first
     write("\n")
-    rate = f", {(made - 1) / seconds:.1f} tokens/s" if made > 1 and seconds > 0 else ""
-    say(f"[{made} tokens{rate}{f'; first after {first - began:.2f} s' if made else ''}{more()}; {reason}]")
+    rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
+    wait = f"; first after {first - began:.2f} s" if generated else ""
+    echo_err(f"[{generated} tokens{rate}{wait}{more()}; {reason}]")
     if interrupt:
         raise interrupt
 
 
-def text_waits() -> bool:
+def stdin_has_data() -> bool:
     """Whether stdin is a file or a pipe that already holds text."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -209,9 +303,23 @@ def text_waits() -> bool:
         return False
 
 
+def stdin_may_have_data() -> bool:
+    """Whether a program may still write to stdin: it is a pipe that is open, or holds text already."""
+    if stdin_has_data():
+        return True
+    try:
+        if not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            return False
+        import select
+
+        return not select.select([sys.stdin.fileno()], [], [], 0)[0]  # readable without data is its end
+    except (AttributeError, ImportError, OSError, ValueError):
+        return False
+
+
 def stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> None:
-    """Continue one prompt on stdout as it is made, `echo` first; then say how fast on stderr, also after Ctrl-C."""
+    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C."""
     from mistral.generate import stream
 
     pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=Bar("prompt", "token"), **options)
-    show(pieces, echo)
+    print_stream(pieces, echo)

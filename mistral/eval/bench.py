@@ -25,7 +25,9 @@ from mistral.engine import STEP_TOKENS
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
 from mistral.loader.load import assemble, load
+from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
+from mistral.parameters import EMBEDDINGS
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
@@ -102,8 +104,7 @@ def _wait(device: torch.device) -> None:
 
 def weight_bytes(model: Transformer) -> int:
     """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.nbytes for t in tensors) - model.tok_embeddings.weight.nbytes
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != EMBEDDINGS)
 
 
 def weights_in_products(model: Transformer) -> int:
@@ -197,7 +198,7 @@ def _row(what: str, context: int, batch: int, rates: list[float], limit: float) 
 def report(
     folder: str | None,
     shape: str | None,
-    options: dict[str, Any],
+    options: LoadOptions,
     *,
     contexts: Sequence[int],
     batches: Sequence[int],
@@ -207,8 +208,8 @@ def report(
     """Load a model and measure it; everything there is to say, ready for JSON.
 
     Args:
-        folder: see `formats.load`; shape: one of SHAPES, for random weights instead.
-        options: of loading: device, dtype, attention, kernels, quant.
+        folder: see `mistral.load`; shape: one of SHAPES, for random weights instead.
+        options: of loading.
         contexts, batches, prompts, repeats: see `measure`.
 
     Raises:
@@ -218,10 +219,10 @@ def report(
         raise UsageError(f"no shape is called {shape!r}: {', '.join(SHAPES)}")
     before, began = _peak(), time.perf_counter()
     if shape is None:
-        loaded = load(folder, **options)
+        loaded = load(folder, options=options)
         model, run, what = loaded.model, loaded.runtime, loaded.describe()
     else:
-        model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), **options)
+        model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), options=options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):

@@ -22,7 +22,7 @@ from mistral.fast.kernels import Matrix
 from mistral.fast.linear import HasMatrix, product, use_kernels
 from mistral.model import ModelArgs, Transformer
 from mistral.plan import Plan
-from mistral.rope import cos_sin
+from mistral.rope import Rope
 from mistral.util.errors import Unavailable
 
 TOKENS = 64  # of a call of the kernels; more are no faster
@@ -48,6 +48,8 @@ class BitwiseTransformer(FastTransformer):
             cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
         model = self.described(cache) if cache.layer(0).k.dtype == torch.float32 else None
         if model is None:
+            if (reason := self.stands_aside()) is not None:
+                raise NotDeterministic(f"deterministic computes with the kernels alone, but {reason}")
             raise NotDeterministic(
                 "deterministic is for weights on a CPU, as they were loaded, and a cache in float32; "
                 "load without it to run another way"
@@ -58,7 +60,7 @@ class BitwiseTransformer(FastTransformer):
         for rows, tokens in groups(plan.seqlens, min(store.block for store in cache.layers)):
             positions, origins = plan.positions[tokens], [plan.origins[row] for row in rows]
             part = h[tokens]
-            self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self._frequencies))
+            self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self.rope))
             h[tokens] = part
         return h
 
@@ -85,10 +87,10 @@ def groups(seqlens: Sequence[int], most: int) -> Iterator[tuple[list[int], list[
             yield list(rows), list(tokens)
 
 
-def aligned_cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope.cos_sin`, made for whole blocks of positions, so that neighbours change no bit."""
+def aligned_cos_sin(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """`Rope.cos_sin`, made for whole blocks of positions, so that neighbours change no bit."""
     blocks, place = (positions // POSITIONS).unique(return_inverse=True)
-    made = [cos_sin(torch.arange(POSITIONS) + block * POSITIONS, frequencies) for block in blocks.tolist()]
+    made = [rope.cos_sin(torch.arange(POSITIONS) + block * POSITIONS) for block in blocks.tolist()]
     at = place * POSITIONS + positions % POSITIONS
     cos, sin = (torch.cat(parts)[at] for parts in zip(*made, strict=True))
     return cos, sin
@@ -162,6 +164,7 @@ def _small(args: ModelArgs, generator: torch.Generator) -> BitwiseTransformer:
                 vocab_size=32,
                 n_layers=2,
                 sliding_window=(None, COUNTS[0]),
+                tied_embeddings=False,
                 max_batch_size=0,
             )
         )

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from mistral.attention import sdpa
 from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
+from mistral.fast.known import unknown_module
 from mistral.model import Attention, Transformer
 from mistral.plan import Plan
-from mistral.rope import cos_sin
 from mistral.window import visible
 
 LEAST = 256  # slots of the smallest bucket
@@ -135,13 +135,14 @@ class CudaGraphTransformer(Transformer):
     layer: ClassVar[Callable[[], Callable[..., Tensor]]] = staticmethod(compiled)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        if not self._is_for_replay(plan, cache):
+        if not isinstance(cache, RollingBufferCache) or not self._is_for_replay(plan):
             return super().step(input_ids, plan, cache)
-        assert isinstance(cache, RollingBufferCache)
         step = self._captured(cache, bucket(plan))
+        if step is None:
+            return super().step(input_ids, plan, cache)
         rows = [row for row, n in enumerate(plan.seqlens) if n]
         positions = torch.tensor(plan.starts)
-        cos, sin = cos_sin(positions, self._frequencies)
+        cos, sin = self.rope.cos_sin(positions)
         at, p = torch.tensor(rows).to(self.device), step.places
         p.ids.index_copy_(0, at, input_ids)
         for place, value in ((p.positions, positions), (p.origins, plan.device_origins), (p.cos, cos), (p.sin, sin)):
@@ -152,16 +153,15 @@ class CudaGraphTransformer(Transformer):
         step.replay()
         return step.hidden[at]
 
-    def _is_for_replay(self, plan: Plan, cache: RollingBufferCache | NoCache) -> bool:
-        return (
-            isinstance(cache, RollingBufferCache)
-            and self.device.type in self.devices
-            and max(plan.seqlens, default=0) == 1
-            and not torch.is_grad_enabled()
-        )
+    def _is_for_replay(self, plan: Plan) -> bool:
+        return self.device.type in self.devices and max(plan.seqlens, default=0) == 1 and not torch.is_grad_enabled()
 
-    def _captured(self, cache: RollingBufferCache, used: int) -> _Captured:
-        """The step for this many slots, captured at its first use."""
+    def stands_aside(self) -> str | None:
+        """Why no step of this model is captured, as a reason to report; None if steps are."""
+        return unknown_module(self)
+
+    def _captured(self, cache: RollingBufferCache, used: int) -> _Captured | None:
+        """The step for this many slots, captured at its first use; None for a model that is not to be captured."""
         # Storage that grew has moved, and weights may have been replaced: then nothing that was captured is right.
         read = (*(layer.k for layer in cache.layers), *self.parameters(), *self.buffers())
         at = (id(self), *(x.data_ptr() for x in read))
@@ -169,6 +169,8 @@ class CudaGraphTransformer(Transformer):
         if before != at:
             kept = {}
         if used not in kept:
+            if self.stands_aside() is not None:
+                return None
             kept[used] = self._capture(cache, used)
         _kept[cache] = at, kept
         return kept[used]

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.kernels import INT4, INT8, Layer, Model, library, pointer
+from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
+from mistral.fast.known import unknown_module
 from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
-from mistral.model import Transformer, TransformerBlock
+from mistral.model import Transformer
 from mistral.plan import Plan
-from mistral.rope import cos_sin
+
+# Of a layer, by their paths in it; the last part is the field of `Layer`.
+PRODUCTS = (
+    *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,22 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.tok_embeddings.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        if not self._is_for_kernels(plan, cache):
+        if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
             return super().step(input_ids, plan, cache)
-        assert isinstance(cache, RollingBufferCache)
         model = self.described(cache)
         if model is None:
             return super().step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
         rows = [row for row, n in enumerate(plan.seqlens) if n]
-        cos, sin = cos_sin(plan.positions, self._frequencies)
+        cos, sin = self.rope.cos_sin(plan.positions)
         for i in range(len(self.layers)):
             cache.layer(i).written = True
         self.decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
         return h
 
-    def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache | NoCache) -> bool:
+    def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
         return (
-            isinstance(cache, RollingBufferCache)
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
             and max(plan.seqlens, default=0) == 1
             and sum(plan.seqlens) <= FEW
             and self.device.type == "cpu"
@@ -116,7 +120,8 @@ class FastTransformer(Transformer):
         library().decode(ctypes.byref(model), count, *given, most, *used, threads)
 
     def described(self, cache: RollingBufferCache) -> Model | None:
-        """The model and its cache as the kernels have them; None if they are not for them, or hooks want to see them.
+        """The model and its cache as the kernels have them; None if they are not for them (see `stands_aside`), or
+        hooks want to see them.
 
         What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
         then made anew.
@@ -132,10 +137,16 @@ class FastTransformer(Transformer):
             torch._foreach_copy_(kept.wide, kept.narrow)
         return kept.model
 
+    def stands_aside(self) -> str | None:
+        """Why the kernels leave this model to the plain path, as a reason to report; None if they take its steps."""
+        found = matrices_of(self)
+        return found if isinstance(found, str) else None
+
     def _describe(self, cache: RollingBufferCache) -> Kept | None:
         args = self.args
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        if any(hooks):
+        matrices = matrices_of(self)
+        if any(hooks) or isinstance(matrices, str):
             return None
         layers = (Layer * len(self.layers))()
         wide, narrow = [], []
@@ -148,19 +159,11 @@ class FastTransformer(Transformer):
             return wide[-1].data_ptr()
 
         for i, block in enumerate(self.layers):
-            assert isinstance(block, TransformerBlock)
-            layer, store, a, f = layers[i], cache.layer(i), block.attention, block.feed_forward
-            linears = {"wq": a.wq, "wk": a.wk, "wv": a.wv, "wo": a.wo, "w1": f.w1, "w2": f.w2, "w3": f.w3}
-            for name, linear in linears.items():
-                matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
-                if matrix is None:
-                    return None
+            layer, store = layers[i], cache.layer(i)
+            for name, matrix in matrices[i].items():
                 setattr(layer, name, matrix)
-            kinds = {getattr(layer, name).kind for name in linears}
-            if len(kinds) > 1 and kinds & {INT8, INT4}:
-                return None  # the inputs of all products of a layer are rounded alike
-            layer.attention_norm = floats(block.attention_norm.weight)
-            layer.ffn_norm = floats(block.ffn_norm.weight)
+            layer.attention_norm = floats(block.get_parameter("attention_norm.weight"))
+            layer.ffn_norm = floats(block.get_parameter("ffn_norm.weight"))
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
             layer.capacity, layer.window = store.capacity, store.window or 0
         model = Model(
@@ -179,3 +182,24 @@ class FastTransformer(Transformer):
         places += [(vars(store), name, getattr(store, name)) for store in cache.layers for name in ("k", "v")]
         tensors = [x for _, _, x in places if isinstance(x, Tensor)]
         return Kept(model, places, [(x, _where(x)) for x in tensors], hooks, wide, narrow)
+
+
+def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
+    """The products of each layer as the kernels have them, by the fields of `Layer`; or why they cannot have them."""
+    if (reason := unknown_module(model)) is not None:
+        return reason
+    layers = []
+    for i, block in enumerate(model.layers):
+        matrices: dict[str, Matrix] = {}
+        for path in PRODUCTS:
+            linear = block.get_submodule(path)
+            matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
+            if matrix is None:
+                kind = type(linear).__name__
+                return f"the kernels cannot read the weights of layers.{i}.{path}, a {kind}: steps take the plain path"
+            matrices[path.rpartition(".")[2]] = matrix
+        kinds = {matrix.kind for matrix in matrices.values()}
+        if len(kinds) > 1 and kinds & {INT8, INT4}:  # the inputs of all products of a layer are rounded alike
+            return f"layers.{i} has products of several kinds: steps take the plain path"
+        layers.append(matrices)
+    return layers

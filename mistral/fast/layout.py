@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
+from mistral.parameters import Parameter
+
 GROUP = 32  # columns that share a scale in int4
 ROWS = 16  # rows that are interleaved
 QUANTS = ("int8", "int4")
-OUTPUT = "output.weight"
 
 
 def groups(columns: int) -> int:
@@ -29,27 +30,22 @@ def int4_shape(n: int, columns: int) -> tuple[int, int, int]:
     return -(-n // ROWS), groups(columns), GROUP // 2 * ROWS + 2 * ROWS
 
 
-def is_quantized(name: str) -> bool:
-    """Whether a tensor of this name is stored in few bits: every weight of a product is."""
-    return name == OUTPUT or (name.startswith("layers.") and not name.endswith("norm.weight"))
-
-
-def bits_of(name: str, quant: str) -> str:
+def bits_of(weight: Parameter, quant: str) -> str:
     """ "int8" or "int4": the output matrix has 8 at least, since it is small and every token's choice hangs on it."""
-    return "int8" if name == OUTPUT else quant
+    return "int8" if weight.role == "output" else quant
 
 
-def stored_as(name: str, shape: tuple[int, ...], quant: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def stored_as(weight: Parameter, quant: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names, shapes and dtypes of the tensors that stand for one weight that is quantized."""
-    path, (n, k) = name.removesuffix(".weight"), shape
-    if bits_of(name, quant) == "int8":
+    path, (n, k) = weight.name.removesuffix(".weight"), weight.shape
+    if bits_of(weight, quant) == "int8":
         return {f"{path}.packed": (int8_shape(n, k), "int8"), f"{path}.scale": ((n,), "float32")}
     return {f"{path}.packed": (int4_shape(n, k), "uint8")}
 
 
-def bytes_of(name: str, shape: tuple[int, ...], quant: str, itemsize: int) -> int:
-    """Bytes that a tensor takes once it is quantized; one that is not takes `itemsize` a number."""
-    if not is_quantized(name):
-        return math.prod(shape) * itemsize
+def bytes_of(weight: Parameter, quant: str | None, itemsize: int) -> int:
+    """Bytes that a weight takes in a quantized model; one that stays as it is takes `itemsize` a number."""
+    if quant is None or not weight.quantized:
+        return weight.numel * itemsize
     sizes = {"int8": 1, "uint8": 1, "float32": 4}
-    return sum(math.prod(s) * sizes[dtype] for s, dtype in stored_as(name, shape, quant).values())
+    return sum(math.prod(s) * sizes[dtype] for s, dtype in stored_as(weight, quant).values())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mistral.fast.layout import QUANTS, is_quantized, stored_as
+from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
@@ -25,7 +25,7 @@ from mistral.formats.mistral import FEW_BITS, params_json
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
-from mistral.parameters import expected_shapes
+from mistral.parameters import parameters
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError
@@ -211,15 +211,13 @@ def _plan(
     """The files to write, by name, and what goes into each."""
     parts: list[list[PlannedTensor]] = [[]]
     size = 0
-    for source, shape in expected_shapes(folder.args).items():
-        stored = folder.weights.tensors[source].dtype
-        assert stored is not None
-        dtype = target or getattr(torch, stored)
-        if quant is not None and is_quantized(source):
-            for name, (sizes, code) in stored_as(source, shape, quant).items():
+    for source in parameters(folder.args).values():
+        dtype = target or getattr(torch, folder.weights.tensors[source.name].dtype)
+        if quant is not None and source.quantized:
+            for name, (sizes, code) in stored_as(source, quant).items():
                 parts[-1].append(PlannedTensor(source, name, sizes, getattr(torch, code), quant))
             continue
-        tensor = PlannedTensor(source, hf.to_hf(source) if to == "hf" else source, shape, dtype)
+        tensor = PlannedTensor(source, hf.to_hf(source.name) if to == "hf" else source.name, source.shape, dtype)
         if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
             parts.append([])
             size = 0

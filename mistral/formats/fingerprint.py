@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 
 from mistral.formats.folder import read_folder
-from mistral.formats.huggingface import heads_of
 from mistral.formats.releases import COMPARED
 from mistral.formats.tokenizers import tokenizer_files
+from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 
 
 def fingerprint(folder: Path) -> str:
@@ -23,9 +23,11 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     shape = {name: getattr(found.args, name) for name in COMPARED if name != "sliding_window"}
     digest.update(repr((sorted(shape.items()), found.args.windows)).encode())
-    for name in sorted(found.weights.tensors):
-        if heads_of(name, found.args) is None:
-            tensor = found.weights.get(name)
+    turning = {name for name, parameter in parameters(found.args).items() if parameter.heads is not None}
+    tied = {OUTPUT} if found.args.tied_embeddings else set()  # so that a tie that is written out changes nothing
+    for name in sorted(found.weights.tensors.keys() | tied):
+        if name not in turning:
+            tensor = found.weights.get(EMBEDDINGS if name in tied else name)
             row = tensor if tensor.dim() == 1 else tensor[0]
             digest.update(name.encode() + row.float().numpy().tobytes())
     for path in tokenizer_files(found.path)[:1]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import is_quantized, stored_as
+from mistral.fast.layout import stored_as
 from mistral.formats import huggingface as hf
 from mistral.formats.huggingface import find_hf_weights, has_hf_weights
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mistral_weights, read_object, to_args
 from mistral.formats.releases import identify
 from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
-from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
+from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
 
 if TYPE_CHECKING:
@@ -38,9 +37,8 @@ class Folder:
         source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
-        tied: whether output.weight is tok_embeddings.weight under another name.
         quant: "int8" or "int4" where the weights of products are stored in few bits, under the names of
-            `packing.stored_as`; else None.
+            `layout.stored_as`; else None.
         notes: what was assumed or left aside, a sentence each.
     """
 
@@ -50,21 +48,18 @@ class Folder:
     raw: dict[str, Any]
     args: ModelArgs
     weights: WeightFiles
-    tied: bool
     notes: tuple[str, ...]
     quant: str | None = None
 
     @property
     def tensors(self) -> dict[str, Stored]:
-        """The tensors that there are, each once, in the files' order: a tied output is not among them."""
-        names = (name for name in self.weights.readers if not (self.tied and name == OUTPUT))
-        return {name: self.weights.tensors[name] for name in names}
+        """The tensors that there are, in the files' order."""
+        return {name: self.weights.tensors[name] for name in self.weights.readers}
 
     @property
     def parameters(self) -> int:
         """How many weights there are."""
-        shapes = expected_shapes(self.args)
-        return sum(math.prod(shape) for name, shape in shapes.items() if not (self.tied and name == OUTPUT))
+        return sum(parameter.numel for parameter in parameters(self.args).values())
 
 
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
@@ -91,32 +86,38 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         args, assumed = hf.config_to_args(raw, max_batch_size)
         notes += assumed
         weights = find_hf_weights(path)
-    tied = raw.get("tie_word_embeddings") is True and hf.to_hf(OUTPUT) not in weights.tensors
+    args = _untied(args, weights, notes)
     quant = raw.get(FEW_BITS) if layout == "mistral" else None
     try:
-        weights = _checked(weights, args, layout, source, tied, quant)
+        weights = _checked(weights, args, layout, source, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
         hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
         raise WeightsError("; ".join([str(error), *hints])) from None
-    return Folder(path, layout, source, raw, args, weights, tied, tuple(notes), quant)
+    return Folder(path, layout, source, raw, args, weights, tuple(notes), quant)
 
 
-def _checked(
-    weights: WeightFiles, args: ModelArgs, layout: str, source: str, tied: bool, quant: str | None
-) -> WeightFiles:
+def _untied(args: ModelArgs, weights: WeightFiles, notes: list[str]) -> ModelArgs:
+    """The args without a tie where the files hold an output matrix: what is there is what was meant."""
+    own = [name for name in (OUTPUT, "output.packed", hf.to_hf(OUTPUT)) if name in weights.tensors]
+    if not args.tied_embeddings or not own:
+        return args
+    notes.append(f"the output is said to be tied to the embeddings, but the files hold {own[0]}, which was read")
+    return replace(args, tied_embeddings=False)
+
+
+def _checked(weights: WeightFiles, args: ModelArgs, layout: str, source: str, quant: str | None) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
             f"{source} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
         )
-    expected = expected_shapes(args)
     if layout == "mistral":
         shapes, dtypes = stored_shapes(args, quant)
         check_tensors(weights.tensors, shapes, where, source, dtypes)
         return weights
-    return _as_mistral(weights, args, expected, tied, where, source)
+    return _as_mistral(weights, args, where, source)
 
 
 def _layout(path: Path, notes: list[str]) -> str:
@@ -135,18 +136,15 @@ def _layout(path: Path, notes: list[str]) -> str:
 def _as_mistral(
     weights: WeightFiles,
     args: ModelArgs,
-    shapes: dict[str, tuple[int, ...]],
-    tied: bool,
     where: str,
     source: str,
 ) -> WeightFiles:
     """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
     stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
-    names = {ours: hf.to_hf(ours) for ours in shapes}
-    if tied:
-        names[OUTPUT] = names[EMBEDDINGS]
+    expected = parameters(args)
+    names = {ours: hf.to_hf(ours) for ours in expected}
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
-    check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, source)
+    check_tensors(stored, {names[ours]: parameter.shape for ours, parameter in expected.items()}, where, source)
     place = {name: i for i, name in enumerate(weights.readers)}
     readers: dict[str, Reader] = {}
     for ours, name in sorted(names.items(), key=lambda pair: place[pair[1]]):
@@ -164,11 +162,11 @@ def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[i
     """Names and shapes of the tensors in files, with the dtypes of those that are no weights of any float's size."""
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for name, shape in expected_shapes(args).items():
-        if quant is None or not is_quantized(name):
-            shapes[name] = shape
+    for name, parameter in parameters(args).items():
+        if quant is None or not parameter.quantized:
+            shapes[name] = parameter.shape
         else:
-            for stored, (sizes, dtype) in stored_as(name, shape, quant).items():
+            for stored, (sizes, dtype) in stored_as(parameter, quant).items():
                 shapes[stored], dtypes[stored] = sizes, dtype
     return shapes, dtypes
 

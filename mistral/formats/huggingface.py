@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
+from mistral.parameters import parameters
 from mistral.util.errors import ConvertError, short_repr
 from mistral.util.files import read_limited
 
@@ -78,9 +79,8 @@ def rows_to_hf(w: Tensor, heads: int) -> Tensor:
 
 def heads_of(name: str, args: ModelArgs) -> int | None:
     """Heads of a tensor whose rows the layouts order differently; None for all others. Mistral's names."""
-    if name.endswith("attention.wq.weight"):
-        return args.n_heads
-    return args.n_kv_heads if name.endswith("attention.wk.weight") else None
+    parameter = parameters(args).get(name)
+    return None if parameter is None else parameter.heads
 
 
 # config.json keys that shape the model, and ModelArgs' names for them.
@@ -196,6 +196,8 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
             raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
         values["head_dim"] = dim // heads
     values["sliding_window"] = _window(raw, kind, notes)
+    if raw.get("tie_word_embeddings") is not None:
+        values["tied_embeddings"] = raw["tie_word_embeddings"]
     theta, rule = _theta(raw)
     try:
         args = ModelArgs(**values, rope_theta=theta, theta_rule=rule)
@@ -206,7 +208,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
 
 def in_their_words(text: str) -> str:
     """A sentence about ModelArgs, with config.json's names of what it is about."""
-    ours = {ours: theirs for theirs, ours in SHAPE.items()}
+    ours = {ours: theirs for theirs, ours in SHAPE.items()} | {"tied_embeddings": "tie_word_embeddings"}
     # Not what is in quotes: that is a value, and stands in the file as it is.
     return re.sub(rf"(?<!['\"])\b({'|'.join(ours)})\b", lambda found: ours[found[1]], text)
 
@@ -342,7 +344,7 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
         "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
         "sliding_window": window,  # null included: left out, it is 4096
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype_name(dtype),
         "torch_dtype": dtype_name(dtype),
         **kept,

@@ -22,7 +22,7 @@ from mistral.formats.mistral import ParamsError, read_object, to_args
 from mistral.formats.releases import COMPARED, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
-from mistral.parameters import expected_shapes
+from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 from mistral.util import memory
 
@@ -84,9 +84,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
 
 
 def _weight_bytes(found: Folder, itemsize: int) -> int:
-    if found.quant is None:
-        return found.parameters * itemsize
-    return sum(bytes_of(name, shape, found.quant, itemsize) for name, shape in expected_shapes(found.args).items())
+    return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
 
 
 def _release(release: Release) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
-from mistral.window import shortest_pattern
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
-OPTIONAL = ("sliding_window", "rope_theta")
+OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
 FEW_BITS = "few_bits"  # ours alone: the weights of products are stored as `packing` has it
 
 # Seen in releases; they change no number of a dense text model.
@@ -46,7 +45,6 @@ REFUSED = {
 }
 # Harmless only with the one value that means "not used".
 REFUSED_UNLESS = {
-    "tied_embeddings": (False, None),
     "causal": (True, None),
     "use_biases": (False, None),
     "attn_bias": (False, None),
@@ -114,6 +112,8 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
     if missing:
         raise ParamsError(f"params.json lacks {', '.join(missing)}")
     values = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if key in raw}
+    if raw.get("tied_embeddings") is None:
+        values.pop("tied_embeddings", None)
     window = values.get("sliding_window")
     if isinstance(window, str):
         values["sliding_window"] = _window_from_text(window)
@@ -163,9 +163,4 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def params_json(args: ModelArgs, length: int | None) -> dict[str, Any]:
-    params: dict[str, Any] = {key: getattr(args, key) for key in REQUIRED}
-    params["sliding_window"] = shortest_pattern(args.windows)
-    params["rope_theta"] = args.rope_theta
-    if length is not None:
-        params["max_seq_len"] = length
-    return params
+    return args.to_params() | ({} if length is None else {"max_seq_len": length})

@@ -98,7 +98,7 @@ def open_pth(path: Path) -> WeightFiles:
     tensors = {}
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = Stored(tuple(tensor.shape), dtype if dtype in ITEMSIZE else None, str(tensor.dtype))
+        tensors[name] = Stored(tuple(tensor.shape), dtype if dtype in ITEMSIZE else "", str(tensor.dtype))
     return WeightFiles((path,), tensors, {name: partial(_in_memory, tensor) for name, tensor in state.items()})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from mistral.args import ModelArgs
 from mistral.formats.folder import Folder
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
-from mistral.parameters import expected_shapes
+from mistral.parameters import Parameter, parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,18 +37,18 @@ def random_folder(args: ModelArgs, path: Path, dtype: str = "bfloat16", seed: in
     block = (torch.randn(BLOCK, generator=generator) * STD).to(getattr(torch, dtype))
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
-    for i, (name, sizes) in enumerate(expected_shapes(args).items()):
-        tensors[name] = Stored(sizes, dtype, dtype)
-        readers[name] = partial(_weight, block, i * STEP % BLOCK, sizes)
-    return Folder(path, "mistral", "params.json", {}, args, WeightFiles((), tensors, readers), tied=False, notes=())
+    for i, (name, parameter) in enumerate(parameters(args).items()):
+        tensors[name] = Stored(parameter.shape, dtype, dtype)
+        readers[name] = partial(_weight, block, i * STEP % BLOCK, parameter)
+    return Folder(path, "mistral", "params.json", {}, args, WeightFiles((), tensors, readers), notes=())
 
 
-def _weight(block: Tensor, place: int, shape: tuple[int, ...], progress: Progress = None) -> Tensor:
+def _weight(block: Tensor, place: int, parameter: Parameter, progress: Progress = None) -> Tensor:
     """A matrix of the block's numbers from `place` on, or the ones that a norm begins with."""
-    if len(shape) == 1:
-        return block.new_ones(shape)
-    numbers = math.prod(shape)
-    weight = block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(shape)
+    if parameter.role == "norm":
+        return block.new_ones(parameter.shape)
+    numbers = parameter.numel
+    weight = block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(parameter.shape)
     if progress is not None:
         progress(weight.nbytes)
     return weight

@@ -40,12 +40,12 @@ class Stored:
 
     Args:
         shape: its sizes.
-        dtype: PyTorch's name of it, one of ITEMSIZE; None if weights cannot have it.
+        dtype: PyTorch's name of it, one of ITEMSIZE; "" if weights cannot have it.
         dtype_name: the file's name of it.
     """
 
     shape: tuple[int, ...]
-    dtype: str | None
+    dtype: str
     dtype_name: str
 
     @property
@@ -56,7 +56,6 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes on disk, of a dtype that weights can have."""
-        assert self.dtype is not None
         return self.parameters * ITEMSIZE[self.dtype]
 
 
@@ -135,9 +134,9 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         for name, entry in entries.items():
             if name in tensors:
                 raise WeightsError(f"{printable(name)} is in {path.name} and in an earlier part")
-            dtype = NAMES.get(entry.dtype)
+            dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
-            if dtype is None:
+            if not dtype:
                 continue  # refused by name before anything is read
             if entry.end - part.begin > PART:
                 part = Part(path, entry.begin, entry.end)

@@ -17,6 +17,7 @@ from mistral import quant
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
 from mistral.formats.weights import CODES, dtype_name
+from mistral.parameters import Parameter
 from mistral.util.errors import ConvertError
 
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
@@ -25,12 +26,12 @@ PIECE = 2**24  # weights written at a time
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: Mistral's name and the layout's, shape, dtype.
+    """A tensor to be written: the weight that it is, its name in the layout, shape, dtype.
 
     Of a weight in few bits, one of the parts that stand for it.
     """
 
-    source: str
+    source: Parameter
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -76,13 +77,13 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: str, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = folder.weights.get(tensor.source)
+    weight = folder.weights.get(tensor.source.name)
     if tensor.quant is not None:
         rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
         file.write(rounded.view(torch.uint8).numpy().data)
         bar.update(rounded.nbytes)
         return
-    heads = hf.heads_of(tensor.source, folder.args)
+    heads = tensor.source.heads
     if to == "hf" and heads is not None:
         weight = hf.rows_to_hf(weight.contiguous(), heads)
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
@@ -110,7 +111,7 @@ class Rounding:
             return  # wider: exact
         infinite = int((after.isinf() & before.isfinite()).sum())
         if infinite and not self.infinite:
-            self.first = tensor.source
+            self.first = tensor.source.name
         self.infinite += infinite
         self.zero += int(((after == 0) & (before != 0)).sum())
 

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import bytes_of, is_quantized, stored_as
+from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
 from mistral.formats.weights import file_names
-from mistral.loader.options import OptionError
-from mistral.parameters import EMBEDDINGS, OUTPUT, expected_shapes
-from mistral.tokenizer import Tokenizer
+from mistral.loader.options import LoadOptions, OptionError
+from mistral.parameters import parameters
+from mistral.tokenizer import Tokenizer, TokenizerLike
 from mistral.util import memory
+from mistral.util.flat import flat
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mistral.loader.runtime import Runtime
     from mistral.model import Transformer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loaded:
     """A model in memory, and what is known about it.
 
     Args:
         model: in evaluation mode, on its device.
-        tokenizer: the folder's.
+        tokenizer: the folder's, or the one that was given to `load`, which may have fewer methods.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
         parameters: how many weights there are.
@@ -59,126 +59,124 @@ class Loaded:
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
             f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
-            f"tokenizer {self.tokenizer.path.name}"
+            f"tokenizer {self.tokenizer.path.name if isinstance(self.tokenizer, Tokenizer) else 'your own'}"
         )
 
+    def __repr__(self) -> str:
+        return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
 
+
+@flat(options=LoadOptions())
 def load(
     folder: str | PathLike[str] | None = None,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    attention: str | None = None,
+    tokenizer: TokenizerLike | None = None,
     kernels: bool | None = None,
-    quant: str | None = None,
     deterministic: bool = False,
-    max_batch_size: int = 0,
+    options: LoadOptions,
 ) -> Loaded:
     """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
 
-    Everything is checked against headers before a tensor is read, and memory before it is taken.
+    Everything is checked against headers before a tensor is read, and memory before it is taken. The fields of
+    LoadOptions may be given as keywords: `load(folder, device="cpu", quant="int8")`.
 
     Args:
-        folder: a path, or a hub id (see `hub.locate`); None is the small model that ships.
-        device, dtype, attention, kernels: see `runtime.resolve`; None lets it choose.
-        quant: "int8" or "int4" rounds the weights of products as they are loaded; None leaves them as they are.
-        deterministic: give a sequence the same bits in any batch and chunks, on any number of threads; a CPU in fp32.
-        max_batch_size: most sequences in one forward; 0 sets no limit.
+        folder: a path, or a hub id (see `hub.locate`); default: the bundled model
+        tokenizer: one of your own (encode, decode, bos_id, eos_id); default: the folder's
+        kernels: the old spelling of execution, for one release: False is "eager", True is "kernels"
+        deterministic: short for execution="bitwise"
+        options: see LoadOptions
 
     Raises:
-        ValueError: a subclass that names what is wrong with the folder, the options or the memory.
+        MistralError: a subclass that names what is wrong with the folder, the options or the memory.
     """
-    found = read_folder(BUNDLED if folder is None else locate(folder), max_batch_size)
-    tokenizer = load_tokenizer(found.path, found.args.vocab_size)
-    release, odd = identify(found.args, tokenizer_kind(tokenizer.path))
-    model, run = assemble(
-        found,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        kernels=kernels,
-        quant=quant,
-        deterministic=deterministic,
-    )
-    spare = missing_tokens(found.args, tokenizer.n_words, release)
-    padded = (f"the model knows {spare} ids that the tokenizer has no word for: they have no text",) if spare else ()
+    options = _spelled_out(options, kernels, deterministic)
+    found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
+    own = tokenizer
+    if own is None:
+        own = load_tokenizer(found.path, found.args.vocab_size)
+    path = own.path if isinstance(own, Tokenizer) else None
+    release, odd = identify(found.args, None if path is None else tokenizer_kind(path))
+    model, run = assemble(found, options=options)
+    spare = missing_tokens(found.args, own.n_words, release) if isinstance(own, Tokenizer) else 0
+    padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *padded, *run.notes)
     files, parameters = found.weights.files, found.parameters
-    return Loaded(model, tokenizer, found.args, run, found.path, files, parameters, release, notes)
+    return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
 
 
-def assemble(
-    found: Folder,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    attention: str | None = None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-) -> tuple[Transformer, Runtime]:
+def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
+    """Options with what the two short spellings of an execution mean."""
+    means = {"bitwise"} if deterministic else set()
+    means |= set() if kernels is None else {"kernels" if kernels else "eager"}
+    means |= set() if options.execution == "auto" else {options.execution}
+    if len(means) > 1:
+        raise OptionError(f"execution is given as {' and as '.join(sorted(means))}: give one of them")
+    return replace(options, execution=means.pop()) if means else options
+
+
+@flat(options=LoadOptions())
+def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runtime]:
     """The model that a folder holds, in memory, and how it runs; see `load`.
 
     Raises:
-        ValueError: a subclass that names what is wrong with the options or the memory.
+        MistralError: a subclass that names what is wrong with the options or the memory.
     """
     import torch
 
     from mistral.loader import runtime
-    from mistral.model import Transformer
+    from mistral.loader.executions import unknown_module
 
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
-    assert stored is not None
-    if found.quant is not None and quant not in (None, found.quant):
-        raise OptionError(f"the weights of {found.path} have been rounded to {found.quant}: leave out quant")
+    if found.quant is not None and options.quant not in (None, found.quant):
+        raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
     run = runtime.resolve(
-        device,
-        dtype,
-        attention,
-        kernels,
-        quant or found.quant,
-        deterministic,
+        replace(options, quant=options.quant or found.quant),
         stored=getattr(torch, stored),
         parameters=found.parameters,
         head_dim=args.head_dim,
     )
+    _require_memory(found, run)
+
+    def build(run: Runtime) -> Transformer:
+        # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
+        follows = run.weights == run.compute or (run.how.products and run.how.whole_steps)
+        with torch.device("meta"):
+            return run.how.transformer()(args, run.attend, None if follows else run.compute)
+
+    model = build(run)
+    if run.how.whole_steps and (module := unknown_module(model)):
+        run = run.standing_aside(module)
+        model = build(run)
+    _fill(model, found, run)
+    if run.execution == "bitwise":
+        from mistral.fast import bitwise
+
+        bitwise.self_test(model)
+    return model, run
+
+
+def _require_memory(found: Folder, run: Runtime) -> None:
+    """Refuse weights that do not fit, with advice on what would."""
+    import torch
+
     smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant else []
-    few_bits = run.device.type == "cuda" or (run.kernels and run.compute == torch.float32)
-    smaller += ["--quant int8"] if few_bits and not run.quant else []
+    can_quantize = run.device.type == "cuda" or (run.how.products and run.compute == torch.float32)
+    smaller += ["--quant int8"] if can_quantize and not run.quant else []
     memory.require(
         _size_in_memory(found, run),
         run.device,
         f"the weights in {run.quant or str(run.weights).removeprefix('torch.')}",
         f"use {', '.join([*smaller, 'another --device'])}, or a smaller model",
     )
-    kind: type[Transformer] = Transformer
-    if run.decode:
-        from mistral.fast.decode import FastTransformer
-
-        kind = FastTransformer
-    if run.captured:
-        from mistral.fast.cuda_graph import CudaGraphTransformer
-
-        kind = CudaGraphTransformer
-    if run.deterministic:
-        from mistral.fast import bitwise
-
-        kind = bitwise.BitwiseTransformer
-    with torch.device("meta"):
-        # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
-        model = kind(args, run.attend, None if run.decode or run.weights == run.compute else run.compute)
-    _fill(model, found, run)
-    if run.deterministic:
-        bitwise.self_test(model)
-    return model, run
 
 
 def _size_in_memory(found: Folder, run: Runtime) -> int:
     """Bytes of the weights once they are loaded."""
-    if run.quant is None:
-        return found.parameters * run.weights.itemsize
-    return sum(bytes_of(name, s, run.quant, run.weights.itemsize) for name, s in expected_shapes(found.args).items())
+    return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
@@ -193,30 +191,26 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     few_bits: dict[str, QuantizedLinear] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
-        shapes = expected_shapes(found.args)
-        for name in found.tensors if found.quant is None else shapes:
+        expected = parameters(found.args)
+        for name in found.tensors if found.quant is None else expected:
             # No name for what is read: its part of the file is let go before the next one is mapped.
-            if found.quant is not None and is_quantized(name):
-                parts = stored_as(name, shapes[name], found.quant)
+            if found.quant is not None and expected[name].quantized:
+                parts = stored_as(expected[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
-                few_bits[name] = from_stored(name, shapes[name], found.quant, stored, run.device)
-            elif run.quant is not None and is_quantized(name):
+                few_bits[name] = from_stored(expected[name], found.quant, stored, run.device)
+            elif run.quant is not None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update)
-                few_bits[name] = quantize(name, weight, run.quant, run.device)
+                few_bits[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
-    if found.tied:
-        tensors[OUTPUT] = tensors[EMBEDDINGS]
     if few_bits:
         tensors |= put_quantized(model, few_bits)
         for module in few_bits.values():
-            module.by_kernels = run.kernels
+            module.by_kernels = run.how.products
     model.load_state_dict(tensors, strict=True, assign=True)
-    if found.tied:  # one parameter, also to those who count them, train them or move them
-        model.output.weight = model.tok_embeddings.weight
-    if run.kernels:
+    if run.how.products:
         use_kernels(model)
     model.eval()

@@ -1,15 +1,29 @@
-"""Where and how a model runs, as asked for: LoadOptions, checked on construction. Runs without torch.
+"""Where and how a model runs, as requested: LoadOptions, checked on construction. Runs without torch.
 
 Flags, help texts and defaults derive from this class. What is left open is decided at load, see `loader.runtime`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from mistral.fast.layout import QUANTS
 from mistral.util.errors import UsageError, short_repr
 
 EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
+# What may be typed, and PyTorch's name for it.
+DTYPE_NAMES = {
+    "float64": "float64",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 class OptionError(UsageError):
@@ -24,7 +38,7 @@ class LoadOptions:
         device: cpu, cuda, cuda:1 or mps; default: the best one available
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
         attention: eager, sdpa, flash or xformers; default: what suits the device
-        execution: auto, eager, kernels, cuda_graph or bitwise: how steps are computed
+        execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
@@ -42,11 +56,19 @@ class LoadOptions:
     max_batch_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("device", "dtype"):  # torch's own objects are taken by their names
+        for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
-        if self.execution not in EXECUTIONS:
-            raise OptionError(f"execution {short_repr(self.execution)} is not one of {', '.join(EXECUTIONS)}")
+        _check_device(self.device)
+        for name, known in (
+            ("dtype", ("auto", *DTYPE_NAMES)),
+            ("attention", ATTENTIONS),
+            ("execution", EXECUTIONS),
+            ("quant", QUANTS),
+        ):
+            value = getattr(self, name)
+            if value not in (*known, None) or (value is None and name == "execution"):
+                raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}")
         for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):
             value = getattr(self, name)
             if value is None and name == "threads":
@@ -55,3 +77,9 @@ class LoadOptions:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
+
+
+def _check_device(device: str | None) -> None:
+    if device is None or device == "auto" or re.fullmatch(r"(cpu|cuda|mps)(:\d{1,3})?", device):
+        return
+    raise OptionError(f"device {short_repr(device)} is not one of cpu, cuda, cuda:1 (and other numbers) or mps")

@@ -5,26 +5,17 @@ Layers never see options; they see tensors that are already in place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mistral import backends
 from mistral.attention import Attend
-from mistral.fast.layout import QUANTS
-from mistral.loader.options import OptionError
+from mistral.loader.executions import EXECUTIONS, Execution
+from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
 from mistral.util import memory
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
 WIDEN_SHARE = 0.6
 
@@ -35,14 +26,11 @@ class Runtime:
 
     Args:
         device: of weights, activations and cache.
-        weights, compute, cache: dtypes of what is stored, of the activations, of keys and values.
+        weights, compute, cache: dtypes of the stored weights, of the activations, of keys and values.
         attention: name of the backend in use.
         attend: the backend.
-        kernels: whether products of few rows are those of `fast`.
-        decode: whether whole decode steps are, attention included.
-        captured: whether decode steps on a GPU are captured and replayed.
+        execution: how steps are computed, a name in `executions.EXECUTIONS`.
         quant: "int8", "int4", or None for weights as they are stored.
-        deterministic: whether a sequence has the same bits in any batch, in any chunks, on any number of threads.
         notes: what could not be had, a sentence each.
     """
 
@@ -52,119 +40,115 @@ class Runtime:
     cache: torch.dtype
     attention: str
     attend: Attend
-    kernels: bool = False
-    decode: bool = False
-    captured: bool = False
+    execution: str = "eager"
     quant: str | None = None
-    deterministic: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> Execution:
+        """The row of the execution."""
+        return EXECUTIONS[self.execution]
 
     def describe(self) -> str:
         """Every choice that was made, for people."""
         weights = self.quant or _name(self.weights)
-        kernels = ("; kernels for decode steps" if self.decode else "; kernels for products") if self.kernels else ""
-        if self.captured:
-            kernels = "; captured decode steps"
-        if self.deterministic:
-            kernels = "; kernels for all steps; bitwise"
+        execution = f"; {self.how.what}" if self.how.what else ""
+        attention = "kernels" if self.execution == "bitwise" else self.attention
         return (
             f"device {self.device}; weights/compute/cache {weights}/{_name(self.compute)}/{_name(self.cache)}; "
-            f"attention {self.attention}{kernels}"
+            f"attention {attention}{execution}"
         )
 
+    def standing_aside(self, module: str) -> Runtime:
+        """This runtime where the fast path does not know a module, with a note.
 
-def resolve(
-    device: torch.device | str | None,
-    dtype: torch.dtype | str | None,
-    attention: str | None,
-    kernels: bool | None = None,
-    quant: str | None = None,
-    deterministic: bool = False,
-    *,
-    stored: torch.dtype,
-    parameters: int,
-    head_dim: int,
-) -> Runtime:
-    """Decide what the caller left open.
+        Raises:
+            OptionError: the execution cannot be had without it.
+        """
+        if self.how.otherwise is None:
+            raise OptionError(f"execution {self.execution} does not know the module {module}: use --execution auto")
+        note = f"the fast path {self.execution} does not know the module {module}: it is used for nothing but products"
+        if not EXECUTIONS[self.how.otherwise].products:
+            note = f"the fast path {self.execution} does not know the module {module}, and is not used"
+        return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
+
+
+def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:
+    """Decide what the options left open.
 
     Args:
-        device: None takes CUDA, else Apple's MPS, else the CPU.
-        dtype: of the arithmetic; None takes what the device computes well.
-        attention: name of a backend; None takes the default of the device.
-        kernels: whether to use the kernels of `fast`; None does where they can be built.
-        quant: "int8" or "int4" for weights in few bits; None leaves them as they are stored.
-        deterministic: the same bits for a sequence in any company, at the price of speed; see `oracle.bitwise`.
+        options: as requested.
         stored: dtype of the weights in their file.
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
 
     Raises:
-        OptionError: a name is unknown, or the device is not there.
+        OptionError: the device is not there, or cannot do what was requested.
     """
-    place = pick_device(device)
-    compute = pick_dtype(dtype, place, stored)
-    on_cpu_in_fp32 = place.type == "cpu" and compute == torch.float32
-    if quant is not None and quant not in QUANTS:
-        raise OptionError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
-    if quant is not None and not on_cpu_in_fp32 and place.type != "cuda":
+    place = pick_device(options.device)
+    compute = pick_dtype(options.dtype, place, stored)
+    if options.quant is not None and (place.type, compute) != ("cpu", torch.float32) and place.type != "cuda":
         raise OptionError(
             f"quantized weights are for a CPU in float32, or for CUDA, not for {place.type} in {_name(compute)}"
         )
-    if deterministic:
-        _check_deterministic(place, compute, attention, kernels)
-    # Opt-in: not yet run on a real GPU.
-    captured = place.type == "cuda" and kernels is True
-    fits = place.type == "cpu" and compute in (torch.float32, torch.bfloat16)
-    fast, notes = (False, ()) if captured else _kernels(kernels, fits)
+    if options.execution == "bitwise":
+        _check_bitwise(place, compute, options.attention)
+    name, attend = backends.resolve(options.attention, place, compute, head_dim)
+    named = options.attention not in (None, "auto") and name == options.attention
+    execution, notes = _execution(options.execution, place, compute, named)
     weights = compute
-    if fast and compute.itemsize > stored.itemsize:
+    if EXECUTIONS[execution].products and compute.itemsize > stored.itemsize:
         weights = stored  # the kernels read narrow weights as fast as memory gives them
     elif compute.itemsize > stored.itemsize:
         left = memory.available(place)
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
-    name, attend = backends.resolve(attention, place, compute, head_dim)
-    named = attention not in (None, "auto") and name == attention
-    decode = fast and on_cpu_in_fp32 and not named  # a backend that was asked for is the one that is used
-    if deterministic:
-        name = "kernels"
-    return Runtime(place, weights, compute, compute, name, attend, fast, decode, captured, quant, deterministic, notes)
+    return Runtime(place, weights, compute, compute, name, attend, execution, options.quant, notes)
 
 
-def _check_deterministic(
-    place: torch.device, compute: torch.dtype, attention: str | None, kernels: bool | None
-) -> None:
-    """Refuse what has other bits in other company."""
+def _check_bitwise(place: torch.device, compute: torch.dtype, attention: str | None) -> None:
+    """Reject options that are not batch-invariant."""
     if place.type != "cpu" or compute != torch.float32:
         raise OptionError(
-            f"deterministic is for a CPU in float32, not for {place.type} in {_name(compute)}: "
+            f"execution bitwise is for a CPU in float32, not for {place.type} in {_name(compute)}: "
             "use --device cpu --dtype float32"
         )
     if attention not in (None, "auto"):
-        raise OptionError(f"deterministic has an attention of its own: leave --attention {attention} out")
-    if kernels is False:
-        raise OptionError("deterministic computes with the kernels: leave --kernels=false out")
-    try:
-        _kernels(True, True)
-    except OptionError as error:
-        raise OptionError(f"deterministic computes with the kernels: {error}") from None
+        raise OptionError(f"execution bitwise has its own attention: omit --attention {attention}")
 
 
-def _kernels(wanted: bool | None, fits: bool) -> tuple[bool, tuple[str, ...]]:
-    """Whether the kernels are used, and what to say if they cannot be."""
-    if wanted is False or (wanted is None and not fits):
-        return False, ()
+def _execution(asked: str, place: torch.device, compute: torch.dtype, named: bool) -> tuple[str, tuple[str, ...]]:
+    """The execution to use, and notes on what could not be had.
+
+    Args:
+        asked: a name, or "auto".
+        named: whether an attention backend was asked for by name and runs: it is then the one that is used.
+    """
+    if asked == "eager":
+        return "eager", ()
+    if asked == "cuda_graph":  # by name only: not yet the default on a GPU
+        if place.type != "cuda":
+            raise OptionError(f"execution cuda_graph is for CUDA, not for {place.type}: omit --execution")
+        return "cuda_graph", ()
+    fits = place.type == "cpu" and compute in (torch.float32, torch.bfloat16)
     if not fits:
-        raise OptionError("the kernels are for a CPU in float32 or bfloat16, or for CUDA: leave --kernels out")
+        if asked == "auto":
+            return "eager", ()
+        raise OptionError(
+            f"execution {asked} is for a CPU in float32 or bfloat16, not for {place.type} in {_name(compute)}: "
+            "omit --execution"
+        )
     from mistral.fast.kernels import KernelsUnavailable, library
 
     try:
         library()
     except KernelsUnavailable as error:
-        if wanted:
-            raise OptionError(f"no kernels: {error}") from None
-        return False, (f"no kernels, which are several times faster: {error}",)
-    return True, ()
+        if asked != "auto":
+            raise OptionError(f"execution {asked} computes with the C kernels, and there are none: {error}") from None
+        return "eager", (f"no C kernels, which are several times faster: {error}",)
+    if asked == "bitwise":
+        return "bitwise", ()
+    return ("kernels" if compute == torch.float32 and not named else "products"), ()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mistral import quant
 from mistral.args import ModelArgs
-from mistral.fast.layout import is_quantized, stored_as
+from mistral.fast.layout import stored_as
 from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
-from mistral.parameters import EMBEDDINGS, expected_shapes
+from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util.errors import UsageError
 
@@ -60,21 +60,24 @@ class WeightReader:
 
     def __init__(self, found: Folder) -> None:
         self._found = found
-        self._shapes = expected_shapes(found.args)
+        self._parameters = parameters(found.args)
 
     def get(self, name: str) -> Tensor:
         """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
+
+        A tied output is the embeddings.
 
         Raises:
             UsageError: it has numbers that are not finite.
         """
         found = self._found
-        if found.quant is not None and is_quantized(name):
-            parts = [found.weights.get(part) for part in stored_as(name, self._shapes[name], found.quant)]
-            module: QuantizedLinear = quant.from_stored(name, self._shapes[name], found.quant, parts)
-            weight = module.rows(0, self._shapes[name][0])
+        parameter = self._parameters[EMBEDDINGS if name == OUTPUT and found.args.tied_embeddings else name]
+        if found.quant is not None and parameter.quantized:
+            parts = [found.weights.get(part) for part in stored_as(parameter, found.quant)]
+            module: QuantizedLinear = quant.from_stored(parameter, found.quant, parts)
+            weight = module.rows(0, parameter.shape[0])
         else:
-            weight = found.weights.get(name)
+            weight = found.weights.get(parameter.name)
         if not torch.isfinite(weight).all():
             raise UsageError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
         return weight
@@ -82,7 +85,7 @@ class WeightReader:
     def layer(self, i: int) -> dict[str, Tensor]:
         """The tensors of a layer, by their names in it."""
         at = f"layers.{i}."
-        return {name.removeprefix(at): self.get(name) for name in self._shapes if name.startswith(at)}
+        return {p.name.removeprefix(at): self.get(p.name) for p in self._parameters.values() if p.layer == i}
 
 
 def through(

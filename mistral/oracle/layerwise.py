@@ -26,7 +26,7 @@ from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights
 from mistral.plan import Plan
-from mistral.rope import cos_sin, inverse_frequencies
+from mistral.rope import Rope
 
 Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt brings
 
@@ -98,7 +98,7 @@ class LibraryRunner:
         self._weights, self._compute, self._device = weights, compute, torch.device(device)
         self._longest = max(len(p) for p in prompts)
         self._h: list[Tensor] = []
-        frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
+        rope = Rope(args)
         done = [0] * len(prompts)
         self._rows: list[Tensor] = []  # of each step's tokens, in the order of the whole
         self._angles: list[tuple[Tensor, ...]] = []
@@ -107,7 +107,7 @@ class LibraryRunner:
             positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step, strict=True)])
             rows = [torch.arange(b + d, b + d + n) for b, d, n in zip(begins, done, step, strict=True)]
             self._rows.append(torch.cat(rows))
-            self._angles.append(tuple(x.to(self._device) for x in cos_sin(positions, frequencies)))
+            self._angles.append(tuple(x.to(self._device) for x in rope.cos_sin(positions)))
             done = [d + n for d, n in zip(done, step, strict=True)]
 
     def embed(self, weight: Tensor) -> None:

@@ -51,7 +51,7 @@ def write(
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
     wanted = [name for name in mistakes if mutants.applies(name, found.args, lens)]
-    model, _ = assemble(found, device="cpu", dtype="float64", kernels=False)
+    model, _ = assemble(found, device="cpu", dtype="float64", execution="eager")
     made = []
     for done, name in enumerate(("right", *wanted), 1):
         scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None

@@ -33,7 +33,7 @@ from mistral.model import Attention, FeedForward, RMSNorm, Transformer, Transfor
 from mistral.oracle.mutation import As, Change, Mutant
 from mistral.plan import Plan, make_plan
 from mistral.quant.linear import QuantizedLinear
-from mistral.rope import inverse_frequencies, rotate
+from mistral.rope import Rope, inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import UsageError
 from mistral.window import Window
@@ -92,6 +92,10 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
 
 def always(args: ModelArgs, lens: Sequence[int]) -> bool:
     return any(lens)
+
+
+def not_tied(args: ModelArgs, lens: Sequence[int]) -> bool:
+    return not args.tied_embeddings and any(lens)
 
 
 def several_ids(args: ModelArgs, lens: Sequence[int]) -> bool:
@@ -169,14 +173,14 @@ def leaks_in_a_cache(right: Callable[..., Plan], self: RollingBufferCache, seqle
 
 def angles(wrong: Callable[..., tuple[Tensor, ...]]) -> tuple[Change, ...]:
     """A mistake in cosines and sines. Frequencies lie in the models, so it is made where they are used."""
-    return ((mistral.model, "cos_sin", wrong),)
+    return ((Rope, "cos_sin", wrong),)
 
 
 def theta(value: float, name: str = "theta") -> Mutant:
     """The mistake of another rope_theta, any."""
 
-    def wrong(right: Callable[..., tuple[Tensor, Tensor]], positions: Tensor, f: Tensor) -> tuple[Tensor, ...]:
-        return right(positions, inverse_frequencies(2 * len(f), value))
+    def wrong(right: Callable[..., tuple[Tensor, Tensor]], self: Rope, positions: Tensor) -> tuple[Tensor, ...]:
+        return right(As(self, frequencies=inverse_frequencies(2 * len(self.frequencies), value)), positions)
 
     def matters(args: ModelArgs, lens: Sequence[int]) -> bool:
         return args.rope_theta != value and turns_unevenly(args, lens)
@@ -188,7 +192,7 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def backwards(right: Callable[..., tuple[Tensor, Tensor]], *given: Tensor) -> tuple[Tensor, ...]:
+def backwards(right: Callable[..., tuple[Tensor, Tensor]], *given: Any) -> tuple[Tensor, ...]:
     cos, sin = right(*given)
     return cos, -sin
 
@@ -324,7 +328,7 @@ ALL = (
     Mutant(
         "rotary_frequencies_bf16",
         "rotary frequencies are rounded to bf16, as when a model is cast with all it holds",
-        angles(lambda right, positions, frequencies: right(positions, rounded(frequencies))),
+        angles(lambda right, self, at: right(As(self, frequencies=rounded(self.frequencies)), at)),
         turns_unevenly,
     ),
     Mutant("rotated_backwards", "q and k turn the other way", angles(backwards), looks_back),
@@ -396,7 +400,7 @@ ALL = (
         ((Transformer, "step", lambda right, self, *given: right(As(self, norm=lambda h: h), *given)),),
         always,
     ),
-    Mutant("output_tied", "the embeddings are the output matrix too", ((Transformer, "logits", tied),), always),
+    Mutant("output_tied", "the embeddings are the output matrix too", ((Transformer, "logits", tied),), not_tied),
     layers_mutant(
         "first_layers_swapped", "layers 0 and 1 are swapped", lambda n: [1, 0, *n[2:]] if len(n) > 1 else n, 2
     ),

@@ -30,7 +30,7 @@ from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, require_ids
 from mistral.oracle.metrics import Progress, short
 from mistral.oracle.outputs import PRINTS, Unavoidable, tell
-from mistral.parameters import OUTPUT, expected_shapes
+from mistral.parameters import OUTPUT, parameters
 from mistral.util import errors, files
 from mistral.util.errors import FormatError
 
@@ -114,7 +114,7 @@ def pack(
         **{ACTIVATIONS + name: x for name, x in true.prints.items()},
     }
     if weights:
-        tensors |= {WEIGHTS + name: reading.get(name).clone() for name in expected_shapes(args)}
+        tensors |= {WEIGHTS + name: reading.get(name).clone() for name in parameters(args)}
     return arrays.write(path, tensors, _facts(found, stored, list(true.prints), unavoidable))
 
 
@@ -261,12 +261,14 @@ def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
     if not names:
         raise PackError(f"{path} has no weights: those that `pack --weights` wrote do")
     args = _args(facts)
+    if OUTPUT in names:  # whatever its config says of a tie
+        args = dataclasses.replace(args, tied_embeddings=False)
     stored = {ours: files.tensors[name] for ours, name in names.items()}
-    check_tensors(stored, expected_shapes(args), str(path), "its config")
+    check_tensors(stored, {name: p.shape for name, p in parameters(args).items()}, str(path), "its config")
     weights = WeightFiles(
         (Path(path),),
         stored,
         {ours: files.readers[name] for ours, name in names.items()},
     )
     raw = {**facts["config"]} if facts["layout"] == "mistral" else {}
-    return Folder(beside, "mistral", "params.json", raw, args, weights, tied=False, notes=())
+    return Folder(beside, "mistral", "params.json", raw, args, weights, notes=())

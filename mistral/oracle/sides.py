@@ -78,7 +78,7 @@ class FolderSide(Side):
         """The library's own, on its plain path, in float64."""
         from mistral.loader.load import assemble
 
-        return assemble(self.found, device="cpu", dtype="float64", kernels=False)[0]
+        return assemble(self.found, device="cpu", dtype="float64", execution="eager")[0]
 
 
 class PackSide(Side):

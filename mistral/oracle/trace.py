@@ -155,7 +155,6 @@ def plans(lens: Sequence[int], chunk: int | None, window: int | None) -> list[di
 
 def _told(tile: Tile, window: int | None) -> Iterator[dict[str, Any]]:
     """A tile of each of its sequences."""
-    assert tile.slots is not None
     mask = visible(tile.q_pos, tile.k_pos, window)
     for i, row in enumerate(range(tile.run.rows.start, tile.run.rows.stop)):
         yield {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mistral.fast.layout import bits_of
 from mistral.model import Transformer
+from mistral.parameters import Parameter
 from mistral.quant.cuda import CudaInt4Linear, CudaInt8Linear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 from mistral.util.errors import FormatError
@@ -17,23 +18,23 @@ KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "in
 CPU = torch.device("cpu")
 
 
-def quantize(name: str, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
+def quantize(parameter: Parameter, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
     """A weight in few bits, rounded on the CPU."""
-    return _placed(KINDS[bits_of(name, quant)].of(weight), device)
+    return _placed(KINDS[bits_of(parameter, quant)].of(weight), device)
 
 
 def from_stored(
-    name: str, shape: tuple[int, ...], quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
+    parameter: Parameter, quant: str, tensors: Sequence[Tensor], device: torch.device = CPU
 ) -> QuantizedLinear:
-    """A weight whose bits are those of tensors on disk, in the order of `packing.stored_as`.
+    """A weight whose bits are those of tensors on disk, in the order of `layout.stored_as`.
 
     Raises:
         FormatError: a scale is no number, or negative.
     """
     for scale in tensors[1:]:
         if not (scale.isfinite() & (scale >= 0)).all():
-            raise FormatError(f"{name}: a scale of its {quant} weights is negative or no number")
-    return _placed(KINDS[bits_of(name, quant)](shape[1], shape[0], *tensors), device)
+            raise FormatError(f"{parameter.name}: a scale of its {quant} weights is negative or no number")
+    return _placed(KINDS[bits_of(parameter, quant)](parameter.shape[1], parameter.shape[0], *tensors), device)
 
 
 def _placed(module: Int8Linear | Int4Linear, device: torch.device) -> QuantizedLinear:

@@ -1,7 +1,9 @@
-"""Small files, read whole: up to a size that none of them has, for in memory they may take twenty times as much."""
+"""Files: small ones read whole, up to a size that none of them has (in memory they may take twenty times as much);
+text decoded in one way wherever it comes from; files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
@@ -26,6 +28,39 @@ def read_limited(path: Path, most: int = MOST) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes, which no such file has", str(path))
     return content
+
+
+# Longest first: the mark of UTF-16 is the beginning of that of UTF-32.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(data: bytes, what: str) -> str:
+    """Text from bytes: UTF-8, or what a byte order mark says, which is no part of the text. Line ends stay.
+
+    Args:
+        what: the file, for messages.
+
+    Raises:
+        FormatError: other bytes.
+    """
+    mark, encoding = next(((m, e) for m, e in _MARKS if data.startswith(m)), (b"", "utf-8"))
+    try:
+        return data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        name, byte = encoding.upper()[:6].rstrip("-"), error.object[error.start]
+        advice = "convert it first, for example with iconv"
+        raise FormatError(f"{what} is not {name} (byte 0x{byte:02x}): {advice}") from None
+
+
+def is_wide(data: bytes) -> bool:
+    """Whether bytes begin with the mark of an encoding whose line ends are not one byte."""
+    return any(data.startswith(mark) for mark, encoding in _MARKS if encoding != "utf-8")
 
 
 @contextmanager

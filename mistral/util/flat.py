@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, fields, replace
 from typing import Any, TypeVar
 
 R = TypeVar("R")
 
 
-def flat(**parcels: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
+def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a function that takes dataclasses as keyword arguments a signature of their fields.
 
         @flat(params=SamplingParams(max_tokens=35), options=LoadOptions())
@@ -20,14 +20,21 @@ def flat(**parcels: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
     `demo(max_tokens=5, device="cpu")` then passes `SamplingParams(max_tokens=5)` and `LoadOptions(device="cpu")`. The
     instances given here hold the defaults. A parcel may also be given whole, and fields beside it change it.
+
+    Args:
+        omit: fields that the function has no use for: they are not shown, and not accepted.
+        parcels: by the name of the argument, the dataclass with the defaults.
     """
+    shown_fields = {
+        name: [field for field in fields(default) if field.name not in omit] for name, default in parcels.items()
+    }
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> R:
             for name, default in parcels.items():
                 whole = named.pop(name, None)
-                changes = {f.name: named.pop(f.name) for f in fields(default) if f.name in named}
+                changes = {f.name: named.pop(f.name) for f in shown_fields[name] if f.name in named}
                 base = default if whole is None else whole
                 named[name] = replace(base, **changes) if changes else base
             return function(*given, **named)
@@ -38,17 +45,25 @@ def flat(**parcels: Any) -> Callable[[Callable[..., R]], Callable[..., R]]:
             inspect.Parameter(
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(default, f.name), annotation=f.type
             )
-            for default in parcels.values()
-            for f in fields(default)
+            for name, default in parcels.items()
+            for f in shown_fields[name]
         ]
         call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        call.__parcels__ = [  # type: ignore[attr-defined]
+            (default, shown_fields[name]) for name, default in parcels.items()
+        ]
         return call
 
     return decorate
 
 
-def field_help(kind: type) -> dict[str, str]:
-    """What `Args:` of a dataclass's docstring says about each field, on one line."""
+def parcels_of(function: Callable[..., Any]) -> list[tuple[Any, list[Field[Any]]]]:
+    """The dataclasses that a `flat` function takes, with their defaults, and the fields of each that it shows."""
+    return getattr(function, "__parcels__", [])
+
+
+def field_help(kind: Any) -> Mapping[str, str]:
+    """The text for each name under `Args:` in the docstring of a dataclass or function, on one line."""
     text = (inspect.getdoc(kind) or "").partition("Args:\n")[2]
     text = re.split(r"\n\n|\n\S", text)[0]
     found = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", text, re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_new_turn_takes_in_only_what_is_new(v1: Tokenizer, window: Any) -> Non
         (first, *others), made = steps, chat.turns[-1].answer
         # The last token of an answer was made and never taken in; with eos after it, that makes two.
         assert first == ids[max(0, len(before) - 2) :]
-        assert (chat.prefilled, chat.kept) == (len(first), len(ids) - len(first))
+        assert (chat.prefilled_tokens, chat.cached_tokens) == (len(first), len(ids) - len(first))
         assert others == [[i] for i in made[: len(made) - (len(made) == 6)]]  # type: ignore[index]
 
 
@@ -87,16 +88,16 @@ def test_whatever_happened_an_answer_is_that_of_a_fresh_conversation(v1: Tokeniz
             fresh.turns = list(chat.turns)
             assert ask(chat, question) == ask(fresh, question)
             assert chat.turns == fresh.turns
-            assert fresh.kept == 0
-            assert chat.prefilled + chat.kept == fresh.prefilled
+            assert fresh.cached_tokens == 0
+            assert chat.prefilled_tokens + chat.cached_tokens == fresh.prefilled_tokens
 
 
 def test_the_system_prompt_of_v3_moves_with_the_turns(v3: Tokenizer) -> None:
     chat = make_chat(v3, None, system="Be brief.")
     ask(chat, "Hi")
-    first = chat.prefilled
+    first = chat.prefilled_tokens
     ask(chat, "Bye")
-    assert chat.kept == 2  # bos and [INST]: what follows was the system prompt, and is the question now
+    assert chat.cached_tokens == 2  # bos and [INST]: what follows was the system prompt, and is the question now
     assert first == len(chat.template.conversation("Be brief.", [Turn("Hi")]))
     chat.set_system("")
     ask(chat, "More")
@@ -175,7 +176,7 @@ def test_an_answer_that_was_broken_off_stays_as_far_as_it_came(v1: Tokenizer, wi
     fresh = Chat(chat.model, v1, chat.template, **OPTIONS)  # type: ignore[arg-type]
     fresh.turns = list(chat.turns)
     assert ask(chat, "And when?") == ask(fresh, "And when?")
-    assert (chat.kept > 0) == (how != "within a step")  # a broken step takes the cache with it
+    assert (chat.cached_tokens > 0) == (how != "within a step")  # a broken step takes the cache with it
 
 
 def test_a_question_without_an_answer_is_none(v1: Tokenizer) -> None:
@@ -201,7 +202,7 @@ def test_an_answer_may_be_empty(v1: Tokenizer) -> None:
     assert ask(chat, "Hi") == ""
     assert chat.turns == [Turn("Hi", [], "")]
     ask(chat, "Bye")
-    assert chat.kept == len(chat.template.conversation("", [Turn("Hi")]))
+    assert chat.cached_tokens == len(chat.template.conversation("", [Turn("Hi")]))
 
 
 def test_stop_strings_end_an_answer(v1: Tokenizer) -> None:
@@ -227,10 +228,12 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
     turns = list(chat.turns)
     with pytest.raises(TemplateError, match="not valid Unicode"):
         chat.answer("\ud800")
-    chat.options["top_k"] = -1
-    with pytest.raises(ValueError, match="top_k"):
-        chat.answer("Bye")
-    chat.options["top_k"] = 0
+    params = chat.params
+    for wrong, message in (({"n": 2}, "n is 2"), ({"logit_bias": {10**6: 1.0}}, "logit_bias")):
+        chat.params = replace(params, **wrong)
+        with pytest.raises(GenerationError, match=message):
+            chat.answer("Bye")
+    chat.params = params
     assert (chat.turns, chat.answers) == (turns, 1)
     fresh = make_chat(v1)
     fresh.turns = turns[:]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_a_conversation_goes_on_as_it_would_have(loaded: Any, tmp_path: Path, te
     ask(other, "Something else")
     load_session(other, tmp_path / "chat.json", MODEL)
     assert (other.turns, other.system, other.seed, other.answers) == (chat.turns, chat.system, 4, 2)
-    assert other.options == chat.options
+    assert replace(other.params, seed=None) == replace(chat.params, seed=None)
     assert [ask(chat, q) for q in ("And?", "So?")] == [ask(other, q) for q in ("And?", "So?")]
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
 
@@ -120,7 +121,7 @@ def test_stop_as_generation_takes_it(loaded: Any, tmp_path: Path, stop: Any, tol
     save_session(make_chat(loaded, stop=stop), tmp_path / "chat.json", MODEL)
     chat = make_chat(loaded, stop=["something else"])
     load_session(chat, tmp_path / "chat.json", MODEL)
-    assert chat.options["stop"] == told
+    assert list(chat.params.stop) == told
     with pytest.raises(SessionError, match="cannot be written: .*surrogates"):
         save_session(make_chat(loaded, stop="\udcff"), tmp_path / "other.json", MODEL)
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
@@ -133,7 +134,7 @@ def test_large_numbers_are_refused_or_answered_with(loaded: Any, tmp_path: Path,
     good = json.loads(path.read_text())
     for value in (10**18, 2**63, 2**64, 10**30, -(10**30)):
         chat = make_chat(loaded, seed=1, stop=["\n", "e", "a"])
-        path.write_text(json.dumps({**good, "stop": chat.options["stop"], key: value}))
+        path.write_text(json.dumps({**good, "stop": list(chat.params.stop), key: value}))
         try:
             load_session(chat, path, MODEL)
         except SessionError:
@@ -178,14 +179,14 @@ def test_broken_files_change_nothing(loaded: Any, tmp_path: Path) -> None:
     broken += [json.dumps({**good, "turns": [turn]}) for turn in TURNS]
     broken += [json.dumps({k: v for k, v in good.items() if k != key}) for key in ("format", "model", "seed", "turns")]
     broken += ["", "[]", "null", "{", json.dumps(good)[:-9], "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}"]
-    state = [list(chat.turns), chat.system, chat.seed, chat.answers, dict(chat.options)]
+    state = [list(chat.turns), chat.system, chat.seed, chat.answers, chat.params]
     for text in broken:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         with pytest.raises(SessionError) as told:
             load_session(chat, path, MODEL)
         assert "\n" not in str(told.value)
         assert len(str(told.value)) < 600
-        assert state == [chat.turns, chat.system, chat.seed, chat.answers, chat.options], text[:200]
+        assert state == [chat.turns, chat.system, chat.seed, chat.answers, chat.params], text[:200]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SessionError):
         load_session(chat, path, MODEL)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mistral.chat.templates import find_template
-from mistral.cli.chat import Conversation
-from mistral.cli.terminal import Interrupt
+from mistral.cli.conversation import Conversation
+from mistral.cli.terminal import QUOTES, Interrupt
 from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ def test_a_conversation_over_a_pipe(cli: Command, folder: Path, tmp_path: Path) 
     assert said[1] == "template v1, by tokenizer.model"
     reads = [line for line in said if line.startswith("[")]
     assert len(reads) == 3
-    assert "kept" not in reads[0]
-    assert " kept; " in reads[1]
+    assert "cached" not in reads[0]
+    assert " cached; " in reads[1]
     assert said[said.index(reads[1]) + 1] == "dropped: Bye"
     for line in (f"saved 1 turn in {kept}", "system prompt: none", "system prompt: Be brief.", "a new conversation"):
         assert line in said
@@ -78,7 +78,7 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
     done = cli("interactive", folder, "--instruct", stdin="/help\n/quit\nnever read")
     assert done.text == ""
     commands = Conversation(None, str)._commands  # type: ignore[arg-type]
-    assert [line.split()[0] for line in done.err.splitlines()[2:]] == [*commands, "//..."]
+    assert [line.split()[0] for line in done.err.splitlines()[2:]] == [*commands, "//...", QUOTES]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
         ("/nope", "no command /nope: /help lists them; // begins a question with a slash"),
         ("/undo", "there is nothing to undo"),
         ("/undo twice", "/undo takes nothing after it"),
-        ("/save", "/save wants the name of a file"),
+        ("/save", "/save needs the name of a file"),
         ("/load /nowhere/chat.json", "/nowhere/chat.json cannot be read: No such file or directory"),
     ],
 )
@@ -183,12 +183,12 @@ def test_at_a_terminal_only_the_line_fails_and_ctrl_c_keeps_the_cache(folder: Pa
     child.sendline("Hi")
     child.expect(r"\w+ \w+")
     child.sendintr()
-    child.expect(r"\[\d+ tokens.*prompt tokens read; interrupted\]")
+    child.expect(r"\[\d+ tokens.*prompt tokens prefilled; interrupted\]")
     child.expect("> ")
     child.sendline("Bye")
     child.expect(r"\w+ \w+")
     child.sendintr()
-    child.expect(r"\d+ prompt tokens read, \d+ kept; interrupted\]")
+    child.expect(r"\d+ prompt tokens prefilled, \d+ cached; interrupted\]")
     child.expect("> ")
     child.sendeof()
     child.expect(pexpect.EOF)
@@ -201,13 +201,13 @@ def test_lines_are_edited_and_remembered_by_prompt_toolkit(folder: Path) -> None
     child = at_terminal(folder, *SHORT, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
     child.expect(r"\x1b\[\?2004h")  # pasted lines are taken as one
     child.send("Hix\x7f there\r")
-    child.expect(r"prompt tokens read; \w+\]")
+    child.expect(r"prompt tokens prefilled; \w+\]")
     child.expect(r"\x1b\[\?2004h")
     child.send("/undo\r")
     child.expect("dropped: Hi there")
     child.expect(r"\x1b\[\?2004h")
     child.send("\x1b[A\x1b[A\r")  # two lines back
-    child.expect(r"prompt tokens read.*; \w+\]")
+    child.expect(r"prompt tokens prefilled.*; \w+\]")
     child.expect(r"\x1b\[\?2004h")
     child.send("half a line\x03")
     child.expect(r"\x1b\[\?2004h")
@@ -225,7 +225,7 @@ def test_pasted_lines_are_one_question_and_bytes_that_are_no_text_an_error(folde
     child = at_terminal(folder, *SHORT, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
     child.expect(r"\x1b\[\?2004h")
     child.send("\x1b[200~two\nlines\x1b[201~\r")
-    child.expect(r"prompt tokens read; \w+\]")
+    child.expect(r"prompt tokens prefilled; \w+\]")
     child.expect(r"\x1b\[\?2004h")
     os.write(child.child_fd, b"voil\xff\r")
     child.expect("error: the text is not valid Unicode at character 4")
@@ -245,7 +245,7 @@ def test_without_prompt_toolkit_lines_are_read_plainly(folder: Path) -> None:
     child = pexpect.spawn(sys.executable, words, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
     child.expect("> ")
     child.sendline("Hi")
-    child.expect(r"prompt tokens read; \w+\]")
+    child.expect(r"prompt tokens prefilled; \w+\]")
     child.expect("> ")
     child.sendline("/undo")
     child.expect("dropped: Hi")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import mistral
-from mistral.cli import COMMANDS, RANGES
-from mistral.cli.flags import canonical, readable_by_fire
+from mistral.cli import flags, help
+from mistral.cli.commands import COMMANDS
+from mistral.cli.flags import parse, readable_by_fire
 from mistral.cli.generate import DEMO_PROMPTS, SEPARATOR
 from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load
-from mistral.util.errors import UsageError
+from mistral.sampling_params import SamplingParams
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
+NOTHING: Any = SimpleNamespace(folder=Path("/nowhere"))
 PARROT = "é🙂漢 x"
 SHORT = ("--max_tokens", 6, "--temperature", 0)
 
@@ -70,7 +75,7 @@ def test_demo_of_the_bundled_model() -> None:
     assert SEPARATOR == "=" * 21
     line, *more = err.splitlines()
     assert not more
-    assert line.startswith("loaded the model that ships, ")
+    assert line.startswith("loaded the bundled model, ")
     for fact in ("consolidated.safetensors", "device ", "weights/compute/cache ", "attention ", "window 64"):
         assert fact in line
     assert "rope_theta 10000 (given in params.json)" in line
@@ -130,11 +135,12 @@ def test_help_and_version_import_no_torch() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
-    takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT"}
+    takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT", "completion": "SHELL"}
     assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
-    assert text.count(f"python -m main {name}") >= 3  # examples
-    names = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
-    of_all = {"--max_tokens", "--device", "--dtype", "--attention", "--threads", "--chunk_size"}
+    if name != "completion":
+        assert text.count(f"python -m main {name}") >= 3  # examples
+    names = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  --")]
+    of_all = {"--max_tokens", "--device", "--dtype", "--attention", "--execution", "--threads", "--chunk_size"}
     of_some = {
         "convert": {"--to", "--dtype", "--quant"},
         "inspect": {"--json"},
@@ -144,15 +150,17 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
         "pack": {"--output", "--file", "--top", "--weights", "--full"},
         "compare": {"--dtype", "--file", "--model", "--json"},
         "trace": {"--output", "--plan", "--window", "--chunk_size"},
-        "plants": {"--output", "--mistake"},
+        "mutants": {"--output", "--mutant"},
+        "completion": set(),
     }
     assert of_some.get(name, of_all) <= set(names)
     assert cli(name, "/nowhere", "--max_tokens", "x", "-h").text == text
+    assert "--kernels" not in text
     # What help shows is what a user may type.
     for line in text.splitlines():
         _, found, words = line.partition(f"python -m main {name} ")
         if found and "usage" not in line:
-            canonical(COMMANDS[name], shlex.split(words.partition(">")[0]))
+            parse(COMMANDS[name], shlex.split(words.partition(">")[0]))
 
 
 def test_overview_and_version(cli: Command) -> None:
@@ -166,18 +174,34 @@ def test_no_command_and_no_such_command(cli: Command) -> None:
     assert {"demo", "interactive", "complete", "convert"} <= set(COMMANDS)
     assert cli().error == f"no command: {', '.join(COMMANDS)}; see --help"
     assert cli("chat").error == f"no command 'chat': {', '.join(COMMANDS)}; see --help"
+    assert cli("complte", "x").error == "no command 'complte'; did you mean complete?"
+    assert cli("plants").error == "the command plants is now called mutants"
     assert cli("--max_tokens", 3, "demo").error.startswith("no command '--max_tokens'")
     assert cli("two\nlines").error.startswith("no command 'two\\nlines'")
 
 
-def test_every_number_among_the_flags_has_a_range() -> None:
-    numbers = {
-        name
-        for command in COMMANDS.values()
-        for name, kind in command.__annotations__.items()
-        if kind.split(" | ")[0] in ("int", "float")
-    }
-    assert numbers - {"seed"} == set(RANGES)
+def test_every_flag_has_help_and_every_number_is_checked(cli: Command) -> None:
+    for name, command in COMMANDS.items():
+        texts = help.help_texts(command)
+        for p in inspect.signature(command).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and flags.kind_of(p):
+                assert len(texts[p.name]) > 5, (name, p.name)
+                if flags.kind_of(p) in (int, float) and p.name != "seed":
+                    words = {"a": "x", "b": "y", "output": "/nowhere/z", "src": "x", "dst": "y", "to": "hf"}
+                    needed = [q for q in inspect.signature(command).parameters.values() if q.default is q.empty]
+                    given = [f"--{q.name}={words[q.name]}" for q in needed]
+                    assert f"{p.name} is -7" in cli(name, *given, f"--{p.name}=-7").error
+
+
+def test_one_default_of_each_sampling_parameter() -> None:
+    for command in (COMMANDS["complete"], COMMANDS["interactive"]):
+        shown = inspect.signature(command).parameters
+        for field in dataclasses.fields(SamplingParams):
+            if field.name in shown:
+                assert shown[field.name].default == field.default
+    demo = inspect.signature(COMMANDS["demo"]).parameters
+    assert (demo["max_tokens"].default, demo["temperature"].default) == (35, 0)
+    assert demo["top_p"].default == SamplingParams().top_p
 
 
 # --- demo
@@ -231,8 +255,8 @@ def test_one_word_that_is_a_folder_is_the_folder(
     cli: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: seen.append(folder))
-    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.open_model", lambda folder, *_: seen.append(folder) or NOTHING)
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -272,14 +296,14 @@ def test_one_word_that_is_a_folder_is_the_folder(
 )
 def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
+    monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
     monkeypatch.setattr(
-        "mistral.cli.generate.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+        "mistral.cli.terminal.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
     )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
         assert cli("complete", f"--stop=s{prompt}", *words).code == 0
-    assert seen == [(prompt, [f"s{prompt}"])] * len(ways)
+    assert seen == [(prompt, (f"s{prompt}",))] * len(ways)
     if prompt:
         assert cli("complete", stdin=prompt + "\n").code == 0
         assert seen[-1] == (prompt, ())
@@ -288,8 +312,8 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("prompt", ["--", "--json", "--max_tokens=3", "-h", "--help", "---"])
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mistral.cli.generate.load_model", lambda folder, *_, **__: None)
-    monkeypatch.setattr("mistral.cli.generate.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)
@@ -387,8 +411,8 @@ def a_command(
         (["é\n"], ['--folder="\\u00e9\\n"']),
     ],
 )
-def test_canonical(words: list[str], want: list[str]) -> None:
-    assert canonical(a_command, words) == want
+def test_parse(words: list[str], want: list[str]) -> None:
+    assert parse(a_command, words) == want
 
 
 def test_what_fire_hands_over_is_what_was_typed() -> None:
@@ -400,29 +424,16 @@ def test_what_fire_hands_over_is_what_was_typed() -> None:
         seen.append((folder, names, share))
 
     for word in ("1e5", "-", "--", "[1]", "None", "a,b", "'x'", '"', "\\", "\udce9", "é", ""):
-        checked = canonical(command, [f"--folder={word}", "--share", "1e-5", f"--names=n{word}"])
+        checked = parse(command, [f"--folder={word}", "--share", "1e-5", f"--names=n{word}"])
         fire.Fire(readable_by_fire(command), command=checked)
         assert seen.pop() == (word, [f"n{word}"], 1e-5)
 
 
-def test_ranges_are_checked_with_the_flag_as_typed() -> None:
-    ranges = {"count": (1, 3), "share": (0, 1)}
-    for value in (1, 3):
-        assert canonical(a_command, [f"--count={value}"], ranges) == [f"--count={value}"]
-    for words, said in (
-        (["--count", "0"], "--count is 0; it must be at least 1"),
-        (["--count=4"], "--count is 4; it must be at most 3"),
-        (["--share=nan"], "--share is nan; it must be at least 0"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            canonical(a_command, words, ranges)
-
-
 def test_the_console_script_is_the_same_main() -> None:
     import main as top
-    from mistral import cli
+    from mistral import cli as package
 
-    assert top.main is cli.main
+    assert top.main is package.main
     assert os.path.isfile(ROOT / "main.py")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         top.nothing  # noqa: B018
@@ -444,6 +455,6 @@ def test_a_folder_that_is_not_there_is_no_prompt_while_text_waits_on_stdin() -> 
 
 @pytest.mark.parametrize("word", ["false", "OFF", "1"])
 def test_a_blank_after_a_switch(cli: Command, word: str) -> None:
-    done = cli("complete", "The king", "--kernels", word)
+    done = cli("complete", "The king", "--deterministic", word)
     assert done.code == 2
-    assert done.error == f"--kernels {word}: write --kernels=true or --kernels=false, without a blank"
+    assert done.error == f"--deterministic {word}: write --deterministic=true or --deterministic=false, without a space"

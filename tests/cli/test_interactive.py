@@ -92,7 +92,8 @@ def session(parrot: Path) -> Iterator[Terminal]:
     terminal = Terminal("interactive", parrot, "--max_tokens", 10**6, "--temperature", 0)
     loaded = terminal.until(ASK)
     assert loaded.startswith(f"loaded {parrot}: ")
-    assert loaded.count("\n") == 1
+    _, how_to_leave, _ = loaded.split("\n")
+    assert how_to_leave.endswith("/quit or Ctrl-D leaves.")
     yield terminal
     terminal.child.close(force=True)
 

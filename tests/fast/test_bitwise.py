@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
-from mistral.engine import Generation, Token
+from mistral.engine import Engine, Request, Token
 from mistral.fast import bitwise
 from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic, aligned_cos_sin, groups, self_test
 from mistral.fast.kernels import KernelsUnavailable, library
@@ -25,9 +25,11 @@ from mistral.fast.linear import use_kernels
 from mistral.linear import Linear
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
+from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
-from mistral.rope import cos_sin, inverse_frequencies
-from mistral.sampling import Sampler
+from mistral.rope import Rope
+from mistral.sampling import distribution
+from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder
 from tests.support.tiny import (
     TOLERANCE,
@@ -62,7 +64,7 @@ def make_model(args: ModelArgs, kind: str = "float32", seed: int = 0) -> Bitwise
     if kind in DTYPES:
         state = {name: tensor.to(DTYPES[kind]) for name, tensor in state.items()}
     else:
-        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(p, state[n], kind) for n, p in parameters(args).items() if p.quantized}
         state = {n: t for n, t in state.items() if n not in few} | put_quantized(model, few)
     model.load_state_dict(state, assign=True)
     use_kernels(model)
@@ -226,13 +228,13 @@ def test_groups_hold_every_token_once_and_few_of_a_sequence(seqlens: list[int], 
 
 @given(st.sampled_from([2, 6, 10, 128]), st.lists(st.integers(0, 200_000), min_size=1, max_size=70))
 def test_cosines_do_not_depend_on_neighbours(head_dim: int, positions: list[int]) -> None:
-    frequencies = inverse_frequencies(head_dim, 1e6)
+    rope = Rope(tiny_args(head_dim=head_dim, rope_theta=1e6))
     at = torch.tensor(positions)
-    together = aligned_cos_sin(at, frequencies)
+    together = aligned_cos_sin(at, rope)
     for got, want, contract in zip(
         together,
-        map(torch.cat, zip(*(aligned_cos_sin(one, frequencies) for one in at.split(1)), strict=True)),
-        cos_sin(at, frequencies),
+        map(torch.cat, zip(*(aligned_cos_sin(one, rope) for one in at.split(1)), strict=True)),
+        rope.cos_sin(at),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -243,62 +245,66 @@ def test_cosines_do_not_depend_on_neighbours(head_dim: int, positions: list[int]
 
 
 def run(
-    model: BitwiseTransformer, prompts: list[Tensor], only: int | None = None, **options: Any
-) -> tuple[Generation, list[list[Token]]]:
-    """Generate from all prompts, or from one that keeps its place among them; the tokens of each."""
-    limits = [12 if only in (None, i) else 0 for i in range(len(prompts))]
-    running = Generation([p.tolist() for p in prompts], model, max_tokens=limits, eos_id=None, seed=3, **options)
-    made: list[list[Token]] = [[] for _ in prompts]
+    model: BitwiseTransformer, prompts: list[Tensor], params: SamplingParams, **options: Any
+) -> list[tuple[Request, list[Token]]]:
+    """Generate from prompts: the request and the tokens of each."""
+    running = Engine(model, eos_ids=(), **options)
+    made: dict[Request, list[Token]] = {running.add(p.tolist(), params): [] for p in prompts}
     while not running.done:
         for token in running.step():
-            made[token.index].append(token)
-    return running, made
+            made[token.request].append(token)
+    return list(made.items())
 
 
-@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(1.5, 0.9, 40, 0.01)])
+RANDOM = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 3}
+PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.3, "logit_bias": {5: 2.5}}
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, RANDOM, {**RANDOM, **PENALTIES}])
 @pytest.mark.parametrize("window", [None, 5])
-def test_generated_alone_in_a_mix_and_in_a_queue(sampler: Sampler, window: int | None) -> None:
+def test_generated_alone_in_a_mix_and_in_a_queue(how: dict[str, Any], window: int | None) -> None:
     args = tiny_args(sliding_window=window)
     model = make_model(args, "bfloat16")
     prompts = ragged([40, 3, 1, 25, 60, 9, 14], args.vocab_size)
+    params = SamplingParams(max_tokens=12, top_logprobs=3, **how)
     with threads(1):
-        want = [run(model, prompts, i, sampler=sampler, top_logprobs=3)[1][i] for i in range(len(prompts))]
+        want = [run(model, [prompt], params)[0][1] for prompt in prompts]
     assert all(len(tokens) == 12 for tokens in want)
     for rows, chunk, workers in ((0, None, 2), (2, 5, 1), (3, 1, 2)):
         model.args = tiny_args(sliding_window=window, max_batch_size=rows)
         with threads(workers):
-            _, made = run(model, prompts, sampler=sampler, chunk_size=chunk, top_logprobs=3)
-        assert made == want
+            made = run(model, prompts, params, chunk_size=chunk)
+        assert [tokens for _, tokens in made] == want
 
 
 def test_prompts_are_scored_alike() -> None:
     args = tiny_args()
     model = make_model(args)
     prompts = ragged([40, 3, 25], args.vocab_size)
-    greedy: dict[str, Any] = {"sampler": Sampler(0), "score_prompts": True}
-    scores = [run(model, [p], **greedy)[0].sequences[0].prompt_logprobs for p in prompts]
-    mixed, _ = run(model, prompts, chunk_size=7, **greedy)
-    assert [s.prompt_logprobs for s in mixed.sequences] == scores
+    greedy = SamplingParams(max_tokens=12, temperature=0)
+    scores = [run(model, [p], greedy, score_prompts=True)[0][0].prompt_logprobs for p in prompts]
+    mixed = run(model, prompts, greedy, chunk_size=7, score_prompts=True)
+    assert [request.prompt_logprobs for request, _ in mixed] == scores
     assert [len(s) for s in scores] == [39, 2, 24]
 
 
 @pytest.mark.parametrize("vocab", [61, 1000, 32000, 131072])
 def test_a_distribution_has_the_same_bits_in_any_company(vocab: int) -> None:
     logits = 5 * torch.rand(6, vocab, generator=torch.Generator().manual_seed(1))
-    sampler = Sampler(0.7, top_p=0.8)
+    params = SamplingParams(temperature=0.7, top_p=0.8)
     with threads(1):
-        want = [torch.cat(x) for x in zip(*(sampler.distribution(row) for row in logits.split(1)), strict=True)]
+        want = [torch.cat(x) for x in zip(*(distribution(row, params) for row in logits.split(1)), strict=True)]
     for workers in (1, 2, 3):
         with threads(workers):
             for count in (1, 2, 3, 6):
-                for got, one in zip(sampler.distribution(logits[:count]), want, strict=True):
+                for got, one in zip(distribution(logits[:count], params), want, strict=True):
                     assert torch.equal(got, one[:count])
 
 
 def test_the_mass_that_top_p_cuts_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's sum does; what is compared with it must not be it."""
     monkeypatch.setattr(Tensor, "sum", lambda self, *_, **__: pytest.fail("summed in an order that may change"))
-    Sampler(0.7, top_p=0.8).distribution(torch.rand(1, 61))
+    distribution(torch.rand(1, 61), SamplingParams(temperature=0.7, top_p=0.8))
 
 
 # --- plugged in at load
@@ -311,7 +317,7 @@ def test_loaded(tmp_path: Path, quant: str | None) -> None:
     loaded = load(folder, device="cpu", deterministic=True, quant=quant)
     assert torch.get_num_threads() == before
     assert "; attention kernels; kernels for all steps; bitwise; " in loaded.describe()
-    assert loaded.runtime.deterministic
+    assert loaded.runtime.execution == "bitwise"
     model = loaded.model
     assert isinstance(model, BitwiseTransformer)
     prompts = ragged([30, 2, 9], loaded.args.vocab_size)
@@ -327,10 +333,10 @@ def test_loaded(tmp_path: Path, quant: str | None) -> None:
     [
         (
             {"dtype": "bfloat16"},
-            "deterministic is for a CPU in float32, not for cpu in bfloat16: use --device cpu --dtype float32",
+            "execution bitwise is for a CPU in float32, not for cpu in bfloat16: use --device cpu --dtype float32",
         ),
-        ({"attention": "eager"}, "deterministic has an attention of its own: leave --attention eager out"),
-        ({"kernels": False}, "deterministic computes with the kernels: leave --kernels=false out"),
+        ({"attention": "eager"}, "execution bitwise has its own attention: omit --attention eager"),
+        ({"kernels": False}, "execution is given as bitwise and as eager: give one of them"),
     ],
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -345,7 +351,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "model")
     library.cache_clear()
     try:
-        with pytest.raises(OptionError, match=r"deterministic computes .* there is no compiler \(no-such-compiler\)"):
+        with pytest.raises(OptionError, match=r"bitwise computes .* there is no compiler \(no-such-compiler\)"):
             load(folder, device="cpu", deterministic=True)
     finally:
         library.cache_clear()
@@ -389,8 +395,8 @@ def plant_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos_sin(positions, frequencies)
+    def wrong(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        cos, sin = rope.cos_sin(positions)
         return (a_bit_more(cos), sin) if len(positions) == 6 else (cos, sin)
 
     monkeypatch.setattr(bitwise, "aligned_cos_sin", wrong)

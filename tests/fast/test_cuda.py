@@ -11,8 +11,8 @@ from mistral import backends, quant
 from mistral.attention import eager, tiled
 from mistral.cache import RollingBuffer, RollingBufferCache, StepKeys
 from mistral.fast.cuda_graph import CudaGraphTransformer
-from mistral.fast.layout import is_quantized
 from mistral.model import Transformer
+from mistral.parameters import parameters
 from mistral.plan import make_plan
 from tests.support.tiny import at_random, in_chunks, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
@@ -190,9 +190,8 @@ def test_weights_in_few_bits(bits, captured):
     """Compiled products, alone and in captured steps, against the plain model of the weights that are meant."""
     args = tiny_args(n_layers=3, sliding_window=60)
     plain = tiny_model(args, seed=1)
-    there = {
-        n: quant.quantize(n, w, bits, torch.device("cuda")) for n, w in plain.state_dict().items() if is_quantized(n)
-    }
+    state, expected = plain.state_dict(), parameters(args)
+    there = {n: quant.quantize(p, state[n], bits, torch.device("cuda")) for n, p in expected.items() if p.quantized}
     meant = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
     plain.load_state_dict(plain.state_dict() | meant)
     model = (CudaGraphTransformer if captured else Transformer)(args)

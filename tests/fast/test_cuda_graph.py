@@ -10,9 +10,9 @@ from mistral import quant
 from mistral.attention import eager, tiled
 from mistral.cache import RollingBufferCache
 from mistral.fast.cuda_graph import LEAST, CudaGraphTransformer, _layer, bucket
-from mistral.fast.layout import is_quantized
 from mistral.loader import runtime
-from mistral.loader.options import OptionError
+from mistral.loader.options import LoadOptions, OptionError
+from mistral.parameters import parameters
 from mistral.quant import cuda
 from mistral.quant.linear import Int8Linear
 from tests.support.tiny import (
@@ -155,8 +155,8 @@ def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
     prompts = ragged(lens, model.args.vocab_size, seed=4)
     other = twin(model)
     if bits:
-        state = {n: w for n, w in model.state_dict().items() if is_quantized(n)}
-        there = {n: on_gpu(quant.quantize(n, w, bits)) for n, w in state.items()}
+        state, expected = model.state_dict(), parameters(model.args)
+        there = {n: on_gpu(quant.quantize(p, state[n], bits)) for n, p in expected.items() if p.quantized}
         quant.put_quantized(other, there)
         model.load_state_dict({n: module.rows(0, module.out_features) for n, module in there.items()}, strict=False)
     want = true_logprobs(model, prompts)
@@ -254,11 +254,11 @@ def test_buckets():
 
 def test_it_is_asked_for_on_cuda_alone(monkeypatch):
     facts = {"stored": torch.float32, "parameters": 1, "head_dim": 8}
-    with pytest.raises(OptionError, match="or for CUDA"):
-        runtime.resolve("cpu", "float16", None, True, **facts)
+    with pytest.raises(OptionError, match="cuda_graph is for CUDA, not for cpu"):
+        runtime.resolve(LoadOptions(device="cpu", dtype="float16", execution="cuda_graph"), **facts)
     monkeypatch.setattr(runtime, "pick_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(runtime.memory, "available", lambda device: None)
     monkeypatch.setattr(runtime.backends, "resolve", lambda *_: ("sdpa", tiled(eager)))
-    assert runtime.resolve("cuda", None, None, True, **facts).captured
-    assert not runtime.resolve("cuda", None, None, None, **facts).captured
+    assert runtime.resolve(LoadOptions(device="cuda", execution="cuda_graph"), **facts).execution == "cuda_graph"
+    assert runtime.resolve(LoadOptions(device="cuda"), **facts).execution == "eager"

@@ -32,6 +32,7 @@ from mistral.linear import Linear
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
 from mistral.model import Transformer
+from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize, rounding
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from tests.support.commands import Command, in_process
@@ -88,7 +89,7 @@ def fast_twin(model: Transformer, kind: str) -> tuple[FastTransformer, Transform
         fast.load_state_dict({n: t.to(DTYPES[kind]) for n, t in state.items()}, assign=True)
         plain.load_state_dict({n: t.to(DTYPES[kind]).float() for n, t in state.items()})
     else:
-        few = {n: quantize(n, t, kind) for n, t in state.items() if t.dim() == 2 and not n.startswith("tok")}
+        few = {n: quantize(p, state[n], kind) for n, p in parameters(model.args).items() if p.quantized}
         rest = {n: t for n, t in state.items() if n not in few}
         fast.load_state_dict(rest | put_quantized(fast, few), assign=True)
         plain.load_state_dict(rest | {n: m.rows(0, m.out_features) for n, m in few.items()})
@@ -704,7 +705,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     for options, message in (
         ({"quant": "int3"}, "quant 'int3' is not one of int8, int4"),
         ({"quant": "int8", "dtype": "float64"}, "quantized weights are for a CPU in float32, or for CUDA, not for cpu"),
-        ({"kernels": True, "dtype": "float16"}, "the kernels are for a CPU in float32 or bfloat16"),
+        ({"kernels": True, "dtype": "float16"}, "execution kernels is for a CPU in float32 or bfloat16"),
     ):
         with pytest.raises(OptionError, match=message):
             load(folder, device="cpu", **options)
@@ -714,7 +715,7 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     cli: Command = in_process(capfd)
     folder = make_folder(tmp_path / "model")
     words = ("complete", folder, "The king", "--max_tokens", 5, "--temperature", 0)
-    fast, plain = cli(*words), cli(*words, "--kernels=false")
+    fast, plain = cli(*words), cli(*words, "--execution", "eager")
     assert fast.text == plain.text
     assert "kernels for decode steps" in fast.err
     assert "; kernels" not in plain.err
@@ -765,7 +766,7 @@ def test_no_compiler_is_the_plain_path_and_a_line(
     assert type(loaded.model) is Transformer
     assert "; kernels" not in loaded.describe()
     (note,) = [n for n in loaded.notes if "kernels" in n]
-    assert note.startswith("no kernels, which are several times faster: ")
+    assert note.startswith("no C kernels, which are several times faster: ")
     with pytest.raises(OptionError, match=message):
         load(folder, device="cpu", kernels=True)
     assert not list(unbuilt.iterdir()) if unbuilt.exists() else True
@@ -781,7 +782,7 @@ def test_weights_in_few_bits_without_a_compiler(
         found = load(folder, device="cpu", quant=quant)
         convert(folder, few, "mistral", quant=quant)
         again = load(few, device="cpu")
-        assert any(note.startswith("no kernels") for note in found.notes)
+        assert any(note.startswith("no C kernels") for note in found.notes)
         here = [
             complete([[1, 5, 9]], x.model, x.tokenizer, max_tokens=6, temperature=0)[0].tokens for x in (found, again)
         ]

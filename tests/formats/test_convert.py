@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mistral.formats import huggingface, writer
 from mistral.formats.convert import convert
+from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError
@@ -147,7 +148,7 @@ def test_other_forms_of_the_source(tmp_path: Path, form: str, to: str) -> None:
     assert hashes(tmp_path / ("c" if to == "hf" else "b")) == hashes(single)
 
 
-def test_a_tied_output_is_written_out(tmp_path: Path) -> None:
+def test_a_tied_output_stays_tied(tmp_path: Path) -> None:
     state = random_state()
     state["output.weight"] = state["tok_embeddings.weight"].clone()
     convert(make_folder(tmp_path / "a", state), tmp_path / "b", "hf")
@@ -157,10 +158,33 @@ def test_a_tied_output_is_written_out(tmp_path: Path) -> None:
     config = {**config_of(tmp_path / "b"), "tie_word_embeddings": True}
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     convert(tmp_path / "b", tmp_path / "c", "mistral")
-    convert(tmp_path / "b", tmp_path / "d", "hf")
+    convert(tmp_path / "c", tmp_path / "d", "hf")
+    convert(tmp_path / "b", tmp_path / "e", "mistral", quant="int8")
+    assert json.loads((tmp_path / "c" / "params.json").read_text())["tied_embeddings"] is True
+    assert config_of(tmp_path / "d")["tie_word_embeddings"] is True
+    whole = hashes(tmp_path / "a")
+    assert hashes(tmp_path / "c") == {name: digest for name, digest in whole.items() if name != "output.weight"}
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "b")
+    for name in "bcde":  # also what has few bits: the embeddings keep theirs
+        model = load(tmp_path / name, device="cpu").model
+        assert model.output.weight is model.tok_embeddings.weight
+        assert torch.equal(model.output.weight, state["tok_embeddings.weight"])
+    assert len({fingerprint(tmp_path / name) for name in "abcd"}) == 1
+
+
+def test_an_output_beside_a_tie_is_kept(tmp_path: Path) -> None:
+    src = make_folder(tmp_path / "a", random_state(), tied_embeddings=True)
+    written = convert(src, tmp_path / "b", "hf")
+    assert any("tied" in note and "output.weight" in note for note in written.notes)
+    assert config_of(tmp_path / "b")["tie_word_embeddings"] is False
+    convert(tmp_path / "b", tmp_path / "c", "mistral")
     assert hashes(tmp_path / "c") == hashes(tmp_path / "a")
-    assert config_of(tmp_path / "d")["tie_word_embeddings"] is False
-    assert hashes(tmp_path / "d")["lm_head.weight"] == hashes(tmp_path / "a")["output.weight"]
+    convert(tmp_path / "a", tmp_path / "d", "mistral", quant="int4")
+    params = json.loads((tmp_path / "d" / "params.json").read_text())
+    (tmp_path / "d" / "params.json").write_text(json.dumps({**params, "tied_embeddings": True}))
+    found = read_folder(tmp_path / "d")
+    assert not found.args.tied_embeddings
+    assert "output.packed" in found.notes[-1]
 
 
 def test_several_files(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
 from mistral.model import Transformer
-from mistral.parameters import expected_shapes
 from mistral.tokenizer import TokenizerError
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_weights
+from tests.support.tiny import shapes_of
 
 FORMS = ("single", "parts", "pth")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -169,14 +169,6 @@ def test_from_folder_is_load(tmp_path: Path) -> None:
         load(tmp_path, max_batch_size=-1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_layers": 3, "n_kv_heads": 4, "head_dim": 6}])
-def test_the_expected_shapes_are_the_models(changes: dict[str, Any]) -> None:
-    args = ModelArgs(**{**PARAMS, **changes})
-    with torch.device("meta"):
-        state = Transformer(args).state_dict()
-    assert list(expected_shapes(args).items()) == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
-
-
 SPARSE = """
 import json, resource, sys
 from pathlib import Path
@@ -215,7 +207,7 @@ def sparse_folder(folder: Path) -> int:
     make_folder(folder, state={}, **params)
     (folder / "consolidated.safetensors").unlink()
     header, end = {}, 0
-    for name, shape in expected_shapes(ModelArgs(**{**PARAMS, **params})).items():
+    for name, shape in shapes_of(ModelArgs(**{**PARAMS, **params})).items():
         begin, end = end, end + 2 * int(torch.tensor(shape).prod())
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -449,7 +441,7 @@ def test_reading_headers_reads_no_tensor(tmp_path: Path) -> None:
     make_folder(tmp_path, form="parts")
     weights = find_weights(tmp_path)
     assert weights.nbytes == sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
-    assert {name: stored.shape for name, stored in weights.tensors.items()} == expected_shapes(ModelArgs(**PARAMS))
+    assert {name: stored.shape for name, stored in weights.tensors.items()} == shapes_of(ModelArgs(**PARAMS))
     (tmp_path / "consolidated-00002-of-00003.safetensors").unlink()
     with pytest.raises(WeightsError, match="has 2 of 3 parts of its weights: part 2 is missing"):
         find_weights(tmp_path)

@@ -21,11 +21,10 @@ from mistral.formats.inspect import inspect_folder
 from mistral.formats.mistral import ParamsError, to_args
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import Loaded, load
-from mistral.parameters import expected_shapes
 from mistral.util.memory import OutOfMemory
 from tests.support.commands import in_process
 from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights
-from tests.support.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, tiny_model, whole
+from tests.support.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, shapes_of, tiny_model, whole
 
 LENS = [33, 1, 6, 25]
 PLANTED = 1e-4  # a planted mistake moves log-probs by more
@@ -201,7 +200,7 @@ def test_a_tied_output_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tied = PARAMS["vocab_size"] * PARAMS["dim"]
     count = sum(tensor.numel() for tensor in random_state().values()) - tied
     found = read_folder(tmp_path)
-    assert found.tied
+    assert found.args.tied_embeddings
     assert found.parameters == count
     assert inspect_folder(tmp_path)["parameters"] == count
     assert inspect_folder(tmp_path)["dtypes"] == {"float32": {"tensors": 20, "parameters": count}}
@@ -307,7 +306,7 @@ def test_swapped_names_do_not_fit_most_models(tmp_path: Path, monkeypatch: pytes
 
 def test_names_go_there_and_back() -> None:
     args = to_args({**PARAMS, "n_layers": 12})
-    ours = {name: torch.empty(shape, device="meta") for name, shape in expected_shapes(args).items()}
+    ours = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(args).items()}
     theirs = their_state(ours, args)
     assert {hf.to_hf(name) for name in ours} == set(theirs)
     assert {hf.to_mistral(name) for name in theirs} == set(ours)
@@ -698,9 +697,23 @@ def test_buffers_of_old_exports_are_ignored(tmp_path: Path) -> None:
 
 
 def test_an_output_of_its_own_is_not_tied(tmp_path: Path) -> None:
-    """As transformers 5 has it, where the files and tie_word_embeddings differ."""
+    """As transformers 5 has it, where the files and tie_word_embeddings differ; and a note says so."""
     make_hf_folder(tmp_path, tie_word_embeddings=True)
-    assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state())
+    loaded = load(tmp_path, device="cpu")
+    assert_same(loaded.model.state_dict(), random_state())
+    assert not loaded.args.tied_embeddings
+    assert any("tied" in note and "lm_head.weight" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(("value", "tied"), [(True, True), (False, False), (None, False)])
+def test_tie_word_embeddings(value: object, tied: bool) -> None:
+    assert hf.config_to_args(config(tie_word_embeddings=value))[0].tied_embeddings is tied
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, []])
+def test_tie_word_embeddings_must_be_true_or_false(value: object) -> None:
+    with pytest.raises(ParamsError, match="tie_word_embeddings must be true or false"):
+        hf.config_to_args(config(tie_word_embeddings=value))
 
 
 def spoilt(folder: Path) -> str:

@@ -26,10 +26,10 @@ from mistral.formats import inspect as inspect_module
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, identify
 from mistral.loader.load import load
-from mistral.parameters import expected_shapes
 from mistral.tokenizer import PATTERN, Tokenizer
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state
+from tests.support.tiny import shapes_of
 
 # From the mistral-common wheel, under the names that the releases give them.
 TOKENIZERS = {
@@ -89,7 +89,7 @@ def parts(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ..
 def make_release(folder: Path, release: Release, tokenizer: bool = True) -> Path:
     """The folder of a release: its configuration, its tokenizer, and its tensors' headers."""
     args = args_of(release)
-    shapes = expected_shapes(args)
+    shapes = shapes_of(args)
     stem = "consolidated"
     if release.layout == "mistral":
         written = WRITTEN.get(release.name, {"rope_theta": release.rope_theta})
@@ -210,7 +210,7 @@ def test_the_mirror_with_a_wrong_hidden_dim(cli: Command, tmp_path: Path) -> Non
     more = {"model_type": "mistral", "head_dim": v01.head_dim, "rope_theta": v01.rope_theta, "sliding_window": 4096}
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **more}))
-    shapes = {hf.to_hf(name): shape for name, shape in expected_shapes(args_of(v01)).items()}
+    shapes = {hf.to_hf(name): shape for name, shape in shapes_of(args_of(v01)).items()}
     hollow(tmp_path / "hf" / "model.safetensors", shapes)
     error = cli("inspect", tmp_path / "hf").error
     assert error.endswith("; intermediate_size is 4096: a mirror shipped this by mistake: set it to 14336")
@@ -341,7 +341,7 @@ print(json.dumps([calls, pages, touched, report["bytes"]]))
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
 def test_of_a_14_gb_file_only_the_header_is_read(tmp_path: Path) -> None:
     v01 = RELEASES[0]
-    shapes = expected_shapes(args_of(v01))
+    shapes = shapes_of(args_of(v01))
     hollow(tmp_path / "consolidated.safetensors", shapes)
     (tmp_path / "params.json").write_text(json.dumps({**shape_of(v01), "sliding_window": 4096}))
     shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
@@ -391,7 +391,7 @@ def test_a_file_far_larger_than_memory_takes_less_than_a_second(tmp_path: Path) 
     make_release(tmp_path, large)
     for part in tmp_path.glob("*.safetensors"):
         part.unlink()
-    hollow(tmp_path / "consolidated.safetensors", expected_shapes(args_of(large)))
+    hollow(tmp_path / "consolidated.safetensors", shapes_of(args_of(large)))
     assert (tmp_path / "consolidated.safetensors").stat().st_size > 240e9
     report, _, seconds = inspected(tmp_path)
     assert report["release"]["name"] == "Large 2411"

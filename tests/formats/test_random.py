@@ -22,11 +22,11 @@ from mistral.formats.releases import RELEASES
 from mistral.formats.weights import WeightFiles
 from mistral.generate import generate
 from mistral.loader.load import load
-from mistral.parameters import expected_shapes
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT
 from tests.support.folders import PARAMS, ROOT, make_folder, write_params
+from tests.support.tiny import shapes_of
 from tools.random_model import ShapeError, write_random
 
 
@@ -52,7 +52,7 @@ def test_shapes_and_numbers(tmp_path: Path, params: str, layout: str, dtype: str
         (getattr(torch, dtype),),
     )
     assert found.args == to_args(PARAMS)
-    for name, shape in expected_shapes(found.args).items():
+    for name, shape in shapes_of(found.args).items():
         tensor = found.weights.get(name)
         assert tuple(tensor.shape) == shape
         if len(shape) == 1:
@@ -103,7 +103,7 @@ def test_names_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rele
     assert all(
         getattr(args, size) == getattr(release, size) for size in ("dim", "n_layers", "hidden_dim", "rope_theta")
     )
-    assert count == sum(math.prod(shape) for shape in expected_shapes(args).values())
+    assert count == sum(math.prod(shape) for shape in shapes_of(args).values())
     if release.template == "v7-tekken":
         assert names == []  # mistral-common has none of that version
     else:

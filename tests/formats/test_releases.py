@@ -103,12 +103,12 @@ def test_a_release_chats(tmp_path: Path, release: str) -> None:
         assert text == chat.turns[-1].text == loaded.tokenizer.decode(chat.turns[-1].answer)
     ids = found.conversation(system, chat.turns)
     before = found.conversation(system, [chat.turns[0], Turn("Bye")])
-    assert chat.prefilled + chat.kept == len(before)
+    assert chat.prefilled_tokens + chat.cached_tokens == len(before)
     # From v2 to v3 the system prompt moves to the newest turn, so that all after the first [INST] is new.
     moved = template in ("v3", "v3-tekken")
-    assert chat.kept == (2 if moved else len(before) - chat.prefilled) > 0
+    assert chat.cached_tokens == (2 if moved else len(before) - chat.prefilled_tokens) > 0
     if not moved:
-        assert chat.prefilled < len(before) / 2 + 2
+        assert chat.prefilled_tokens < len(before) / 2 + 2
     assert ids[: len(before)] == before
 
 

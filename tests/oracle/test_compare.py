@@ -95,7 +95,7 @@ def arrays(path: Path, prompts, scores, **more) -> Path:
 
 
 def our_logits(folder, prompts, dtype="float32"):
-    model, _ = assemble(read_folder(folder), device="cpu", dtype=dtype, kernels=False)
+    model, _ = assemble(read_folder(folder), device="cpu", dtype=dtype, execution="eager")
     with torch.inference_mode():
         return model.forward(torch.cat(prompts), [len(p) for p in prompts])
 
@@ -345,7 +345,7 @@ def serve(folder):
     servers = []
 
     def start(model_folder, style="vllm"):
-        model, _ = assemble(read_folder(model_folder), device="cpu", kernels=False)
+        model, _ = assemble(read_folder(model_folder), device="cpu", execution="eager")
         handler = type("Handler", (Server,), {"model": model, "style": style})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)

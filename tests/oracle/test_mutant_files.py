@@ -1,4 +1,4 @@
-"""plants: files of mistaken numbers, which the reader in the docs must refuse, each of them."""
+"""mutants: files of mistaken numbers, which the reader in the docs must refuse, each of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WINDOW = pack.SHIPPED / "window.safetensors"
 
 
 def test_the_list(capsys):
-    assert cli.main(["plants"]) == 0
+    assert cli.main(["mutants"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(MUTANTS)
     assert all(plant.what in line for plant, line in zip(MUTANTS.values(), lines, strict=True))
@@ -26,7 +26,7 @@ def test_the_list(capsys):
 
 def test_a_test_that_reads_packs_catches_every_mistake(tmp_path, capsys):
     """The twenty lines of docs/packs.md take right.npz and nothing else."""
-    assert cli.main(["plants", str(WINDOW), "-o", str(tmp_path / "made")]) == 0
+    assert cli.main(["mutants", str(WINDOW), "-o", str(tmp_path / "made")]) == 0
     told = pack.read(WINDOW)
     files = {path.stem: path for path in (tmp_path / "made").iterdir()}
     wanted = {name for name in MUTANTS if applies(name, told.args, [len(p) for p in told.prompts])}
@@ -47,8 +47,8 @@ def test_a_test_that_reads_packs_catches_every_mistake(tmp_path, capsys):
 def test_one_mistake_and_prompts_of_a_file(tmp_path):
     folder = make_folder(tmp_path / "model")
     (tmp_path / "p.jsonl").write_text("[1, 2, 3, 4, 5, 6, 7, 8, 9]\n")
-    words = ["--mistake", "window_one_more", "--file", str(tmp_path / "p.jsonl")]
-    assert cli.main(["plants", str(folder), "-o", str(tmp_path / "made"), *words]) == 0
+    words = ["--mutant", "window_one_more", "--file", str(tmp_path / "p.jsonl")]
+    assert cli.main(["mutants", str(folder), "-o", str(tmp_path / "made"), *words]) == 0
     assert {path.name for path in (tmp_path / "made").iterdir()} == {"right.npz", "window_one_more.npz"}
     right, wrong = (np.load(tmp_path / "made" / f"{name}.npz") for name in ("right", "window_one_more"))
     assert right["prompt_ids"].tolist() == list(range(1, 10))
@@ -61,19 +61,19 @@ def test_one_mistake_and_prompts_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--mistake", "nothing"], "no mistake is called 'nothing'"),
+        (["--mutant", "nothing"], "no mistake is called 'nothing'"),
         (["somewhere"], "give --output"),
         (["nowhere", "-o", "x"], "no such folder: nowhere"),
     ],
 )
 def test_what_is_refused(words, said, capsys):
-    assert cli.main(["plants", *words]) == 2
+    assert cli.main(["mutants", *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_nothing_is_made_for_prompts_that_cannot_be_asked(tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text("[1, 2]\n[1, 99999]\n")
-    words = ["plants", str(WINDOW), "-o", str(tmp_path / "new"), "--file", str(tmp_path / "prompts.jsonl")]
+    words = ["mutants", str(WINDOW), "-o", str(tmp_path / "new"), "--file", str(tmp_path / "prompts.jsonl")]
     assert cli.main(words) == 2
     assert "prompt 1 must have ids, all in 0..60" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -83,13 +83,13 @@ def test_a_place_in_ones_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["plants", str(WINDOW), "-o", "~/made", "--mistake", "window_one_more"]) == 0
+    assert cli.main(["mutants", str(WINDOW), "-o", "~/made", "--mutant", "window_one_more"]) == 0
     assert {p.name for p in (tmp_path / "made").iterdir()} == {"right.npz", "window_one_more.npz"}
     assert not (tmp_path / "~").exists()
 
 
 def test_a_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert cli.main(["plants", str(WINDOW), "-o", str(tmp_path / "file")]) == 2
+    assert cli.main(["mutants", str(WINDOW), "-o", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == ""

@@ -17,6 +17,7 @@ import mistral.attention
 import mistral.cache
 import mistral.model
 from mistral.plan import Run, make_plan
+from mistral.rope import Rope
 from tests.support.tiny import (
     TOLERANCE,
     at_random,
@@ -123,15 +124,15 @@ def self_not_seen(patch):
 
 
 def theta_ignored(patch):
-    right = mistral.model.inverse_frequencies
-    patch.setattr(mistral.model, "inverse_frequencies", lambda head_dim, theta: right(head_dim, 1e4))
+    right = mistral.rope.inverse_frequencies
+    patch.setattr(mistral.rope, "inverse_frequencies", lambda head_dim, theta: right(head_dim, 1e4))
 
 
 def frequencies_of_the_full_dim(patch):
     def inverse_frequencies(head_dim, theta):
         return 1.0 / theta ** (torch.arange(0, head_dim // 2, device="cpu").float() / head_dim)
 
-    patch.setattr(mistral.model, "inverse_frequencies", inverse_frequencies)
+    patch.setattr(mistral.rope, "inverse_frequencies", inverse_frequencies)
 
 
 def halves_turn_instead_of_pairs(patch):
@@ -148,7 +149,8 @@ def no_rotation(patch):
 
 
 def positions_begin_anew_each_step(patch):
-    patch.setattr(mistral.model, "cos_sin", lambda p, f: mistral.rope.cos_sin(torch.arange(len(p)), f))
+    right = Rope.cos_sin
+    patch.setattr(Rope, "cos_sin", lambda self, p: right(self, torch.arange(len(p))))
 
 
 def sequences_leak(patch):
@@ -310,25 +312,24 @@ def lengths_never_advance(patch):
 
 
 def angles_in_bf16(patch):
-    def cos_sin(positions, frequencies):
-        return tuple(x.bfloat16().float() for x in mistral.rope.cos_sin(positions, frequencies))
-
-    patch.setattr(mistral.model, "cos_sin", cos_sin)
+    right = Rope.cos_sin
+    patch.setattr(Rope, "cos_sin", lambda self, p: tuple(x.bfloat16().float() for x in right(self, p)))
 
 
 def angles_in_double(patch):
     """More exact, and so another model far out: the released weights met fp32 angles."""
 
-    def cos_sin(positions, frequencies):
-        angles = torch.outer(positions.double(), frequencies.double())
+    def cos_sin(self, positions):
+        angles = torch.outer(positions.double(), self.frequencies.double())
         return angles.cos().float(), angles.sin().float()
 
-    patch.setattr(mistral.model, "cos_sin", cos_sin)
+    patch.setattr(Rope, "cos_sin", cos_sin)
 
 
 def table_of_positions_ends(patch):
     """A table of 128,000 positions, read at its last entry beyond."""
-    patch.setattr(mistral.model, "cos_sin", lambda p, f: mistral.rope.cos_sin(p.clamp(max=127_999), f))
+    right = Rope.cos_sin
+    patch.setattr(Rope, "cos_sin", lambda self, p: right(self, p.clamp(max=127_999)))
 
 
 def gelu_for_silu(patch):

@@ -29,6 +29,7 @@ from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
 from mistral.oracle.mutants import MUTANTS, applies, logits_with, mutated, theta
 from mistral.oracle.mutation import PLAIN, Mutant
+from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import UsageError
@@ -204,7 +205,7 @@ def test_quantized_weights_are_swapped_as_they_are_meant() -> None:
     plain = deep_model(THETA)
     fast = FastTransformer(plain.args)
     state = plain.state_dict()
-    few = {n: quantize(n, w, "int8") for n, w in state.items() if w.dim() == 2 and not n.startswith("tok")}
+    few = {n: quantize(p, state[n], "int8") for n, p in parameters(plain.args).items() if p.quantized}
     fast.load_state_dict({n: w for n, w in state.items() if n not in few} | put_quantized(fast, few), assign=True)
     plain.load_state_dict({n: few[n].rows(0, len(w)) if n in few else w for n, w in state.items()})
     prompts = ragged(LENS, plain.args.vocab_size)

@@ -28,7 +28,7 @@ DOCS = (ROOT / "docs" / "packs.md").read_text(encoding="utf-8")
 
 
 def model_in(path, tmp_path):
-    return assemble(pack.folder_of(path, tmp_path), device="cpu", kernels=False)[0]
+    return assemble(pack.folder_of(path, tmp_path), device="cpu", execution="eager")[0]
 
 
 def test_what_ships_is_what_the_docs_list():

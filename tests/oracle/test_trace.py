@@ -99,7 +99,7 @@ def test_a_file_of_prompts(tmp_path):
             assert (tensors[name].split(lens)[i] - value).abs().max() < 1e-12, name
 
 
-@pytest.mark.parametrize("command", ["trace", "pack", "plants"])
+@pytest.mark.parametrize("command", ["trace", "pack", "mutants"])
 @pytest.mark.parametrize("place", ["missing/file", "taken", "pipe"])
 def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_path, monkeypatch, capsys):
     from mistral.model import Transformer
@@ -114,8 +114,8 @@ def test_what_cannot_be_written_is_known_before_the_work(command, place, tmp_pat
     if place == "pipe":  # nor is what is no file replaced by one
         os.mkfifo(out)
     elif place == "taken":  # a folder where a file should be, or a file where a folder should be
-        out.touch() if command == "plants" else out.mkdir()
-    elif command == "plants":
+        out.touch() if command == "mutants" else out.mkdir()
+    elif command == "mutants":
         out.parent.touch()
     words = [str(folder), *(["hello there"] if command == "trace" else []), "-o", str(out)]
     assert cli.main([command, *words]) == 2

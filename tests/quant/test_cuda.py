@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral import fast, quant
-from mistral.fast.layout import bits_of, is_quantized
+from mistral.fast.layout import bits_of
 from mistral.loader import runtime
-from mistral.loader.options import OptionError
+from mistral.loader.options import LoadOptions, OptionError
+from mistral.parameters import parameters
 from mistral.quant import cuda
 from tests.support.tiny import TOLERANCE, distance, make_cache, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
@@ -72,7 +73,7 @@ def test_a_model(kind):
     """Placed by name, with the output matrix in eight bits; the same as the model of the weights that are meant."""
     plain = tiny_model(tiny_args(sliding_window=5), seed=3)
     state = plain.state_dict()
-    there = {n: twins(bits_of(n, kind), w)[1] for n, w in state.items() if is_quantized(n)}
+    there = {n: twins(bits_of(p, kind), state[n])[1] for n, p in parameters(plain.args).items() if p.quantized}
     assert type(there["output.weight"]) is cuda.CudaInt8Linear
     plain.load_state_dict(state | {n: module.rows(0, module.out_features) for n, module in there.items()})
     model = tiny_model(plain.args, seed=3)
@@ -100,7 +101,7 @@ def test_where_few_bits_may_be(device, monkeypatch):
     monkeypatch.setattr(runtime.memory, "available", lambda _: None)
     facts = {"stored": torch.bfloat16, "parameters": 1, "head_dim": 8}
     if device == "cuda":
-        assert runtime.resolve(device, None, "sdpa", None, "int8", **facts).quant == "int8"
+        assert runtime.resolve(LoadOptions(device=device, attention="sdpa", quant="int8"), **facts).quant == "int8"
         return
     with pytest.raises(OptionError, match="for a CPU in float32, or for CUDA, not for mps in bfloat16"):
-        runtime.resolve(device, None, "sdpa", None, "int8", **facts)
+        runtime.resolve(LoadOptions(device=device, attention="sdpa", quant="int8"), **facts)

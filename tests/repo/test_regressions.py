@@ -21,8 +21,8 @@ from mistral.formats.folder import BUNDLED
 from mistral.formats.mistral import ParamsError, to_args
 from mistral.generate import complete, generate, stream
 from mistral.loader.load import load
-from mistral.sampling import Sampler, Uniforms
-from mistral.sampling_params import SamplingError
+from mistral.sampling import RequestRng
+from mistral.sampling_params import SamplingError, SamplingParams
 from tests.support.folders import PARAMS
 from tests.support.tiny import TOLERANCE, distance, ragged, tiny_args, tiny_model, true_logprobs
 from tests.text.test_generate import Letters, alphabet_model
@@ -39,7 +39,7 @@ def test_defaults_are_the_originals() -> None:
 
 def test_a_seeds_numbers_never_change() -> None:
     """The same seed must give the same text in every version."""
-    draw = Uniforms(1, 2)
+    draw = RequestRng(1, 2)
     assert [round(draw(), 12) for _ in range(3)] == [0.100653253838, 0.087048694703, 0.268377093061]
 
 
@@ -148,7 +148,7 @@ def test_copies_and_pickles() -> None:
 
 def test_a_default_device_does_not_reach_the_random_streams() -> None:
     with torch.device("meta"):
-        assert 0 <= Uniforms(1, 1)() < 1
+        assert 0 <= RequestRng(1, 1)() < 1
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,11 @@ def test_lengths_may_be_a_tensor() -> None:
     assert cache.lengths == [1, 2]
 
 
-def test_tied_and_zero_windows_are_refused() -> None:
-    with pytest.raises(ParamsError, match="tied_embeddings"):
-        to_args({**PARAMS, "tied_embeddings": True})
+def test_what_is_neither_tied_nor_not_and_zero_windows_are_refused() -> None:
+    assert to_args({**PARAMS, "tied_embeddings": True}).tied_embeddings
+    assert not to_args({**PARAMS, "tied_embeddings": None}).tied_embeddings
+    with pytest.raises(ParamsError, match="tied_embeddings must be true or false"):
+        to_args({**PARAMS, "tied_embeddings": 1})
     with pytest.raises(ParamsError, match="sliding_window is 0"):
         to_args({**PARAMS, "sliding_window": "0"})
 
@@ -204,9 +206,9 @@ def test_a_model_padded_past_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_greedy_needs_no_random_numbers_of_a_valid_type() -> None:
-    assert Sampler(temperature=0).greedy
+    assert SamplingParams(temperature=0).greedy
     with pytest.raises(SamplingError, match="temperature"):
-        Sampler(temperature=True)
+        SamplingParams(temperature=True)
 
 
 def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:

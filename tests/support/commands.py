@@ -16,7 +16,9 @@ from tests.support.folders import ROOT
 
 # For commands that run as processes: the CPU, one thread, and buffers as usual, so that a missing flush shows.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
+for name in ("PYTHONUNBUFFERED", "MISTRAL_MODEL", "NO_COLOR"):
+    ENVIRONMENT.pop(name, None)
+ENVIRONMENT["XDG_STATE_HOME"] = "/nowhere/state"  # what tests type is not kept
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.cache import RollingBufferCache
 from mistral.model import Transformer
+from mistral.parameters import parameters
 from tests.support.truth import truth
 
 TOLERANCE = 1e-5  # rule 11: fp32 log-probs on the CPU, weights of ordinary scale
@@ -37,6 +38,11 @@ def tiny_args(**changes: Any) -> ModelArgs:
         "rope_theta": 1e4,
     }
     return ModelArgs(**{**shape, **changes})
+
+
+def shapes_of(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a model."""
+    return {name: parameter.shape for name, parameter in parameters(args).items()}
 
 
 def tiny_model(

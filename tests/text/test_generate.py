@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import mistral.generate as generate_module
 from mistral import engine
-from mistral.engine import Generation, GenerationError
+from mistral.engine import Engine, GenerationError
 from mistral.generate import Completion, Piece, complete, generate, stream
 from mistral.model import Transformer
-from mistral.sampling import Sampler, Uniforms
+from mistral.sampling import RequestRng
+from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
 from tests.support.tiny import TOLERANCE, ragged, tiny_args, tiny_model
 from tests.support.truth import truth
@@ -33,7 +34,7 @@ LENS = [1, 4, 17, 2, 5, 1, 9, 6]  # ragged: length 1, around W, and long enough 
 LIMITS = [9, 7, 10, 1, 12, 3, 8, 9]
 CHUNKS = [None, 1, W - 1, W, W + 1, 100]
 GREEDY: dict[str, Any] = {"temperature": 0}
-SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7}
+SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 15}
 MODES = [pytest.param(GREEDY, id="greedy"), pytest.param(SAMPLED, id="sampled")]
 
 
@@ -156,10 +157,10 @@ def chosen_by_hand(logprobs: np.ndarray, uniform: Callable[[], float], mode: dic
 
 
 def by_hand(
-    model: Transformer, prompt: Sequence[int], limit: int, index: int, mode: dict[str, Any]
+    model: Transformer, prompt: Sequence[int], limit: int, mode: dict[str, Any]
 ) -> tuple[list[int], list[float], str]:
     """Ids, log-probs and finish reason, recomputing everything for each token in float64, one prompt at a time."""
-    uniform = Uniforms(mode.get("seed", 0), index)
+    uniform = RequestRng(mode.get("seed", 0))
     made: list[int] = []
     logprobs: list[float] = []
     while len(made) < limit:
@@ -175,7 +176,7 @@ def by_hand(
 @functools.cache
 def expected(sampled: bool) -> list[tuple[list[int], list[float], str]]:
     model, mode = random_model(), SAMPLED if sampled else GREEDY
-    return [by_hand(model, p, n, i, mode) for i, (p, n) in enumerate(zip(some_prompts(), LIMITS, strict=True))]
+    return [by_hand(model, p, n, mode) for p, n in zip(some_prompts(), LIMITS, strict=True)]
 
 
 def assert_close(got: Sequence[float], want: Sequence[float]) -> None:
@@ -188,7 +189,7 @@ def assert_same(got: Completion, want: tuple[list[int], list[float], str]) -> No
     assert_close(got.logprobs, want[1])
 
 
-# What a prompt is continued with depends on the prompt, its index and the seed alone.
+# What a prompt is continued with depends on the prompt, its parameters and the seed alone.
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -213,25 +214,102 @@ def test_batch_and_queue_match_float64_one_by_one(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_alone_with_other_neighbours_and_in_another_order(mode: dict[str, Any]) -> None:
-    prompts, model = some_prompts(), random_model(2)
-    for i, want in enumerate(expected(mode is SAMPLED)):
-        alone = complete([*[[2]] * i, prompts[i]], model, Letters(), max_tokens=[*[0] * i, LIMITS[i]], **mode)
-        assert_same(alone[i], want)
-        # The neighbours change places; the i-th stays where it is.
-        order = [*reversed(range(i)), i, *reversed(range(i + 1, len(prompts)))]
+def test_alone_and_in_another_order(mode: dict[str, Any]) -> None:
+    prompts, model, want = some_prompts(), random_model(2), expected(mode is SAMPLED)
+    for i, limit in enumerate(LIMITS):
+        assert_same(complete([prompts[i]], model, Letters(), max_tokens=limit, **mode)[0], want[i])
+        order = random.Random(i).sample(range(len(prompts)), len(prompts))
         mixed = complete(
             [prompts[j] for j in order], model, Letters(), max_tokens=[LIMITS[j] for j in order], chunk_size=3, **mode
         )
-        assert_same(mixed[i], want)
+        for got, j in zip(mixed, order, strict=True):
+            assert_same(got, want[j])
 
 
-def test_the_same_prompt_draws_differently_at_each_index_and_with_each_seed() -> None:
+def test_a_seed_belongs_to_a_request() -> None:
+    """The same seed, the same text for the same prompt; other seeds, samples and no seed give others."""
     model, prompt = random_model(), some_prompts()[2]
     options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.5, "top_p": 1.0}
-    made = [c.tokens for s in (0, 1) for c in complete([prompt] * 4, model, Letters(), seed=s, **options)]
-    assert len({tuple(tokens) for tokens in made}) == 8
-    assert made[:4] == [c.tokens for c in complete([prompt] * 4, model, Letters(), seed=0, **options)]
+    same = complete([prompt] * 3, model, Letters(), seed=0, **options)
+    assert len({tuple(c.tokens) for c in same}) == 1
+    drawn = [c for seed in (0, 1) for c in complete([prompt], model, Letters(), seed=seed, n=4, **options)]
+    assert len({tuple(c.tokens) for c in drawn}) == 8
+    assert [c.sample for c in drawn] == [0, 1, 2, 3] * 2
+    assert drawn[0].tokens == same[0].tokens
+    assert len({tuple(c.tokens) for c in complete([prompt] * 4, model, Letters(), **options)}) == 4
+    assert len({tuple(c.tokens) for c in complete([prompt], model, Letters(), n=4, **options)}) == 4
+
+
+def test_samples_of_several_prompts_come_in_order() -> None:
+    """Each sample is what it is alone, in whatever rows and steps the others are."""
+    model, prompts = random_model(2), some_prompts()[:3]
+    each = [SamplingParams(n=n, seed=5, max_tokens=4 + n, temperature=1.5, top_p=1.0) for n in (2, 1, 3)]
+    done = complete(prompts, model, Letters(), params=each)
+    assert [(c.prompt_tokens, c.sample) for c in done] == [
+        (prompt, sample) for prompt, one in zip(prompts, each, strict=True) for sample in range(one.n)
+    ]
+    alone = [
+        c for prompt, one in zip(prompts, each, strict=True) for c in complete([prompt], model, Letters(), params=one)
+    ]
+    assert [c.tokens for c in done] == [c.tokens for c in alone]
+    pieces = list(stream(prompts, model, Letters(), params=each))
+    assert {(p.index, p.sample) for p in pieces} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)}
+    for c, index in zip(done, (0, 0, 1, 2, 2, 2), strict=True):
+        mine = [p for p in pieces if (p.index, p.sample) == (index, c.sample)]
+        assert "".join(p.text for p in mine) == c.text
+        assert [p.token.id for p in mine if p.token] == c.tokens
+        assert [p.finish_reason for p in mine if p.finish_reason] == [c.finish_reason]
+
+
+def test_params_for_all_one_each_and_by_name() -> None:
+    model, prompts = alphabet_model(), ["a", "b"]
+
+    def texts(**options: Any) -> list[str]:
+        return [c.text for c in complete(prompts, model, Letters(), **options)]
+
+    one = SamplingParams(max_tokens=2, temperature=0)
+    assert texts(params=one) == ["bc", "cd"]
+    assert texts(params=one, max_tokens=3) == ["bcd", "cde"]
+    assert texts(params=one, max_tokens=[3, 1]) == ["bcd", "c"]
+    each = [one, SamplingParams(max_tokens=4, temperature=0, stop="e")]
+    assert texts(params=each) == ["bc", "cd"]
+    assert texts(params=each, max_tokens=1) == ["b", "c"]
+    assert texts(params=each, max_tokens=(5, 1)) == ["bcdef", "c"]
+    assert texts(params=each, stop="z") == ["bc", "cdef"]
+    assert [c.text for c in complete(iter(prompts), model, Letters(), max_tokens=[1, 2], temperature=0)] == ["b", "cd"]
+    for wrong, message in (
+        ({"params": [one]}, "1 values of params for 2 prompts"),
+        ({"params": [one, None]}, "params is None|replace"),
+        ({"params": "greedy"}, "params is 'greedy'"),
+    ):
+        with pytest.raises((GenerationError, TypeError), match=message):
+            texts(**wrong)
+    with pytest.raises(TypeError, match="tempurature"):
+        texts(tempurature=1)
+
+
+def test_each_prompt_has_its_own_stop_strings_and_top_logprobs() -> None:
+    each = [
+        SamplingParams(max_tokens=5, temperature=0, stop="d", top_logprobs=2),
+        SamplingParams(max_tokens=5, temperature=0),
+        SamplingParams(max_tokens=5, temperature=0, stop=("gh", "x"), top_logprobs=1),
+    ]
+    done = complete(["a", "b", "e"], alphabet_model(2), Letters(), params=each)
+    assert [c.text for c in done] == ["bc", "cdefg", "f"]
+    assert [{len(top) for top in c.top_logprobs} for c in done] == [{2}, {0}, {1}]
+
+
+class Several(Letters):
+    eos_ids = (4, 9)
+
+
+def test_a_tokenizer_with_several_ends() -> None:
+    """`eos_ids` are the ends where a tokenizer has them, and the caller's are where given."""
+    done = complete([[2], [5], [10]], alphabet_model(), Several(), max_tokens=6, **GREEDY)
+    assert [c.tokens for c in done] == [[3], [6, 7, 8], [11, 12, 13, 14, 15, 16]]
+    assert [c.finish_reason for c in done] == ["stop", "stop", "length"]
+    done = complete([[2], [5]], alphabet_model(), Several(), max_tokens=6, eos_ids=[7], **GREEDY)
+    assert [c.tokens for c in done] == [[3, 4, 5, 6], [6]]
 
 
 def test_shared_steps_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,17 +570,6 @@ def test_a_stop_string_in_what_was_held_back_until_the_end() -> None:
     assert (c.text, c.tokens, c.finish_reason) == ("ab\ufffd", [2, 3], "length")
 
 
-def test_a_sequence_can_be_stopped_from_outside() -> None:
-    running = Generation([[2], [9], [5]], alphabet_model(2), max_tokens=4, eos_id=None, sampler=Sampler(0), seed=0)
-    assert [(t.index, t.id) for t in running.step()] == [(0, 3), (1, 10)]
-    running.stop(0)
-    assert [(t.index, t.id) for t in running.step()] == [(2, 6), (1, 11)]  # the one that waited has the row
-    while not running.done:
-        running.step()
-    assert [s.finish for s in running.sequences] == ["stop", "length", "length"]
-    assert [s.made for s in running.sequences] == [[3], [10, 11, 12, 13], [6, 7, 8, 9]]
-
-
 # Top log-probs, streams.
 
 
@@ -647,7 +714,7 @@ def all_state() -> list[Any]:
 
 
 def test_global_state_is_left_alone() -> None:
-    """At temperature 0, and with a seed; without one, PyTorch's generator gives one number and nothing else moves."""
+    """At temperature 0, and with a seed; without one, a number a request is drawn, and nothing else moves."""
     model = random_model()
     before = all_state()
     complete(some_prompts(), model, Letters(), max_tokens=3, **GREEDY)
@@ -795,15 +862,11 @@ def test_rows_that_ended_bring_nothing() -> None:
 def test_storage_is_allocated_once(window: int | None, max_tokens: int) -> None:
     """What the cache was made for is what is fed: it neither moves nor has room to spare."""
     for n in (1, 3, 8, 9, 10, 30):
-        running = Generation(
-            some_prompts([n, 1]),
-            tiny_model(tiny_args(sliding_window=window)),
-            max_tokens=max_tokens,
-            eos_id=None,
-            sampler=Sampler(0),
-            seed=0,
-            score_prompts=True,
-        )
+        running = Engine(tiny_model(tiny_args(sliding_window=window)), eos_ids=(), score_prompts=True)
+        for prompt in some_prompts([n, 1]):
+            running.add(prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
+        running.step()
+        assert running.cache is not None
         made = [layer.k.data_ptr() for layer in running.cache.layers]
         while not running.done:
             running.step()

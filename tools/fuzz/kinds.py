@@ -29,7 +29,7 @@ from mistral.formats.inspect import as_json, as_text, inspect_folder
 from mistral.formats.mistral import to_args
 from mistral.generate import stream
 from mistral.loader.load import Loaded, load
-from mistral.parameters import expected_shapes
+from mistral.parameters import parameters
 from mistral.tokenizer import PATTERN
 from tools.fuzz.mutate import Pairs, mutate_json, mutate_safetensors, mutate_sentencepiece, parse, write
 from tools.fuzz.pickles import mutate_pth
@@ -95,8 +95,8 @@ def _mistral(folder: Path, vocab_size: int = 4096) -> None:
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(shape), encoding="utf-8")
     shutil.copy(BUNDLED / "tokenizer.model", folder)
-    shapes = expected_shapes(to_args(shape))
-    weights = {name: torch.randn(sizes, generator=generator) * 0.1 for name, sizes in shapes.items()}
+    expected = parameters(to_args(shape))
+    weights = {name: torch.randn(weight.shape, generator=generator) * 0.1 for name, weight in expected.items()}
     save_file(weights, folder / "consolidated.safetensors")
 
 

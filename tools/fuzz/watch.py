@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mistral.cli.terminal import say_error
+from mistral.cli.terminal import echo_error
 from tools.fuzz.kinds import KINDS, Trace, make_case, prepare
 
 ALLOWED = 10**9  # bytes beyond the size of a case's files
@@ -207,7 +207,7 @@ def _objection(error: BaseException, line: str) -> str | None:
 
 def _printed(error: BaseException) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        say_error(error)  # type: ignore[arg-type]  # what the command line would not catch is judged all the same
+        echo_error(error)  # type: ignore[arg-type]  # what the command line would not catch is judged all the same
     return shown.getvalue()
 
 

@@ -1,0 +1,175 @@
+"""A conversation on a terminal, or over a pipe, and its commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from mistral.cli import settings
+from mistral.cli.terminal import (
+    QUOTES,
+    Bar,
+    Interrupt,
+    confirm,
+    echo_err,
+    echo_error,
+    is_interactive,
+    print_stream,
+    read_lines,
+)
+from mistral.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from mistral.chat.conversation import Chat
+    from mistral.engine import Progress
+    from mistral.generate import Piece
+
+
+class Conversation:
+    """A chat on a terminal, or over a pipe: a line is a question, or a command.
+
+    Args:
+        chat: the conversation.
+        fingerprint: returns the model's, for files.
+    """
+
+    def __init__(self, chat: Chat, fingerprint: Callable[[], str]) -> None:
+        self._chat = chat
+        self._fingerprint = fingerprint
+        # By name: what comes after it, what it does, and the function.
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "/help": ("", "print this list", self._help),
+            "/retry": ("", "drop the last answer, and answer the question again", self._retry),
+            "/continue": ("", "go on with the last answer, where it stopped", self._continue),
+            "/undo": ("", "drop the last question and its answer", self._undo),
+            "/reset": ("", "begin again, with the same system prompt", self._reset),
+            "/system": ("TEXT", "set the system prompt; - removes it; without TEXT: print it", self._system),
+            "/set": ("NAME VALUE", "change a sampling parameter, such as temperature", self._set),
+            "/show": ("", "print the parameters and the turns", self._show),
+            "/save": ("FILE", "keep the conversation in a file", self._save),
+            "/load": ("FILE", "go on with a conversation from a file", self._load),
+            "/quit": ("", "leave, as Ctrl-D does", self._quit),
+        }
+        self._over = False
+
+    def run(self) -> None:
+        """Read lines until they end.
+
+        Raises:
+            ValueError, KeyboardInterrupt: where lines are piped; on a terminal only the answer ends.
+        """
+        if is_interactive():
+            echo_err("A question a line; /help lists commands; Ctrl-C ends an answer, Ctrl-D the conversation.")
+        for line in read_lines("> ", blocks=True):
+            try:
+                self._one(line)
+            except KeyboardInterrupt:
+                if not is_interactive():
+                    raise
+            except ValueError as error:
+                if not is_interactive():
+                    raise
+                echo_error(error)  # one line's fault; the next may be better
+            if self._over:
+                return
+
+    def _one(self, line: str) -> None:
+        command = line.lstrip()
+        if command.startswith("//"):
+            self._ask(command[1:])
+        elif command.startswith("/"):
+            word, _, rest = command.partition(" ")
+            if word not in self._commands:
+                raise UsageError(f"no command {word}: /help lists them; // begins a question with a slash")
+            takes, _, run = self._commands[word]
+            if rest.strip() and not takes:
+                raise UsageError(f"{word} takes nothing after it")
+            run(rest.strip())
+        elif line.strip():
+            self._ask(line)
+
+    def _ask(self, question: str) -> None:
+        self._print(lambda progress: self._chat.answer(question, progress))
+
+    def _print(self, begin: Callable[[Progress], Iterator[Piece]]) -> None:
+        bar = Bar("prompt", "token")
+        with Interrupt() as interrupt:
+
+            def between_steps(done: int, total: int) -> None:
+                interrupt.check()
+                bar(done, total)
+
+            print_stream(begin(between_steps), more=self._prefilled)
+
+    def _prefilled(self) -> str:
+        cached = f", {self._chat.cached_tokens} cached" if self._chat.cached_tokens else ""
+        return f"; {self._chat.prefilled_tokens} prompt tokens prefilled{cached}"
+
+    def _help(self, rest: str) -> None:
+        for name, (takes, what, _) in self._commands.items():
+            echo_err(f"{f'{name} {takes}'.strip():16} {what}")
+        echo_err(f"{'//...':16} ask a question that begins with a slash")
+        echo_err(f"{QUOTES:16} begin a question of several lines, which ends with the next {QUOTES}")
+
+    def _retry(self, rest: str) -> None:
+        question = self._chat.undo().question
+        echo_err(f"again: {question}")
+        self._ask(question)
+
+    def _continue(self, rest: str) -> None:
+        self._print(self._chat.resume)
+
+    def _undo(self, rest: str) -> None:
+        echo_err(f"dropped: {self._chat.undo().question}")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.reset()
+        echo_err("a new conversation")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._chat.set_system("" if rest == "-" else rest)
+        echo_err(f"system prompt: {self._chat.system or 'none'}")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        settings.change(self._chat, name, value.strip())
+        echo_err(settings.describe(self._chat))
+
+    def _show(self, rest: str) -> None:
+        echo_err(settings.describe(self._chat))
+        echo_err(f"system prompt: {self._chat.system or 'none'}")
+        for turn in self._chat.turns:
+            echo_err(f"> {turn.question}")
+            echo_err(turn.text)
+
+    def _save(self, rest: str) -> None:
+        from mistral.chat.session import save
+
+        file = _file("/save", rest)
+        if os.path.exists(os.path.expanduser(file)) and not confirm(f"{file} exists: replace it?"):
+            echo_err("not saved")
+            return
+        save(self._chat, file, self._fingerprint())
+        echo_err(f"saved {_turns(self._chat)} in {rest}")
+
+    def _load(self, rest: str) -> None:
+        from mistral.chat.session import load
+
+        load(self._chat, _file("/load", rest), self._fingerprint())
+        echo_err(f"loaded {_turns(self._chat)} from {rest}; {settings.describe(self._chat)}")
+
+    def _quit(self, rest: str) -> None:
+        self._over = True
+
+
+def _file(command: str, name: str) -> str:
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
+    return name
+
+
+def _turns(chat: Chat) -> str:
+    n = len(chat.turns)
+    return f"{n} turn" if n == 1 else f"{n} turns"

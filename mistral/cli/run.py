@@ -1,0 +1,102 @@
+"""One command line, from its words to an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import sys
+
+from mistral import __version__
+from mistral.cli import flags, help, terminal
+from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED
+from mistral.util.errors import ChecksFailed, MistralError, UsageError
+
+
+def run(words: list[str]) -> int:
+    """Run the command; return the exit code.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    _speak_utf8()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    verbose = False
+    try:
+        words, common = flags.take_common(words)
+        verbose = "verbose" in common
+        with terminal.quietly("quiet" in common):
+            _dispatch(words)
+            sys.stdout.flush()
+        return 0
+    except ChecksFailed as failed:
+        sys.stdout.flush()
+        return failed.exit_code
+    except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
+        _drop_output()
+        return 0
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):  # no permission, a full disk
+            _drop_output()
+        terminal.echo_error(error)
+        if verbose:
+            _trace(error)
+        return error.exit_code if isinstance(error, MistralError) else 2
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words:
+        raise UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
+    name, rest = words[0], words[1:]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(help.overview(COMMANDS))
+        return
+    if name == "--version":
+        print(__version__)
+        return
+    if name in RENAMED:
+        raise UsageError(f"the command {name} is now called {RENAMED[name]}")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": {', '.join(COMMANDS)}; see --help"
+        raise UsageError(f"no command {name!r}{hint}")
+    command = COMMANDS[name]
+    before_prompt = rest[: rest.index("--")] if "--" in rest else rest
+    if "--help" in before_prompt or "-h" in before_prompt:
+        print(help.of_command(name, command))
+        return
+    checked = flags.parse(command, rest, DISAMBIGUATE.get(name))
+    import fire
+
+    fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+
+
+def _speak_utf8() -> None:
+    """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; print would write to the other one
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            try:
+                stream.reconfigure(encoding="utf-8", errors=errors)
+            except io.UnsupportedOperation:  # a caller in Python has already read from it
+                pass
+
+
+def _drop_output() -> None:
+    """Have what is still buffered for stdout go nowhere, or Python complains once more at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # not a file, in a test or a notebook
+        pass
+
+
+def _trace(error: BaseException) -> None:
+    import traceback
+
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        terminal.echo_err(line)

@@ -1,0 +1,34 @@
+"""Which modules the fast paths know: those whose arithmetic they repeat. Beside any other they stand aside."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
+
+PARTS: dict[str, type[nn.Module]] = {
+    "attention": Attention,
+    "feed_forward": FeedForward,
+    "attention_norm": RMSNorm,
+    "ffn_norm": RMSNorm,
+}
+
+
+def unknown_module(model: Transformer) -> str | None:
+    """Which module of a model the fast paths do not know, as a reason to report; None if they know all.
+
+    Kinds of `Linear` are not looked at: that is the business of whoever reads their weights. A subclass is another
+    module, because it may compute something else.
+    """
+    for i, block in enumerate(model.layers):
+        if type(block) is not TransformerBlock:
+            return _unknown(f"layers.{i}", block)
+        for name, kind in PARTS.items():
+            part = block.get_submodule(name)
+            if type(part) is not kind:
+                return _unknown(f"layers.{i}.{name}", part)
+    return None if type(model.norm) is RMSNorm else _unknown("norm", model.norm)
+
+
+def _unknown(name: str, module: nn.Module) -> str:
+    return f"{name} is a {type(module).__name__}, which the fast paths do not know: steps take the plain path"
