@@ -32,7 +32,9 @@ from torch import Tensor, nn
 BUNDLED = Path(__file__).resolve().parent / "mistral" / "bundled"
 PROMPTS = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings"}  # in params.json, without effect on the numbers
+HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings", "dtype", "model_type", "lora"}  # not read
+FALSE = ("tied_embeddings", "use_biases", "attn_bias", "qk_norm")
+UNUSED = {**dict.fromkeys(FALSE, False), "causal": True, "activation": "silu"}  # what such a key must have
 
 
 @dataclass
@@ -75,12 +77,12 @@ class ModelArgs:
             raise ValueError(f"no params.json in {folder}" if folder.is_dir() else f"no such folder: {folder}")
         known = [f.name for f in fields(ModelArgs) if f.init]
         try:
-            params = json.loads(path.read_text(encoding="utf-8"))
-            params = {name: value for name, value in params.items() if name not in HARMLESS}
-            if "_sliding_window" in params and params.get("sliding_window") is None:  # how some releases spell it
-                params["sliding_window"] = params.pop("_sliding_window")
-            if isinstance(window := params.get("sliding_window"), str):
-                params["sliding_window"] = json.loads(window)
+            params = json.loads(path.read_text(encoding="utf-8-sig"))
+            params = {k: v for k, v in params.items() if k not in HARMLESS and v not in (None, UNUSED.get(k))}
+            if "_sliding_window" in params and params.get("sliding_window") in (None, params["_sliding_window"]):
+                params["sliding_window"] = params.pop("_sliding_window")  # how some releases spell it
+            if isinstance(window := params.get("sliding_window"), str):  # a number, null, none or nothing
+                params["sliding_window"] = json.loads(window.lower().replace("none", "null") or "null")
             unknown, missing = params.keys() - {*known}, {*known} - params.keys() - {"sliding_window", "rope_theta"}
             if unknown or missing:
                 raise ValueError(f"unknown keys: {sorted(unknown)}, missing keys: {sorted(missing)}")
@@ -264,8 +266,8 @@ def generate(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continue each prompt greedily by up to max_tokens ids; a row ends before eos_id, the others go on without it.
 
-    Returns the new ids, and per row the log-probability of prompt tokens 1.. and then of the new ones. max_tokens = 0
-    scores the prompts. chunk_size bounds how many tokens of a prompt are read at once, and with it the memory."""
+    Returns the new ids, and per row the log-probability (softmax in float64) of prompt tokens 1.. and then of the new
+    ones. max_tokens = 0 scores the prompts. chunk_size bounds the prompt tokens read at once, and with them memory."""
     if max_tokens < 0 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"max_tokens must be at least 0, chunk_size at least 1, not {max_tokens} and {chunk_size}")
     for i, prompt in enumerate(prompts):
@@ -289,7 +291,7 @@ def generate(
         logits = step([prompt[start : start + chunk_size] for prompt in prompts])
         for prompt, rows, scores in zip(prompts, logits, logprobs, strict=True):
             following = prompt[start + 1 : start + 1 + len(rows)]  # the last logits of a chunk predict the next chunk
-            scores += rows.log_softmax(-1)[range(len(following)), following].tolist()
+            scores += [float(row.double().log_softmax(-1)[i]) for row, i in zip(rows, following, strict=False)]
 
     alive = list(range(len(prompts)))
     for count in range(1, max_tokens + 1):
@@ -297,7 +299,7 @@ def generate(
         alive = [row for row in alive if picks[row] != eos_id]
         for row in alive:
             new[row].append(picks[row])
-            logprobs[row].append(float(last[row].log_softmax(-1)[picks[row]]))
+            logprobs[row].append(float(last[row].double().log_softmax(-1)[picks[row]]))
         if not alive or count == max_tokens:  # nobody would read the next logits
             break
         step([new[row][-1:] if row in alive else [] for row in range(len(prompts))])
@@ -339,8 +341,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
         if tensor.dtype not in DTYPES.values() or list(tensor.shape) != expected[name]:
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, params.json says {expected[name]}")
         state[name] = tensor.to(device, dtype)
-    problems += [f"{name} is missing" for name in expected if name not in state]
-    if problems:
+    if problems := problems + [f"{name} is missing" for name in expected if name not in state]:
         raise ValueError(f"{len(problems)} tensors of {folder} do not fit: {'; '.join(problems[:8])}")
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -348,8 +349,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
 
 def load_tokenizer(folder: Path) -> tuple[Any, Any, int, int]:
     """encode (beginning of sequence first), decode, the number of ids, and the id that ends a text."""
-    paths = sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))
-    if not paths:
+    if not (paths := sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))):
         raise ValueError(f"no tokenizer.model or tekken.json in {folder}")
     try:
         if paths[-1].suffix == ".json":

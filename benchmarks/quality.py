@@ -15,6 +15,7 @@ import torch
 
 from mistral.eval.bench import SHAPES
 from mistral.loader.load import load
+from mistral.logprobs import logprobs
 from mistral.quant import KINDS
 from mistral.tokenizer import encode
 
@@ -27,14 +28,14 @@ def main() -> None:
     text = (Path(rest[0]) if rest and rest[0] else STORY).read_text(encoding="utf-8")
     base = load(folder, device="cpu")
     ids = torch.tensor(encode(base.tokenizer, text))
-    want = base.model(ids, [len(ids)]).log_softmax(-1)[:-1]
+    want = logprobs(base.model(ids, [len(ids)]))[:-1]
     targets = ids[1:, None]
     print(f"{base.folder.name}, {len(ids)} tokens, {base.runtime.describe()}")
     print(f"{'':22} {'perplexity':>10} {'mean KL':>9} {'largest KL':>11} {'same top token':>15} {'bytes':>8}")
     models = {"as stored": base.model} | {q: load(folder, device="cpu", quant=q).model for q in KINDS}
     for name, model in models.items():
-        got = model(ids, [len(ids)]).log_softmax(-1)[:-1]
-        perplexity = (-got.gather(-1, targets).double().mean()).exp()
+        got = logprobs(model(ids, [len(ids)]))[:-1]
+        perplexity = (-got.gather(-1, targets).mean()).exp()
         kl = (want.exp() * (want - got)).sum(-1)
         same = (got.argmax(-1) == want.argmax(-1)).double().mean()
         size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

@@ -5,6 +5,7 @@ Importing this package imports nothing else; torch comes with the name that need
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from mistral.util.memory import OutOfMemory as OutOfMemory
 
 __version__ = "0.1.0"
+
+# GCC's OpenMP, which PyTorch brings, has a thread that waits spin for milliseconds before it sleeps. Beside another
+# busy program that takes the core from the very thread that all wait for. It reads this when torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "5000"  # tens of microseconds: as long as the waits of a step that nobody disturbs
 
 # Where each public name lives.
 _HOMES = {

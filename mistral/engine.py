@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import RollingBufferCache
+from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
@@ -347,8 +348,8 @@ class Engine:
         rows = max(1, LOGIT_FLOATS // self.model.args.vocab_size)
         for first in range(0, len(targets), rows):
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
-            logprobs = self.model.logits(h[first : first + len(wanted)]).log_softmax(-1)
-            found = logprobs.gather(-1, wanted[:, None]).squeeze(-1).tolist()
+            logits = self.model.logits(h[first : first + len(wanted)])
+            found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
             for logprob in found:
                 _check_number(logprob, request.index)
             request.prompt_logprobs += found
@@ -359,11 +360,10 @@ class Engine:
         draws = [0.0 if request.rng is None else request.rng() for request in ready]
         uniform = torch.tensor(draws, dtype=torch.float32, device=logits.device)
         chosen = sample_each(_changed(logits, ready), uniform, [request.params for request in ready])
-        logprobs = logits.log_softmax(-1)
-        of_chosen = logprobs.gather(-1, chosen[:, None]).squeeze(-1)
+        of_chosen = logprobs(logits, chosen[:, None]).squeeze(-1)
         tokens = []
         for request, token, logprob, top in zip(
-            ready, chosen.tolist(), of_chosen.tolist(), _most_likely(logprobs, ready), strict=True
+            ready, chosen.tolist(), of_chosen.tolist(), _most_likely(logits, ready), strict=True
         ):
             _check_number(logprob, request.index)
             if token in request.eos_ids:
@@ -390,15 +390,16 @@ def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
     return changed
 
 
-def _most_likely(logprobs: Tensor, ready: list[Request]) -> list[dict[int, float]]:
+def _most_likely(logits: Tensor, ready: list[Request]) -> list[dict[int, float]]:
     """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
     counts = [request.params.top_logprobs for request in ready]
     most = max(counts)
     if not most:
         return [{} for _ in ready]
     # A stable sort, because topk breaks ties anyhow.
-    values, ids = (x[:, :most].tolist() for x in logprobs.sort(dim=-1, descending=True, stable=True))
-    return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids, values, counts, strict=True)]
+    ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :most]
+    values = logprobs(logits, ids).tolist()
+    return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]
 
 
 def _check_number(logprob: float, index: int) -> None:

@@ -136,7 +136,9 @@ class _SentencePiece:
             self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000))
             self.n_words = self._sp.vocab_size()
             self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
-        except (RuntimeError, OSError, ValueError):
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+        except (RuntimeError, ValueError):
             raise TokenizerError(f"{path} is not a SentencePiece model: fetch it again") from None
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
@@ -205,7 +207,9 @@ def tekken_words(path: Path) -> int:
         sane = counted and words - special >= 256 and all(type(t["rank"]) is int for t in given)
         sane = sane and all(0 <= t["rank"] < special for t in given)
         pattern = config.get("pattern")
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
     if not sane:
         raise TokenizerError(

@@ -1,9 +1,9 @@
-"""The error budget: what each pair of dtypes makes unavoidable at each length, and how near every backend comes.
+"""The error budget of each pair of dtypes at each length, and how near every backend comes.
 
     python -m tools.budgets [FOLDER] [--lens 16,256,2048]
 
 FOLDER is the small model that ships unless given. For each length one random prompt of it goes through every variant of
-`verify`; the table has the unavoidable error of log-probs (root mean square, largest) and what each variant has of it.
+`verify`; the table has the error budget of log-probs (root mean square, largest) and what each variant has of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     rows.sort(key=lambda pair: tuple(map(str, pair[1].dtypes)))
-    cells = [("weights/compute", "length", "unavoidable rms", "largest", "who", "attention", "x rms", "x largest")]
+    cells = [("weights/compute", "length", "budget rms", "largest", "who", "attention", "x rms", "x largest")]
     for n, row in rows:
         b, e = row.budget, row.errors
         cells.append(

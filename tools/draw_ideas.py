@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
-from mistral.parameters import expected_shapes
-from mistral.rope import cos_sin, inverse_frequencies, rotate
+from mistral.parameters import parameters
+from mistral.rope import Rope, rotate
 from mistral.window import visible
 from tools.draw_svg import Picture
 
@@ -139,9 +139,9 @@ def step(picture: Picture, x: float, y: float, w: float, words: str, shape: str 
 
 def draw_layer() -> Picture:
     """One layer of 7B: what happens to one token, with the widths of the real weights."""
-    shapes = expected_shapes(SEVEN_B)
+    weights = parameters(SEVEN_B)
     names = ("attention.wq", "attention.wk", "attention.wo", "feed_forward.w1", "feed_forward.w2")
-    q, kv, dim, hidden, down = (f"{shapes[f'layers.0.{name}.weight'][0]:,}" for name in names)
+    q, kv, dim, hidden, down = (f"{weights[f'layers.0.{name}.weight'].shape[0]:,}" for name in names)
     assert dim == down
     picture = Picture(960, 330, "One layer: attention and feed-forward, each added to the residual stream")
     stream, branch = 40, 150
@@ -221,23 +221,23 @@ def hand(picture: Picture, x: float, y: float, r: float, pair: Tensor, kind: str
     picture.line((x, y), (x + r * a, y - r * b), kind=kind, width=2.2, head=True)
 
 
-def turned(position: int, frequencies: Tensor) -> Tensor:
+def turned(position: int, rope: Rope) -> Tensor:
     """The pairs (1, 0) of a head at a position, rotated: [D/2, 2]."""
-    unit = torch.tensor([1.0, 0.0]).repeat(len(frequencies)).view(1, 1, -1)
-    return rotate(unit, *cos_sin(torch.tensor([position]), frequencies)).view(-1, 2)
+    unit = torch.tensor([1.0, 0.0]).repeat(len(rope.frequencies)).view(1, 1, -1)
+    return rotate(unit, *rope.cos_sin(torch.tensor([position]))).view(-1, 2)
 
 
 def draw_rotation() -> Picture:
     """RoPE: how far the pairs of a head turn, and that a query and a key differ by their distance alone."""
     picture = Picture(900, 250, "Rotary positions: pairs turn like hands of a clock")
-    frequencies = inverse_frequencies(8, 1e4)
+    rope = Rope(ModelArgs(8, 1, 8, 8, 1, 1, 1e-5, 8, rope_theta=1e4))
     for i in range(4):
         x, y, r = 85 + i * 120, 118, 46
         picture.circle(x, y, r, "soft")
         for position, kind in ((0, "soft"), (1, "old"), (2, "new"), (8, "ink")):
-            hand(picture, x, y, r, turned(position, frequencies)[i], kind)
+            hand(picture, x, y, r, turned(position, rope)[i], kind)
         picture.text(x, 190, f"pair ({2 * i}, {2 * i + 1})", size=11)
-        picture.text(x, 207, f"{frequencies[i]:.3g} a position", "soft", 11)
+        picture.text(x, 207, f"{rope.frequencies[i]:.3g} a position", "soft", 11)
     picture.text(265, 24, "one head of 8 numbers, theta 10,000: pair i turns by theta^(-2i/8)", size=13)
     for x, position, kind in ((110, 0, "soft"), (200, 1, "old"), (300, 2, "new"), (400, 8, "ink")):
         picture.rect(x, 226, 10, 10, kind)
@@ -245,10 +245,10 @@ def draw_rotation() -> Picture:
     for x, q, k in ((620, 2, 1), (780, 8, 7)):
         y, r = 118, 60
         picture.circle(x, y, r, "soft")
-        hand(picture, x, y, r, turned(k, frequencies)[0], "old")
-        hand(picture, x, y, r, turned(q, frequencies)[0], "new")
-        score = float((turned(q, frequencies)[0] * turned(k, frequencies)[0]).sum())
-        assert math.isclose(score, math.cos((q - k) * float(frequencies[0])), abs_tol=1e-6)
+        hand(picture, x, y, r, turned(k, rope)[0], "old")
+        hand(picture, x, y, r, turned(q, rope)[0], "new")
+        score = float((turned(q, rope)[0] * turned(k, rope)[0]).sum())
+        assert math.isclose(score, math.cos((q - k) * float(rope.frequencies[0])), abs_tol=1e-6)
         picture.text(x, 198, f"query at {q}, key at {k}", size=11)
         picture.text(x, 215, f"product {score:.2f}", "soft", 11)
     picture.text(700, 24, "the product depends on the distance alone", size=13)

@@ -1,4 +1,4 @@
-"""`verify` on random models of odd shapes, all of them right: what multiples of the unavoidable error they have.
+"""`verify` on random models of odd shapes, all of them right: what multiples of the error budget they have.
 
     python -m tools.odd_shapes [--models 400] [--seed 0]
 

@@ -71,7 +71,7 @@ SPOILT: tuple[tuple[str, Spoil, str], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """Who was asked about what, the difference, how often the unavoidable one that is, and what was said of it."""
+    """Who was asked about what, the difference, how many times the error budget that is, and what was said of it."""
 
     model: str
     who: str
@@ -100,8 +100,8 @@ def rows(python: str, work: Path) -> Iterator[Row]:
 
 
 def _row(model: str, who: str, said: Comparison, right: bool, verdict: str) -> Row:
-    assert said.unavoidable is not None
-    times = said.largest / said.unavoidable.logprobs
+    assert said.budget is not None
+    times = said.largest / said.budget.logprobs
     return Row(model, who, said.largest, times, verdict if right else f"WRONG: {verdict or 'no mistake named'}", right)
 
 
@@ -143,7 +143,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
     cells = [(r.model, r.who, f"{r.difference:.1e}", f"{r.times:.1f}", r.said) for r in found]
-    print("\n".join(table([("model", "who", "max |dlogp|", "x unavoidable", "said"), *cells], right=(2, 3))))
+    print("\n".join(table([("model", "who", "max |dlogp|", "x budget", "said"), *cells], right=(2, 3))))
     return 0 if all(r.right for r in found) else 1
 
 

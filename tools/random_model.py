@@ -17,7 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from mistral.args import ModelArgs
-from mistral.formats.convert import DTYPES, LAYOUTS, Converted, write_folder
+from mistral.formats.convert import DTYPES, Converted, write_folder
+from mistral.formats.layouts import WRITABLE
 from mistral.formats.mistral import read_object, to_args
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES, Release, identify
@@ -87,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.random_model", description="Write random weights.")
     parser.add_argument("shape", help='a release, such as "7B v0.1", or the path of a params.json')
     parser.add_argument("dst", type=Path, help="a folder that is not there yet, or is empty")
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="mistral")
+    parser.add_argument("--layout", choices=tuple(WRITABLE), default="mistral")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

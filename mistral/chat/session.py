@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from mistral.chat.conversation import Chat
 from mistral.chat.templates import TemplateError, Turn
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import read_limited
+from mistral.util.files import read_limited, write_atomic
 
 FORMAT, VERSION = "mistral conversation", 1
 # Fields of SamplingParams that are kept: all but the seed, which is the conversation's, n, which is 1, and functions.
@@ -58,9 +56,12 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "turns": [{"question": t.question, "answer": t.answer, "text": t.text} for t in chat.turns],
     }
     try:
-        _write(json.dumps(told, ensure_ascii=False) + "\n", Path(os.path.realpath(target)))  # a link stays one
-    except (OSError, ValueError) as error:  # no Unicode, or a name with a null in it
-        raise SessionError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        with write_atomic(target) as beside:
+            beside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    except UnicodeEncodeError as error:
+        raise SessionError(f"{target} cannot be written: {error}") from None
+    except FormatError as error:
+        raise SessionError(str(error)) from None
 
 
 def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
@@ -92,20 +93,6 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.system, chat.seed, chat.answers, chat.turns = system, seed, answers, turns
     chat.params = params
-
-
-def _write(text: str, target: Path) -> None:
-    beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
-    try:
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:  # Ctrl-C too
-        with suppress(OSError):
-            beside.unlink()
-        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

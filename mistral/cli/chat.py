@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /quit or Ctrl-D leaves."
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "top_logprobs", "n"))
+UNUSED = ("max_batch_size", "top_logprobs", "n", "logit_bias", "logits_processor")
+
+
+@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
 def interactive(
     folder: str | None = None,
     *,
@@ -68,7 +71,7 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
             echo_err(RAW_HELP)
             continue
         try:
-            terminal.stream_one(loaded, prompt, echo=prompt, **vars(params), chunk_size=chunk_size)
+            terminal.stream_one(loaded, prompt, params, echo=prompt, chunk_size=chunk_size)
         except KeyboardInterrupt:
             if not is_interactive():
                 raise
@@ -84,8 +87,5 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
 
     template = template_of(loaded, name)
     echo_err(f"template {template.name}, by {'--template' if name else loaded.tokenizer.path.name}")
-    options = {n: value for n, value in vars(params).items() if n not in ("seed", "top_logprobs")}
-    chat = Chat(
-        loaded.model, loaded.tokenizer, template, system=system, seed=params.seed, **options, chunk_size=chunk_size
-    )
+    chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
     Conversation(chat, lambda: fingerprint(loaded.folder)).run()

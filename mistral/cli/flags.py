@@ -30,7 +30,10 @@ KINDS: dict[str, type] = {
     "bool": bool,
     "list[str]": list,
     "tuple[str, ...]": list,
+    "tuple[tuple[int, float], ...]": dict,
 }
+# Kinds whose flag may be repeated: texts, and pairs ID:NUMBER.
+REPEATED = (list, dict)
 SHORT = {"-o": "output", "-n": "max_tokens", "-t": "temperature", "-s": "seed"}
 # Switches that stand for a value of another flag.
 SHORT_FORMS = {"deterministic": ("execution", "bitwise")}
@@ -102,10 +105,10 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
             if not queue or queue[0].startswith("--"):
                 raise UsageError(f"--{flag} needs a value")
             value = queue.pop(0)
-        if kind is list:
+        if kind in REPEATED:
             if not value:
                 raise UsageError(f"--{flag} is empty")
-            given.setdefault(name, []).append(value)
+            given.setdefault(name, []).append(convert(f"--{flag}", value, kind))
         else:
             _put(given, name, convert(f"--{flag}", value, kind), f"--{flag}")
     return given, positionals
@@ -166,7 +169,7 @@ def readable_by_fire(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def kind_of(parameter: inspect.Parameter) -> Any:
-    """str, int, float, bool or list; None if no flag can give such a value."""
+    """str, int, float, bool, list or dict (pairs); None if no flag can give such a value."""
     return KINDS.get(str(parameter.annotation).removesuffix(" | None"))
 
 
@@ -189,6 +192,11 @@ def convert(what: str, text: str, kind: Any) -> Any:
             article = "a whole number" if kind is int else "a number"
             raise UsageError(f"{what} must be {article}, not {text!r}")
         return kind(text)
+    if kind is dict:
+        left, colon, right = text.partition(":")
+        if not colon:
+            raise UsageError(f"{what} must be ID:NUMBER, such as 42:-100, not {text!r}")
+        return [convert(what, left, int), convert(what, right, float)]
     return text
 
 

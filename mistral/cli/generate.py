@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags, terminal
@@ -36,7 +37,7 @@ DEMO_PROMPTS = (
 @flat(
     params=SamplingParams(max_tokens=35, temperature=0.0),
     options=LoadOptions(max_batch_size=3),
-    omit=("max_batch_size", "top_k", "min_p", "stop", "top_logprobs"),
+    omit=("max_batch_size", "n", "stop", "top_logprobs"),
 )
 def demo(
     folder: str | None = None, *, chunk_size: int | None = None, params: SamplingParams, options: LoadOptions
@@ -59,23 +60,14 @@ def demo(
 
         prompts = json.loads((BUNDLED / "prompts.json").read_text(encoding="utf-8"))
     loaded = open_model(folder, options)
-    from mistral.generate import generate
+    from mistral.generate import complete
 
-    texts, _ = generate(
-        prompts,
-        loaded.model,
-        loaded.tokenizer,
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        seed=params.seed,
-        chunk_size=chunk_size,
-    )
-    for text in texts:
-        terminal.write(f"{text}\n{SEPARATOR}\n")
+    results = complete(prompts, loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size)
+    for result in results:
+        terminal.write(f"{loaded.tokenizer.decode(result.prompt_tokens + result.tokens)}\n{SEPARATOR}\n")
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16))
+@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logit_bias", "logits_processor"))
 def complete(
     folder: str | None = None,
     prompt: str | None = None,
@@ -101,9 +93,9 @@ def complete(
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
     JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens" and "suffix"; where
-    its name ends in .txt, each line is a prompt. The texts of FILE's prompts are each followed by a line of
-    =====================. --json prints one object a prompt: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason, and top_logprobs if requested.
+    its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is followed by a line of
+    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
+    finish_reason, sample if --n is given, and top_logprobs if requested.
 
     Args:
         instruct: each prompt is a question; it is asked with the template of the model
@@ -130,36 +122,35 @@ def complete(
     if not instruct:
         note_if_instruct(loaded)
     prompts = as_ids(asked, loaded, instruct, system, template)
-    limits = [params.max_tokens if one.max_tokens is None else one.max_tokens for one in asked]
-    options_of_all: dict[str, Any] = {**vars(params), "chunk_size": chunk_size}
-    if file is None and not json:
-        options_of_all["max_tokens"] = limits[0]
-        terminal.stream_one(loaded, prompts[0], **options_of_all)
+    each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
+    if file is None and not json and params.n == 1:
+        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size)
         return
     from mistral.generate import completions
 
-    options_of_all["max_tokens"] = limits
-    ended = completions(prompts, loaded.model, loaded.tokenizer, **options_of_all)
-    _print_in_order(ended, len(prompts), json, bool(params.top_logprobs))
+    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size)
+    for result, index in _in_order(ended, len(prompts), params.n):
+        text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
+        terminal.write(f"{text}\n")
 
 
-def _print_in_order(ended: Iterable[tuple[int, Completion]], count: int, json: bool, with_top: bool) -> None:
-    """Print each completion as soon as those before it have ended too."""
+def _in_order(ended: Iterable[tuple[int, Completion]], prompts: int, n: int) -> Iterator[tuple[Completion, int]]:
+    """Each completion, and the index of its prompt, as soon as those before it have ended too."""
     from tqdm import tqdm
 
+    count = prompts * n
     bar = tqdm(ended, total=count, desc="prompts", unit="prompt", delay=2, disable=None, leave=False)
     early: dict[int, Completion] = {}
     turn = 0
     for index, result in bar:
-        early[index] = result
+        early[index * n + result.sample] = result
         while turn in early:
-            shown = early.pop(turn)
             with bar.external_write_mode():
-                terminal.write(f"{_as_json(turn, shown, with_top)}\n" if json else f"{shown.text}\n{SEPARATOR}\n")
+                yield early.pop(turn), turn // n
             turn += 1
 
 
-def _as_json(index: int, result: Completion, with_top: bool) -> str:
+def _as_json(index: int, result: Completion, params: SamplingParams) -> str:
     entry: dict[str, Any] = {
         "index": index,
         "prompt_tokens": result.prompt_tokens,
@@ -168,6 +159,8 @@ def _as_json(index: int, result: Completion, with_top: bool) -> str:
         "logprobs": result.logprobs,
         "finish_reason": result.finish_reason,
     }
-    if with_top:
+    if params.n > 1:
+        entry["sample"] = result.sample
+    if params.top_logprobs:
         entry["top_logprobs"] = [[[token, lp] for token, lp in top.items()] for top in result.top_logprobs]
     return json.dumps(entry, ensure_ascii=False)

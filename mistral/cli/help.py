@@ -65,7 +65,7 @@ def help_texts(command: Callable[..., None]) -> dict[str, str]:
 def _flag(p: inspect.Parameter, text: str) -> str:
     short = next((f", {short}" for short, name in flags.SHORT.items() if name == p.name), "")
     kind = flags.kind_of(p)
-    notes = ["may be repeated" if kind is list else kind.__name__]
+    notes = [{list: "may be repeated", dict: "ID:NUMBER, may be repeated"}.get(kind, kind.__name__)]
     if p.default is p.empty:
         notes.append("required")
     elif not any(p.default is nothing for nothing in (None, False, ())) and "default:" not in text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 # What a conversation has no use for.
 OMITTED = ("n", "top_logprobs")
+USUAL = ("max_tokens", "temperature", "top_p", "seed")
 
 
 def describe(chat: Chat) -> str:
-    """The parameters and the seed, on one line."""
-    params = chat.params
-    shown = [f.name for f in fields(params) if f.name in _kinds() and f.name != "seed"]
-    return ", ".join([*(f"{name} {_text(getattr(params, name))}" for name in shown), f"seed {chat.seed}"])
+    """The parameters that are not the defaults, and those that everybody asks for, on one line; and the seed."""
+    defaults = SamplingParams()
+    shown = [n for n in _kinds() if n in USUAL or getattr(chat.params, n) != getattr(defaults, n)]
+    values = (f"{name} {_text(getattr(chat.params, name))}" for name in shown if name != "seed")
+    return ", ".join([*values, f"seed {chat.seed}"])
 
 
 def change(chat: Chat, name: str, text: str) -> None:
@@ -33,15 +35,12 @@ def change(chat: Chat, name: str, text: str) -> None:
     kinds = _kinds()
     if name not in kinds or not text:
         raise UsageError(f"/set needs a name and a value: {', '.join(kinds)}")
-    value: Any = flags.convert(name, text, kinds[name])
-    if kinds[name] is list:
-        value = () if text == "-" else (text,)
-    params = replace(chat.params, **{name: value})
+    value: Any = () if kinds[name] in flags.REPEATED and text == "-" else flags.convert(name, text, kinds[name])
+    if kinds[name] in flags.REPEATED and value:
+        value = (value,)
+    chat.params = replace(chat.params, **{name: value})
     if name == "seed":
-        chat.seed = value
-        chat.answers = 0
-        return
-    chat.params = params
+        chat.seed, chat.answers = value, 0
 
 
 def _kinds() -> dict[str, Any]:
@@ -51,4 +50,4 @@ def _kinds() -> dict[str, Any]:
 
 
 def _text(value: object) -> str:
-    return " and ".join(map(repr, value)) or "none" if isinstance(value, tuple) else str(value)
+    return " and ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

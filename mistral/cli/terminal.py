@@ -24,6 +24,7 @@ from mistral.util.files import decode_text, is_wide
 if TYPE_CHECKING:
     from mistral.generate import Piece
     from mistral.loader.load import Loaded
+    from mistral.sampling_params import SamplingParams
 
 # What a terminal may obey: C0 and C1 controls but for tab and line feed, and what turns the order of letters round.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -317,9 +318,12 @@ def stdin_may_have_data() -> bool:
         return False
 
 
-def stream_one(loaded: Loaded, prompt: Any, echo: str = "", **options: Any) -> None:
+def stream_one(
+    loaded: Loaded, prompt: Any, params: SamplingParams, echo: str = "", chunk_size: int | None = None
+) -> None:
     """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C."""
     from mistral.generate import stream
 
-    pieces = stream([prompt], loaded.model, loaded.tokenizer, progress=Bar("prompt", "token"), **options)
+    bar = Bar("prompt", "token")
+    pieces = stream([prompt], loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size, progress=bar)
     print_stream(pieces, echo)

@@ -31,6 +31,7 @@ from mistral.parameters import EMBEDDINGS
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
+from mistral.util.files import write_atomic
 
 # Shapes that can be measured without weights.
 SHAPES = {
@@ -310,7 +311,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     """Both rates against the context, as a picture.
 
     Raises:
-        UsageError: the file cannot be written.
+        FormatError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -322,7 +323,5 @@ def plot(report: dict[str, Any], path: str) -> None:
         axes.plot([r.context for r in mine], [r.limit for r in mine], "--", label="limit")
         axes.set(title=what, xlabel="positions", ylabel="tokens/s", xscale="log", ylim=(0, None))
         axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UsageError(f"--plot {path}: {error.strerror}") from None
+    with write_atomic(path) as beside:
+        figure.savefig(beside, format=Path(path).suffix[1:].lower())

@@ -10,6 +10,7 @@ import torch
 
 from mistral.cache import RollingBufferCache
 from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
+from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.util import memory
 from mistral.util.errors import UsageError
@@ -47,7 +48,7 @@ def perplexity(
     """Score a text as one sequence.
 
     The cache holds what the windows show, so memory does not grow with the text, but for layers without a window.
-    Log-probabilities are taken in at least fp32 and summed without rounding (`math.fsum`), so the chunks change
+    Log-probabilities are taken in float64 and summed without rounding (`math.fsum`), so the chunks change
     nothing but the last digits.
 
     Args:
@@ -78,8 +79,7 @@ def perplexity(
         h = model.forward_partial(piece, [len(piece)], cache)
         targets = torch.tensor(ids[first + 1 : first + 1 + len(piece)], device=model.device)
         for part, wanted in zip(h.split(rows), targets.split(rows), strict=True):
-            logprobs = model.logits(part).log_softmax(-1).gather(-1, wanted[:, None])
-            sums.append(float(logprobs.double().sum()))
+            sums.append(float(logprobs(model.logits(part), wanted[:, None]).sum()))
         if progress is not None:
             progress(first + len(piece), total)
     nats = -math.fsum(sums)

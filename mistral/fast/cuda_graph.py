@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mistral.attention import sdpa
 from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
-from mistral.fast.known import unknown_module
+from mistral.fast.known import report, unknown_module
 from mistral.model import Attention, Transformer
 from mistral.plan import Plan
 from mistral.window import visible
@@ -157,8 +157,9 @@ class CudaGraphTransformer(Transformer):
         return self.device.type in self.devices and max(plan.seqlens, default=0) == 1 and not torch.is_grad_enabled()
 
     def stands_aside(self) -> str | None:
-        """Why no step of this model is captured, as a reason to report; None if steps are."""
-        return unknown_module(self)
+        """Why no step of this model is captured; None if steps are."""
+        module = unknown_module(self)
+        return None if module is None else f"the fast path cuda_graph does not know the module {module}"
 
     def _captured(self, cache: RollingBufferCache, used: int) -> _Captured | None:
         """The step for this many slots, captured at its first use; None for a model that is not to be captured."""
@@ -169,7 +170,8 @@ class CudaGraphTransformer(Transformer):
         if before != at:
             kept = {}
         if used not in kept:
-            if self.stands_aside() is not None:
+            if (reason := self.stands_aside()) is not None:
+                report(self, reason)
                 return None
             kept[used] = self._capture(cache, used)
         _kept[cache] = at, kept

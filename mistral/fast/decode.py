@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
-from mistral.fast.known import unknown_module
-from mistral.fast.linear import FEW, HasMatrix, room_for_inputs
-from mistral.model import Transformer
+from mistral.fast.known import report, unknown_module
+from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
+from mistral.fast.threads import Threads
+from mistral.model import Transformer, widen
 from mistral.plan import Plan
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
@@ -66,6 +67,10 @@ _kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]]
 class FastTransformer(Transformer):
     """`Transformer` whose decode steps are one call of the kernels."""
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._threads: dict[int, Threads] = {}  # by the tokens of a step
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations: at least fp32, also where the weights are narrower."""
@@ -112,12 +117,24 @@ class FastTransformer(Transformer):
         seen = int((positions - begins).max()) + 1
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
-        count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, torch.get_num_threads()))
-        scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
         rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
-        given = (pointer(x) for x in (which, positions, begins, cos, sin))
-        used = (pointer(x) for x in (h, scratch, rounded))
-        library().decode(ctypes.byref(model), count, *given, most, *used, threads)
+        with self.threads_for(len(rows)).step() as chosen:
+            count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
+            scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
+            given = (pointer(x) for x in (which, positions, begins, cos, sin))
+            used = (pointer(x) for x in (h, scratch, rounded))
+            library().decode(ctypes.byref(model), count, *given, most, *used, threads)
+
+    @torch.no_grad()
+    def logits(self, h: Tensor) -> Tensor:
+        matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
+        if matrix is None:
+            return super().logits(h)
+        return widen(product(matrix, h, self.threads_for(len(h)).pick(torch.get_num_threads())))
+
+    def threads_for(self, rows: int) -> Threads:
+        """Chooses the number of threads for steps of so many tokens."""
+        return self._threads.setdefault(rows, Threads())
 
     def described(self, cache: RollingBufferCache) -> Model | None:
         """The model and its cache as the kernels have them; None if they are not for them (see `stands_aside`), or
@@ -138,15 +155,18 @@ class FastTransformer(Transformer):
         return kept.model
 
     def stands_aside(self) -> str | None:
-        """Why the kernels leave this model to the plain path, as a reason to report; None if they take its steps."""
+        """Why the kernels leave this model's steps to the plain path; None if they take them."""
         found = matrices_of(self)
         return found if isinstance(found, str) else None
 
     def _describe(self, cache: RollingBufferCache) -> Kept | None:
         args = self.args
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        if any(hooks):
+            return None
         matrices = matrices_of(self)
-        if any(hooks) or isinstance(matrices, str):
+        if isinstance(matrices, str):
+            report(self, matrices)
             return None
         layers = (Layer * len(self.layers))()
         wide, narrow = [], []
@@ -186,8 +206,8 @@ class FastTransformer(Transformer):
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
     """The products of each layer as the kernels have them, by the fields of `Layer`; or why they cannot have them."""
-    if (reason := unknown_module(model)) is not None:
-        return reason
+    if (module := unknown_module(model)) is not None:
+        return f"the fast path kernels does not know the module {module}"
     layers = []
     for i, block in enumerate(model.layers):
         matrices: dict[str, Matrix] = {}
@@ -195,11 +215,10 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
             linear = block.get_submodule(path)
             matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
             if matrix is None:
-                kind = type(linear).__name__
-                return f"the kernels cannot read the weights of layers.{i}.{path}, a {kind}: steps take the plain path"
+                return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
             matrices[path.rpartition(".")[2]] = matrix
         kinds = {matrix.kind for matrix in matrices.values()}
         if len(kinds) > 1 and kinds & {INT8, INT4}:  # the inputs of all products of a layer are rounded alike
-            return f"layers.{i} has products of several kinds: steps take the plain path"
+            return f"the kernels do not know a layer with several kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers

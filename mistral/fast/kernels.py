@@ -107,7 +107,10 @@ def _place(compiler: list[str]) -> Path:
     """Where the library belongs: its name tells source, compiler, flags and processor."""
     told = [SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no entry for the user
+        raise KernelsUnavailable("there is no home folder to keep them in: set XDG_CACHE_HOME") from None
     return base / "mistral-ref" / f"kernels-{name}.so"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from weakref import WeakKeyDictionary
+
 from torch import nn
 
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
@@ -15,7 +18,7 @@ PARTS: dict[str, type[nn.Module]] = {
 
 
 def unknown_module(model: Transformer) -> str | None:
-    """Which module of a model the fast paths do not know, as a reason to report; None if they know all.
+    """The name and class of the first module that the fast paths do not know; None if they know all.
 
     Kinds of `Linear` are not looked at: that is the business of whoever reads their weights. A subclass is another
     module, because it may compute something else.
@@ -30,5 +33,15 @@ def unknown_module(model: Transformer) -> str | None:
     return None if type(model.norm) is RMSNorm else _unknown("norm", model.norm)
 
 
+_reported: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def report(model: Transformer, reason: str) -> None:
+    """Log why a fast path stands aside: once for each model and reason, not at every step."""
+    if _reported.get(model) != reason:
+        _reported[model] = reason
+        logging.getLogger(__name__).warning("%s: it stands aside", reason)
+
+
 def _unknown(name: str, module: nn.Module) -> str:
-    return f"{name} is a {type(module).__name__}, which the fast paths do not know: steps take the plain path"
+    return f"{name} ({type(module).__name__})"

@@ -43,8 +43,12 @@ def room_for_inputs(rows: int, columns: int) -> Tensor:
     return torch.empty(rows * layout.groups(columns) * library().inputs_bytes(), dtype=torch.uint8)
 
 
-def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """x [..., k] times a matrix [n, k], by the kernels: [..., n] in x's dtype, summed up in fp32."""
+def product(matrix: Matrix, x: Tensor, threads: int | None = None) -> Tensor:
+    """x [..., k] times a matrix [n, k], by the kernels: [..., n] in x's dtype, summed up in fp32.
+
+    Args:
+        threads: None takes as many as PyTorch has. No bit depends on it.
+    """
     flat = x.reshape(-1, matrix.k)
     width = matrix.k
     rounds = matrix.kind in (INT8, INT4)
@@ -61,7 +65,7 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
         ctypes.c_int64(len(flat)),
         pointer(rounded),
         pointer(y),
-        ctypes.c_int64(torch.get_num_threads()),
+        ctypes.c_int64(threads or torch.get_num_threads()),
     )
     return y.to(x.dtype).view(*x.shape[:-1], matrix.n)
 

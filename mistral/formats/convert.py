@@ -10,32 +10,34 @@ import glob
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mistral.fast.layout import QUANTS, stored_as
-from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
-from mistral.formats.huggingface import HF_FILES, HF_KEYS, INDEX, LENGTH, config_json
-from mistral.formats.mistral import FEW_BITS, params_json
+from mistral.formats.layout import Layout, ParamsError, read_object
+from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
-from mistral.util.errors import ConvertError
+from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
 
-LAYOUTS = {"mistral": "mistral", "hf": "huggingface"}
+GENERATION = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What is carried along, as it is, into either layout, and what only Hugging Face's has a use for.
-TOKENIZER_FILES = (
+# What is carried along, as it is, into either layout.
+CARRIED = (
     "tokenizer.model*",
     "tekken.json",
     "tokenizer.json",
@@ -43,6 +45,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "additional_chat_templates/*",
+    GENERATION,
+    "LICEN[CS]E*",
 )
 
 
@@ -52,15 +57,15 @@ class Converted:
 
     Args:
         path: the folder.
-        layout: "mistral" or "huggingface".
+        layout: a row of LAYOUTS.
         files: its weights.
         nbytes: of the weights.
         dtypes: of the weights.
-        notes: what was assumed, rounded or left aside, a sentence each.
+        notes: what was assumed, rounded or ignored, a sentence each.
     """
 
     path: Path
-    layout: str
+    layout: Layout
     files: tuple[str, ...]
     nbytes: int
     dtypes: tuple[torch.dtype, ...]
@@ -68,10 +73,9 @@ class Converted:
 
     def describe(self) -> str:
         """One line: what was written, and where."""
-        layout = "Mistral's layout" if self.layout == "mistral" else "Hugging Face's layout"
         dtypes = "/".join(dtype_name(d) for d in self.dtypes)
         names = file_names(tuple(map(Path, self.files)))
-        return f"{self.path}: {layout}, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
+        return f"{self.path}: {self.layout.title} layout, {memory.as_text(self.nbytes)} of {dtypes} in {names}"
 
 
 def convert(
@@ -88,7 +92,7 @@ def convert(
     Args:
         src: a folder in either layout, or a hub id (see `hub.locate`).
         dst: a folder that is not there yet, or is empty.
-        to: "mistral" or "hf", which may be the layout that src has.
+        to: a layout, one of WRITABLE ("mistral" or "hf"); it may be the one that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: "int8" or "int4" rounds the weights of products, in Mistral's layout, for this library alone.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
@@ -120,49 +124,57 @@ def write_folder(
     Raises:
         ConvertError: as in `convert`.
     """
-    target = _layout_and_dtype(to, dtype, quant)
+    layout, target = _layout_and_dtype(to, dtype, quant)
     if folder.quant is not None:
-        raise ConvertError(f"the weights of {folder.path} have been rounded to {folder.quant}: convert what they were")
+        raise ConvertError(
+            f"the weights of {folder.path} are already quantized to {folder.quant}: convert what they were made from"
+        )
     place = _destination(folder.path, Path(dst))
     notes = list(folder.notes)
-    files = _plan(folder, to, target, quant, shard_size)
+    files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    described = _describe(folder, to, tensors, quant, notes)
-    patterns = TOKENIZER_FILES + (HF_FILES if to == "hf" else ())
-    carried = sorted({path for pattern in patterns for path in folder.path.glob(pattern) if path.is_file()})
-    if to == "hf" and carried and not (folder.path / "tokenizer.json").is_file():
+    described = _describe(folder, layout, tensors, quant, notes)
+    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
+    carried = sorted(path for path in found if path.name not in described)
+    notes += _not_carried(folder, carried, set(described))
+    if layout is not NATIVE and carried and not (folder.path / "tokenizer.json").is_file():
         notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
     rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:
-            notes += write_weights(folder, work, files, to)
-            if len(files) > 1:
+            notes += write_weights(folder, work, files, layout)
+            if len(files) > 1 and layout.index is not None:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
-                write_text(work / INDEX, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
+                write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
             for path in carried:
-                shutil.copyfile(path, work / path.name)  # what a link leads to, with the modes of a new file
+                copy = work / path.relative_to(folder.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
             for name, text in described.items():  # last, because no folder without them is taken for a model
                 write_text(work / name, text)
             read_folder(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
     dtypes = Counter(tensor.dtype for tensor in tensors)
-    return Converted(Path(dst), LAYOUTS[to], tuple(files), nbytes, tuple(dtypes), tuple(notes))
+    return Converted(Path(dst), layout, tuple(files), nbytes, tuple(dtypes), tuple(notes))
 
 
-def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | None) -> torch.dtype | None:
-    if to not in LAYOUTS:
-        raise ConvertError(f"no layout is called {to!r}: {' or '.join(LAYOUTS)}")
+def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | None) -> tuple[Layout, torch.dtype | None]:
+    if to not in WRITABLE:
+        raise ConvertError(f"no layout is called {to!r}: {' or '.join(WRITABLE)}")
+    layout = WRITABLE[to]
     if quant is not None and quant not in QUANTS:
         raise ConvertError(f"quant {quant!r} is not one of {', '.join(QUANTS)}")
-    if quant is not None and to != "mistral":
-        raise ConvertError("rounded weights are written in Mistral's layout, for this library alone: --to mistral")
+    if quant is not None and layout is not NATIVE:
+        raise ConvertError(
+            f"quantized weights are written in {NATIVE.title} layout, for this library alone: --to {NATIVE.to}"
+        )
     target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
-    return target
+    return layout, target
 
 
 # --- where to
@@ -206,7 +218,7 @@ def _check_disk(place: Path, needed: int, notes: list[str]) -> None:
 
 
 def _plan(
-    folder: Folder, to: str, target: torch.dtype | None, quant: str | None, shard_size: int
+    folder: Folder, layout: Layout, target: torch.dtype | None, quant: str | None, shard_size: int
 ) -> dict[str, list[PlannedTensor]]:
     """The files to write, by name, and what goes into each."""
     parts: list[list[PlannedTensor]] = [[]]
@@ -217,42 +229,65 @@ def _plan(
             for name, (sizes, code) in stored_as(source, quant).items():
                 parts[-1].append(PlannedTensor(source, name, sizes, getattr(torch, code), quant))
             continue
-        tensor = PlannedTensor(source, hf.to_hf(source.name) if to == "hf" else source.name, source.shape, dtype)
-        if to == "hf" and parts[-1] and size + tensor.nbytes > shard_size:
+        tensor = PlannedTensor(source, layout.name_of(source.name), source.shape, dtype)
+        if layout.shards and parts[-1] and size + tensor.nbytes > shard_size:
             parts.append([])
             size = 0
         parts[-1].append(tensor)
         size += tensor.nbytes
     for part in parts:
-        # So that every tensor is aligned to its own dtype. What is in few bits comes in multiples of four bytes.
+        # So that every tensor is aligned to its own dtype. What is quantized comes in multiples of four bytes.
         part.sort(key=lambda tensor: -4 if tensor.quant else -tensor.dtype.itemsize)
-    if to == "mistral":
-        return {"consolidated.safetensors": parts[0]}
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+    return {layout.file_name(i, len(parts)): part for i, part in enumerate(parts, 1)}
 
 
 # --- what else is in a folder
 
 
 def _describe(
-    folder: Folder, to: str, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
+    folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
 ) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
-    raw = folder.raw
-    given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
-    length = next((n for n in given if type(n) is int and n > 0), None)
-    if to == "mistral":
-        return {"params.json": as_json(params_json(folder.args, length) | ({FEW_BITS: quant} if quant else {}))}
-    if length is None:
-        length = LENGTH
-        notes.append(f"how long texts may be is not said; config.json has max_position_embeddings {length}")
     (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
-    kept = {} if folder.layout == "mistral" else {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
-    if "bos_token_id" not in kept or "eos_token_id" not in kept:
-        kept = {**_special_tokens(folder, notes), **kept}
-    return {"config.json": as_json(config_json(folder.args, length, dtype, kept))}
+    described, assumed = layout.describe(
+        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
+    )
+    notes += assumed
+    if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
+        notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
+    texts = {layout.config: as_json(described)}
+    if "eos_token_id" not in described:
+        texts |= _ends(folder, notes)
+    return texts
+
+
+def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
+    """A generation_config.json with the ids that end sequences, where the source's config.json alone names them."""
+    named = _ids(folder.raw.get("eos_token_id"))
+    path, generation = folder.path / GENERATION, dict[str, Any]()
+    with suppress(ParamsError):  # a broken one is carried along as it is
+        generation = read_object(path) if path.is_file() else {}
+    there = _ids(generation.get("eos_token_id"))
+    with suppress(TokenizerError):
+        there.append(load_tokenizer(folder.path, folder.args.vocab_size).eos_id)
+    if all(i in there for i in named):
+        return {}
+    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
+    notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
+    return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
+    """A note on the files of the source that have no copy and no counterpart in the destination."""
+    used = {folder.source, folder.layout.index, *written, *(path.name for path in folder.weights.files)}
+    used |= {path.relative_to(folder.path).parts[0] for path in carried}
+    rest = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in used)
+    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
+    return [f"not carried along: {shown}"] if rest else []
 
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import stored_as
-from mistral.formats import huggingface as hf
-from mistral.formats.huggingface import find_hf_weights, has_hf_weights
-from mistral.formats.mapped_tensors import Progress
-from mistral.formats.mistral import FEW_BITS, ParamsError, find_weights, has_mistral_weights, read_object, to_args
+from mistral.formats.elsewhere import kind_of
+from mistral.formats.layout import Layout, ParamsError
+from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
-from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, check_tensors, file_names
+from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# The file that gives the shape, by layout.
-CONFIGS = {"mistral": "params.json", "huggingface": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -32,18 +24,18 @@ class Folder:
     """A model on disk.
 
     Args:
-        path: the folder.
-        layout: "mistral" or "huggingface".
+        path: the folder; a file where the layout has the whole model in one.
+        layout: a row of LAYOUTS.
         source, raw: the file that gives the shape, params.json or config.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
-        quant: "int8" or "int4" where the weights of products are stored in few bits, under the names of
-            `layout.stored_as`; else None.
-        notes: what was assumed or left aside, a sentence each.
+        quant: "int8" or "int4" where the matrices are stored quantized, under the names of `fast.layout.stored_as`;
+            else None.
+        notes: what was assumed or ignored, a sentence each.
     """
 
     path: Path
-    layout: str
+    layout: Layout
     source: str
     raw: dict[str, Any]
     args: ModelArgs
@@ -65,97 +57,68 @@ class Folder:
 def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     """Read what a folder says of itself, and check that its parts fit together.
 
-    Where both layouts are there, Mistral's is taken, and a note says so.
+    Where several layouts are there, the first in LAYOUTS is read, and a note says so.
 
     Raises:
         FormatError, ParamsError, WeightsError: no such folder, or what is wrong in it.
     """
     path = Path(folder)
-    if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
-        if os.path.isfile(path):
-            raise FormatError(f"{path} is a file: give the folder that it is in")
+    if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
         raise FormatError(f"no such folder: {path}")
-    notes: list[str] = []
-    layout = _layout(path, notes)
-    source = CONFIGS[layout]
-    raw = read_object(path / source)
-    if layout == "mistral":
-        args = to_args(raw, max_batch_size)
-        weights = find_weights(path)
-    else:
-        args, assumed = hf.config_to_args(raw, max_batch_size)
-        notes += assumed
-        weights = find_hf_weights(path)
-    args = _untied(args, weights, notes)
-    quant = raw.get(FEW_BITS) if layout == "mistral" else None
     try:
-        weights = _checked(weights, args, layout, source, quant)
+        layout, notes = find_layout(path)
+        raw = layout.read_config(path)
+        args, assumed = layout.to_args(raw, max_batch_size)
+        weights = layout.find_weights(path)
+    except (ParamsError, WeightsError) as error:
+        if what := _what_else(path):
+            raise type(error)(f"{error}; there is {what}") from None
+        raise
+    args, tied = _untied(args, weights, layout)
+    quant = layout.quantization(raw)
+    try:
+        weights = _checked(weights, args, layout, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
-        hints = mistakes if layout == "mistral" else map(hf.in_their_words, mistakes)
-        raise WeightsError("; ".join([str(error), *hints])) from None
-    return Folder(path, layout, source, raw, args, weights, tuple(notes), quant)
+        raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
+    return Folder(path, layout, layout.config, raw, args, weights, (*notes, *assumed, *tied), quant)
 
 
-def _untied(args: ModelArgs, weights: WeightFiles, notes: list[str]) -> ModelArgs:
-    """The args without a tie where the files hold an output matrix: what is there is what was meant."""
-    own = [name for name in (OUTPUT, "output.packed", hf.to_hf(OUTPUT)) if name in weights.tensors]
+def _what_else(path: Path) -> str | None:
+    """What there is in the place of weights that are read here."""
+    if any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        return None
+    return kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
+
+
+def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[ModelArgs, list[str]]:
+    """The args without a tie where the files hold an output matrix, and a note: what is there is what was meant."""
+    own = [layout.name_of(n) for n in (OUTPUT, "output.packed") if layout.name_of(n) in weights.tensors]
     if not args.tied_embeddings or not own:
-        return args
-    notes.append(f"the output is said to be tied to the embeddings, but the files hold {own[0]}, which was read")
-    return replace(args, tied_embeddings=False)
+        return args, []
+    note = f"the output is said to be tied to the embeddings, but the files hold {own[0]}, which was read"
+    return replace(args, tied_embeddings=False), [note]
 
 
-def _checked(weights: WeightFiles, args: ModelArgs, layout: str, source: str, quant: str | None) -> WeightFiles:
+def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str | None) -> WeightFiles:
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
+    if adapter := [name for name in weights.tensors if ".lora_" in name]:
+        what = "a LoRA adapter, not a model: merge it into its base model first"
+        raise WeightsError(f"the weights in {where} hold {some_names(adapter)}: {what}")
     if args.n_layers > len(weights.tensors):
         raise WeightsError(
-            f"{source} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
+            f"{layout.config} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
         )
-    if layout == "mistral":
-        shapes, dtypes = stored_shapes(args, quant)
-        check_tensors(weights.tensors, shapes, where, source, dtypes)
-        return weights
-    return _as_mistral(weights, args, where, source)
-
-
-def _layout(path: Path, notes: list[str]) -> str:
-    params, config = (path / "params.json").exists(), (path / "config.json").exists()
-    if params and (has_mistral_weights(path) or not (config and has_hf_weights(path))):
-        if config and has_hf_weights(path):
-            notes.append("the folder holds both layouts: Mistral's was read, Hugging Face's left aside")
-        return "mistral"
-    if config:
-        return "huggingface"
-    raise ParamsError(
-        f"no params.json and no config.json in {path}: a model folder has one of them, weights and a tokenizer"
-    )
-
-
-def _as_mistral(
-    weights: WeightFiles,
-    args: ModelArgs,
-    where: str,
-    source: str,
-) -> WeightFiles:
-    """Weights in Hugging Face's layout, checked, under Mistral's names and in Mistral's row order."""
-    stored = {name: t for name, t in weights.tensors.items() if hf.to_mistral(name) is not None}
-    expected = parameters(args)
-    names = {ours: hf.to_hf(ours) for ours in expected}
+    shapes, dtypes = stored_shapes(args, quant)
+    names = {ours: layout.name_of(ours) for ours in shapes}
+    stored = {name: t for name, t in weights.tensors.items() if not layout.ignores(name)}
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
-    check_tensors(stored, {names[ours]: parameter.shape for ours, parameter in expected.items()}, where, source)
+    check_tensors(stored, {names[ours]: shape for ours, shape in shapes.items()}, where, layout.config, dtypes)
     place = {name: i for i, name in enumerate(weights.readers)}
-    readers: dict[str, Reader] = {}
-    for ours, name in sorted(names.items(), key=lambda pair: place[pair[1]]):
-        heads = hf.heads_of(ours, args)
-        reader = weights.readers[name]
-        readers[ours] = reader if heads is None else partial(_reordered, reader, heads)
+    in_order = sorted(names, key=lambda ours: place[names[ours]])
+    readers = {ours: layout.fix(ours, args, weights.readers[names[ours]]) for ours in in_order}
     return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
-
-
-def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
-    return hf.rows_to_mistral(reader(progress), heads)
 
 
 def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from mistral.formats import huggingface as hf
-from mistral.formats.huggingface import INDEX
-from mistral.formats.mistral import read_object, to_args
+from mistral.formats.elsewhere import kind_of
+from mistral.formats.layout import Layout
+from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
 from mistral.util.errors import Unavailable
 
@@ -42,9 +42,9 @@ class HubError(Unavailable):
 
 @dataclass(frozen=True)
 class _Choice:
-    """The files to fetch: the one that gives the shape, the other small ones, the weights."""
+    """The files to fetch: the layout's that gives the shape, the other small ones, the weights."""
 
-    config: str
+    layout: Layout
     small: tuple[str, ...]
     weights: tuple[str, ...]
 
@@ -109,9 +109,9 @@ def _fetch(repo: str, revision: str | None, names: list[str]) -> Path:
     if choice is None:
         raise HubError(_unsupported(repo, names))
     # The first file says which commit the revision is; that, the cache remembers for when there is no network.
-    config = Path(hf_hub_download(repo, choice.config, revision=revision))
+    config = Path(hf_hub_download(repo, choice.layout.config, revision=revision))
     commit = config.parent.name
-    _check_shape(config)
+    choice.layout.to_args(choice.layout.read_config(config.parent))  # refused before its weights are fetched
     # Weights come last: a snapshot that has them all is complete.
     wanted = (*choice.small, *choice.weights)
     files = [hf_hub_download(repo, name, revision=commit, dry_run=True) for name in wanted]
@@ -130,8 +130,8 @@ def _cached(repo: str, revision: str | None, reason: str) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     has = "no"
-    for name in ("params.json", "config.json"):
-        found = try_to_load_from_cache(repo, name, revision=revision)
+    for layout in LAYOUTS.values():
+        found = try_to_load_from_cache(repo, layout.config, revision=revision)
         if isinstance(found, str):
             folder = Path(found).parent
             if _choose([path.name for path in folder.iterdir() if path.exists()]):
@@ -141,15 +141,6 @@ def _cached(repo: str, revision: str | None, reason: str) -> Path:
     at = f" at {revision}" if revision else ""
     advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "try again with a network"
     raise HubError(f"the hub cannot be reached ({reason}), and {constants.HF_HUB_CACHE} has {has} {repo}{at}: {advice}")
-
-
-def _check_shape(config: Path) -> None:
-    """Refuse a model that is not supported before its weights are fetched."""
-    raw = read_object(config)
-    if config.name == "params.json":
-        to_args(raw)
-    else:
-        hf.config_to_args(raw)
 
 
 def _check_disk(repo: str, needed: int) -> None:
@@ -167,49 +158,21 @@ def _check_disk(repo: str, needed: int) -> None:
 
 
 def _choose(names: Collection[str]) -> _Choice | None:
-    """One layout, complete: Mistral's if it is there, safetensors before .pth. None if there is none."""
+    """One layout, complete, the preferred one if it is there. None if there is none."""
     here = set(names)
-    pth = ("consolidated.00.pth",) if "consolidated.01.pth" not in here else ()
-    parts = _parts(here, "model")
-    hugging_face = (parts, ("model.safetensors",)) if INDEX in here else (("model.safetensors",), parts)
-    candidates = (
-        ("params.json", ("consolidated.safetensors",)),
-        ("params.json", _parts(here, "consolidated")),
-        ("params.json", pth),
-        *(("config.json", weights) for weights in hugging_face),
-    )
-    for config, weights in candidates:
-        if weights and here.issuperset((config, *weights)):
-            small = {name for name in here if WANTED.fullmatch(name)} - {config}
-            if weights == parts and INDEX in here:
-                small.add(INDEX)
-            return _Choice(config, tuple(sorted(small)), weights)
+    for layout in LAYOUTS.values():
+        for weights in layout.weight_sets(here):
+            if weights and here.issuperset((layout.config, *weights)):
+                small = {name for name in here if WANTED.fullmatch(name)} - {layout.config}
+                return _Choice(layout, tuple(sorted(small)), weights)
     return None
-
-
-def _parts(names: set[str], stem: str) -> tuple[str, ...]:
-    """The parts of a set of which all are there."""
-    for name in sorted(names):
-        if match := re.fullmatch(stem + r"-0*1-of-(\d{1,5})\.safetensors", name):
-            total, width = int(match[1]), len(match[1])
-            parts = tuple(f"{stem}-{number:0{width}}-of-{match[1]}.safetensors" for number in range(1, total + 1))
-            if names.issuperset(parts):
-                return parts
-    return ()
 
 
 def _unsupported(repo: str, names: Collection[str]) -> str:
     """What a repository without weights that are read here has instead, in one line."""
-    kinds = {
-        "GGUF files: give the repository that they were made from": r".*\.gguf",
-        "an adapter: merge it into its model first": r"adapter_(model|config)\..*",
-        "pytorch_model.bin: it must be saved as safetensors first": r"pytorch_model.*\.bin",
-        ".pth files in several parts: they must be joined first": r"consolidated\.01\.pth",
-    }
     expected = "expected consolidated.safetensors with params.json, or model.safetensors with config.json"
-    for what, pattern in kinds.items():
-        if any(re.fullmatch(pattern, name.rpartition("/")[2]) for name in names):
-            return f"{repo} has no weights that are read here ({expected}), but {what}"
+    if what := kind_of(names):
+        return f"{repo} has no weights that are read here ({expected}), but {what}"
     shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
     return f"{repo} is no model that is read here: {expected}, but it has {shown or 'no files'}"
 

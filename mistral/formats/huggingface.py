@@ -8,20 +8,33 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.formats.mistral import ParamsError
-from mistral.formats.weights import WeightFiles, WeightsError, dtype_name, numbered_parts, open_safetensors, some_names
+from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
+from mistral.formats.weights import (
+    Reader,
+    WeightFiles,
+    WeightsError,
+    dtype_name,
+    numbered_parts,
+    open_safetensors,
+    parts_among,
+    some_names,
+)
 from mistral.parameters import parameters
-from mistral.util.errors import ConvertError, short_repr
+from mistral.util.errors import ConvertError, printable, short_repr
 from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from mistral.formats.mapped_tensors import Progress
 
 # Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
 NAMES = {
@@ -110,19 +123,27 @@ HARMLESS = {
     "initializer_range": "training",
     "label2id": "a classifier's",
     "max_position_embeddings": "how long the training sequences were",
+    "max_sequence_length": "how long the training sequences were",
     "model_type": "checked on its own",
     "output_attentions": "an option of transformers",
     "output_hidden_states": "an option of transformers",
     "pad_token_id": "the tokenizer's",
     "problem_type": "a classifier's",
     "return_dict": "an option of transformers",
+    "tokenizer": "the tokenizer's",
     "tokenizer_class": "the tokenizer's",
     "torch_dtype": "the weights have their own",
     "transformers_version": "where it was exported",
+    "trust_remote_code": "code, which is never run",
     "unk_token_id": "the tokenizer's",
     "unsloth_fixed": "where it was exported",
     "unsloth_version": "where it was exported",
     "use_cache": "an option of transformers",
+}
+# Those that are written anew, or say nothing about a model.
+LABELS = {
+    *("_attn_implementation", "_name_or_path", "architectures", "dtype", "eos_token_id", "bos_token_id", "model_type"),
+    *("max_position_embeddings", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
 }
 # Keys with a meaning that is worked out below.
 HANDLED = {
@@ -144,6 +165,12 @@ ONLY = {
     "tie_encoder_decoder": (False,),
     "pretraining_tp": (1,),
     "use_sliding_window": (True, None),
+}
+# Keys of quantized checkpoints.
+QUANTIZED = {
+    "quantization_config": "a quantized checkpoint",
+    "quantization": "a checkpoint quantized by MLX",
+    "quip_params": "a checkpoint quantized by QuIP#",
 }
 # Other kinds of model of the family, by model_type; transformers and vLLM have them.
 ELSEWHERE = {
@@ -176,9 +203,13 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
         if key in ONLY:
             if value not in ONLY[key]:
                 raise ParamsError(f"config.json has {key} = {short_repr(value)}, which this model does not have")
-        elif key == "quantization_config":
+        elif key in QUANTIZED:
             if value is not None:
-                raise ParamsError(f"config.json has {key!r}: a quantized checkpoint: use transformers or vLLM")
+                method = value.get("quant_method") if isinstance(value, dict) else None
+                what = f"a checkpoint quantized by {printable(method)}" if isinstance(method, str) else QUANTIZED[key]
+                raise ParamsError(
+                    f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
+                )
         elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
@@ -283,11 +314,7 @@ def find_hf_weights(folder: Path) -> WeightFiles:
     parts = numbered_parts(folder, "model")
     if parts:
         return open_safetensors(parts)
-    old = next(folder.glob("pytorch_model*.bin"), None)
-    advice = f"; {old.name} must be saved as safetensors first" if old else ""
-    raise WeightsError(
-        f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors{advice}"
-    )
+    raise WeightsError(f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors")
 
 
 def _indexed_parts(index: Path) -> tuple[Path, ...]:
@@ -318,7 +345,6 @@ def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:
     return weights
 
 
-HF_FILES = ("generation_config.json",)
 # Keys of a config.json that say nothing about shape and stay true of the converted model.
 HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
 # How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
@@ -352,3 +378,83 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
     if mixed:
         config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
     return config
+
+
+class HuggingFaceLayout(Layout):
+    """The layout of transformers: config.json and model*.safetensors, other names, another order of rows in q and k."""
+
+    name, to = "huggingface", "hf"
+    title = "Hugging Face's"
+    config = "config.json"
+    index = INDEX
+    shards = True
+    absent_window = str(DEFAULT_WINDOW)
+
+    def has_weights(self, path: Path) -> bool:
+        return has_hf_weights(path)
+
+    def weight_sets(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        single, parts = ("model.safetensors",), parts_among(names, "model")
+        return [(INDEX, *parts) if parts else (), single] if INDEX in names else [single, parts]
+
+    def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
+        return config_to_args(raw, max_batch_size)
+
+    def find_weights(self, path: Path) -> WeightFiles:
+        return find_hf_weights(path)
+
+    def name_of(self, name: str) -> str:
+        return to_hf(name)
+
+    def ignores(self, stored: str) -> bool:
+        return to_mistral(stored) is None
+
+    def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:
+        heads = heads_of(name, args)
+        return reader if heads is None else partial(_reordered, reader, heads)
+
+    def unused(self, raw: dict[str, Any]) -> list[str]:
+        return [key for key in raw if key in HARMLESS and key not in LABELS and raw[key] is not None]
+
+    def in_its_words(self, text: str) -> str:
+        return in_their_words(text)
+
+    def file_name(self, number: int, total: int) -> str:
+        return "model.safetensors" if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+
+    def unfix(self, name: str, args: ModelArgs, weight: Tensor) -> Tensor:
+        heads = heads_of(name, args)
+        return weight if heads is None else rows_to_hf(weight.contiguous(), heads)
+
+    def describe(
+        self,
+        args: ModelArgs,
+        raw: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        quant: str | None,
+        tokens: Callable[[], dict[str, int]],
+    ) -> tuple[dict[str, Any], list[str]]:
+        notes = []
+        length = trained_length(raw)
+        if length is None:
+            length = LENGTH
+            notes.append(f"the training length is not given: config.json has max_position_embeddings {length}")
+        kept = {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
+        if "bos_token_id" not in kept or "eos_token_id" not in kept:
+            kept = {**tokens(), **kept}
+        return config_json(args, length, dtype, kept), notes
+
+    def window_rule(self, raw: dict[str, Any]) -> str:
+        return "given by layer_types in config.json" if raw.get("layer_types") is not None else super().window_rule(raw)
+
+    def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
+        flags = "--config_format hf --load_format safetensors"
+        if not (path / "tokenizer.json").is_file():
+            flags = f"--tokenizer_mode mistral {flags}"
+        mixed = len(set(args.windows)) > 1
+        return Serving(flags, "vLLM reads a window for each layer in Mistral's layout" if mixed else None)
+
+
+def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
+    return rows_to_mistral(reader(progress), heads)

@@ -14,21 +14,20 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of
-from mistral.formats import huggingface as hf
-from mistral.formats.folder import BUNDLED, CONFIGS, Folder, read_folder, short
+from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
-from mistral.formats.huggingface import INDEX
-from mistral.formats.mistral import ParamsError, read_object, to_args
-from mistral.formats.releases import COMPARED, Release, identify
+from mistral.formats.layout import ParamsError, trained_length
+from mistral.formats.layouts import LAYOUTS, NATIVE
+from mistral.formats.releases import COMPARED, RELEASES, Release, identify
 from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
 from mistral.util import memory
+from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-LAYOUTS = {"mistral": "Mistral's", "huggingface": "Hugging Face's"}
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -46,9 +45,10 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     """
     path = short(BUNDLED) if folder is None else locate(folder)
     found = read_folder(path)
-    args, source, raw = found.args, found.source, found.raw
+    args = found.args
     tokenizer = _tokenizer(path)
-    release, odd = identify(args, None if tokenizer["error"] else tokenizer["kind"])
+    known = tokenizer["words"] is not None
+    release, odd = identify(args, tokenizer["kind"] if known else None, tokenizer["version"])
     files = _files(found, tokenizer["file"])
     dtypes = _dtypes(found.tensors)
     suspicious = [
@@ -60,17 +60,18 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     ]
     return {
         "folder": str(path),
-        "release": None if release is None else _release(release),
-        "layout": found.layout,
+        "release": None if release is None else _release(release, tokenizer["version"]),
+        "layout": found.layout.name,
         "files": files,
         "bytes": sum(f["bytes"] for f in files),
         "parameters": found.parameters,
         "dtypes": dtypes,
         "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
-        "window": {"text": args.window_text, "layers": list(args.windows), "rule": _window_rule(raw, source)},
+        "window": {"text": args.window_text, "layers": list(args.windows), "rule": found.layout.window_rule(found.raw)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
+        "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
-        "template": _template(path, tokenizer, release),
+        "template": _template(tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
             "cache": [
@@ -87,10 +88,11 @@ def _weight_bytes(found: Folder, itemsize: int) -> int:
     return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
 
 
-def _release(release: Release) -> dict[str, Any]:
+def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
+    same = [r for r in RELEASES if r is release or (tokenizer_version is None and r.shape == release.shape)]
     return {
         "name": release.name,
-        "variants": list(release.variants),
+        "variants": [variant for one in same for variant in one.variants],
         "template": release.template,
         "tokenizer": release.tokenizer_file,
         "files": list(release.files),
@@ -108,52 +110,43 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _window_rule(raw: dict[str, Any], source: str) -> str:
-    if raw.get("layer_types") is not None:
-        return f"given by layer_types in {source}"
-    for key in ("sliding_window", "_sliding_window"):
-        if key in raw:
-            return f"given in {source}" if key == "sliding_window" else f"given as {key} in {source}"
-    return f"absent from {source}, which means {'none' if source == 'params.json' else hf.DEFAULT_WINDOW}"
-
-
 def _tokenizer(path: Path) -> dict[str, Any]:
     paths = tokenizer_files(path)
-    facts: dict[str, Any] = {"file": None, "kind": None, "words": None, "error": None}
+    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
     if not paths:
         return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
-        return facts | {"words": _words(paths[0])}
+        words, version = _words_and_version(paths[0])
+        return facts | {"words": words, "version": version}
     except TokenizerError as error:
         return facts | {"error": str(error)}
 
 
-def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
-    """What a conversation would be written in, and by which rule that is known."""
-    if release is not None:
+def _template(tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
+    """What a conversation is written in, and by which rule that is known; as `chat.templates.find_template` decides."""
+    version, kind = tokenizer["version"], tokenizer["kind"]
+    if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
         return {"name": release.template, "rule": "of the release's instruct variants"}
-    if tokenizer["words"] is None:
+    if version is None:
         return None
-    file = path / tokenizer["file"]
-    if tokenizer["kind"] == "tekken":
-        config = json.loads(file.read_bytes())["config"]  # which was looked at when the words were counted
-        name = f"{config.get('version')}-tekken"
-    else:
-        name = Tokenizer(file).version
-    return {"name": name, "rule": f"by {tokenizer['file']}"}
+    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
 
 
-def _words(path: Path) -> int:
-    return Tokenizer(path).n_words if tokenizer_kind(path) == "sentencepiece" else tekken_words(path)
+def _words_and_version(path: Path) -> tuple[int, str | None]:
+    if tokenizer_kind(path) == "sentencepiece":
+        tokenizer = Tokenizer(path)
+        return tokenizer.n_words, tokenizer.version
+    words = tekken_words(path)  # looks at the file first
+    version = json.loads(read_limited(path))["config"].get("version")
+    return words, version if isinstance(version, str) else None
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
-    roles = dict.fromkeys((f.name for f in found.weights.files), "weights")
-    roles[found.source] = "shape"
-    if found.layout == "huggingface":
-        roles[INDEX] = "index"
+    roles = {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be both
+    if found.layout.index is not None:
+        roles[found.layout.index] = "index"
     if tokenizer is not None:
         roles[tokenizer] = "tokenizer"
     files = []
@@ -169,19 +162,18 @@ def _about_shape(found: Folder, release: Release | None) -> list[str]:
     args, source, raw = found.args, found.source, found.raw
     if release is None and args.theta_rule.startswith("absent"):
         said.append(f"rope_theta is {args.theta_rule}: no release tells whether {args.rope_theta:g} is right")
-    if found.layout == "mistral" and "_sliding_window" in raw:
-        said.append("params.json spells it _sliding_window, which vLLM does not read: rename it, or vLLM has no window")
+    said += found.layout.odd(raw)
     if isinstance(raw.get("sliding_window"), str):
         said.append(f"{source} gives sliding_window as text, which other programs refuse: write a number or null")
-    (other,) = set(CONFIGS.values()) - {source}
-    if (found.path / other).is_file():
+    for other in LAYOUTS.values():
+        if other is found.layout or not other.has_config(found.path):
+            continue
         try:
-            there = read_object(found.path / other)
-            theirs = hf.config_to_args(there)[0] if other == "config.json" else to_args(there)
+            theirs, _ = other.to_args(other.read_config(found.path))
         except ParamsError as error:
-            said.append(f"{other} is there too, left aside, and wrong: {error}")
+            said.append(f"{other.config} is there too, ignored, and wrong: {error}")
         else:
-            said += _differences(args, theirs, source, other)
+            said += _differences(args, theirs, source, other.config)
     return said
 
 
@@ -202,12 +194,12 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
     others = [p.name for p in tokenizer_files(path)[1:]]
     if others:
-        said.append(f"several tokenizers: {name} is read, {', '.join(others)} left aside")
+        said.append(f"several tokenizers: {name} is read, {', '.join(others)} ignored")
     return said
 
 
 def _about_files(
-    path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]], few_bits: bool
+    path: Path, files: list[dict[str, Any]], dtypes: dict[str, dict[str, int]], quantized: bool
 ) -> list[str]:
     said = []
     left = [f for f in files if f["role"] == "leftover"]
@@ -221,7 +213,7 @@ def _about_files(
     for link in sorted(path.iterdir()):
         if link.is_symlink() and not link.exists():
             said.append(f"{link.name} is a link to a file that is gone")
-    if few_bits:
+    if quantized:
         return said
     if len(dtypes) > 1:
         counts = ", ".join(f"{count['tensors']} {name}" for name, count in dtypes.items())
@@ -234,24 +226,19 @@ def _about_files(
 
 def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """How vLLM serves it: commands in order, and why the first converts, if it does."""
-    if tokenizer["error"] is not None or found.quant is not None:
+    others = (found.path / "tokenizer.json").is_file() and found.layout is not NATIVE  # vLLM reads it, we may not
+    if (tokenizer["error"] is not None and not others) or found.quant is not None:
         return {"commands": [], "convert_first": None}
-    folder, first = str(found.path), None
-    if any(f.suffix == ".pth" for f in found.weights.files):
-        first = "vLLM does not read .pth files"
-    elif found.layout == "huggingface" and len(set(found.args.windows)) > 1:
-        first = "vLLM reads a window for each layer in Mistral's layout"
+    folder, serving = str(found.path), found.layout.serving(found.path, found.args, found.weights.files)
     commands = []
-    if first:
+    if serving.convert_first:
         folder = f"{folder}-converted"
-        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to mistral")
-    if found.layout == "mistral" or first:
-        options = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
-    else:
-        options = "--config_format hf --load_format safetensors"
-        if not (found.path / "tokenizer.json").is_file():
-            options = f"--tokenizer_mode mistral {options}"
-    return {"commands": [*commands, f"vllm serve {_word(folder)} {options}"], "convert_first": first}
+        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {NATIVE.to}")
+        serving = NATIVE.serving(Path(folder), found.args, ())._replace(convert_first=serving.convert_first)
+    return {
+        "commands": [*commands, f"vllm serve {_word(folder)} {serving.flags}"],
+        "convert_first": serving.convert_first,
+    }
 
 
 def _word(path: str) -> str:
@@ -276,21 +263,25 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
         lines += [f"  {command}" for command in report["serve"]["commands"]]
     else:
-        reason = "until it has a tokenizer" if report["tokenizer"]["error"] else "which reads no weights in few bits"
+        reason = (
+            "until it has a tokenizer"
+            if report["tokenizer"]["error"]
+            else "which does not read the quantized weights of this library"
+        )
         lines += ["", f"not served by vLLM {reason}"]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
     shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
-    weights = [f for f in report["files"] if f["role"] == "weights"]
+    layout = LAYOUTS[report["layout"]]
+    weights = tuple(Path(f["name"]) for f in report["files"] if f["role"] == "weights")
     each = "" if report["window"]["text"].endswith("layers") else " in every layer"
     words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
     facts = {
         "folder": report["folder"],
         "release": "none that is known" if release is None else " or ".join(release["variants"]),
-        "layout": f"{LAYOUTS[report['layout']]}: {CONFIGS[report['layout']]}, "
-        + file_names(tuple(Path(f["name"]) for f in weights)),
+        "layout": f"{layout.title}: " + ", ".join(dict.fromkeys((layout.config, file_names(weights)))),
         "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {' and '.join(report['dtypes'])}",
         "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
         f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
@@ -299,6 +290,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {KINDS[tokenizer['kind']]}{words}" if tokenizer["file"] else "none",
     }
+    if report["trained_length"] is not None:
+        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
     if report["template"] is not None:
         facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
     return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]

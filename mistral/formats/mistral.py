@@ -1,22 +1,29 @@
-"""params.json: what the keys of every release mean, as data, and the way from there to ModelArgs."""
+"""Mistral's layout: params.json, what the keys of every release mean, as data, and where the weights are."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
+from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
 from mistral.formats.pth import open_pth
-from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors
-from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import read_limited
+from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
+from mistral.util.errors import short_repr
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_object", "to_args"]
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
-FEW_BITS = "few_bits"  # ours alone: the weights of products are stored as `packing` has it
+# Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
+# have an object there. The second is what this library wrote before 0.1.
+QUANTIZATION = ("quantization", "few_bits")
 
 # Seen in releases; they change no number of a dense text model.
 HARMLESS = {
@@ -25,7 +32,9 @@ HARMLESS = {
     "max_batch_size": "a setting of the machine it was exported on",
     "dtype": "the weights have their own",
     "model_type": "a label, unless it is that of a Mamba model",
+    "lora": "how it was fine-tuned: mistral-finetune writes it beside merged weights too",
 }
+LABELS = ("max_seq_len", "max_position_embeddings", "max_batch_size", "dtype", "model_type")  # written anew, or empty
 # Would make the numbers wrong if they were ignored, unless they are null; where to go instead. What says most about
 # the model comes first: a later release has several of them.
 REFUSED = {
@@ -41,7 +50,6 @@ REFUSED = {
     "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
     "ssm_config": "a Mamba model (Codestral Mamba): use transformers or mamba-ssm",
-    "lora": "a LoRA adapter, not a model: merge it into its base first",
 }
 # Harmless only with the one value that means "not used".
 REFUSED_UNLESS = {
@@ -51,29 +59,6 @@ REFUSED_UNLESS = {
     "qk_norm": (False, None),
     "activation": ("silu", None),
 }
-
-
-class ParamsError(FormatError):
-    """A params.json that is missing, broken, or describes another kind of model."""
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ParamsError: the file cannot be read, or holds no JSON object.
-    """
-    try:
-        text = read_limited(path).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} cannot be read: {error}") from None
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise ParamsError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")
-    return raw
 
 
 def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
@@ -88,16 +73,13 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
             raise ParamsError("params.json gives both sliding_window and _sliding_window, and they differ")
         raw["sliding_window"] = raw.pop("_sliding_window")
     for key, reason in REFUSED.items():
-        if raw.get(key) is not None:
+        if raw.get(key) is not None and not (key in QUANTIZATION and not isinstance(raw[key], dict)):
             raise ParamsError(f"params.json has {key!r}: {reason}")
+    _quantization(raw)
     if raw.get("model_type") == "mamba":
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
-        if key in REQUIRED or key in OPTIONAL or key in HARMLESS or key in REFUSED:
-            continue
-        if key == FEW_BITS:
-            if value not in QUANTS:
-                raise ParamsError(f"params.json has {FEW_BITS} = {short_repr(value)}: {' or '.join(QUANTS)}")
+        if key in REQUIRED or key in OPTIONAL or key in HARMLESS or key in REFUSED or key in QUANTIZATION:
             continue
         if key in REFUSED_UNLESS:
             if value in REFUSED_UNLESS[key]:
@@ -162,5 +144,73 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def params_json(args: ModelArgs, length: int | None) -> dict[str, Any]:
-    return args.to_params() | ({} if length is None else {"max_seq_len": length})
+def _quantization(raw: dict[str, Any]) -> str | None:
+    """How this library has quantized the matrices: "int8", "int4" or, where it has not, None.
+
+    Raises:
+        ParamsError: another word, or two that differ.
+    """
+    given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None}
+    for key, value in given.items():
+        if value not in QUANTS:
+            raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be {' or '.join(QUANTS)}")
+    if len(set(given.values())) > 1:
+        raise ParamsError(f"params.json has both {' and '.join(f'{key} = {value!r}' for key, value in given.items())}")
+    return next(iter(given.values()), None)
+
+
+def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -> dict[str, Any]:
+    """What a params.json holds; `length` is how long the training sequences were."""
+    params = args.to_params() | ({} if length is None else {"max_seq_len": length})
+    return params if quant is None else {**params, QUANTIZATION[0]: quant}
+
+
+class MistralLayout(Layout):
+    """The layout of Mistral's own downloads: params.json and consolidated weights."""
+
+    name, to = "mistral", "mistral"
+    title = "Mistral's"
+    config = "params.json"
+
+    def has_weights(self, path: Path) -> bool:
+        return has_mistral_weights(path)
+
+    def weight_sets(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        pth = ("consolidated.00.pth",) if "consolidated.01.pth" not in names else ()
+        return [("consolidated.safetensors",), parts_among(names, "consolidated"), pth]
+
+    def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
+        return to_args(raw, max_batch_size), []
+
+    def find_weights(self, path: Path) -> WeightFiles:
+        return find_weights(path)
+
+    def unused(self, raw: dict[str, Any]) -> list[str]:
+        return [key for key in raw if key in HARMLESS and key not in LABELS]
+
+    def quantization(self, raw: dict[str, Any]) -> str | None:
+        return _quantization(raw)
+
+    def file_name(self, number: int, total: int) -> str:
+        return "consolidated.safetensors"
+
+    def describe(
+        self,
+        args: ModelArgs,
+        raw: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        quant: str | None,
+        tokens: Callable[[], dict[str, int]],
+    ) -> tuple[dict[str, Any], list[str]]:
+        return params_json(args, trained_length(raw), quant), []
+
+    def odd(self, raw: dict[str, Any]) -> list[str]:
+        if "_sliding_window" not in raw:
+            return []
+        return ["params.json spells it _sliding_window, which vLLM does not read: rename it, or vLLM has no window"]
+
+    def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
+        pth = any(file.suffix == ".pth" for file in files)
+        flags = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
+        return Serving(flags, "vLLM does not read .pth files" if pth else None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mistral.formats.mapped_tensors import Progress, touch
 from mistral.formats.weights import ITEMSIZE, Stored, WeightFiles, WeightsError
 from mistral.util.errors import FormatError, printable
+from mistral.util.files import LFS, POINTER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,9 @@ def open_pth(path: Path) -> WeightFiles:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if not complete:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise WeightsError(f"{path} cannot be read: {LFS}")
         raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")
     import torch
 
@@ -103,10 +107,12 @@ def open_pth(path: Path) -> WeightFiles:
 
 
 def _in_memory(tensor: Tensor, progress: Progress = None) -> Tensor:
+    """The tensor as others are: row after row, without gaps. A view with other strides becomes a copy."""
+    plain = tensor.contiguous()
     if progress is not None:
-        touch(tensor)
-        progress(tensor.nbytes)
-    return tensor
+        touch(plain)
+        progress(plain.nbytes)
+    return plain
 
 
 def _is_plain(value: object) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder
+from mistral.formats.layouts import NATIVE
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import Parameter, parameters
@@ -40,7 +41,8 @@ def random_folder(args: ModelArgs, path: Path, dtype: str = "bfloat16", seed: in
     for i, (name, parameter) in enumerate(parameters(args).items()):
         tensors[name] = Stored(parameter.shape, dtype, dtype)
         readers[name] = partial(_weight, block, i * STEP % BLOCK, parameter)
-    return Folder(path, "mistral", "params.json", {}, args, WeightFiles((), tensors, readers), notes=())
+    weights = WeightFiles((), tensors, readers)
+    return Folder(path, NATIVE, NATIVE.config, {}, args, weights, notes=())
 
 
 def _weight(block: Tensor, place: int, parameter: Parameter, progress: Progress = None) -> Tensor:

@@ -35,7 +35,7 @@ class Release:
 
     Args:
         name: of the shape.
-        variants: the releases that have it; nothing but their weights tells them apart.
+        variants: the releases that have it with one kind of tokenizer; nothing but their weights tells them apart.
         dim ... rope_theta: as in ModelArgs; what params.json left out is filled in.
         tokenizer_kind: "sentencepiece" or "tekken".
         tokenizer_file: its name in the release.
@@ -66,6 +66,18 @@ class Release:
     added_words: int = 0
     md5: Mapping[str, str] = field(default_factory=dict)
     wrong_copies: tuple[WrongCopy, ...] = ()
+
+    @property
+    def shape(self) -> tuple[Value, ...]:
+        """What COMPARED names."""
+        return tuple(getattr(self, name) for name in COMPARED)
+
+    @property
+    def tokenizer_version(self) -> str:
+        """The version of its tokenizer, as far as its file is named for one: "v1", "v3", "v7"."""
+        return (
+            self.tokenizer_file.rpartition(".")[2] if ".v" in self.tokenizer_file else self.template.partition("-")[0]
+        )
 
 
 STRAY_WINDOW = WrongCopy(
@@ -194,6 +206,22 @@ RELEASES = (
         wrong_copies=(STRAY_WINDOW,),
     ),
     Release(
+        name="Large 2407",
+        variants=("Large Instruct 2407",),
+        dim=12288,
+        n_layers=88,
+        hidden_dim=28672,
+        n_heads=96,
+        vocab_size=32768,
+        sliding_window=None,
+        rope_theta=1e6,
+        tokenizer_kind="sentencepiece",
+        tokenizer_file="tokenizer.model.v3",
+        template="v3",
+        files=("params.json", "consolidated-*-of-*.safetensors", "tokenizer.model.v3"),
+        wrong_copies=(STRAY_WINDOW,),
+    ),
+    Release(
         name="Ministral 8B 2410",
         variants=("Ministral Instruct 8B 2410",),
         dim=4096,
@@ -249,7 +277,9 @@ COMPARED = (
 )
 
 
-def identify(args: ModelArgs, tokenizer_kind: str | None = None) -> tuple[Release | None, list[str]]:
+def identify(
+    args: ModelArgs, tokenizer_kind: str | None = None, tokenizer_version: str | None = None
+) -> tuple[Release | None, list[str]]:
     """The release that a model is, and what is odd about it; nothing is changed.
 
     A release, or a known wrong copy of one, is recognised. One that differs in a single number in a way
@@ -257,12 +287,14 @@ def identify(args: ModelArgs, tokenizer_kind: str | None = None) -> tuple[Releas
 
     Args:
         tokenizer_kind: "sentencepiece" or "tekken", where it is known.
+        tokenizer_version: "v1", "v3", ..., where it is known: it tells releases of one shape apart.
 
     Returns:
         the release or None, and warnings, a sentence each.
     """
     near: dict[str, list[str]] = {}
-    for release in RELEASES:
+    # Those with the tokenizer's version come first; the order is kept otherwise.
+    for release in sorted(RELEASES, key=lambda release: release.tokenizer_version != tokenizer_version):
         differing = [name for name in COMPARED if not _same(release, args, name)]
         if not differing:
             return release, _about_tokenizer(release, tokenizer_kind)

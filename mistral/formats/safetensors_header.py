@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.util.errors import FormatError, short_repr
+from mistral.util.files import LFS, POINTER
 
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.
@@ -26,7 +27,6 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-POINTER = b"version "  # how the text begins that Git LFS leaves in a file's place
 
 
 class HeaderError(FormatError):
@@ -54,8 +54,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if start == POINTER:
-            raise HeaderError("it is the pointer that Git LFS leaves in its place: run git lfs pull")
+        if start == POINTER[:8]:
+            raise HeaderError(LFS)
         if len(start) < 8:
             raise HeaderError(f"it has {size} bytes, and the length of its header alone takes 8")
         if length > LONGEST:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: weights in few bits.
+# Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: quantized weights.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1, "uint8": 1}
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -118,6 +118,17 @@ def numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
         lacking = next(i for i in range(1, total + 1) if i not in parts)
         raise WeightsError(f"{folder} has {len(parts)} of {total} parts of its weights: part {lacking} is missing")
     return tuple(parts[i] for i in range(1, total + 1))
+
+
+def parts_among(names: Collection[str], stem: str) -> tuple[str, ...]:
+    """The numbered parts of a set of which all are among these names."""
+    for name in sorted(names):
+        if match := re.fullmatch(stem + r"-0*1-of-(\d{1,5})\.safetensors", name):
+            total, width = int(match[1]), len(match[1])
+            parts = tuple(f"{stem}-{number:0{width}}-of-{match[1]}.safetensors" for number in range(1, total + 1))
+            if set(parts) <= set(names):
+                return parts
+    return ()
 
 
 def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral import quant
-from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
+from mistral.formats.layout import Layout
 from mistral.formats.weights import CODES, dtype_name
 from mistral.parameters import Parameter
 from mistral.util.errors import ConvertError
@@ -28,7 +27,7 @@ PIECE = 2**24  # weights written at a time
 class PlannedTensor:
     """A tensor to be written: the weight that it is, its name in the layout, shape, dtype.
 
-    Of a weight in few bits, one of the parts that stand for it.
+    Of a quantized weight, one of the parts that stand for it.
     """
 
     source: Parameter
@@ -59,7 +58,7 @@ def header(tensors: list[PlannedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: str) -> list[str]:
+def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: Layout) -> list[str]:
     rounding = Rounding()
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
@@ -69,13 +68,11 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
                 file.write(header(part))
                 for tensor in part:
                     _write_tensor(file, tensor, folder, to, rounding, bar)
-                file.flush()
-                os.fsync(file.fileno())
     return rounding.verdict()
 
 
 def _write_tensor(
-    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: str, rounding: Rounding, bar: tqdm
+    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
     weight = folder.weights.get(tensor.source.name)
     if tensor.quant is not None:
@@ -83,9 +80,7 @@ def _write_tensor(
         file.write(rounded.view(torch.uint8).numpy().data)
         bar.update(rounded.nbytes)
         return
-    heads = tensor.source.heads
-    if to == "hf" and heads is not None:
-        weight = hf.rows_to_hf(weight.contiguous(), heads)
+    weight = to.unfix(tensor.source.name, folder.args, weight)
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     for piece in weight.split(rows):
         written = piece.to(tensor.dtype).contiguous()
@@ -138,7 +133,4 @@ def as_json(value: dict[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mistral.linear import Linear
-from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
+from mistral.model import Transformer
 
 
 def _decode() -> type[Transformer]:
@@ -58,12 +57,3 @@ EXECUTIONS = {
     "cuda_graph": Execution(_cuda_graph, "captured decode steps", whole_steps=True, otherwise="eager"),
     "bitwise": Execution(_bitwise, "kernels for all steps; bitwise", products=True, whole_steps=True),
 }
-
-
-def unknown_module(model: Transformer) -> str | None:
-    """The name and class of the first module in the layers that the fast paths do not know; None if there is none."""
-    known = (TransformerBlock, Attention, FeedForward, RMSNorm)
-    for name, module in model.layers.named_modules(prefix="layers"):
-        if name != "layers" and type(module) not in known and not isinstance(module, Linear):
-            return f"{name} ({type(module).__name__})"
-    return None

@@ -14,7 +14,7 @@ from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
-from mistral.formats.weights import file_names
+from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer, TokenizerLike
@@ -22,6 +22,7 @@ from mistral.util import memory
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mistral.loader.runtime import Runtime
@@ -95,12 +96,12 @@ def load(
     own = tokenizer
     if own is None:
         own = load_tokenizer(found.path, found.args.vocab_size)
-    path = own.path if isinstance(own, Tokenizer) else None
-    release, odd = identify(found.args, None if path is None else tokenizer_kind(path))
+    known = (tokenizer_kind(own.path), own.version) if isinstance(own, Tokenizer) else (None, None)
+    release, odd = identify(found.args, *known)
     model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_words, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
-    notes = (*found.notes, *odd, *padded, *run.notes)
+    notes = (*found.notes, *odd, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
     return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
 
@@ -124,8 +125,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     """
     import torch
 
+    from mistral.fast.known import unknown_module
     from mistral.loader import runtime
-    from mistral.loader.executions import unknown_module
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -148,8 +149,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    if run.how.whole_steps and (module := unknown_module(model)):
-        run = run.standing_aside(module)
+    if run.how.whole_steps and (reason := unknown_module(model)) is not None:
+        run = run.standing_aside(reason)
         model = build(run)
     _fill(model, found, run)
     if run.execution == "bitwise":
@@ -176,7 +177,34 @@ def _require_memory(found: Folder, run: Runtime) -> None:
 
 def _size_in_memory(found: Folder, run: Runtime) -> int:
     """Bytes of the weights once they are loaded."""
+    if run.quant is None:
+        return sum(tensor.parameters * _kept(tensor, run).itemsize for tensor in found.tensors.values())
     return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
+
+
+def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
+    """The dtype in which a tensor is kept: where weights stay as they are stored, each has its own, up to that of the
+    arithmetic; a checkpoint may mix them."""
+    import torch
+
+    own: torch.dtype = getattr(torch, str(tensor.dtype))
+    fits = run.weights != run.compute and torch.promote_types(own, run.compute) == run.compute
+    return own if fits else run.compute
+
+
+def _narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
+    """A note where some tensors, not all, are wider than the arithmetic: nobody chose to round those."""
+    import torch
+
+    wider = []
+    for name, tensor in found.tensors.items():
+        own, kept = getattr(torch, str(tensor.dtype)), _kept(tensor, run)
+        if own.is_floating_point and torch.promote_types(own, kept) != kept:
+            wider.append(name)
+    if not wider or len(wider) == len(found.tensors):
+        return ()
+    to = str(run.compute).removeprefix("torch.")
+    return (f"{len(wider)} tensors ({some_names(wider)}) are stored in more than {to}, and rounded to it",)
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
@@ -205,7 +233,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
-                tensors[name] = found.weights.get(name, bar.update).to(run.device, run.weights, copy=own)
+                dtype = _kept(found.weights.tensors[name], run)
+                tensors[name] = found.weights.get(name, bar.update).to(run.device, dtype, copy=own)
     if few_bits:
         tensors |= put_quantized(model, few_bits)
         for module in few_bits.values():

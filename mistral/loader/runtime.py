@@ -59,18 +59,15 @@ class Runtime:
             f"attention {attention}{execution}"
         )
 
-    def standing_aside(self, module: str) -> Runtime:
-        """This runtime where the fast path does not know a module, with a note.
+    def standing_aside(self, reason: str) -> Runtime:
+        """This runtime where the fast path does not know a module of the model, with a note.
 
         Raises:
             OptionError: the execution cannot be had without it.
         """
         if self.how.otherwise is None:
-            raise OptionError(f"execution {self.execution} does not know the module {module}: use --execution auto")
-        note = f"the fast path {self.execution} does not know the module {module}: it is used for nothing but products"
-        if not EXECUTIONS[self.how.otherwise].products:
-            note = f"the fast path {self.execution} does not know the module {module}, and is not used"
-        return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
+            raise OptionError(f"execution {self.execution} computes everything with the kernels, but {reason}")
+        return replace(self, execution=self.how.otherwise, notes=(*self.notes, reason))
 
 
 def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:

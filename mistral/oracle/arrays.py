@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError
-from mistral.util.files import part_of
+from mistral.util.files import real_path, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -26,15 +26,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     Raises:
         FormatError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {name: as_json(value) for name, value in facts.items()}
-    with part_of(path) as (target, beside):
-        mode = beside.stat().st_mode
-        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
-        beside.chmod(mode)
-        os.replace(beside, target)
-    return target
+    with write_atomic(path) as beside:
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+    return real_path(path)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -51,7 +52,7 @@ def _without_infinities(value: Any) -> Any:
     return [_without_infinities(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path, format_name: str, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and facts of a file of ours.
 
     Raises:
@@ -60,8 +61,9 @@ def read(path: Path, format_name: str, version: int) -> tuple[dict[str, Tensor],
     facts = facts_of(path)
     if facts.get("format") != format_name:
         raise FormatError(f"{path} is no {format_name}")
-    if facts.get("version") != version:
-        raise FormatError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {version}")
+    if facts.get("version") not in versions:
+        known = " and ".join(map(str, versions))
+        raise FormatError(f"{path} is of version {facts.get('version')!r:.20} of the format; this reads {known}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -14,17 +14,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mistral.logprobs import logprobs
 from mistral.oracle import arrays, mutants
 from mistral.oracle.inputs import inside, prompts_for
-from mistral.oracle.metrics import Progress, limit_of, place, short
-from mistral.oracle.outputs import Outputs, Unavoidable
+from mistral.oracle.metrics import LIMITS, Progress, place, short
+from mistral.oracle.outputs import ErrorBudget, Outputs
 from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
-from mistral.oracle.truth import logprobs
 from mistral.util.errors import UsageError
 
 # Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
 UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+# Each position is judged by the largest error of the budget, of which it may have this many times the limit.
+SINGLE = 1.5
 
 # A mistake explains a difference if it leaves at most this share of it, and at most so many times the limit.
 SHARE, SLACK = 0.02, 8.0
@@ -50,7 +53,7 @@ class Comparison:
         tokens: the most of which both told at a position.
         largest: difference of log-probs, in nats.
         limit: the most that rounding explains.
-        unavoidable: what it is a multiple of; None where nothing is at hand to measure that on.
+        budget: the error budget of which it is a multiple; None where nothing is at hand to measure that on.
         agreement: share of positions whose likeliest token is the same; None where it is not known.
         first: where log-probs part.
         activation: the first activation that parts; None where none does, or a side tells none.
@@ -69,7 +72,7 @@ class Comparison:
     tokens: int
     largest: float
     limit: float
-    unavoidable: Unavoidable | None
+    budget: ErrorBudget | None
     agreement: float | None
     first: Divergence | None
     activation: Divergence | None
@@ -121,10 +124,10 @@ def compare(
     other = found_b if planted_in == "A" else found_a
     if ours is not None and (note := inside(ours.found.args, lens)):
         notes.append(note)
-    budget = _unavoidable(a, b, ours, asked, compute)
+    budget = _budget(a, b, ours, asked, compute)
     difference = differences(found_a, found_b)
     args = a.args or b.args
-    times = 0.0 if args is None else limit_of(compute, args)
+    times = SINGLE * LIMITS[compute]
     limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
     if not limit < torch.inf:
         raise UsageError(
@@ -204,15 +207,15 @@ def _ours(a: Side, b: Side) -> tuple[FolderSide | None, str]:
     return None, ""
 
 
-def _unavoidable(
+def _budget(
     a: Side, b: Side, ours: FolderSide | None, prompts: Sequence[Tensor], compute: torch.dtype
-) -> Unavoidable | None:
+) -> ErrorBudget | None:
     """What rounding explains: measured on the model that is at hand, or as a pack tells."""
     if ours is not None:
         stored = [s.stored for s in (a, b) if isinstance(s, FolderSide)] or [ours.stored]
         # Folders of different dtypes: one is the other rounded, and to tell them apart is not the aim.
         return ours.rounded(prompts, min([*stored, compute], key=lambda dtype: dtype.itemsize), compute)
-    told = (u for s in (a, b) if isinstance(s, PackSide) for u in s.pack.unavoidable)
+    told = (u for s in (a, b) if isinstance(s, PackSide) for u in s.pack.budgets)
     return next((u for u in told if u.of.endswith(f"/{short(compute)}")), None)
 
 
@@ -310,8 +313,8 @@ def as_json(c: Comparison) -> str:
             "tokens_compared": c.tokens,
             "max_delta_logprob": c.largest,
             "limit": c.limit,
-            "unavoidable": None if c.unavoidable is None else c.unavoidable.logprobs,
-            "dtypes": None if c.unavoidable is None else c.unavoidable.of,
+            "error_budget": None if c.budget is None else c.budget.logprobs,
+            "dtypes": None if c.budget is None else c.budget.of,
             "top1_agreement": c.agreement,
             "first_position": None if c.first is None else [c.first.prompt, c.first.position],
             "activations_compared": c.activations,
@@ -337,12 +340,12 @@ def as_text(c: Comparison) -> str:
         f"{len(c.lens)} {'prompt' if len(c.lens) == 1 else 'prompts'} of {', '.join(map(str, c.lens))} ids",
     ]
     told = f"log-probs: {c.compared} positions of up to {c.tokens} tokens compared, largest difference {c.largest:.2e}"
-    if c.unavoidable is not None and c.unavoidable.logprobs > 0:
-        u = c.unavoidable
-        told += f": {c.largest / u.logprobs:.3g} times what {u.of} makes unavoidable ({u.logprobs:.1e}; "
+    if c.budget is not None and c.budget.logprobs > 0:
+        u = c.budget
+        told += f": {c.largest / u.logprobs:.3g} times the error budget of {u.of} ({u.logprobs:.1e}; "
         told += f"limit {c.limit / u.logprobs:.3g} times)"
     else:
-        why = "rounding changes nothing" if c.unavoidable else "no model is at hand to measure what is unavoidable"
+        why = "rounding changes nothing" if c.budget else "no model is available to measure an error budget"
         told += f" (limit {c.limit:.0e}: {why})"
     lines.append(told)
     if c.agreement is not None:

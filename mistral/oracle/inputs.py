@@ -82,6 +82,13 @@ class WeightReader:
             raise UsageError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
         return weight
 
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Whether every weight, as `get` gives it, is the same number in a dtype."""
+        stored = {torch.float32}
+        if self._found.quant is None:
+            stored = {getattr(torch, str(self._found.weights.tensors[name].dtype)) for name in self._parameters}
+        return all(torch.promote_types(one, dtype) == dtype for one in stored)
+
     def layer(self, i: int) -> dict[str, Tensor]:
         """The tensors of a layer, by their names in it."""
         at = f"layers.{i}."

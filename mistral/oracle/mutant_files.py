@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mistral.formats.folder import Folder
 from mistral.loader.load import assemble
+from mistral.logprobs import logprobs
 from mistral.oracle import mutants
 from mistral.oracle.inputs import require_ids
 from mistral.oracle.metrics import Progress
-from mistral.oracle.truth import logprobs
 from mistral.util.errors import FormatError
-from mistral.util.files import part_of, require_writable
+from mistral.util.files import require_writable, write_atomic
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def write(
     require_ids(prompts, found.args)
     if not os.fspath(folder):
         raise FormatError("the folder to write to has no name")
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,10 +57,8 @@ def write(
         scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None
         if scores is None:
             scores = torch.cat(mutants.logits_with(model, prompts, name))
-        with part_of(place / f"{name}.npz") as (target, beside):
-            with beside.open("wb") as file:
-                np.savez(file, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
-            os.replace(beside, target)
+        with write_atomic(place / f"{name}.npz") as beside, beside.open("wb") as file:
+            np.savez(file, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
         made.append(f"{name}.npz")
         if progress is not None:
             progress(done, 1 + len(wanted))

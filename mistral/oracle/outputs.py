@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
+from mistral.logprobs import logprobs
 from mistral.oracle.inputs import WeightReader, through
 from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, short
-from mistral.oracle.truth import Truth, logprobs, scale_of_rounding, unavoidable
+from mistral.oracle.truth import Truth, error_budget, scale_of_rounding
 from mistral.parameters import OUTPUT
 
 PRINTS = 8  # numbers in a fingerprint
@@ -40,12 +41,12 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Unavoidable:
-    """What rounding to the dtypes of weights and arithmetic does to the truth.
+class ErrorBudget:
+    """By how much the truth changes where results are rounded and sums are in fp32: see `truth.error_budget`.
 
     Args:
-        of: the dtypes, such as "bf16/fp32".
-        logprobs: root mean square and largest difference of log-probs.
+        of: the dtypes of weights and arithmetic, such as "bf16/fp32".
+        rms, logprobs: root mean square and largest difference of log-probs.
         prints: largest difference of each activation's fingerprint.
     """
 
@@ -75,8 +76,8 @@ def tell(
     prompts: Sequence[Tensor],
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = (),
     progress: Progress | None = None,
-) -> tuple[Outputs, list[Unavoidable]]:
-    """The truth about prompts, and what each pair of dtypes (of weights, of the arithmetic) makes unavoidable.
+) -> tuple[Outputs, list[ErrorBudget]]:
+    """The truth about prompts, and the error budget of each pair of dtypes (of weights, of the arithmetic).
 
     The weights are read once, a layer at a time. Log-probs are held for all positions: T x V float64.
 
@@ -93,7 +94,7 @@ def tell(
             # The truth goes through each layer first, so what it made is there.
             apart[name] = max(apart.get(name, 0.0), float((fingerprint(x) - prints[name]).abs().max()))
 
-        rounded.append((unavoidable(args, prompts, *pair), apart))
+        rounded.append((error_budget(args, prompts, *pair), apart))
         for stream in rounded[-1][0]:
             stream.note = differs
         streams += rounded[-1][0]
@@ -121,7 +122,7 @@ def tell(
         scale = scale_of_rounding(compute)
         errors: Errors = measure.errors().scaled(scale)
         scaled = {name: x * scale for name, x in apart.items()}
-        told.append(Unavoidable(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
+        told.append(ErrorBudget(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
     if progress is not None:
         progress(total, total)
     return Outputs(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told

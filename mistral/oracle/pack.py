@@ -21,24 +21,25 @@ from torch import Tensor
 
 from mistral import __version__
 from mistral.args import ModelArgs
-from mistral.formats import huggingface as hf
 from mistral.formats.folder import Folder
-from mistral.formats.mistral import to_args
+from mistral.formats.layouts import LAYOUTS, NATIVE
 from mistral.formats.tokenizers import tokenizer_files
 from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, require_ids
 from mistral.oracle.metrics import Progress, short
-from mistral.oracle.outputs import PRINTS, Unavoidable, tell
+from mistral.oracle.outputs import PRINTS, ErrorBudget, tell
 from mistral.parameters import OUTPUT, parameters
 from mistral.util import errors, files
 from mistral.util.errors import FormatError
 
-FORMAT, VERSION = "mistral oracle pack", 1
+FORMAT, VERSION = "mistral oracle pack", 2
+READABLE = (1, VERSION)
+WIDER = 2  # times the limits of today: those by which packs of version 1 were judged, in fp32 and fp64
 SHIPPED = Path(__file__).with_name("packs")
 WEIGHTS = "weights."  # before the names of weights in the file
 ACTIVATIONS = "activations."
-# Dtypes of weights and arithmetic whose unavoidable errors a pack tells; weights as they are stored, or narrower.
+# Dtypes of weights and arithmetic whose error budgets a pack has; weights as they are stored, or narrower.
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,7 +58,7 @@ class Pack:
         top_ids, top_logprobs: [T, k] the likeliest tokens after each position and their log-probs, likeliest first.
         next_logprobs: [T] log-prob of the prompt's own next token; nan at the end of each prompt.
         prints: fingerprints [T, PRINTS] of activations by name, in the order in which they are made.
-        unavoidable: what rounding does to it, by the dtypes of weights and arithmetic.
+        budgets: its error budgets, by the dtypes of weights and arithmetic.
         facts: everything else that it says of itself.
     """
 
@@ -68,7 +69,7 @@ class Pack:
     top_logprobs: Tensor
     next_logprobs: Tensor
     prints: dict[str, Tensor]
-    unavoidable: list[Unavoidable]
+    budgets: list[ErrorBudget]
     facts: dict[str, Any]
 
 
@@ -102,7 +103,7 @@ def pack(
     reading = WeightReader(found)
     stored = reading.get(OUTPUT).dtype
     pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]
-    true, unavoidable = tell(reading, args, prompts, pairs, progress)
+    true, budgets = tell(reading, args, prompts, pairs, progress)
     # A stable sort, because topk breaks ties anyhow; the lowest id comes first.
     values, order = true.logprobs.sort(dim=-1, descending=True, stable=True)
     tensors = {
@@ -115,7 +116,7 @@ def pack(
     }
     if weights:
         tensors |= {WEIGHTS + name: reading.get(name).clone() for name in parameters(args)}
-    return arrays.write(path, tensors, _facts(found, stored, list(true.prints), unavoidable))
+    return arrays.write(path, tensors, _facts(found, stored, list(true.prints), budgets))
 
 
 def following(prompts: Sequence[Tensor]) -> Tensor:
@@ -129,13 +130,13 @@ def next_logprobs(scores: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     return torch.where(ids < 0, torch.nan, scores.gather(-1, ids.clamp(min=0)[:, None])[:, 0])
 
 
-def _facts(found: Folder, stored: torch.dtype, names: list[str], unavoidable: list[Unavoidable]) -> dict[str, Any]:
+def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[ErrorBudget]) -> dict[str, Any]:
     args = dataclasses.asdict(found.args)
     files = [found.path / found.source, *found.weights.files, *tokenizer_files(found.path)]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "layout": found.layout,
+        "layout": found.layout.name,
         "config": found.raw,
         "args": {name: args[name] for name in args if name not in ("max_batch_size", "theta_rule")},
         "rules": {
@@ -144,9 +145,9 @@ def _facts(found: Folder, stored: torch.dtype, names: list[str], unavoidable: li
             "notes": list(found.notes),
         },
         "activations": names,
-        "unavoidable": {
+        "error_budgets": {
             u.of: {"rms": u.rms, "largest": u.logprobs, "activations": [u.prints[name] for name in names]}
-            for u in unavoidable
+            for u in budgets
         },
         "provenance": {
             "files": {path.name: _sha256(path) for path in files if path.is_file()},
@@ -178,7 +179,7 @@ def read(path: str | PathLike[str]) -> Pack:
         FormatError: it is none, or cannot be read.
         PackError: something is missing from it.
     """
-    tensors, facts = arrays.read(Path(path), FORMAT, VERSION)
+    tensors, facts = arrays.read(Path(path), FORMAT, READABLE)
     try:
         args = _args(facts)
         if args.n_layers > len(facts["activations"]):
@@ -204,18 +205,21 @@ def read(path: str | PathLike[str]) -> Pack:
         if not all(x.isfinite().all() for x in (top_logprobs, *prints.values())):
             raise ValueError("it has numbers that are not finite")
         prompts = list(ids.split(lens.tolist()))
-        unavoidable = [
-            Unavoidable(
-                of,
-                _number(u["rms"]),
-                _number(u["largest"]),
-                dict(zip(prints, map(_number, u["activations"]), strict=True)),
-            )
-            for of, u in facts["unavoidable"].items()
-        ]
+        budgets = _budgets(facts, list(prints))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
         raise PackError(f"{path} is not a whole pack: {' '.join(str(error).split())}") from None
-    return Pack(Path(path), args, prompts, top_ids, top_logprobs, own, prints, unavoidable, facts)
+    return Pack(Path(path), args, prompts, top_ids, top_logprobs, own, prints, budgets, facts)
+
+
+def _budgets(facts: dict[str, Any], names: list[str]) -> list[ErrorBudget]:
+    """The error budgets. Those of version 1 had another name and exact sums, and limits that were wider."""
+    told = facts["error_budgets" if facts["version"] == VERSION else "unavoidable"]
+    budgets = []
+    for of, u in told.items():
+        factor = WIDER if facts["version"] == 1 and of.endswith(("fp32", "fp64")) else 1
+        rms, largest, *activations = (factor * _number(x) for x in (u["rms"], u["largest"], *u["activations"]))
+        budgets.append(ErrorBudget(of, rms, largest, dict(zip(names, activations, strict=True))))
+    return budgets
 
 
 def _number(value: Any) -> float:
@@ -232,9 +236,7 @@ def _numbers(names: Sequence[str], values: Sequence[Any]) -> dict[str, float]:
 
 def _args(facts: dict[str, Any]) -> ModelArgs:
     """The shape, by the rules of the layout that the pack was made from."""
-    if facts["layout"] == "mistral":
-        return to_args(facts["config"])
-    return hf.config_to_args(facts["config"])[0]
+    return LAYOUTS[facts["layout"]].to_args(facts["config"])[0]
 
 
 def is_pack(path: str | PathLike[str]) -> bool:
@@ -270,5 +272,5 @@ def folder_of(path: str | PathLike[str], beside: Path) -> Folder:
         stored,
         {ours: files.readers[name] for ours, name in names.items()},
     )
-    raw = {**facts["config"]} if facts["layout"] == "mistral" else {}
-    return Folder(beside, "mistral", "params.json", raw, args, weights, notes=())
+    raw = {**facts["config"]}
+    return Folder(beside, NATIVE, NATIVE.config, raw, args, weights, notes=())

@@ -21,12 +21,12 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
+from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader
-from mistral.oracle.outputs import Outputs, Unavoidable, fingerprint, tell
+from mistral.oracle.outputs import ErrorBudget, Outputs, fingerprint, tell
 from mistral.oracle.trace import names
-from mistral.oracle.truth import logprobs
 from mistral.parameters import OUTPUT
 from mistral.util.errors import FormatError
 
@@ -70,8 +70,8 @@ class FolderSide(Side):
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return tell(self.reading, self.found.args, prompts)[0]
 
-    def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> Unavoidable:
-        """What these dtypes make unavoidable."""
+    def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> ErrorBudget:
+        """The error budget of these dtypes."""
         return tell(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
 
     def model(self) -> Transformer:

@@ -1,9 +1,10 @@
 """The contract in float64: what every other number is compared with.
 
 Written from the rules alone (docs/contract.md), one prompt at a time, with masks made of positions: no cache, no tiles,
-none of the library's model. Given a compute dtype it does the same operations with exact sums, and rounds each result
-where the contract stores one, and scores and norms, which it has in fp32, to that: by how much what comes out is away
-from the truth, no implementation in this dtype avoids.
+none of the library's model. Given a compute dtype it does the same operations and rounds each result where the
+contract stores one, and scores and norms, which it has in fp32, to that; sums are off by random amounts as large as
+sums in fp32 are. How far what comes out is from the truth is the error budget: no implementation in this dtype avoids
+errors of this size.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from mistral.args import ModelArgs
 Weights = Mapping[str, Tensor]  # by the names in a layer, such as attention.wq.weight
 Note = Callable[[str, Tensor], None]  # told the name and the value [T, width] of each activation, in order
 
-# Where few numbers are compared, the largest error is a matter of luck, so rounding is tried more than once.
-DRAWS = 4
-ENOUGH = 1_000_000  # numbers, over all draws
+# The errors of a budget are random, and all log-probs of a position err together: a position is one sample. So rounding
+# is tried several times, and more often where the positions are few.
+DRAWS = (4, 16)  # at least, at most
+ENOUGH = 500  # positions, over all draws
+# A sum of n terms in fp32 is off by SUMS * sqrt(n) times eps / 2 times the root of the sum of its squared terms, as a
+# standard deviation. Adding one after the other, in random order, has 1 / sqrt(6); adding in sixteen lanes, or in
+# blocks, as kernels do, has about a quarter of it.
+SUMS = 1 / 8
 SHAKEN = 1 / 16  # of the dtype's epsilon: the most by which a number is shaken before it is rounded, as by other sums
 QUERIES = 128  # whose scores are held at once
 WIDENED = 2**24  # weights in float64 held at once: 128 MB
@@ -33,9 +39,9 @@ class Truth:
         args: the shape.
         prompts: [n] int64 ids of each; they share nothing.
         weights: dtype to which weights are rounded first; None leaves them.
-        compute: dtype to which each stored result is rounded; None rounds nothing.
+        compute: dtype to which each stored result is rounded; None rounds nothing, and sums are exact.
         note: told each activation.
-        draw: 0 rounds what is exact; others shake it a little before, each in its way.
+        draw: seed of what is random about the rounding.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class Truth:
         self.ids = torch.cat(list(prompts))
         self.lens = [len(p) for p in prompts]
         self._weights, self._compute = weights, compute
-        self._shaking = torch.Generator().manual_seed(draw) if draw else None
+        self._random = torch.Generator().manual_seed(draw)
         self.note = note or (lambda name, value: None)
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
@@ -96,10 +102,17 @@ class Truth:
     def _rounded(self, x: Tensor) -> Tensor:
         if self._compute is None:
             return x
-        if self._shaking is not None:
-            most = SHAKEN * torch.finfo(self._compute).eps  # too little for what is exact to change
-            x = x * (1 + most * (2 * torch.rand(x.shape, generator=self._shaking, dtype=x.dtype) - 1))
-        return x.to(self._compute).double()
+        most = SHAKEN * torch.finfo(self._compute).eps  # too little for what is exact to change
+        return (x * (1 + most * self._uniform(x))).to(self._compute).double()
+
+    def _uniform(self, x: Tensor) -> Tensor:
+        """Random numbers in [-1, 1) in x's shape; `torch.rand`, which is the same on every machine."""
+        return 2 * torch.rand(x.shape, generator=self._random, dtype=torch.float64) - 1
+
+    def _summed(self, sums: Tensor, squares: Tensor, n: int) -> Tensor:
+        """Exact sums of n terms, whose squares sum to `squares`, as fp32 has them: see SUMS."""
+        deviation = SUMS * n**0.5 * torch.finfo(torch.float32).eps / 2
+        return sums + deviation * squares.sqrt() * 3**0.5 * self._uniform(sums)
 
     def _in_fp32(self, x: Tensor) -> Tensor:
         """What the contract has in fp32, whatever the dtype."""
@@ -115,11 +128,24 @@ class Truth:
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = max(1, WIDENED // weight.shape[1])
-        return torch.cat([x @ self._weight(part).T for part in weight.split(rows)], -1)
+        return torch.cat([self._matmul(x, self._weight(part).T) for part in weight.split(rows)], -1)
+
+    def _matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        """[n, k] by [k, m], whose sums of k terms are in fp32 unless everything is exact."""
+        if self._compute is None:
+            return x @ y
+        # fp32 is enough to know how large errors are, once it cannot overflow.
+        largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        squares = (x / largest).float().square() @ y.float().square()
+        return self._summed(x @ y, squares.double() * largest.square(), len(y))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Rule 5: rounded before the weight, and after it by whoever stores it."""
-        inverse = self._in_fp32(1 / torch.sqrt(self._in_fp32(x.square().mean(-1, keepdim=True) + self.args.norm_eps)))
+        square = x.square()
+        mean = square.mean(-1, keepdim=True)
+        if self._compute is not None:
+            mean = self._summed(mean, square.square().sum(-1, keepdim=True) / x.shape[-1] ** 2, x.shape[-1])
+        inverse = self._in_fp32(1 / torch.sqrt(self._in_fp32(mean + self.args.norm_eps)))
         normed = x * inverse
         return self._rounded(normed) * self._rounded(self._weight(weight))
 
@@ -143,29 +169,28 @@ class Truth:
             hidden = (distance < 0) | (distance >= (window or n))
             for head in range(H):
                 keys, values = k[oldest:last, head // (H // K)], v[oldest:last, head // (H // K)]
-                scores = self._in_fp32((q[first:last, head] @ keys.T) / D**0.5)
-                out[first:last, head] = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
+                scores = self._in_fp32(self._matmul(q[first:last, head], keys.T) / D**0.5)
+                weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+                out[first:last, head] = self._matmul(weights, values)
         return out
 
 
-def logprobs(logits: Tensor) -> Tensor:
-    """Rule 10: natural logs of the softmax, [n, V] float64."""
-    return logits.double().log_softmax(-1)
-
-
-def unavoidable(args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> list[Truth]:
-    """The truth with results rounded as `compute` makes unavoidable, `draws` times; for float64, which the truth is in
+def error_budget(
+    args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype | None, compute: torch.dtype
+) -> list[Truth]:
+    """The truth with results rounded as `compute` rounds them, `num_draws` times; for float64, which the truth is in
     itself, as float32 does: see `scale_of_rounding`."""
     rounded = torch.float32 if compute == torch.float64 else compute
-    return [Truth(args, prompts, weights, rounded, draw=draw) for draw in range(draws(args, prompts))]
+    return [Truth(args, prompts, weights, rounded, draw=draw) for draw in range(num_draws(prompts))]
 
 
-def draws(args: ModelArgs, prompts: Sequence[Tensor]) -> int:
-    """How often rounding is tried, so that the largest error of a model of this shape is not a matter of luck."""
-    return min(DRAWS, -(-ENOUGH // (sum(map(len, prompts)) * args.vocab_size)))
+def num_draws(prompts: Sequence[Tensor]) -> int:
+    """How often rounding is tried, so that an error budget of these prompts is not a matter of luck."""
+    least, most = DRAWS
+    return max(least, min(most, -(-ENOUGH // sum(map(len, prompts)))))
 
 
 def scale_of_rounding(compute: torch.dtype) -> float:
-    """By what the errors of `unavoidable` are to be multiplied."""
+    """By what the errors of `error_budget` are to be multiplied."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return ratio if compute == torch.float64 else 1.0

@@ -20,6 +20,7 @@ from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.formats.folder import Folder
+from mistral.logprobs import logprobs
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, random_prompts, through
 from mistral.oracle.layerwise import (
@@ -34,8 +35,8 @@ from mistral.oracle.layerwise import (
     stepwise,
     whole,
 )
-from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, Verdict, judge, limit_of, short, table
-from mistral.oracle.truth import Truth, draws, logprobs, scale_of_rounding, unavoidable
+from mistral.oracle.metrics import LIMITS, LOGITS, Errors, ErrorStats, Progress, Verdict, judge, short, table
+from mistral.oracle.truth import Truth, error_budget, num_draws, scale_of_rounding
 from mistral.parameters import OUTPUT
 from mistral.window import QUERY_BLOCK
 
@@ -70,7 +71,7 @@ class Row:
 
     Args:
         window: the windows it ran with, for people.
-        budget: the unavoidable errors of its dtypes.
+        budget: the error budget of its dtypes.
     """
 
     name: str
@@ -149,8 +150,8 @@ def verify(
     for _, variants in each[1:]:  # what has no buffer does not roll
         variants[:] = [v for v in variants if v.name not in ("whole", "batched")]
     # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
-    drawn = draws(found.args, prompts)
-    streams = sum(len(v) + 1 + drawn * len({x.dtypes for x in v}) for _, v in each)
+    drawn = num_draws(prompts)
+    streams = sum(len(v) + 1 + drawn * len({_rounding(reading, x.dtypes) for x in v}) for _, v in each)
     total = streams * (found.args.n_layers + 2) - len(each)
     steps = itertools.count(1)
 
@@ -161,7 +162,7 @@ def verify(
     rows = [row for args, variants in each for row in _compare(reading, args, prompts, variants, step)]
     beyond = dict.fromkeys(short(row.dtypes[1]) for row in rows if row.overflows)
     notes += [
-        "fp64 is measured by what fp32 makes unavoidable, and that cannot hold this model's numbers"
+        "fp64 is measured by the error budget of fp32, which cannot hold this model's numbers"
         if dtype == "fp64"
         else f"{dtype} cannot hold this model's numbers: they overflow however it is computed"
         for dtype in beyond
@@ -184,11 +185,11 @@ def _compare(
     reading: WeightReader, args: ModelArgs, prompts: Sequence[Tensor], variants: list[Variant], step: Callable[[], None]
 ) -> list[Row]:
     """Truth, budgets and variants through all layers together."""
-    pairs = sorted({v.dtypes for v in variants}, key=str)
+    budgets = list(dict.fromkeys(_rounding(reading, v.dtypes) for v in variants))
     truth = Truth(args, prompts)
     # What is measured together, and the dtype of the weights it is given; None: as they are stored.
     measured: list[tuple[Sequence[LayerwiseRunner], torch.dtype | None]] = [
-        *((unavoidable(args, prompts, *pair), None) for pair in pairs),
+        *((error_budget(args, prompts, *key), None) for key in budgets),
         *(([v.stream], v.dtypes[0]) for v in variants),
     ]
     streams = [(truth, None), *((stream, dtype) for group, dtype in measured for stream in group)]
@@ -206,16 +207,21 @@ def _compare(
                 measure.add(want, logits)
             step()
         errors_of.append(measure.errors())
-    budget_of = {
-        pair: errors.scaled(scale_of_rounding(pair[1])) for pair, errors in zip(pairs, errors_of, strict=False)
-    }
+    budget_of = dict(zip(budgets, errors_of, strict=False))
     lens = [len(p) for p in prompts]
     rows = []
-    for v, errors in zip(variants, errors_of[len(pairs) :], strict=True):
-        budget = budget_of[v.dtypes]
-        verdict = judge(errors, budget, limit_of(v.dtypes[1], args), lens)
+    for v, errors in zip(variants, errors_of[len(budgets) :], strict=True):
+        budget = budget_of[_rounding(reading, v.dtypes)].scaled(scale_of_rounding(v.dtypes[1]))
+        verdict = judge(errors, budget, LIMITS[v.dtypes[1]], lens)
         rows.append(Row(v.name, v.attention, v.dtypes, v.device, args.window_text, errors, budget, verdict))
     return rows
+
+
+def _rounding(reading: WeightReader, dtypes: Dtypes) -> tuple[torch.dtype | None, torch.dtype]:
+    """What an error budget of these dtypes rounds to, weights (None: not at all) and results. Pairs that round alike
+    share one: what is stored in bf16 is the same in fp32, and float64 is measured by fp32."""
+    weights, compute = dtypes
+    return None if reading.fit(weights) else weights, torch.float32 if compute == torch.float64 else compute
 
 
 def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
@@ -320,9 +326,9 @@ def as_json(report: Report) -> str:
             "rms_delta_logprob": row.errors.rms,
             "kl": row.errors.kl,
             "top1_agreement": row.errors.agreement,
-            "unavoidable_max": row.budget.largest,
-            "unavoidable_rms": row.budget.rms,
-            "times_unavoidable": row.verdict.ratio,
+            "budget_max": row.budget.largest,
+            "budget_rms": row.budget.rms,
+            "times_budget": row.verdict.ratio,
             "limit": row.verdict.limit,
             "first_beyond": row.verdict.first,
             "passes": row.verdict.passes,
@@ -340,7 +346,7 @@ def as_text(report: Report) -> str:
         f"prompts of {_listed(report.lens)} ids",
         "",
     ]
-    titles = ("", "window", "weights/compute", "attention", "max |dlogp|", "KL", "top-1", "x unavoidable", "first", "")
+    titles = ("", "window", "weights/compute", "attention", "max |dlogp|", "KL", "top-1", "x budget", "first", "")
     lines += table([titles, *map(_cells, report.rows)], right=(4, 5, 6, 7, 8))
     failed = sum(not row.verdict.passes for row in report.rows)
     lines += ["", *(f"note: {note}" for note in report.notes)]

@@ -19,7 +19,14 @@ CPU = torch.device("cpu")
 
 
 def quantize(parameter: Parameter, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
-    """A weight in few bits, rounded on the CPU."""
+    """A weight quantized, rounded on the CPU.
+
+    Raises:
+        FormatError: it holds NaN or infinite values, which would become plausible numbers.
+    """
+    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+        count = int((~weight.isfinite()).sum())
+        raise FormatError(f"{parameter.name} holds {count:,} values that are NaN or infinite: the weights are broken")
     return _placed(KINDS[bits_of(parameter, quant)].of(weight), device)
 
 

@@ -63,7 +63,7 @@ def _best(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     """The weights that `int4` stands for: [n, columns] fp32."""
-    return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns]
+    return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns].contiguous()
 
 
 def rounded(x: Tensor, span: int) -> Tensor:

@@ -15,18 +15,22 @@ from pathlib import Path
 from mistral.util.errors import FormatError
 
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
+POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves in a file's place
+LFS = "it is the pointer that Git LFS leaves in its place: run git lfs pull"
 
 
 def read_limited(path: Path, most: int = MOST) -> bytes:
-    """The bytes of a file.
+    """The bytes of a small file, up to a size that none has: in memory they may take twenty times as much.
 
     Raises:
-        OSError: it cannot be read, or has more than `most` bytes.
+        OSError: it cannot be read, has more than `most` bytes, or is what Git LFS leaves in a file's place.
     """
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes, which no such file has", str(path))
+    if content.startswith(POINTER):
+        raise OSError(errno.EINVAL, LFS, str(path))
     return content
 
 
@@ -64,53 +68,18 @@ def is_wide(data: bytes) -> bool:
 
 
 @contextmanager
-def folder_atomic(place: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C."""
-    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
-    try:
-        work.mkdir()
-        yield work
-        _sync(work)
-        if place.is_dir():
-            place.rmdir()
-        os.rename(work, place)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    _sync(place.parent)
+def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file to write into, which takes the place of `path` at the end, or is removed on an error or Ctrl-C.
 
+        with write_atomic("numbers.json") as beside:
+            beside.write_text(text, encoding="utf-8")
 
-def _sync(folder: Path) -> None:
-    """Have a folder's names survive a power cut, where folders can be opened at all."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
+    What was at `path` is there until the new file is on the disk. A link stays one: what it leads to is replaced.
 
     Raises:
-        FormatError: its folder takes no files, or it is there and no file: a folder, a device.
+        FormatError: the file cannot be written: no such folder, a full disk; or `path` is a folder or a device.
     """
-    with part_of(path):
-        pass
-
-
-@contextmanager
-def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """Where a file will be, and an empty one beside it, nobody else's, that takes its place once it is whole. What is
-    not moved there is gone at the end.
-
-    Raises:
-        FormatError: the file cannot be written.
-    """
-    from safetensors import SafetensorError
-
-    target = Path(os.path.realpath(os.path.expanduser(path)))
+    target = real_path(path)
     beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
     try:
         if not os.fspath(path):
@@ -119,10 +88,79 @@ def part_of(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
             raise FileExistsError(errno.EEXIST, "it is there, and no file")
-        beside.open("xb").close()  # safetensors' own error would not say why
-        yield target, beside
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        beside.open("xb").close()  # what writes into it might not say why it cannot
+        mode = beside.stat().st_mode
+        yield beside
+        beside.chmod(mode)  # some libraries make a file that nobody else may read
+        _sync_file(beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads, links and ~ resolved.
+
+    Raises:
+        FormatError: the name cannot be that of a file.
+    """
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except ValueError as error:  # a null in it
+        raise FormatError(f"{os.fspath(path)!r} cannot be written: {error}") from None
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before the work that would be lost. Nothing is left where it will be.
+
+    Raises:
+        FormatError: its folder takes no files, or it is there and no file: a folder, a device.
+    """
+    with suppress(_Tried), write_atomic(path):
+        raise _Tried
+
+
+class _Tried(Exception):
+    """Ends a file that was only tried."""
+
+
+@contextmanager
+def folder_atomic(place: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `place` at the end, or is removed on an error or Ctrl-C.
+
+    Raises:
+        OSError: it cannot be written, or `place` is there by then and not an empty folder.
+    """
+    work = place.parent / f".{place.name}.{secrets.token_hex(4)}.partial"
+    try:
+        work.mkdir()
+        yield work
+        for inner in sorted(work.rglob("*")):
+            (_sync_folder if inner.is_dir() else _sync_file)(inner)
+        _sync_folder(work)
+        if place.is_dir():
+            place.rmdir()
+        os.rename(work, place)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    _sync_folder(place.parent)
+
+
+def _sync_file(path: Path) -> None:
+    """Have a file's bytes survive a power cut."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a folder's names survive a power cut, where folders can be opened at all."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

@@ -142,6 +142,26 @@ def test_large_numbers_are_refused_or_answered_with(loaded: Any, tmp_path: Path,
         assert ask(chat, "Hi")
 
 
+def test_files_from_before_penalties_and_functions(loaded: Any, tmp_path: Path) -> None:
+    """Keys that a file does not have are at their defaults; biases and penalties survive; a function is refused."""
+    path = tmp_path / "chat.json"
+    chat = make_chat(loaded, seed=4, logit_bias={7: -2}, repetition_penalty=1.2)
+    ask(chat, "Hi")
+    save_session(chat, path, MODEL)
+    other = make_chat(loaded, seed=9)
+    load_session(other, path, MODEL)
+    assert other.params == chat.params
+    assert ask(other, "Bye") == ask(chat, "Bye")
+    told = json.loads(path.read_text())
+    new = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias", "top_logprobs")
+    path.write_text(json.dumps({key: value for key, value in told.items() if key not in new}))
+    load_session(other, path, MODEL)
+    assert other.params == replace(chat.params, logit_bias=(), repetition_penalty=1.0)
+    other.params = replace(other.params, logits_processor=lambda prompt, output, logits: logits)
+    with pytest.raises(SessionError, match="logits_processor"):
+        save_session(other, tmp_path / "new.json", MODEL)
+
+
 BROKEN: dict[str, Any] = {
     "format": ["mistral", None, 3, ["mistral conversation"]],
     "version": [2, "1", None, True, 10**30],

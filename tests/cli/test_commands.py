@@ -376,6 +376,17 @@ def test_files_of_prompts(cli: Command, tiny: Path, tmp_path: Path) -> None:
     assert cli("complete", tiny, "--file", "-", *SHORT, stdin=file.read_bytes()).text == text
 
 
+def test_samples_of_prompts_come_in_order(cli: Command, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"Hello"\n"Good"\n')
+    words = ("complete", tiny, "--file", file, "--n", 3, "--seed", 1, "--max_tokens", 5, "--temperature", 2)
+    entries = [json.loads(line) for line in cli(*words, "--json").output.splitlines()]
+    assert [(e["index"], e["sample"]) for e in entries] == [(i, k) for i in range(2) for k in range(3)]
+    assert len({tuple(e["tokens"]) for e in entries[:3]}) == 3
+    shown = cli("complete", tiny, "Hello", *words[4:]).output
+    assert shown == "".join(f"{e['text']}\n{SEPARATOR}\n" for e in entries[:3])
+
+
 def test_json_with_the_likeliest(cli: Command, parrot: Path) -> None:
     words = ("complete", parrot, "go", "--json", "--top_logprobs", 2, "--temperature", 0, "--max_tokens", 3)
     (line,) = cli(*words).text.splitlines()

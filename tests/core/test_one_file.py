@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import one_file_ref
+from mistral.formats.folder import read_folder
 from one_file_ref import Cache, ModelArgs, RMSNorm, Transformer, generate, load, rope_angles, rotate, visible
 
 FILE = Path(one_file_ref.__file__)
@@ -391,6 +392,36 @@ def test_theta_and_window_rules(folder, changes, theta, windows):
     assert args.rope_theta == theta
     assert args.windows == windows
     assert (args.theta_rule == "given") == (theta == 77.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"sliding_window": text} for text in ("6", " 6 ", "null", "None", "")),
+        *({"sliding_window": 6, "_sliding_window": 6}, {"sliding_window": None, "_sliding_window": 3}),
+        *({key: None} for key in ("moe", "yarn", "vision_encoder", "quantization", "rope_theta", "sliding_window")),
+        *({key: False} for key in ("tied_embeddings", "use_biases", "attn_bias", "qk_norm")),
+        {"causal": True, "activation": "silu", "model_type": "transformer", "dtype": "bfloat16"},
+        {"lora": {"enable": True, "rank": 16, "dropout": 0.0, "scaling": 2.0}, "moe": None},
+    ],
+    ids=str,
+)
+def test_it_accepts_what_the_library_accepts(folder, changes):
+    set_params(folder, **changes)
+    ours = one_file_ref.ModelArgs.from_folder(folder)
+    if changes.get("sliding_window", 0) is not None or "_sliding_window" not in changes:  # the library says they differ
+        theirs = read_folder(folder).args
+        assert (ours.windows, ours.rope_theta) == (list(theirs.windows), theirs.rope_theta)
+    path = folder / "params.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors write UTF-8
+    assert one_file_ref.ModelArgs.from_folder(folder) == ours
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_biases", True), ("causal", False), ("activation", "gelu")])
+def test_it_refuses_what_is_another_model(folder, key, value):
+    set_params(folder, **{key: value})
+    with pytest.raises(ValueError, match=rf"unknown keys: \['{key}'\]"):
+        one_file_ref.ModelArgs.from_folder(folder)
 
 
 # The command line

@@ -403,9 +403,8 @@ def plant_in_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Tensor.log_softmax
-    wrong = lambda x, dim: a_bit_more(right(x, dim)) if len(x) == 5 else right(x, dim)  # noqa: E731
-    monkeypatch.setattr(Tensor, "log_softmax", wrong)
+    right = bitwise.logprobs
+    monkeypatch.setattr(bitwise, "logprobs", lambda x: right(x) + (len(x) == 5) * 1e-12)
 
 
 def plant_in_sums(monkeypatch: pytest.MonkeyPatch) -> None:

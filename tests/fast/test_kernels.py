@@ -35,6 +35,7 @@ from mistral.model import Transformer
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize, rounding
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
+from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
 from tests.support.tiny import (
@@ -843,10 +844,13 @@ def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest
     for words, error in (
         (
             ["complete", few, "Hi", "--quant", "int8"],
-            f"the weights of {few} have been rounded to int4: leave out quant",
+            f"the weights of {few} are already quantized to int4: omit quant",
         ),
-        (["convert", few, tmp_path / "again", "--to", "mistral"], f"the weights of {few} have been rounded to int4"),
-        (["convert", folder, tmp_path / "hf", "--to", "hf", "--quant", "int4"], "rounded weights are written in"),
+        (
+            ["convert", few, tmp_path / "again", "--to", "mistral"],
+            f"the weights of {few} are already quantized to int4",
+        ),
+        (["convert", folder, tmp_path / "hf", "--to", "hf", "--quant", "int4"], "quantized weights are written in"),
         (["convert", folder, tmp_path / "int2", "--to", "mistral", "--quant", "int2"], "quant 'int2' is not one of"),
         (["complete", few, "Hi", "--dtype", "float64"], "quantized weights are for a CPU in float32"),
     ):
@@ -854,7 +858,7 @@ def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest
         assert done.code == 2
         assert done.error.startswith(error)
     told = cli("inspect", few).text
-    assert "not served by vLLM which reads no weights in few bits" in told
+    assert "not served by vLLM which does not read the quantized weights of this library" in told
     assert "dtypes:" not in told
     assert "the size of bfloat16" not in told
 
@@ -871,12 +875,30 @@ def test_scales_that_mean_nothing(value: float, tmp_path: Path) -> None:
         load(few, device="cpu")
 
 
-@pytest.mark.parametrize("told", [None, "int8", "int3", 4, True])
-def test_a_folder_that_says_another_number_of_bits(told: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["quantization", "few_bits"])
+@pytest.mark.parametrize("told", [None, "int8", "int3", 4, True, {"qformat_weight": "fp8_e4m3"}])
+def test_a_folder_that_says_another_number_of_bits(key: str, told: Any, tmp_path: Path) -> None:
     convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
     path = tmp_path / "few" / "params.json"
     params = json.loads(path.read_text())
-    rest = {key: value for key, value in params.items() if key != "few_bits"}
-    path.write_text(json.dumps({**rest, "few_bits": told} if told else rest))
-    with pytest.raises(ValueError, match="few_bits|weights in|makes"):
+    assert params.pop("quantization") == "int4"
+    path.write_text(json.dumps({**params, key: told} if told else params))
+    with pytest.raises(FormatError, match=f"{key}|weights in|makes"):
         load(tmp_path / "few")
+
+
+def test_a_folder_written_before_the_key_had_its_name(tmp_path: Path) -> None:
+    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
+    path = tmp_path / "few" / "params.json"
+    params = json.loads(path.read_text())
+    state = load(tmp_path / "few", device="cpu").model.state_dict()
+    path.write_text(json.dumps({**params, "few_bits": "int4"}))  # both, and they agree
+    assert read_folder(tmp_path / "few").quant == "int4"
+    path.write_text(json.dumps({**params, "few_bits": "int8"}))
+    with pytest.raises(FormatError, match="params.json has both quantization = 'int4' and few_bits = 'int8'"):
+        read_folder(tmp_path / "few")
+    del params["quantization"]
+    path.write_text(json.dumps({**params, "few_bits": "int4"}))
+    again = load(tmp_path / "few", device="cpu").model.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())

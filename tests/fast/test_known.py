@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -76,10 +77,10 @@ def other_product(model: Transformer) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Transformer], None], str]] = {
-    "feed-forward": (other_feed_forward, "layers.1.feed_forward is a Doubled"),
-    "norm": (other_norm, "layers.0.ffn_norm is a Rooted"),
-    "last norm": (other_last_norm, "norm is a Rooted"),
-    "product": (other_product, "layers.1.attention.wq, a Added"),
+    "feed-forward": (other_feed_forward, "layers.1.feed_forward (Doubled)"),
+    "norm": (other_norm, "layers.0.ffn_norm (Rooted)"),
+    "last norm": (other_last_norm, "norm (Rooted)"),
+    "product": (other_product, "layers.1.attention.wq (Added)"),
 }
 
 
@@ -98,7 +99,7 @@ def test_what_is_known_is_taken() -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_kernels_stand_aside(change: str) -> None:
+def test_the_kernels_stand_aside(change: str, caplog: pytest.LogCaptureFixture) -> None:
     make, reason = CHANGES[change]
     plain = tiny_model(tiny_args())
     model = fast_one(plain, FastTransformer)
@@ -113,6 +114,7 @@ def test_the_kernels_stand_aside(change: str) -> None:
         want = play(plain, prompts, prefill_then_decode(LENS, 2), make_cache(plain, 3))
     assert distance(got, want) < TOLERANCE
     assert model.described(make_cache(model, 3)) is None
+    assert caplog.text.count(reason) == 1  # two steps, and a look
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -120,7 +122,7 @@ def test_what_is_bitwise_refuses_and_says_why(change: str) -> None:
     make, reason = CHANGES[change]
     model = fast_one(tiny_model(tiny_args()), BitwiseTransformer)
     make(model)
-    with pytest.raises(NotDeterministic, match=reason):
+    with pytest.raises(NotDeterministic, match=re.escape(reason)):
         model.forward_partial(ragged([4], model.args.vocab_size)[0], [4])
 
 
@@ -137,7 +139,7 @@ class Recorded(CudaGraphTransformer):
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c != "product"])
-def test_nothing_unknown_is_captured(change: str) -> None:
+def test_nothing_unknown_is_captured(change: str, caplog: pytest.LogCaptureFixture) -> None:
     make, reason = CHANGES[change]
     plain = tiny_model(tiny_args())
     model = Recorded(plain.args)
@@ -151,6 +153,7 @@ def test_nothing_unknown_is_captured(change: str) -> None:
         got = play(model, prompts, prefill_then_decode(LENS, 2), make_cache(model, 3))
         want = play(plain, prompts, prefill_then_decode(LENS, 2), make_cache(plain, 3))
     assert distance(got, want) < TOLERANCE
+    assert caplog.text.count(reason) == 1
 
 
 def test_what_is_known_is_captured() -> None:

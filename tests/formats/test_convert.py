@@ -94,7 +94,7 @@ def test_there_and_back_every_tensor_has_the_same_bytes(tmp_path: Path, dtype: A
     back = convert(tmp_path / "b", tmp_path / "c", "mistral")
     assert hashes(tmp_path / "c") == hashes(src)
     assert len(hashes(src)) == len(state)
-    assert (there.layout, there.files, back.files) == (
+    assert (there.layout.name, there.files, back.files) == (
         "huggingface",
         ("model.safetensors",),
         ("consolidated.safetensors",),
@@ -433,7 +433,7 @@ def test_float64_beyond_float32(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from mistral.formats import convert as module
+from mistral.formats import convert as module, writer
 after, write, done = int(sys.argv[3]), writer._write_tensor, []
 def write_tensor(file, *rest):
     if len(done) == after:
@@ -508,7 +508,8 @@ def test_somebody_else_was_faster(tmp_path: Path) -> None:
         (tmp_path / "b" / "theirs").write_text("kept")
         return real(*args)
 
-    with mock.patch.object(writer, "write_weights", meanwhile), pytest.raises(ConvertError, match="was not written"):
+    theirs = mock.patch("mistral.formats.convert.write_weights", meanwhile)
+    with theirs, pytest.raises(ConvertError, match="was not written"):
         convert(src, tmp_path / "b", "hf")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["theirs"]
     assert not list(tmp_path.glob(PARTIAL))
@@ -618,7 +619,7 @@ def test_the_command_says_what_it_wrote(cli: Command, tmp_path: Path) -> None:
 
 MEMORY = """
 import sys
-from mistral.formats import convert as module
+from mistral.formats import convert as module, writer
 def anonymous():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))

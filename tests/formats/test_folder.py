@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral.args import ArgsError, ModelArgs
+from mistral.args import ModelArgs
 from mistral.formats import releases
 from mistral.formats.convert import convert
 from mistral.formats.mistral import HARMLESS, REFUSED, REFUSED_UNLESS, ParamsError, find_weights, to_args
@@ -23,6 +23,7 @@ from mistral.formats.releases import Release, WrongCopy
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
+from mistral.loader.options import OptionError
 from mistral.model import Transformer
 from mistral.tokenizer import TokenizerError
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_weights
@@ -165,7 +166,7 @@ def test_from_folder_is_load(tmp_path: Path) -> None:
     assert (model.args.max_batch_size, model.dtype) == (2, torch.float64)
     with pytest.raises(ValueError, match="max_batch_size is 2"):
         model.forward(torch.arange(3), [1, 1, 1])
-    with pytest.raises(ArgsError, match=r"^max_batch_size is -1"):
+    with pytest.raises(OptionError, match=r"^max_batch_size is -1"):
         load(tmp_path, max_batch_size=-1)
 
 
@@ -264,7 +265,7 @@ def test_a_release_is_known_once_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     folder = make_folder(tmp_path, vocab_size=4099, rope_theta=1e4, sliding_window=[None, 5])
     nobodys = load(folder, device="cpu")
     assert nobodys.release is None
-    assert nobodys.notes == ("the model knows 3 ids that the tokenizer has no word for: they have no text",)
+    assert nobodys.notes == ("the model has 3 ids that the tokenizer has no token for: they have no text",)
     monkeypatch.setattr(releases, "RELEASES", (TINY,))
     assert (load(folder, device="cpu").release, load(folder, device="cpu").notes) == (TINY, ())  # they were added
 

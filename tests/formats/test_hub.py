@@ -320,11 +320,14 @@ def test_forbidden(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ("README.md q4.gguf", "GGUF files: give the repository that they were made from"),
+        ("README.md q4.gguf", "GGUF files, which are not read yet: give the folder that they were made from"),
         ("config.json sub/q4.gguf", "GGUF files"),
         ("config.json pytorch_model.bin", "pytorch_model.bin: it must be saved as safetensors first"),
         ("config.json pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),
-        ("adapter_config.json adapter_model.safetensors", "an adapter: merge it into its model first"),
+        (
+            "adapter_config.json adapter_model.safetensors",
+            "a PEFT adapter, not a model: merge it into its base",
+        ),
         ("params.json consolidated.00.pth consolidated.01.pth", ".pth files in several parts"),
         ("a b c d e", "it has a, b, c and 2 more files"),
         ("model.safetensors README.md", "it has README.md, model.safetensors"),

@@ -155,7 +155,7 @@ def test_a_release_in_both_layouts_is_transformers(tmp_path: Path, release: str)
         assert (len(loaded.files) > 1) == (folder.name == "sharded" or (form == "parts" and folder == tmp_path))
         assert loaded.args.windows == args.windows
         assert loaded.args.rope_theta == args.rope_theta
-        assert not [note for note in loaded.notes if "no word for" not in note]
+        assert not [note for note in loaded.notes if "no token for" not in note]
         assert_same(loaded.model.state_dict(), state)
         assert log_probs_apart(loaded, want, prompts) < TOLERANCE
         with torch.no_grad():
@@ -654,7 +654,7 @@ def test_files(tmp_path: Path, shards: int, index: bool) -> None:
     assert_same(loaded.model.state_dict(), random_state(1))
     assert len(loaded.files) == max(shards, 1)
     found = read_folder(tmp_path)
-    assert found.layout == "huggingface"
+    assert found.layout.name == "huggingface"
     assert list(found.weights.tensors) == list(loaded.model.state_dict())
 
 
@@ -733,7 +733,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     ),
     "adapter": (
         lambda s: s.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}),
-        "hold unknown model.layers.0.self_attn.q_proj.lora_A.weight",
+        "hold model.layers.0.self_attn.q_proj.lora_A.weight: a LoRA adapter, not a model",
     ),
     "one layer more": (
         lambda s: s.update({"model.layers.2.mlp.up_proj.weight": torch.ones(40, 24)}),
@@ -872,7 +872,7 @@ def test_pickled_weights_get_advice(tmp_path: Path, name: str) -> None:
     path.rename(tmp_path / name)
     error = spoilt(tmp_path)
     assert error.startswith(f"no weights in {tmp_path}: expected model.safetensors, or ")
-    assert error.endswith(f"; {name} must be saved as safetensors first")
+    assert error.endswith("; there is pytorch_model.bin: it must be saved as safetensors first")
 
 
 def test_no_weights(tmp_path: Path) -> None:
@@ -902,7 +902,7 @@ def test_where_both_layouts_are_there_mistrals_is_read(tmp_path: Path, capfd: py
     loaded = load(tmp_path, device="cpu")
     assert_same(loaded.model.state_dict(), random_state(1))
     (note,) = loaded.notes
-    assert note == "the folder holds both layouts: Mistral's was read, Hugging Face's left aside"
+    assert note == "the folder holds several layouts: Mistral's was read, Hugging Face's was ignored"
     outcome = in_process(capfd)("complete", tmp_path, "--max_tokens", 1, "--temperature", 0, stdin="a")
     assert note not in outcome.text
     assert f"note: {note}" in outcome.err.splitlines()
@@ -911,12 +911,12 @@ def test_where_both_layouts_are_there_mistrals_is_read(tmp_path: Path, capfd: py
 def test_half_of_a_layout_does_not_count(tmp_path: Path) -> None:
     make_hf_folder(tmp_path, seed=0)
     write_params(tmp_path, PARAMS)
-    assert read_folder(tmp_path).layout == "huggingface"
+    assert read_folder(tmp_path).layout.name == "huggingface"
     assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state(0))
     write_weights(tmp_path, random_state(1))
     (tmp_path / "model.safetensors").unlink()
     found = read_folder(tmp_path)
-    assert (found.layout, found.notes) == ("mistral", ())
+    assert (found.layout.name, found.notes) == ("mistral", ())
     assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state(1))
 
 

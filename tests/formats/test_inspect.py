@@ -122,6 +122,7 @@ def test_the_table_holds_the_dense_releases() -> None:
         "Codestral 22B v0.1",
         "Small 3 24B",
         "Large 2411",
+        "Large 2407",
         "Ministral 8B 2410",
         "MistralLite",
     ]
@@ -139,6 +140,7 @@ BILLIONS = {
     "Codestral 22B v0.1": 22.2,
     "Small 3 24B": 23.6,
     "Large 2411": 122.6,
+    "Large 2407": 122.6,
     "Ministral 8B 2410": 8.0,
     "MistralLite": 7.2,
 }
@@ -154,6 +156,7 @@ def test_each_release_is_recognised(tmp_path: Path, release: Release) -> None:
     assert round(report["parameters"] / 1e9, 1) == BILLIONS[release.name]
     assert report["rope_theta"]["value"] == release.rope_theta
     tokenizer = {"file": release.tokenizer_file, "kind": release.tokenizer_kind, "error": None}
+    tokenizer["version"] = release.tokenizer_version
     assert report["tokenizer"] == {**tokenizer, "words": TOKENIZERS[release.template][1]}
     odd = [said for said in report["suspicious"] if "_sliding_window" not in said]
     assert odd == []
@@ -163,10 +166,11 @@ def test_each_release_is_recognised(tmp_path: Path, release: Release) -> None:
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
 def test_windows_of_each_release(release: Release) -> None:
-    assert identify(args_of(release)) == (release, [])
+    known = (release.tokenizer_kind, release.tokenizer_version)
+    assert identify(args_of(release), *known) == (release, [])
     # One pattern has many spellings: one window for each layer is what layer_types make of it.
     windows = args_of(release).windows
-    assert identify(args_of(release, sliding_window=windows)) == (release, [])
+    assert identify(args_of(release, sliding_window=windows), *known) == (release, [])
     assert identify(args_of(release, sliding_window=(*windows[:-1], 77)))[0] is None
 
 
@@ -177,7 +181,7 @@ def test_windows_of_each_release(release: Release) -> None:
 def test_known_wrong_copies(release: Release, copy: WrongCopy) -> None:
     args = args_of(release, **copy.values)
     before = replace(args)
-    found, warnings = identify(args)
+    found, warnings = identify(args, release.tokenizer_kind, release.tokenizer_version)
     assert found == release
     (name, value), *_ = copy.values.items()
     assert warnings == [f"{name} is {value}: {copy.advice}"]
@@ -289,6 +293,7 @@ KEYS = {
     "shape": dict,
     "window": dict,
     "rope_theta": dict,
+    "trained_length": (int, type(None)),
     "tokenizer": dict,
     "template": dict,
     "memory": dict,
@@ -309,7 +314,7 @@ def test_json_has_the_same_keys_always(cli: Command, tmp_path: Path) -> None:
         assert set(report["window"]) == {"text", "layers", "rule"}
         assert len(report["window"]["layers"]) == report["shape"]["n_layers"]
         assert set(report["rope_theta"]) == {"value", "rule"}
-        assert set(report["tokenizer"]) == {"file", "kind", "words", "error"}
+        assert set(report["tokenizer"]) == {"file", "kind", "version", "words", "error"}
         assert set(report["memory"]) == {"weights", "cache"}
         assert set(report["memory"]["weights"]) == set(ITEMSIZE)
         assert set(report["serve"]) == {"commands", "convert_first"}
@@ -468,7 +473,8 @@ def test_words_of_a_tekken_are_those_of_mistral_common(tmp_path: Path) -> None:
 def test_a_tekken_that_is_broken(tiny: Path, broken: Any) -> None:
     (tiny / "tokenizer.model").unlink()
     (tiny / "tekken.json").write_text(json.dumps(tekken()))
-    assert inspect_folder(tiny)["tokenizer"] == {"file": "tekken.json", "kind": "tekken", "words": 4096, "error": None}
+    facts = {"file": "tekken.json", "kind": "tekken", "version": None, "words": 4096, "error": None}
+    assert inspect_folder(tiny)["tokenizer"] == facts
     (tiny / "tekken.json").write_text(broken if isinstance(broken, str) else json.dumps(broken))
     assert suspicious(tiny).startswith(f"{tiny}/tekken.json is not a tekken tokenizer")
     assert suspicious(tiny).endswith("fetch it again")
@@ -477,7 +483,7 @@ def test_a_tekken_that_is_broken(tiny: Path, broken: Any) -> None:
 
 def test_several_tokenizers(tiny: Path) -> None:
     shutil.copy(tiny / "tokenizer.model", tiny / "tokenizer.model.v3")
-    assert suspicious(tiny) == "several tokenizers: tokenizer.model.v3 is read, tokenizer.model left aside"
+    assert suspicious(tiny) == "several tokenizers: tokenizer.model.v3 is read, tokenizer.model ignored"
 
 
 def test_a_guessed_theta(tmp_path: Path) -> None:
@@ -523,12 +529,12 @@ def test_both_layouts(tiny: Path) -> None:
     report = inspect_folder(tiny)
     assert report["layout"] == "mistral"
     assert report["suspicious"] == [
-        "the folder holds both layouts: Mistral's was read, Hugging Face's left aside",
+        "the folder holds several layouts: Mistral's was read, Hugging Face's was ignored",
         "params.json, which was read, and config.json differ: rope_theta 10000 and 1e+06, window 5 and none",
         "not read, 100 B: model.safetensors",
     ]
     (tiny / "config.json").write_text("{")
-    assert "config.json is there too, left aside, and wrong: " in suspicious(tiny)
+    assert "config.json is there too, ignored, and wrong: " in suspicious(tiny)
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_an_older_kernel_has_pages_touched(path: Path, number: int, touched: int
 RESIDENT = """
 import sys
 from pathlib import Path
-from mistral.formats import mapped
+from mistral.formats import mapped_tensors
 
 def resident():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

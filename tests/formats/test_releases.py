@@ -123,5 +123,5 @@ def test_the_table_names_tests_that_are_there() -> None:
         for cell in row[1:]:
             name, parameter = re.fullmatch(r"`(\w+)\[([\w.-]+)\]`", cell).groups()  # type: ignore[union-attr]
             assert parameter == key
-            sources = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py")]
+            sources = [p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py")]
             assert any(f"def {name}(" in source for source in sources), name

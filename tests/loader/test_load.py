@@ -14,16 +14,16 @@ import mistral
 from mistral import backends
 from mistral.fast.decode import FastTransformer
 from mistral.fast.kernels import KernelsUnavailable, library
+from mistral.fast.known import unknown_module
 from mistral.formats.folder import read_folder
 from mistral.generate import complete
 from mistral.loader import runtime
-from mistral.loader.executions import EXECUTIONS, unknown_module
+from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import assemble, load
 from mistral.loader.options import ATTENTIONS, DTYPE_NAMES, LoadOptions, OptionError
 from mistral.loader.options import EXECUTIONS as NAMES
 from mistral.model import FeedForward, Transformer
 from tests.support.folders import make_folder
-from tests.support.tiny import tiny_args
 from tests.text.test_generate import Letters
 
 
@@ -129,12 +129,13 @@ def test_a_fast_path_stands_aside_for_a_module_it_does_not_know(folder: Path, mo
     slow, _ = assemble(found, device="cpu", execution="eager")
     fast, run = assemble(found, device="cpu")
     assert type(fast) is Transformer
-    (note,) = [note for note in run.notes if "does not know" in note]
-    assert "kernels does not know the module layers.0.feed_forward (Doubled)" in note
+    assert run.execution == "products"
+    (note,) = run.notes
+    assert note.startswith("layers.0.feed_forward is a Doubled, which the fast paths do not know")
     ids = [[1, 5, 9]]
     made = [complete(ids, m, Letters(), max_tokens=6, temperature=0)[0].tokens for m in (slow, fast)]
     assert made[0] == made[1]
-    with pytest.raises(OptionError, match="bitwise does not know the module layers.0.feed_forward"):
+    with pytest.raises(OptionError, match="with the kernels, but layers.0.feed_forward is a Doubled"):
         assemble(found, device="cpu", execution="bitwise")
 
 
@@ -185,4 +186,3 @@ def test_public_names_come_on_demand() -> None:
 
 def test_the_limit_of_a_batch_is_the_models(folder: Path) -> None:
     assert load(folder, device="cpu", max_batch_size=3).args.max_batch_size == 3
-    assert unknown_module(Transformer(tiny_args())) is None

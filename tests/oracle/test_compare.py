@@ -121,7 +121,7 @@ def test_a_pack_without_weights_has_its_budget(folder, tmp_path, capsys):
     assert not told["same"]
     assert told["first_position"] == [0, 0]
     assert "no model is at hand" in told["notes"][0]
-    assert ask(capsys, right, right)["unavoidable"] is None
+    assert ask(capsys, right, right)["error_budget"] is None
 
 
 def test_a_trace_is_a_side(folder, tmp_path, capsys):

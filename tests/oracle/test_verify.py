@@ -7,14 +7,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mistral import cli
 from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
+from mistral.logprobs import logprobs
 from mistral.oracle import layerwise, verify
+from mistral.oracle.inputs import WeightReader
 from mistral.oracle.layerwise import LibraryRunner, OneFileRunner, TransformersRunner
-from mistral.oracle.metrics import LIMITS, Errors, ErrorStats, judge, limit_of, place
-from mistral.oracle.truth import Truth, draws, logprobs
+from mistral.oracle.metrics import LARGEST, LIMITS, Errors, ErrorStats, judge, place
+from mistral.oracle.truth import SUMS, Truth, error_budget, num_draws
 from tests.support.folders import make_folder, random_state
 from tests.support.tiny import ragged, tiny_args, tiny_model, true_logprobs
 from tools import odd_shapes
@@ -83,9 +86,9 @@ def test_each_schedule_is_within_its_budget(case, name, kernel, dtype):
 
 def judged(model, prompts, stream, dtype):
     true = logprobs(run(Truth(model.args, prompts), model))
-    budget = measured(true, *(run(one, model) for one in verify.unavoidable(model.args, prompts, dtype, dtype)))
+    budget = measured(true, *(run(one, model) for one in error_budget(model.args, prompts, dtype, dtype)))
     errors = measured(true, run(stream, model))
-    return judge(errors, budget.scaled(verify.scale_of_rounding(dtype)), limit_of(dtype, model.args), LENS), errors
+    return judge(errors, budget.scaled(verify.scale_of_rounding(dtype)), LIMITS[dtype], LENS), errors
 
 
 def measured(true, *each) -> Errors:
@@ -130,12 +133,12 @@ def test_bf16_is_what_rounding_makes_of_it(case):
     assert 0.5 < verdict.ratio < 1.5
 
 
-def test_small_models_are_rounded_several_times(case):
-    """Draws differ, each is the same every time, what is exact stays exact, and a large model has one."""
+def test_rounding_is_tried_several_times(case):
+    """Draws differ, each is the same every time, what is exact stays exact, and few positions have more of them."""
     model, prompts = case
     half = torch.bfloat16
-    some = verify.unavoidable(model.args, prompts, half, half)
-    assert len(some) == draws(model.args, prompts) == 4
+    some = error_budget(model.args, prompts, half, half)
+    assert len(some) == num_draws(prompts) == 9
     first, second, again = (run(one, model) for one in (*some[:2], Truth(model.args, prompts, half, half, draw=1)))
     assert not torch.equal(first, second)
     assert torch.equal(second, again)
@@ -144,14 +147,37 @@ def test_small_models_are_rounded_several_times(case):
         one = Truth(model.args, prompts, half, half, note=lambda name, x: embedded.append(x), draw=draw)
         one.embed(model.state_dict()["tok_embeddings.weight"])
     assert torch.equal(*embedded)
-    assert draws(tiny_args(vocab_size=32000), prompts) == 1
-    assert draws(tiny_args(vocab_size=5000), prompts) == -(-1_000_000 // (5000 * sum(LENS))) == 4
-    assert draws(tiny_args(vocab_size=10_000), prompts) == 2
+    assert [num_draws([torch.zeros(n)]) for n in (1, 20, 50, 100, 125, 5000)] == [16, 16, 10, 5, 4, 4]
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_scores_and_norms_are_rounded_to_fp32(compute):
+def test_sums_are_off_as_sums_in_fp32_are(compute):
+    """By the root of their length, and by how large their terms are, not by how large the sum is; never if exact."""
+    args, prompts = tiny_args(), [torch.tensor([1, 2])]
+    exact, rounded = (Truth(args, prompts, compute=dtype) for dtype in (None, compute))
+    numbers = np.random.default_rng(0)
+    for n in (64, 400):
+        x, weight = (torch.from_numpy(numbers.standard_normal((300, n), dtype=np.float32)) for _ in range(2))
+        x[:, 0] = 1e4  # a massive activation, whose share cancels
+        weight[:, 1], x[:, 1] = -weight[:, 0], 1e4
+        want = x.double() @ weight.double().T
+        assert torch.equal(exact._product(x.double(), weight), want)
+        off = rounded._product(x.double(), weight) - want
+        terms = (x.double().square() @ weight.double().square().T).sqrt()
+        unit = SUMS * n**0.5 * torch.finfo(torch.float32).eps / 2
+        assert float((off / terms).square().mean().sqrt()) == pytest.approx(unit, rel=0.02)
+        assert float((off / terms).abs().max()) < 1.8 * unit
+        assert float(off.abs().mean() / want.abs().mean()) > 100 * torch.finfo(torch.float32).eps
+        # What it stands for: fp32 itself.
+        real = ((x @ weight.T).double() - want) / terms
+        assert 0.1 < float(real.square().mean().sqrt()) / unit < 2
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_scores_and_norms_are_rounded_to_fp32(compute, monkeypatch):
     """Two scores of 10,000 that fp32 cannot tell apart weigh the same; a norm divides by an fp32 root."""
+    monkeypatch.setattr("mistral.oracle.truth.SUMS", 0.0)
+    monkeypatch.setattr("mistral.oracle.truth.SHAKEN", 0.0)
     args = tiny_args(head_dim=4, n_heads=1, n_kv_heads=1)
     q = torch.tensor([[[2e4, 0, 0, 0]]] * 2, dtype=torch.float64)
     k = torch.tensor([[[1.0, 0, 0, 0]], [[1.0 + 1e-8, 0, 0, 0]]], dtype=torch.float64)
@@ -190,7 +216,7 @@ def test_the_tool_that_draws_odd_shapes(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "0 variants whose dtype cannot hold their numbers; 0 beyond their limit"
     assert [line.split()[0] for line in lines[1:-1]] == ["bf16", "fp32", "fp64"]
-    monkeypatch.setattr("mistral.oracle.metrics.LIMITS", dict.fromkeys(LIMITS, 0.1))
+    monkeypatch.setattr("mistral.oracle.verify.LIMITS", dict.fromkeys(LIMITS, 0.1))
     assert odd_shapes.main() == 1
     assert "seed 0: one_file_ref, its own, fp32: " in capsys.readouterr().out
 
@@ -299,8 +325,47 @@ def test_progress_reaches_its_total(folder):
     assert len({total for _, total in told}) == 1
 
 
-def test_the_limit_grows_with_the_length_of_sums():
-    narrow, wide = tiny_args(hidden_dim=1024), tiny_args(hidden_dim=14336)
-    assert limit_of(torch.float32, narrow) == LIMITS[torch.float32]
-    assert limit_of(torch.float32, wide) == pytest.approx(LIMITS[torch.float32] * 14**0.5)
-    assert limit_of(torch.bfloat16, wide) == LIMITS[torch.bfloat16]
+def rows_off(*each: float) -> tuple[Tensor, Tensor]:
+    """The log-probs of rows of three tokens, and logits that are off by so much."""
+    true = torch.zeros(len(each), 3, dtype=torch.float64).log_softmax(-1)
+    return true, true + torch.tensor(each, dtype=torch.float64)[:, None] * torch.tensor([1.0, -1.0, 0.0])
+
+
+def test_a_sensitive_position_counts_as_one():
+    """It may be off by its own budget several times, and hides nothing at the others."""
+    true, first = rows_off(1e-6, 1e-6, 1e-6, 1e-6, 1e-3)
+    budget = measured(true, first, rows_off(2e-6, 2e-6, 2e-6, 2e-6, 3e-4)[1])
+
+    def verdict(*each: float):
+        return judge(measured(true, rows_off(*each)[1]), budget, 5.0, [3, 2])
+
+    unlucky = verdict(1e-6, 1e-6, 1e-6, 1e-6, 5e-3)
+    assert unlucky.passes
+    assert 2 < unlucky.ratio < 4
+    wrong = verdict(2e-5, 2e-5, 2e-5, 2e-5, 1e-3)
+    assert not wrong.passes
+    assert wrong.first is None
+    assert 10 < wrong.ratio < 15
+    alone = verdict(1e-6, 1e-6, 1e-6, 1e-6, 1.01 * LARGEST * 5e-3)
+    assert alone.first == (1, 1)
+    assert not alone.passes
+
+
+def test_a_position_that_rounding_does_not_change_is_measured_by_the_others():
+    true, drawn = rows_off(0.0, 1e-6, 1e-6)
+    errors = measured(true, rows_off(1e-6, 1e-6, 1e-6)[1])
+    assert judge(errors, measured(true, drawn, drawn), 5.0, [3]).ratio == pytest.approx(1, rel=1e-3)
+
+
+def test_pairs_that_round_alike_share_a_budget(tmp_path):
+    """What is stored in bf16 is the same in fp32 and float64; in fp16 it is not."""
+    state = {name: w.bfloat16() for name, w in random_state().items()}
+    reading = WeightReader(read_folder(make_folder(tmp_path / "bf16", state, tokenizer=False)))
+    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    same = {verify._rounding(reading, pair) for pair in ((bf16, fp32), (fp32, fp32), (fp64, fp64))}
+    assert same == {(None, fp32)}
+    assert verify._rounding(reading, (fp16, fp16)) == (fp16, fp16)
+    state["norm.weight"] = state["norm.weight"].float()  # one is enough
+    mixed = WeightReader(read_folder(make_folder(tmp_path / "mixed", state, tokenizer=False)))
+    assert verify._rounding(mixed, (bf16, fp32)) == (bf16, fp32)
+    assert verify._rounding(mixed, (fp32, fp32)) == (None, fp32)

@@ -1,0 +1,23 @@
+"""What else a folder may hold in the place of weights that are read here, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# A pattern for names of files, and what they are. The first that matches says most about the folder.
+KINDS = {
+    r"adapter_(model|config)\..*": "a PEFT adapter, not a model: merge it into its base model first",
+    r"lora\.safetensors": "a LoRA adapter of mistral-finetune, not a model: merge it into its base model first",
+    r".*\.gguf": "GGUF files, which are not read yet: give the folder that they were made from",
+    r"consolidated\.01\.pth": ".pth files in several parts: they must be joined first",
+    r"pytorch_model.*\.bin": "pytorch_model.bin: it must be saved as safetensors first",
+    r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
+    r".*\.onnx": "ONNX files: give the folder that they were made from",
+}
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+    """What a folder with files of these names holds; None if it is none of KINDS."""
+    last = [name.rpartition("/")[2] for name in names]
+    return next((what for pattern, what in KINDS.items() if any(re.fullmatch(pattern, n) for n in last)), None)

@@ -1,0 +1,247 @@
+"""The tokenizer that is in the metadata of a GGUF file, rebuilt: SentencePiece or byte-level; and its chat templates.
+
+A SentencePiece model becomes the bytes of a tokenizer.model, byte-level BPE a tokenizer of the `tokenizers` library.
+Source of the keys: ggml's docs/gguf.md; how text is split before BPE, which a file only names, from llama.cpp's table
+of names and the tokenizer.json files behind them.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mistral.formats.gguf_header import GgufError, Metadata, StringArray
+from mistral.tokenizer import PATTERN
+from mistral.util.errors import short_repr
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MOST_TOKENS = 2**21
+# Types of tokens; SentencePiece has the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
+KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning of their own.
+
+    Args:
+        bos, eos, unk, pad: -1 where there is none.
+        ends: all ids that the file names as an end: of a text, of a turn, of a message.
+        add_bos: whether a text begins with bos; None where the file does not say.
+    """
+
+    bos: int
+    eos: int
+    unk: int
+    pad: int
+    ends: frozenset[int]
+    add_bos: bool | None
+
+
+def kind_of(metadata: Metadata) -> str:
+    """ "sentencepiece" or "byte-level".
+
+    Raises:
+        GgufError: no tokenizer, or one of another kind.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None:
+        raise GgufError("the file has no tokenizer: put tokenizer.model, tekken.json or tokenizer.json beside it")
+    if not isinstance(model, str) or model not in KINDS:
+        raise GgufError(f"the file's tokenizer is of kind {short_repr(model)}; {' and '.join(KINDS)} are read here")
+    return KINDS[model]
+
+
+def special_ids(metadata: Metadata) -> SpecialIds:
+    """The ids of bos, eos and others.
+
+    Raises:
+        GgufError: an id outside of the vocabulary, or a value of another type.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = tokens.count if isinstance(tokens, StringArray) else 0
+
+    def named(name: str, default: int = -1) -> int:
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+        # -1 as an unsigned number is how some writers leave an id out.
+        if type(value) is not int or not (0 <= value < count or value in (default, -1, 2**32 - 1)):
+            raise GgufError(f"the file's {name}_token_id is {short_repr(value)}, but it has {count} tokens")
+        return -1 if value == 2**32 - 1 else value
+
+    usual = kind_of(metadata) == SENTENCEPIECE
+    unk, bos, eos = (
+        named("unknown", 0 if usual else -1),
+        named("bos", 1 if usual else -1),
+        named("eos", 2 if usual else -1),
+    )
+    ends = frozenset({eos, named("eot"), named("eom")} - {-1})
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    return SpecialIds(bos, eos, unk, named("padding"), ends, add_bos if isinstance(add_bos, bool) else None)
+
+
+def chat_templates(metadata: Metadata) -> dict[str, str]:
+    """The chat templates of a file by name, as text that nothing has run; "default" is the unnamed one."""
+    start = "tokenizer.chat_template"
+    named = {key.removeprefix(f"{start}."): v for key, v in metadata.items() if key.startswith(f"{start}.")}
+    found = {"default": metadata[start], **named} if start in metadata else named
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _tokens(metadata: Metadata) -> tuple[list[str], Sequence[int]]:
+    """Texts and types of all tokens."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, StringArray) or not isinstance(types, array):
+        raise GgufError("the file's tokenizer lacks its tokens or their types")
+    if not 0 < tokens.count <= MOST_TOKENS or len(types) != tokens.count:
+        raise GgufError(f"the file's tokenizer has {tokens.count:,} tokens and {len(types):,} types")
+    texts, known = tokens.decode(), [int(kind) for kind in types]
+    if strange := next((i for i, kind in enumerate(known) if kind not in TYPES), None):
+        raise GgufError(f"token {strange} of the file has type {known[strange]}, which is none")
+    return texts, known
+
+
+# --- SentencePiece
+
+
+def sentencepiece_model(metadata: Metadata) -> bytes:
+    """The contents of a tokenizer.model, for SentencePieceProcessor.LoadFromSerializedProto.
+
+    Raises:
+        GgufError: not a SentencePiece tokenizer, or a part of it is missing.
+    """
+    if kind_of(metadata) != SENTENCEPIECE:
+        raise GgufError("the file's tokenizer is no SentencePiece model")
+    texts, types = _tokens(metadata)
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, array) or len(scores) != len(texts):
+        raise GgufError(f"the file's tokenizer has {len(texts):,} tokens, and no score for each")
+    special = special_ids(metadata)
+    # SentencePiece has exactly one unknown token, and knows bos and eos by their type alone.
+    unknown = [i for i, kind in enumerate(types) if kind == UNKNOWN] or [special.unk]
+    if len(unknown) > 1 or unknown[0] < 0 or unknown[0] in (special.bos, special.eos):
+        raise GgufError(f"the file's tokenizer has {short_repr(unknown)} as unknown tokens: exactly one is needed")
+    control = {i for i in (special.bos, special.eos) if i >= 0}
+    proto = bytearray()
+    for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
+        kind = UNKNOWN if i == unknown[0] else CONTROL if i in control else kind
+        proto += _message(1, _text(1, text) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
+    trainer = _number(3, 2) + _number(4, len(texts)) + _number(35, int(BYTE in types))  # BPE, size, byte fallback
+    for i, number, piece in ((unknown[0], 40, 45), (special.bos, 41, 46), (special.eos, 42, 47), (special.pad, 43, 48)):
+        trainer += _number(number, i) + (_text(piece, texts[i]) if 0 <= i < len(texts) else b"")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    collapse = metadata.get("tokenizer.ggml.remove_extra_whitespaces", False) is True
+    normalizer = _text(1, "identity") + _number(3, int(prefix)) + _number(4, int(collapse)) + _number(5, 1)
+    return bytes(proto + _message(2, trainer) + _message(3, normalizer))
+
+
+def _varint(number: int) -> bytes:
+    number &= 2**64 - 1  # negative numbers are written as if they had 64 bits
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes((*out, number))
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _text(field: int, content: str) -> bytes:
+    return _message(field, content.encode("utf-8"))
+
+
+# --- byte-level BPE
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
+# How text is split before BPE, by the name in tokenizer.ggml.pre: patterns, each of which splits what the one before
+# left; and whether a piece that is a token as a whole is taken as it is, whatever the merges give.
+PRE: dict[str, tuple[tuple[str, ...], bool]] = {
+    "tekken": ((PATTERN,), True),
+    **dict.fromkeys(("smollm", "minerva-7b", "starcoder", "refact", "command-r"), ((r"\p{N}", GPT2), False)),
+    **dict.fromkeys(("gpt-2", "mpt"), ((GPT2,), False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), ((LLAMA3,), True)),
+    "qwen2": ((QWEN2,), False),
+    "default": ((PUNCTUATION, GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"), False),
+}
+
+
+def byte_level(metadata: Metadata) -> tuple[Tokenizer, list[str]]:
+    """A tokenizer of the `tokenizers` library, and what was assumed, a sentence each.
+
+    Control tokens are special tokens of it, so `encode_special_tokens = True` keeps text that looks like one as text.
+
+    Raises:
+        GgufError: not a byte-level tokenizer, a split of text that is not known here, or a part is missing or broken.
+    """
+    if kind_of(metadata) != BYTE_LEVEL:
+        raise GgufError("the file's tokenizer is no byte-level one")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if not isinstance(pre, str) or pre not in PRE:
+        raise GgufError(
+            f"the file's tokenizer splits text as {short_repr(pre)}; {', '.join(PRE)} are known: put tokenizer.json "
+            "beside it"
+        )
+    texts, types = _tokens(metadata)
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, StringArray) or merges.count > MOST_TOKENS:
+        raise GgufError("the file's tokenizer lacks its merges")
+    patterns, whole = PRE[pre]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    if len(vocabulary) < len(texts):
+        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
+        raise GgufError(f"the file's tokenizer has {short_repr(twice)} twice")
+    pairs = [_pair(merge, vocabulary) for merge in merges.decode()]
+    added = [(text, kind) for text, kind in zip(texts, types, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
+    assumed = "the file does not name how its tokenizer splits text: it is split as llama.cpp does"
+    return _tokenizer(vocabulary, pairs, patterns, whole, added), [assumed] if pre == "default" else []
+
+
+def _pair(merge: str, vocabulary: dict[str, int]) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+        raise GgufError(f"the file's tokenizer merges {short_repr(merge)}, of which a part is no token")
+    return left, right
+
+
+def _tokenizer(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    patterns: Sequence[str],
+    whole: bool,
+    added: Sequence[tuple[str, int]],
+) -> Tokenizer:
+    try:
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    except ImportError:
+        raise GgufError("the file's tokenizer needs the tokenizers library: pip install tokenizers") from None
+
+    split: Callable[[str], Any] = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")  # noqa: E731
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*map(split, patterns), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # A token of the vocabulary keeps its id.
+    special = [AddedToken(text, special=True, normalized=False) for text, kind in added if kind != USER_DEFINED]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, kind in added if kind == USER_DEFINED])
+    return tokenizer

@@ -1,0 +1,35 @@
+"""The layouts that a model can have on disk, in the order in which they are preferred where a folder has several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mistral.formats.huggingface import HuggingFaceLayout
+from mistral.formats.layout import Layout, ParamsError
+from mistral.formats.mistral import MistralLayout
+
+# Mistral's own: the names of tensors and the order of rows that the model has.
+NATIVE = MistralLayout()
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (NATIVE, HuggingFaceLayout())}
+# Those that `convert` writes, by what --to calls them.
+WRITABLE: dict[str, Layout] = {layout.to: layout for layout in LAYOUTS.values() if layout.to is not None}
+
+
+def find_layout(path: Path) -> tuple[Layout, list[str]]:
+    """The layout of a folder or file, and what was ignored: one that is complete, else one that gives a shape.
+
+    Raises:
+        ParamsError: nothing gives a shape.
+    """
+    if path.is_file() and not any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        raise ParamsError(f"{path} is a file: give the folder that it is in")
+    described = [layout for layout in LAYOUTS.values() if layout.has_config(path)]
+    if not described:
+        names = " and ".join(f"no {layout.config}" for layout in LAYOUTS.values())
+        raise ParamsError(f"{names} in {path}: a model folder has one of them, weights and a tokenizer")
+    complete = [layout for layout in described if layout.has_weights(path)]
+    chosen = next(iter(complete), described[0])
+    others = " and ".join(layout.title for layout in complete[1:])
+    return chosen, [
+        f"the folder holds several layouts: {chosen.title} was read, {others} was ignored"
+    ] if others else []

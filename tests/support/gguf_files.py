@@ -1,0 +1,95 @@
+"""Small GGUF files, written by the `gguf` package: of a random model, with any type that it can quantize to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from torch import Tensor
+
+from mistral.args import ModelArgs
+from mistral.formats.gguf import name_of
+from tests.support.tiny import tiny_args, tiny_model
+
+# Rows of 64 and 96 weights: blocks of 32 fit, and H * D != dim.
+SHAPE: dict[str, Any] = {"dim": 64, "hidden_dim": 96, "head_dim": 24, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
+
+
+def gguf_args(**changes: Any) -> ModelArgs:
+    """The shape of the small model."""
+    return tiny_args(**{**SHAPE, "sliding_window": None, **changes})
+
+
+def shape_keys(args: ModelArgs) -> dict[str, Any]:
+    """The metadata that gives a shape, as llama.cpp's converter writes it."""
+    return {
+        "llama.block_count": args.n_layers,
+        "llama.context_length": 512,
+        "llama.embedding_length": args.dim,
+        "llama.feed_forward_length": args.hidden_dim,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.attention.key_length": args.head_dim,
+        "llama.attention.value_length": args.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
+        "llama.rope.freq_base": float(args.rope_theta),
+        "llama.rope.dimension_count": args.head_dim,
+        "llama.vocab_size": args.vocab_size,
+    }
+
+
+def write_gguf(
+    path: Path,
+    kind: str = "F32",
+    args: ModelArgs | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    arch: str = "llama",
+    split: int = 0,
+    without: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+    """Write a model; matrices in `kind`, norms in F32.
+
+    Args:
+        args, state: the model; a random one of two layers if None.
+        extra: metadata besides; None as a value leaves the key out.
+        split: most tensors in a file; the files are then named as parts.
+        without: Mistral's names of tensors to leave out.
+
+    Returns:
+        the fp32 weights that the file holds, by Mistral's names, as the package reads its own blocks.
+    """
+    args = args or gguf_args()
+    state = tiny_model(args).state_dict() if state is None else state
+    writer = GGUFWriter(path, arch, split_max_tensors=split)
+    for key, value in {**shape_keys(args), **(extra or {})}.items():
+        add(writer, key, value)
+    held = {}
+    for name, tensor in state.items():
+        if name in without:
+            continue
+        array = tensor.float().numpy()
+        quantized = GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+        data = gguf.quants.quantize(array, quantized)
+        held[name] = np.array(gguf.quants.dequantize(data, quantized)).reshape(array.shape)
+        writer.add_tensor(name_of(name), data, raw_dtype=None if kind in ("F32", "F16") else quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+def add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """One key; ints as u32, floats as f32, lists as arrays."""
+    if value is None:
+        return
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+        writer.add_key_value(key, value, kinds.get(type(value), GGUFValueType.STRING))
