@@ -10,8 +10,10 @@ from mistral.tokenizer import TokenizerLike
 class Detokenizer:
     """Text of a growing list of ids, handed out as soon as it is certain.
 
-    Only the last few ids are decoded again for each new one. A character whose bytes have not all
-    arrived is held back, so the pieces are valid text and join to the text of the whole.
+    Only the last few ids are decoded again for each new one, whatever the ids are: those without text (control ids,
+    ids past the last word) are skipped, and bytes that never complete a character are not decoded for ever. A
+    character whose bytes have not all arrived is held back, so the pieces are valid text and join to the text of the
+    whole.
 
     Args:
         tokenizer: decodes.
@@ -19,49 +21,87 @@ class Detokenizer:
     """
 
     CONTEXT = 8  # enough that the first piece is not taken for the start of a text
+    LONGEST = 4 * CONTEXT  # ids without a whole character after which the oldest are given up
+    PARTIAL = 3  # bytes of a character of which the last is missing, at most; each may show as one U+FFFD
 
     def __init__(self, tokenizer: TokenizerLike, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context)
-        self._ids = self._window()
-        self._told = len(_certain(self._text()))
+        self._without_text: dict[int, bool] = {}
+        self._held = ""  # U+FFFD of bytes that can no longer complete a character
+        recent = self._recent(context, 2 * self.CONTEXT + 3)
+        self._ids, text = self._window(recent, self._decode(recent))
+        self._told = len(_whole(text))
         self._fresh = 0
+        self._pending = len(text) > self._told
 
-    def _window(self) -> list[int]:
-        """The last CONTEXT ids, or more until their text begins as it does in the whole.
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
 
-        Without text they would be taken for the start of one, where SentencePiece drops a space; with
-        U+FFFD in front they may begin within a character, which has at most four bytes.
+    def _is_silent(self, token: int) -> bool:
+        """Whether an id has no text. Twice, because SentencePiece drops a space at the start of a text."""
+        if token not in self._without_text:
+            self._without_text[token] = self._decode([token, token]) == ""
+        return self._without_text[token]
+
+    def _recent(self, context: Sequence[int], most: int) -> list[int]:
+        """The last ids that have text."""
+        found: list[int] = []
+        for token in reversed(context):
+            if len(found) == most:
+                break
+            if not self._is_silent(token):
+                found.append(token)
+        return found[::-1]
+
+    def _window(self, ids: list[int], text: str) -> tuple[list[int], str]:
+        """The last CONTEXT ids and their text, or a few more, until that is the end of the text of all of them.
+
+        Without text they would be taken for the start of one, where SentencePiece drops a space; and they may begin
+        within a character, which has at most four bytes.
         """
-        size = self.CONTEXT
-        while size < len(self._ids) and self._tokenizer.decode(self._ids[-size:])[:1] in ("", "\ufffd"):
-            size += 1 if size < self.CONTEXT + 3 else size
-        return self._ids[-size:]
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._ids)
+        for size in range(self.CONTEXT, self.CONTEXT + self.PARTIAL + 1):
+            if size >= len(ids):
+                break
+            end = self._decode(ids[-size:])
+            if end and text.endswith(end):
+                return ids[-size:], end
+        return ids, text
 
     def push(self, token: int) -> str:
         """Take in one id; return the text that is now certain, often none."""
+        if self._is_silent(token) and not (self._pending and not self._is_silent(self._ids[-1])):
+            return ""  # only the first one within a character may change what its bytes mean
         self._ids.append(token)
         self._fresh += 1
-        text = self._text()
-        certain = _certain(text)
-        piece = certain[self._told :]
-        self._told = max(self._told, len(certain))
-        if self._fresh > self.CONTEXT and text == certain:
-            self._ids = self._window()
-            self._told, self._fresh = len(self._text()), 0
+        text = self._decode(self._ids)
+        whole = _whole(text)
+        self._pending = len(whole) < len(text)
+        piece = whole[self._told :]
+        if piece:
+            piece, self._held = self._held + piece, ""
+        self._told = max(self._told, len(whole))
+        if self._fresh > (self.LONGEST if self._pending else self.CONTEXT):
+            self._shorten(text)
         return piece
+
+    def _shorten(self, text: str) -> None:
+        """Keep the last ids alone. What they leave behind of broken bytes is held, as its text is certain."""
+        self._ids, end = self._window(self._ids, text)
+        waiting = max(0, len(text) - self._told)
+        live = min(self.PARTIAL, len(end) - len(_whole(end)), waiting)
+        self._held += "\ufffd" * (waiting - live)
+        self._told, self._fresh = len(end) - live, 0
 
     def flush(self) -> str:
         """What was held back, as it stands: broken bytes come out as U+FFFD."""
-        text = self._text()
-        piece, self._told = text[self._told :], len(text)
+        text = self._decode(self._ids)
+        piece = self._held + text[self._told :]
+        self._told, self._held = max(self._told, len(text)), ""
         return piece
 
 
-def _certain(text: str) -> str:
+def _whole(text: str) -> str:
+    """A text without U+FFFD at its end, where bytes of a character may be missing."""
     return text.rstrip("\ufffd")
 
 

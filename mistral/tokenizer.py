@@ -1,35 +1,30 @@
-"""Text to ids and back, and text that appears piece by piece.
+"""Text to ids and back.
 
-SentencePiece models are read directly; tekken.json goes through mistral-common, imported only then.
+SentencePiece models are read here; tekken.json goes through mistral-common and tokenizer.json through `tokenizers`,
+each imported only then.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.util.errors import FormatError, short_repr
+from mistral.special_tokens import AddedToken, TokenizerError, read_special_tokens
+from mistral.tekken import Tekken
+from mistral.tokenizer_json import JsonTokenizer
 from mistral.util.files import read_limited
-
-# How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class TokenizerError(FormatError):
-    """A tokenizer that is missing, broken, or cannot do what was asked."""
 
 
 class TokenizerLike(Protocol):
-    """What generation needs of a tokenizer; anything with these will do."""
+    """What generation needs of a tokenizer; anything with these will do.
+
+    `encode` may put bos in front or not: `encode` below sees to it that a prompt has one. A negative id is none.
+    """
 
     @property
     def bos_id(self) -> int: ...
@@ -40,7 +35,9 @@ class TokenizerLike(Protocol):
 
 
 class Tokenizer:
-    """Mistral's tokenizers: a SentencePiece `tokenizer.model*` or a `tekken.json`.
+    """A SentencePiece `tokenizer.model*` or a `tekken.json`, which are Mistral's own, or a `tokenizer.json`.
+
+    Tokens that the files beside it add (tokenizer_config.json, added_tokens.json) belong to it.
 
     Raises:
         TokenizerError: no such file, or not a tokenizer.
@@ -51,22 +48,45 @@ class Tokenizer:
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
         self.path = path
-        self._model: Any = _Tekken(path) if path.suffix == ".json" else _SentencePiece(path)
+        self._ends: frozenset[int] | None = None
+        kind: Any = _SentencePiece
+        if path.suffix == ".json":
+            kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
+        self._model: Any = kind(path)
 
     @property
     def n_words(self) -> int:
-        """Size of the vocabulary."""
+        """Size of the vocabulary, without tokens that were added to it."""
         return self._model.n_words
+
+    @cached_property
+    def added(self) -> Mapping[str, int]:
+        """Ids past the vocabulary, by text."""
+        return dict(self._model.added)
+
+    @cached_property
+    def n_ids(self) -> int:
+        """One more than the largest id that has a word."""
+        return max(self.n_words, *(i + 1 for i in self.added.values())) if self.added else self.n_words
 
     @property
     def bos_id(self) -> int:
-        """Id that begins a text."""
+        """Id that begins a text; -1 where there is none."""
         return self._model.bos_id
 
     @property
     def eos_id(self) -> int:
-        """Id that ends a text."""
+        """Id that ends a text; -1 where there is none."""
         return self._model.eos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end a sequence: `eos_id`, or those that were set, as the model's other files may name more."""
+        return self._ends if self._ends is not None else frozenset({self.eos_id} - {-1})
+
+    @eos_ids.setter
+    def eos_ids(self, ids: Iterable[int]) -> None:
+        self._ends = frozenset(ids)
 
     @property
     def pad_id(self) -> int:
@@ -74,14 +94,34 @@ class Tokenizer:
         return self._model.pad_id
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether texts begin with bos; a tokenizer.json may have it otherwise."""
+        return bool(getattr(self._model, "adds_bos", True))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about it, a sentence each."""
+        return tuple(getattr(self._model, "notes", ()))
+
+    @property
     def is_tekken(self) -> bool:
-        """Whether it is a tekken.json; else it is a SentencePiece model."""
-        return isinstance(self._model, _Tekken)
+        """Whether it is a tekken.json."""
+        return isinstance(self._model, Tekken)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is a tokenizer.json."""
+        return isinstance(self._model, JsonTokenizer)
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether words are made of bytes, as in tekken; else they are SentencePiece's."""
+        return self.is_tekken or (self.is_json and self._model.is_byte_level)
 
     @property
     def version(self) -> str:
         """Which of Mistral's it is: "v1", "v3", ... by the file's name where that says so, else by its contents."""
-        if isinstance(self._model, _Tekken):
+        if isinstance(self._model, Tekken):
             return self._model.version
         if match := re.search(r"\.(v\d+)\w*$", self.path.name):
             return match[1]
@@ -89,9 +129,32 @@ class Tokenizer:
             return "v7"
         return "v3" if self.has_control("[INST]") else "v1"
 
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Ids of the control tokens by text: no text gives them, and they have none."""
+        return self._model.control_tokens()
+
+    @cached_property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens by text that are no words: the control tokens, and what was added to the vocabulary."""
+        return {**self._model.control_tokens(), **self._model.added_tokens()}
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """Texts of bos_token and eos_token (unk_token, pad_token), as chat templates ask for them."""
+        return self._model.named
+
     def has_control(self, word: str) -> bool:
         """Whether a control token, such as "[INST]", has an id of its own."""
         return self._model.has_control(word)
+
+    def pieces(self) -> tuple[list[str], list[float | None]]:
+        """The words of a SentencePiece model, and the score of each; None for those that no text is split into."""
+        return self._model.pieces()
+
+    def byte_words(self) -> list[bytes]:
+        """The words of a tekken.json, by rank, as bytes."""
+        return self._model.byte_words()
 
     def for_mistral_common(self, version: str) -> Any:
         """The same tokenizer as mistral-common's templates want it.
@@ -102,17 +165,30 @@ class Tokenizer:
         return self._model.for_mistral_common(version)
 
     def encode(self, s: str, bos: bool = True) -> list[int]:
-        """Ids of a text, begun by bos. Text that looks like a control token stays text.
+        """Ids of a text, begun by bos (unless the tokenizer begins none with it). Text that looks like a control token
+        stays text.
 
         Raises:
             TokenizerError: the text is not valid Unicode.
         """
-        try:
-            s.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
+        _check_unicode(s)
         ids = self._model.encode(s)
-        return [self.bos_id, *ids] if bos else ids
+        return [self.bos_id, *ids] if bos and self.adds_bos else ids
+
+    def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int] | None = None) -> list[int]:
+        """Ids of texts with control ids between them, without bos. Text that looks like a control token stays text.
+
+        Args:
+            parts: texts, and ids among those of `control`.
+            control: ids of control tokens by text; by default `control_tokens`.
+
+        Raises:
+            TokenizerError: a text is not valid Unicode.
+        """
+        for part in parts:
+            if isinstance(part, str):
+                _check_unicode(part)
+        return self._model.encode_parts(parts, self.control_tokens if control is None else control)
 
     def decode(self, t: Sequence[int]) -> str:
         """Text of ids. Control ids have none, nor have ids past the last word, which a padded model may make.
@@ -123,7 +199,14 @@ class Tokenizer:
         for i in t:
             if i < 0:
                 raise TokenizerError(f"id {i} is below 0")
-        return self._model.decode([i for i in t if i < self.n_words])
+        return self._model.decode([i for i in t if i < self.n_ids])
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
 
 
 class _SentencePiece:
@@ -135,7 +218,7 @@ class _SentencePiece:
         try:
             self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000))
             self.n_words = self._sp.vocab_size()
-            self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
+            self._pieces = self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
         except OSError as error:
             raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
         except (RuntimeError, ValueError):
@@ -143,15 +226,67 @@ class _SentencePiece:
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
+        told = read_special_tokens(path.parent)
+        self._added = {i: token for i, token in told.added.items() if i >= self.n_words}
+        self.added = {token.content: i for i, token in self._added.items()}
+        self._names = told.names
+        words = sorted((t.content for t in self._added.values() if not t.special), key=len, reverse=True)
+        self._words = re.compile("|".join(map(re.escape, words))) if words else None
+
+    @property
+    def named(self) -> dict[str, str]:
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._sp.unk_id()}
+        return {**{name: self._pieces[i] for name, i in ids.items()}, **self._names}
 
     def encode(self, s: str) -> list[int]:
-        return self._sp.encode(s)
+        if self._words is None:
+            return self._sp.encode(s)
+        ids, done = [], 0
+        for match in self._words.finditer(s):
+            ids += [*self._sp.encode(s[done : match.start()]), self.added[match[0]]]
+            done = match.end()
+        return ids + self._sp.encode(s[done:])
+
+    def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int]) -> list[int]:
+        """Each text is encoded by itself, with a space in front: so were the chats that such models learned from."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._sp.encode(part)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._sp.decode(ids)
+        if not self._added:
+            return self._sp.decode(ids)
+        text, run = "", []
+        for i in [*ids, None]:
+            if i is not None and i < self.n_words:
+                run.append(i)
+                continue
+            # A space in front is dropped at the start of a text, and only there.
+            text += self._sp.decode([self._sp.piece_to_id("\u2581"), *run] if text else run)
+            run = []
+            token: AddedToken | None = self._added.get(i) if i is not None else None
+            text += token.content if token and not token.special else ""
+        return text
+
+    def pieces(self) -> tuple[list[str], list[float | None]]:
+        def score(i: int) -> float | None:
+            unused = self._sp.IsControl(i) or self._sp.IsByte(i) or self._sp.IsUnknown(i)
+            return None if unused else self._sp.get_score(i)
+
+        return self._pieces, [score(i) for i in range(self.n_words)]
 
     def has_control(self, word: str) -> bool:
+        if word in self.added:
+            return self._added[self.added[word]].special
         return self._sp.IsControl(self._sp.piece_to_id(word))
+
+    def control_tokens(self) -> dict[str, int]:
+        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i)}
+        return {**ids, **{token.content: i for i, token in self._added.items() if token.special}}
+
+    def added_tokens(self) -> dict[str, int]:
+        return self.added
 
     def for_mistral_common(self, version: str) -> Any:
         try:
@@ -162,67 +297,18 @@ class _SentencePiece:
         return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
 
 
-class _Tekken:
-    def __init__(self, path: Path) -> None:
-        try:
-            from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-            from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-        except ImportError:
-            raise TokenizerError(f"{path} needs mistral-common: pip install mistral-common") from None
-        tekken_words(path)
-        try:
-            self._tekken = Tekkenizer.from_file(path)
-            self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
-        except Exception as error:  # whatever the library makes of a broken file
-            raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
-        self._ignore = SpecialTokenPolicy.IGNORE
-        self.version = str(self._tekken.version.value)
-        self.n_words = self._tekken.n_words
-
-    def encode(self, s: str) -> list[int]:
-        return self._tekken.encode(s, bos=False, eos=False)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tekken.decode(ids, special_token_policy=self._ignore)
-
-    def has_control(self, word: str) -> bool:
-        return bool(self._tekken.is_special(word))
-
-    def for_mistral_common(self, version: str) -> Any:
-        return self._tekken
-
-
-def tekken_words(path: Path) -> int:
-    """Words of a tekken.json, as it says itself; mistral-common takes a second to read it all.
-
-    Raises:
-        TokenizerError: the file cannot be read, or has what makes mistral-common panic, or take any amount of memory.
-    """
-    try:
-        raw = json.loads(read_limited(path).decode("utf-8"))
-        config, given = raw["config"], raw.get("special_tokens") or ()
-        words, special = config["default_vocab_size"], config["default_num_special_tokens"]
-        counted = type(words) is type(special) is int and 0 < special <= words - special <= len(raw["vocab"])
-        # The first words are the bytes; the first ids are those of the special tokens, which may be left out.
-        sane = counted and words - special >= 256 and all(type(t["rank"]) is int for t in given)
-        sane = sane and all(0 <= t["rank"] < special for t in given)
-        pattern = config.get("pattern")
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
-    if not sane:
-        raise TokenizerError(
-            f"{path} is not a tekken tokenizer: it says {short_repr(words)} words and has others; fetch it again"
-        )
-    if pattern != PATTERN:
-        raise TokenizerError(f"{path} is not a tekken tokenizer of Mistral's: it splits text by {short_repr(pattern)}")
-    return words
-
-
 def encode(tokenizer: TokenizerLike, text: str) -> list[int]:
-    """Ids of a text with bos in front, from any tokenizer: its own `bos` and `eos` switches are used if it has them."""
+    """Ids of a text with one bos in front, from any tokenizer.
+
+    Its own switches are used if it has them: `bos` and `eos`, or transformers' `add_special_tokens`. A tokenizer
+    without any may put bos in front itself or leave it out.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.encode(text)
     accepted = inspect.signature(tokenizer.encode).parameters
-    switches = {name: value for name, value in (("bos", True), ("eos", False)) if name in accepted}
-    ids = list(tokenizer.encode(text, **switches))
-    return ids if "bos" in accepted else [tokenizer.bos_id, *ids]
+    wanted = {"bos": True, "eos": False, "add_special_tokens": False}
+    ids = list(tokenizer.encode(text, **{name: value for name, value in wanted.items() if name in accepted}))
+    bos = tokenizer.bos_id
+    if "bos" in accepted or bos is None or bos < 0 or ids[:1] == [bos]:
+        return ids
+    return [bos, *ids]

@@ -1,4 +1,4 @@
-"""A conversation: its turns, and a cache that is never told more than it needs.
+"""A conversation: its messages, and a cache that is never told more than it needs.
 
 Knows nothing about terminals or files. The ids of the whole conversation are worked out anew for every
 answer; what the cache holds of them already is kept, whatever has happened in between.
@@ -6,15 +6,16 @@ answer; what the cache holds of them already is kept, whatever has happened in b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.chat.templates import Template, TemplateError, Turn
+from mistral.chat.messages import Message, TemplateError
+from mistral.chat.templates import Template
 from mistral.engine import GenerationError, Progress
-from mistral.generate import Piece, stream
+from mistral.generate import Piece, eos_of, stream
 from mistral.model import Transformer
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Chat:
             with seed + n; without a seed, one is drawn for the conversation.
 
     Attributes:
-        turns: the conversation; may be changed between answers.
+        messages: the conversation, without the system prompt; may be changed between answers.
         seed: what answers draw with; `params.seed` is not looked at again.
         answers: how many were begun, those that were undone included.
         prefilled_tokens, cached_tokens: of the last prompt, those that the model processed, and those that the cache
@@ -62,12 +63,12 @@ class Chat:
         self.params = params
         self.chunk_size = chunk_size
         self.seed = int(torch.randint(2**53, (), device="cpu")) if params.seed is None else params.seed
-        self.turns: list[Turn] = []
+        self.messages: list[Message] = []
         self.answers = 0
         self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
         self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
-        probe = template.conversation(system, [Turn("")])  # refuses a system prompt that has no place
+        probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
         if max(probe) >= model.args.vocab_size:
             raise TemplateError(
                 f"template {template.name} has the id {max(probe)}, outside the vocabulary of {model.args.vocab_size}: "
@@ -77,8 +78,8 @@ class Chat:
     def answer(self, question: str, progress: Progress | None = None) -> Iterator[Piece]:
         """Answer a question, handing out text as it is made, without the space that some tokenizers put first.
 
-        The turn joins the conversation when the iterator ends, is closed or is broken off; a turn of which no
-        token was made does not.
+        Question and answer join the conversation when the iterator ends, is closed or is broken off; a question of
+        whose answer no token was made does not.
 
         Args:
             progress: see `stream`.
@@ -88,8 +89,9 @@ class Chat:
         """
         if self.params.n > 1:
             raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
-        ids = self.template.conversation(self.system, [*self.turns, Turn(question)])
-        return self._answer(Turn(question, []), ids, self._stream(ids, progress))
+        asked = Message("user", question)
+        ids = self._encode([*self.messages, asked])
+        return self._answer([asked], Message("assistant", ""), ids, self._stream(ids, progress))
 
     def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
         """Continue ids; what the cache holds of them already is not processed again."""
@@ -102,30 +104,38 @@ class Chat:
             self.tokenizer,
             params=replace(self.params, seed=self.seed + self.answers),
             chunk_size=self.chunk_size,
+            eos_ids=eos_of(self.tokenizer) | self.template.ends,
             cache=self._cache,
             progress=progress,
         )
         self.answers += 1
         return pieces
 
-    def _answer(self, turn: Turn, ids: list[int], pieces: Iterator[Piece]) -> Iterator[Piece]:
-        assert turn.answer is not None
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation behind the system prompt."""
+        return self.template.encode_chat([Message("system", self.system), *messages])
+
+    def _answer(
+        self, asked: list[Message], answer: Message, ids: list[int], pieces: Iterator[Piece]
+    ) -> Iterator[Piece]:
+        """Hand out the pieces of an answer, which joins the conversation at the end, what was asked before it."""
+        made = answer.ids = answer.ids or []
         ended = False
         try:
             for piece in pieces:
                 if piece.token:
-                    turn.answer.append(piece.token.id)
+                    made.append(piece.token.id)
                 text = piece.text
-                if not turn.text and text[:1] == " " and self.tokenizer.decode(turn.answer)[:1] != " ":
+                if not answer.content and text[:1] == " " and self.tokenizer.decode(made)[:1] != " ":
                     text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
-                turn.text += text
+                answer.content += text
                 ended = ended or piece.finish_reason is not None
                 yield replace(piece, text=text)
         finally:
             # Its length moves only with whole steps, so this is true after an interruption too.
-            self._held = (ids + turn.answer)[: self._cache.lengths[0]]
-            if turn.answer or ended:
-                self.turns.append(turn)
+            self._held = (ids + made)[: self._cache.lengths[0]]
+            if made or ended:
+                self.messages += [*asked, answer]
 
     def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
         """Go on with the last answer, where it stopped; text, as `answer` gives it.
@@ -133,28 +143,31 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
-        if not self.turns:
+        if not self.messages or self.messages[-1].role != "assistant":
             raise GenerationError("there is no answer to go on with")
-        turn = self.turns[-1]
-        ids = self.template.conversation(self.system, [*self.turns[:-1], Turn(turn.question)])
-        pieces = self._stream([*ids, *(turn.answer or ())], progress)
-        self.turns.pop()
-        turn.answer = list(turn.answer or ())
-        return self._answer(turn, ids, pieces)
+        last = self.messages[-1]
+        made = self.tokenizer.encode(last.content, bos=False) if last.ids is None else last.ids
+        ids = [*self._encode(self.messages[:-1]), *made]
+        pieces = self._stream(ids, progress)
+        self.messages.pop()
+        return self._answer([], replace(last, ids=list(made)), ids[: len(ids) - len(made)], pieces)
 
-    def undo(self) -> Turn:
-        """Drop the last question and its answer, and return them.
+    def undo(self) -> Message:
+        """Drop the last question and its answer, and return the question.
 
         Raises:
             GenerationError: there is none.
         """
-        if not self.turns:
+        last = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=None)
+        if last is None:
             raise GenerationError("there is nothing to undo")
-        return self.turns.pop()
+        question = self.messages[last]
+        del self.messages[last:]
+        return question
 
     def reset(self) -> None:
         """Begin a new conversation, with the same system prompt."""
-        self.turns.clear()
+        self.messages.clear()
 
     def set_system(self, system: str) -> None:
         """Change the system prompt, for the conversation so far too; "" is none.
@@ -162,7 +175,7 @@ class Chat:
         Raises:
             TemplateError: the template has no place for one.
         """
-        self.template.conversation(system, [Turn("")])
+        self.template.encode_chat([Message("system", system), Message("user", "")])
         self.system = system
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
-from mistral.chat.templates import TemplateError, Turn
+from mistral.chat.messages import ROLES, Message, TemplateError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, write_atomic
 
-FORMAT, VERSION = "mistral conversation", 1
+FORMAT, VERSION = "mistral conversation", 2
+OLDEST = 1  # had a list of turns: question, answer (ids), text
 # Fields of SamplingParams that are kept: all but the seed, which is the conversation's, n, which is 1, and functions.
 PARAMS = tuple(f.name for f in fields(SamplingParams) if f.name not in ("seed", "n", "logits_processor"))
 
@@ -53,7 +54,7 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "seed": chat.seed,
         "answers": chat.answers,
         **{name: getattr(chat.params, name) for name in PARAMS},
-        "turns": [{"question": t.question, "answer": t.answer, "text": t.text} for t in chat.turns],
+        "messages": [_entry(message) for message in chat.messages],
     }
     try:
         with write_atomic(target) as beside:
@@ -86,12 +87,12 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         )
     try:
         system, seed, answers = _of(told, "system", str), _of(told, "seed", int), _of(told, "answers", int)
-        turns = [_turn(entry, chat.model.args.vocab_size) for entry in _of(told, "turns", list)]
+        messages = _messages(told, chat.model.args.vocab_size)
         params = _params(told, chat.params)
-        chat.template.conversation(system, [*turns, Turn("")])
+        chat.template.encode_chat([Message("system", system), *messages, Message("user", "")])
     except (TypeError, SamplingError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
-    chat.system, chat.seed, chat.answers, chat.turns = system, seed, answers, turns
+    chat.system, chat.seed, chat.answers, chat.messages = system, seed, answers, messages
     chat.params = params
 
 
@@ -104,9 +105,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
-    if told.get("version") != VERSION or type(told["version"]) is not int:
+    if type(told.get("version")) is not int or not OLDEST <= told["version"] <= VERSION:
         raise SessionError(
-            f"{path} is of version {short_repr(told.get('version'))} of the format; this reads {VERSION}"
+            f"{path} is of version {short_repr(told.get('version'))} of the format; this reads {OLDEST} to {VERSION}"
         )
     return told
 
@@ -123,13 +124,37 @@ def _valid(text: str) -> bool:
     return not re.search(r"[\ud800-\udfff]", text)
 
 
-def _turn(entry: Any, vocab_size: int) -> Turn:
+def _entry(message: Message) -> dict[str, Any]:
+    ids = {} if message.ids is None else {"ids": message.ids}
+    return {"role": message.role, "content": message.content, **ids}
+
+
+def _messages(told: dict[str, Any], vocab_size: int) -> list[Message]:
+    if told["version"] == 1:
+        return [m for entry in _of(told, "turns", list) for m in _turn(entry, vocab_size)]
+    return [_message(entry, vocab_size) for entry in _of(told, "messages", list)]
+
+
+def _message(entry: Any, vocab_size: int) -> Message:
+    if not isinstance(entry, dict) or entry.get("role") not in ROLES:
+        raise TypeError(f"a message is {short_repr(entry)}")
+    ids = None if entry.get("ids") is None else _ids(entry, "ids", vocab_size)
+    return Message(entry["role"], _of(entry, "content", str), ids)
+
+
+def _turn(entry: Any, vocab_size: int) -> tuple[Message, Message]:
+    """Question and answer, as version 1 has them."""
     if not isinstance(entry, dict):
         raise TypeError(f"a turn is {short_repr(entry)}")
-    answer = _of(entry, "answer", list)
-    if not all(type(i) is int and 0 <= i < vocab_size for i in answer):
+    answer = _ids(entry, "answer", vocab_size)
+    return Message("user", _of(entry, "question", str)), Message("assistant", _of(entry, "text", str), answer)
+
+
+def _ids(entry: dict[str, Any], name: str, vocab_size: int) -> list[int]:
+    ids = _of(entry, name, list)
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise TypeError(f"an answer has ids outside the vocabulary of {vocab_size}")
-    return Turn(_of(entry, "question", str), answer, _of(entry, "text", str))
+    return list(ids)
 
 
 def _params(told: dict[str, Any], present: SamplingParams) -> SamplingParams:

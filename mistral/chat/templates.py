@@ -1,17 +1,22 @@
-"""Conversations and gaps as ids, through mistral-common: what surrounds a turn, and where the system prompt goes.
+"""Conversations as ids: which template a model's chats are written in, and Mistral's own, through mistral-common.
 
 Text that looks like a control token stays text; control ids come from here alone. Knows nothing about models.
 """
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
+from mistral.chat.jinja import JinjaTemplate
+from mistral.chat.messages import BETWEEN, Message, TemplateError, checked, joined, valid
+from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import UsageError, printable
+from mistral.util.errors import printable, short_repr
+from mistral.util.files import read_limited
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
@@ -20,38 +25,30 @@ NAMES = (*VERSIONS, "mistrallite")
 PROMPTER, ASSISTANT = 32002, 32001  # MistralLite's added tokens
 
 
-class TemplateError(UsageError):
-    """A template that does not exist, does not go with the tokenizer, or cannot say what was asked."""
+class Template(Protocol):
+    """How a kind of model wants its conversations written.
 
-
-@dataclass
-class Turn:
-    """A question, and its answer as the model made it.
-
-    Args:
-        question: what the user wrote.
-        answer: ids made, without eos; None while there is none.
-        text: the answer's text.
+    Attributes:
+        name: what it is called.
+        source: what decided for it: "--template", the folder's file, "the release".
+        ends: ids that it writes after an answer; they end one, beside those of `formats.tokenizers.eos_ids`.
     """
 
-    question: str
-    answer: list[int] | None = None
-    text: str = field(default="")
-
-
-class Template(Protocol):
-    """How a kind of model wants its conversations written."""
-
     name: str
+    source: str
 
-    def conversation(self, system: str, turns: Sequence[Turn]) -> list[int]:
-        """Ids of a conversation up to where the model answers the last turn; "" is no system prompt.
+    @property
+    def ends(self) -> frozenset[int]: ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation, bos included where it belongs, up to where the model writes the next answer (after
+        an answer that comes last: up to its end). Neighbours of one role are joined by an empty line.
 
         Raises:
-            TemplateError: no place for a system prompt, or text that is not valid Unicode.
+            TemplateError: no place for a system prompt, an unknown role, or text that is not valid Unicode.
         """
 
-    def infill(self, prefix: str, suffix: str) -> list[int]:
+    def encode_fim(self, prefix: str, suffix: str) -> list[int]:
         """Ids after which the model writes what belongs between two texts.
 
         Raises:
@@ -59,45 +56,101 @@ class Template(Protocol):
         """
 
 
-def find_template(tokenizer: Tokenizer, *, name: str | None = None, release: str | None = None) -> Template:
-    """The template that goes with a tokenizer.
+def find_template(
+    tokenizer: Tokenizer,
+    *,
+    name: str | None = None,
+    release: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Template:
+    """The template of a model's conversations: the one that is named, else the folder's own, else the release's.
 
-    The file says which: tokenizer.model.vN by its name, a bare tokenizer.model by the control tokens in it, tekken.json
-    by its version. MistralLite's tokenizer is that of v1, so there the release decides.
+    Without a chat template in the folder the tokenizer file says which: tokenizer.model.vN by its name, a bare
+    tokenizer.model by the control tokens in it, tekken.json by its version. MistralLite's tokenizer is that of v1, so
+    there the release decides; so it does for a tokenizer.json.
 
     Args:
-        name: one of NAMES, to have that one whatever the file says.
+        name: one of NAMES, a template of the folder by name, or a file in Jinja; it comes before all else.
         release: the template of the release that was recognised, if one was.
+        folder: where the model is; None where it brings no template.
 
     Raises:
         TemplateError: an unknown name, one the tokenizer has no control tokens for, or a version of later releases.
+        TokenizerError: a broken file in the folder.
     """
-    if name is not None and name not in NAMES:
-        raise TemplateError(f"no template is called {name!r}: {', '.join(NAMES)}")
-    if name == "mistrallite" or (name is None and release == "mistrallite"):
-        return MistralLite(tokenizer)
-    version = name or tokenizer.version
-    if version not in VERSIONS:
+    if name in NAMES:
+        return _of_mistral(tokenizer, name, "--template")
+    own = {} if folder is None else chat_templates(Path(folder))
+    if name is not None and (name in own or name.endswith(".jinja")):
+        found = own.get(name) or _read(name)
+        return _of_folder(tokenizer, found, folder, "--template")
+    if name is not None:
+        choices = ", ".join([*NAMES, *map(printable, own)])
+        raise TemplateError(f"no template is called {short_repr(name)}: {choices}, or a file that ends in .jinja")
+    if "default" in own:
+        return _of_folder(tokenizer, own["default"], folder, own["default"].file)
+    if own:
+        raise TemplateError(f"the folder has several templates and no default: --template {' or '.join(own)}")
+    if release is not None and (release == "mistrallite" or tokenizer.is_json):
+        return _of_mistral(tokenizer, release.removesuffix("-tekken"), "the release")
+    return _of_mistral(tokenizer, tokenizer.version, tokenizer.path.name)
+
+
+def _read(name: str) -> FolderTemplate:
+    path = Path(os.path.expanduser(name))
+    try:
+        return FolderTemplate(path.name, str(path), read_limited(path, 1_000_000).decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise TemplateError(f"{printable(name)} cannot be read: {reason}") from None
+
+
+def _of_folder(
+    tokenizer: Tokenizer, found: FolderTemplate, folder: str | os.PathLike[str] | None, source: str
+) -> Template:
+    """A template in Jinja. Such templates are written for the folder's tokenizer.json, if it has one."""
+    path = None if folder is None else Path(folder) / JSON
+    its_own = tokenizer if path is None or path == tokenizer.path or not path.is_file() else Tokenizer(path)
+    name = found.file if found.name == "default" else found.name
+    return JinjaTemplate(its_own, found.text, name=name, source=source, fim=partial(_fim, tokenizer))
+
+
+def _fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
+    """Fill-in-the-middle by the tokenizer's version, whatever the template of conversations."""
+    return _of_mistral(tokenizer, tokenizer.version, "").encode_fim(prefix, suffix)
+
+
+def _of_mistral(tokenizer: Tokenizer, name: str, source: str) -> Template:
+    if name == "mistrallite":
+        return MistralLite(tokenizer, source)
+    if name not in VERSIONS:
         raise TemplateError(
-            f"{tokenizer.path.name} is of version {version}, which later releases have; known are {', '.join(VERSIONS)}"
+            f"{tokenizer.path.name} is of version {name}, which later releases have; known are {', '.join(VERSIONS)}"
         )
-    return MistralCommon(tokenizer, version)
+    if name != "v1" and not tokenizer.has_control("[INST]"):
+        raise TemplateError(f"template {name} needs the control token [INST], which {tokenizer.path.name} lacks")
+    return MistralCommon(tokenizer, name, source)
+
+
+def _full_name(tokenizer: Tokenizer, version: str) -> str:
+    return f"{version}-tekken" if tokenizer.is_byte_level else version
 
 
 class MistralCommon:
     """The templates of Mistral's own releases, as mistral-common writes them.
 
-    In v1 `[INST]` is plain text and the system prompt joins the first question; from v2 on it is a control id, and
-    the system prompt joins the last question; in v7 that has a block of its own.
+    A system prompt goes into the first question in v1, into the last in v2 and v3, and stays in its place in v7.
+
+    Raises:
+        TemplateError: the tokenizer lacks what the version needs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, version: str) -> None:
-        if version != "v1" and not tokenizer.has_control("[INST]"):
-            raise TemplateError(f"template {version} wants the control token [INST], which {tokenizer.path.name} lacks")
+    def __init__(self, tokenizer: Tokenizer, version: str, source: str = "") -> None:
         inner = tokenizer.for_mistral_common(version)
         from mistral_common.tokens.tokenizers import instruct
 
-        self.name = f"{version}-tekken" if tokenizer.is_tekken else version
+        self.name, self.source = _full_name(tokenizer, version), source
+        self.ends = frozenset({tokenizer.eos_id})
         self._tokenizer = tokenizer
         kinds = {
             "v1": instruct.InstructTokenizerV1,
@@ -111,31 +164,47 @@ class MistralCommon:
             raise TemplateError(
                 f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
-        self._system_block = version == "v7"
+        self._system_in_place = version == "v7"
 
-    def conversation(self, system: str, turns: Sequence[Turn]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
 
+        found, system = joined(checked(messages), ("user", "assistant")), None
+        if not self._system_in_place:
+            system = BETWEEN.join(m.content for m in found if m.role == "system") or None
+            found = [m for m in found if m.role != "system"]
+            if not found or found[0].role != "user":
+                found.insert(0, Message("user", ""))
+        users = [i for i, message in enumerate(found) if message.role == "user"] or [-1]
         ids = list(self._instruct.start())
-        if system and self._system_block:
-            ids += self._instruct.encode_system_message(SystemMessage(content=_valid(system)))[0]
-        joined = None if self._system_block else _valid(system) or None
-        for i, turn in enumerate(turns):
-            message = UserMessage(content=_valid(turn.question))
-            last, first = i == len(turns) - 1, i == 0
-            ids += self._instruct.encode_user_message(message, None, last, first, system_prompt=joined)[0]
-            if turn.answer is not None:
-                ids += [*turn.answer, self._tokenizer.eos_id]
+        for i, message in enumerate(found):
+            if message.role == "user":
+                user = UserMessage(content=message.content)
+                last, first = i == users[-1], i == users[0]
+                ids += self._instruct.encode_user_message(user, None, last, first, system_prompt=system)[0]
+            elif message.role == "assistant":
+                ids += [*self._answer(message), self._tokenizer.eos_id]
+            else:
+                ids += self._instruct.encode_system_message(SystemMessage(content=message.content))[0]
         return ids
 
-    def infill(self, prefix: str, suffix: str) -> list[int]:
+    def _answer(self, message: Message) -> list[int]:
+        from mistral_common.protocol.instruct.messages import AssistantMessage
+
+        if message.ids is not None or not message.content:
+            return message.ids or []
+        written = AssistantMessage(content=message.content, prefix=True)  # a prefix has no eos behind it
+        return list(self._instruct.encode_assistant_message(written, False))
+
+    def encode_fim(self, prefix: str, suffix: str) -> list[int]:
         from mistral_common.protocol.fim.request import FIMRequest
 
         if not (self._tokenizer.has_control("[PREFIX]") and self._tokenizer.has_control("[SUFFIX]")):
             raise TemplateError(
-                f"{self._tokenizer.path.name} has no [PREFIX] and [SUFFIX]: filling a gap is for Codestral and its like"
+                f"{self._tokenizer.path.name} has no [PREFIX] and [SUFFIX]: fill-in-the-middle is for Codestral and "
+                "its like"
             )
-        request = FIMRequest(prompt=_valid(prefix), suffix=_valid(suffix))
+        request = FIMRequest(prompt=valid(prefix), suffix=valid(suffix))
         return list(self._instruct.encode_fim(request).tokens)
 
 
@@ -148,29 +217,26 @@ class MistralLite:
 
     name = "mistrallite"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        if tokenizer.is_tekken or tokenizer.n_words > ASSISTANT - 1:
+    def __init__(self, tokenizer: Tokenizer, source: str = "") -> None:
+        if tokenizer.is_byte_level or tokenizer.n_words > ASSISTANT - 1:
             raise TemplateError(
-                f"template mistrallite wants a tokenizer of 32000 words, which {tokenizer.path.name} is not"
+                f"template mistrallite needs a tokenizer of 32000 words, which {tokenizer.path.name} is not"
             )
+        self.source = source
+        self.ends = frozenset({tokenizer.eos_id})
         self._tokenizer = tokenizer
 
-    def conversation(self, system: str, turns: Sequence[Turn]) -> list[int]:
-        if system:
-            raise TemplateError("MistralLite has no place for a system prompt: leave it out")
-        eos = self._tokenizer.eos_id
-        ids = [self._tokenizer.bos_id]
-        for turn in turns:
-            ids += [PROMPTER, *self._tokenizer.encode(turn.question, bos=False), eos, ASSISTANT]
-            if turn.answer is not None:
-                ids += [*turn.answer, eos]
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
+        for message in joined(checked(messages)):
+            if message.role == "system":
+                raise TemplateError("MistralLite has no place for a system prompt: leave it out")
+            if message.role == "user":
+                ids += [PROMPTER, *self._tokenizer.encode(message.content, bos=False), eos, ASSISTANT]
+            else:
+                answer = message.ids
+                ids += [*(self._tokenizer.encode(message.content, bos=False) if answer is None else answer), eos]
         return ids
 
-    def infill(self, prefix: str, suffix: str) -> list[int]:
-        raise TemplateError("MistralLite does not fill gaps: that is for Codestral and its like")
-
-
-def _valid(text: str) -> str:
-    if found := re.search(r"[\ud800-\udfff]", text):
-        raise TemplateError(f"the text is not valid Unicode at character {found.start()}")
-    return text
+    def encode_fim(self, prefix: str, suffix: str) -> list[int]:
+        raise TemplateError("MistralLite does not fill in the middle: that is for Codestral and its like")

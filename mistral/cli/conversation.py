@@ -113,7 +113,7 @@ class Conversation:
         echo_err(f"{QUOTES:16} begin a question of several lines, which ends with the next {QUOTES}")
 
     def _retry(self, rest: str) -> None:
-        question = self._chat.undo().question
+        question = self._chat.undo().content
         echo_err(f"again: {question}")
         self._ask(question)
 
@@ -121,7 +121,7 @@ class Conversation:
         self._print(self._chat.resume)
 
     def _undo(self, rest: str) -> None:
-        echo_err(f"dropped: {self._chat.undo().question}")
+        echo_err(f"dropped: {self._chat.undo().content}")
 
     def _reset(self, rest: str) -> None:
         self._chat.reset()
@@ -140,9 +140,8 @@ class Conversation:
     def _show(self, rest: str) -> None:
         echo_err(settings.describe(self._chat))
         echo_err(f"system prompt: {self._chat.system or 'none'}")
-        for turn in self._chat.turns:
-            echo_err(f"> {turn.question}")
-            echo_err(turn.text)
+        for message in self._chat.messages:
+            echo_err(f"> {message.content}" if message.role == "user" else message.content)
 
     def _save(self, rest: str) -> None:
         from mistral.chat.session import save
@@ -171,5 +170,5 @@ def _file(command: str, name: str) -> str:
 
 
 def _turns(chat: Chat) -> str:
-    n = len(chat.turns)
+    n = sum(message.role == "user" for message in chat.messages)
     return f"{n} turn" if n == 1 else f"{n} turns"

@@ -128,7 +128,7 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     from mistral.chat.templates import find_template
 
     release = None if loaded.release is None else loaded.release.template
-    return find_template(loaded.tokenizer, name=name, release=release)
+    return find_template(loaded.tokenizer, name=name, release=release, folder=loaded.folder)
 
 
 def require_instruct(instruct: bool, system: str | None, template: str | None) -> None:
@@ -156,12 +156,12 @@ def as_ids(
         return [one.prompt for one in asked]
     template = template_of(loaded, name)
     if not instruct:
-        return [one.prompt if one.suffix is None else template.infill(one.prompt, one.suffix) for one in asked]
+        return [one.prompt if one.suffix is None else template.encode_fim(one.prompt, one.suffix) for one in asked]
     if any(one.suffix is not None or not isinstance(one.prompt, str) for one in asked):
         raise UsageError("--instruct takes questions: each prompt must be text, without a suffix")
-    from mistral.chat.templates import Turn
+    from mistral.chat.messages import Message
 
-    return [template.conversation(system or "", [Turn(one.prompt)]) for one in asked]
+    return [template.encode_chat([Message("system", system or ""), Message("user", one.prompt)]) for one in asked]
 
 
 def note_if_instruct(loaded: Loaded) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mistral.formats.gguf_header import GgufError, Metadata, StringArray
-from mistral.tokenizer import PATTERN
+from mistral.tekken import PATTERN
 from mistral.util.errors import short_repr
 
 if TYPE_CHECKING:

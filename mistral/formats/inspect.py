@@ -19,16 +19,24 @@ from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE
 from mistral.formats.releases import COMPARED, RELEASES, Release, identify
-from mistral.formats.tokenizers import missing_tokens, tokenizer_files, tokenizer_kind
+from mistral.formats.tokenizers import (
+    chat_templates,
+    missing_tokens,
+    other_tokenizers,
+    tokenizer_files,
+    tokenizer_kind,
+    tokenizer_notes,
+)
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import parameters
-from mistral.tokenizer import Tokenizer, TokenizerError, tekken_words
+from mistral.tekken import tekken_words
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken"}
+KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2", ".download")
@@ -71,7 +79,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
-        "template": _template(tokenizer, release),
+        "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
             "cache": [
@@ -114,7 +122,8 @@ def _tokenizer(path: Path) -> dict[str, Any]:
     paths = tokenizer_files(path)
     facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
     if not paths:
-        return facts | {"error": f"no tokenizer in {path}: expected tokenizer.model, tokenizer.model.v3 or tekken.json"}
+        expected = "tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
+        return facts | {"error": f"no tokenizer in {path}: expected {expected}"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
         words, version = _words_and_version(paths[0])
@@ -123,8 +132,16 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         return facts | {"error": str(error)}
 
 
-def _template(tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
+def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
     """What a conversation is written in, and by which rule that is known; as `chat.templates.find_template` decides."""
+    try:
+        own = chat_templates(path)
+    except TokenizerError as error:
+        return {"name": "broken", "rule": str(error)}
+    if own:
+        found = own.get("default")
+        rule = f"one of {', '.join(own)} by --template" if found is None else "the folder's own, in Jinja"
+        return {"name": "none by default" if found is None else found.file, "rule": rule}
     version, kind = tokenizer["version"], tokenizer["kind"]
     if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
         return {"name": release.template, "rule": "of the release's instruct variants"}
@@ -134,7 +151,7 @@ def _template(tokenizer: dict[str, Any], release: Release | None) -> dict[str, s
 
 
 def _words_and_version(path: Path) -> tuple[int, str | None]:
-    if tokenizer_kind(path) == "sentencepiece":
+    if tokenizer_kind(path) != "tekken":
         tokenizer = Tokenizer(path)
         return tokenizer.n_words, tokenizer.version
     words = tekken_words(path)  # looks at the file first
@@ -192,9 +209,10 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
     elif words is not None and missing_tokens(args, words, release):
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
-    others = [p.name for p in tokenizer_files(path)[1:]]
-    if others:
-        said.append(f"several tokenizers: {name} is read, {', '.join(others)} ignored")
+    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
+        said += tokenizer_notes(path, Tokenizer(path / name), args.vocab_size)
+    elif others := other_tokenizers(path):
+        said.append(f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored")
     return said
 
 

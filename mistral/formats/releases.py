@@ -323,7 +323,7 @@ def _same(release: Release, args: ModelArgs, name: str) -> bool:
 
 
 def _about_tokenizer(release: Release, kind: str | None) -> list[str]:
-    if kind is None or kind == release.tokenizer_kind:
+    if kind in (None, "tokenizers", release.tokenizer_kind):  # a tokenizer.json may be like either
         return []
     return [f"the tokenizer is of kind {kind}, but {release.name} has {release.tokenizer_file}: it is another model's"]
 

@@ -1,13 +1,22 @@
-"""The tokenizer files of a folder: which there are, which is read."""
+"""The tokenizer of a folder: which of its files is read, where its texts end, and the chat templates that it brings."""
 
 from __future__ import annotations
 
+import filecmp
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.args import ModelArgs
 from mistral.formats.releases import Release
+from mistral.special_tokens import CONFIG, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.errors import printable, short_repr
+from mistral.util.files import read_limited
+
+JSON = "tokenizer.json"
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -16,34 +25,136 @@ def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizers of a folder, best first: tekken.json, tokenizer.model.vN from the newest on, tokenizer.model."""
-    versions = {
-        int(match[1]): path
-        for path in folder.glob("tokenizer.model.v*")
-        if (match := re.search(r"\.v(\d+)", path.name))
-    }
-    newest_first = [versions[n] for n in sorted(versions, reverse=True)]
-    candidates = [folder / "tekken.json", *newest_first, folder / "tokenizer.model"]
+    """The tokenizers of a folder, the one that is read first: tekken.json, tokenizer.model.vN from the newest on,
+    tokenizer.model, tokenizer.json.
+
+    Nothing else counts, whatever it begins with: a backup or a checksum is no version. The order in which the system
+    lists files does not matter.
+    """
+    versions: list[tuple[tuple[int, int], Path]] = []
+    for path in folder.glob("tokenizer.model.v*"):
+        if match := re.fullmatch(r"tokenizer\.model\.v([0-9]{1,4})(?:m([0-9]{1,4}))?", path.name):
+            versions.append(((int(match[1]), int(match[2] or 0)), path))
+    newest_first = [path for _, path in sorted(versions, reverse=True)]
+    candidates = [folder / "tekken.json", *newest_first, folder / "tokenizer.model", folder / JSON]
     return [path for path in candidates if path.is_file()]
 
 
+def other_tokenizers(folder: Path) -> list[Path]:
+    """Those of the folder that differ from the one that is read. A tokenizer.json beside one of Mistral's own is the
+    same in another form."""
+    first, *others = tokenizer_files(folder) or [folder]
+    return [p for p in others if p.name != JSON and not filecmp.cmp(first, p, shallow=False)]
+
+
 def tokenizer_kind(path: Path) -> str:
-    """ "sentencepiece" or "tekken"."""
-    return "tekken" if path.suffix == ".json" else "sentencepiece"
+    """ "sentencepiece", "tekken", or "tokenizers", which may be like either of them."""
+    if path.suffix != ".json":
+        return "sentencepiece"
+    return "tokenizers" if path.name.endswith(JSON) else "tekken"
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder, the first of its `tokenizer_files`.
+    """The tokenizer of a folder, the first of its `tokenizer_files`, with the `eos_ids` of the folder.
+
+    Tokens that were added may lie outside the model's vocabulary, as padding often does: see `tokenizer_notes`.
 
     Raises:
         TokenizerError: none, broken, or with more words than the model.
     """
     path = next(iter(tokenizer_files(folder)), None)
     if path is None:
-        raise TokenizerError(f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3 or tekken.json")
+        raise TokenizerError(
+            f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
+        )
     tokenizer = Tokenizer(path)
     if tokenizer.n_words > vocab_size:
         raise TokenizerError(
             f"{path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
+    tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
     return tokenizer
+
+
+def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """What is odd about the tokenizers of a folder, or was left aside, a sentence each."""
+    notes = list(tokenizer.notes)
+    if others := other_tokenizers(folder):
+        names = ", ".join(path.name for path in others)
+        notes.append(f"several tokenizers: {tokenizer.path.name} is read, {names} ignored; remove what is wrong")
+    if beyond := [text for text, i in tokenizer.added.items() if i >= vocab_size]:
+        named = ", ".join(printable(text) for text in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+        notes.append(
+            f"the model has no weights for {len(beyond)} added tokens of its tokenizer ({named}): they are not used"
+        )
+    return notes + eos_ids(folder, tokenizer, vocab_size)[1]
+
+
+def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:
+    """The ids that end a sequence, and notes on what was ignored.
+
+    They are all that generation_config.json, config.json and the tokenizer name: one of them in the place of another
+    is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
+    the shape too, reading the folder refuses it.
+    """
+    found: set[int] = set() if tokenizer is None or tokenizer.eos_id < 0 else {tokenizer.eos_id}
+    notes: list[str] = []
+    for name in ENDS:
+        try:
+            told = read_json(folder / name).get("eos_token_id")
+        except TokenizerError as error:
+            notes.append(f"whether {name} names an end of sequence is unknown: {error}")
+            continue
+        ids = told if isinstance(told, list) else [] if told is None else [told]
+        for i in ids:
+            if type(i) is not int or i >= vocab_size:
+                notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
+            elif i >= 0:  # -1 is how some write none
+                found.add(i)
+    return frozenset(found), notes
+
+
+@dataclass(frozen=True)
+class FolderTemplate:
+    """A chat template that a folder brings.
+
+    Args:
+        name: "default", or what the folder calls it.
+        file: where it stands.
+        text: in Jinja.
+    """
+
+    name: str
+    file: str
+    text: str
+
+
+def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
+    """The chat templates of a folder by name, as transformers finds them.
+
+    chat_template.jinja and the files in additional_chat_templates/ come before those in tokenizer_config.json, which
+    may be one or a list with names.
+
+    Raises:
+        TokenizerError: a file that cannot be read, or has something else in the place of a template.
+    """
+    found: dict[str, FolderTemplate] = {}
+    told = read_json(folder / CONFIG).get("chat_template")
+    entries = told if isinstance(told, list) else [] if told is None else [{"name": "default", "template": told}]
+    for entry in entries:
+        name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TokenizerError(f"{folder / CONFIG} has the chat_template {short_repr(entry)}: fetch it again")
+        found[name] = FolderTemplate(name, CONFIG, text)
+    files = {"default": folder / TEMPLATE}
+    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                text = read_limited(path, 1_000_000).decode("utf-8-sig")
+            except (OSError, ValueError) as error:
+                raise TokenizerError(
+                    f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+                ) from None
+            found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
+    return found

@@ -13,7 +13,7 @@ from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind
+from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
@@ -60,8 +60,15 @@ class Loaded:
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
             f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
-            f"tokenizer {self.tokenizer.path.name if isinstance(self.tokenizer, Tokenizer) else 'your own'}"
+            f"tokenizer {self._tokenizer_text()}"
         )
+
+    def _tokenizer_text(self) -> str:
+        if not hasattr(self.tokenizer, "path"):
+            return "your own"
+        ends = sorted(self.tokenizer.eos_ids)
+        usual = ends == [self.tokenizer.eos_id]
+        return self.tokenizer.path.name + ("" if usual else f", ends at ids {', '.join(map(str, ends)) or 'none'}")
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
@@ -93,15 +100,16 @@ def load(
     """
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
-    own = tokenizer
+    own, about = tokenizer, list[str]()
     if own is None:
         own = load_tokenizer(found.path, found.args.vocab_size)
+        about = tokenizer_notes(found.path, own, found.args.vocab_size)
     known = (tokenizer_kind(own.path), own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
     model, run = assemble(found, options=options)
-    spare = missing_tokens(found.args, own.n_words, release) if isinstance(own, Tokenizer) else 0
+    spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
-    notes = (*found.notes, *odd, *padded, *_narrowed(found, run), *run.notes)
+    notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
     return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
 

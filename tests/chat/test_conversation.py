@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mistral.chat.conversation import Chat
-from mistral.chat.templates import TemplateError, Turn, find_template
+from mistral.chat.messages import Message, TemplateError
+from mistral.chat.templates import find_template
 from mistral.engine import GenerationError
 from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
@@ -57,11 +58,12 @@ def test_a_new_turn_takes_in_only_what_is_new(v1: Tokenizer, window: Any) -> Non
     chat = make_chat(v1, window)
     steps = watched(chat.model)
     for question in ("Who are you?", "Where do you live?", "And when?"):
-        before = chat.template.conversation("", chat.turns)
+        before = chat.template.encode_chat(chat.messages) if chat.messages else []
         steps.clear()
         ask(chat, question)
-        ids = chat.template.conversation("", [*chat.turns[:-1], Turn(question)])
-        (first, *others), made = steps, chat.turns[-1].answer
+        ids = chat.template.encode_chat(chat.messages[:-1])
+        (first, *others), made = steps, chat.messages[-1].ids
+        assert (chat.messages[-2], made is None) == (Message("user", question), False)
         # The last token of an answer was made and never taken in; with eos after it, that makes two.
         assert first == ids[max(0, len(before) - 2) :]
         assert (chat.prefilled_tokens, chat.cached_tokens) == (len(first), len(ids) - len(first))
@@ -76,7 +78,7 @@ def test_whatever_happened_an_answer_is_that_of_a_fresh_conversation(v1: Tokeniz
     words = ["king", "queen", "wolf", "forest", "gold", "three", "little", "daughter", "who", "where"]
     for _ in range(14):
         act = dice.choice(["ask"] * 5 + ["undo", "undo", "system", "reset"])
-        if act == "undo" and chat.turns:
+        if act == "undo" and chat.messages:
             chat.undo()
         elif act == "system":
             chat.set_system(" ".join(dice.sample(words, dice.randint(0, 3))))
@@ -85,9 +87,9 @@ def test_whatever_happened_an_answer_is_that_of_a_fresh_conversation(v1: Tokeniz
         else:
             question = " ".join(dice.choices(words, k=dice.randint(1, 8)))
             fresh = Chat(chat.model, v1, chat.template, system=chat.system, **OPTIONS)  # type: ignore[arg-type]
-            fresh.turns = list(chat.turns)
+            fresh.messages = list(chat.messages)
             assert ask(chat, question) == ask(fresh, question)
-            assert chat.turns == fresh.turns
+            assert chat.messages == fresh.messages
             assert fresh.cached_tokens == 0
             assert chat.prefilled_tokens + chat.cached_tokens == fresh.prefilled_tokens
 
@@ -98,13 +100,13 @@ def test_the_system_prompt_of_v3_moves_with_the_turns(v3: Tokenizer) -> None:
     first = chat.prefilled_tokens
     ask(chat, "Bye")
     assert chat.cached_tokens == 2  # bos and [INST]: what follows was the system prompt, and is the question now
-    assert first == len(chat.template.conversation("Be brief.", [Turn("Hi")]))
+    assert first == len(chat.template.encode_chat([Message("system", "Be brief."), Message("user", "Hi")]))
     chat.set_system("")
     ask(chat, "More")
     fresh = Chat(chat.model, v3, chat.template, **OPTIONS)  # type: ignore[arg-type]
-    fresh.turns = chat.turns[:-1]
+    fresh.messages = chat.messages[:-2]
     ask(fresh, "More")
-    assert fresh.turns == chat.turns
+    assert fresh.messages == chat.messages
 
 
 @pytest.mark.parametrize("file", ["tokenizer.model.v1", "tekken_240718.json"])
@@ -112,7 +114,7 @@ def test_the_text_that_streams_is_the_text_of_the_ids(file: str) -> None:
     words = Tokenizer(DATA / file)
     chat = make_chat(words, temperature=2.0, top_p=1.0, seed=5, max_tokens=25)
     for question in ("Hi", "Bye", "Hm"):
-        assert ask(chat, question) == chat.turns[-1].text == words.decode(chat.turns[-1].answer or [])
+        assert ask(chat, question) == chat.messages[-1].content == words.decode(chat.messages[-1].ids or [])
 
 
 def test_an_answer_draws_with_its_own_seed(v1: Tokenizer) -> None:
@@ -122,7 +124,7 @@ def test_an_answer_draws_with_its_own_seed(v1: Tokenizer) -> None:
     texts.append(ask(chat, "Hi"))  # another try at the same question
     assert len(set(texts)) == 3
     again.answers = 2
-    again.turns = chat.turns[:1]
+    again.messages = chat.messages[:2]
     assert ask(again, "Hi") == texts[2]
     assert chat.answers == 3
 
@@ -171,10 +173,10 @@ def test_an_answer_that_was_broken_off_stays_as_far_as_it_came(v1: Tokenizer, wi
     chat = make_chat(v1, window)
     ask(chat, "Who are you?")
     interrupted(chat, "Where do you live?", how)
-    assert len(chat.turns) == 2
-    assert 0 < len(chat.turns[1].answer or []) < 6
+    assert len(chat.messages) == 4
+    assert 0 < len(chat.messages[3].ids or []) < 6
     fresh = Chat(chat.model, v1, chat.template, **OPTIONS)  # type: ignore[arg-type]
-    fresh.turns = list(chat.turns)
+    fresh.messages = list(chat.messages)
     assert ask(chat, "And when?") == ask(fresh, "And when?")
     assert (chat.cached_tokens > 0) == (how != "within a step")  # a broken step takes the cache with it
 
@@ -187,7 +189,7 @@ def test_a_question_without_an_answer_is_none(v1: Tokenizer) -> None:
 
     with pytest.raises(Breaks):
         list(chat.answer("Who are you?", stop))
-    assert chat.turns == []
+    assert chat.messages == []
     assert ask(chat, "Who are you?") == ask(make_chat(v1), "Who are you?")
 
 
@@ -200,21 +202,21 @@ def test_an_answer_may_be_empty(v1: Tokenizer) -> None:
         torch.full((len(h),), v1.eos_id), v1.n_words
     ).float()
     assert ask(chat, "Hi") == ""
-    assert chat.turns == [Turn("Hi", [], "")]
+    assert chat.messages == [Message("user", "Hi"), Message("assistant", "", [])]
     ask(chat, "Bye")
-    assert chat.cached_tokens == len(chat.template.conversation("", [Turn("Hi")]))
+    assert chat.cached_tokens == len(chat.template.encode_chat([Message("user", "Hi")]))
 
 
 def test_stop_strings_end_an_answer(v1: Tokenizer) -> None:
     text = ask(make_chat(v1, max_tokens=12), "Who are you?")
     stop = text[3:5]
     chat = make_chat(v1, max_tokens=12, stop=[stop])
-    assert ask(chat, "Who are you?") == text[: text.index(stop)] == chat.turns[0].text
+    assert ask(chat, "Who are you?") == text[: text.index(stop)] == chat.messages[1].content
     ask(chat, "More")
     fresh = make_chat(v1, max_tokens=12, stop=[stop])
-    fresh.turns = chat.turns[:1]
+    fresh.messages = chat.messages[:2]
     ask(fresh, "More")
-    assert fresh.turns == chat.turns
+    assert fresh.messages == chat.messages
 
 
 # --- what cannot be
@@ -225,7 +227,7 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
     with pytest.raises(GenerationError, match="nothing to undo"):
         chat.undo()
     ask(chat, "Hi")
-    turns = list(chat.turns)
+    messages = list(chat.messages)
     with pytest.raises(TemplateError, match="not valid Unicode"):
         chat.answer("\ud800")
     params = chat.params
@@ -234,9 +236,9 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
         with pytest.raises(GenerationError, match=message):
             chat.answer("Bye")
     chat.params = params
-    assert (chat.turns, chat.answers) == (turns, 1)
+    assert (chat.messages, chat.answers) == (messages, 1)
     fresh = make_chat(v1)
-    fresh.turns = turns[:]
+    fresh.messages = messages[:]
     assert ask(chat, "Bye") == ask(fresh, "Bye")
 
 

@@ -39,7 +39,7 @@ def make_chat(loaded: Any, **options: Any) -> Chat:
 
 def ask(chat: Chat, question: str) -> list[int]:
     list(chat.answer(question))
-    return chat.turns[-1].answer or []
+    return chat.messages[-1].ids or []
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
@@ -52,7 +52,7 @@ def test_a_conversation_goes_on_as_it_would_have(loaded: Any, tmp_path: Path, te
     other = make_chat(loaded, seed=99, temperature=0.1, max_tokens=3)
     ask(other, "Something else")
     load_session(other, tmp_path / "chat.json", MODEL)
-    assert (other.turns, other.system, other.seed, other.answers) == (chat.turns, chat.system, 4, 2)
+    assert (other.messages, other.system, other.seed, other.answers) == (chat.messages, chat.system, 4, 2)
     assert replace(other.params, seed=None) == replace(chat.params, seed=None)
     assert [ask(chat, q) for q in ("And?", "So?")] == [ask(other, q) for q in ("And?", "So?")]
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
@@ -162,9 +162,27 @@ def test_files_from_before_penalties_and_functions(loaded: Any, tmp_path: Path) 
         save_session(other, tmp_path / "new.json", MODEL)
 
 
+def test_version_1_is_read(loaded: Any, tmp_path: Path) -> None:
+    """Saved before messages had roles: a list of turns."""
+    chat = make_chat(loaded, seed=3)
+    ask(chat, "Hi")
+    ask(chat, "Bye")
+    save_session(chat, tmp_path / "new.json", MODEL)
+    told = json.loads((tmp_path / "new.json").read_text())
+    assert told["version"] == 2
+    messages = told.pop("messages")
+    pairs = zip(messages[::2], messages[1::2], strict=True)
+    turns = [{"question": q["content"], "answer": a["ids"], "text": a["content"]} for q, a in pairs]
+    (tmp_path / "old.json").write_text(json.dumps({**told, "version": 1, "turns": turns}))
+    other = make_chat(loaded, seed=99)
+    load_session(other, tmp_path / "old.json", MODEL)
+    assert (other.messages, other.answers) == (chat.messages, 2)
+    assert ask(other, "More") == ask(chat, "More")
+
+
 BROKEN: dict[str, Any] = {
     "format": ["mistral", None, 3, ["mistral conversation"]],
-    "version": [2, "1", None, True, 10**30],
+    "version": [0, 3, "1", None, True, 10**30],
     "model": ["another", None, 5],
     "template": ["v3", None, ["v1"]],
     "system": [None, 3, ["a"], "\ud800"],
@@ -175,7 +193,15 @@ BROKEN: dict[str, Any] = {
     "top_k": [-1, 1.5],
     "max_tokens": [-1, "6", 1.5, True],
     "stop": ["x", [""], [3], ["\ud800"], None],
-    "turns": [None, {}, [1], [{}], [{"question": "a", "answer": [1], "text": 3}]],
+    "messages": [
+        *(None, {}, [1], [{}], [{"role": "user", "content": 3}], [{"role": "user"}]),
+        *(
+            [{"role": "tool", "content": "a"}],
+            [{"role": ["user"], "content": "a"}],
+            [{"role": "user", "content": "\ud800"}],
+        ),
+        *([{"role": "assistant", "content": "a", "ids": ids}] for ids in ([-1], [4096], [True], ["1"], 3)),
+    ],
 }
 TURNS = [
     {"question": 3, "answer": [1], "text": "a"},
@@ -196,17 +222,19 @@ def test_broken_files_change_nothing(loaded: Any, tmp_path: Path) -> None:
     good = json.loads(path.read_text(encoding="utf-8"))
     load_session(chat, path, MODEL)
     broken = [json.dumps({**good, key: value}) for key, values in BROKEN.items() for value in values]
-    broken += [json.dumps({**good, "turns": [turn]}) for turn in TURNS]
-    broken += [json.dumps({k: v for k, v in good.items() if k != key}) for key in ("format", "model", "seed", "turns")]
+    broken += [json.dumps({**good, "version": 1, "turns": turns}) for turns in (None, {}, [1], *([t] for t in TURNS))]
+    broken += [
+        json.dumps({k: v for k, v in good.items() if k != key}) for key in ("format", "model", "seed", "messages")
+    ]
     broken += ["", "[]", "null", "{", json.dumps(good)[:-9], "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}"]
-    state = [list(chat.turns), chat.system, chat.seed, chat.answers, chat.params]
+    state = [list(chat.messages), chat.system, chat.seed, chat.answers, chat.params]
     for text in broken:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         with pytest.raises(SessionError) as told:
             load_session(chat, path, MODEL)
         assert "\n" not in str(told.value)
         assert len(str(told.value)) < 600
-        assert state == [chat.turns, chat.system, chat.seed, chat.answers, chat.params], text[:200]
+        assert state == [chat.messages, chat.system, chat.seed, chat.answers, chat.params], text[:200]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SessionError):
         load_session(chat, path, MODEL)

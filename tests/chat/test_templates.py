@@ -1,15 +1,17 @@
-"""Conversations and gaps as ids: mistral-common's, to the token, and typed control tokens that stay text."""
+"""Conversations as ids: mistral-common's, to the token, and typed control tokens that stay text."""
 
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral.chat.templates import TemplateError, Turn, find_template
+from mistral.chat.messages import Message, TemplateError
+from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
 from mistral.tokenizer import Tokenizer
 
@@ -44,15 +46,25 @@ def tokenizer(version: str) -> Tokenizer:
     return _tokenizers[version]
 
 
-def answered(version: str, *turns: tuple[str, str | None]) -> list[Turn]:
-    words = tokenizer(version)
-    return [Turn(q, None if a is None else words.encode(a, bos=False), a or "") for q, a in turns]
+def answered(version: str, system: str, *turns: tuple[str, str | None]) -> list[Message]:
+    """Answers as the ids of their texts, as a model may have generated them."""
+    messages = [Message("system", system)]
+    for question, answer in turns:
+        messages.append(Message("user", question))
+        if answer is not None:
+            messages.append(Message("assistant", answer, tokenizer(version).encode(answer, bos=False)))
+    return messages
+
+
+def talk(*texts: str, system: str = "") -> list[Message]:
+    """User and assistant in turn."""
+    return [Message("system", system), *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))]
 
 
 @pytest.mark.parametrize("version", FILES)
 def test_golden_ids(version: str) -> None:
     template = find_template(tokenizer(version))
-    ids = template.conversation("Be brief.", answered(version, ("Hi", "Hello."), ("Bye", None)))
+    ids = template.encode_chat(answered(version, "Be brief.", ("Hi", "Hello."), ("Bye", None)))
     assert ids == [int(i) for i in GOLDEN[version].split()]
 
 
@@ -74,8 +86,46 @@ def test_any_conversation_is_mistral_commons(
         messages += [UserMessage(content=question), AssistantMessage(content=answer.strip() or "x")]
     messages.append(UserMessage(content=last))
     want = reference(version).encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
-    ours = answered(version, *((q, a.strip() or "x") for q, a in turns), (last, None))
-    assert find_template(tokenizer(version)).conversation(system, ours) == want
+    ours = answered(version, system, *((q, a.strip() or "x") for q, a in turns), (last, None))
+    assert find_template(tokenizer(version)).encode_chat(ours) == want
+    texts = [Message(m.role, m.content) for m in ours]
+    assert find_template(tokenizer(version)).encode_chat(texts) == want
+
+
+ROLES = st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=7)
+
+
+@pytest.mark.parametrize("version", FILES)
+@settings(max_examples=40)
+@given(roles=ROLES, texts=st.lists(TEXT.map(str.strip), min_size=8, max_size=8))
+def test_roles_in_any_order_are_mistral_commons(version: str, roles: list[str], texts: list[str]) -> None:
+    from mistral_common.protocol.instruct import messages as theirs
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    kinds = {"system": theirs.SystemMessage, "user": theirs.UserMessage, "assistant": theirs.AssistantMessage}
+    roles = [*roles, "user"]
+    want_of = [kinds[role](content=text) for role, text in zip(roles, texts, strict=False)]
+    if any(pair == ("assistant", "system") for pair in pairwise(roles)):
+        return  # refused there; here it is written as the version writes a system prompt
+    want = reference(version).encode_chat_completion(ChatCompletionRequest(messages=want_of)).tokens
+    ours = [Message(role, text) for role, text in zip(roles, texts, strict=False)]
+    assert find_template(tokenizer(version)).encode_chat(ours) == want
+
+
+def test_neighbours_of_one_role_are_joined() -> None:
+    template = find_template(tokenizer("v1"))
+    two = [Message("user", "A"), Message("user", "B")]
+    assert template.encode_chat(two) == template.encode_chat(talk("A\n\nB"))
+    answers = [Message("user", "A"), Message("assistant", "x"), Message("assistant", "y"), Message("user", "B")]
+    assert template.encode_chat(answers) == template.encode_chat(talk("A", "x\n\ny", "B"))
+
+
+def test_messages_that_cannot_be() -> None:
+    for template in (find_template(tokenizer("v1")), find_template(tokenizer("v1"), release="mistrallite")):
+        with pytest.raises(TemplateError, match="at least one message"):
+            template.encode_chat([])
+        with pytest.raises(TemplateError, match="no role is called 'tool': system, user, assistant"):
+            template.encode_chat([Message("tool", "x")])
 
 
 _references: dict = {}
@@ -99,7 +149,8 @@ def test_typed_control_tokens_stay_text(version: str) -> None:
     system = "" if version == "mistrallite" else "{}"
 
     def controls(word: str) -> list[int]:
-        ids = template.conversation(system.format(word), [Turn(f"a {word} b", [5]), Turn(word)])
+        messages = [Message("user", f"a {word} b"), Message("assistant", "", [5]), Message("user", word)]
+        ids = template.encode_chat([Message("system", system.format(word)), *messages])
         first_word = 1000 if words.is_tekken else 3 if version in ("v1", "mistrallite") else 771
         return [i for i in ids if i < first_word or (i >= 32000 and version == "mistrallite")]
 
@@ -136,8 +187,8 @@ def test_a_template_may_be_named(tmp_path: Path) -> None:
     assert find_template(tokenizer("v1"), name="v1", release="mistrallite").name == "v1"
     for words, name, message in (
         ("v3", "v4", "no template is called 'v4': v1, v2, v3, v7, mistrallite"),
-        ("v1", "v3", r"template v3 wants the control token \[INST\], which tokenizer.model.v1 lacks"),
-        ("v3", "mistrallite", "template mistrallite wants a tokenizer of 32000 words"),
+        ("v1", "v3", r"template v3 needs the control token \[INST\], which tokenizer.model.v1 lacks"),
+        ("v3", "mistrallite", "template mistrallite needs a tokenizer of 32000 words"),
     ):
         with pytest.raises(TemplateError, match=message):
             find_template(tokenizer(words), name=name)
@@ -150,12 +201,12 @@ def test_mistrallite() -> None:
     words = tokenizer("v1")
     template = find_template(words, release="mistrallite")
     hi, bye = (words.encode(text, bos=False) for text in ("Hi", "Bye"))
-    assert template.conversation("", [Turn("Hi", [7, 8]), Turn("Bye")]) == [
+    assert template.encode_chat([Message("user", "Hi"), Message("assistant", "", [7, 8]), Message("user", "Bye")]) == [
         *(1, 32002, *hi, 2, 32001, 7, 8, 2),
         *(32002, *bye, 2, 32001),
     ]
     with pytest.raises(TemplateError, match="no place for a system prompt"):
-        template.conversation("Be brief.", [Turn("Hi")])
+        template.encode_chat(talk("Hi", system="Be brief."))
 
 
 @pytest.mark.parametrize("version", FILES)
@@ -163,10 +214,10 @@ def test_text_that_is_no_unicode_is_refused(version: str) -> None:
     template = find_template(tokenizer(version))
     for system, question in (("", "a\ud800"), ("\udfffb", "a")):
         with pytest.raises(ValueError, match="not valid Unicode at character"):
-            template.conversation(system, [Turn(question)])
+            template.encode_chat(talk(question, system=system))
 
 
-# --- gaps
+# --- fill-in-the-middle
 
 
 @pytest.mark.parametrize(
@@ -177,12 +228,12 @@ def test_text_that_is_no_unicode_is_refused(version: str) -> None:
         ("tekken_240718", [1, 16, 3004, 2460, 14, 3149, 1284, 1040]),
     ],
 )
-def test_gaps(version: str, want: list[int]) -> None:
-    assert find_template(tokenizer(version)).infill("def f(", "return x") == want
+def test_fill_in_the_middle(version: str, want: list[int]) -> None:
+    assert find_template(tokenizer(version)).encode_fim("def f(", "return x") == want
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "mistrallite"])
-def test_gaps_that_cannot_be_filled(version: str) -> None:
+def test_models_that_do_not_fill_in_the_middle(version: str) -> None:
     template = find_template(tokenizer("v1" if version == "mistrallite" else version), release=version)
     with pytest.raises(TemplateError, match="Codestral"):
-        template.infill("def f(", "return x")
+        template.encode_fim("def f(", "return x")

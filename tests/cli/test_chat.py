@@ -71,7 +71,7 @@ def test_a_conversation_over_a_pipe(cli: Command, folder: Path, tmp_path: Path) 
     (loaded,) = [line for line in said if line.startswith("loaded 1 turn from")]
     assert "temperature 0.0" in loaded
     assert "max_tokens 5" in loaded
-    assert json.loads(kept.read_text())["turns"][0]["question"] == "Hi"
+    assert json.loads(kept.read_text())["messages"][0]["content"] == "Hi"
 
 
 def test_help_names_every_command(cli: Command, folder: Path) -> None:
@@ -108,8 +108,11 @@ def test_words_that_are_refused(cli: Command, folder: Path) -> None:
     for words, error in (
         (("--system", "x"), "--system and --template belong to a conversation: add --instruct"),
         (("--template", "v3"), "--system and --template belong to a conversation: add --instruct"),
-        (("--instruct", "--template", "v9"), "no template is called 'v9': v1, v2, v3, v7, mistrallite"),
-        (("--instruct", "--template", "v3"), "template v3 wants the control token [INST], which tokenizer.model lacks"),
+        (
+            ("--instruct", "--template", "v9"),
+            "no template is called 'v9': v1, v2, v3, v7, mistrallite, or a file that ends in .jinja",
+        ),
+        (("--instruct", "--template", "v3"), "template v3 needs the control token [INST], which tokenizer.model lacks"),
     ):
         assert cli("interactive", folder, *words, stdin="Hi\n").error == error
 
@@ -271,7 +274,7 @@ def codestral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_filling_a_gap(cli: Command, codestral: Path, tmp_path: Path) -> None:
     words = ("complete", codestral, "--json", *SHORT)
     template = find_template(Tokenizer(codestral / "tokenizer.model.v3"))
-    one = template.infill("def f(", "return x")
+    one = template.encode_fim("def f(", "return x")
     for done in (
         cli(*words, "def f(", "--suffix", "return x"),
         cli(*words, "--suffix", "return x", stdin="def f("),
@@ -282,14 +285,14 @@ def test_filling_a_gap(cli: Command, codestral: Path, tmp_path: Path) -> None:
     found = [json.loads(line)["prompt_tokens"] for line in cli(*words, "--file", lines).text.splitlines()]
     assert found[0] == one
     assert found[1] == Tokenizer(codestral / "tokenizer.model.v3").encode("def f(")
-    assert found[2] == template.infill("a", "b")
+    assert found[2] == template.encode_fim("a", "b")
 
 
 def test_the_text_of_a_gap_is_what_the_model_makes(cli: Command, codestral: Path) -> None:
     from mistral.loader.load import load
 
     loaded = load(codestral, device="cpu")
-    ids = find_template(loaded.tokenizer).infill("def f(", "return x")
+    ids = find_template(loaded.tokenizer).encode_fim("def f(", "return x")
     (want,) = complete([ids], loaded.model, loaded.tokenizer, max_tokens=5, temperature=0)
     done = cli("complete", codestral, "def f(", "--suffix", "return x", *SHORT)
     assert done.text == f"{want.text}\n"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mistral.chat.conversation import Chat
-from mistral.chat.templates import Turn, find_template
+from mistral.chat.messages import Message
+from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.releases import RELEASES as REGISTRY
 from mistral.loader.load import load
@@ -100,9 +101,9 @@ def test_a_release_chats(tmp_path: Path, release: str) -> None:
     chat = Chat(loaded.model, loaded.tokenizer, found, system=system, temperature=0, max_tokens=5)
     for question in ("Hi", "Bye"):
         text = "".join(piece.text for piece in chat.answer(question))
-        assert text == chat.turns[-1].text == loaded.tokenizer.decode(chat.turns[-1].answer)
-    ids = found.conversation(system, chat.turns)
-    before = found.conversation(system, [chat.turns[0], Turn("Bye")])
+        assert text == chat.messages[-1].content == loaded.tokenizer.decode(chat.messages[-1].ids)
+    ids = found.encode_chat([Message("system", system), *chat.messages])
+    before = found.encode_chat([Message("system", system), *chat.messages[:2], Message("user", "Bye")])
     assert chat.prefilled_tokens + chat.cached_tokens == len(before)
     # From v2 to v3 the system prompt moves to the newest turn, so that all after the first [INST] is new.
     moved = template in ("v3", "v3-tekken")

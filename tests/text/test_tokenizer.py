@@ -20,7 +20,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 import mistral.tokenizer as tokenizer_module
 from mistral.chat.templates import TemplateError, find_template
 from mistral.detokenizer import Detokenizer
-from mistral.tokenizer import PATTERN, Tokenizer, TokenizerError, encode
+from mistral.tekken import PATTERN
+from mistral.tokenizer import Tokenizer, TokenizerError, encode
 from tools.fuzz.mutate import fields, join
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -319,6 +320,45 @@ def test_ids_without_a_word(name: str) -> None:
         assert tokenizer.decode([*ids, padding]) == tokenizer.decode([padding, *ids]) == "Hello there"
     with pytest.raises(TokenizerError, match="id -1 is below 0"):
         tokenizer.decode([1, -1])
+
+
+class Plain:
+    """A tokenizer of one's own, which leaves bos out."""
+
+    bos_id: Any = 1
+    eos_id = 2
+
+    def encode(self, s: str) -> list[int]:
+        return load("bundled").encode(s, bos=False)
+
+    def decode(self, t: list[int]) -> str:
+        return load("bundled").decode(t)
+
+
+class AsTransformers(Plain):
+    def encode(self, s: str, add_special_tokens: bool = True) -> list[int]:
+        return load("bundled").encode(s, bos=add_special_tokens)
+
+
+class WithBos(Plain):
+    def encode(self, s: str) -> list[int]:
+        return load("bundled").encode(s)
+
+
+class WithSwitches(Plain):
+    def encode(self, s: str, bos: bool = False, eos: bool = True) -> list[int]:
+        return [*load("bundled").encode(s, bos=bos), *([2] if eos else [])]
+
+
+class WithoutAny(Plain):
+    bos_id = None
+
+
+@pytest.mark.parametrize("kind", [Plain, AsTransformers, WithBos, WithSwitches, WithoutAny])
+def test_a_prompt_has_one_bos_whoever_puts_it_there(kind: type[Plain]) -> None:
+    want = load("bundled").encode("The king", bos=kind is not WithoutAny)
+    assert encode(kind(), "The king") == want
+    assert encode(kind(), "") == ([] if kind is WithoutAny else [1])
 
 
 # Text that appears bit by bit.

@@ -12,7 +12,8 @@ import pytest
 from mistral.chat import session
 from mistral.formats.huggingface import find_hf_weights
 from mistral.formats.mistral import read_object
-from mistral.tokenizer import Tokenizer, tekken_words
+from mistral.tekken import tekken_words
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
 from mistral.util.files import folder_atomic, read_limited, require_writable, write_atomic
 

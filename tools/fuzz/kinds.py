@@ -30,7 +30,7 @@ from mistral.formats.mistral import to_args
 from mistral.generate import stream
 from mistral.loader.load import Loaded, load
 from mistral.parameters import parameters
-from mistral.tokenizer import PATTERN
+from mistral.tekken import PATTERN
 from tools.fuzz.mutate import Pairs, mutate_json, mutate_safetensors, mutate_sentencepiece, parse, write
 from tools.fuzz.pickles import mutate_pth
 

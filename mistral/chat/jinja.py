@@ -1,0 +1,189 @@
+"""Chat templates in Jinja, as folders bring them: rendered in a sandbox, and encoded as transformers does it.
+
+A control token that somebody typed stays text: it is set apart before the template sees it, so the control tokens in
+what is rendered are the template's own. Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, lru_cache
+from typing import Any
+
+from mistral.chat.messages import Message, TemplateError, checked, joined
+from mistral.tokenizer import Tokenizer
+from mistral.util.errors import printable
+
+Fim = Callable[[str, str], list[int]]
+
+
+class JinjaTemplate:
+    """A chat template in Jinja.
+
+    Args:
+        tokenizer: gives ids, and the texts of bos and eos, which templates ask for.
+        text: the template.
+        name: what it is called.
+        source: where it is from, as people are shown it.
+        fim: encodes for fill-in-the-middle, which templates in Jinja do not describe.
+
+    Raises:
+        TemplateError: it is no Jinja, or jinja2 is missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: str, *, name: str, source: str, fim: Fim) -> None:
+        self.name, self.source = name, source
+        self._tokenizer = tokenizer
+        self._compiled = _compile(text, source)
+        self._text = text
+        self._fim = fim
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts."""
+        found = joined(checked(messages))
+        apart = self._unused(*(m.content for m in found))
+        contents = [self._set_apart(m.content, apart) for m in found]
+        rendered = self._render(found, contents)
+        parts: list[str | int] = []
+        done = 0
+        for match in self._pattern.finditer(rendered):
+            parts += [rendered[done : match.start()].replace(apart, ""), self._control[match[0]]]
+            done = match.end()
+        parts.append(rendered[done:].replace(apart, ""))
+        return self._tokenizer.encode_parts([p for p in parts if p != ""], self._control)
+
+    def encode_fim(self, prefix: str, suffix: str) -> list[int]:
+        return self._fim(prefix, suffix)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The control token that the template writes after an answer, if it writes one."""
+        answer = self._unused() * 2
+        try:
+            after = self._render(_PROBE, ["a", answer]).partition(answer)[2].lstrip()
+        except TemplateError:
+            return frozenset()
+        match = self._pattern.match(after)
+        return frozenset({self._control[match[0]]}) if match else frozenset()
+
+    def _unused(self, *texts: str) -> str:
+        """A private character that neither the template nor the texts have."""
+        return next(c for c in map(chr, range(0xE000, 0x110000)) if not any(c in text for text in (self._text, *texts)))
+
+    def _render(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
+        told = [{"role": m.role, "content": text} for m, text in zip(messages, contents, strict=True)]
+        try:
+            return str(
+                self._compiled.render(
+                    **self._tokenizer.named,
+                    messages=told,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=messages[-1].role != "assistant",
+                )
+            )
+        except Exception as error:  # a template may do anything that its language can
+            reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
+            raise TemplateError(
+                f"the template of {self.source} refuses the conversation: {reason} (--template takes another one)"
+            ) from None
+
+    @cached_property
+    def _control(self) -> Mapping[str, int]:
+        """The tokens that only the template may write: control tokens, and what else was added and it mentions."""
+        try:
+            written = self._text + self._render(_PROBE, ["a", "a"])
+        except TemplateError:
+            written = self._text
+        special = self._tokenizer.control_tokens
+        return {t: i for t, i in self._tokenizer.added_tokens.items() if t in special or t in written}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _halves(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """Beginnings and ends of control tokens, and the length of the longest."""
+        begin = frozenset(t[:k] for t in self._control for k in range(1, len(t)))
+        end = frozenset(t[k:] for t in self._control for k in range(1, len(t)))
+        return begin, end, max(map(len, self._control), default=0)
+
+    def _set_apart(self, text: str, apart: str) -> str:
+        """A text in which no control token is whole, nor becomes whole beside what the template writes."""
+        text = self._pattern.sub(lambda match: match[0][:1] + apart + match[0][1:], text)
+        begin, end, longest = self._halves
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())  # templates trim
+        core = text[first:last]
+        inside = core != "" and any(core in token for token in self._control)
+        if inside or any(core[-k:] in begin for k in range(1, min(longest, len(core) + 1))):
+            text = text[:last] + apart + text[last:]
+        if inside or any(core[:k] in end for k in range(1, min(longest, len(core) + 1))):
+            text = text[:first] + apart + text[first:]
+        return text
+
+
+_PROBE = (Message("user", "a"), Message("assistant", "a"))
+
+
+@lru_cache(maxsize=16)
+def _compile(text: str, source: str) -> Any:
+    try:
+        import jinja2
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise TemplateError(f"the template of {source} needs jinja2: pip install jinja2") from None
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} marks what the model writes, for training; here it is just its content."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """A namespace that keeps no names of Python's insides."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for name in dict(*args, **kwargs):
+                _refuse_private(name)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _refuse_private(name)
+            super().__setitem__(name, value)
+
+    def _refuse_private(name: object) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace has no {name}")
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": Namespace,
+    }
+    try:
+        return environment.from_string(text)
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        reason = printable(error.message or "a syntax error", 300)
+        raise TemplateError(f"the template of {source} is no Jinja: {reason} in line {error.lineno}") from None
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise TemplateError(f"the template of {source} is no Jinja: {type(error).__name__}") from None

@@ -1,0 +1,121 @@
+"""What the small JSON files beside a tokenizer add to it: named tokens, added tokens, whether a text begins with bos.
+
+tokenizer_config.json comes first; special_tokens_map.json and added_tokens.json, which older exports write, fill in
+what it does not say. Knows nothing about models or templates; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mistral.util.errors import FormatError, short_repr
+from mistral.util.files import read_limited
+
+CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+class TokenizerError(FormatError):
+    """A tokenizer that is missing, broken, or cannot do what was asked."""
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that was added to a vocabulary.
+
+    Args:
+        content: its text.
+        special: whether it is a control token: no text gives it, and it has no text.
+        lstrip, rstrip: whether it takes the spaces before or after it along.
+        normalized, single_word: see the `tokenizers` library.
+    """
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What the files beside a tokenizer say.
+
+    Args:
+        names: text of each named token, such as {"bos_token": "<s>"}.
+        special: texts of all control tokens that the files name.
+        added: tokens by id, those of the vocabulary proper perhaps among them.
+        add_bos: whether a text should begin with bos; None where no file says so.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    special: frozenset[str] = frozenset()
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    add_bos: bool | None = None
+
+
+def read_special_tokens(folder: Path) -> SpecialTokens:
+    """What the files of a folder say; nothing where there are none.
+
+    Raises:
+        TokenizerError: a file that cannot be read, or holds something else.
+    """
+    config, named = read_json(folder / CONFIG), read_json(folder / NAMES)
+    names = {key: text for key in NAMED if (text := _text(config.get(key)) or _text(named.get(key)))}
+    special = set(names.values())
+    for file, told in ((CONFIG, config), (NAMES, named)):
+        for key in MORE_SPECIAL:
+            listed = told.get(key) or []
+            if not isinstance(listed, (list, dict)):
+                raise TokenizerError(f"{folder / file} has {key} {short_repr(listed)}: fetch it again")
+            special.update(filter(None, map(_text, listed.values() if isinstance(listed, dict) else listed)))
+    added: dict[int, AddedToken] = {}
+    for content, i in read_json(folder / ADDED).items():
+        if type(i) is not int or not content:
+            raise TokenizerError(f"{folder / ADDED} gives {short_repr(content)} the id {short_repr(i)}: fetch it again")
+        added[i] = AddedToken(content, content in special)
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{folder / CONFIG} has added_tokens_decoder {short_repr(decoder)}: fetch it again")
+    for key, token in decoder.items():
+        text = _text(token)
+        if not (str(key).isdecimal() and len(str(key)) < 10 and isinstance(token, dict)):
+            raise TokenizerError(
+                f"{folder / CONFIG} has {short_repr(token)} for the id {short_repr(key)}: fetch it again"
+            )
+        if text:
+            flags = {name: token.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
+            added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **flags)
+    special.update(token.content for token in added.values() if token.special)
+    add_bos = config.get("add_bos_token")
+    return SpecialTokens(names, frozenset(special), added, add_bos if isinstance(add_bos, bool) else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file; {} where there is no such file.
+
+    Raises:
+        TokenizerError: it cannot be read, or holds no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(read_limited(path).decode("utf-8-sig"))
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise TokenizerError(f"{path} holds no JSON: fetch it again") from None
+    if not isinstance(told, dict):
+        raise TokenizerError(f"{path} holds {short_repr(told)}, not an object: fetch it again")
+    return told
+
+
+def _text(token: Any) -> str | None:
+    """A token is written as its text, or as an object with it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

@@ -1,0 +1,207 @@
+"""Which tokenizer of a folder is read, where its texts end, and the chat template that it brings; loaded and used."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mistral.chat.conversation import Chat
+from mistral.chat.messages import Message
+from mistral.chat.templates import find_template
+from mistral.formats.folder import BUNDLED
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
+from mistral.formats.tokenizers import chat_templates, eos_ids, tokenizer_files
+from mistral.generate import complete
+from mistral.loader.load import load
+from mistral.tokenizer import Tokenizer, TokenizerError
+from tests.support.folders import make_folder, random_state
+from tests.support.tokenizer_json import CHATML, DATA, write_tokenizer
+
+ORDER = ["tekken.json", "tokenizer.model.v11", "tokenizer.model.v7m1", "tokenizer.model.v7", "tokenizer.model.v3"]
+ORDER += ["tokenizer.model", "tokenizer.json"]
+NEVER = [
+    *("tokenizer.model.v3.bak", "tokenizer.model.v3.sha256", "tokenizer.model.v3.aria2", "tokenizer.model.v3~"),
+    *("tokenizer.model.v", "tokenizer.model.v3x", "tokenizer.model.bak", "tokenizer.json.orig", "tekken.json.part"),
+    *("my_tokenizer.model.v3", "tokenizer.model.v٣", "tokenizer_config.json", "tekken_240718.json"),
+]
+
+
+def test_order_whatever_the_system_lists_first(tmp_path: Path) -> None:
+    for n, names in enumerate((ORDER, ORDER[::-1], [*NEVER, *ORDER], [*ORDER, *NEVER])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        assert [p.name for p in tokenizer_files(folder)] == ORDER
+    (tmp_path / "tekken.json").mkdir()
+    for name in NEVER:
+        (tmp_path / name).touch()
+    assert tokenizer_files(tmp_path) == []
+
+
+def test_two_that_differ_are_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", vocab_size=32768, state=random_state(vocab_size=32768))
+    (folder / "tokenizer.model").unlink()
+    v3, v7 = (DATA / f"mistral_instruct_tokenizer_{v}" for v in ("240323.model.v3", "241114.model.v7"))
+    shutil.copy(v3, folder / "tokenizer.model.v3")
+    shutil.copy(v3, folder / "tokenizer.model")
+    shutil.copy(v7, folder / "tokenizer.model.v3.bak")
+    assert load(folder, device="cpu").notes == ()
+    shutil.copy(v7, folder / "tokenizer.model.v7")
+    (note,) = load(folder, device="cpu").notes
+    assert note.startswith(
+        "several tokenizers: tokenizer.model.v7 is read, tokenizer.model.v3, tokenizer.model ignored"
+    )
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        (None, None, {2}),
+        (None, 300, {2, 300}),
+        (300, None, {2, 300}),
+        ([300, 301], 302, {2, 300, 301, 302}),
+        ([2, 300], 2, {2, 300}),
+        (-1, [], {2}),
+    ],
+)
+def test_ends_are_all_that_the_files_name(tmp_path: Path, generation: Any, config: Any, ends: set[int]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    tokenizer = Tokenizer(BUNDLED / "tokenizer.model")
+    assert eos_ids(tmp_path, tokenizer, 4096) == (frozenset(ends), [])
+    named = {i for value in (generation, config) for i in (value if isinstance(value, list) else [value])}
+    assert eos_ids(tmp_path, None, 4096)[0] == named - {None, -1}
+
+
+@pytest.mark.parametrize("value", [4096, "2", 1.0, True, {"id": 2}, [2, None]])
+def test_ends_that_cannot_be_are_notes(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    ends, (note,) = eos_ids(tmp_path, Tokenizer(BUNDLED / "tokenizer.model"), 4096)
+    assert ends == {2}
+    assert note.startswith("generation_config.json ends sequences with")
+    (tmp_path / "generation_config.json").write_text("{")
+    _, (note,) = eos_ids(tmp_path, None, 4096)
+    assert "generation_config.json holds no JSON" in note
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_generation_ends_at_each_of_them(tmp_path: Path, name: str) -> None:
+    folder = make_folder(tmp_path)
+    plain = load(folder, device="cpu")
+    whole = complete([[1, 300]], plain.model, plain.tokenizer, max_tokens=12, temperature=0)[0].tokens
+    assert len(whole) == 12
+    (folder / name).write_text(json.dumps({"eos_token_id": [2, whole[5]]}))
+    loaded = load(folder, device="cpu")
+    assert loaded.tokenizer.eos_ids == {2, whole[5]}
+    assert f"ends at ids 2, {whole[5]}" in loaded.describe()
+    (done,) = complete([[1, 300]], loaded.model, loaded.tokenizer, max_tokens=12, temperature=0)
+    assert (done.tokens, done.finish_reason) == (whole[: whole.index(whole[5])], "stop")
+
+
+def test_a_folder_with_tokenizer_json_only_has_a_conversation(tmp_path: Path) -> None:
+    """And its template ends an answer, though no file names that end."""
+    added = ("<|im_start|>", "<|im_end|>")
+    folder = make_folder(tmp_path / "model", vocab_size=4098, state=random_state(vocab_size=4098))
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "sentencepiece", tmp_path, CHATML, added)
+    loaded = load(folder, device="cpu")
+    assert loaded.tokenizer.path.name == "tokenizer.json"
+    assert loaded.notes == ()
+    template = find_template(loaded.tokenizer, folder=folder)
+    chat = Chat(loaded.model, loaded.tokenizer, template, system="Be brief.", temperature=0, max_tokens=6)
+    for question in ("Hi", "Bye"):
+        assert "".join(p.text for p in chat.answer(question)) == chat.messages[-1].content
+    want = template.encode_chat([Message("system", "Be brief."), *chat.messages[:3]])
+    assert chat.prefilled_tokens + chat.cached_tokens == len(want)
+    assert chat.cached_tokens > 0
+    end = loaded.tokenizer.control_tokens["<|im_end|>"]
+    loaded.model.logits = lambda h: torch.eye(4098)[torch.full((len(h),), end)]  # type: ignore[method-assign]
+    assert list(chat.answer("More"))[-1].finish_reason == "stop"
+    assert chat.messages[-1].ids == []
+
+
+def test_padded_vocabularies_and_tokens_beyond_it(tmp_path: Path) -> None:
+    for size, said in (
+        (4098, []),
+        (4097, ["the model has no weights for 1 added tokens of its tokenizer (<|im_end|>)"]),
+    ):
+        folder = make_folder(tmp_path / str(size), vocab_size=size, state=random_state(vocab_size=size))
+        (folder / "tokenizer.model").unlink()
+        write_tokenizer(folder, "sentencepiece", tmp_path, added=("<|im_start|>", "<|im_end|>"))
+        notes = load(folder, device="cpu").notes
+        assert len(notes) == len(said)
+        assert all(note.startswith(start) for note, start in zip(notes, said, strict=True))
+    folder = make_folder(tmp_path / "padded", vocab_size=4200, state=random_state(vocab_size=4200))
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "sentencepiece", tmp_path)
+    (note,) = load(folder, device="cpu").notes
+    assert note.startswith("the model has 104 ids that the tokenizer has no token for")
+    folder = make_folder(tmp_path / "small", vocab_size=4000, state=random_state(vocab_size=4000))
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "sentencepiece", tmp_path)
+    with pytest.raises(TokenizerError, match=r"tokenizer.json has 4096 words, but the model knows 4000"):
+        load(folder, device="cpu")
+
+
+def test_templates_of_a_folder(tmp_path: Path) -> None:
+    assert chat_templates(tmp_path) == {}
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "one"}))
+    assert [(t.name, t.file, t.text) for t in chat_templates(tmp_path).values()] == [("default", config.name, "one")]
+    config.write_text(json.dumps({"chat_template": [{"name": n, "template": n * 2} for n in "ab"]}))
+    assert {name: t.text for name, t in chat_templates(tmp_path).items()} == {"a": "aa", "b": "bb"}
+    (tmp_path / "chat_template.jinja").write_bytes("\ufeffthree é".encode())
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "a.jinja").write_text("four")
+    told = chat_templates(tmp_path)
+    assert {name: t.text for name, t in told.items()} == {"a": "four", "b": "bb", "default": "three é"}
+    assert told["a"].file == str(Path("additional_chat_templates", "a.jinja"))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja cannot be read: it is not UTF-8"):
+        chat_templates(tmp_path)
+    for wrong in (3, [3], [{"name": "a"}], [{"name": 3, "template": "x"}], {"a": "b"}):
+        config.write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(TokenizerError, match="has the chat_template"):
+            chat_templates(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bundled", "v1", "v3"])
+def test_a_written_tokenizer_json_gives_the_same_ids_in_transformers(tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    files = {"bundled": BUNDLED / "tokenizer.model", "v1": DATA / "tokenizer.model.v1"}
+    own = Tokenizer(files.get(name, DATA / "mistral_instruct_tokenizer_240323.model.v3"))
+    text = to_tokenizer_json(own)
+    assert text is not None
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(to_tokenizer_config(own)))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for words in itertools.product(("x", " king", "永🙂", "  "), repeat=2):
+        assert theirs("".join(words))["input_ids"] == own.encode("".join(words))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (own.bos_id, own.eos_id)
+
+
+def test_a_tokenizer_that_no_tokenizer_json_equals(tmp_path: Path) -> None:
+    """SentencePiece's own default: texts are changed first."""
+    import io
+
+    import sentencepiece
+
+    made, book = io.BytesIO(), Path(__file__).parents[1] / "data" / "dwarf_long_nose.txt"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(book.read_text(encoding="utf-8")[:20_000].splitlines()),
+        model_writer=made,
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
+    assert to_tokenizer_json(Tokenizer(tmp_path / "tokenizer.model")) is None
