@@ -21,13 +21,15 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
-from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.tokenizers import JSON, load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
+from mistral.special_tokens import CONFIG
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
@@ -135,12 +137,12 @@ def write_folder(
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     described = _describe(folder, layout, tensors, quant, notes)
+    if layout is not NATIVE:
+        described |= _for_transformers(folder, notes)
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    if layout is not NATIVE and carried and not (folder.path / "tokenizer.json").is_file():
-        notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
-    rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
+    rest = sum(path.stat().st_size for path in carried) + sum(len(text.encode()) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:
@@ -275,6 +277,26 @@ def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
     ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
     notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
+
+
+def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
+    """What makes AutoTokenizer give our ids, where the folder lacks it: tokenizer.json and tokenizer_config.json."""
+    lacking = [name for name in (JSON, CONFIG) if not (folder.path / name).is_file()]
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+        text = to_tokenizer_json(tokenizer) if JSON in lacking else ""
+    except TokenizerError:  # which `_special_tokens` names
+        return {}
+    except ImportError:
+        notes.append(
+            "no tokenizer.json was written, without which transformers gives other ids: pip install tokenizers"
+        )
+        return {}
+    if text is None:
+        notes.append(f"no tokenizer.json gives the ids of {tokenizer.path.name}: transformers may give others")
+        return {}
+    made = {JSON: text, CONFIG: as_json(to_tokenizer_config(tokenizer))}
+    return {name: made[name] for name in lacking}
 
 
 def _ids(value: Any) -> list[int]:
