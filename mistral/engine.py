@@ -442,10 +442,7 @@ def _check_request(ids: list[int], params: SamplingParams, index: int, sample: i
     if not 0 <= sample < params.n:
         raise GenerationError(f"sample is {sample}; it must be at least 0 and less than n, {params.n}")
     if params.top_logprobs > vocab_size:
-        raise GenerationError(
-            f"top_logprobs is {params.top_logprobs}; it must be between 0 and the vocabulary's {vocab_size}"
-        )
+        raise GenerationError(f"top_logprobs is {params.top_logprobs}; the vocabulary has only {vocab_size} tokens")
     if params.logit_bias and params.logit_bias[-1][0] >= vocab_size:
-        raise GenerationError(
-            f"logit_bias has the id {params.logit_bias[-1][0]}, outside the vocabulary of {vocab_size}"
-        )
+        wrong = params.logit_bias[-1][0]
+        raise GenerationError(f"logit_bias has the id {wrong}, outside the vocabulary of {vocab_size}")

@@ -21,29 +21,28 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
-from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
-from mistral.formats.tokenizers import JSON, load_tokenizer
+from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
-from mistral.special_tokens import CONFIG
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
 
-GENERATION = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+GENERATION = "generation_config.json"
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # What is carried along, as it is, into either layout.
 CARRIED = (
     "tokenizer.model*",
     "tekken.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
@@ -138,7 +137,7 @@ def write_folder(
     nbytes = sum(tensor.nbytes for tensor in tensors)
     described = _describe(folder, layout, tensors, quant, notes)
     if layout is not NATIVE:
-        described |= _for_transformers(folder, notes)
+        described = _for_transformers(folder, notes) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
@@ -280,23 +279,27 @@ def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
 
 
 def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
-    """What makes AutoTokenizer give our ids, where the folder lacks it: tokenizer.json and tokenizer_config.json."""
-    lacking = [name for name in (JSON, CONFIG) if not (folder.path / name).is_file()]
+    """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
+    if (folder.path / TOKENIZER_JSON).is_file():
+        return {}
     try:
         tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
-        text = to_tokenizer_json(tokenizer) if JSON in lacking else ""
-    except TokenizerError:  # which `_special_tokens` names
+    except TokenizerError:
         return {}
-    except ImportError:
+    from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
+
+    made = to_tokenizer_json(tokenizer)
+    if made is None:
         notes.append(
-            "no tokenizer.json was written, without which transformers gives other ids: pip install tokenizers"
+            f"no {TOKENIZER_JSON} gives the ids of {tokenizer.path.name}, so none was written: "
+            "transformers may split texts differently"
         )
         return {}
-    if text is None:
-        notes.append(f"no tokenizer.json gives the ids of {tokenizer.path.name}: transformers may give others")
-        return {}
-    made = {JSON: text, CONFIG: as_json(to_tokenizer_config(tokenizer))}
-    return {name: made[name] for name in lacking}
+    texts = {TOKENIZER_JSON: made}
+    if not (folder.path / TOKENIZER_CONFIG).is_file():
+        texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
+    notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
+    return texts
 
 
 def _ids(value: Any) -> list[int]:

@@ -256,7 +256,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda folder, *_: seen.append(folder) or NOTHING)
-    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, *_, **__: seen.append(prompt))
     cli("complete", tiny, stdin="from stdin\nin two lines\n")
     cli("complete", "Once upon a time", stdin="never read")
     assert cli("complete", tmp_path / "nowhere", stdin="never read").error == f"no such folder: {tmp_path}/nowhere"
@@ -298,7 +298,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
     monkeypatch.setattr(
-        "mistral.cli.terminal.stream_one", lambda loaded, prompt, stop, **_: seen.append((prompt, stop))
+        "mistral.cli.terminal.stream_one", lambda loaded, prompt, params, **_: seen.append((prompt, params.stop))
     )
     ways = ((prompt,), (f"--prompt={prompt}",), ("/", prompt), ("--prompt", prompt), ("--", prompt))
     for words in ways:
@@ -313,7 +313,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)
-    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, **_: seen.append(prompt))
+    monkeypatch.setattr("mistral.cli.terminal.stream_one", lambda loaded, prompt, *_, **__: seen.append(prompt))
     cli("complete", "--", prompt)
     cli("complete", f"--prompt={prompt}")
     cli("complete", stdin=prompt)
@@ -380,10 +380,10 @@ def test_samples_of_prompts_come_in_order(cli: Command, tiny: Path, tmp_path: Pa
     file = tmp_path / "prompts.jsonl"
     file.write_text('"Hello"\n"Good"\n')
     words = ("complete", tiny, "--file", file, "--n", 3, "--seed", 1, "--max_tokens", 5, "--temperature", 2)
-    entries = [json.loads(line) for line in cli(*words, "--json").output.splitlines()]
+    entries = [json.loads(line) for line in cli(*words, "--json").text.splitlines()]
     assert [(e["index"], e["sample"]) for e in entries] == [(i, k) for i in range(2) for k in range(3)]
     assert len({tuple(e["tokens"]) for e in entries[:3]}) == 3
-    shown = cli("complete", tiny, "Hello", *words[4:]).output
+    shown = cli("complete", tiny, "Hello", *words[4:]).text
     assert shown == "".join(f"{e['text']}\n{SEPARATOR}\n" for e in entries[:3])
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from mistral.formats import huggingface, writer
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
-from mistral.formats.folder import read_folder
+from mistral.formats.folder import BUNDLED, read_folder
 from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
@@ -275,7 +276,8 @@ def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
         shutil.copy(common / "mistral_instruct_tokenizer_240323.model.v3", src / "tokenizer.model.v3")
     elif kind == "tekken":
         shutil.copy(common / "tekken_240718.json", src / "tekken.json")
-    assert not any("tokenizer" in note for note in convert(src, tmp_path / "b", "hf").notes)
+    made = "tokenizer.json and tokenizer_config.json were made from "
+    assert any(note.startswith(made) for note in convert(src, tmp_path / "b", "hf").notes)
     for name in ("tokenizer.model", "tokenizer.model.v3", "tekken.json"):
         (tmp_path / "b" / name).unlink(missing_ok=True)  # what is written is enough
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
@@ -299,7 +301,8 @@ def _no_window(shape: str) -> dict[str, Any]:
 def test_config(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a", random_state(dtype=torch.bfloat16), max_seq_len=777)
     written = convert(src, tmp_path / "b", "hf")
-    assert written.notes == ()
+    made = "tokenizer.json and tokenizer_config.json were made from tokenizer.model"
+    assert written.notes == (f"{made}, so that transformers gives the same ids",)
     assert config_of(tmp_path / "b") == {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -685,3 +688,17 @@ def test_memory_is_about_one_tensor(tmp_path: Path, form: str, to: str, dtype: s
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 3 * largest + 2**23 < total / 8
+
+
+def test_transformers_gives_our_ids_of_what_was_written(tmp_path: Path) -> None:
+    """A folder with tokenizer.model alone: AutoTokenizer would leave BOS out, and split the first word differently."""
+    source = shutil.copytree(
+        BUNDLED, tmp_path / "source", ignore=shutil.ignore_patterns("*.md", "pr*.json", "tr*.json")
+    )
+    converted = convert(source, tmp_path / "hf", "hf")
+    assert any("transformers gives the same ids" in note for note in converted.notes)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = Tokenizer(source / "tokenizer.model")
+    for text in ("Once upon a time", " a  b", "Straße\n\n🙂", ""):
+        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text))
