@@ -141,7 +141,7 @@ def write_folder(
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
+    rest = sum(path.stat().st_size for path in carried) + sum(len(text.encode()) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:

@@ -261,6 +261,36 @@ def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -
             assert distance(whole(none.model, prompts), want) > 100 * TOLERANCE
 
 
+TEXTS = ("Hello world", "  two  spaces ", "Once upon a time", "na\u00efve \U0001f642\n\tx", "<s>[INST] hi </s>", "")
+
+
+@pytest.mark.parametrize("kind", ["bundled", "v3", "tekken"])
+def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
+    """A folder without tokenizer.json: AutoTokenizer gives our ids, bos and the first word included."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    common = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    vocab = {"bundled": 4096, "v3": 32768, "tekken": 131072}[kind]
+    src = make_folder(tmp_path / "a", tokenizer=kind == "bundled", vocab_size=vocab)
+    if kind == "v3":
+        shutil.copy(common / "mistral_instruct_tokenizer_240323.model.v3", src / "tokenizer.model.v3")
+    elif kind == "tekken":
+        shutil.copy(common / "tekken_240718.json", src / "tekken.json")
+    made = "tokenizer.json and tokenizer_config.json were made from "
+    assert any(note.startswith(made) for note in convert(src, tmp_path / "b", "hf").notes)
+    for name in ("tokenizer.model", "tokenizer.model.v3", "tekken.json"):
+        (tmp_path / "b" / name).unlink(missing_ok=True)  # what is written is enough
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    ours = load(src, device="cpu").tokenizer
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids
+        if "<s>" not in text:
+            assert theirs(text)["input_ids"] == ids
+            assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
 def _no_window(shape: str) -> dict[str, Any]:
     return {"rope_theta": 1e4, **SHAPES[shape], "sliding_window": None}
 
@@ -271,7 +301,8 @@ def _no_window(shape: str) -> dict[str, Any]:
 def test_config(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a", random_state(dtype=torch.bfloat16), max_seq_len=777)
     written = convert(src, tmp_path / "b", "hf")
-    assert written.notes == ("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one",)
+    made = "tokenizer.json and tokenizer_config.json were made from tokenizer.model"
+    assert written.notes == (f"{made}, so that transformers gives the same ids",)
     assert config_of(tmp_path / "b") == {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -343,8 +374,8 @@ def test_tokenizer_files_are_carried_along(tmp_path: Path, to: str) -> None:
     (src / "tokenizer.model").symlink_to(tmp_path / "blob")
     written = convert(src, tmp_path / "b", to)
     found = {path.name for path in (tmp_path / "b").iterdir()} - set(written.files)
-    described = {"config.json", "generation_config.json"} if to == "hf" else {"params.json"}
-    assert found == {*both, "tokenizer.model", *described}
+    assert found == {*both, "tokenizer.model", "generation_config.json", "config.json" if to == "hf" else "params.json"}
+    assert "not carried along: model.py, notes.txt, training_args.bin" in written.notes
     for name in found - {"config.json", "params.json"}:
         copy = tmp_path / "b" / name
         assert copy.read_bytes() == (src / name).read_bytes()
