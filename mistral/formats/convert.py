@@ -21,10 +21,11 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
-from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.tokenizers import load_tokenizer, tokenizer_files
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
@@ -138,9 +139,9 @@ def write_folder(
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    if layout is not NATIVE and carried and not (folder.path / "tokenizer.json").is_file():
-        notes.append("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one")
-    rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
+    if layout is not NATIVE:
+        described |= _tokenizer_for_transformers(folder, notes)
+    rest = sum(path.stat().st_size for path in carried) + sum(len(text.encode()) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:
@@ -288,6 +289,27 @@ def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list
     rest = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in used)
     shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
     return [f"not carried along: {shown}"] if rest else []
+
+
+def _tokenizer_for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
+    """tokenizer.json, and a tokenizer_config.json where there is none: without them transformers gives other ids for
+    the tokenizer that is carried along."""
+    first = next(iter(tokenizer_files(folder.path)), None)
+    if first is None or (folder.path / "tokenizer.json").is_file():
+        return {}
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+    except TokenizerError as error:
+        notes.append(f"no tokenizer.json was written: {error}")
+        return {}
+    text = to_tokenizer_json(tokenizer)
+    if text is None:
+        notes.append(f"no tokenizer.json gives the ids of {first.name}, so none was written: transformers may need one")
+        return {}
+    written = {"tokenizer.json": text}
+    if not (folder.path / "tokenizer_config.json").is_file():
+        written["tokenizer_config.json"] = as_json(to_tokenizer_config(tokenizer))
+    return written
 
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
