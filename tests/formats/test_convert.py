@@ -29,6 +29,7 @@ from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer
+from mistral.util import memory
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
@@ -558,8 +559,8 @@ def test_a_disk_with_too_little_room(cli: Command, tmp_path: Path) -> None:
     needed = sum(path.stat().st_size for path in (tmp_path / "full").iterdir())
     with usage(needed - 1):
         error = cli("convert", src, tmp_path / "b", "--to", "hf").error
-    need, free = needed / 1e3, (needed - 1) / 1e3
-    assert error.startswith(f"{tmp_path / 'b'} needs {need:.1f} kB, but its disk has {free:.1f} kB free: ")
+    need, free = memory.as_text(needed), memory.as_text(needed - 1)
+    assert error.startswith(f"{tmp_path / 'b'} needs {need}, but its disk has {free} free: ")
     assert asked == [tmp_path]
     assert_nothing_at(tmp_path / "b")
     (tmp_path / ".b.0123.partial").mkdir()
