@@ -10,11 +10,13 @@ python -m main --help
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from mistral.cli import main
 
+TYPE_CHECKING = False  # as `typing` has it, which is not imported here: Ctrl-C is to be handled soon
 if TYPE_CHECKING:
+    from typing import Any
+
     from mistral.generate import generate
 
 __all__ = ["generate", "main"]

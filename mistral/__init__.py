@@ -6,10 +6,12 @@ Importing this package imports nothing else; torch comes with the name that need
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# Spelled out, for type checkers: importing `typing` would take a tenth of the time until Ctrl-C is handled.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mistral.chat.conversation import Chat as Chat
     from mistral.generate import complete as complete
     from mistral.generate import stream as stream
@@ -49,6 +51,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)
 
 

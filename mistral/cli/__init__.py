@@ -7,7 +7,10 @@ imports next to nothing, so that Ctrl-C is handled from the first moment on.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False  # as `typing` has it, which is not imported here
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /quit or Ctrl-D leaves."
 
 
-UNUSED = ("max_batch_size", "top_logprobs", "n", "logit_bias", "logits_processor")
+UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor")
 
 
 @flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
@@ -86,6 +86,6 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
     from mistral.formats.fingerprint import fingerprint
 
     template = template_of(loaded, name)
-    echo_err(f"template {template.name}, by {template.source}")
+    echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
     chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
     Conversation(chat, lambda: fingerprint(loaded.folder)).run()

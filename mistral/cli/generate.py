@@ -67,7 +67,7 @@ def demo(
         terminal.write(f"{loaded.tokenizer.decode(result.prompt_tokens + result.tokens)}\n{SEPARATOR}\n")
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logit_bias", "logits_processor"))
+@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
 def complete(
     folder: str | None = None,
     prompt: str | None = None,

@@ -33,10 +33,11 @@ def default_folder(folder: str | None) -> str | None:
 
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
-    from mistral.loader.load import load
-
     chosen = default_folder(folder)
-    loaded = load(chosen, options=options)
+    with terminal.keeping_interrupts():
+        from mistral.loader.load import load
+
+        loaded = load(chosen, options=options)
     what = "the bundled model, " if chosen is None else "" if folder is not None else "MISTRAL_MODEL, "
     terminal.echo_err(f"loaded {what}{loaded.describe()}")
     for note in loaded.notes:

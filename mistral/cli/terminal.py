@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mistral.util.errors import FormatError
+from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
 if TYPE_CHECKING:
@@ -116,6 +116,10 @@ def read_lines(ask: str, blocks: bool = False) -> Iterator[str]:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             echo_error(FormatError(f"the line is not UTF-8 (byte 0x{byte:02x}): convert it first"))
+        except UsageError as error:
+            write("\n")
+            echo_error(error)
+            return
         except EOFError:
             write("\n")
             return
@@ -129,7 +133,10 @@ def _block(read: Callable[[], str]) -> str:
         return text
     text = text[len(QUOTES) :]
     while not text.rstrip().endswith(QUOTES):
-        text += "\n" + read()
+        try:
+            text += "\n" + read()
+        except (EOFError, StopIteration):
+            raise UsageError(f"the text that began with {QUOTES} does not end with {QUOTES}") from None
     return text.rstrip()[: -len(QUOTES)].strip("\n")
 
 
@@ -258,6 +265,34 @@ class Interrupt:
         """
         if self._asked:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def keeping_interrupts() -> Iterator[None]:
+    """Have a Ctrl-C that came while this was open raise at its end at the latest.
+
+    PyTorch's first import runs Python in callbacks, where an exception is printed and lost.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    hits: list[int] = []
+
+    def hit(number: int, frame: FrameType | None) -> None:
+        hits.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGINT, hit)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hits:
+        raise KeyboardInterrupt
 
 
 def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:

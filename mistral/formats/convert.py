@@ -21,6 +21,7 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
@@ -286,7 +287,6 @@ def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
         tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
     except TokenizerError:
         return {}
-    from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 
     made = to_tokenizer_json(tokenizer)
     if made is None:

@@ -157,8 +157,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    if run.how.whole_steps and (reason := unknown_module(model)) is not None:
-        run = run.standing_aside(reason)
+    if run.how.whole_steps and (module := unknown_module(model)) is not None:
+        run = run.standing_aside(module)
         model = build(run)
     _fill(model, found, run)
     if run.execution == "bitwise":

@@ -50,7 +50,7 @@ class Runtime:
         return EXECUTIONS[self.execution]
 
     def describe(self) -> str:
-        """Every choice that was made, for people."""
+        """Every choice that was made, human-readable."""
         weights = self.quant or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention
@@ -59,15 +59,19 @@ class Runtime:
             f"attention {attention}{execution}"
         )
 
-    def standing_aside(self, reason: str) -> Runtime:
+    def standing_aside(self, module: str) -> Runtime:
         """This runtime where the fast path does not know a module of the model, with a note.
+
+        Args:
+            module: its name and class.
 
         Raises:
             OptionError: the execution cannot be had without it.
         """
         if self.how.otherwise is None:
-            raise OptionError(f"execution {self.execution} computes everything with the kernels, but {reason}")
-        return replace(self, execution=self.how.otherwise, notes=(*self.notes, reason))
+            raise OptionError(f"execution {self.execution} is not possible: it does not know the module {module}")
+        note = f"the fast path {self.execution} does not know the module {module}: steps are computed without it"
+        return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
 
 def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:

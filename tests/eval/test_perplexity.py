@@ -97,14 +97,14 @@ def test_the_command(cli: Command, tmp_path: Path) -> None:
     assert float(done.text.split()[1].rstrip(":")) == pytest.approx(facts["perplexity"], rel=1e-4)
     piped = cli("perplexity", folder, "--json", stdin=text.read_text(encoding="utf-8"))
     assert json.loads(piped.text) == facts
-    assert "perplexity" in cli("perplexity", text).text  # the model that ships
+    assert "perplexity" in cli("perplexity", text).text  # the bundled model
 
 
 @pytest.mark.parametrize(
     ("make", "error"),
     [
         (lambda path: None, "cannot be read: No such file or directory"),
-        (lambda path: path.write_bytes(b""), "1 tokens: there is nothing to predict"),
+        (lambda path: path.write_bytes(b""), "/text is empty"),
         (lambda path: path.write_bytes(b"voil\xe0"), "is not UTF-8"),
     ],
 )

@@ -101,11 +101,12 @@ def test_what_is_imported_is_what_is_declared(project: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("version", PYTHONS)
-@pytest.mark.parametrize("kind", ["run", "dev"])
+@pytest.mark.parametrize("kind", ["run", "dev", "docs"])
 def test_pins_lie_within_the_ranges(project: dict[str, Any], kind: str, version: str) -> None:
     file, ranges = {
         "run": ("requirements.txt", project["dependencies"]),
         "dev": ("requirements-dev.txt", project["optional-dependencies"]["dev"]),
+        "docs": ("requirements-docs.txt", project["optional-dependencies"]["docs"]),
     }[kind]
     pinned = applying(pins(file), version)
     ranged = applying([Requirement(text) for text in ranges], version)

@@ -18,7 +18,7 @@ from tests.support.folders import ROOT
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 for name in ("PYTHONUNBUFFERED", "MISTRAL_MODEL", "NO_COLOR"):
     ENVIRONMENT.pop(name, None)
-ENVIRONMENT["XDG_STATE_HOME"] = "/nowhere/state"  # what tests type is not kept
+ENVIRONMENT["XDG_STATE_HOME"] = "/dev/null/state"  # what tests type is not kept: no folder can be there
 
 
 @dataclass(frozen=True)

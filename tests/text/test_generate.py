@@ -819,14 +819,14 @@ def test_logits_that_are_not_numbers_are_named(mode: dict[str, Any]) -> None:
         model.tok_embeddings.weight[9] = math.nan
     prompts = [[2, 3, 4], [5, 9, 6]]
     assert len(complete(prompts[:1], model, Letters(), max_tokens=1, **mode)) == 1
-    with pytest.raises(GenerationError, match="logits for prompt 1 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 1 are NaN"):
         complete(prompts, model, Letters(), max_tokens=2, **mode)
-    with pytest.raises(GenerationError, match="logits for prompt 1 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 1 are NaN"):
         generate(prompts, model, Letters(), max_tokens=0)
     with torch.no_grad():
         model.tok_embeddings.weight[9] = 1
         model.output.weight.fill_(math.inf)
-    with pytest.raises(GenerationError, match="logits for prompt 0 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 0 are NaN"):
         complete(prompts, model, Letters(), max_tokens=2, **mode)
 
 
