@@ -114,7 +114,7 @@ def test_what_may_be_a_path_is_not_fetched(hub: Hub, model: Path, cli: Command, 
     (tmp_path / "owner").mkdir()
     assert refused("owner/name").startswith("no such folder: owner/name; it is not looked for on the hub")
     error = cli("complete", "--folder", "owner/name", stdin="never read").error
-    assert error.startswith("no such folder: owner/name; it is not looked for on the hub")
+    assert error == "no such folder: owner/name"
     assert hub.asked == []
 
 
@@ -136,7 +136,7 @@ def test_one_layout_and_no_code(hub: Hub, model: Path, model_hf: Path, caplog: p
     weights = (model / "consolidated.safetensors").read_bytes()
     assert (folder / "consolidated.safetensors").read_bytes() == weights
     assert [name for _, name, _ in hub.asked][-1] == "consolidated.safetensors"
-    assert re.fullmatch(r"fetching owner/name: 8 files, \d+\.\d kB", caplog.messages[0])
+    assert re.fullmatch(r"fetching owner/name: 8 files, \d+\.\d [kM]B", caplog.messages[0])
     assert len(caplog.messages) == 1
 
 
