@@ -8,7 +8,7 @@ mistake, and those that give the other side's numbers are named.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,12 +113,8 @@ def compare(
     """
     notes: list[str] = []
     asked = _prompts(a, b, prompts, full, seed)
+    _check_vocabularies(a, b, asked)
     lens = [len(p) for p in asked]
-    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
-    if len(sizes) > 1:
-        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
-    if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in asked):
-        raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
     found_a, found_b = a.evidence(asked), b.evidence(asked)
     ours, mutated_side = _ours(a, b)
     other = found_b if mutated_side == "A" else found_a
@@ -141,24 +137,16 @@ def compare(
     most = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
     parted = _first_activation(shared, found_a, found_b, most, limit, lens)
     largest = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
-    mistakes: dict[str, float] = {}
-    nearest, tried = None, 0
+    left: dict[str, float] = {}
     if (first or parted) and ours is not None:
         left = _explained(ours, other, asked, progress)
-        tried = len(left)
-        # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
-        near = max(limit, min(SLACK * limit, SHARE * largest))
-        mistakes = {name: error for name, error in left.items() if error <= near}
-        if left and not mistakes:
-            nearest = min(left.items(), key=lambda pair: pair[1])
-        if mutated_side == "B" and isinstance(a, PackSide):
-            notes.append(
-                "the mutants are those of B, because A has no weights: what B does wrong is reported in reverse"
-            )
-        if not mistakes and compute == torch.float32:
-            notes.append("if a side computes in 16 bits, say so: --dtype bfloat16")
-    elif first or parted:
-        notes.append("no model is available to mutate: give a folder, or a pack with weights, as one side")
+    # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
+    near = max(limit, min(SLACK * limit, SHARE * largest))
+    mistakes = {name: error for name, error in left.items() if error <= near}
+    nearest = min(left.items(), key=lambda pair: pair[1]) if left and not mistakes else None
+    if first or parted:
+        in_reverse = mutated_side == "B" and isinstance(a, PackSide)
+        notes += _advice(ours is not None, in_reverse, not mistakes and compute == torch.float32)
     return Comparison(
         a.name,
         b.name,
@@ -174,10 +162,30 @@ def compare(
         len(shared),
         mistakes,
         nearest,
-        tried,
-        mutated_side if tried else "",
+        len(left),
+        mutated_side if left else "",
         tuple(notes),
     )
+
+
+def _check_vocabularies(a: Side, b: Side, prompts: Sequence[Tensor]) -> None:
+    """Refuse sides of different vocabularies, and prompts with ids outside of them."""
+    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
+    if len(sizes) > 1:
+        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
+    if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in prompts):
+        raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
+
+
+def _advice(mutable: bool, in_reverse: bool, unexplained_in_fp32: bool) -> Iterator[str]:
+    """Notes on a difference, for whoever looks for its cause."""
+    if not mutable:
+        yield "no model is available to mutate: give a folder, or a pack with weights, as one side"
+        return
+    if in_reverse:
+        yield "the mutants are those of B, because A has no weights: what B does wrong is reported in reverse"
+    if unexplained_in_fp32:
+        yield "if a side computes in 16 bits, say so: --dtype bfloat16"
 
 
 def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed: int) -> list[Tensor]:
