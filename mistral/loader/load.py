@@ -36,7 +36,7 @@ class Loaded:
 
     Args:
         model: in evaluation mode, on its device.
-        tokenizer: the folder's, or the one that was given to `load`, which may have fewer methods.
+        tokenizer: the folder's (None if it has none), or the one given to `load`, which may have fewer methods.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
         parameters: how many weights there are.
