@@ -612,10 +612,10 @@ def test_the_model_that_ships(cli: Command) -> None:
     assert json.loads(cli("inspect", "--json").text)["release"] is None
 
 
-def test_the_readme_shows_what_is_printed(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_show_what_is_printed(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shown = f"$ python -m main inspect\n{cli('inspect').text}```\n"
-    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert shown in (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
 
 
 def test_columns_are_aligned(cli: Command, tmp_path: Path) -> None:
