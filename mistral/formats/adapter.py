@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ModelArgs
 from mistral.formats.huggingface import NAMES, rows_to_mistral, to_hf, to_mistral
-from mistral.formats.layout import read_object
+from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.weights import FLOATS, Reader, WeightFiles, open_safetensors, some_names
 from mistral.parameters import Parameter, parameters
 from mistral.util.errors import FormatError, printable, short_repr
@@ -119,6 +119,15 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     place = Path(path)
     names = (CONFIG, WEIGHTS, NATIVE_WEIGHTS)
     return place.name in names if place.is_file() else any((place / name).is_file() for name in names)
+
+
+def base_of(path: Path) -> str | None:
+    """The model that a folder's adapter names as its base, for messages; None where there is none."""
+    try:
+        base = read_object(path / CONFIG).get("base_model_name_or_path")
+    except ParamsError:
+        return None
+    return printable(base) if isinstance(base, str) and base else None
 
 
 def read_adapter(path: str | PathLike[str]) -> Adapter:

@@ -16,9 +16,11 @@ from mistral import load
 from mistral.formats import adapter as adapters
 from mistral.formats.adapter import AdapterError, is_adapter, read_adapter
 from mistral.formats.convert import convert
+from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import read_folder
 from mistral.loader.options import OptionError
 from mistral.util.errors import MistralError
+from tests.support.commands import in_process
 from tests.support.folders import PARAMS, make_folder, random_state
 from tests.support.tiny import ragged
 
@@ -361,6 +363,62 @@ def test_an_adapter_that_is_not_there_or_lacks_its_scale(tmp_path: Path) -> None
     (peft / "adapter_model.safetensors").rename(peft / "adapter_model.bin")
     with pytest.raises(AdapterError, match="must be saved as safetensors first"):
         read_adapter(peft)
+
+
+@pytest.mark.parametrize("to", ["mistral", "hf"])
+def test_convert_writes_what_a_load_merges(tmp_path: Path, to: str) -> None:
+    folder = make_folder(tmp_path / "base", random_state(dtype=torch.bfloat16))
+    adapter = write_peft(tmp_path / "adapter", peft_tensors(dora=True), use_dora=True)
+    written = convert(folder, tmp_path / "out", to, adapter=adapter)
+    assert any(note.startswith(f"adapter {adapter}: DoRA of PEFT, rank 3") for note in written.notes)
+    found = read_folder(tmp_path / "out")
+    want = merged_state(folder, adapter)
+    assert {name: tensor.dtype for name, tensor in want.items()} == dict.fromkeys(want, torch.bfloat16)
+    assert all(torch.equal(found.weights.get(name), want[name]) for name in want)
+    assert not torch.equal(
+        want["layers.1.attention.wk.weight"], read_folder(folder).weights.get("layers.1.attention.wk.weight")
+    )
+
+
+def test_a_conversation_with_an_adapter_is_another_models(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base")
+    one, other = write_native(tmp_path / "one"), write_native(tmp_path / "other", scaling=1.0)
+    kinds = {fingerprint(folder), fingerprint(folder, str(one)), fingerprint(folder, str(other))}
+    assert len(kinds) == 3
+
+
+def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
+    with pytest.raises(MistralError) as refused:
+        read_folder(write_peft(tmp_path / "peft"))
+    assert "a PEFT adapter, not a model: give its base model, and the adapter with --adapter" in str(refused.value)
+    assert str(refused.value).endswith("its base is mistralai/Mistral-7B-v0.1")
+
+
+def test_inspect_describes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli = in_process(capfd)
+    text = cli("inspect", write_peft(tmp_path / "peft", use_rslora=True, fan_in_fan_out=True)).text
+    assert "base        mistralai/Mistral-7B-v0.1\n" in text
+    assert "rank        3\nscale       3.4641\n" in text
+    assert "changes     14 matrices: q_proj, k_proj, v_proj, o_proj, gate_proj, down_proj, up_proj" in text
+    assert "note: adapter_config.json has fan_in_fan_out" in text
+    assert f"convert BASE MERGED --to hf --adapter {tmp_path / 'peft'}" in text
+    told = json.loads(cli("inspect", write_native(tmp_path / "native"), "--json").text)
+    assert (told["kind"], told["form"], told["base"]) == ("LoRA", "mistral-finetune", None)
+    assert (told["ranks"], told["scales"], told["dtypes"]) == ([3], [2.0], ["bfloat16"])
+
+
+def test_the_command_line_takes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli = in_process(capfd)
+    folder, adapter = make_folder(tmp_path / "base"), write_native(tmp_path / "adapter")
+    words = ("complete", folder, "Once upon", "--max_tokens", "8", "--temperature", "0")
+    plain, merged = cli(*words).text, cli(*words, "--adapter", adapter)
+    assert merged.text != plain
+    assert f"; adapter {adapter} merged" in merged.err
+    assert "note: adapter " in merged.err
+    assert "merged, rounded once to float32" in merged.err
+    assert cli("convert", folder, tmp_path / "out", "--to", "hf", "--adapter", adapter).code == 0
+    assert cli("complete", tmp_path / "out", *words[2:]).text == merged.text
+    assert "adapter_mode 'both' is not one of" in cli(*words, "--adapter", adapter, "--adapter_mode", "both").error
 
 
 def test_adapters_are_known_by_their_names(tmp_path: Path) -> None:
