@@ -92,6 +92,44 @@ def whole_bytes(made: Made, kind: torch.dtype) -> tuple[Files, Tensor]:
     return {"weight": q, "weight_scale": scale}, q.double() * scale.double()
 
 
+# The 16 values of nf4: quantiles of a normal distribution, as the files hold them.
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+def nf4(shape: tuple[int, ...], seed: int, nested: bool) -> tuple[Files, Tensor]:
+    rng = np.random.default_rng(seed)
+    numbers, table = rng.integers(0, 16, shape), torch.tensor(NF4)
+    flat = numbers.flatten()
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    files = {"weight": torch.from_numpy((flat[0::2] * 16 + flat[1::2]).astype(np.uint8))[:, None]}
+    files["weight.quant_map"] = table
+    blocks = len(flat) // 64
+    if nested:
+        codes = torch.from_numpy(rng.integers(0, 256, blocks).astype(np.uint8))
+        files["weight.absmax"] = codes
+        files["weight.nested_absmax"] = torch.from_numpy(rng.uniform(0.01, 0.02, -(-blocks // 8))).float()
+        files["weight.nested_quant_map"] = torch.linspace(-1, 1, 256)
+        state |= {"nested_blocksize": 8, "nested_dtype": "float32", "nested_offset": 0.0421}
+        scales = [
+            float(files["weight.nested_quant_map"][int(codes[i])] * files["weight.nested_absmax"][i // 8] + 0.0421)
+            for i in range(blocks)
+        ]
+    else:
+        files["weight.absmax"] = torch.from_numpy(rng.uniform(0.01, 0.1, blocks)).float()
+        scales = files["weight.absmax"].tolist()
+    text = json.dumps(state).encode()
+    files["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
+    meant = [float(table[n]) * scales[i // 64] for i, n in enumerate(flat)]
+    return files, torch.tensor(meant, dtype=torch.float64).view(shape)
+
+
+def int8_rows(made: Made) -> tuple[Files, Tensor]:
+    q, scb = torch.from_numpy(made.q.T * 17 - 127).to(torch.int8), made.scales[0].float() * 50
+    files = {"weight": q, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return files, q.double() * scb.double()[:, None] / 127
+
+
 def compressed(form: str, bits: int = 4, kind: str = "int") -> dict[str, Any]:
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, "type": kind, "group_size": GROUP}}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
@@ -99,6 +137,8 @@ def compressed(form: str, bits: int = 4, kind: str = "int") -> dict[str, Any]:
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
+BNB = {"quant_method": "bitsandbytes"}
+NF4_CONFIG = BNB | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Files, Tensor]]]] = {
     "AWQ": (AWQ, lambda shape, seed: awq(Made(shape, seed))),
     "GPTQ": (GPTQ, lambda shape, seed: gptq(Made(shape, seed))),
@@ -109,6 +149,9 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Fi
     "packed, zero points": (compressed("pack-quantized"), lambda shape, seed: packed(Made(shape, seed), True)),
     "int8": (compressed("int-quantized", 8), lambda shape, seed: whole_bytes(Made(shape, seed), torch.int8)),
     "fp8": (compressed("float-quantized", 8, "float"), lambda s, seed: whole_bytes(Made(s, seed), torch.float8_e4m3fn)),
+    "nf4": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, False)),
+    "nf4, nested": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, True)),
+    "int8 of bitsandbytes": (BNB | {"load_in_8bit": True}, lambda shape, seed: int8_rows(Made(shape, seed))),
 }
 
 
@@ -141,7 +184,7 @@ def test_they_are_read_as_what_is_meant(tmp_path: Path, kind: str) -> None:
         assert torch.equal(got, want.to(got.dtype)), name
 
 
-@pytest.mark.parametrize("kind", ["AWQ", "fp8"])
+@pytest.mark.parametrize("kind", ["AWQ", "fp8", "nf4, nested"])
 def test_a_model_of_them_runs_and_converts(tmp_path: Path, kind: str) -> None:
     folder, _ = write(tmp_path / "quantized", kind)
     convert(folder, tmp_path / "again", "mistral")
@@ -161,7 +204,7 @@ def damage(folder: Path, change: Callable[[Files], Any]) -> None:
 
 Q = "model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[str, Callable[[Files], Any], str]] = {
-    "no scales": ("AWQ", lambda s: s.pop(f"{Q}.scales"), "has no scales beside it"),
+    "no scales": ("AWQ", lambda s: s.pop(f"{Q}.scales"), "has no scales beside the rest"),
     "another shape": (
         "AWQ",
         lambda s: s.update({f"{Q}.scales": torch.ones(3, 3).half()}),
@@ -171,6 +214,19 @@ BROKEN: dict[str, tuple[str, Callable[[Files], Any], str]] = {
     "group": ("GPTQ", lambda s: s[f"{Q}.g_idx"].fill_(99), "g_idx names a group that has no scale"),
     "shape": ("packed", lambda s: s[f"{Q}.weight_shape"].fill_(5), "weight_shape is [5, 5]"),
     "not quantized": ("int8", lambda s: [s.pop(n) for n in list(s) if n.endswith("weight_scale")], "no weight_scale"),
+    "state": (
+        "nf4",
+        lambda s: s.update({f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}),
+        "do not fit together as bitsandbytes in nf4",
+    ),
+    "deep state": (
+        "nf4",
+        lambda s: s.update({f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.full((9000,), 91, dtype=torch.uint8)}),
+        "do not fit together as bitsandbytes in nf4",
+    ),
+    "words": ("AWQ", lambda s: s.update({f"{Q}.qweight": s[f"{Q}.qweight"].float()}), "do not fit together as AWQ"),
+    "absmax": ("nf4", lambda s: s.update({f"{Q}.weight.absmax": torch.ones(1)}), "do not fit together"),
+    "order": ("int8 of bitsandbytes", lambda s: s[f"{Q}.weight_format"].fill_(1), "in an order of one GPU"),
     "unknown": ("fp8", lambda s: s.update({f"{Q}.k_scale": torch.ones(1)}), "hold unknown"),
 }
 
@@ -189,7 +245,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quantized by awq, version 'gemv'": AWQ | {"version": "gemv"},
     "quantized by gptq, format 'gptq', 3 bits": GPTQ | {"bits": 3},
     "quantized by gptq, format 'marlin'": GPTQ | {"checkpoint_format": "marlin"},
-    "quantized by bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes, type 'fp4'": NF4_CONFIG | {"bnb_4bit_quant_type": "fp4"},
     "quantized by exl2": {"quant_method": "exl2"},
     "quantized by hqq": {"quant_method": "hqq"},
     "format 'marlin-24'": compressed("marlin-24"),
