@@ -171,6 +171,8 @@ def _gptq(config: dict[str, Any]) -> Method:
     bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
     if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         raise _refused(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
+    if config.get("dynamic"):
+        raise _refused("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
     per, one = 32 // bits, 1 if form == "gptq" else 0
 
     def header(parts: Parts, get: Get) -> Stored:

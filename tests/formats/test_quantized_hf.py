@@ -246,6 +246,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quantized by gptq, format 'gptq', 3 bits": GPTQ | {"bits": 3},
     "quantized by gptq, format 'marlin'": GPTQ | {"checkpoint_format": "marlin"},
     "bitsandbytes, type 'fp4'": NF4_CONFIG | {"bnb_4bit_quant_type": "fp4"},
+    "bits that differ by layer": GPTQ | {"dynamic": {"-:.*down.*": {}}},
     "quantized by exl2": {"quant_method": "exl2"},
     "quantized by hqq": {"quant_method": "hqq"},
     "format 'marlin-24'": compressed("marlin-24"),
