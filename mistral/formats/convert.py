@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from mistral.fast.layout import QUANTS, stored_as
-from mistral.formats.adapter import merge_into, read_adapter
+from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
+from mistral.formats.merge import merge_into
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights

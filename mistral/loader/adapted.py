@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mistral.formats.adapter import Update
+from mistral.formats.merge import Update
 from mistral.model import Transformer
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, stored_as
-from mistral.formats.adapter import Update, about, merge_into, read_adapter, updates
+from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
+from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_files, tokenizer_kind, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mistral import load
-from mistral.formats import adapter as adapters
+from mistral.formats import merge
 from mistral.formats.adapter import AdapterError, is_adapter, read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
@@ -112,7 +112,7 @@ def expected(
 
 
 def merged_state(folder: Path, adapter: Path) -> dict[str, Tensor]:
-    found = adapters.merge_into(read_folder(folder), read_adapter(adapter))
+    found = merge.merge_into(read_folder(folder), read_adapter(adapter))
     return {name: found.weights.get(name) for name in found.tensors}
 
 
@@ -163,7 +163,7 @@ def test_a_merge_without_the_permutation_is_caught(
     dora = any("magnitude" in name for name in tensors)
     folder, adapter = make_folder(tmp_path / "base"), write_peft(tmp_path / "adapter", tensors, use_dora=dora)
     want = expected(random_state(), tensors, lambda layer, target: 2.0)
-    monkeypatch.setattr(adapters, "rows_to_mistral", lambda w, heads: w)
+    monkeypatch.setattr(merge, "rows_to_mistral", lambda w, heads: w)
     got = merged_state(folder, adapter)
     wrong = {name for name in want if not same({name: got[name]}, {name: want[name]})}
     assert wrong == {f"layers.{i}.attention.{n}.weight" for i in range(2) for n in ("wq", "wk")}
