@@ -53,7 +53,7 @@ def interactive(
     require_instruct(instruct, system, template)
     loaded = open_model(folder, options)
     if instruct:
-        _converse(loaded, template, system or "", params, chunk_size)
+        _converse(loaded, options.adapter, template, system or "", params, chunk_size)
         return
     note_if_instruct(loaded)
     _continue_lines(loaded, params, chunk_size)
@@ -81,7 +81,14 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
             echo_error(error)  # one prompt's fault; the next may be better
 
 
-def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingParams, chunk_size: int | None) -> None:
+def _converse(
+    loaded: Loaded,
+    adapter: str | None,
+    name: str | None,
+    system: str,
+    params: SamplingParams,
+    chunk_size: int | None,
+) -> None:
     from mistral.chat.conversation import Chat
     from mistral.formats.fingerprint import fingerprint
 
@@ -90,4 +97,4 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
     if template.source == template.name:
         echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
     chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
-    Conversation(chat, lambda: fingerprint(loaded.folder)).run()
+    Conversation(chat, lambda: fingerprint(loaded.folder, adapter)).run()

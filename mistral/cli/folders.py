@@ -5,31 +5,36 @@ from __future__ import annotations
 from mistral.cli import prompts, terminal
 
 
-def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None) -> None:
-    """Write a model folder again: in the other layout, as safetensors, in another dtype, or quantized.
+def convert(
+    src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None, adapter: str | None = None
+) -> None:
+    """Write a model folder again: in the other layout, as safetensors, in another dtype, merged, or quantized.
 
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
 
     SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that does not exist yet.
-    Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
-    it is complete, not before. A folder written with --quant loads at once, and only this library reads it.
+    Weights stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory. DST
+    appears when it is complete, not before. A folder written with --quant loads at once, and only this library reads
+    it. An adapter is merged in float32, and rounded once to the dtype of the weights.
 
     Args:
         to: the layout to write: mistral or hf
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
+        adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
     """
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
 
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
-            written = write_folder(found, dst, to, dtype=dtype, quant=quant)
+            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter)
     else:
-        written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
+        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter)
     terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.echo_err(f"note: {note}")
@@ -43,14 +48,21 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
     python -m main inspect mistral-7B-v0.1 --json
 
     Release, layout, files, dtypes, window and theta with the rule used, tokenizer, memory for weights
-    and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder.
-    Without FOLDER: the bundled model. Only a .pth file needs PyTorch, and seconds.
+    and for the cache of one sequence, anything suspicious, and the vLLM command that serves the folder; of a
+    LoRA adapter its base, rank, scale and matrices. Without FOLDER: the bundled model. Only a .pth file needs
+    PyTorch, and seconds.
 
     Args:
         json: print one JSON object instead of text
     """
+    from mistral.formats import inspect_adapter
     from mistral.formats.inspect import as_json, as_text
     from mistral.formats.inspect import inspect_folder as report_on
 
-    report = report_on(prompts.default_folder(folder))
+    chosen = prompts.default_folder(folder)
+    if chosen is not None and inspect_adapter.is_one(chosen):
+        told = inspect_adapter.report(chosen)
+        print(as_json(told) if json else inspect_adapter.as_text(told))
+        return
+    report = report_on(chosen)
     print(as_json(report) if json else as_text(report))

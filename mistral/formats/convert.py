@@ -20,11 +20,13 @@ from typing import Any
 import torch
 
 from mistral.fast.layout import QUANTS, stored_as
+from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
+from mistral.formats.merge import merge_into
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
@@ -87,6 +89,7 @@ def convert(
     *,
     dtype: torch.dtype | str | None = None,
     quant: str | None = None,
+    adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
 ) -> Converted:
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
@@ -97,6 +100,7 @@ def convert(
         to: a layout, one of WRITABLE ("mistral" or "hf"); it may be the one that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: "int8" or "int4" rounds the weights of products, in Mistral's layout, for this library alone.
+        adapter: a LoRA adapter to merge into the weights (see `adapter.read_adapter`), rounded once to their own dtype.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
 
     Raises:
@@ -105,7 +109,8 @@ def convert(
         ValueError: another subclass, if src is not a model; see `read_folder`.
     """
     _layout_and_dtype(to, dtype, quant)  # before a folder is looked for
-    return write_folder(read_folder(locate(src)), dst, to, dtype=dtype, quant=quant, shard_size=shard_size)
+    folder = read_folder(locate(src))
+    return write_folder(folder, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size)
 
 
 def write_folder(
@@ -115,13 +120,14 @@ def write_folder(
     *,
     dtype: torch.dtype | str | None = None,
     quant: str | None = None,
+    adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
 ) -> Converted:
     """`convert` for a folder that is read already, or whose weights never were in files.
 
     Args:
         folder: what to write; its tokenizer is taken from its path.
-        dst, to, dtype, quant, shard_size: as in `convert`.
+        dst, to, dtype, quant, adapter, shard_size: as in `convert`.
 
     Raises:
         ConvertError: as in `convert`.
@@ -131,6 +137,8 @@ def write_folder(
         raise ConvertError(
             f"the weights of {folder.path} are already quantized to {folder.quant}: convert what they were made from"
         )
+    if adapter is not None:
+        folder = merge_into(folder, read_adapter(adapter))
     place = _destination(folder.path, Path(dst))
     notes = list(folder.notes)
     files = _plan(folder, layout, target, quant, shard_size)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+ADAPTER = "give its base model, and the adapter with --adapter"
 # A pattern for names of files, and what they are. The first that matches says most about the folder.
 KINDS = {
-    r"adapter_(model|config)\..*": "a PEFT adapter, not a model: merge it into its base model first",
-    r"lora\.safetensors": "a LoRA adapter of mistral-finetune, not a model: merge it into its base model first",
+    r"adapter_(model|config)\..*": f"a PEFT adapter, not a model: {ADAPTER}",
+    r"lora\.safetensors": f"a LoRA adapter of mistral-finetune, not a model: {ADAPTER}",
     r".*\.gguf": "GGUF files, which are not read yet: give the folder that they were made from",
     r"consolidated\.01\.pth": ".pth files in several parts: they must be joined first",
     r"pytorch_model.*\.bin": "pytorch_model.bin: it must be saved as safetensors first",

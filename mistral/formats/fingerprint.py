@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import read_folder
 from mistral.formats.releases import COMPARED
 from mistral.formats.tokenizers import tokenizer_files
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, adapter: str | None = None) -> str:
     """A digest of a model's shape, a row of each of its tensors, and its tokenizer; a page of each tensor is read.
 
-    Rows of q and k are left out: in one of the layouts they would have to be put in order first.
+    Rows of q and k are left out: in one of the layouts they would have to be put in order first. Of an adapter, a row
+    of each of its tensors and the scales count.
 
     Raises:
         ValueError: a subclass that says what is wrong with the folder.
@@ -32,4 +34,9 @@ def fingerprint(folder: Path) -> str:
             digest.update(name.encode() + row.float().numpy().tobytes())
     for path in tokenizer_files(found.path)[:1]:
         digest.update(path.read_bytes())
+    if adapter is not None:
+        lora = read_adapter(adapter)
+        digest.update(repr(sorted((name, pair.scale) for name, pair in lora.pairs.items())).encode())
+        for name in sorted(lora.weights.tensors):
+            digest.update(name.encode() + lora.weights.get(name)[0].float().numpy().tobytes())
     return digest.hexdigest()

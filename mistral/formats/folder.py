@@ -10,7 +10,8 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import stored_as
-from mistral.formats.elsewhere import kind_of
+from mistral.formats.adapter import base_of
+from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.releases import identify
@@ -88,7 +89,9 @@ def _what_else(path: Path) -> str | None:
     """What there is in the place of weights that are read here."""
     if any(layout.has_weights(path) for layout in LAYOUTS.values()):
         return None
-    return kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
+    found = kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
+    base = base_of(path)
+    return found if found is None or base is None else f"{found}; its base is {base}"
 
 
 def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[ModelArgs, list[str]]:
@@ -104,7 +107,7 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str |
     """The weights once they are known to be those of the shape, under Mistral's names and in Mistral's row order."""
     where = file_names(weights.files)
     if adapter := [name for name in weights.tensors if ".lora_" in name]:
-        what = "a LoRA adapter, not a model: merge it into its base model first"
+        what = f"a LoRA adapter, not a model: {ADAPTER}"
         raise WeightsError(f"the weights in {where} hold {some_names(adapter)}: {what}")
     if args.n_layers > len(weights.tensors):
         raise WeightsError(

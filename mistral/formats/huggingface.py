@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
+from mistral.formats.quantized_hf import dequantized, method_of
 from mistral.formats.weights import (
     Reader,
     WeightFiles,
@@ -27,7 +28,7 @@ from mistral.formats.weights import (
     some_names,
 )
 from mistral.parameters import parameters
-from mistral.util.errors import ConvertError, printable, short_repr
+from mistral.util.errors import ConvertError, short_repr
 from mistral.util.files import read_limited
 
 if TYPE_CHECKING:
@@ -166,9 +167,9 @@ ONLY = {
     "pretraining_tp": (1,),
     "use_sliding_window": (True, None),
 }
-# Keys of quantized checkpoints.
+# Keys of quantized checkpoints: the one that is read, and those that are not.
+QUANTIZATION = "quantization_config"
 QUANTIZED = {
-    "quantization_config": "a quantized checkpoint",
     "quantization": "a checkpoint quantized by MLX",
     "quip_params": "a checkpoint quantized by QuIP#",
 }
@@ -203,10 +204,12 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
         if key in ONLY:
             if value not in ONLY[key]:
                 raise ParamsError(f"config.json has {key} = {short_repr(value)}, which this model does not have")
+        elif key == QUANTIZATION:
+            if value is not None:
+                method_of(value)  # or it is refused
         elif key in QUANTIZED:
             if value is not None:
-                method = value.get("quant_method") if isinstance(value, dict) else None
-                what = f"a checkpoint quantized by {printable(method)}" if isinstance(method, str) else QUANTIZED[key]
+                what = QUANTIZED[key]
                 raise ParamsError(
                     f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
                 )
@@ -226,6 +229,11 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
         if not (type(dim) is int and type(heads) is int and heads > 0 and dim % heads == 0):
             raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
         values["head_dim"] = dim // heads
+    if raw.get(QUANTIZATION) is not None:
+        stored = f"the weights are quantized ({method_of(raw[QUANTIZATION]).title})"
+        notes.append(
+            f"{stored}: dequantized while they are read, each rounded once to 16 bits or the dtype of its scales"
+        )
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]
@@ -401,7 +409,10 @@ class HuggingFaceLayout(Layout):
         return config_to_args(raw, max_batch_size)
 
     def find_weights(self, path: Path) -> WeightFiles:
-        return find_hf_weights(path)
+        weights, raw = find_hf_weights(path), self.read_config(path)
+        if raw.get(QUANTIZATION) is None:
+            return weights
+        return dequantized(weights, method_of(raw[QUANTIZATION]))
 
     def name_of(self, name: str) -> str:
         return to_hf(name)

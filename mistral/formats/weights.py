@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 # Dtypes of weights, by PyTorch's names: bytes of a number, and safetensors' name. Whole numbers: quantized weights.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int8": 1, "uint8": 1}
+ITEMSIZE |= {"int32": 4, "int64": 8, "float8_e4m3fn": 1}
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}
+CODES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 NAMES = {code: name for name, code in CODES.items()}
 PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger

@@ -12,6 +12,7 @@ from mistral.fast.layout import QUANTS
 from mistral.util.errors import UsageError, short_repr
 
 EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
+ADAPTER_MODES = ("merge", "runtime")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
 # What may be typed, and PyTorch's name for it.
 DTYPE_NAMES = {
@@ -42,6 +43,8 @@ class LoadOptions:
         quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
+        adapter: a LoRA adapter to use: a folder of PEFT's or of mistral-finetune's
+        adapter_mode: merge (into the weights, at load) or runtime (beside them, also quantized ones); default: merge
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -54,8 +57,12 @@ class LoadOptions:
     quant: str | None = None
     threads: int | None = None
     max_batch_size: int = 0
+    adapter: str | None = None
+    adapter_mode: str = "merge"
 
     def __post_init__(self) -> None:
+        if self.adapter is not None:  # a Path is accepted too
+            object.__setattr__(self, "adapter", str(self.adapter))
         for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
@@ -65,9 +72,10 @@ class LoadOptions:
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),
             ("quant", QUANTS),
+            ("adapter_mode", ADAPTER_MODES),
         ):
             value = getattr(self, name)
-            if value not in (*known, None) or (value is None and name == "execution"):
+            if value not in (*known, None) or (value is None and name in ("execution", "adapter_mode")):
                 raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}")
         for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):
             value = getattr(self, name)

@@ -32,6 +32,7 @@ class Runtime:
         execution: how steps are computed, a name in `executions.EXECUTIONS`.
         quant: "int8", "int4", or None for weights as they are stored.
         notes: what could not be had, a sentence each.
+        adapter: which LoRA adapter is in use and how, for people; "" for none.
     """
 
     device: torch.device
@@ -43,6 +44,7 @@ class Runtime:
     execution: str = "eager"
     quant: str | None = None
     notes: tuple[str, ...] = ()
+    adapter: str = ""
 
     @property
     def how(self) -> Execution:
@@ -56,7 +58,7 @@ class Runtime:
         attention = "kernels" if self.execution == "bitwise" else self.attention
         return (
             f"device {self.device}; weights/compute/cache {weights}/{_name(self.compute)}/{_name(self.cache)}; "
-            f"attention {attention}{execution}"
+            f"attention {attention}{execution}{f'; {self.adapter}' if self.adapter else ''}"
         )
 
     def standing_aside(self, module: str) -> Runtime:

@@ -39,7 +39,8 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     expected = parameters(model.args)
     if missing := [name for name in expected if name not in state]:
         raise UsageError(
-            f"the weights of this model are quantized ({missing[0]} and others): save what it was loaded from, "
+            f"weights of this model are quantized, or beside an adapter ({missing[0]} and others): "
+            "save what it was loaded from, "
             "or write a quantized folder with `convert --quant`"
         )
     dtypes = {name: str(state[name].dtype).removeprefix("torch.") for name in expected}

@@ -142,7 +142,7 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
     names = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  --")]
     of_all = {"--max_tokens", "--device", "--dtype", "--attention", "--execution", "--threads", "--chunk_size"}
     of_some = {
-        "convert": {"--to", "--dtype", "--quant"},
+        "convert": {"--to", "--dtype", "--quant", "--adapter"},
         "inspect": {"--json"},
         "bench": {"--shape", "--quant"},
         "perplexity": of_all - {"--max_tokens"},

@@ -335,7 +335,7 @@ def test_forbidden(hub: Hub) -> None:
         ("config.json pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),
         (
             "adapter_config.json adapter_model.safetensors",
-            "a PEFT adapter, not a model: merge it into its base",
+            "a PEFT adapter, not a model: give its base model",
         ),
         ("params.json consolidated.00.pth consolidated.01.pth", ".pth files in several parts"),
         ("a b c d e", "it has a, b, c and 2 more files"),

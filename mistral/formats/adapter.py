@@ -1,0 +1,290 @@
+"""LoRA adapters on disk: what a folder of PEFT's or of mistral-finetune's adds to which matrix, from headers.
+
+W becomes W + scale * B @ A (rule 20 of the contract); with DoRA, each row of that is scaled to a length that was
+learned. What an adapter changes besides, and so cannot be merged exactly, is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mistral.formats.huggingface import NAMES, to_hf, to_mistral
+from mistral.formats.layout import ParamsError, read_object
+from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
+from mistral.util.errors import FormatError, printable, short_repr
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+NATIVE_WEIGHTS, PARAMS = "lora.safetensors", "params.json"  # mistral-finetune's
+FORMS = {"peft": "PEFT", "mistral": "mistral-finetune"}
+# Keys of an adapter_config.json that change no number of a merge, or that are worked out below.
+KNOWN = {
+    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
+    *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern"),
+    *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+# Keys that add to a model what is no product of two matrices, unless they are empty.
+REFUSED = {
+    "lora_bias": "it adds biases",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it replaces rows of the embeddings",
+    "layer_replication": "it repeats layers of its base",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA), which works from some tokens on",
+    "use_bdlora": "BD-LoRA, whose matrices are in blocks",
+    "use_qalora": "QALoRA, which pools its inputs",
+    "target_parameters": "it changes parameters that are no linear layers",
+}
+# How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
+PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
+
+
+class AdapterError(FormatError):
+    """An adapter that is broken, cannot be merged exactly, or belongs to another model."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The LoRA of one matrix: names of tensors in the adapter's file, its rank, and what B @ A is multiplied by."""
+
+    a: str
+    b: str
+    magnitude: str | None
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk.
+
+    Args:
+        path: its folder, or the file that was given.
+        form: a key of FORMS.
+        base: the model that it was trained on, as it names it; None if it names none.
+        weights: its tensors, under their own names.
+        pairs: by Mistral's name of the weight that they change.
+        notes: what was assumed or ignored, a sentence each.
+    """
+
+    path: Path
+    form: str
+    base: str | None
+    weights: WeightFiles
+    pairs: dict[str, Pair] = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dora(self) -> bool:
+        """Whether rows are scaled to lengths that were learned."""
+        return any(pair.magnitude is not None for pair in self.pairs.values())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The matrices that it changes, by the last part of their names in its form, such as q_proj or wq."""
+        changed = {name.split(".")[-2] for name in self.pairs}
+        ours = ((native.split(".")[-2], hf.split(".")[-2]) for hf, native in NAMES.items())
+        return tuple(hf if self.form == "peft" else native for native, hf in ours if native in changed)
+
+    def describe(self) -> str:
+        """What it is: kind, rank, scale, matrices."""
+        ranks = sorted({pair.rank for pair in self.pairs.values()})
+        scales = sorted({pair.scale for pair in self.pairs.values()})
+        layers = len({name.split(".")[1] for name in self.pairs if name.startswith("layers.")})
+        return (
+            f"{'DoRA' if self.dora else 'LoRA'} of {FORMS[self.form]}, rank {join(map(str, ranks))}, "
+            f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)} in {layers} layers"
+        )
+
+
+def is_adapter(path: str | PathLike[str]) -> bool:
+    """Whether a path is named as an adapter is: a folder with one in it, or its file."""
+    place = Path(path)
+    names = (CONFIG, WEIGHTS, NATIVE_WEIGHTS)
+    return place.name in names if place.is_file() else any((place / name).is_file() for name in names)
+
+
+def base_of(path: Path) -> str | None:
+    """The model that a folder's adapter names as its base, for messages; None where there is none."""
+    try:
+        base = read_object(path / CONFIG).get("base_model_name_or_path")
+    except ParamsError:
+        return None
+    return printable(base) if isinstance(base, str) and base else None
+
+
+def read_adapter(path: str | PathLike[str]) -> Adapter:
+    """Read what an adapter says of itself; no tensor is read.
+
+    Args:
+        path: a folder of PEFT's (adapter_config.json, adapter_model.safetensors) or of mistral-finetune's
+            (lora.safetensors, params.json), or its file of weights.
+
+    Raises:
+        AdapterError, ParamsError, WeightsError: it is none, is broken, or cannot be merged exactly.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise AdapterError(f"no such adapter: {place}")
+    folder = place.parent if place.is_file() else place
+    peft = place.name in (CONFIG, WEIGHTS) if place.is_file() else (folder / CONFIG).is_file()
+    if peft:
+        return _read_peft(folder, place)
+    file = place if place.is_file() else folder / NATIVE_WEIGHTS
+    if not file.is_file():
+        raise AdapterError(
+            f"no adapter in {place}: expected {CONFIG} with {WEIGHTS} (PEFT), or {NATIVE_WEIGHTS} (mistral-finetune)"
+        )
+    return _read_native(file, place)
+
+
+# --- PEFT's form
+
+
+def _read_peft(folder: Path, place: Path) -> Adapter:
+    config = read_object(folder / CONFIG)
+    notes = _check_config(config)
+    if not (folder / WEIGHTS).is_file():
+        other = (
+            "; adapter_model.bin must be saved as safetensors first" if (folder / "adapter_model.bin").exists() else ""
+        )
+        raise AdapterError(f"no {WEIGHTS} in {folder}{other}")
+    weights = open_safetensors((folder / WEIGHTS,))
+    pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
+    found = _grouped(weights, pattern, folder / WEIGHTS)
+    pairs = {}
+    for module, names in found.items():
+        name = to_mistral(f"{module}.weight")
+        if name is None or to_hf(name) != f"{module}.weight" or name == f"{module}.weight":
+            raise AdapterError(f"{folder / WEIGHTS} changes {printable(module)}, which is no matrix of this model")
+        rank, scale = _rank_and_scale(config, module)
+        if (magnitude := names.get("magnitude_vector")) is None and config.get("use_dora"):
+            raise AdapterError(f"{CONFIG} has use_dora, but {WEIGHTS} lacks the magnitude of {printable(module)}")
+        if magnitude is not None and not config.get("use_dora"):
+            raise AdapterError(f"{WEIGHTS} has {printable(magnitude)}, but {CONFIG} has no use_dora")
+        pairs[name] = _pair(weights, names, module, rank, scale)
+    base = config.get("base_model_name_or_path")
+    return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, tuple(notes))
+
+
+def _check_config(config: dict[str, Any]) -> list[str]:
+    """Refuse what is no LoRA that can be merged exactly; notes on the rest."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{CONFIG} has peft_type {short_repr(kind)}: only LORA adapters are read here")
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise AdapterError(f"{CONFIG} has {key}: {reason}, so it cannot be merged exactly here: use PEFT")
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise AdapterError(
+            f"{CONFIG} has init_lora_weights {short_repr(start)}: training began from a base that was changed, "
+            "so this adapter does not fit the base as published: convert it to a plain LoRA with PEFT first"
+        )
+    for key, value in config.items():
+        if key not in KNOWN and key not in REFUSED and value:
+            raise AdapterError(
+                f"{CONFIG} has {short_repr(key)}, which is not known here: remove it if it changes nothing"
+            )
+    if config.get("fan_in_fan_out"):
+        return [f"{CONFIG} has fan_in_fan_out, which means nothing for the linear layers of this model"]
+    return []
+
+
+def _rank_and_scale(config: dict[str, Any], module: str) -> tuple[int, float]:
+    """Rank, and what B @ A is multiplied by, of a module under PEFT's name of it."""
+    values = []
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        value = _matched(config.get(pattern), pattern, module)
+        value = config.get(key) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise AdapterError(f"{CONFIG} has {key} = {short_repr(value)} for {printable(module)}; it must be above 0")
+        values.append(value)
+    rank, alpha = values
+    if rank != int(rank):
+        raise AdapterError(f"{CONFIG} has r = {rank}; it must be a whole number")
+    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matched(patterns: Any, key: str, module: str) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches it."""
+    if not patterns:
+        return None
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{CONFIG}: {key} must be an object, not {short_repr(patterns)}")
+    for pattern, value in patterns.items():
+        if len(pattern) > 200 or not PATTERN.fullmatch(pattern):
+            raise AdapterError(f"{CONFIG}: {key} has {short_repr(pattern)}, a pattern that is not supported")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise AdapterError(f"{CONFIG}: {key} has {short_repr(pattern)}, which is no pattern: {error}") from None
+    return None
+
+
+# --- mistral-finetune's form
+
+
+def _read_native(file: Path, place: Path) -> Adapter:
+    params = file.parent / PARAMS
+    rule = f"beside it a {PARAMS} with lora.scaling says by how much B @ A is multiplied"
+    if not params.is_file():
+        raise AdapterError(f"{file} has no {PARAMS} beside it: {rule}")
+    lora = read_object(params).get("lora")
+    scaling = lora.get("scaling") if isinstance(lora, dict) else None
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
+        raise AdapterError(f"{params} has lora.scaling {short_repr(scaling)}: {rule}")
+    weights = open_safetensors((file,))
+    pairs = {}
+    for module, names in _grouped(weights, r"(.+)\.lora_(A|B)\.weight", file).items():
+        if to_hf(f"{module}.weight") == f"{module}.weight":
+            raise AdapterError(f"{file} changes {printable(module)}, which is no matrix of this model")
+        pairs[f"{module}.weight"] = _pair(weights, names, module, None, float(scaling))
+    return Adapter(place, "mistral", None, weights, pairs)
+
+
+# --- both
+
+
+def _grouped(weights: WeightFiles, pattern: str, file: Path) -> dict[str, dict[str, str]]:
+    """The tensors of each module that is changed: by the module's name, then by A, B or magnitude_vector."""
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for name in weights.tensors:
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            others.append(name)
+        elif found.setdefault(match[1], {}).setdefault(match[2], name) != name:
+            raise AdapterError(f"{file} has {printable(name)} twice, under two names")
+    if others:
+        raise AdapterError(f"{file} holds {some_names(others)}, which is no LoRA and cannot be merged here")
+    if not found:
+        raise AdapterError(f"{file} holds no tensors")
+    return found
+
+
+def _pair(weights: WeightFiles, names: dict[str, str], module: str, rank: int | None, scale: float) -> Pair:
+    if lacking := [part for part in ("A", "B") if part not in names]:
+        raise AdapterError(f"{weights.files[0]} lacks lora_{lacking[0]} of {printable(module)}")
+    a = weights.tensors[names["A"]]
+    if len(a.shape) != 2 or not a.shape[0] or (rank is not None and a.shape[0] != rank):
+        expected = "[rank, in]" if rank is None else f"rank {rank} by {CONFIG}"
+        raise AdapterError(f"{printable(names['A'])} is {short_repr(list(a.shape))}; it must be {expected}")
+    for name in names.values():
+        if weights.tensors[name].dtype not in FLOATS:
+            raise AdapterError(f"{printable(name)} is {printable(weights.tensors[name].dtype_name)}; it must be floats")
+    return Pair(names["A"], names["B"], names.get("magnitude_vector"), a.shape[0], scale)
+
+
+def join(words: Iterable[str]) -> str:
+    """Words for people."""
+    return " and ".join(words)

@@ -1,0 +1,146 @@
+"""LoRA adapters on a model: checked against its shape, and merged into its weights while they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mistral.args import ModelArgs
+from mistral.formats.adapter import Adapter, AdapterError, Pair, join
+from mistral.formats.huggingface import rows_to_mistral
+from mistral.formats.weights import Reader, WeightFiles, some_names
+from mistral.parameters import Parameter, parameters
+from mistral.util.errors import printable, short_repr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mistral.formats.folder import Folder
+    from mistral.formats.mapped_tensors import Progress
+
+PIECE = 2**22  # weights merged at a time
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one matrix, with rows in Mistral's order; nothing is read before it is asked for.
+
+    Args:
+        a, b: readers of A [rank, in] and B [out, rank].
+        magnitude: reader of the lengths of rows [out] that DoRA learned, or None.
+        scale: what B @ A is multiplied by.
+    """
+
+    a: Reader
+    b: Reader
+    magnitude: Reader | None
+    rank: int
+    scale: float
+
+    def merged(self, weight: Tensor, name: str) -> Tensor:
+        """A weight [out, in] with the adapter in it: computed in fp32 (fp64 for fp64), rounded once to its own dtype.
+
+        Raises:
+            AdapterError: a value became infinite or NaN.
+        """
+        import torch
+
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        a, b = self.a().to(wide), self.b().to(wide)
+        lengths = None if self.magnitude is None else self.magnitude().to(wide).flatten()
+        out = torch.empty_like(weight)
+        rows = max(1, PIECE // weight.shape[1])
+        for at in range(0, len(weight), rows):
+            piece = weight[at : at + rows].to(wide) + self.scale * (b[at : at + rows] @ a)
+            if lengths is not None:
+                piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
+            out[at : at + rows] = piece
+            if not torch.isfinite(out[at : at + rows]).all():
+                raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
+        return out
+
+
+def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
+    """What an adapter adds to each weight of a model, once all of it is known to fit.
+
+    Raises:
+        AdapterError: it changes a weight that this model does not have, or one of another size.
+    """
+    known = parameters(args)
+    if unknown := [name for name in adapter.pairs if name not in known]:
+        tied = "; its output is tied to its embeddings" if unknown == ["output.weight"] else ""
+        raise AdapterError(f"{adapter.path} changes {some_names(unknown)}, which the model does not have{tied}")
+    return {name: _update(adapter, known[name], pair) for name, pair in adapter.pairs.items()}
+
+
+def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
+    if not parameter.quantized:
+        raise AdapterError(f"{adapter.path} changes {parameter.name}, which is no matrix of a product")
+    out, inner = parameter.shape
+    expected: dict[str, tuple[int, ...]] = {pair.a: (pair.rank, inner), pair.b: (out, pair.rank)}
+    expected |= {} if pair.magnitude is None else {pair.magnitude: (out,)}
+    for name, shape in expected.items():
+        if (found := adapter.weights.tensors[name].shape) != shape:
+            raise AdapterError(
+                f"{printable(name)} is {short_repr(list(found))}, but the model makes it {list(shape)}: "
+                f"the adapter is of another model{f', {printable(adapter.base)}' if adapter.base else ''}"
+            )
+    heads = parameter.heads if adapter.form == "peft" else None
+
+    def rows(name: str) -> Reader:
+        return _Rows(adapter.weights, name, heads)
+
+    magnitude = None if pair.magnitude is None else rows(pair.magnitude)
+    return Update(_Rows(adapter.weights, pair.a, None), rows(pair.b), magnitude, pair.rank, pair.scale)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Reads a tensor of an adapter, its rows from the order of Hugging Face's layout where there are heads."""
+
+    weights: WeightFiles
+    name: str
+    heads: int | None
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        tensor = self.weights.get(self.name, progress)
+        if self.heads is None:
+            return tensor
+        return rows_to_mistral(tensor.reshape(len(tensor), -1), self.heads).view(tensor.shape)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Reads a weight with its adapter in it."""
+
+    reader: Reader
+    update: Update
+    name: str
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        return self.update.merged(self.reader(progress), self.name)
+
+
+def merge_into(folder: Folder, adapter: Adapter) -> Folder:
+    """A folder whose weights are read with an adapter in them, tensor by tensor, each in the dtype that it has.
+
+    Raises:
+        AdapterError: the adapter is of another model, or the folder's weights are quantized already.
+    """
+    if folder.quant is not None:
+        raise AdapterError(
+            f"the weights of {folder.path} are quantized to {folder.quant}, and merging would round them again: "
+            "merge into what they were made from, or use --adapter_mode runtime"
+        )
+    found = updates(adapter, folder.args)
+    old = folder.weights.readers
+    readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
+    dtypes = sorted({folder.weights.tensors[name].dtype for name in found})
+    notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}"))
+    return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
+
+
+def about(adapter: Adapter, how: str) -> tuple[str, ...]:
+    """Notes on an adapter in use, a sentence each."""
+    base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
+    return (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)

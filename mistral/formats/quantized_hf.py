@@ -1,0 +1,344 @@
+"""Quantized checkpoints of Hugging Face's layout, dequantized while they are read, tensor by tensor.
+
+AWQ (gemm), GPTQ, compressed-tensors (packed, int8, fp8) and bitsandbytes (nf4, int8). A weight becomes (q - zero) *
+scale, computed in fp32 and rounded once to the dtype of its scales; what is computed with is another matter. Several
+tensors of a file stand for one weight: they are known by the ends of their names, and checked before any is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mistral.formats.layout import ParamsError
+from mistral.formats.weights import FLOATS, Reader, Stored, WeightFiles, WeightsError
+from mistral.util.errors import printable, short_repr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mistral.formats.mapped_tensors import Progress
+
+NESTED = ("weight.nested_absmax", "weight.nested_quant_map")  # scales of scales
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+# A column of eight is in this nibble of its word in AWQ's files.
+AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+Parts = dict[str, Stored]
+Get = Callable[[str], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are stored.
+
+    Args:
+        title: human-readable.
+        key: the end of a name that only quantized weights have.
+        needed, optional: ends of the names of what else stands for a weight.
+        header: shape [out, in] and dtype from the parts' headers; ValueError where they do not fit together. What is
+            small and says more, it may read.
+        read: the weight in fp32 from its parts.
+    """
+
+    title: str
+    key: str
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    header: Callable[[Parts, Get], Stored]
+    read: Callable[[dict[str, Tensor]], Tensor]
+
+
+def method_of(config: Any) -> Method:
+    """How the weights of a folder are stored, from `quantization_config`.
+
+    Raises:
+        ParamsError: in a way that is not read here.
+    """
+    kind = config.get("quant_method") if isinstance(config, dict) else None
+    known = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes}
+    if not isinstance(kind, str) or kind not in known:
+        what = f"a checkpoint quantized by {printable(kind)}" if isinstance(kind, str) else "a quantized checkpoint"
+        raise _refused(what)
+    return known[kind](config)
+
+
+def dequantized(weights: WeightFiles, method: Method) -> WeightFiles:
+    """The weights with one tensor, `X.weight`, in the place of those that stand for it.
+
+    Raises:
+        WeightsError: a part is missing, or has a shape or dtype that cannot be.
+    """
+    ends = (method.key, *method.needed, *method.optional)
+    modules = [name.removesuffix(f".{method.key}") for name in weights.tensors if name.endswith(f".{method.key}")]
+    if not modules:
+        raise WeightsError(f"the files hold no {method.key}, which {method.title} has: config.json is another model's")
+    groups = {m: {end: f"{m}.{end}" for end in ends if f"{m}.{end}" in weights.tensors} for m in modules}
+    used = {name for group in groups.values() for name in group.values()}
+    tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
+    readers: dict[str, Reader] = {name: reader for name, reader in weights.readers.items() if name not in used}
+    for module, group in groups.items():
+        tensors[f"{module}.weight"] = stored = _header(weights, module, group, method)
+        readers[f"{module}.weight"] = _Dequantized(weights, group, method, stored.dtype)
+    return WeightFiles(weights.files, tensors, readers)
+
+
+def _header(weights: WeightFiles, module: str, group: dict[str, str], method: Method) -> Stored:
+    """Shape and dtype of a weight, once its parts are known to fit together."""
+    if lacking := [end for end in (method.key, *method.needed) if end not in group]:
+        raise WeightsError(f"{printable(module)} has no {lacking[0]} beside the rest: the files are incomplete")
+    parts = {end: weights.tensors[name] for end, name in group.items()}
+    try:
+        found = method.header(parts, lambda end: weights.get(group[end]))
+        _require(found.dtype in FLOATS)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        told = ", ".join(f"{end} {part.dtype_name} {short_repr(list(part.shape))}" for end, part in parts.items())
+        raise WeightsError(f"the parts of {printable(module)} do not fit together as {method.title}: {told}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class _Dequantized:
+    weights: WeightFiles
+    group: dict[str, str]
+    method: Method
+    dtype: str
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        import torch
+
+        parts = {end: self.weights.get(name, progress) for end, name in self.group.items()}
+        return self.method.read(parts).to(getattr(torch, self.dtype))
+
+
+def _refused(what: str) -> ParamsError:
+    return ParamsError(
+        f"config.json has 'quantization_config': {what}, which is not read here: give the one it was made from"
+    )
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
+    """Numbers of a few bits in int32 words, lowest first, along a dimension; int32, 0 to 2**bits - 1."""
+    import torch
+
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    if dim == 0:
+        return ((words[:, None] >> shifts[:, None]) & (2**bits - 1)).reshape(-1, words.shape[1])
+    return ((words[..., None] >> shifts) & (2**bits - 1)).reshape(len(words), -1)
+
+
+# --- AWQ
+
+
+def _awq(config: dict[str, Any]) -> Method:
+    version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
+    if version != "gemm" or bits != 4:
+        raise _refused(f"a checkpoint quantized by awq, version {short_repr(version)}, {short_repr(bits)} bits")
+
+    def header(parts: Parts, get: Get) -> Stored:
+        inner, words = parts["qweight"].shape
+        groups, out = parts["scales"].shape
+        _require(parts["qweight"].dtype == parts["qzeros"].dtype == "int32")
+        _require(out == words * 8 and parts["qzeros"].shape == (groups, words) and groups > 0 and inner % groups == 0)
+        return replace(parts["scales"], shape=(out, inner))
+
+    def columns(words: Tensor) -> Tensor:
+        import torch
+
+        nibbles = _unpacked(words, 4, 1).view(len(words), -1, 8)
+        return nibbles[:, :, torch.tensor(AWQ_NIBBLES)].flatten(1)
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        scales = parts["scales"].float()
+        q, zeros = columns(parts["qweight"]), columns(parts["qzeros"])
+        each = len(q) // len(scales)
+        return ((q.view(len(scales), each, -1) - zeros[:, None]) * scales[:, None]).flatten(0, 1).T.contiguous()
+
+    return Method("AWQ", "qweight", ("qzeros", "scales"), (), header, read)
+
+
+# --- GPTQ
+
+
+def _gptq(config: dict[str, Any]) -> Method:
+    bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
+    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        raise _refused(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
+    if config.get("dynamic"):
+        raise _refused("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
+    per, one = 32 // bits, 1 if form == "gptq" else 0
+
+    def header(parts: Parts, get: Get) -> Stored:
+        _require(parts["qweight"].dtype == parts["qzeros"].dtype == "int32")
+        words, out = parts["qweight"].shape
+        groups = parts["scales"].shape[0]
+        _require(parts["scales"].shape == (groups, out) and parts["qzeros"].shape == (groups, out // per))
+        _require(out % per == 0 and groups > 0)
+        inner = words * per
+        _require(parts["g_idx"].shape == (inner,) if "g_idx" in parts else inner % groups == 0)
+        return replace(parts["scales"], shape=(out, inner))
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        scales, zeros = parts["scales"].float(), _unpacked(parts["qzeros"], bits, 1) + one
+        q = _unpacked(parts["qweight"], bits, 0)
+        group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(len(q)) // (len(q) // len(scales))
+        if "bias" in parts and parts["bias"].any():
+            raise WeightsError("a layer has a bias that is not 0, which no layer of this model has")
+        if group.min() < 0 or group.max() >= len(scales):
+            raise WeightsError("g_idx names a group that has no scale: the weights are broken")
+        return (scales[group] * (q - zeros[group])).T.contiguous()
+
+    return Method("GPTQ", "qweight", ("qzeros", "scales"), ("g_idx", "bias"), header, read)
+
+
+# --- compressed-tensors
+
+
+def _compressed(config: dict[str, Any]) -> Method:
+    groups, form = config.get("config_groups"), config.get("format")
+    found = groups.values() if isinstance(groups, dict) else ()
+    kinds = [group.get("weights") if isinstance(group, dict) else None for group in found]
+    if len(kinds) != 1 or not isinstance(kinds[0], dict):
+        raise _refused("a checkpoint of compressed-tensors with several kinds of weights")
+    bits, kind = kinds[0].get("num_bits"), kinds[0].get("type")
+    if form == "pack-quantized" and kind == "int" and bits in (4, 8):
+        return _packed(bits)
+    if (form, kind, bits) in (("float-quantized", "float", 8), ("int-quantized", "int", 8)):
+        return _whole_bytes("fp8" if kind == "float" else "int8")
+    raise _refused(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
+
+
+def _packed(bits: int) -> Method:
+    per = 32 // bits
+
+    def header(parts: Parts, get: Get) -> Stored:
+        _require(parts["weight_packed"].dtype == "int32")
+        out, words = parts["weight_packed"].shape
+        rows, groups = parts["weight_scale"].shape
+        _require(rows == out and groups > 0 and words * per % groups == 0)
+        if "weight_zero_point" in parts:
+            _require(out % per == 0 and parts["weight_zero_point"].shape == (out // per, groups))
+        _require("weight_g_idx" not in parts or parts["weight_g_idx"].shape == (words * per,))
+        return replace(parts["weight_scale"], shape=(out, words * per))
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        scale, q = parts["weight_scale"].float(), _unpacked(parts["weight_packed"], bits, 1)
+        if parts["weight_shape"].tolist() != list(q.shape):
+            raise WeightsError(f"weight_shape is {parts['weight_shape'].tolist()}, but the weights are {list(q.shape)}")
+        group = torch.arange(q.shape[1]) // (q.shape[1] // scale.shape[1])
+        if "weight_g_idx" in parts and parts["weight_g_idx"].max() >= 0:
+            group = parts["weight_g_idx"].long()
+            if group.min() < 0 or group.max() >= scale.shape[1]:
+                raise WeightsError("weight_g_idx names a group that has no scale: the weights are broken")
+        if "weight_zero_point" in parts:
+            zeros = _unpacked(parts["weight_zero_point"], bits, 0)[:, group]
+        else:
+            zeros = torch.tensor(2 ** (bits - 1), dtype=torch.int32)
+        return scale[:, group] * (q - zeros)
+
+    optional = ("weight_zero_point", "weight_g_idx")
+    needed = ("weight_scale", "weight_shape")
+    return Method("compressed-tensors", "weight_packed", needed, optional, header, read)
+
+
+def _whole_bytes(kind: str) -> Method:
+    dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
+
+    def header(parts: Parts, get: Get) -> Stored:
+        out, inner = parts["weight"].shape
+        _require(parts["weight"].dtype == dtype and parts["weight_scale"].shape in ((), (1,), (1, 1), (out, 1)))
+        zero = parts.get("weight_zero_point")
+        _require(zero is None or zero.shape == parts["weight_scale"].shape)
+        return replace(parts["weight_scale"], shape=(out, inner))
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        q = parts["weight"].float()
+        if "weight_zero_point" in parts:
+            q -= parts["weight_zero_point"].float()
+        return q * parts["weight_scale"].float()
+
+    optional = ("weight_zero_point", "input_scale", "input_zero_point")
+    return Method(f"compressed-tensors in {kind}", "weight_scale", ("weight",), optional, header, read)
+
+
+# --- bitsandbytes
+
+
+def _bitsandbytes(config: dict[str, Any]) -> Method:
+    if config.get("load_in_8bit"):
+        return _rows_of_int8()
+    if config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4":
+        return _nf4()
+    kind = config.get("bnb_4bit_quant_type")
+    raise _refused(f"a checkpoint quantized by bitsandbytes, type {short_repr(kind)}")
+
+
+def _rows_of_int8() -> Method:
+    def header(parts: Parts, get: Get) -> Stored:
+        out, inner = parts["weight"].shape
+        _require(parts["weight"].dtype == "int8" and parts["SCB"].shape == (out,) and parts["SCB"].dtype in FLOATS)
+        return Stored((out, inner), "float16", "F16")  # what these weights were made from
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        if "weight_format" in parts and parts["weight_format"].any():
+            raise WeightsError("the int8 weights of bitsandbytes are in an order of one GPU: save them on another")
+        return parts["weight"].float() * parts["SCB"].float()[:, None] / 127
+
+    return Method("bitsandbytes in int8", "SCB", ("weight",), ("weight_format",), header, read)
+
+
+def _nf4() -> Method:
+    def header(parts: Parts, get: Get) -> Stored:
+        state = _nf4_state(parts[NF4_STATE], get)
+        out, inner = state["shape"]
+        blocks = -(-out * inner // state["blocksize"])
+        _require(type(out) is int and type(inner) is int and out > 0 and inner > 0)
+        _require(math.prod(parts["weight"].shape) * 2 == out * inner and parts["weight"].dtype == "uint8")
+        _require(parts["weight.absmax"].dtype in ("uint8", "float32"))
+        _require(parts["weight.absmax"].shape == (blocks,) and parts["weight.quant_map"].shape == (16,))
+        if parts["weight.absmax"].dtype == "uint8":
+            nested = -(-blocks // state["nested_blocksize"])
+            _require(parts["weight.nested_absmax"].shape == (nested,))
+            _require(parts["weight.nested_quant_map"].shape == (256,))
+            _require(math.isfinite(state["nested_offset"]))
+        return Stored((out, inner), state["dtype"], state["dtype"])
+
+    def read(parts: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        state = _state_of(parts[NF4_STATE])
+        both, absmax = parts["weight"].flatten(), parts["weight.absmax"]
+        q = torch.stack([both >> 4, both & 15], dim=1).flatten().long()
+        if absmax.dtype == torch.uint8:
+            each = parts["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+            absmax = parts["weight.nested_quant_map"][absmax.long()] * each + state["nested_offset"]
+        scale = absmax.float().repeat_interleave(state["blocksize"])[: len(q)]
+        return (parts["weight.quant_map"].float()[q] * scale).view(state["shape"])
+
+    needed = ("weight", "weight.quant_map", NF4_STATE)
+    return Method("bitsandbytes in nf4", "weight.absmax", needed, NESTED, header, read)
+
+
+def _nf4_state(stored: Stored, get: Get) -> dict[str, Any]:
+    """Shape, dtype and sizes of blocks, from JSON in a tensor of bytes."""
+    _require(stored.dtype == "uint8" and stored.parameters < 10_000)
+    state = _state_of(get(NF4_STATE))
+    sizes = [state["blocksize"], *([state["nested_blocksize"]] if "nested_blocksize" in state else [])]
+    _require(all(type(size) is int and size > 0 for size in sizes))
+    return state
+
+
+def _state_of(tensor: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(bytes(tensor.flatten().tolist()))
+    return found

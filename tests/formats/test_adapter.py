@@ -1,0 +1,431 @@
+"""LoRA adapters: what PEFT and mistral-finetune write, merged and at run time, against PEFT and a reference here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mistral import load
+from mistral.formats import merge
+from mistral.formats.adapter import AdapterError, is_adapter, read_adapter
+from mistral.formats.convert import convert
+from mistral.formats.fingerprint import fingerprint
+from mistral.formats.folder import read_folder
+from mistral.loader.options import OptionError
+from mistral.util.errors import MistralError
+from tests.support.commands import in_process
+from tests.support.folders import PARAMS, make_folder, random_state
+from tests.support.tiny import ragged
+
+SIZES = {"q_proj": (32, 24), "k_proj": (16, 24), "v_proj": (16, 24), "o_proj": (24, 32)}
+SIZES |= {"gate_proj": (40, 24), "up_proj": (40, 24), "down_proj": (24, 40)}
+NATIVE = dict(zip(SIZES, ("wq", "wk", "wv", "wo", "w1", "w3", "w2"), strict=True))
+IDS = ragged([11], PARAMS["vocab_size"])[0]  # longer than the window
+
+
+def place(target: str) -> str:
+    return ("mlp." if target in ("gate_proj", "up_proj", "down_proj") else "self_attn.") + target
+
+
+def native_name(layer: int, target: str) -> str:
+    part = "feed_forward" if place(target).startswith("mlp.") else "attention"
+    return f"layers.{layer}.{part}.{NATIVE[target]}"
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    base = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": list(SIZES), "bias": "none"}
+    base |= {
+        "base_model_name_or_path": "mistralai/Mistral-7B-v0.1",
+        "init_lora_weights": True,
+        "peft_version": "0.21.2",
+    }
+    return base | changes
+
+
+def peft_tensors(rank: int = 3, seed: int = 7, dora: bool = False) -> dict[str, Tensor]:
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for layer in range(2):
+        for target, (out, inner) in SIZES.items():
+            at = f"base_model.model.model.layers.{layer}.{place(target)}"
+            found[f"{at}.lora_A.weight"] = torch.rand(rank, inner, generator=generator) - 0.5
+            found[f"{at}.lora_B.weight"] = torch.rand(out, rank, generator=generator) - 0.5
+            if dora:
+                found[f"{at}.lora_magnitude_vector"] = torch.rand(out, generator=generator) + 0.5
+    return found
+
+
+def write_peft(folder: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config(**changes)), encoding="utf-8")
+    save_file(peft_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_native(folder: Path, scaling: Any = 2.0) -> Path:
+    """mistral-finetune's form, rows in Mistral's order."""
+    folder.mkdir()
+    generator, found = torch.Generator().manual_seed(7), {}
+    for layer in range(2):
+        for target, (out, inner) in SIZES.items():
+            at = native_name(layer, target)
+            found[f"{at}.lora_A.weight"] = (torch.rand(3, inner, generator=generator) - 0.5).bfloat16()
+            found[f"{at}.lora_B.weight"] = (torch.rand(out, 3, generator=generator) - 0.5).bfloat16()
+    save_file(found, folder / "lora.safetensors")
+    lora = {"enable": True, "rank": 3, "dropout": 0.0, "scaling": scaling}
+    (folder / "params.json").write_text(json.dumps({**PARAMS, "lora": lora}), encoding="utf-8")
+    return folder
+
+
+def paired(w: Tensor, heads: int) -> Tensor:
+    """Rows of a head from halves to adjacent pairs, written as a loop: row 2i is row i, row 2i + 1 is row D/2 + i."""
+    size, rows = len(w) // heads, []
+    for head in range(heads):
+        for i in range(size // 2):
+            rows += [head * size + i, head * size + size // 2 + i]
+    return w[torch.tensor(rows)]
+
+
+def expected(
+    base: dict[str, Tensor], tensors: dict[str, Tensor], scale: Callable[[int, str], float]
+) -> dict[str, Tensor]:
+    """W + scale B A in float64, with DoRA where there are magnitudes: PEFT's tensors over Mistral's weights."""
+    state = {name: tensor.double() for name, tensor in base.items()}
+    for layer in range(2):
+        for target in SIZES:
+            at = f"base_model.model.model.layers.{layer}.{place(target)}"
+            a, b = tensors[f"{at}.lora_A.weight"].double(), tensors[f"{at}.lora_B.weight"].double()
+            m = tensors.get(f"{at}.lora_magnitude_vector")
+            if heads := {"q_proj": 4, "k_proj": 2}.get(target):
+                b = paired(b, heads)
+                m = m if m is None else paired(m, heads)
+            name = f"{native_name(layer, target)}.weight"
+            w = state[name] + scale(layer, target) * b @ a
+            state[name] = w if m is None else m.double()[:, None] * w / w.pow(2).sum(1, keepdim=True).sqrt()
+    return state
+
+
+def merged_state(folder: Path, adapter: Path) -> dict[str, Tensor]:
+    found = merge.merge_into(read_folder(folder), read_adapter(adapter))
+    return {name: found.weights.get(name) for name in found.tensors}
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-6) -> bool:
+    assert got.keys() == want.keys()
+    return all(bool(((got[n].double() - want[n]).abs() <= tolerance * want[n].abs().max()).all()) for n in want)
+
+
+SCALES: dict[str, tuple[dict[str, Any], Callable[[int, str], float]]] = {
+    "alpha / r": ({}, lambda layer, target: 2.0),
+    "rsLoRA": ({"use_rslora": True}, lambda layer, target: 6 / 3**0.5),
+    "alpha_pattern": (
+        {"alpha_pattern": {"v_proj": 12, "layers.1.self_attn.k_proj": 3, "ayers.0.mlp.up_proj": 9}},
+        lambda layer, target: 4.0 if target == "v_proj" else 1.0 if (layer, target) == (1, "k_proj") else 2.0,
+    ),
+    "rank_pattern": (
+        {"r": 5, "rank_pattern": {r".*_proj": 3}},
+        lambda layer, target: 2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("layout", ["mistral", "hf"])
+def test_the_scale_is_the_one_that_the_config_means(tmp_path: Path, kind: str, layout: str) -> None:
+    changes, scale = SCALES[kind]
+    folder = make_folder(tmp_path / "base")
+    if layout == "hf":
+        convert(folder, tmp_path / "hf", "hf")
+        folder = tmp_path / "hf"
+    adapter = write_peft(tmp_path / "adapter", **changes)
+    want = expected(random_state(), peft_tensors(), scale)
+    assert same(merged_state(folder, adapter), want)
+
+
+def test_dora_scales_rows_to_the_lengths_that_were_learned(tmp_path: Path) -> None:
+    tensors = peft_tensors(dora=True)
+    adapter = write_peft(tmp_path / "adapter", tensors, use_dora=True)
+    want = expected(random_state(), tensors, lambda layer, target: 2.0)
+    assert same(merged_state(make_folder(tmp_path / "base"), adapter), want)
+    assert read_adapter(adapter).describe().startswith("DoRA of PEFT, rank 3, scale 2, of q_proj, ")
+
+
+@pytest.mark.parametrize("tensors", [peft_tensors(), peft_tensors(dora=True)])
+def test_a_merge_without_the_permutation_is_caught(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dora = any("magnitude" in name for name in tensors)
+    folder, adapter = make_folder(tmp_path / "base"), write_peft(tmp_path / "adapter", tensors, use_dora=dora)
+    want = expected(random_state(), tensors, lambda layer, target: 2.0)
+    monkeypatch.setattr(merge, "rows_to_mistral", lambda w, heads: w)
+    got = merged_state(folder, adapter)
+    wrong = {name for name in want if not same({name: got[name]}, {name: want[name]})}
+    assert wrong == {f"layers.{i}.attention.{n}.weight" for i in range(2) for n in ("wq", "wk")}
+
+
+def test_mistral_finetunes_form_has_its_own_scale_and_order(tmp_path: Path) -> None:
+    adapter = write_native(tmp_path / "adapter", scaling=1.5)
+    raw = load_file(adapter / "lora.safetensors")
+    want = {name: tensor.double() for name, tensor in random_state().items()}
+    for name in list(want):
+        at = name.removesuffix(".weight")
+        if f"{at}.lora_A.weight" in raw:
+            want[name] += 1.5 * raw[f"{at}.lora_B.weight"].double() @ raw[f"{at}.lora_A.weight"].double()
+    folder = make_folder(tmp_path / "base")
+    assert same(merged_state(folder, adapter), want)
+    assert same(merged_state(folder, adapter / "lora.safetensors"), want)
+
+
+def test_a_merge_is_rounded_once_to_the_dtype_of_the_base(tmp_path: Path) -> None:
+    base = random_state(dtype=torch.bfloat16)
+    got = merged_state(make_folder(tmp_path / "base", base), write_peft(tmp_path / "adapter"))
+    want = expected(base, peft_tensors(), lambda layer, target: 2.0)
+    exact = sum(int((got[n] == want[n].bfloat16()).sum()) for n in want)
+    assert {tensor.dtype for tensor in got.values()} == {torch.bfloat16}
+    assert exact >= sum(t.numel() for t in want.values()) - 2  # fp32 may fall on the other side of a tie
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_logits_are_pefts(tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import MistralForCausalLM
+
+    folder = tmp_path / "hf"
+    convert(make_folder(tmp_path / "base"), folder, "hf")
+    model = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    chosen = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=list(SIZES),
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"layers.1.self_attn.q_proj": 7},
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+    )
+    theirs = peft.get_peft_model(model, chosen).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(torch.rand(weight.shape, generator=generator) - 0.5)
+            elif "magnitude" in name:
+                weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+        want = theirs(IDS[None]).logits[0]
+        plain = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS[None]).logits[0]
+    theirs.save_pretrained(tmp_path / "adapter")
+    for mode in ("merge", "runtime"):
+        if (kind, mode) == ("dora", "runtime"):
+            continue
+        loaded = load(folder, device="cpu", adapter=str(tmp_path / "adapter"), adapter_mode=mode)
+        with torch.inference_mode():
+            got = loaded.model.forward(IDS, [len(IDS)])
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert (plain - want).abs().max() > 0.1 * want.abs().max()
+
+
+@pytest.mark.parametrize("execution", ["eager", "kernels"])
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_at_run_time_it_adds_what_a_merge_does(tmp_path: Path, execution: str, quant: str | None) -> None:
+    folder, adapter = make_folder(tmp_path / "base"), str(write_native(tmp_path / "adapter"))
+    options: dict[str, Any] = {"device": "cpu", "execution": execution, "adapter": adapter}
+    merged = load(folder, **options)
+    beside = load(folder, **options, adapter_mode="runtime", quant=quant)
+    with torch.inference_mode():
+        want, got = (one.model.forward(IDS[:n], [n]) for one in (merged, beside) for n in (len(IDS),))
+    close = 1e-5 if quant is None else 0.05  # the error of the base's 8 bits
+    assert (got - want).abs().max() < close * want.abs().max()
+    assert f"adapter {adapter} merged" in merged.describe()
+    assert f"adapter {adapter} at run time" in beside.describe()
+    if execution == "kernels":
+        assert any("(AdaptedLinear): steps are computed without it" in note for note in beside.notes)
+
+
+def test_a_quantized_base_is_not_merged_into(tmp_path: Path) -> None:
+    adapter = str(write_native(tmp_path / "adapter"))
+    convert(make_folder(tmp_path / "base"), tmp_path / "int8", "mistral", quant="int8")
+    with pytest.raises(AdapterError, match="use --adapter_mode runtime"):
+        load(tmp_path / "int8", device="cpu", adapter=adapter)
+    options: dict[str, Any] = {"device": "cpu", "adapter": adapter, "adapter_mode": "runtime"}
+    stored = load(tmp_path / "int8", **options)
+    rounded = load(tmp_path / "base", quant="int8", **options)
+    with torch.inference_mode():
+        assert torch.equal(stored.model.forward(IDS, [11]), rounded.model.forward(IDS, [11]))
+
+
+def test_what_at_run_time_cannot_be_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base")
+    dora = write_peft(tmp_path / "dora", peft_tensors(dora=True), use_dora=True)
+    with pytest.raises(OptionError, match="DoRA, which scales whole rows"):
+        load(folder, device="cpu", adapter=str(dora), adapter_mode="runtime")
+    with pytest.raises(OptionError, match="without an adapter"):
+        load(folder, device="cpu", adapter_mode="runtime")
+    adapter = str(write_native(tmp_path / "adapter"))
+    with pytest.raises(OptionError, match="bitwise is not possible"):
+        load(folder, device="cpu", adapter=adapter, adapter_mode="runtime", execution="bitwise")
+
+
+AT = "base_model.model.model.layers.0.self_attn.q_proj"
+BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
+    "IA3": ({"peft_type": "IA3"}, lambda t: None, "only LORA adapters"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, lambda t: None, "modules_to_save: it replaces whole modules"),
+    "lora_bias": ({"lora_bias": True}, lambda t: None, "lora_bias: it adds biases"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, lambda t: None, "began from a base that was changed"),
+    "OLoRA": ({"init_lora_weights": "olora"}, lambda t: None, "began from a base that was changed"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, lambda t: None, "began from a base that was changed"),
+    "CorDA": ({"init_lora_weights": "corda"}, lambda t: None, "began from a base that was changed"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, lambda t: None, "aLoRA"),
+    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, lambda t: None, "BD-LoRA"),
+    "QALoRA": ({"use_qalora": True}, lambda t: None, "QALoRA"),
+    "target_parameters": ({"target_parameters": ["w"]}, lambda t: None, "no linear layers"),
+    "layer_replication": ({"layer_replication": [[0, 2]]}, lambda t: None, "repeats layers"),
+    "a new kind": ({"use_newlora": True}, lambda t: None, "'use_newlora', which is not known here"),
+    "rank": ({"r": 4}, lambda t: None, "it must be rank 4 by adapter_config.json"),
+    "no alpha": ({"lora_alpha": None}, lambda t: None, "lora_alpha = None"),
+    "alpha": ({"lora_alpha": float("nan")}, lambda t: None, "it must be above 0"),
+    "slow pattern": ({"alpha_pattern": {"(a+)+b": 2}}, lambda t: None, "a pattern that is not supported"),
+    "no magnitude": ({"use_dora": True}, lambda t: None, "lacks the magnitude of model.layers.0"),
+    "magnitude": ({}, lambda t: t.update({f"{AT}.lora_magnitude_vector": torch.ones(32)}), "has no use_dora"),
+    "half": ({}, lambda t: t.pop(f"{AT}.lora_B.weight"), "lacks lora_B of model.layers.0.self_attn.q_proj"),
+    "whole weights": ({}, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "which is no LoRA"),
+    "embeddings": (
+        {},
+        lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}),
+        "which is no LoRA",
+    ),
+    "ints": ({}, lambda t: t.update({f"{AT}.lora_A.weight": torch.ones(3, 24).int()}), "is I32; it must be floats"),
+    "another shape": (
+        {},
+        lambda t: t.update({f"{AT}.lora_A.weight": torch.ones(3, 32)}),
+        "is [3, 32], but the model makes it [3, 24]: the adapter is of another model, mistralai/Mistral-7B-v0.1",
+    ),
+    "another layer": (
+        {},
+        lambda t: t.update({k.replace("layers.0", "layers.9"): v.clone() for k, v in t.items() if k.startswith(AT)}),
+        "changes layers.9.attention.wq.weight, which the model does not have",
+    ),
+    "another module": (
+        {},
+        lambda t: t.update({k.replace("q_proj", "qkv_proj"): v.clone() for k, v in t.items() if k.startswith(AT)}),
+        "changes model.layers.0.self_attn.qkv_proj, which is no matrix of this model",
+    ),
+    "Mistral's name": (
+        {},
+        lambda t: t.update({"layers.0.attention.wq.lora_A.weight": torch.ones(3, 24)}),
+        "which is no matrix of this model",
+    ),
+    "a norm": (
+        {},
+        lambda t: t.update(
+            {"model.norm.lora_A.weight": torch.ones(3, 24), "model.norm.lora_B.weight": torch.ones(24, 3)}
+        ),
+        "which is no matrix of a product",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_cannot_be_merged_exactly_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    changes, damage, message = BROKEN[kind]
+    tensors = peft_tensors()
+    damage(tensors)
+    adapter = write_peft(tmp_path / "adapter", tensors, **changes)
+    with pytest.raises(MistralError) as refused:
+        load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
+    assert message in str(refused.value)
+
+
+def test_values_beyond_a_dtype_are_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base", random_state(dtype=torch.float16))
+    adapter = write_peft(tmp_path / "adapter", lora_alpha=1e7)
+    with pytest.raises(AdapterError, match="with its adapter is beyond float16"):
+        merged_state(folder, adapter)
+
+
+def test_an_adapter_that_is_not_there_or_lacks_its_scale(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base")
+    with pytest.raises(AdapterError, match="no such adapter"):
+        load(folder, device="cpu", adapter=str(tmp_path / "none"))
+    with pytest.raises(AdapterError, match="expected adapter_config.json"):
+        load(folder, device="cpu", adapter=str(folder))
+    native = write_native(tmp_path / "native", scaling=None)
+    with pytest.raises(AdapterError, match="lora.scaling says by how much"):
+        load(folder, device="cpu", adapter=str(native))
+    (native / "params.json").unlink()
+    with pytest.raises(AdapterError, match="no params.json beside it"):
+        load(folder, device="cpu", adapter=str(native))
+    peft = write_peft(tmp_path / "peft")
+    (peft / "adapter_model.safetensors").rename(peft / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="must be saved as safetensors first"):
+        read_adapter(peft)
+
+
+@pytest.mark.parametrize("to", ["mistral", "hf"])
+def test_convert_writes_what_a_load_merges(tmp_path: Path, to: str) -> None:
+    folder = make_folder(tmp_path / "base", random_state(dtype=torch.bfloat16))
+    adapter = write_peft(tmp_path / "adapter", peft_tensors(dora=True), use_dora=True)
+    written = convert(folder, tmp_path / "out", to, adapter=adapter)
+    assert any(note.startswith(f"adapter {adapter}: DoRA of PEFT, rank 3") for note in written.notes)
+    found = read_folder(tmp_path / "out")
+    want = merged_state(folder, adapter)
+    assert {name: tensor.dtype for name, tensor in want.items()} == dict.fromkeys(want, torch.bfloat16)
+    assert all(torch.equal(found.weights.get(name), want[name]) for name in want)
+    assert not torch.equal(
+        want["layers.1.attention.wk.weight"], read_folder(folder).weights.get("layers.1.attention.wk.weight")
+    )
+
+
+def test_a_conversation_with_an_adapter_is_another_models(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "base")
+    one, other = write_native(tmp_path / "one"), write_native(tmp_path / "other", scaling=1.0)
+    kinds = {fingerprint(folder), fingerprint(folder, str(one)), fingerprint(folder, str(other))}
+    assert len(kinds) == 3
+
+
+def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
+    with pytest.raises(MistralError) as refused:
+        read_folder(write_peft(tmp_path / "peft"))
+    assert "a PEFT adapter, not a model: give its base model, and the adapter with --adapter" in str(refused.value)
+    assert str(refused.value).endswith("its base is mistralai/Mistral-7B-v0.1")
+
+
+def test_inspect_describes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli = in_process(capfd)
+    text = cli("inspect", write_peft(tmp_path / "peft", use_rslora=True, fan_in_fan_out=True)).text
+    assert "base        mistralai/Mistral-7B-v0.1\n" in text
+    assert "rank        3\nscale       3.4641\n" in text
+    assert "changes     14 matrices: q_proj, k_proj, v_proj, o_proj, gate_proj, down_proj, up_proj" in text
+    assert "note: adapter_config.json has fan_in_fan_out" in text
+    assert f"convert BASE MERGED --to hf --adapter {tmp_path / 'peft'}" in text
+    told = json.loads(cli("inspect", write_native(tmp_path / "native"), "--json").text)
+    assert (told["kind"], told["form"], told["base"]) == ("LoRA", "mistral-finetune", None)
+    assert (told["ranks"], told["scales"], told["dtypes"]) == ([3], [2.0], ["bfloat16"])
+
+
+def test_the_command_line_takes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli = in_process(capfd)
+    folder, adapter = make_folder(tmp_path / "base"), write_native(tmp_path / "adapter")
+    words = ("complete", folder, "Once upon", "--max_tokens", "8", "--temperature", "0")
+    plain, merged = cli(*words).text, cli(*words, "--adapter", adapter)
+    assert merged.text != plain
+    assert f"; adapter {adapter} merged" in merged.err
+    assert "note: adapter " in merged.err
+    assert "merged, rounded once to float32" in merged.err
+    assert cli("convert", folder, tmp_path / "out", "--to", "hf", "--adapter", adapter).code == 0
+    assert cli("complete", tmp_path / "out", *words[2:]).text == merged.text
+    assert "adapter_mode 'both' is not one of" in cli(*words, "--adapter", adapter, "--adapter_mode", "both").error
+
+
+def test_adapters_are_known_by_their_names(tmp_path: Path) -> None:
+    peft, native = write_peft(tmp_path / "peft"), write_native(tmp_path / "native")
+    assert is_adapter(peft)
+    assert is_adapter(native / "lora.safetensors")
+    assert not is_adapter(make_folder(tmp_path / "base"))
+    told = "LoRA of mistral-finetune, rank 3, scale 2, of wq, wk, wv, wo, w1, w2, w3 in 2 layers"
+    assert read_adapter(native).describe() == told
+    assert read_adapter(peft).base == "mistralai/Mistral-7B-v0.1"

@@ -1,0 +1,266 @@
+"""Quantized folders of Hugging Face's: files that a numpy reference here writes are read as what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mistral import load
+from mistral.formats.convert import convert
+from mistral.formats.folder import read_folder
+from mistral.util.errors import MistralError
+from tests.support.folders import PARAMS, make_folder, random_state
+
+# Wider than other tests': columns of whole words.
+SHAPE = {"dim": 32, "hidden_dim": 64}
+GROUP = 16
+Files = dict[str, Tensor]
+
+
+def words(numbers: np.ndarray, bits: int, axis: int) -> Tensor:
+    """Numbers packed into int32 one after the other, lowest bits first, along an axis."""
+    per = 32 // bits
+    lines = np.moveaxis(numbers, axis, -1)
+    packed = np.zeros((*lines.shape[:-1], lines.shape[-1] // per), np.uint64)
+    for i in range(per):
+        packed |= lines[..., i::per].astype(np.uint64) << np.uint64(i * bits)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(packed.astype(np.uint32), -1, axis)).view(np.int32).copy())
+
+
+class Made:
+    """Random numbers of few bits, and the weight [out, in] that they mean in float64."""
+
+    def __init__(self, shape: tuple[int, ...], seed: int, bits: int = 4, ordered: bool = True) -> None:
+        rng = np.random.default_rng(seed)
+        self.out, self.inner = shape
+        groups = self.inner // GROUP
+        self.q = rng.integers(0, 2**bits, (self.inner, self.out))
+        self.zeros = rng.integers(1, 2**bits, (groups, self.out))
+        self.scales = torch.from_numpy(rng.uniform(0.005, 0.02, (groups, self.out))).half()
+        self.group = np.arange(self.inner) // GROUP
+        if not ordered:
+            self.group = rng.permutation(self.group)
+
+    def meant(self, zeros: np.ndarray | int | None = None) -> Tensor:
+        """Row by row and number by number, as slow as it is plain."""
+        scales, found = self.scales.double().numpy(), np.zeros((self.out, self.inner))
+        for i in range(self.inner):
+            g = self.group[i]
+            zero = self.zeros[g] if zeros is None else zeros
+            found[:, i] = (self.q[i] - zero) * scales[g]
+        return torch.from_numpy(found)
+
+
+def awq(made: Made) -> tuple[Files, Tensor]:
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i holds this column of eight
+
+    def shuffled(n: np.ndarray) -> np.ndarray:
+        return n.reshape(len(n), -1, 8)[:, :, order].reshape(n.shape)
+
+    files = {"qweight": words(shuffled(made.q), 4, 1), "qzeros": words(shuffled(made.zeros), 4, 1)}
+    return files | {"scales": made.scales}, made.meant()
+
+
+def gptq(made: Made, bits: int = 4, one: int = 1) -> tuple[Files, Tensor]:
+    files = {"qweight": words(made.q, bits, 0), "qzeros": words(made.zeros - one, bits, 1), "scales": made.scales}
+    return files | {"g_idx": torch.from_numpy(made.group).int(), "bias": torch.zeros(made.out).half()}, made.meant()
+
+
+def packed(made: Made, zeros: bool) -> tuple[Files, Tensor]:
+    files = {
+        "weight_packed": words(made.q.T, 4, 1),
+        "weight_scale": made.scales.T.contiguous(),
+        "weight_shape": torch.tensor([made.out, made.inner]),
+    }
+    if not zeros:
+        return files, made.meant(8)
+    return files | {"weight_zero_point": words(made.zeros.T, 4, 0)}, made.meant()
+
+
+def whole_bytes(made: Made, kind: torch.dtype) -> tuple[Files, Tensor]:
+    scale = made.scales[0].bfloat16()[:, None]
+    q = torch.from_numpy(made.q.T * 9 - 70).double()
+    q = q.to(kind) if kind == torch.int8 else q.to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": scale}, q.double() * scale.double()
+
+
+# The 16 values of nf4: quantiles of a normal distribution, as the files hold them.
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+def nf4(shape: tuple[int, ...], seed: int, nested: bool) -> tuple[Files, Tensor]:
+    rng = np.random.default_rng(seed)
+    numbers, table = rng.integers(0, 16, shape), torch.tensor(NF4)
+    flat = numbers.flatten()
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)}
+    files = {"weight": torch.from_numpy((flat[0::2] * 16 + flat[1::2]).astype(np.uint8))[:, None]}
+    files["weight.quant_map"] = table
+    blocks = len(flat) // 64
+    if nested:
+        codes = torch.from_numpy(rng.integers(0, 256, blocks).astype(np.uint8))
+        files["weight.absmax"] = codes
+        files["weight.nested_absmax"] = torch.from_numpy(rng.uniform(0.01, 0.02, -(-blocks // 8))).float()
+        files["weight.nested_quant_map"] = torch.linspace(-1, 1, 256)
+        state |= {"nested_blocksize": 8, "nested_dtype": "float32", "nested_offset": 0.0421}
+        scales = [
+            float(files["weight.nested_quant_map"][int(codes[i])] * files["weight.nested_absmax"][i // 8] + 0.0421)
+            for i in range(blocks)
+        ]
+    else:
+        files["weight.absmax"] = torch.from_numpy(rng.uniform(0.01, 0.1, blocks)).float()
+        scales = files["weight.absmax"].tolist()
+    text = json.dumps(state).encode()
+    files["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text), dtype=torch.uint8)
+    meant = [float(table[n]) * scales[i // 64] for i, n in enumerate(flat)]
+    return files, torch.tensor(meant, dtype=torch.float64).view(shape)
+
+
+def int8_rows(made: Made) -> tuple[Files, Tensor]:
+    q, scb = torch.from_numpy(made.q.T * 17 - 127).to(torch.int8), made.scales[0].float() * 50
+    files = {"weight": q, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return files, q.double() * scb.double()[:, None] / 127
+
+
+def compressed(form: str, bits: int = 4, kind: str = "int") -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, "type": kind, "group_size": GROUP}}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
+BNB = {"quant_method": "bitsandbytes"}
+NF4_CONFIG = BNB | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Files, Tensor]]]] = {
+    "AWQ": (AWQ, lambda shape, seed: awq(Made(shape, seed))),
+    "GPTQ": (GPTQ, lambda shape, seed: gptq(Made(shape, seed))),
+    "GPTQ, act order": (GPTQ, lambda shape, seed: gptq(Made(shape, seed, ordered=False))),
+    "GPTQ, 8 bits": (GPTQ | {"bits": 8}, lambda shape, seed: gptq(Made(shape, seed, bits=8), 8)),
+    "GPTQ v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda shape, seed: gptq(Made(shape, seed), one=0)),
+    "packed": (compressed("pack-quantized"), lambda shape, seed: packed(Made(shape, seed), False)),
+    "packed, zero points": (compressed("pack-quantized"), lambda shape, seed: packed(Made(shape, seed), True)),
+    "int8": (compressed("int-quantized", 8), lambda shape, seed: whole_bytes(Made(shape, seed), torch.int8)),
+    "fp8": (compressed("float-quantized", 8, "float"), lambda s, seed: whole_bytes(Made(s, seed), torch.float8_e4m3fn)),
+    "nf4": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, False)),
+    "nf4, nested": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, True)),
+    "int8 of bitsandbytes": (BNB | {"load_in_8bit": True}, lambda shape, seed: int8_rows(Made(shape, seed))),
+}
+
+
+def write(folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
+    """A folder whose matrices are quantized, and what its tensors mean, under Hugging Face's names, in float64."""
+    config, make = KINDS[kind]
+    plain = make_folder(folder.with_name("plain"), random_state(dtype=torch.float16, **SHAPE), **SHAPE)
+    convert(plain, folder, "hf")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
+    state = load_file(folder / "model.safetensors")
+    meant = {name: tensor.double() for name, tensor in state.items()}
+    for i, name in enumerate(sorted(name for name in state if "_proj" in name)):
+        parts, meant[name] = make(tuple(state.pop(name).shape), i)
+        state |= {f"{name.removesuffix('.weight')}.{end}": part.contiguous() for end, part in parts.items()}
+    save_file(state, folder / "model.safetensors")
+    return folder, meant
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_read_as_what_is_meant(tmp_path: Path, kind: str) -> None:
+    folder, meant = write(tmp_path / "quantized", kind)
+    found = read_folder(folder)
+    assert any("dequantized while they are read" in note for note in found.notes)
+    hf = found.layout
+    for name in found.tensors:
+        got = hf.unfix(name, found.args, found.weights.get(name))
+        want = meant[hf.name_of(name)]
+        assert got.shape == found.weights.tensors[name].shape
+        assert torch.equal(got, want.to(got.dtype)), name
+
+
+@pytest.mark.parametrize("kind", ["AWQ", "fp8", "nf4, nested"])
+def test_a_model_of_them_runs_and_converts(tmp_path: Path, kind: str) -> None:
+    folder, _ = write(tmp_path / "quantized", kind)
+    convert(folder, tmp_path / "again", "mistral")
+    ids = torch.arange(5, 16)
+    with torch.inference_mode():
+        one, other = (load(f, device="cpu").model.forward(ids, [11]) for f in (folder, tmp_path / "again"))
+    assert one.isfinite().all()
+    assert torch.equal(one, other)
+    assert one.shape == (11, PARAMS["vocab_size"])
+
+
+def damage(folder: Path, change: Callable[[Files], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+Q = "model.layers.0.self_attn.q_proj"
+BROKEN: dict[str, tuple[str, Callable[[Files], Any], str]] = {
+    "no scales": ("AWQ", lambda s: s.pop(f"{Q}.scales"), "has no scales beside the rest"),
+    "another shape": (
+        "AWQ",
+        lambda s: s.update({f"{Q}.scales": torch.ones(3, 3).half()}),
+        "do not fit together as AWQ",
+    ),
+    "bias": ("GPTQ", lambda s: s[f"{Q}.bias"].fill_(1), "has a bias that is not 0"),
+    "group": ("GPTQ", lambda s: s[f"{Q}.g_idx"].fill_(99), "g_idx names a group that has no scale"),
+    "shape": ("packed", lambda s: s[f"{Q}.weight_shape"].fill_(5), "weight_shape is [5, 5]"),
+    "not quantized": ("int8", lambda s: [s.pop(n) for n in list(s) if n.endswith("weight_scale")], "no weight_scale"),
+    "state": (
+        "nf4",
+        lambda s: s.update({f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}),
+        "do not fit together as bitsandbytes in nf4",
+    ),
+    "deep state": (
+        "nf4",
+        lambda s: s.update({f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.full((9000,), 91, dtype=torch.uint8)}),
+        "do not fit together as bitsandbytes in nf4",
+    ),
+    "words": ("AWQ", lambda s: s.update({f"{Q}.qweight": s[f"{Q}.qweight"].float()}), "do not fit together as AWQ"),
+    "absmax": ("nf4", lambda s: s.update({f"{Q}.weight.absmax": torch.ones(1)}), "do not fit together"),
+    "order": ("int8 of bitsandbytes", lambda s: s[f"{Q}.weight_format"].fill_(1), "in an order of one GPU"),
+    "unknown": ("fp8", lambda s: s.update({f"{Q}.k_scale": torch.ones(1)}), "hold unknown"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_broken_is_refused(tmp_path: Path, kind: str) -> None:
+    of, change, message = BROKEN[kind]
+    folder, _ = write(tmp_path / "quantized", of)
+    damage(folder, change)
+    with pytest.raises(MistralError) as refused:
+        load(folder, device="cpu")
+    assert message in str(refused.value)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "quantized by awq, version 'gemv'": AWQ | {"version": "gemv"},
+    "quantized by gptq, format 'gptq', 3 bits": GPTQ | {"bits": 3},
+    "quantized by gptq, format 'marlin'": GPTQ | {"checkpoint_format": "marlin"},
+    "bitsandbytes, type 'fp4'": NF4_CONFIG | {"bnb_4bit_quant_type": "fp4"},
+    "bits that differ by layer": GPTQ | {"dynamic": {"-:.*down.*": {}}},
+    "quantized by exl2": {"quant_method": "exl2"},
+    "quantized by hqq": {"quant_method": "hqq"},
+    "format 'marlin-24'": compressed("marlin-24"),
+    "several kinds of weights": compressed("pack-quantized") | {"config_groups": {}},
+    "a quantized checkpoint": {},
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, message: str) -> None:
+    folder, _ = write(tmp_path / "quantized", "AWQ")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": OTHERS[message]}))
+    with pytest.raises(MistralError) as refused:
+        read_folder(folder)
+    assert message in str(refused.value)
+    assert "give the one it was made from" in str(refused.value)
