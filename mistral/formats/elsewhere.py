@@ -9,7 +9,7 @@ from collections.abc import Iterable
 KINDS = {
     r"adapter_(model|config)\..*": "a PEFT adapter, not a model: merge it into its base model first",
     r"lora\.safetensors": "a LoRA adapter of mistral-finetune, not a model: merge it into its base model first",
-    r".*\.gguf": "GGUF files, which are not read yet: give the folder that they were made from",
+    r".*\.gguf": "GGUF files: fetch one of them, and give its path",
     r"consolidated\.01\.pth": ".pth files in several parts: they must be joined first",
     r"pytorch_model.*\.bin": "pytorch_model.bin: it must be saved as safetensors first",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",

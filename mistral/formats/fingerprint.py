@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mistral.formats.folder import read_folder
 from mistral.formats.releases import COMPARED
-from mistral.formats.tokenizers import tokenizer_files
+from mistral.formats.tokenizers import tokenizer_content
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 
 
@@ -30,6 +30,5 @@ def fingerprint(folder: Path) -> str:
             tensor = found.weights.get(EMBEDDINGS if name in tied else name)
             row = tensor if tensor.dim() == 1 else tensor[0]
             digest.update(name.encode() + row.float().numpy().tobytes())
-    for path in tokenizer_files(found.path)[:1]:
-        digest.update(path.read_bytes())
+    digest.update(tokenizer_content(found.path))
     return digest.hexdigest()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, stored_as
-from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind, tokenizer_notes
+from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
@@ -83,7 +83,7 @@ def load(
     deterministic: bool = False,
     options: LoadOptions,
 ) -> Loaded:
-    """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
+    """Load a model: a folder in Mistral's layout or Hugging Face's, or a GGUF file: shape, weights, tokenizer.
 
     Everything is checked against headers before a tensor is read, and memory before it is taken. The fields of
     LoadOptions may be given as keywords: `load(folder, device="cpu", quant="int8")`.
@@ -104,8 +104,10 @@ def load(
     if own is None:
         own = load_tokenizer(found.path, found.args.vocab_size)
         about = tokenizer_notes(found.path, own, found.args.vocab_size)
-    known = (tokenizer_kind(own.path), own.version) if isinstance(own, Tokenizer) else (None, None)
+    known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
+    if options.sliding_window != "auto":
+        found = with_window(found, cast(int | None, options.sliding_window))
     model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
@@ -142,12 +144,20 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     if found.quant is not None and options.quant not in (None, found.quant):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
-    run = runtime.resolve(
-        replace(options, quant=options.quant or found.quant),
-        stored=getattr(torch, stored),
-        parameters=found.parameters,
-        head_dim=args.head_dim,
-    )
+
+    def resolve(stored: str) -> Runtime:
+        return runtime.resolve(
+            replace(options, quant=options.quant or found.quant),
+            stored=getattr(torch, stored),
+            parameters=found.parameters,
+            head_dim=args.head_dim,
+        )
+
+    run = resolve(stored)
+    if note := _too_wide(found, run):
+        found = _narrower(found)
+        run = resolve("bfloat16")
+        run = replace(run, notes=(*run.notes, note))
     _require_memory(found, run)
 
     def build(run: Runtime) -> Transformer:
@@ -166,6 +176,26 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
 
         bitwise.self_test(model)
     return model, run
+
+
+def _too_wide(found: Folder, run: Runtime) -> str | None:
+    """A note where weights that come from blocks of few bits would take too much memory in float32."""
+    from mistral.loader.runtime import WIDEN_SHARE
+
+    left, needed = memory.available(run.device), _size_in_memory(found, run)
+    wide = run.weights.itemsize > 2 and any(tensor.widened for tensor in found.tensors.values())
+    if not wide or left is None or needed <= WIDEN_SHARE * left:
+        return None
+    return (
+        f"the weights, blocks of few bits in their file, are rounded to bfloat16: in float32 they need "
+        f"{memory.as_text(needed)}, and {memory.as_text(left)} are left"
+    )
+
+
+def _narrower(found: Folder) -> Folder:
+    """The same folder, with bfloat16 as what comes of blocks of few bits."""
+    tensors = {n: replace(t, dtype="bfloat16") if t.widened else t for n, t in found.weights.tensors.items()}
+    return replace(found, weights=replace(found.weights, tensors=tensors))
 
 
 def _require_memory(found: Folder, run: Runtime) -> None:

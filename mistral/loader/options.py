@@ -42,6 +42,8 @@ class LoadOptions:
         quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
+        sliding_window: a number, or none; default: what the model's files say, or, of a GGUF file, which never says it,
+            that of the release that its shape is
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -54,6 +56,7 @@ class LoadOptions:
     quant: str | None = None
     threads: int | None = None
     max_batch_size: int = 0
+    sliding_window: str | int | None = "auto"
 
     def __post_init__(self) -> None:
         for name in ("device", "dtype"):  # torch's own objects are accepted too
@@ -77,6 +80,23 @@ class LoadOptions:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
+        object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
+
+
+def window_of(value: object) -> str | int | None:
+    """A window that was asked for, as a number, None for none, or "auto".
+
+    Raises:
+        OptionError: something else.
+    """
+    if isinstance(value, str):
+        word = value.strip().lower()
+        value = int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else word
+    if value in ("auto", "none", None):
+        return "auto" if value == "auto" else None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise OptionError(f"sliding_window is {short_repr(value)}; it must be a number of tokens above 0, or none")
+    return value
 
 
 def _check_device(device: str | None) -> None:
