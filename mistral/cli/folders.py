@@ -5,7 +5,15 @@ from __future__ import annotations
 from mistral.cli import prompts, terminal
 
 
-def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None) -> None:
+def convert(
+    src: str,
+    dst: str,
+    *,
+    to: str,
+    dtype: str | None = None,
+    quant: str | None = None,
+    sliding_window: str | int = "auto",
+) -> None:
     """Write a model folder again: in the other layout, as safetensors, in another dtype, or quantized.
 
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-hf --to hf
@@ -13,7 +21,7 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
 
-    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that does not exist yet.
+    SRC is a folder in either layout, a .gguf file, a hub id, or a pack with weights, and DST a folder that does not exist yet.
     Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
     it is complete, not before. A folder written with --quant loads at once, and only this library reads it.
 
@@ -21,15 +29,21 @@ def convert(src: str, dst: str, *, to: str, dtype: str | None = None, quant: str
         to: the layout to write: mistral or hf
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
+        sliding_window: a number, or none, to be written; default: what SRC says
     """
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
+    from mistral.formats.folder import with_window
+    from mistral.loader.options import window_of
 
+    window = window_of(sliding_window)
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
+            if not isinstance(window, str):
+                found = with_window(found, window)
             written = write_folder(found, dst, to, dtype=dtype, quant=quant)
     else:
-        written = convert_folder(src, dst, to, dtype=dtype, quant=quant)
+        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, sliding_window=window)
     terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.echo_err(f"note: {note}")

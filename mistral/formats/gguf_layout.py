@@ -11,12 +11,13 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats import gguf
-from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
+from mistral.formats.gguf_header import GgufError, Metadata, is_gguf, read_gguf
+from mistral.formats.gguf_tokenizer import special_ids
 from mistral.formats.layout import Layout, ParamsError, Serving
 from mistral.formats.weights import WeightFiles, WeightsError
 
-TIED = "tied"  # what the tensors say, among the metadata, whose own keys all have a dot
-NOTES = "notes"
+# What follows from the file besides, among the metadata, whose own keys all have a dot.
+TIED, NOTES = "tied", "notes"
 
 
 class GgufLayout(Layout):
@@ -41,10 +42,10 @@ class GgufLayout(Layout):
     def read_config(self, path: Path) -> dict[str, Any]:
         found = _read(path)
         tied = gguf.name_of(gguf.OUTPUT) not in found.tensors
-        return {**found.metadata, TIED: tied, NOTES: gguf.ignored(found)}
+        return {**found.metadata, **_ids(found.metadata), TIED: tied, NOTES: gguf.ignored(found)}
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
-        metadata = {key: value for key, value in raw.items() if key not in (TIED, NOTES)}
+        metadata = {key: value for key, value in raw.items() if "." in key}
         try:
             args, notes = gguf.args_of(metadata, max_batch_size=max_batch_size, tied=raw[TIED])
         except GgufError as error:
@@ -73,6 +74,17 @@ class GgufLayout(Layout):
 
     def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
         return Serving("", "vLLM reads safetensors")
+
+
+def _ids(metadata: Metadata) -> dict[str, int | list[int]]:
+    """The ids of bos and of the ends of a sequence, as a config.json has them; none without a tokenizer."""
+    try:
+        special = special_ids(metadata)
+    except GgufError:
+        return {}
+    ids: dict[str, int | list[int]] = {"bos_token_id": special.bos} if special.bos >= 0 else {}
+    ends = sorted(special.ends)
+    return ids | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
 
 
 def _read(path: Path) -> gguf.Gguf:
