@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from mistral.args import ModelArgs
@@ -82,6 +83,29 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def tokenizer_keys(path: Path) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a tokenizer.model."""
+    sp = SentencePieceProcessor(model_file=str(path))
+    ids = range(sp.vocab_size())
+
+    def kind(i: int) -> int:
+        checks: list[tuple[Callable[[int], bool], int]]
+        checks = [(sp.IsUnknown, 2), (sp.IsControl, 3), (sp.IsUnused, 5), (sp.IsByte, 6)]
+        return next((number for check, number in checks if check(i)), 1)
+
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [sp.IdToPiece(i) for i in ids],
+        "scores": [sp.GetScore(i) for i in ids],
+        "token_type": [kind(i) for i in ids],
+        "bos_token_id": sp.bos_id(),
+        "eos_token_id": sp.eos_id(),
+        "unknown_token_id": sp.unk_id(),
+        "add_bos_token": True,
+    }
 
 
 def add(writer: GGUFWriter, key: str, value: Any) -> None:
