@@ -113,7 +113,9 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
     """Tensors and parameters of each dtype, or type of blocks."""
     found: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
-        count = found.setdefault(tensor.dtype_name if tensor.widened else str(tensor.dtype), {"tensors": 0, "parameters": 0})
+        count = found.setdefault(
+            tensor.dtype_name if tensor.widened else str(tensor.dtype), {"tensors": 0, "parameters": 0}
+        )
         count["tensors"] += 1
         count["parameters"] += tensor.parameters
     return found

@@ -42,8 +42,7 @@ class LoadOptions:
         quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
-        sliding_window: a number, or none; default: what the model's files say, or, of a GGUF file, which never says it,
-            that of the release that its shape is
+        sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.

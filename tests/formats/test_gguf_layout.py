@@ -38,7 +38,9 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Command:
     return in_process(capfd)
 
 
-def make_gguf(path: Path, kind: str = "Q8_0", extra: dict[str, Any] | None = None, **more: Any) -> dict[str, np.ndarray]:
+def make_gguf(
+    path: Path, kind: str = "Q8_0", extra: dict[str, Any] | None = None, **more: Any
+) -> dict[str, np.ndarray]:
     """A file of a random model with the bundled tokenizer; what its weights stand for."""
     return write_gguf(path, kind, gguf_args(vocab_size=4096), extra={**TOKENIZER, **(extra or {})}, **more)
 
@@ -236,9 +238,10 @@ def test_commands(tmp_path: Path, cli: Command) -> None:
     path = tmp_path / "m.gguf"
     make_gguf(path)
     (tmp_path / "text.txt").write_text("The king had three sons.", encoding="utf-8")
-    assert "sliding window 5: as requested" in cli(
-        "complete", path, "The king", "--max_tokens", 3, "--temperature", 0, "--sliding_window", 5
-    ).err
+    assert (
+        "sliding window 5: as requested"
+        in cli("complete", path, "The king", "--max_tokens", 3, "--temperature", 0, "--sliding_window", 5).err
+    )
     assert "perplexity" in cli("perplexity", path, tmp_path / "text.txt").text
     assert "GGUF: m.gguf" in cli("inspect", path).text
     assert cli("convert", path, tmp_path / "out", "--to", "hf", "--sliding_window", 5).code == 0
@@ -255,5 +258,3 @@ def test_a_file_that_is_none(tmp_path: Path, cli: Command) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(20))
     assert "is not a complete GGUF file" in cli("inspect", tmp_path / "m.gguf").error
     assert "no such" in cli("inspect", tmp_path / "n.gguf").error
-
-

@@ -48,7 +48,9 @@ def write_gguf(path: Path, shape: Mapping[str, Any], weights: Mapping[str, Tenso
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, weight in weights.items():
-        kind = GGMLQuantizationType.Q8_0 if weight.dim() > 1 and weight.shape[-1] % 32 == 0 else GGMLQuantizationType.F32
+        kind = (
+            GGMLQuantizationType.Q8_0 if weight.dim() > 1 and weight.shape[-1] % 32 == 0 else GGMLQuantizationType.F32
+        )
         data = gguf.quants.quantize(weight.numpy(), kind)
         writer.add_tensor(name_of(name), data, raw_dtype=kind)
     writer.write_header_to_file()
