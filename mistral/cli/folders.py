@@ -22,8 +22,8 @@ def convert(
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
 
     SRC is a folder in either layout, a .gguf file, a hub id, or a pack with weights; DST a folder that does not exist
-    yet. Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears when
-    it is complete, not before. A folder written with --quant loads at once, and only this library reads it.
+    yet. Weights stay the same bit for bit unless --dtype or --quant is given, and are never all in memory. DST appears
+    when it is complete, not before. A folder written with --quant loads at once, and only this library reads it.
 
     Args:
         to: the layout to write: mistral or hf

@@ -73,7 +73,7 @@ def _from_byte_level(path: Path, metadata: Metadata, special: SpecialIds) -> Tok
 
     theirs, notes = byte_level(metadata)
     ids = {"bos_token": special.bos, "eos_token": special.eos, "unk_token": special.unk, "pad_token": special.pad}
-    names = {name: theirs.id_to_token(i) for name, i in ids.items() if i >= 0}
+    names = {name: str(theirs.id_to_token(i)) for name, i in ids.items() if i >= 0}
     # llama.cpp's rule for files that do not say whether texts begin with bos.
     begins = PRE[str(metadata.get("tokenizer.ggml.pre", "default"))][1] if special.add_bos is None else special.add_bos
     if begins and "bos_token" in names:

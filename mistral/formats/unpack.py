@@ -1,4 +1,4 @@
-"""What a GGUF file holds besides weights, as files of a folder: its tokenizer, its chat templates, its ends of sequence."""
+"""What a GGUF file holds besides weights, as files of a folder: tokenizer, chat templates, ends of sequence."""
 
 from __future__ import annotations
 
