@@ -26,11 +26,11 @@ from mistral.util import memory
 from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
-from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
+from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 TOKENIZER = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_keys(BUNDLED / "tokenizer.model").items()}
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *SCALES)
 
 
 @pytest.fixture
@@ -42,7 +42,10 @@ def make_gguf(
     path: Path, kind: str = "Q8_0", extra: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, np.ndarray]:
     """A file of a random model with the bundled tokenizer; what its weights stand for."""
-    return write_gguf(path, kind, gguf_args(vocab_size=4096), extra={**TOKENIZER, **(extra or {})}, **more)
+    # Rows of whole blocks, and H * D != dim.
+    wide = {"dim": 256, "hidden_dim": 512, "n_heads": 8, "head_dim": 64} if kind in SCALES else {}
+    args = gguf_args(vocab_size=4096, **wide)
+    return write_gguf(path, kind, args, extra={**TOKENIZER, **(extra or {})}, **more)
 
 
 # --- loading

@@ -20,6 +20,18 @@ from tests.support.tiny import tiny_args, tiny_model
 SHAPE: dict[str, Any] = {"dim": 64, "hidden_dim": 96, "head_dim": 24, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
 
 
+# Types that the package reads and does not write: the bytes of a block where its fp16 scales are.
+SCALES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+
+
 def gguf_args(**changes: Any) -> ModelArgs:
     """The shape of the small model."""
     return tiny_args(**{**SHAPE, "sliding_window": None, **changes})
@@ -75,7 +87,8 @@ def write_gguf(
             continue
         array = tensor.float().numpy()
         quantized = GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
-        data = gguf.quants.quantize(array, quantized)
+        written = quantized.name not in SCALES
+        data = gguf.quants.quantize(array, quantized) if written else random_blocks(quantized, array.shape)
         held[name] = np.array(gguf.quants.dequantize(data, quantized)).reshape(array.shape)
         writer.add_tensor(name_of(name), data, raw_dtype=None if kind in ("F32", "F16") else quantized)
     writer.write_header_to_file()
@@ -83,6 +96,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """Blocks with random bits and small scales, of a tensor whose rows are whole blocks."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (int(np.prod(shape)) // elements, size), dtype=np.uint8)
+    for at in SCALES[kind.name]:
+        raw[:, at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+    return raw.reshape(*shape[:-1], -1)
 
 
 def tokenizer_keys(path: Path) -> dict[str, Any]:
