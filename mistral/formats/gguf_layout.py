@@ -5,13 +5,14 @@ Read and not written. What its keys and tensors mean is in gguf.py; rows are in 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats import gguf
-from mistral.formats.gguf_header import GgufError, Metadata, is_gguf, read_gguf
+from mistral.formats.gguf_header import GgufError, Metadata, StringArray, is_gguf, read_gguf
 from mistral.formats.gguf_tokenizer import special_ids
 from mistral.formats.layout import Layout, ParamsError, Serving
 from mistral.formats.weights import WeightFiles, WeightsError
@@ -42,7 +43,9 @@ class GgufLayout(Layout):
     def read_config(self, path: Path) -> dict[str, Any]:
         found = _read(path)
         tied = gguf.name_of(gguf.OUTPUT) not in found.tensors
-        return {**found.metadata, **_ids(found.metadata), TIED: tied, NOTES: gguf.ignored(found)}
+        words = found.metadata.get("tokenizer.ggml.tokens")
+        size = {"llama.vocab_size": words.count} if isinstance(words, StringArray) else {}
+        return {**size, **found.metadata, **_ids(found.metadata), TIED: tied, NOTES: gguf.ignored(found)}
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
         metadata = {key: value for key, value in raw.items() if "." in key}
@@ -50,7 +53,7 @@ class GgufLayout(Layout):
             args, notes = gguf.args_of(metadata, max_batch_size=max_batch_size, tied=raw[TIED])
         except GgufError as error:
             raise ParamsError(str(error)) from None
-        return args, [*notes, *raw[NOTES]]
+        return args, [*notes, *raw.get(NOTES, ())]
 
     def find_weights(self, path: Path) -> WeightFiles:
         try:
@@ -65,7 +68,9 @@ class GgufLayout(Layout):
         return gguf.to_mistral(stored) is None
 
     def plain(self, raw: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in raw.items() if isinstance(value, str | int | float)}
+        # An array of the shape repeats one value for every layer, or the shape would have been refused.
+        shape = {key: v[0] for key, v in raw.items() if key.startswith("llama.") and isinstance(v, array) and v}
+        return {key: value for key, value in raw.items() if isinstance(value, str | int | float)} | shape
 
     def window_rule(self, raw: dict[str, Any]) -> str:
         notes: list[str]

@@ -106,14 +106,19 @@ def load(
         about = tokenizer_notes(found.path, own, found.args.vocab_size)
     known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
-    if options.sliding_window != "auto":
-        found = with_window(found, cast(int | None, options.sliding_window))
+    found = windowed(found, options)
     model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
     return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
+
+
+def windowed(found: Folder, options: LoadOptions) -> Folder:
+    """A folder with the window that the options ask for, if they do."""
+    window = options.sliding_window
+    return found if isinstance(window, str) else with_window(found, window)
 
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:

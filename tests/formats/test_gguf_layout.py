@@ -253,6 +253,13 @@ def test_commands(tmp_path: Path, cli: Command) -> None:
     assert "sliding_window is 'x'" in cli("complete", path, "a", "--sliding_window", "x").error
 
 
+def test_a_pack_of_a_file(tmp_path: Path, cli: Command) -> None:
+    make_gguf(tmp_path / "m.gguf", extra={"llama.vocab_size": None, "llama.attention.head_count_kv": [2, 2]})
+    assert cli("pack", tmp_path / "m.gguf", "-o", tmp_path / "p.safetensors", "--weights").code == 0
+    assert cli("compare", tmp_path / "m.gguf", tmp_path / "p.safetensors").text.splitlines()[-1] == "the same"
+    assert cli("verify", tmp_path / "m.gguf").text.splitlines()[-1].endswith("pass")
+
+
 def test_a_word_that_is_a_file() -> None:
     assert folder_or_prompt("x/m.gguf") == folder_or_text("m.gguf") == "folder"
 
