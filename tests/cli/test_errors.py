@@ -74,7 +74,7 @@ def test_a_file_instead_of_a_folder(cli: Command, folder: Path) -> None:
 
 def test_an_empty_folder(cli: Command, tmp_path: Path) -> None:
     error = spoilt(cli, tmp_path)
-    assert f"no params.json and no config.json in {tmp_path}: a model folder has" in error
+    assert f"no params.json and no config.json and no .gguf file in {tmp_path}: a model folder has" in error
     (tmp_path / "config.json").write_text("{}")
     assert "config.json describes no model_type" in spoilt(cli, tmp_path)
 
