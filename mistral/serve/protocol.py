@@ -115,7 +115,8 @@ def read_completion(body: Any, served: Served) -> Asked:
     given = _given(body, COMPLETION, served)
     if "prompt" not in given:
         raise ApiError("prompt is missing", "prompt")
-    _at_most("best_of", given.get("best_of", 1), given.get("n", 1), given.get("n", 1))
+    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+        raise ApiError("best_of is not supported by this server: leave it out", "best_of", code="unsupported_field")
     if "suffix" in given and given.get("echo"):
         raise ApiError("suffix and echo: give one of them", "suffix")
     prompts, texts = _prompts(given, served)

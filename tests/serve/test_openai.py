@@ -159,9 +159,7 @@ def test_a_prefix_is_not_computed_again(client: openai.OpenAI, running: Running)
     again = client.chat.completions.create(model="mistral-bundled", messages=messages, max_tokens=3, temperature=0)
     assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
     assert again.choices[0].message.content == first.choices[0].message.content
-    scored = client.completions.create(
-        model="mistral-bundled", prompt="The king", max_tokens=1, echo=True, logprobs=1
-    )
+    scored = client.completions.create(model="mistral-bundled", prompt="The king", max_tokens=1, echo=True, logprobs=1)
     assert scored.usage.prompt_tokens_details.cached_tokens == 0
 
 
