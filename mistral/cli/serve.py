@@ -40,7 +40,7 @@ def serve(
 
     Args:
         host: address to listen on; one that others can reach needs --api_key
-        port: to listen on; 0 takes a free one
+        port: to listen on
         api_key: what clients must bring, as Authorization: Bearer KEY; default: MISTRAL_API_KEY, if it is set
         cors: origin of a page elsewhere that may ask, as https://example.org; may be repeated
         allow_host: another name that this server is reached by; may be repeated
@@ -51,14 +51,13 @@ def serve(
         template: of conversations: v1, v2, v3, v7 or mistrallite; default: the one that goes with the model
         chunk_size: the most prompt tokens of a sequence in one step; default: 2048, shared; changes no number
     """
-    flags.require_at_least(1, rows=rows, chunk_size=chunk_size, max_positions=max_positions)
-    flags.require_at_least(0, port=port, max_queue=max_queue)
+    flags.require_at_least(1, port=port, rows=rows, chunk_size=chunk_size, max_positions=max_positions)
+    flags.require_at_least(0, max_queue=max_queue)
     from mistral.serve.settings import Listen, run, served_of
 
     listen = Listen.of(host, port, api_key, cors or [], allow_host or [])
     loaded = open_model(folder, replace(options, max_batch_size=rows))
     served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
-    echo_err(f"serving {served.name}, up to {served.context} positions, {rows} rows; page: {listen.url}/")
     if served.template is None:
         echo_err(f"note: no chat completions: {served.no_template}")
     run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)

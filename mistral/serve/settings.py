@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_INET, AF_INET6, create_server
+from socket import socket as Socket
 from urllib.parse import urlsplit
 
 from mistral.chat.templates import find_template
@@ -18,6 +22,7 @@ from mistral.serve.words import Words
 from mistral.util import memory
 from mistral.util.errors import MistralError, Unavailable, UsageError, printable, short_repr
 
+log = logging.getLogger("mistral")
 LONGEST = 1 << 20  # positions of a sequence where neither training nor memory sets a limit
 SHARE = 0.8  # of the memory left, that keys and values may take
 GRACE = 60  # seconds that requests have to finish once the server is told to end
@@ -144,10 +149,11 @@ def model_name(folder: Path) -> str:
 
 
 def run(loaded: Loaded, served: Served, listen: Listen, *, rows: int, max_queue: int, chunk_size: int | None) -> None:
-    """Serve until somebody ends it; requests that run then are finished first.
+    """Serve until Ctrl-C or SIGTERM; requests that run then are finished first. For the main thread.
 
     Raises:
         Unavailable: starlette or uvicorn is missing.
+        UsageError: the address cannot be listened on.
     """
     try:
         import uvicorn
@@ -159,11 +165,19 @@ def run(loaded: Loaded, served: Served, listen: Listen, *, rows: int, max_queue:
 
     worker = Worker(loaded.model, loaded.tokenizer, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
     app = make_app(served, worker, hosts=listen.hosts, api_key=listen.api_key, cors=listen.cors)
-    uvicorn.run(
-        app,
-        host=listen.host,
-        port=listen.port,
-        log_level="info",
-        timeout_graceful_shutdown=GRACE,
-        server_header=False,
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
     )
+    with _socket(listen) as socket:
+        log.warning("serving %s, up to %d positions, %d rows: %s/", served.name, served.context, rows, listen.url)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when all is done
+        uvicorn.Server(config).run(sockets=[socket])
+
+
+def _socket(listen: Listen) -> Socket:
+    family = AF_INET6 if ":" in listen.host else AF_INET
+    try:
+        return create_server((listen.host.strip("[]"), listen.port), family=family)
+    except OSError as error:
+        raise UsageError(f"{listen.host}:{listen.port} cannot be listened on: {error.strerror or error}") from None
