@@ -31,7 +31,7 @@ from mistral.serve.fields import ApiError
 from mistral.serve.guard import HostGuard, Json, KeyGuard, error_answer, headers_of_page, read_json
 from mistral.serve.metrics import as_prometheus
 from mistral.serve.protocol import Asked, Served, read_chat, read_completion, read_detokenize, read_tokenize
-from mistral.serve.worker import Busy, Event, Worker
+from mistral.serve.worker import Busy, Ended, Event, Worker
 from mistral.util.errors import MistralError
 
 R = TypeVar("R")
@@ -231,6 +231,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Busy):
         return ApiError(str(error), status=429, kind="rate_limit_error", code="busy", headers={"Retry-After": "1"})
+    if isinstance(error, Ended):
+        return ApiError(str(error), status=503, kind="server_error", code="ended")
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):

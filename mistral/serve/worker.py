@@ -25,7 +25,11 @@ log = logging.getLogger("mistral")
 
 
 class Busy(Unavailable):
-    """The queue is full, or the server ends; nothing was begun."""
+    """The queue is full; nothing was begun."""
+
+
+class Ended(Unavailable):
+    """The server shuts down, or its engine has died; nothing was begun."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ class Worker:
         self._held: list[list[int]] = [[] for _ in range(rows)]  # ids whose keys a free row holds
         self._used = [0] * rows  # when a row was last given away, in jobs
         self._running: list[Job] = []
+        self._admitted: deque[Job] = deque()  # no longer waiting, and not yet running
         self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()  # guards _waiting, _closing and the jobs' `cancelled`
+        self._changed = threading.Condition()  # guards what jobs wait, and how many do not
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -143,12 +148,13 @@ class Worker:
         """Have jobs done: all of them, or none.
 
         Raises:
-            Busy: too many wait, or the worker ends.
+            Busy: too many wait.
+            Ended: the worker ends, or has died.
         """
         with self._changed:
             if self._closing or self.dead:
-                raise Busy("the server is shutting down" if self._closing else "the server's engine has died")
-            free = self.rows - len(self._running)
+                raise Ended("the server is shutting down" if self._closing else "the server's engine has died")
+            free = self.rows - len(self._running) - len(self._admitted)
             if len(self._waiting) + len(jobs) > self.max_queue + free:
                 raise Busy(f"{len(self._waiting)} requests wait already, of {self.max_queue} that may: try again later")
             self._waiting.extend(jobs)
@@ -164,7 +170,7 @@ class Worker:
     @property
     def busy(self) -> tuple[int, int]:
         """How many jobs run, and how many wait."""
-        return len(self._running), len(self._waiting)
+        return len(self._running) + len(self._admitted), len(self._waiting)
 
     def close(self) -> None:
         """Take no more jobs, finish those there are, and end."""
@@ -184,7 +190,7 @@ class Worker:
             self.dead = error
             log.exception("the engine has died")
             with self._changed:
-                jobs = [*self._running, *self._waiting]
+                jobs = [*self._running, *self._admitted, *self._waiting]
                 self._waiting.clear()
             for job in jobs:
                 self._tell(job, Event(error=error if isinstance(error, Exception) else RuntimeError(repr(error))))
@@ -202,11 +208,14 @@ class Worker:
             self._waiting = kept
             for job in gone:
                 self._stop(job)
-            admitted: list[Job] = []
-            while self._waiting and len(self._running) + len(admitted) < self.rows:
-                admitted.append(self._waiting.popleft())
-        for job in admitted:
-            self._admit(job)
+            while self._waiting and len(self._running) + len(self._admitted) < self.rows:
+                self._admitted.append(self._waiting.popleft())
+        while self._admitted:
+            begun = self._admit(self._admitted[0])
+            with self._changed:
+                job = self._admitted.popleft()
+                if begun:
+                    self._running.append(job)
         return True
 
     def _stop(self, job: Job) -> None:
@@ -221,8 +230,12 @@ class Worker:
         self._cache.wipe(row)
         self._held[row] = []
 
-    def _admit(self, job: Job) -> None:
-        """Give a job the free row that holds most of its prompt; of those that hold as much, the one unused longest."""
+    def _admit(self, job: Job) -> bool:
+        """Give a job the free row that holds most of its prompt; of those that hold as much, the one unused longest.
+
+        Returns:
+            Whether it has begun; else it has failed.
+        """
         taken = {other.row for other in self._running}
         ids = [] if job.score else job.prompt_ids[:-1]
         free = [row for row in range(self.rows) if row not in taken]
@@ -245,11 +258,12 @@ class Worker:
             if not isinstance(error, MistralError):
                 log.exception("a request could not begin")
             self.counts.failed += 1
-            return self._tell(job, Event(error=error))
+            self._tell(job, Event(error=error))
+            return False
         job.row, self._used[row] = row, 1 + max(self._used)
         self.counts.prompt_tokens += len(job.prompt_ids)
         self.counts.cached_tokens += job.cached
-        self._running.append(job)
+        return True
 
     def _step(self) -> None:
         try:

@@ -23,7 +23,7 @@ from mistral.cache import RollingBufferCache
 from mistral.engine import Engine, GenerationError
 from mistral.model import Transformer
 from mistral.sampling_params import SamplingParams
-from mistral.serve.worker import Busy, Event, Job, Worker
+from mistral.serve.worker import Ended, Event, Job, Worker
 from tests.support.commands import ENVIRONMENT
 from tests.support.folders import BUNDLED, ROOT, make_folder
 from tests.support.serving import Running, serving
@@ -223,7 +223,7 @@ def test_a_failure_of_one_or_of_all_leaves_the_worker_working(monkeypatch: pytes
     assert ids_of(work(worker, [3, 4, 5, 6])[0]) == ids_of(first)
     assert worker.dead is None
     worker.close()
-    with pytest.raises(Busy, match="shutting down"):
+    with pytest.raises(Ended, match="shutting down"):
         worker.submit([])
 
 
