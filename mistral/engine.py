@@ -367,7 +367,7 @@ class Engine:
             logits = self.model.logits(h[first : first + len(wanted)])
             found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
             if any(logprob != logprob for logprob in found):
-                return self._fail(request, _not_numbers(request.index))
+                return self._fail(request, _nan_logits(request.index))
             request.prompt_logprobs += found
             if request.params.top_logprobs:
                 request.prompt_top += _most_likely(logits, [request.params.top_logprobs] * len(found))
@@ -388,7 +388,7 @@ class Engine:
             strict=True,
         ):
             if logprob != logprob:
-                self._fail(request, _not_numbers(request.index))
+                self._fail(request, _nan_logits(request.index))
                 continue
             if token in request.eos_ids:
                 self._end(request, "stop")
@@ -425,10 +425,10 @@ def _most_likely(logits: Tensor, counts: Sequence[int]) -> list[dict[int, float]
     return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]
 
 
-def _not_numbers(index: int) -> GenerationError:
+def _nan_logits(index: int) -> GenerationError:
     """What ends a request whose logits are NaN."""
     return GenerationError(
-        f"the model's logits for prompt {index} are not numbers: "
+        f"the model's logits for prompt {index} are NaN: "
         "the weights are broken, or too large for the dtype (try --dtype float32)"
     )
 
