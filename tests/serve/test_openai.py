@@ -159,6 +159,12 @@ def test_a_prefix_is_not_computed_again(client: openai.OpenAI, running: Running)
     again = client.chat.completions.create(model="mistral-bundled", messages=messages, max_tokens=3, temperature=0)
     assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
     assert again.choices[0].message.content == first.choices[0].message.content
+    ids = running.loaded.tokenizer.encode("Once there were a wolf")
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    made = client.completions.create(model="mistral-bundled", prompt=ids, max_tokens=5, extra_body=extra)
+    ids += made.choices[0].model_extra["token_ids"]
+    longer = client.completions.create(model="mistral-bundled", prompt=[*ids, 300], max_tokens=1)
+    assert longer.usage.prompt_tokens_details.cached_tokens == len(ids) - 1  # the last one was never processed
     scored = client.completions.create(model="mistral-bundled", prompt="The king", max_tokens=1, echo=True, logprobs=1)
     assert scored.usage.prompt_tokens_details.cached_tokens == 0
 
