@@ -209,6 +209,14 @@ class RollingBufferCache:
         for r in range(len(self.lengths)) if row is None else [row]:
             self.lengths[r] = self.origins[r] = self._reached[r] = position
 
+    @torch.no_grad()
+    def wipe(self, row: int) -> None:
+        """Forget a sequence and zero its storage: a NaN or infinity left in it would harm the next one even unseen."""
+        self.reset(row)
+        for layer in self.layers:
+            layer.k[row] = 0
+            layer.v[row] = 0
+
     def rewind(self, row: int, length: int) -> int:
         """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.
 

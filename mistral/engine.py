@@ -18,7 +18,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.util import memory
 from mistral.util.errors import UsageError
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "error"]
 Progress = Callable[[int, int], None]
 STEP_TOKENS = 2048  # prompt tokens that a step processes, over all rows, unless a chunk size is given
 LOGIT_FLOATS = 1 << 24  # logits held at once while a prompt is scored: 64 MB
@@ -43,8 +43,11 @@ class Request:
         row: the row of the cache that it has; None while it waits, and once it has ended.
         num_computed: how many of prompt_ids + output_ids the model has processed.
         output_ids: generated ids, without the one that ended it.
-        prompt_logprobs: of prompt_ids[1:], as far as they are known, where prompts are scored.
-        finish: "stop" (an eos id, or stopped from outside) or "length"; None until it has ended.
+        score: whether log-probabilities of its prompt's tokens are kept.
+        prompt_logprobs: of prompt_ids[1:], as far as they are known, if `score`.
+        prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
+        finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
+        error: why it could not go on.
     """
 
     index: int
@@ -56,8 +59,11 @@ class Request:
     row: int | None = None
     num_computed: int = 0
     output_ids: list[int] = field(default_factory=list)
+    score: bool = False
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[dict[int, float]] = field(default_factory=list)
     finish: Finish | None = None
+    error: GenerationError | None = None
     changes: LogitChanges | None = field(default=None, repr=False)
 
     @property
@@ -109,13 +115,14 @@ class Engine:
 
     Requests without a row of the cache wait, first come first served, and take one over when its sequence has
     ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt and
-    params decides what a request generates. After an exception in `step` the engine is of no more use.
+    params decides what a request generates. A request whose logits are NaN ends with an `error`; the others go on.
+    After an exception in `step` the engine is of no more use.
 
     Args:
         model: the model.
         eos_ids: ids that end a sequence when they are generated, for requests that bring none of their own.
         chunk_size: the most prompt tokens of a sequence in a step; None shares STEP_TOKENS among the rows.
-        score_prompts: also keep the log-probabilities of the prompts' tokens.
+        score_prompts: also keep the log-probabilities of the prompts' tokens, for requests that do not say.
         rows: the most sequences in a step; None: `args.max_batch_size`, or no limit.
         positions: length of a sequence to make room for from the start. The cache grows when longer ones join.
         cache: one to use; its rows are the batch. None makes one, as large as the requests need and memory allows.
@@ -164,6 +171,7 @@ class Engine:
         eos_ids: Iterable[int] | None = None,
         index: int | None = None,
         sample: int = 0,
+        score: bool | None = None,
     ) -> Request:
         """Have a prompt continued, from the next step that has a row for it.
 
@@ -175,6 +183,7 @@ class Engine:
             eos_ids: ids that end it; None: those of the engine.
             index: the caller's number for the prompt, for tokens and errors; None counts.
             sample: which of the n samples this is, from 0; with the seed it decides the random numbers.
+            score: whether to keep the log-probabilities of the prompt's tokens; None: as the engine does.
 
         Raises:
             GenerationError: an empty prompt, an id outside the vocabulary, a number out of range, or a row that is
@@ -186,8 +195,9 @@ class Engine:
         _check_request(ids, params, index, sample, self.model.args.vocab_size)
         held = 0 if row is None else self._check_row(row, ids, index)
         ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
-        request = Request(index, ids, params, ends, None, sample, num_computed=held)
-        if not params.max_tokens and not self.score_prompts:
+        scored = self.score_prompts if score is None else score
+        request = Request(index, ids, params, ends, None, sample, num_computed=held, score=scored)
+        if not params.max_tokens and not scored:
             request.finish = "length"  # nothing to generate and nothing to score
         else:
             self._check_memory(request.positions)
@@ -218,7 +228,6 @@ class Engine:
         A request that has just ended has its `finish` set; the eos id itself is not among the tokens.
 
         Raises:
-            GenerationError: the model's logits are NaN.
             OutOfMemory: there is too little memory left for even one of the requests that wait.
         """
         if self._waiting:
@@ -238,6 +247,13 @@ class Engine:
         else:
             self._rows[request.row] = None
             request.row = None
+
+    def _fail(self, request: Request, error: GenerationError) -> None:
+        """End a request that cannot go on. Its NaN keys must not meet the row's next request, even unseen: 0 x NaN."""
+        request.error, row = error, request.row
+        self._end(request, "error")
+        if self.cache is not None and row is not None:
+            self.cache.wipe(row)
 
     def _place(self, request: Request, row: int) -> None:
         self._rows[row], request.row = request, row
@@ -323,10 +339,10 @@ class Engine:
             begin, end = end, end + len(piece)
             if request is None:
                 continue
-            if self.score_prompts and request.prefilling:
+            if request.score and request.prefilling:
                 self._score(request, h[begin:end])
             request.num_computed += len(piece)
-            if request.prefilling:
+            if request.prefilling or request.finish:
                 continue
             if request.params.max_tokens:
                 last_rows.append(end - 1)
@@ -350,9 +366,11 @@ class Engine:
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
             logits = self.model.logits(h[first : first + len(wanted)])
             found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
-            for logprob in found:
-                _check_number(logprob, request.index)
+            if any(logprob != logprob for logprob in found):
+                return self._fail(request, _nan_logits(request.index))
             request.prompt_logprobs += found
+            if request.params.top_logprobs:
+                request.prompt_top += _most_likely(logits, [request.params.top_logprobs] * len(found))
 
     def _sample(self, h: Tensor, ready: list[Request]) -> list[Token]:
         """Choose a token for each request, and end those that end with it."""
@@ -363,9 +381,15 @@ class Engine:
         of_chosen = logprobs(logits, chosen[:, None]).squeeze(-1)
         tokens = []
         for request, token, logprob, top in zip(
-            ready, chosen.tolist(), of_chosen.tolist(), _most_likely(logits, ready), strict=True
+            ready,
+            chosen.tolist(),
+            of_chosen.tolist(),
+            _most_likely(logits, [request.params.top_logprobs for request in ready]),
+            strict=True,
         ):
-            _check_number(logprob, request.index)
+            if logprob != logprob:
+                self._fail(request, _nan_logits(request.index))
+                continue
             if token in request.eos_ids:
                 self._end(request, "stop")
                 continue
@@ -390,25 +414,23 @@ def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
     return changed
 
 
-def _most_likely(logits: Tensor, ready: list[Request]) -> list[dict[int, float]]:
+def _most_likely(logits: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
     """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
-    counts = [request.params.top_logprobs for request in ready]
     most = max(counts)
     if not most:
-        return [{} for _ in ready]
+        return [{} for _ in counts]
     # A stable sort, because topk breaks ties anyhow.
     ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :most]
     values = logprobs(logits, ids).tolist()
     return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]
 
 
-def _check_number(logprob: float, index: int) -> None:
-    """Refuse what a model whose logits are NaN generates."""
-    if logprob != logprob:
-        raise GenerationError(
-            f"the model's logits for prompt {index} are NaN: "
-            "the weights are broken, or too large for the dtype (try --dtype float32)"
-        )
+def _nan_logits(index: int) -> GenerationError:
+    """What ends a request whose logits are NaN."""
+    return GenerationError(
+        f"the model's logits for prompt {index} are NaN: "
+        "the weights are broken, or too large for the dtype (try --dtype float32)"
+    )
 
 
 def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:

@@ -230,6 +230,8 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
         if ended:
             running = [r for r in running if not r.finish]
         for request in ended:
+            if request.error is not None:
+                raise request.error
             text = texts.pop(request)
             rest = text.flush()
             yield Piece(request.index, rest, None, "stop" if text.stopped else request.finish, request.sample)
@@ -338,6 +340,9 @@ def generate(
     while not engine.done:
         for token in engine.step():
             generated[token.request].append(token.logprob)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
     logprobs = [request.prompt_logprobs + more for request, more in generated.items()]
     if not any(each.max_tokens for each in params):
         return [], logprobs

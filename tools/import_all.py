@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+# Modules that are nothing without an optional library: whoever wants them gets that with them.
+NEED = {"mistral.serve.app": "starlette", "mistral.serve.guard": "starlette"}
 PACKAGE = Path(__file__).resolve().parent.parent / "mistral"
 
 
@@ -46,6 +49,9 @@ def main() -> None:
     parser.add_argument("--without", default="", help="comma-separated top-level modules to hide")
     hide(set(filter(None, parser.parse_args().without.split(","))))
     for name in modules():
+        if name in NEED and importlib.util.find_spec(NEED[name]) is None:
+            print(f"{name} needs {NEED[name]}", file=sys.stderr)
+            continue
         importlib.import_module(name)
         print(name)
 

@@ -12,6 +12,7 @@ from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
 from mistral.cli.oracle import compare, mutants, pack, trace, verify
 from mistral.cli.prompts import folder_or_prompt, folder_or_text
+from mistral.cli.serve import serve
 
 
 def completion(shell: str) -> None:
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "inspect": inspect_folder,
     "convert": convert,
+    "serve": serve,
     "bench": bench,
     "perplexity": perplexity,
     "verify": verify,

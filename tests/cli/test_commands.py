@@ -146,6 +146,7 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
         "inspect": {"--json"},
         "bench": {"--shape", "--quant"},
         "perplexity": of_all - {"--max_tokens"},
+        "serve": of_all - {"--max_tokens"} | {"--host", "--port", "--api_key"},
         "verify": {"--full", "--json", "--seed"},
         "pack": {"--output", "--file", "--top", "--weights", "--full"},
         "compare": {"--dtype", "--file", "--model", "--json"},

@@ -1,0 +1,309 @@
+"""What bodies of requests mean: prompts as ids, and how each is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mistral.chat.messages import Message
+from mistral.chat.templates import Template
+from mistral.generate import eos_of
+from mistral.sampling_params import SamplingParams
+from mistral.serve.fields import (
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    SAMPLING,
+    TOKENIZE,
+    ApiError,
+    Kind,
+    fields_of,
+    is_ids,
+    is_int,
+    is_number,
+)
+from mistral.serve.words import Words
+from mistral.tokenizer import Tokenizer
+from mistral.util.errors import short_repr
+
+COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # generated where a request does not say
+MOST_LOGPROBS = 20
+MOST_PROMPTS = 256  # prompts times n of a request
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model that is served.
+
+    Args:
+        name: what clients call it.
+        tokenizer, words: of the model.
+        template: of conversations; None where it has none.
+        no_template: why not.
+        windows: of each layer.
+        vocab_size: of the model.
+        context: the most positions of a sequence.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    words: Words
+    template: Template | None
+    no_template: str
+    windows: tuple[int | None, ...]
+    vocab_size: int
+    context: int
+
+    def chats(self) -> Template:
+        """The template.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if self.template is None:
+            raise ApiError(f"this model has no chat template: {self.no_template}; use /v1/completions")
+        return self.template
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request for generated text asks for.
+
+    Args:
+        chat: whether it is a conversation.
+        prompts, texts: ids of each prompt, and its text as it is echoed; None: what the ids decode to.
+        params: how each is continued.
+        eos_ids: ids that end a continuation.
+        logprobs: alternatives to report at each token; None: no log-probabilities at all.
+        prompt_logprobs: as vLLM has it, for the prompt; None: none.
+    """
+
+    chat: bool
+    prompts: list[list[int]]
+    texts: list[str | None]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+
+    @property
+    def score(self) -> bool:
+        """Whether log-probabilities of the prompts are wanted."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+
+def _given(body: Any, known: Mapping[str, Kind], served: Served) -> dict[str, Any]:
+    """The fields of a body, for the model that is served."""
+    given = fields_of(body, known)
+    if given.get("model", served.name) != served.name:
+        message = f"the model {short_repr(given['model'])} is not here: {served.name} is"
+        raise ApiError(message, "model", status=404, code="model_not_found")
+    return given
+
+
+def read_completion(body: Any, served: Served) -> Asked:
+    """What a body of /v1/completions asks for.
+
+    Raises:
+        ApiError, MistralError: what it says cannot be.
+    """
+    given = _given(body, COMPLETION, served)
+    if "prompt" not in given:
+        raise ApiError("prompt is missing", "prompt")
+    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+        raise ApiError("best_of is not supported by this server: leave it out", "best_of", code="unsupported_field")
+    if "suffix" in given and given.get("echo"):
+        raise ApiError("suffix and echo: give one of them", "suffix")
+    prompts, texts = _prompts(given, served)
+    logprobs = given.get("logprobs")
+    return _asked(given, served, prompts, texts, logprobs, given.get("max_tokens", COMPLETION_TOKENS), chat=False)
+
+
+def read_chat(body: Any, served: Served) -> Asked:
+    """What a body of /v1/chat/completions asks for.
+
+    Raises:
+        ApiError, MistralError: what it says cannot be.
+    """
+    given = _given(body, CHAT, served)
+    if "messages" not in given:
+        raise ApiError("messages is missing", "messages")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
+    ids = _conversation(given["messages"], served)
+    if given["messages"][-1].get("role") == "assistant":
+        raise ApiError("the last message is an answer already: end with the user's", "messages")
+    if "max_tokens" in given and given.get("max_completion_tokens", given["max_tokens"]) != given["max_tokens"]:
+        raise ApiError("max_tokens and max_completion_tokens differ: give one of them", "max_tokens")
+    most = given.get("max_completion_tokens", given.get("max_tokens"))
+    most = max(0, min(CHAT_TOKENS, served.context - len(ids))) if most is None else most
+    logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    return _asked(given, served, [ids], [None], logprobs, most, chat=True)
+
+
+def read_tokenize(body: Any, served: Served) -> list[int]:
+    """The ids of a text or of a conversation.
+
+    Raises:
+        ApiError, MistralError: what it says cannot be.
+    """
+    given = _given(body, TOKENIZE, served)
+    if ("prompt" in given) == ("messages" in given):
+        raise ApiError("give prompt or messages", "prompt")
+    if "prompt" in given:
+        if "add_generation_prompt" in given:
+            raise ApiError("add_generation_prompt goes with messages", "add_generation_prompt")
+        return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
+    if given.get("add_special_tokens"):
+        raise ApiError("add_special_tokens goes with prompt: the template has its own", "add_special_tokens")
+    ids = _conversation(given["messages"], served)
+    answered = given["messages"][-1].get("role") == "assistant"
+    if given.get("add_generation_prompt", not answered) == answered:
+        ends = "an answer, after which nothing is to be generated" if answered else "a question, which asks for one"
+        raise ApiError(f"the conversation ends with {ends}: leave it out", "add_generation_prompt")
+    return ids
+
+
+def read_detokenize(body: Any, served: Served) -> str:
+    """The text of ids.
+
+    Raises:
+        ApiError, MistralError: what it says cannot be.
+    """
+    given = _given(body, DETOKENIZE, served)
+    if "tokens" not in given:
+        raise ApiError("tokens is missing", "tokens")
+    _check_ids(given["tokens"], "tokens", served)
+    return served.tokenizer.decode(given["tokens"])
+
+
+def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], list[str | None]]:
+    """Ids and texts of the prompts of a completion."""
+    prompt = given["prompt"]
+    several = prompt if isinstance(prompt, list) and not is_ids(prompt) else [prompt]
+    prompts: list[list[int]] = []
+    texts: list[str | None] = []
+    for one in several:
+        if isinstance(one, str):
+            suffix = given.get("suffix")
+            fim = None if suffix is None else served.chats().encode_fim(one, suffix)
+            prompts.append(served.tokenizer.encode(one) if fim is None else fim)
+            texts.append(one)
+        elif "suffix" in given:
+            raise ApiError("suffix needs a prompt that is text", "suffix")
+        else:
+            _check_ids(one, "prompt", served)
+            prompts.append(one)
+            texts.append(None)
+    if not all(prompts):
+        raise ApiError("a prompt has no tokens: give at least one", "prompt")
+    return prompts, texts
+
+
+def _conversation(messages: list[dict[str, Any]], served: Served) -> list[int]:
+    found = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        given = {name: value for name, value in message.items() if value is not None and value != []}
+        for name in given:
+            if name not in ("role", "content"):
+                raise ApiError(f"{where} has {short_repr(name)}, which is not supported: leave it out", "messages")
+        role, content = given.get("role"), given.get("content", "")
+        if isinstance(content, list):
+            content = "".join(_part(part, where) for part in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ApiError(f"{where} must have a role and a content, both text", "messages")
+        found.append(Message("system" if role == "developer" else role, content))
+    if not found:
+        raise ApiError("a conversation has at least one message", "messages")
+    return served.chats().encode_chat(found)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+        text = part["text"]
+        if isinstance(text, str):
+            return text
+    raise ApiError(f'{where} has a part that is not {{"type": "text", "text": ..}}: only text is supported', "messages")
+
+
+def _asked(
+    given: dict[str, Any],
+    served: Served,
+    prompts: list[list[int]],
+    texts: list[str | None],
+    logprobs: int | None,
+    most: int,
+    *,
+    chat: bool,
+) -> Asked:
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if is_int(given.get(name)):
+            _at_most(name, given[name], 0, min(MOST_LOGPROBS, served.vocab_size))
+    options = given.get("stream_options", {})
+    if options and (not given.get("stream") or options.keys() - {"include_usage"}):
+        raise ApiError("stream_options has include_usage alone, and goes with stream", "stream_options")
+    usage = options.get("include_usage") or False
+    if not isinstance(usage, bool):
+        raise ApiError("include_usage must be true or false", "stream_options")
+    settings = {name: given[name] for name in SAMPLING if name in given}
+    if settings.get("top_k") == -1:  # as vLLM says all
+        settings["top_k"] = 0
+    params = SamplingParams(
+        **{"temperature": 1.0, "top_p": 1.0, **settings},
+        max_tokens=most,
+        stop=given.get("stop", ()),
+        logit_bias=_bias(given.get("logit_bias", {}), served),
+        top_logprobs=max(logprobs or 0, given.get("prompt_logprobs") or 0),
+    )
+    _at_most("n", params.n * len(prompts), 1, MOST_PROMPTS)
+    longest = max(map(len, prompts))
+    if longest + max(0, most - 1) > served.context:
+        raise ApiError(
+            f"a prompt of {longest} tokens and {most} to generate are more than the {served.context} positions that "
+            "this model has here: shorten the prompt, or lower max_tokens",
+            "max_tokens" if longest <= served.context else "messages" if chat else "prompt",
+            code="context_length_exceeded",
+        )
+    ends = eos_of(served.tokenizer) | (served.chats().ends if chat else frozenset())
+    return Asked(
+        chat,
+        prompts,
+        texts,
+        params,
+        frozenset() if given.get("ignore_eos") else ends,
+        stream=given.get("stream", False),
+        include_usage=usage,
+        echo=given.get("echo", False),
+        logprobs=logprobs,
+        prompt_logprobs=given.get("prompt_logprobs"),
+        return_token_ids=given.get("return_token_ids", False),
+    )
+
+
+def _bias(given: dict[str, Any], served: Served) -> tuple[tuple[int, float], ...]:
+    """Biases by id; JSON has names that are text."""
+    found = {}
+    for name, bias in given.items():
+        if not name.isascii() or not name.isdecimal() or len(name) > 9 or int(name) >= served.vocab_size:
+            raise ApiError(f"logit_bias has {short_repr(name)}, which is no id of this model", "logit_bias")
+        if not is_number(bias):
+            raise ApiError(f"logit_bias of {name} must be a number", "logit_bias")
+        found[int(name)] = bias
+    return tuple(found.items())
+
+
+def _check_ids(ids: list[int], name: str, served: Served) -> None:
+    wrong = next((i for i in ids if not 0 <= i < served.vocab_size), None)
+    if wrong is not None:
+        raise ApiError(f"{name} has the id {short_repr(wrong)}, outside the vocabulary of {served.vocab_size}", name)
+
+
+def _at_most(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ApiError(f"{name} comes to {short_repr(value)}; it must be between {least} and {most}", name)

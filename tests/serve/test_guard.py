@@ -1,0 +1,163 @@
+"""Who may ask, and what no body may do: a stranger's Host, a page from elsewhere, a missing key, nonsense."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from mistral.serve import guard
+from mistral.serve.settings import Listen, model_name
+from mistral.util.errors import UsageError
+from tests.support.folders import make_folder
+from tests.support.serving import Running, serving
+from tools.fuzz.mutate import RAW
+
+KEY = "a-long-secret"
+PAGE = "https://example.org"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = make_folder(tmp_path_factory.mktemp("served") / "model")
+    with serving(folder, api_key=KEY, cors=(PAGE,), most=300) as found:
+        yield found
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer"}]
+)
+def test_without_the_key_nothing_is_told(running: Running, given: dict[str, str]) -> None:
+    for path in ("/v1/models", "/metrics", "/nowhere"):
+        answer = httpx.get(running.url + path, headers=given)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    for path in ("/", "/health"):
+        assert httpx.get(running.url + path).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8000", "", "localhost@evil.example", "[::1"])
+def test_a_name_that_is_not_ours_is_refused(client: httpx.Client, host: str) -> None:
+    answer = client.get("/v1/models", headers={"Host": host})
+    assert answer.status_code in (400, 403)
+    assert client.get("/v1/models", headers={"Host": "LOCALHOST:1"}).status_code == 200
+
+
+def test_pages_from_elsewhere_may_not_ask_unless_they_are_named(client: httpx.Client, running: Running) -> None:
+    assert client.get("/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
+    assert client.get("/v1/models", headers={"Origin": "null"}).status_code == 403
+    assert client.get("/v1/models", headers={"Origin": running.url}).status_code == 200
+    named = client.get("/v1/models", headers={"Origin": PAGE})
+    assert named.headers["access-control-allow-origin"] == PAGE
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    assert httpx.options(f"{running.url}/v1/completions", headers=asked).status_code == 200
+    form = client.post("/v1/completions", content='{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert form.status_code == 415
+
+
+def test_bodies_have_a_limit(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LARGEST_BODY", 1000)
+    answer = client.post("/v1/completions", json={"prompt": "a" * 1000})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_prompts_have_a_limit(client: httpx.Client) -> None:
+    answer = client.post("/v1/completions", json={"prompt": [1] * 290, "max_tokens": 12})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert client.post("/v1/completions", json={"prompt": [1] * 290, "max_tokens": 11}).status_code == 200
+
+
+def test_the_page_may_run_its_own_script_alone(running: Running) -> None:
+    page = httpx.get(running.url)
+    policy = page.headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert len(re.findall(r"'sha256-[\w+/=]+'", policy)) == 2
+    assert "innerHTML" not in page.text
+    assert not re.search(r"""(src|href)=|https?://|\son\w+=|style=["']""", page.text)
+
+
+NONSENSE = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**70,
+    1e308,
+    -0.5,
+    "",
+    "a",
+    "\ud800",
+    "é" * 50,
+    [],
+    [[]],
+    [1, 2],
+    ["a", ""],
+    [1, "a"],
+    {},
+]
+NONSENSE += [{"1": 1}, {"type": "text"}, [{"role": "user", "content": "a"}], [{"role": "user"}], [{}], [[1], ["a"]]]
+NONSENSE += [{"include_usage": 1}, [{"role": "user", "content": [{"type": "text", "text": 1}]}], [None], [[1, 2], [3]]]
+
+
+def test_no_body_is_an_error_of_ours(client: httpx.Client, running: Running) -> None:
+    from mistral.serve.fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+
+    rng = random.Random(0)
+    good = {
+        "/v1/completions": ({"prompt": "a"}, COMPLETION),
+        "/v1/chat/completions": ({"messages": [{"role": "user", "content": "a"}]}, CHAT),
+        "/tokenize": ({"prompt": "a"}, TOKENIZE),
+        "/detokenize": ({"tokens": [1]}, DETOKENIZE),
+    }
+    seen = set()
+    for _ in range(600):
+        path = rng.choice(list(good))
+        body, fields = good[path]
+        body = {**body, **({"max_tokens": 2} if path.startswith("/v1") else {})}
+        for name in rng.choices([*fields, "tools", "x\ud800"], k=rng.randint(1, 3)):
+            body[name] = rng.choice(NONSENSE)
+        content = json.dumps(body)
+        if rng.random() < 0.2:
+            at = rng.randrange(len(content))
+            content = content[:at] + rng.choice(["", "[" * 3000, '"', rng.choice(RAW)]) + content[at + 1 :]
+        answer = client.post(path, content=content.encode(), headers={"Content-Type": "application/json"})
+        seen.add(answer.status_code)
+        assert answer.status_code in (200, 400, 404), (path, content, answer.text)
+        if answer.status_code == 200 and "stream" in content:
+            assert '"internal"' not in answer.text, (path, content)
+    assert seen == {200, 400, 404}
+    assert running.worker.dead is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("0.0.0.0", 1, None, [], []), "needs --api_key"),
+        (("::", 1, None, [], []), "needs --api_key"),
+        (("example.org", 1, None, [], []), "needs --api_key"),
+        (("127.0.0.1", 65536, None, [], []), "at most 65535"),
+        (("127.0.0.1", 1, "", [], []), "letters"),
+        (("127.0.0.1", 1, None, ["*"], []), "every page"),
+        (("127.0.0.1", 1, None, ["https://a.example/path"], []), "an origin"),
+    ],
+)
+def test_addresses_that_would_be_open_are_refused(given: tuple[object, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Listen.of(*given)
+
+
+def test_names_of_models() -> None:
+    assert model_name(Path("/x/models--mistralai--Mistral-7B-v0.1/snapshots/abc")) == "mistralai/Mistral-7B-v0.1"
+    assert model_name(Path("/x/mistral-7B-v0.1")) == "mistral-7B-v0.1"

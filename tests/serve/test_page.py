@@ -1,0 +1,97 @@
+"""The chat page in a real browser, with the keyboard alone; at the width of a desk and of a phone, light and dark."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.chromium import PROGRAM, Page, browser
+from tests.support.serving import Running, serving
+
+pytestmark = [
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine"),
+    pytest.mark.slow,
+]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(rows=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("profile")) as found:
+        found.size(1200, 800)
+        found.call("Page.navigate", url=running.url)
+        found.wait("document.querySelector('h1') && document.querySelector('h1').textContent === 'mistral-bundled'")
+        yield found
+
+
+def ask(page: Page, question: str, most: int = 40) -> None:
+    page.run(f"$('max_tokens').value = {most}; $('seed').value = 1; $('temperature').value = 0; $('question').focus()")
+    page.type(question)
+    page.press("Enter")
+
+
+@pytest.fixture
+def asked(page: Page) -> Page:
+    page.run("$('clear').click()")
+    ask(page, "Tell me of the <b>king</b> and his three daughters.")
+    page.wait("!running && document.querySelectorAll('.assistant .token').length === 40")
+    return page
+
+
+def test_a_question_is_answered(asked: Page) -> None:
+    assert asked.run("turns[1].content.length") > 20
+    assert "tokens/s" in asked.run("$('status').textContent")
+    assert "window 64, 6 layers" in asked.run("$('window').textContent")
+    assert asked.run("document.querySelectorAll('main b').length") == 0
+    assert asked.said == []
+    assert asked.run("document.activeElement.id") == "question"
+
+
+def test_tokens_show_their_alternatives_to_the_keyboard(asked: Page) -> None:
+    asked.run("document.querySelector('.token').focus()")
+    asked.press("ArrowRight")
+    assert not asked.run("$('tip').hidden")
+    assert asked.run("$('tip').querySelectorAll('tr').length") >= 5
+    assert "(chosen)" in asked.run("$('tip').textContent")
+
+
+def test_what_the_window_no_longer_sees_is_marked(asked: Page) -> None:
+    ask(asked, "And then?", 60)
+    asked.wait("!running && turns.length === 4")
+    asked.wait("document.querySelectorAll('article.beyond').length > 0")
+    assert "beyond the window" in asked.run("document.querySelector('article').textContent")
+
+
+def test_escape_stops_and_retry_answers_again(page: Page, running: Running) -> None:
+    page.run("$('clear').click()")
+    ask(page, "Tell me a long story.", 100_000)
+    page.wait("document.querySelectorAll('.token').length > 3")
+    page.press("Escape")
+    page.wait("!running && $('status').textContent.includes('stopped')")
+    before = page.run("turns[1].content")
+    assert before
+    page.run("$('max_tokens').value = 5; document.querySelector('.assistant button').click()")
+    page.wait("!running && turns.length === 2 && turns[1].tokens.length === 5")
+    page.run("document.querySelector('.user button').click()")
+    assert page.run("$('question').value") == "Tell me a long story."
+    assert page.run("turns.length") == 0
+
+
+@pytest.mark.parametrize(("width", "height", "dark"), [(1200, 800, False), (390, 844, True)])
+def test_it_fits(asked: Page, tmp_path: Path, width: int, height: int, dark: bool) -> None:
+    asked.size(width, height, dark=dark)
+    assert asked.run("document.documentElement.scrollWidth") <= width
+    assert asked.run("$('send').getBoundingClientRect().bottom") <= height
+    back, text = asked.run("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    assert (sum(map(int, back[4:-1].split(","))) < sum(map(int, text[4:-1].split(",")))) == dark
+    asked.run("$('shade').checked || $('shade').click(); document.querySelectorAll('.token')[9].focus()")
+    asked.picture(Path(os.environ.get("PICTURES", tmp_path)) / f"chat-{width}.png")
+    asked.size(1200, 800)
