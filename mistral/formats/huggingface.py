@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
+from mistral.formats.positions import positions_of_config, rope_parameters
+from mistral.formats.text_inside import VISION, text_config, text_names
 from mistral.formats.weights import (
     Reader,
     WeightFiles,
@@ -55,9 +57,8 @@ MISTRAL_NAMES = {mistral: hf for hf, mistral in NAMES.items()}
 # Buffers that old exports carry; they are computed here.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-# transformers takes these where config.json leaves the key out.
+# transformers takes this where config.json leaves the key out.
 DEFAULT_WINDOW = 4096
-DEFAULT_THETA = 1e4
 
 
 def to_mistral(name: str) -> str | None:
@@ -106,7 +107,7 @@ SHAPE = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
-MODEL_TYPES = ("mistral", "ministral")
+MODEL_TYPES = ("mistral", "ministral", "ministral3")
 # Known keys that change no number of a forward.
 HARMLESS = {
     "_attn_implementation": "an option of transformers",
@@ -177,8 +178,6 @@ ELSEWHERE = {
     "mixtral": "a mixture of experts (Mixtral)",
     "mistral4": "a mixture of experts (Mistral Small 4)",
     "mistral_large4": "a mixture of experts with a vision encoder (Mistral Large 4)",
-    "mistral3": "a vision model (Mistral Small 3.1 and later, Ministral 3)",
-    "ministral3": "a model with YaRN positions and scaled attention (Ministral 3)",
     "pixtral": "a vision model (Pixtral)",
     "llava": "a vision model (LLaVA, as Pixtral is exported)",
     "llava_next": "a vision model (LLaVA-NeXT)",
@@ -195,6 +194,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     Raises:
         ParamsError: another kind of model, a key missing or unknown, or a value that cannot be.
     """
+    raw = text_config(raw)
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
@@ -229,9 +229,9 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]
-    theta, rule = _theta(raw)
+    positions = positions_of_config(raw)
     try:
-        args = ModelArgs(**values, rope_theta=theta, theta_rule=rule)
+        args = ModelArgs(**values, **positions)
     except ArgsError as error:
         raise ParamsError(f"config.json: {in_their_words(str(error))}") from None
     return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
@@ -245,9 +245,10 @@ def in_their_words(text: str) -> str:
 
 
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
-    if "sliding_window" not in raw:
+    default = None if kind == "ministral3" else DEFAULT_WINDOW
+    if "sliding_window" not in raw and default is not None:
         notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")
-    window = raw.get("sliding_window", DEFAULT_WINDOW)
+    window = raw.get("sliding_window", default)
     types = raw.get("layer_types")
     if types is None:
         return window
@@ -259,32 +260,6 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
     if window is None and "sliding_attention" in types:
         raise ParamsError("config.json: layer_types has sliding_attention, but sliding_window is null")
     return [known[t] for t in types]
-
-
-def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
-    given = {"rope_theta": raw.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = raw.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise ParamsError(f"config.json: {key} must be an object, not {short_repr(value)}")
-        for name in ("rope_type", "type"):
-            if value.get(name, "default") != "default":
-                raise ParamsError(f"config.json: {key} has {name} {short_repr(value[name])}: use transformers or vLLM")
-        if unknown := [name for name in value if name not in ("rope_type", "type", "rope_theta")]:
-            raise ParamsError(f"config.json: {key} has {short_repr(unknown[0])}: use transformers or vLLM")
-        given[f"{key}.rope_theta"] = value.get("rope_theta")
-    given = {key: value for key, value in given.items() if value is not None}
-    if not given:
-        return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
-    (first, theta), *others = given.items()
-    for key, value in others:
-        if value != theta:  # transformers takes the one, older programs the other
-            raise ParamsError(
-                f"config.json gives both {first} = {short_repr(theta)} and {key} = {short_repr(value)}: they differ"
-            )
-    return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"
 
 
 INDEX = "model.safetensors.index.json"
@@ -360,15 +335,19 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
         )
     window = next(iter(distinct), None)
     mixed = len(set(args.windows)) > 1
+    grows = args.llama_4_scaling is not None
+    if mixed and grows:
+        raise ConvertError("layers have different windows, and queries grow: a config.json has no type for both")
+    kind = "Ministral3" if grows else "Ministral" if mixed else "Mistral"
     config: dict[str, Any] = {
-        "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
-        "model_type": "ministral" if mixed else "mistral",
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         **{theirs: getattr(args, ours) for theirs, ours in SHAPE.items()},
         "head_dim": args.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": length,
         "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "rope_parameters": rope_parameters(args),
         "sliding_window": window,  # null included: left out, it is 4096
         "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype_name(dtype),
@@ -386,6 +365,7 @@ class HuggingFaceLayout(Layout):
     name, to = "huggingface", "hf"
     title = "Hugging Face's"
     config = "config.json"
+    vision = VISION
     index = INDEX
     shards = True
     absent_window = str(DEFAULT_WINDOW)
@@ -400,8 +380,11 @@ class HuggingFaceLayout(Layout):
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
         return config_to_args(raw, max_batch_size)
 
+    def read_config(self, path: Path) -> dict[str, Any]:
+        return text_config(super().read_config(path))
+
     def find_weights(self, path: Path) -> WeightFiles:
-        return find_hf_weights(path)
+        return text_names(find_hf_weights(path))
 
     def name_of(self, name: str) -> str:
         return to_hf(name)

@@ -107,7 +107,8 @@ class LibraryRunner:
             positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step, strict=True)])
             rows = [torch.arange(b + d, b + d + n) for b, d, n in zip(begins, done, step, strict=True)]
             self._rows.append(torch.cat(rows))
-            self._angles.append(tuple(x.to(self._device) for x in rope.cos_sin(positions)))
+            angles = *rope.cos_sin(positions), rope.query_scale(positions)
+            self._angles.append(tuple(x.to(self._device) for x in angles))
             done = [d + n for d, n in zip(done, step, strict=True)]
 
     def embed(self, weight: Tensor) -> None:
@@ -141,7 +142,8 @@ class LibraryRunner:
         plan: Plan,
         keys: RollingBufferCache | NoCache,
     ) -> Tensor:
-        return block(h, *angles, plan, keys.layer(0))
+        cos, sin, q_scale = angles
+        return block(h, cos, sin, plan, keys.layer(0), q_scale)
 
     @torch.inference_mode()
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
@@ -180,11 +182,12 @@ class DecodeRunner(LibraryRunner):
         alone.layers[0] = block
         alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
         described = alone.described(keys)
-        assert described is not None
+        if described is None:  # a kind of model that the kernels leave to the plain path
+            return super()._step(block, h, angles, plan, keys)
         described.norm = None
         h = h.clone()
         rows = [row for row, n in enumerate(plan.seqlens) if n]
-        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles)
+        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles[:2])
         return h
 
 
