@@ -54,11 +54,13 @@ class Rope:
     Attributes:
         frequencies: [D/2] fp32 on the CPU, radians per position. No buffer: no cast of a model may round them.
         scale: factor of cosines and sines, 1.0 but for YaRN.
+        theta, yarn: what the frequencies are made of.
         query_scaling: how queries grow with their position; None: they do not.
     """
 
     def __init__(self, args: ModelArgs) -> None:
-        yarn, self.query_scaling = args.yarn, args.llama_4_scaling
+        self.theta, self.query_scaling = args.rope_theta, args.llama_4_scaling
+        yarn = self.yarn = args.yarn
         if yarn is None:
             self.frequencies = inverse_frequencies(args.head_dim, args.rope_theta)
         else:

@@ -22,6 +22,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.formats import huggingface as hf
+from mistral.formats.positions import rope_parameters
 from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights
@@ -244,10 +245,11 @@ class OneFileRunner:
 
 
 def their_config(args: ModelArgs, **more: Any) -> Any:
-    """transformers' MistralConfig of a shape with one window for all layers; `more` is what else it takes."""
-    from transformers import MistralConfig
+    """transformers' config of a shape with one window for all layers; `more` is what else it takes."""
+    import transformers
 
-    return MistralConfig(
+    kind = transformers.MistralConfig if args.llama_4_scaling is None else transformers.Ministral3Config
+    return kind(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
@@ -257,7 +259,7 @@ def their_config(args: ModelArgs, **more: Any) -> Any:
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
         sliding_window=args.windows[0],
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        rope_parameters=rope_parameters(args),
         **more,
     )
 
@@ -282,7 +284,8 @@ class TransformersRunner:
             eos_token_id=None,
         )
         with torch.device("meta"):  # nothing is drawn that is replaced anyway
-            model = transformers.MistralModel(config)
+            scaled = self.args.llama_4_scaling is not None
+            model = (transformers.Ministral3Model if scaled else transformers.MistralModel)(config)
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()
 

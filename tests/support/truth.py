@@ -21,11 +21,21 @@ def mask(n: int, window: int | None) -> np.ndarray:
     return seen
 
 
-def angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rule 3: cos and sin [n, D/2], made in fp32 and then widened."""
+def angles(positions: torch.Tensor, head_dim: int, theta: float, yarn: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rules 3 and 15: cos and sin [n, D/2], made in fp32 and then widened."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if yarn is not None:
+        low, high = (
+            head_dim * np.log(yarn.original_length / (2 * np.pi * turns)) / (2 * np.log(theta))
+            for turns in (yarn.beta_fast, yarn.beta_slow)
+        )
+        low, high = max(np.floor(low), 0), min(np.ceil(high), head_dim - 1)
+        for i in range(head_dim // 2):
+            slowed = min(max((i - low) / (high - low), 0), 1)
+            frequencies[i] = frequencies[i] / yarn.factor * slowed + frequencies[i] * (1 - slowed)
     angle = positions.float()[:, None] * frequencies[None, :]
-    return angle.cos().double().numpy(), angle.sin().double().numpy()
+    factor = 1.0 if yarn is None else yarn.attention_factor
+    return angle.cos().double().numpy() * factor, angle.sin().double().numpy() * factor
 
 
 def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -76,7 +86,11 @@ def truth(
     w = {name: value.detach().double().numpy() for name, value in state.items()}
     n, D = len(ids), args.head_dim
     group = args.n_heads // args.n_kv_heads
-    cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta)
+    cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta, getattr(args, "yarn", None))
+    grows = getattr(args, "llama_4_scaling", None)
+    grown = np.ones((n, 1))
+    if grows is not None:  # rule 16
+        grown = 1 + grows.beta * np.log(1 + np.arange(start, start + n)[:, None] // grows.original_length)
     h = w["tok_embeddings.weight"][ids.numpy()]
     hidden = []
     for i, window in enumerate(layer_windows(args)):
@@ -87,7 +101,7 @@ def truth(
         heads = []
         for head in range(args.n_heads):
             kv = head // group
-            q_h = turn(q[:, head * D : (head + 1) * D], cos, sin)
+            q_h = turn(q[:, head * D : (head + 1) * D], cos, sin) * grown
             k_h = turn(k[:, kv * D : (kv + 1) * D], cos, sin)
             scores = np.where(seen, q_h @ k_h.T / np.sqrt(D), -np.inf)
             heads.append(softmax(scores) @ v[:, kv * D : (kv + 1) * D])
