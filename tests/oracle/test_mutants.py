@@ -296,11 +296,11 @@ def keys_stored_before_rotation(patch):
 def values_rotated_too(patch):
     right = mistral.model.Attention.forward
 
-    def forward(self, x, cos, sin, plan, store):
+    def forward(self, x, cos, sin, plan, store, *scales):
         plain = self.attend
         self.attend = lambda q, k, v, *rest: plain(q, k, mistral.rope.rotate(v, cos, sin), *rest)
         try:
-            return right(self, x, cos, sin, plan, store)
+            return right(self, x, cos, sin, plan, store, *scales)
         finally:
             self.attend = plain
 
