@@ -96,6 +96,29 @@ class QueryScaling:
         return {"original_max_position_embeddings": self.original_length, "beta": self.beta}
 
 
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts (Mixtral, arXiv 2401.04088): several feed-forwards in a layer, a few for each token.
+
+    Args:
+        num_experts: of a layer.
+        num_experts_per_tok: that a token goes through.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok"):
+            _check_int(f"moe.{name}", getattr(self, name), least=1)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ArgsError(f"moe.num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts")
+
+    def to_params(self) -> dict[str, Any]:
+        """As a params.json has it."""
+        return {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
+
+
 @dataclass(frozen=True, repr=False)
 class ModelArgs:
     """Shape of a Mistral transformer (Mistral 7B, arXiv 2310.06825, table 1).
@@ -116,6 +139,7 @@ class ModelArgs:
         tied_embeddings: whether the output matrix is the embedding matrix, one parameter.
         yarn: how rotary frequencies are stretched; None: they are not.
         llama_4_scaling: how queries grow with their position; None: they do not.
+        moe: the experts of each layer; None: one feed-forward for all tokens.
         max_batch_size: most sequences in one forward; 0 sets no limit.
         theta_rule: how rope_theta was found; filled in when left empty.
 
@@ -136,6 +160,7 @@ class ModelArgs:
     tied_embeddings: bool = False
     yarn: Yarn | None = None
     llama_4_scaling: QueryScaling | None = None
+    moe: Moe | None = None
     max_batch_size: int = 0
     theta_rule: str = field(default="", compare=False)
 
@@ -151,7 +176,7 @@ class ModelArgs:
             raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
         if not isinstance(self.tied_embeddings, bool):
             raise ArgsError(f"tied_embeddings must be true or false, not {short_repr(self.tied_embeddings)}")
-        for name, kind in (("yarn", Yarn), ("llama_4_scaling", QueryScaling)):
+        for name, kind in (("yarn", Yarn), ("llama_4_scaling", QueryScaling), ("moe", Moe)):
             if not isinstance(getattr(self, name), kind | None):
                 raise ArgsError(f"{name} must be a {kind.__name__} or None, not {short_repr(getattr(self, name))}")
         self._check_window()
@@ -200,17 +225,17 @@ class ModelArgs:
         """
         params = {name: getattr(self, name) for name in (*SIZES, "norm_eps")}
         params |= {"sliding_window": shortest_pattern(self.windows), "rope_theta": self.rope_theta}
-        scaled = {"yarn": self.yarn, "llama_4_scaling": self.llama_4_scaling}
-        params |= {name: scaling.to_params() for name, scaling in scaled.items() if scaling is not None}
+        parts = {"yarn": self.yarn, "llama_4_scaling": self.llama_4_scaling, "moe": self.moe}
+        params |= {name: part.to_params() for name, part in parts.items() if part is not None}
         return params | ({"tied_embeddings": True} if self.tied_embeddings else {})
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads}/{self.n_kv_heads} of {self.head_dim}"
         tied = ", tied" if self.tied_embeddings else ""
-        scaled = "".join(f", {scaling}" for scaling in (self.yarn, self.llama_4_scaling) if scaling is not None)
+        parts = "".join(f", {part}" for part in (self.yarn, self.llama_4_scaling, self.moe) if part is not None)
         return (
             f"ModelArgs({self.n_layers} layers of {self.dim}, heads {heads}, hidden {self.hidden_dim}, "
-            f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{scaled}{tied})"
+            f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{parts}{tied})"
         )
 
     def cache_bytes(self, positions: int, itemsize: int) -> int:

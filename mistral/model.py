@@ -20,6 +20,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import Linear
+from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
@@ -98,13 +99,20 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def feed_forward(args: ModelArgs) -> nn.Module:
+    """That of a layer: one for all tokens, or a mixture of experts."""
+    if args.moe is None:
+        return FeedForward(args)
+    return MixtureOfExperts(args, args.moe, [FeedForward(args) for _ in range(args.moe.num_experts)])
+
+
 class TransformerBlock(nn.Module):
     """One layer: attention and feed-forward, each on the normalised residual stream. [T, dim] to [T, dim]."""
 
     def __init__(self, args: ModelArgs, attend: Attend) -> None:
         super().__init__()
         self.attention = Attention(args, attend)
-        self.feed_forward: nn.Module = FeedForward(args)
+        self.feed_forward: nn.Module = feed_forward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 

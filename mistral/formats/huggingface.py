@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.formats.config_parts import moe_of_config, positions_of_config, rope_parameters
 from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
-from mistral.formats.positions import positions_of_config, rope_parameters
 from mistral.formats.text_inside import VISION, text_config, text_names
 from mistral.formats.weights import (
     Reader,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from mistral.formats.mapped_tensors import Progress
 
-# Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
+# Hugging Face's name of each tensor, and Mistral's. N is a layer's number, E an expert's.
 NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.layers.N.self_attn.q_proj.weight": "layers.N.attention.wq.weight",
@@ -48,6 +48,10 @@ NAMES = {
     "model.layers.N.mlp.gate_proj.weight": "layers.N.feed_forward.w1.weight",
     "model.layers.N.mlp.down_proj.weight": "layers.N.feed_forward.w2.weight",
     "model.layers.N.mlp.up_proj.weight": "layers.N.feed_forward.w3.weight",
+    "model.layers.N.block_sparse_moe.gate.weight": "layers.N.feed_forward.gate.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w1.weight": "layers.N.feed_forward.experts.E.w1.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w2.weight": "layers.N.feed_forward.experts.E.w2.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w3.weight": "layers.N.feed_forward.experts.E.w3.weight",
     "model.layers.N.input_layernorm.weight": "layers.N.attention_norm.weight",
     "model.layers.N.post_attention_layernorm.weight": "layers.N.ffn_norm.weight",
     "model.norm.weight": "norm.weight",
@@ -74,11 +78,16 @@ def to_hf(name: str) -> str:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    pattern = table.get(name if number is None else name.replace(number[0], ".N.", 1))
-    if pattern is None:
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)  # of the layer, and of the expert
+    pattern = name
+    for number, letter in zip(numbers, "NE", strict=False):
+        pattern = pattern.replace(f".{number}.", f".{letter}.", 1)
+    found = table.get(pattern)
+    if found is None:
         return name
-    return pattern if number is None else pattern.replace(".N.", number[0])
+    for number, letter in zip(numbers, "NE", strict=False):
+        found = found.replace(f".{letter}.", f".{number}.", 1)
+    return found
 
 
 def rows_to_mistral(w: Tensor, heads: int) -> Tensor:
@@ -107,7 +116,15 @@ SHAPE = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
-MODEL_TYPES = ("mistral", "ministral", "ministral3")
+MODEL_TYPES = ("mistral", "ministral", "ministral3", "mixtral")
+# Keys that mixtral alone has: how many experts, and what only training uses.
+MIXTRAL = (
+    "num_local_experts",
+    "num_experts_per_tok",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+)
 # Known keys that change no number of a forward.
 HARMLESS = {
     "_attn_implementation": "an option of transformers",
@@ -175,7 +192,6 @@ QUANTIZED = {
 }
 # Other kinds of model of the family, by model_type; transformers and vLLM have them.
 ELSEWHERE = {
-    "mixtral": "a mixture of experts (Mixtral)",
     "mistral4": "a mixture of experts (Mistral Small 4)",
     "mistral_large4": "a mixture of experts with a vision encoder (Mistral Large 4)",
     "pixtral": "a vision model (Pixtral)",
@@ -210,7 +226,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
                 raise ParamsError(
                     f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
                 )
-        elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
+        elif key not in (*HARMLESS, *HANDLED, *SHAPE, *(MIXTRAL if kind == "mixtral" else ())):
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
             )
@@ -229,6 +245,8 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]
+    if kind == "mixtral":
+        values["moe"] = moe_of_config(raw)
     positions = positions_of_config(raw)
     try:
         args = ModelArgs(**values, **positions)
@@ -245,7 +263,7 @@ def in_their_words(text: str) -> str:
 
 
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
-    default = None if kind == "ministral3" else DEFAULT_WINDOW
+    default = None if kind in ("ministral3", "mixtral") else DEFAULT_WINDOW
     if "sliding_window" not in raw and default is not None:
         notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")
     window = raw.get("sliding_window", default)
@@ -338,7 +356,9 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
     grows = args.llama_4_scaling is not None
     if mixed and grows:
         raise ConvertError("layers have different windows, and queries grow: a config.json has no type for both")
-    kind = "Ministral3" if grows else "Ministral" if mixed else "Mistral"
+    if args.moe is not None and (mixed or grows):
+        raise ConvertError("a mixture of experts whose windows differ or whose queries grow has no config.json")
+    kind = "Mixtral" if args.moe else "Ministral3" if grows else "Ministral" if mixed else "Mistral"
     config: dict[str, Any] = {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": kind.lower(),
@@ -354,6 +374,8 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
         "torch_dtype": dtype_name(dtype),
         **kept,
     }
+    if args.moe is not None:
+        config |= {"num_local_experts": args.moe.num_experts, "num_experts_per_tok": args.moe.num_experts_per_tok}
     if mixed:
         config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
     return config

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
+from mistral.formats.config_parts import parts_of_params
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
-from mistral.formats.positions import scalings_of_params
 from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
 from mistral.util.errors import short_repr
@@ -23,7 +23,7 @@ __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
-SCALINGS = ("yarn", "llama_4_scaling")
+PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
 # Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
 # have an object there. The second is what this library wrote before 0.1.
 QUANTIZATION = ("quantization", "few_bits")
@@ -47,7 +47,6 @@ REFUSED = {
     "audio_encoder": "an audio model (Voxtral): use transformers or vLLM",
     "kv_lora_rank": "latent attention (Mistral Large 3): use vLLM",
     "qk_nope_head_dim": "latent attention (Mistral Large 3): use vLLM",
-    "moe": "a mixture of experts (Mixtral): use transformers or vLLM",
     "rope_scaling": "scaled rotary positions: use transformers or vLLM",
     "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
@@ -84,7 +83,7 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
     if raw.get("model_type") == "mamba":
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
-        if any(key in table for table in (REQUIRED, OPTIONAL, SCALINGS, HARMLESS, REFUSED, QUANTIZATION, SEEING)):
+        if any(key in table for table in (REQUIRED, OPTIONAL, PARTS, HARMLESS, REFUSED, QUANTIZATION, SEEING)):
             continue
         if key in REFUSED_UNLESS:
             if value in REFUSED_UNLESS[key]:
@@ -106,7 +105,7 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         values["sliding_window"] = _window_from_text(window)
     rule = "given in params.json" if raw.get("rope_theta") is not None else ""
     try:
-        args = ModelArgs(**values, **scalings_of_params(raw), theta_rule=rule)
+        args = ModelArgs(**values, **parts_of_params(raw), theta_rule=rule)
     except ArgsError as error:
         raise ParamsError(f"params.json: {error}") from None
     return replace(args, max_batch_size=max_batch_size)  # the caller's; its errors are not the file's

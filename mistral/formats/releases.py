@@ -1,8 +1,7 @@
 """The releases of the family, as data, and how to tell which one a model is.
 
 Recognising reads a shape that is already checked and says what it finds; it changes nothing. Knows
-nothing about files on disk. Mixtral and later kinds of model have no entry: params.py and
-huggingface.py refuse them by name.
+nothing about files on disk. Mixtral and the members of 2026 have no entry yet: they run without being recognised.
 """
 
 from __future__ import annotations

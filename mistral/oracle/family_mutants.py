@@ -1,4 +1,4 @@
-"""Planted mistakes that only newer members can make: in scaled positions, and in queries that grow."""
+"""Planted mistakes that only newer members can make: in scaled positions, in queries that grow, in experts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+import mistral.moe
 from mistral.args import ModelArgs
-from mistral.model import Attention
+from mistral.model import Attention, widen
+from mistral.moe import MixtureOfExperts
 from mistral.oracle.mutation import As, Mutant, angles, looks_back, turns_unevenly
 from mistral.plan import Plan
 from mistral.rope import Rope, inverse_frequencies, yarn_ramp
@@ -65,6 +68,21 @@ def grows_far(args: ModelArgs, lens: Sequence[int]) -> bool:
     return grows is not None and max(lens, default=0) > grows.original_length and looks_back(args, lens)
 
 
+def over_all_experts(right: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Shares of all experts, of which the chosen ones are taken as they are: they do not sum to 1."""
+    experts, _ = right(logits, chosen)
+    return experts, widen(logits).softmax(-1).gather(-1, experts).to(logits.dtype)
+
+
+def experts_swapped(right: Callable[..., Tensor], self: MixtureOfExperts, x: Tensor) -> Tensor:
+    swapped = [lambda x, e=e: e.w2(F.silu(e.w3(x)) * e.w1(x)) for e in self.experts]
+    return right(As(self, experts=swapped), x)
+
+
+def some_not_chosen(args: ModelArgs, lens: Sequence[int]) -> bool:
+    return args.moe is not None and args.moe.num_experts_per_tok < args.moe.num_experts and any(lens)
+
+
 FAMILY = (
     Mutant(
         "yarn_factor_ignored",
@@ -97,5 +115,17 @@ FAMILY = (
         "queries grow at every position instead of once an original length (the floor is missing)",
         ((Rope, "query_scale", no_floor),),
         lambda args, lens: args.llama_4_scaling is not None and looks_back(args, lens),
+    ),
+    Mutant(
+        "experts_not_renormalised",
+        "the softmax is over all experts and the chosen ones are not divided by their sum",
+        ((mistral.moe, "route", over_all_experts),),
+        some_not_chosen,
+    ),
+    Mutant(
+        "experts_w1_w3_swapped",
+        "w1 and w3 are swapped in every expert: the gate is on the other one",
+        ((MixtureOfExperts, "forward", experts_swapped),),
+        lambda args, lens: args.moe is not None and any(lens),
     ),
 )

@@ -22,7 +22,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.formats import huggingface as hf
-from mistral.formats.positions import rope_parameters
+from mistral.formats.config_parts import rope_parameters
 from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights

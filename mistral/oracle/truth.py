@@ -18,6 +18,7 @@ from torch import Tensor
 from mistral.args import ModelArgs
 
 Weights = Mapping[str, Tensor]  # by the names in a layer, such as attention.wq.weight
+Stores = Callable[[str, Tensor], Tensor]  # given a result's name and value; what is stored of it
 Note = Callable[[str, Tensor], None]  # told the name and the value [T, width] of each activation, in order
 
 # The errors of a budget are random, and all log-probs of a position err together: a position is one sample. So rounding
@@ -93,10 +94,31 @@ class Truth:
         heads = self._stored(at + "attention.heads", heads.flatten(1))
         h = self._rounded(self._h + product("attention.wo", heads))
         x = self._stored(at + "ffn_norm", self._norm(h, weights["ffn_norm.weight"]))
-        gate, up = product("feed_forward.w1", x), product("feed_forward.w3", x)
-        gated = self._rounded(gate * torch.sigmoid(gate)) * up
-        gated = self._stored(at + "feed_forward.gated", gated)
-        self._h = self._stored(at[:-1], h + product("feed_forward.w2", gated))
+        if self.args.moe is None:
+            made = self._swiglu("feed_forward.", x, weights, lambda name, x: self._stored(at + name, x))
+        else:
+            made = self._stored(f"{at}feed_forward", self._experts(at, x, weights))
+        self._h = self._stored(at[:-1], h + made)
+
+    def _swiglu(self, path: str, x: Tensor, weights: Weights, stored: Stores) -> Tensor:
+        """Rule 7, by the weights of that path in the layer."""
+        gate = stored(f"{path}w1", self._product(x, weights[f"{path}w1.weight"]))
+        up = stored(f"{path}w3", self._product(x, weights[f"{path}w3.weight"]))
+        gated = stored(f"{path}gated", self._rounded(gate * torch.sigmoid(gate)) * up)
+        return stored(f"{path}w2", self._product(gated, weights[f"{path}w2.weight"]))
+
+    def _experts(self, at: str, x: Tensor, weights: Weights) -> Tensor:
+        """Rule 17: every expert for every token, of which those that were not chosen count nothing."""
+        assert self.args.moe is not None
+        logits = self._stored(f"{at}feed_forward.gate", self._product(x, weights["feed_forward.gate.weight"]))
+        chosen = (-logits).argsort(dim=-1, stable=True)[:, : self.args.moe.num_experts_per_tok]
+        shares = self._rounded(self._in_fp32(logits.gather(-1, chosen)).softmax(-1))
+        share, out = torch.zeros_like(logits).scatter(-1, chosen, shares), torch.zeros_like(x)
+        for expert in range(self.args.moe.num_experts):
+            path = f"feed_forward.experts.{expert}."
+            made = self._swiglu(path, x, weights, lambda name, x: self._rounded(x))
+            out = self._rounded(out + self._rounded(share[:, expert, None] * made))
+        return out
 
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
         """Logits [at most `rows`, V] in float64, block after block."""

@@ -351,7 +351,7 @@ def test_refused_keys_are_named_with_where_to_go(key: str) -> None:
         to_args({**PARAMS, key: value})
 
 
-@pytest.mark.parametrize("key", ["moe", "rope_scaling", "kv_lora_rank", "quantization"])
+@pytest.mark.parametrize("key", ["ssm_config", "rope_scaling", "kv_lora_rank", "quantization"])
 def test_keys_that_change_the_model_are_known(key: str) -> None:
     assert key in REFUSED
     with pytest.raises(ParamsError, match=f"'{key}'"):

@@ -457,7 +457,8 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mixtral"}, "a mixture of experts (Mixtral): use transformers or vLLM"),
+        ({"model_type": "mixtral"}, "config.json lacks num_local_experts, num_experts_per_tok"),
+        ({"num_local_experts": 8}, "has 'num_local_experts', which no supported release has"),
         ({"model_type": "pixtral"}, "a vision model (Pixtral): use transformers or vLLM"),
         ({"model_type": "llava"}, "a vision model (LLaVA, as Pixtral is exported): use transformers or vLLM"),
         ({"model_type": "mistral3"}, "is of type mistral3, but has no text_config"),
@@ -923,9 +924,9 @@ def test_a_note_of_an_assumed_window_is_printed(tmp_path: Path, capfd: pytest.Ca
     assert "note: config.json has no sliding_window, which means 4096 to transformers" in outcome.err.splitlines()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "pixtral", "mamba"])
+@pytest.mark.parametrize("kind", ["mistral4", "pixtral", "mamba"])
 def test_other_models_are_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
     make_hf_folder(tmp_path, model_type=kind)
     error = in_process(capfd)("demo", tmp_path).error
-    assert kind in error.lower()
+    assert ("small 4" if kind == "mistral4" else kind) in error.lower()
     assert "use transformers or vLLM" in error

@@ -647,8 +647,8 @@ def test_errors_are_one_line(cli: Command, tiny: Path, tmp_path: Path) -> None:
     weights = (tiny / "consolidated.safetensors").read_bytes()
     (tiny / "consolidated.safetensors").write_bytes(weights[:-1])
     assert "is not a complete safetensors file" in cli("inspect", tiny).error
-    (tiny / "params.json").write_text(json.dumps({**PARAMS, "moe": {"num_experts": 8}}))
-    assert cli("inspect", tiny).error.startswith("params.json has 'moe': a mixture of experts (Mixtral)")
+    (tiny / "params.json").write_text(json.dumps({**PARAMS, "kv_lora_rank": 512}))
+    assert cli("inspect", tiny).error.startswith("params.json has 'kv_lora_rank': latent attention")
 
 
 def test_the_template_is_told_of_unknown_models_too(tmp_path: Path) -> None:

@@ -62,6 +62,21 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1.0 + np.exp(-x))
 
 
+def swiglu(w: Mapping[str, np.ndarray], at: str, x: np.ndarray) -> np.ndarray:
+    """Rule 7."""
+    return (silu(x @ w[at + "w1.weight"].T) * (x @ w[at + "w3.weight"].T)) @ w[at + "w2.weight"].T
+
+
+def experts(w: Mapping[str, np.ndarray], at: str, x: np.ndarray, moe: Any) -> np.ndarray:
+    """Rule 17, token by token."""
+    out = np.zeros_like(x)
+    for t, logits in enumerate(x @ w[at + "gate.weight"].T):
+        chosen = np.argsort(-logits, kind="stable")[: moe.num_experts_per_tok]
+        for expert, share in zip(chosen, softmax(logits[chosen]), strict=True):
+            out[t] += share * swiglu(w, f"{at}experts.{expert}.", x[t : t + 1])[0]
+    return out
+
+
 def layer_windows(args: Any) -> list[int | None]:
     """One window per layer; a list repeats."""
     w = args.sliding_window
@@ -107,8 +122,8 @@ def truth(
             heads.append(softmax(scores) @ v[:, kv * D : (kv + 1) * D])
         h = h + np.concatenate(heads, axis=1) @ w[p + "attention.wo.weight"].T
         x = rms_norm(h, w[p + "ffn_norm.weight"], args.norm_eps)
-        gate, up = x @ w[p + "feed_forward.w1.weight"].T, x @ w[p + "feed_forward.w3.weight"].T
-        h = h + (silu(gate) * up) @ w[p + "feed_forward.w2.weight"].T
+        moe = getattr(args, "moe", None)
+        h = h + (swiglu(w, p + "feed_forward.", x) if moe is None else experts(w, p + "feed_forward.", x, moe))
         hidden.append(h)
     logits = rms_norm(h, w["norm.weight"], args.norm_eps) @ w["output.weight"].T
     top = logits.max(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What params.json and config.json say about positions: rope_theta, YaRN, and queries that grow with their position.
+"""What params.json and config.json say in objects of their own: positions (rope_theta, YaRN, growing queries), experts.
 
 Runs without torch.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from mistral.args import ArgsError, ModelArgs, QueryScaling, Yarn
+from mistral.args import ArgsError, ModelArgs, Moe, QueryScaling, Yarn
 from mistral.formats.layout import ParamsError
 from mistral.util.errors import ConvertError, short_repr
 
@@ -22,8 +22,8 @@ SCALED = "llama_4_scaling_beta"  # only models of type ministral3 have it
 GROWS = (SCALED, ORIGINAL, "max_position_embeddings")
 
 
-def scalings_of_params(raw: dict[str, Any]) -> dict[str, Any]:
-    """ModelArgs' yarn and llama_4_scaling from the object in a params.json.
+def parts_of_params(raw: dict[str, Any]) -> dict[str, Any]:
+    """ModelArgs' yarn, llama_4_scaling and moe from the object in a params.json.
 
     Raises:
         ParamsError: a key is missing or unknown, or a value cannot be.
@@ -41,6 +41,10 @@ def scalings_of_params(raw: dict[str, Any]) -> dict[str, Any]:
     if (given := raw.get("llama_4_scaling")) is not None:
         _check("params.json: llama_4_scaling", given, needed=(ORIGINAL, "beta"), known=())
         found["llama_4_scaling"] = _made(QueryScaling, "params.json", given[ORIGINAL], given["beta"])
+    if (given := raw.get("moe")) is not None:
+        needed = ("num_experts", "num_experts_per_tok")
+        _check("params.json: moe", given, needed=needed, known=())
+        found["moe"] = _made(Moe, "params.json", *(given[name] for name in needed))
     return found
 
 
@@ -60,8 +64,22 @@ def positions_of_config(raw: dict[str, Any]) -> dict[str, Any]:
             if found.setdefault(name, value) != value:
                 raise ParamsError("config.json has both rope_parameters and rope_scaling, and they differ")
         thetas[f"{key}.rope_theta"] = given.get("rope_theta")
-    theta, rule = _theta({key: value for key, value in thetas.items() if value is not None})
+    default = (1e6, "1e6") if raw.get("model_type") == "mixtral" else (DEFAULT_THETA, "1e4")
+    theta, rule = _theta({key: value for key, value in thetas.items() if value is not None}, *default)
     return {**found, "rope_theta": theta, "theta_rule": rule}
+
+
+def moe_of_config(raw: dict[str, Any]) -> Moe:
+    """ModelArgs' moe from the object in a config.json of type mixtral.
+
+    Raises:
+        ParamsError: a number is missing, or cannot be.
+    """
+    needed = ("num_local_experts", "num_experts_per_tok")
+    if missing := [name for name in needed if raw.get(name) is None]:
+        raise ParamsError(f"config.json lacks {', '.join(missing)}")
+    moe: Moe = _made(Moe, "config.json", *(raw[name] for name in needed))
+    return moe
 
 
 def rope_parameters(args: ModelArgs) -> dict[str, Any]:
@@ -128,10 +146,10 @@ def _yarn(key: str, given: dict[str, Any]) -> Yarn:
     return yarn
 
 
-def _theta(given: dict[str, Any]) -> tuple[Any, str]:
+def _theta(given: dict[str, Any], default: float, text: str) -> tuple[Any, str]:
     """rope_theta and where it is from, out of the places that give one."""
     if not given:
-        return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
+        return default, f"absent from config.json, which means {text} to transformers"
     (first, theta), *others = given.items()
     for key, value in others:
         if value != theta:  # transformers takes the one, older programs the other
