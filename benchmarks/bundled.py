@@ -1,4 +1,4 @@
-"""The small model that ships: decode rate, and prefill cost a token against the prompt's length.
+"""The bundled model: decode rate, and prefill cost a token against the prompt's length.
 
     python -m benchmarks.bundled [THREADS]
 

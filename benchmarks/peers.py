@@ -7,7 +7,7 @@ decode, prefill, flat, batch. Wants `pip install llama-cpp-python gguf transform
 machine, some ten minutes); a peer that is missing is left out.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
-machine in the same moods; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
+machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
 rate of memory is read in each round too, by as many threads.
 """
 
@@ -313,7 +313,7 @@ class Bench:
         names = ["ours:bfloat16:bfloat16", "ours:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
         self.compare("prefill, bfloat16 weights", names, question)
         names = ["ours:float32", "ours:int8", "ours:int4", "llama:int8", "llama:int4"]
-        self.compare("prefill, weights in few bits", names, question)
+        self.compare("prefill, quantized weights", names, question)
 
     def flat(self) -> None:
         """The cost of a token against the prompt's length, with a window: two layers, since each costs the same."""

@@ -1,9 +1,9 @@
-"""What weights in few bits cost: perplexity and KL of the model that ships on a story it has not seen, and the error of
+"""What quantized weights cost: perplexity and KL of the bundled model on a story it has not seen, and the error of
 products at 7B's shapes.
 
     python -m benchmarks.quality [FOLDER] [FILE]
 
-FILE is text; left out, it is the story that was held out of the training of the model that ships.
+FILE is text; left out, it is the story that was held out of the training of the bundled model.
 """
 
 from __future__ import annotations

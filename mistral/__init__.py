@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mistral.generate import stream as stream
     from mistral.loader.load import load as load
     from mistral.loader.options import LoadOptions as LoadOptions
+    from mistral.loader.save import save as save
     from mistral.sampling_params import SamplingParams as SamplingParams
     from mistral.util.errors import FormatError as FormatError
     from mistral.util.errors import MistralError as MistralError
@@ -34,6 +35,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 # Where each public name lives.
 _HOMES = {
     "load": "mistral.loader.load",
+    "save": "mistral.loader.save",
     "LoadOptions": "mistral.loader.options",
     "SamplingParams": "mistral.sampling_params",
     "Chat": "mistral.chat.conversation",

@@ -235,7 +235,7 @@ class RollingBufferCache:
         return self.lengths[row]
 
     def plan(self, seqlens: Sequence[int]) -> Plan:
-        """The plan of a step that brings seqlens[b] new tokens (0 or more) to sequence b.
+        """The plan of a step that contributes seqlens[b] new tokens (0 or more) to sequence b.
 
         Storage that is too small grows here. Fewer seqlens than rows leave the last rows alone.
 
@@ -258,7 +258,7 @@ class RollingBufferCache:
         return make_plan(counts, self.lengths, self.origins, self.device)
 
     def commit(self, plan: Plan) -> None:
-        """Advance the lengths by a step that every layer has taken in."""
+        """Advance the lengths by a step that every layer has processed."""
         self._settle()
         for row, n in enumerate(plan.seqlens):
             self.lengths[row] += n

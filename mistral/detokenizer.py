@@ -68,7 +68,7 @@ class Detokenizer:
         return ids, text
 
     def push(self, token: int) -> str:
-        """Take in one id; return the text that is now certain, often none."""
+        """Process one id; return the text that is now certain, often none."""
         if self._is_silent(token) and not (self._pending and not self._is_silent(self._ids[-1])):
             return ""  # only the first one within a character may change what its bytes mean
         self._ids.append(token)

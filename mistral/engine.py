@@ -406,7 +406,7 @@ def _check_number(logprob: float, index: int) -> None:
     """Refuse what a model whose logits are NaN generates."""
     if logprob != logprob:
         raise GenerationError(
-            f"the model's logits for prompt {index} are not numbers: "
+            f"the model's logits for prompt {index} are NaN: "
             "the weights are broken, or too large for the dtype (try --dtype float32)"
         )
 

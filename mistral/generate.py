@@ -17,7 +17,7 @@ from mistral.detokenizer import StopStrings
 from mistral.engine import Engine, Finish, GenerationError, Progress, Request, Token
 from mistral.model import Transformer
 from mistral.sampling_params import SamplingParams
-from mistral.tokenizer import TokenizerLike, encode
+from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat
 
 Prompt = str | Sequence[int]
@@ -97,7 +97,7 @@ def _ids(prompt: Sequence[int], i: int) -> list[int]:
 
 def eos_of(tokenizer: TokenizerLike) -> frozenset[int]:
     """The ids that end a sequence: `eos_ids` of a tokenizer that has several, else its `eos_id`; None is none."""
-    several = getattr(tokenizer, "eos_ids", None)
+    several = getattr(require_tokenizer(tokenizer), "eos_ids", None)
     if several is not None:
         return frozenset(several)
     return frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))

@@ -33,7 +33,7 @@ def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     Never holds more than about WIDEN widened numbers, so the memory stays that of the narrow weight.
     """
     rows = max(ROWS, WIDEN // weight.shape[1] // ROWS * ROWS)
-    # One place for all tiles: memory taken anew for each may be the system's to find and clear, which is slower than
+    # One place for all tiles: memory taken again for each may be the system's to find and clear, which is slower than
     # the product. Backward wants every tile to stay as it was.
     place = None if torch.is_grad_enabled() else x.new_empty(rows, weight.shape[1])
     tiles = []

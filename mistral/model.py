@@ -174,6 +174,12 @@ class Transformer(nn.Module):
         self._tie()
         return found
 
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write shape and weights into a new folder that loads with the same bits; see `mistral.save`."""
+        import mistral
+
+        mistral.save(self, folder)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""

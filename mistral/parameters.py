@@ -47,7 +47,7 @@ class Parameter:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is stored in few bits when a model is quantized: every weight of a large product is."""
+        """Whether it is stored quantized when a model is quantized: every weight of a large product is."""
         return self.role in ("matrix", "output")
 
 

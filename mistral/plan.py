@@ -20,7 +20,7 @@ class Run:
     Args:
         rows: the sequences, as a slice of the batch.
         tokens: where their tokens lie in the packed step.
-        n: tokens each of them brings, at least 1.
+        n: tokens each of them contributes, at least 1.
     """
 
     rows: slice
@@ -60,7 +60,7 @@ class Plan:
 def make_plan(
     seqlens: Sequence[int], starts: Sequence[int], origins: Sequence[int], device: torch.device | str
 ) -> Plan:
-    """The plan of a step in which sequence b brings seqlens[b] tokens from position starts[b] on."""
+    """The plan of a step in which sequence b contributes seqlens[b] tokens from position starts[b] on."""
     runs: list[Run] = []
     row = token = 0
     while row < len(seqlens):
@@ -115,4 +115,4 @@ class LayerStore(Protocol):
         """Where the tokens start..stop of each sequence of `run` go and what they look at."""
 
     def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""
+        """Store a tile of the run's new k, v [R, n, K, D]; return the keys and values to look at, [R, S, K, D]."""

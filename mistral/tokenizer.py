@@ -297,12 +297,31 @@ class _SentencePiece:
         return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
 
 
+# What a folder without one lacks. Ids need none; text does.
+NO_TOKENIZER = (
+    "the folder has no tokenizer, so prompts must be lists of ids; for text add tokenizer.model, tokenizer.model.v3, "
+    "tekken.json or tokenizer.json"
+)
+
+
+def require_tokenizer(tokenizer: TokenizerLike | None) -> TokenizerLike:
+    """The tokenizer, where text is read or written.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    if tokenizer is None:
+        raise TokenizerError(NO_TOKENIZER)
+    return tokenizer
+
+
 def encode(tokenizer: TokenizerLike, text: str) -> list[int]:
     """Ids of a text with one bos in front, from any tokenizer.
 
     Its own switches are used if it has them: `bos` and `eos`, or transformers' `add_special_tokens`. A tokenizer
     without any may put bos in front itself or leave it out.
     """
+    require_tokenizer(tokenizer)
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.encode(text)
     accepted = inspect.signature(tokenizer.encode).parameters

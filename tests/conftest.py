@@ -1,6 +1,6 @@
 """Settings for the whole test run: Hypothesis draws the same examples every time, without deadlines.
 
-`pytest --plant NAME` runs the tests on a library that makes a mistake (mistral/oracle/mutants.py); they must fail.
+`pytest --mutant NAME` runs the tests on a library that makes a mistake (mistral/oracle/mutants.py); they must fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ settings.load_profile("stable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plant", metavar="NAME", help="plant a mistake in the library: the tests must notice")
+    parser.addoption("--mutant", metavar="NAME", help="inject a mistake into the library: the tests must notice")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # tests of Ctrl-C would wait for ever.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    name = config.getoption("--plant")
+    name = config.getoption("--mutant")
     if name is None:
         return
     from mistral.oracle.mutants import mutated

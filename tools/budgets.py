@@ -2,7 +2,7 @@
 
     python -m tools.budgets [FOLDER] [--lens 16,256,2048]
 
-FOLDER is the small model that ships unless given. For each length one random prompt of it goes through every variant of
+FOLDER is the bundled model unless given. For each length one random prompt of it goes through every variant of
 `verify`; the table has the error budget of log-probs (root mean square, largest) and what each variant has of it.
 """
 

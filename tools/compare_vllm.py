@@ -5,7 +5,7 @@
 Small models of random weights, one for each kind of Mistral: with a window, without one, with a window in some
 layers only. Each is served from Mistral's layout as it was written here, from Hugging Face's as converted from there,
 and from Mistral's as converted from a .pth file; what we make of the first is the reference for all three. A model
-passes if every token is equal, or else if at the first token that is not, our likeliest two were within MARGIN of
+passes if every token is equal, or else if at the first token that is not, our top two were within MARGIN of
 each other, and if the log-probabilities of all tokens before differ by at most DELTA. Prompts and tokens are
 counted from 0. The exit code is 0 if all pass.
 
@@ -213,7 +213,7 @@ def write_model(case: Case, work: Path) -> dict[str, tuple[Path, str]]:
 
 
 def random_state(args: ModelArgs, seed: int = 0) -> dict[str, Tensor]:
-    """Weights by name, so large that the likeliest token is clearly so, and norms that are not all 1."""
+    """Weights by name, so large that the most likely token is clearly so, and norms that are not all 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = Transformer(args).state_dict()
@@ -253,10 +253,10 @@ def continue_here(folder: Path, prompts: list[list[int]], max_tokens: int) -> li
         running.add(prompt, SamplingParams(max_tokens=max_tokens, temperature=0, top_logprobs=2))
     while not running.done:
         for token in running.step():
-            likeliest, next_one = token.top.values()
+            top, next_one = token.top.values()
             made[token.index].tokens.append(token.id)
             made[token.index].logprobs.append(token.logprob)
-            made[token.index].margins.append(likeliest - next_one)
+            made[token.index].margins.append(top - next_one)
     return made
 
 
@@ -385,7 +385,7 @@ def rows(python: str, prompts: int, max_tokens: int, work: Path) -> Iterator[Row
 
 
 def as_text(found: Sequence[Row]) -> str:
-    """The table for people."""
+    """The table human-readable."""
     measured = ["tokens equal", "first difference", "margin", "max delta logprob"]
     lines = [["model", "layout", "prompts", *measured, "verdict"]]
     for row in found:

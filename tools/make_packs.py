@@ -25,7 +25,7 @@ from mistral.formats import huggingface as hf
 from mistral.formats.folder import read_folder
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader, random_prompts
-from mistral.oracle.outputs import tell
+from mistral.oracle.outputs import reference_outputs
 from mistral.parameters import Parameter, parameters
 
 SHAPE = {
@@ -142,7 +142,7 @@ def check(path: Path) -> float:
     with tempfile.TemporaryDirectory() as nothing:
         found = pack.folder_of(path, Path(nothing))
         told = pack.read(path)
-        true, _ = tell(WeightReader(found), found.args, told.prompts)
+        true, _ = reference_outputs(WeightReader(found), found.args, told.prompts)
     return float((true.logprobs.gather(1, told.top_ids) - told.top_logprobs).abs().max())
 
 

@@ -1,4 +1,4 @@
-"""Train the small model that ships in mistral/bundled/, through the library's own Transformer.
+"""Train the bundled model in mistral/bundled/, through the library's own Transformer.
 
     python -m tools.train_bundled CORPUS OUT [--steps 4500] [--batch 16] [--seed 1] [--device cpu]
 

@@ -50,7 +50,7 @@ class VarlenKeys:
 
 
 def varlen_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> VarlenKeys:
-    """What the sequences `rows`, each of which brings tokens, look at when packed."""
+    """What the sequences `rows`, each of which contributes tokens, look at when packed."""
     q_lens = tuple(plan.seqlens[row] for row in rows)
     if not isinstance(store, RollingBuffer):
         return VarlenKeys(q_lens, q_lens)
@@ -75,7 +75,7 @@ def varlen_keys(store: LayerStore, plan: Plan, rows: Sequence[int]) -> VarlenKey
 
 
 def exchange(store: LayerStore, pack: VarlenKeys, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Take in the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
+    """Store the packed sequences' new k, v [T, K, D]; return the keys and values to look at, [S, K, D]."""
     if not isinstance(store, RollingBuffer):
         return k, v
     store.written = True

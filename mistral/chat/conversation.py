@@ -1,6 +1,6 @@
 """A conversation: its messages, and a cache that is never told more than it needs.
 
-Knows nothing about terminals or files. The ids of the whole conversation are worked out anew for every
+Knows nothing about terminals or files. The ids of the whole conversation are worked out again for every
 answer; what the cache holds of them already is kept, whatever has happened in between.
 """
 

@@ -1,6 +1,6 @@
 """Conversations on disk: one JSON file, written whole or not at all, and read only by the model that it is of.
 
-The cache is not in it: a conversation that is read is prefilled anew, and goes on with the same random draws.
+The cache is not in it: a conversation that is read is prefilled again, and goes on with the same random draws.
 """
 
 from __future__ import annotations

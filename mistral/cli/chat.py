@@ -86,6 +86,8 @@ def _converse(loaded: Loaded, name: str | None, system: str, params: SamplingPar
     from mistral.formats.fingerprint import fingerprint
 
     template = template_of(loaded, name)
-    echo_err(f"template {template.name}, by {template.source}")
+    echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
+    if template.source == template.name:
+        echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
     chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
     Conversation(chat, lambda: fingerprint(loaded.folder)).run()

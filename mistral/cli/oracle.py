@@ -171,10 +171,10 @@ def mutants(
         full: use prompts longer than the model's window, however wide it is
         seed: of the random prompts
     """
-    from mistral.oracle.mutants import MUTANTS, plant
+    from mistral.oracle.mutants import MUTANTS, find_mutant
 
     for name in mutant or ():
-        plant(name)  # refuse an unknown one before anything is loaded
+        find_mutant(name)  # refuse an unknown one before anything is loaded
     if output is None:
         if folder is not None or file is not None or mutant:
             raise UsageError("give --output, a folder to write to; without any flag the mutants are listed")

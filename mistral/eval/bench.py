@@ -118,7 +118,7 @@ def weights_in_products(model: Transformer) -> int:
 
 @torch.inference_mode()
 def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
-    """Seconds to take in a prompt of random ids and make the first token's logits."""
+    """Seconds to process a prompt of random ids and make the first token's logits."""
     ids = torch.randint(3, model.args.vocab_size, (tokens,), device=model.device)
     cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=tokens)
 
@@ -175,7 +175,7 @@ def measure(
     cases = [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]
     taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     memory: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
-    for _ in range(repeats):  # in turn: a machine's moods last longer than a case, and their ratios matter
+    for _ in range(repeats):  # in turn: a machine's variance lasts longer than a case, and their ratios matter
         for context, batch in cases:
             memory[context, batch].append(read_rate(device))
             taken[context, batch].append(batch / statistics.median(decode(model, context, batch, steps)))
@@ -273,7 +273,7 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A table for people."""
+    """A table human-readable."""
     load_text = "" if report["load_seconds"] is None else f"loaded in {report['load_seconds']:.2f} s, "
     lines = [
         report["model"],

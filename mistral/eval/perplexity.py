@@ -54,7 +54,7 @@ def perplexity(
     Args:
         ids: of the text, bos included; at least two.
         chunk_size: tokens of a step.
-        progress: told after each step how many tokens were taken in, and how many there are.
+        progress: told after each step how many tokens were processed, and how many there are.
 
     Raises:
         UsageError: fewer than two tokens, an id outside the vocabulary, a chunk of none, or logits that are no
@@ -84,5 +84,5 @@ def perplexity(
             progress(first + len(piece), total)
     nats = -math.fsum(sums)
     if math.isnan(nats):
-        raise UsageError("the model's logits are not numbers: the weights are broken, or too large for the dtype")
+        raise UsageError("the model's logits are NaN: the weights are broken, or too large for the dtype")
     return Score(total, nats)

@@ -175,7 +175,7 @@ def _small(args: ModelArgs, generator: torch.Generator) -> BitwiseTransformer:
 
 
 def _by_steps(model: BitwiseTransformer, ids: Tensor, count: int) -> Tensor:
-    """Hidden states of a sequence that brings `count` tokens and then all others, beside one that brings one a step."""
+    """Hidden states of a sequence that contributes `count` tokens and then the rest, beside one of one token a step."""
     cache = RollingBufferCache(model.args, 2, positions=count)
     steps = [(torch.cat([ids[:1], part]), [1, len(part)]) for part in ids.tensor_split([count])]
     return torch.cat([model.forward_partial(both, seqlens, cache)[1:] for both, seqlens in steps])

@@ -51,8 +51,8 @@ class Places:
     """Where a captured step finds what it is about, a row for each sequence of the cache.
 
     Args:
-        ids, positions, origins: [B] int64; a row that brings nothing has the position that comes next.
-        active: [B] bool, whether a row brings a token.
+        ids, positions, origins: [B] int64; a row that contributes nothing has the position that comes next.
+        active: [B] bool, whether a row contributes a token.
         cos, sin: [B, D/2] fp32.
     """
 

@@ -1,4 +1,4 @@
-"""A decode step in one call: each sequence brings one token, and the kernels do all layers.
+"""A decode step in one call: each sequence contributes one token, and the kernels do all layers.
 
 Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of the plain Transformer.
 """
@@ -140,7 +140,7 @@ class FastTransformer(Transformer):
         hooks want to see them.
 
         What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
-        then made anew.
+        then made again.
         """
         mine = _kept.setdefault(self, WeakKeyDictionary())
         kept = mine.get(cache)

@@ -208,7 +208,7 @@ INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *
     }
 }
 
-/* ---- products with weights in few bits
+/* ---- products with quantized weights
 
 Inputs are rounded to 16 bits, with a scale for each group of columns (INT4) or SPAN of groups (INT8), so that the sums
    within are whole numbers: exact, and two products an instruction. */
@@ -373,7 +373,7 @@ INLINE void tiles(int kind, const char *w, int64_t groups, const Inputs *x, int6
     }
 }
 
-INLINE int few_bits(const Matrix *m) { return m->kind == INT8 || m->kind == INT4; }
+INLINE int is_quantized(const Matrix *m) { return m->kind == INT8 || m->kind == INT4; }
 
 /* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. Weights in few
    bits are multiplied with the inputs that were rounded from x instead of x. */
@@ -398,11 +398,11 @@ static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
 
 int64_t inputs_bytes(void) { return sizeof(Inputs); }
 
-/* y [rows, n] = x [rows, ldx] times a matrix. Weights in few bits want columns padded to whole groups, and room for
+/* y [rows, n] = x [rows, ldx] times a matrix. Quantized weights want columns padded to whole groups, and room for
    rounded inputs. */
 void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs *rounded, float *y, int64_t threads) {
     const int64_t groups = groups_of(m->k);
-    if (few_bits(m))
+    if (is_quantized(m))
         for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
 #pragma omp parallel for schedule(guided, 4) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
@@ -413,7 +413,7 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
     }
 }
 
-/* x [rows, k] as a product with weights in few bits sees it, for products of many rows by somebody else: each span of
+/* x [rows, k] as a product with quantized weights sees it, for products of many rows by somebody else: each span of
    columns rounded to 16 bits, and widened again. */
 void through_16_bits(const float *x, int64_t k, int64_t rows, int64_t span, float *out, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -426,7 +426,7 @@ void through_16_bits(const float *x, int64_t k, int64_t rows, int64_t span, floa
     }
 }
 
-/* Rows first .. first + n of a matrix in few bits as floats and transposed, [k, n]: for products of many rows, by somebody
+/* Rows first .. first + n of a quantized matrix as floats and transposed, [k, n]: for products of many rows, by somebody
    else. first begins a block. */
 void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t threads) {
     const int64_t k = m->k, groups = groups_of(k), size = m->kind == INT8 ? INT8_GROUP : INT4_GROUP;
@@ -463,7 +463,7 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
     }
 }
 
-/* ---- rounding to few bits, as quantize.py has it */
+/* ---- quantization, as quant/rounding.py has it */
 
 INLINE void row_of(int kind, const char *w, int64_t k, float *out) {
     int64_t i = 0;
@@ -688,7 +688,7 @@ INLINE void bring(int H, const float *p, int64_t ldp, const float *v, int64_t st
             for (int64_t j = 0; j < run; j++) out[h * d + c] += p[h * ldp + j] * v[j * stride + c];
 }
 
-/* How many parts a query's n positions are taken in, and how long they are at most: by n alone, so that its bits depend on
+/* How many parts a query's n positions are divided into, and how long they are at most: by n alone, so that its bits depend on
    nothing else. A part is all key heads of a stretch of positions, which is one stretch of memory. */
 static int64_t parts_of(int64_t n) {
     const int64_t parts = (n + PART - 1) / PART;
@@ -786,7 +786,7 @@ static int64_t seen(int64_t window, int64_t origin, int64_t last) {
    takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
-   rounded: room for the widest inputs, where the weights have few bits (all of a layer's as many). */
+   rounded: room for the widest inputs, where the weights are quantized (all of a layer's as many). */
 void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
@@ -800,7 +800,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
-        const int kind = layer->wq.kind, rounds = few_bits(&layer->wq);
+        const int kind = layer->wq.kind, rounds = is_quantized(&layer->wq);
         float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
 
 #pragma omp for schedule(static)

@@ -39,7 +39,7 @@ def stored(weight: Tensor) -> Matrix | None:
 
 
 def room_for_inputs(rows: int, columns: int) -> Tensor:
-    """Memory for the rounded inputs of a product with weights in few bits."""
+    """Memory for the rounded inputs of a product with quantized weights."""
     return torch.empty(rows * layout.groups(columns) * library().inputs_bytes(), dtype=torch.uint8)
 
 

@@ -21,6 +21,7 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.folder import Folder, read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
@@ -141,7 +142,7 @@ def write_folder(
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    rest = sum(path.stat().st_size for path in carried) + sum(len(text) for text in described.values())
+    rest = sum(path.stat().st_size for path in carried) + sum(len(text.encode()) for text in described.values())
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:
@@ -286,7 +287,6 @@ def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
         tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
     except TokenizerError:
         return {}
-    from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 
     made = to_tokenizer_json(tokenizer)
     if made is None:

@@ -251,7 +251,7 @@ def _with_window(args: ModelArgs, release: Release) -> ModelArgs | None:
 def _grown(args: ModelArgs, release: Release) -> bool:
     """Whether a fine-tune of a release of Mistral's own may have this shape: the same, with words added."""
     same = all(getattr(args, n) == getattr(release, n) for n in COMPARED if n not in ("sliding_window", "vocab_size"))
-    return same and release.layout == "mistral" and release.vocab_size < args.vocab_size < release.vocab_size + 1024
+    return same and not release.added_words and release.vocab_size < args.vocab_size < release.vocab_size + 1024
 
 
 # --- weights

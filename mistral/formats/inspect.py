@@ -45,7 +45,7 @@ UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2
 def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     """Everything there is to say about a folder, ready for JSON.
 
-    Sizes are in bytes; `memory.cache` is of one sequence. None is the small model that ships, and a hub id
+    Sizes are in bytes; `memory.cache` is of one sequence. None is the bundled model, and a hub id
     (see `hub.locate`) is fetched, weights included.
 
     Raises:
@@ -269,7 +269,7 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people: one fact a line, aligned."""
+    """The report human-readable: one fact a line, aligned."""
     lines = [*_facts(report), "", *_table(report), "", "files"]
     width = max(len(_printable(f["name"])) for f in report["files"])
     lines += [

@@ -74,9 +74,8 @@ class Release:
     @property
     def tokenizer_version(self) -> str:
         """The version of its tokenizer, as far as its file is named for one: "v1", "v3", "v7"."""
-        return (
-            self.tokenizer_file.rpartition(".")[2] if ".v" in self.tokenizer_file else self.template.partition("-")[0]
-        )
+        version = self.tokenizer_file.rpartition(".")[2] if ".v" in self.tokenizer_file else self.template
+        return version.partition("-")[0] if version.startswith("v") else "v1"
 
 
 STRAY_WINDOW = WrongCopy(

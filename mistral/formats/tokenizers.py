@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """What is odd about the tokenizers of a folder, or was left aside, a sentence each."""
+    """What is odd about the tokenizers of a folder, or was ignored, a sentence each."""
     notes = list(tokenizer.notes)
     if others := other_tokenizers(folder):
         names = ", ".join(path.name for path in others)

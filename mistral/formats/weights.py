@@ -97,7 +97,7 @@ class WeightFiles:
 
 
 def file_names(files: tuple[Path, ...]) -> str:
-    """Files for people: the first one's name, and how many more."""
+    """Files human-readable: the first one's name, and how many more."""
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
@@ -166,7 +166,7 @@ def check_tensors(
     """Compare what files hold with what the model needs, all of it, before anything is read.
 
     Args:
-        where: the files, for people.
+        where: the files, human-readable.
         source: the file that says what the model needs.
         dtypes: of tensors that are not floating-point numbers of any size.
 

@@ -36,7 +36,7 @@ class Execution:
 
     Args:
         transformer: imports and returns the class of the model.
-        what: for people, in the line that reports what was loaded; "" where there is nothing to add.
+        what: human-readable, in the line that reports what was loaded; "" where there is nothing to add.
         products: whether products of few rows are computed by the C kernels.
         whole_steps: whether whole layers are, which needs every module of a layer to be known.
         otherwise: the execution to use where a module is not known; None is an error.

@@ -13,11 +13,11 @@ from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_kind, tokenizer_notes
+from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_files, tokenizer_kind, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
-from mistral.tokenizer import Tokenizer, TokenizerLike
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
 from mistral.util import memory
 from mistral.util.flat import flat
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from mistral.formats.convert import Converted
     from mistral.loader.runtime import Runtime
     from mistral.model import Transformer
 
@@ -35,7 +36,7 @@ class Loaded:
 
     Args:
         model: in evaluation mode, on its device.
-        tokenizer: the folder's, or the one that was given to `load`, which may have fewer methods.
+        tokenizer: the folder's (None if it has none), or the one given to `load`, which may have fewer methods.
         args, runtime: its shape, and how it runs.
         folder, files: where it came from.
         parameters: how many weights there are.
@@ -64,11 +65,24 @@ class Loaded:
         )
 
     def _tokenizer_text(self) -> str:
-        if not hasattr(self.tokenizer, "path"):
+        found: object = self.tokenizer
+        if found is None:
+            return "none"
+        if not hasattr(found, "path"):
             return "your own"
         ends = sorted(self.tokenizer.eos_ids)
         usual = ends == [self.tokenizer.eos_id]
         return self.tokenizer.path.name + ("" if usual else f", ends at ids {', '.join(map(str, ends)) or 'none'}")
+
+    def save(self, folder: str | PathLike[str]) -> Converted:
+        """Write model and tokenizer into a folder that loads with the same bits; see `loader.save`.
+
+        Raises:
+            MistralError: quantized weights, or a folder that cannot be written.
+        """
+        from mistral.loader.save import save
+
+        return save(self.model, folder, self.folder)
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
@@ -101,7 +115,9 @@ def load(
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
     own, about = tokenizer, list[str]()
-    if own is None:
+    if own is None and not tokenizer_files(found.path):
+        about = [NO_TOKENIZER]
+    elif own is None:
         own = load_tokenizer(found.path, found.args.vocab_size)
         about = tokenizer_notes(found.path, own, found.args.vocab_size)
     known = (tokenizer_kind(own.path), own.version) if isinstance(own, Tokenizer) else (None, None)
@@ -111,7 +127,7 @@ def load(
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
-    return Loaded(model, cast(Tokenizer, own), found.args, run, found.path, files, parameters, release, notes)
+    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes)
 
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:

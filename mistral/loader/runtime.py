@@ -50,7 +50,7 @@ class Runtime:
         return EXECUTIONS[self.execution]
 
     def describe(self) -> str:
-        """Every choice that was made, for people."""
+        """Every choice that was made, human-readable."""
         weights = self.quant or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention

@@ -1,14 +1,14 @@
 """Two sides, where they part, and which mistake explains it: `python -m main compare A B`.
 
 Differences count from where rounding no longer explains them. Where both sides tell activations, the first layer,
-position and operation that part are named. Where one side's model is at hand, it is run again with each planted
+position and operation that part are named. Where one side's model is available, it is run again with each
 mistake, and those that give the other side's numbers are named.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from mistral.oracle.pack import PackError, folder_of
 from mistral.oracle.sides import FolderSide, PackSide, Side, known
 from mistral.util.errors import UsageError
 
-# Where no model and no budget is at hand: what is rounding in sums of ordinary length, and no mistake.
+# Where no model and no budget is available: what is rounding in sums of ordinary length, and no mistake.
 UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 # Each position is judged by the largest error of the budget, of which it may have this many times the limit.
@@ -53,15 +53,15 @@ class Comparison:
         tokens: the most of which both told at a position.
         largest: difference of log-probs, in nats.
         limit: the most that rounding explains.
-        budget: the error budget of which it is a multiple; None where nothing is at hand to measure that on.
-        agreement: share of positions whose likeliest token is the same; None where it is not known.
+        budget: the error budget of which it is a multiple; None where nothing is available to measure that on.
+        agreement: share of positions whose most likely token is the same; None where it is not known.
         first: where log-probs part.
         activation: the first activation that parts; None where none does, or a side tells none.
         activations: how many were compared.
-        mistakes: planted mistakes that give the other side's numbers, with the largest difference that is left.
+        mistakes: mutants that give the other side's numbers, with the largest difference that is left.
         nearest: the one that comes closest, where none does.
-        tried: how many were planted; 0 where no model is at hand.
-        planted_in: the side whose model made them, "A" or "B".
+        tried: how many mutants were tried; 0 where no model is available.
+        mutated_side: the side whose model made them, "A" or "B".
         notes: what could not be told, a sentence each.
     """
 
@@ -80,7 +80,7 @@ class Comparison:
     mistakes: dict[str, float] = field(default_factory=dict)
     nearest: tuple[str, float] | None = None
     tried: int = 0
-    planted_in: str = ""
+    mutated_side: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -113,15 +113,11 @@ def compare(
     """
     notes: list[str] = []
     asked = _prompts(a, b, prompts, full, seed)
+    _check_vocabularies(a, b, asked)
     lens = [len(p) for p in asked]
-    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
-    if len(sizes) > 1:
-        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
-    if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in asked):
-        raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
     found_a, found_b = a.evidence(asked), b.evidence(asked)
-    ours, planted_in = _ours(a, b)
-    other = found_b if planted_in == "A" else found_a
+    ours, mutated_side = _ours(a, b)
+    other = found_b if mutated_side == "A" else found_a
     if ours is not None and (note := inside(ours.found.args, lens)):
         notes.append(note)
     budget = _budget(a, b, ours, asked, compute)
@@ -141,22 +137,16 @@ def compare(
     most = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
     parted = _first_activation(shared, found_a, found_b, most, limit, lens)
     largest = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
-    mistakes: dict[str, float] = {}
-    nearest, tried = None, 0
+    left: dict[str, float] = {}
     if (first or parted) and ours is not None:
         left = _explained(ours, other, asked, progress)
-        tried = len(left)
-        # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
-        near = max(limit, min(SLACK * limit, SHARE * largest))
-        mistakes = {name: error for name, error in left.items() if error <= near}
-        if left and not mistakes:
-            nearest = min(left.items(), key=lambda pair: pair[1])
-        if planted_in == "B" and isinstance(a, PackSide):
-            notes.append("planted in B, because A has no weights: what B does wrong is told the other way round")
-        if not mistakes and compute == torch.float32:
-            notes.append("if a side computes in 16 bits, say so: --dtype bfloat16")
-    elif first or parted:
-        notes.append("no model is at hand to plant mistakes in: give a folder, or a pack with weights, as one side")
+    # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
+    near = max(limit, min(SLACK * limit, SHARE * largest))
+    mistakes = {name: error for name, error in left.items() if error <= near}
+    nearest = min(left.items(), key=lambda pair: pair[1]) if left and not mistakes else None
+    if first or parted:
+        in_reverse = mutated_side == "B" and isinstance(a, PackSide)
+        notes += _advice(ours is not None, in_reverse, not mistakes and compute == torch.float32)
     return Comparison(
         a.name,
         b.name,
@@ -172,10 +162,30 @@ def compare(
         len(shared),
         mistakes,
         nearest,
-        tried,
-        planted_in if tried else "",
+        len(left),
+        mutated_side if left else "",
         tuple(notes),
     )
+
+
+def _check_vocabularies(a: Side, b: Side, prompts: Sequence[Tensor]) -> None:
+    """Refuse sides of different vocabularies, and prompts with ids outside of them."""
+    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
+    if len(sizes) > 1:
+        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
+    if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in prompts):
+        raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
+
+
+def _advice(mutable: bool, in_reverse: bool, unexplained_in_fp32: bool) -> Iterator[str]:
+    """Notes on a difference, for whoever looks for its cause."""
+    if not mutable:
+        yield "no model is available to mutate: give a folder, or a pack with weights, as one side"
+        return
+    if in_reverse:
+        yield "the mutants are those of B, because A has no weights: what B does wrong is reported in reverse"
+    if unexplained_in_fp32:
+        yield "if a side computes in 16 bits, say so: --dtype bfloat16"
 
 
 def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed: int) -> list[Tensor]:
@@ -197,7 +207,7 @@ def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed:
 
 
 def _ours(a: Side, b: Side) -> tuple[FolderSide | None, str]:
-    """The first side whose model is at hand, and which it is."""
+    """The first side whose model is available, and which it is."""
     for one, which in ((a, "A"), (b, "B")):
         if isinstance(one, FolderSide):
             return one, which
@@ -210,7 +220,7 @@ def _ours(a: Side, b: Side) -> tuple[FolderSide | None, str]:
 def _budget(
     a: Side, b: Side, ours: FolderSide | None, prompts: Sequence[Tensor], compute: torch.dtype
 ) -> ErrorBudget | None:
-    """What rounding explains: measured on the model that is at hand, or as a pack tells."""
+    """What rounding explains: measured on the model that is available, or as a pack tells."""
     if ours is not None:
         stored = [s.stored for s in (a, b) if isinstance(s, FolderSide)] or [ours.stored]
         # Folders of different dtypes: one is the other rounded, and to tell them apart is not the aim.
@@ -256,20 +266,20 @@ def _largest(difference: Tensor, known: Tensor) -> Tensor:
     return torch.where(known.any(-1), torch.where(known, apart, -1.0).amax(-1), torch.nan)
 
 
-def _likeliest(evidence: Outputs) -> Tensor:
+def _top_tokens(evidence: Outputs) -> Tensor:
     best = evidence.logprobs.nan_to_num(nan=-torch.inf).argmax(-1)
     return best if evidence.ids is None else evidence.ids.gather(1, best[:, None])[:, 0]
 
 
 def _agreement(a: Outputs, b: Outputs) -> float | None:
-    """Share of equal likeliest tokens, where both sides told more than the prompt's own."""
+    """Share of equal most likely tokens, where both sides told more than the prompt's own."""
     told = [e.ids is None or (e.ids >= 0).sum(-1).max() > 2 for e in (a, b)]
     if not all(told):
         return None
     rows = torch.ones(len(a.logprobs), dtype=torch.bool)
     for e in (a, b):
         rows &= e.told
-    return float((_likeliest(a) == _likeliest(b))[rows].double().mean())
+    return float((_top_tokens(a) == _top_tokens(b))[rows].double().mean())
 
 
 def _first_activation(
@@ -324,7 +334,7 @@ def as_json(c: Comparison) -> str:
             "mistakes": c.mistakes,
             "nearest": c.nearest,
             "mistakes_tried": c.tried,
-            "planted_in": c.planted_in or None,
+            "mutated_side": c.mutated_side or None,
             "notes": c.notes,
             "same": c.same,
         },
@@ -349,7 +359,7 @@ def as_text(c: Comparison) -> str:
         told += f" (limit {c.limit:.0e}: {why})"
     lines.append(told)
     if c.agreement is not None:
-        lines.append(f"likeliest token the same at {c.agreement:.1%} of the positions")
+        lines.append(f"most likely token the same at {c.agreement:.1%} of the positions")
     if c.first is not None:
         lines.append(f"log-probs part first in prompt {c.first.prompt} at position {c.first.position}")
     if c.activation is not None:
@@ -357,12 +367,12 @@ def as_text(c: Comparison) -> str:
         lines.append(f"activations part first at {d.activation}, prompt {d.prompt}, position {d.position}")
     elif c.activations:
         lines.append(f"activations: {c.activations} compared, none parts")
-    other = "B" if c.planted_in == "A" else "A"
+    other = "B" if c.mutated_side == "A" else "A"
     for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
-        lines.append(f"{other} is {c.planted_in} with {name}: {mutants.MUTANTS[name].what} ({error:.1e} is left)")
+        lines.append(f"{other} is {c.mutated_side} with {name}: {mutants.MUTANTS[name].what} ({error:.1e} is left)")
     if c.nearest is not None:
         near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e} of {c.largest:.1e}"
-        lines.append(f"none of {c.tried} mistakes planted in {c.planted_in} gives {other}'s numbers; {near}")
+        lines.append(f"none of {c.tried} mutants of {c.mutated_side} gives {other}'s numbers; {near}")
     lines += [f"note: {note}" for note in c.notes]
     lines.append("the same" if c.same else "DIFFERENT")
     return "\n".join(lines)

@@ -63,7 +63,7 @@ class WeightReader:
         self._parameters = parameters(found.args)
 
     def get(self, name: str) -> Tensor:
-        """One tensor on the CPU; where it is stored in few bits, the weights that are meant, in fp32.
+        """One tensor on the CPU; where it is stored quantized, the weights that are meant, in fp32.
 
         A tied output is the embeddings.
 

@@ -29,7 +29,7 @@ from mistral.oracle.truth import Weights
 from mistral.plan import Plan
 from mistral.rope import Rope
 
-Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt brings
+Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt contributes
 
 
 class LayerwiseRunner(Protocol):
@@ -193,7 +193,7 @@ class DecodeRunner(LibraryRunner):
 
 
 def one_file_ref() -> ModuleType | None:
-    """The one-file reference, where the repository's root is at hand; installed packages have none."""
+    """The one-file reference, where the repository's root is available; installed packages have none."""
     if "one_file_ref" in sys.modules:
         return sys.modules["one_file_ref"]
     path = Path(__file__).resolve().parents[2] / "one_file_ref.py"

@@ -32,7 +32,7 @@ class Errors:
         rms: root mean square of the differences of log-probabilities, in nats.
         largest: the largest of them; inf where any logit is not finite.
         kl: mean Kullback-Leibler divergence from the truth, in nats a position.
-        agreement: share of the positions whose likeliest token is the truth's.
+        agreement: share of the positions whose most likely token is the truth's.
         per_position: [T] the largest difference at each position; of budgets [draws * T], draw after draw.
         squares: [T] the mean square of the differences at each position; of budgets like per_position.
     """

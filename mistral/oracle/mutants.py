@@ -1,11 +1,11 @@
-"""Planted mistakes: the library's own model with one named mistake, to prove that a test would catch it.
+"""Mutants: the library's own model with one named mistake, to prove that a test would catch it.
 
-    with planted("window_one_more"):
+    with mutated("window_one_more"):
         ...                             # every Transformer, old or new, sees one key too many
     logits_with(model, prompts, name)   # what an engine that makes the mistake answers
 
 Functions of the library are replaced from outside and put back afterwards; weights and files stay as they are. While a
-mistake is planted, kernels and attention backends stand aside, and every model goes the plain way, where the mistake
+mutant is open, kernels and attention backends stand aside, and every model goes the plain way, where the mistake
 is. It is there for all threads, of which one at a time may plant. Caches whose window is to be mistaken are those made
 meanwhile.
 """
@@ -47,11 +47,11 @@ def mutated(name: str) -> Iterator[None]:
     Raises:
         UsageError: there is none.
     """
-    with plant(name).patch():
+    with find_mutant(name).patch():
         yield
 
 
-def plant(name: str) -> Mutant:
+def find_mutant(name: str) -> Mutant:
     """The mistake of that name.
 
     Raises:
@@ -64,7 +64,7 @@ def plant(name: str) -> Mutant:
 
 def applies(name: str, args: ModelArgs, lens: Sequence[int]) -> bool:
     """Whether a model of this shape, asked for prompts of these lengths, can give other numbers by the mistake."""
-    return plant(name).matters(args, lens)
+    return find_mutant(name).matters(args, lens)
 
 
 @torch.no_grad()
@@ -80,12 +80,12 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
     Raises:
         UsageError: there is no such mistake.
     """
-    mistake = plant(name)
-    fed = [mistake.fed(ids) for ids in prompts]
-    lens = [len(ids) for ids in fed]
+    mistake = find_mutant(name)
+    prompt_ids = [mistake.prompt_ids(ids) for ids in prompts]
+    lens = [len(ids) for ids in prompt_ids]
     with mistake.patch():
-        logits = model.forward(torch.cat(fed), lens)
-    return [mistake.lined_up(rows, len(ids)) for rows, ids in zip(logits.split(lens), prompts, strict=True)]
+        logits = model.forward(torch.cat(prompt_ids), lens)
+    return [mistake.align(rows, len(ids)) for rows, ids in zip(logits.split(lens), prompts, strict=True)]
 
 
 # When a mistake can matter.
@@ -136,7 +136,7 @@ def sees_later_keys(right: Callable[..., Tensor], q_pos: Tensor, k_pos: Tensor, 
 
 
 def one_tile(right: Callable[..., int], window: Window) -> int:
-    """`block_for`: a tile offers no later keys than its own, so all that a step brings becomes one."""
+    """`block_for`: a tile offers no later keys than its own, so all that a step contributes becomes one."""
     return 2**31
 
 
@@ -258,7 +258,7 @@ def layers_mutant(name: str, what: str, order: Callable[[range], Sequence[int]],
     return Mutant(name, what, ((Transformer, "step", wrong),), lambda args, lens: args.n_layers >= least and any(lens))
 
 
-# BOS. Texts get it in `encode`; prompts of ids are what the caller feeds, see `Plant.fed`.
+# BOS. Texts get it in `encode`; prompts of ids are what the caller feeds, see `Mutant.prompt_ids`.
 
 
 def encode_twice(right: Callable[..., list[int]], self: Tokenizer, s: str, bos: bool = True) -> list[int]:
@@ -291,7 +291,7 @@ ALL = (
     ),
     Mutant(
         "not_causal",
-        "a query sees later keys too, all that its step brings",
+        "a query sees later keys too, all that its step contributes",
         (
             (mistral.attention, "visible", sees_later_keys),
             (mistral.cache, "block_for", one_tile),

@@ -55,11 +55,11 @@ class Mutant:
                 setattr(owner, name, wraps(right)(instead(wrong, right)))
             yield
 
-    def fed(self, ids: Tensor) -> Tensor:
+    def prompt_ids(self, ids: Tensor) -> Tensor:
         """What is fed for a prompt [n] that begins with BOS: [n + bos] ids."""
         return torch.cat([ids[:1].repeat(max(0, self.bos)), ids[max(0, -self.bos) :]])
 
-    def lined_up(self, rows: Tensor, n: int) -> Tensor:
+    def align(self, rows: Tensor, n: int) -> Tensor:
         """Rows [n + bos, V] for what was fed, by the prompt's own positions: [n, V], nan where there is none."""
         missing = rows.new_full((max(0, -self.bos), *rows.shape[1:]), torch.nan)
         return torch.cat([missing, rows[max(0, self.bos) :]])[:n]
@@ -86,6 +86,7 @@ PLAIN: tuple[Change, ...] = (
     (FastTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (CudaGraphTransformer, "step", lambda right, *given: Transformer.step(*given)),
     (BitwiseTransformer, "step", lambda right, *given: Transformer.step(*given)),
+    (FastTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
     (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
     (VarlenAttention, "_parts", lambda right, *given: None),
 )

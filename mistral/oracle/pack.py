@@ -28,7 +28,7 @@ from mistral.formats.weights import WeightFiles, check_tensors, open_safetensors
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, require_ids
 from mistral.oracle.metrics import Progress, short
-from mistral.oracle.outputs import PRINTS, ErrorBudget, tell
+from mistral.oracle.outputs import PRINTS, ErrorBudget, reference_outputs
 from mistral.parameters import OUTPUT, parameters
 from mistral.util import errors, files
 from mistral.util.errors import FormatError
@@ -55,7 +55,7 @@ class Pack:
         path: where it was read.
         args: the model's shape, every rule applied.
         prompts: [n] int64 ids of each.
-        top_ids, top_logprobs: [T, k] the likeliest tokens after each position and their log-probs, likeliest first.
+        top_ids, top_logprobs: [T, k] the most likely tokens after each position and their log-probs, most likely first.
         next_logprobs: [T] log-prob of the prompt's own next token; nan at the end of each prompt.
         prints: fingerprints [T, PRINTS] of activations by name, in the order in which they are made.
         budgets: its error budgets, by the dtypes of weights and arithmetic.
@@ -86,7 +86,7 @@ def pack(
 
     Args:
         prompts: [n] int64 ids of each, at least one.
-        top: likeliest tokens to keep of each position.
+        top: most likely tokens to keep of each position.
         weights: also put the weights into the file.
         progress: told how much of the work is done, and how much there is.
 
@@ -103,7 +103,7 @@ def pack(
     reading = WeightReader(found)
     stored = reading.get(OUTPUT).dtype
     pairs = [(min(stored, compute, key=lambda dtype: dtype.itemsize), compute) for compute in COMPUTE]
-    true, budgets = tell(reading, args, prompts, pairs, progress)
+    true, budgets = reference_outputs(reading, args, prompts, pairs, progress)
     # A stable sort, because topk breaks ties anyhow; the lowest id comes first.
     values, order = true.logprobs.sort(dim=-1, descending=True, stable=True)
     tensors = {

@@ -25,7 +25,7 @@ from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader
-from mistral.oracle.outputs import ErrorBudget, Outputs, fingerprint, tell
+from mistral.oracle.outputs import ErrorBudget, Outputs, fingerprint, reference_outputs
 from mistral.oracle.trace import names
 from mistral.parameters import OUTPUT
 from mistral.util.errors import FormatError
@@ -34,14 +34,14 @@ LARGEST = 2**28  # bytes of an answer that are read
 PATIENCE = 300  # seconds a server has for one prompt
 # What is read of an .npz, besides activations, whose names have dots.
 NAMES = ("prompt_ids", "prompt_lens", "logits", "logprobs", "tok_embeddings", "norm", "output")
-TOP = 20  # likeliest tokens asked of a server
+TOP = 20  # most likely tokens asked of a server
 
 
 class Side:
     """One of two that are compared.
 
     Args:
-        name: for people.
+        name: human-readable.
         prompts: the ones that it speaks of; None where it takes any.
         args: the model's shape, where it is known.
     """
@@ -55,7 +55,7 @@ class Side:
 
 
 class FolderSide(Side):
-    """A folder in either layout, or a pack's weights: the truth about them, and the model for planted mistakes."""
+    """A folder in either layout, or a pack's weights: the truth about them, and the model for mutants."""
 
     def __init__(self, found: Folder, name: str) -> None:
         super().__init__(name, args=found.args)
@@ -68,11 +68,11 @@ class FolderSide(Side):
         return self.reading.get(OUTPUT).dtype
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
-        return tell(self.reading, self.found.args, prompts)[0]
+        return reference_outputs(self.reading, self.found.args, prompts)[0]
 
     def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> ErrorBudget:
         """The error budget of these dtypes."""
-        return tell(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
+        return reference_outputs(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
 
     def model(self) -> Transformer:
         """The library's own, on its plain path, in float64."""

@@ -131,7 +131,7 @@ def plans(lens: Sequence[int], chunk: int | None, window: int | None) -> list[di
     its queries, the slots their keys are written to, the position that each slot then holds (-1: empty), and the mask.
 
     Args:
-        chunk: tokens of each sequence a step; None takes in all at once.
+        chunk: tokens of each sequence a step; None processes all at once.
         window: W; None for a layer without one.
     """
     args = ModelArgs(2, 1, 2, 1, 1, 1, 1e-5, 1, sliding_window=window)

@@ -1,4 +1,4 @@
-"""Every way of running a model at hand, on its own weights, against the truth: `python -m main verify FOLDER`.
+"""Every way of running a model available, on its own weights, against the truth: `python -m main verify FOLDER`.
 
 All variants go through layer i before layer i + 1 is read, so the peak is one layer's weights in two dtypes.
 """
@@ -70,7 +70,7 @@ class Row:
     """What was found of a variant.
 
     Args:
-        window: the windows it ran with, for people.
+        window: the windows it ran with, human-readable.
         budget: the error budget of its dtypes.
     """
 
@@ -97,7 +97,7 @@ class Report:
         tensors: how many the folder has; all have the shapes that were asked for, and finite numbers.
         lens: of the prompts.
         rows: the variants.
-        notes: what was not at hand, a sentence each.
+        notes: what was not available, a sentence each.
     """
 
     tensors: int
@@ -118,7 +118,7 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Run every variant at hand over the same random prompts, and compare each with the truth.
+    """Run every variant available over the same random prompts, and compare each with the truth.
 
     Args:
         full: prompts that roll the model's own window, rather than one of `WINDOW` in its place.
@@ -143,7 +143,7 @@ def verify(
     stored = reading.get(OUTPUT).dtype
     if found.quant is not None:
         notes.append(
-            f"weights in {found.quant} are taken as the fp32 numbers they mean, not by the kernels for few bits"
+            f"weights in {found.quant} are taken as the fp32 numbers that they mean, not as the kernels compute"
         )
     notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
@@ -225,7 +225,7 @@ def _rounding(reading: WeightReader, dtypes: Dtypes) -> tuple[torch.dtype | None
 
 
 def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
-    """What is at hand: one_file_ref, transformers, and ours in every schedule, backend and dtype. Neighbours share
+    """What is available: one_file_ref, transformers, and ours in every schedule, backend and dtype. Neighbours share
     a dtype of weights."""
     lens = [len(p) for p in prompts]
     narrow = min(stored, torch.float32, key=lambda dtype: dtype.itemsize)
@@ -295,7 +295,7 @@ def _on_gpus(head_dim: int, half: torch.dtype) -> Iterator[tuple[str, str, Atten
                 attend = make()
                 if isinstance(attend, VarlenAttention):
                     attend.prove(torch.device(device), dtype, head_dim)
-            except Exception:  # a missing library, an old one, no kernel: it is not at hand
+            except Exception:  # a missing library, an old one, no kernel: it is not available
                 continue
             yield device, name, attend, dtype
 
@@ -310,7 +310,7 @@ def _not_at_hand() -> list[str]:
         missing.append("the kernels, which want a C compiler")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         missing.append("a GPU, and with it flash and xformers")
-    return [f"not at hand: {'; '.join(missing)}"] if missing else []
+    return [f"not available: {'; '.join(missing)}"] if missing else []
 
 
 def as_json(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""Weights in few bits on a GPU: row by row, for products that PyTorch compiles to one launch.
+"""Quantized weights on a GPU: row by row, for products that PyTorch compiles to one launch.
 
 Few rows are multiplied with the bytes as they are read, which is what saves time; many are PyTorch's to multiply, by
 weights that are widened. Inputs are not rounded: a GPU waits for memory and not for arithmetic.
@@ -45,7 +45,7 @@ def launched(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class CudaLinear(QuantizedLinear):
-    """Weights in few bits, row by row. See `QuantizedLinear`."""
+    """Quantized weights, row by row. See `QuantizedLinear`."""
 
     def of_row(self, x: Tensor) -> Tensor:
         """The product with one row of activations, [in_features] to [out_features]."""
@@ -102,4 +102,4 @@ class CudaInt4Linear(CudaLinear):
     def rows(self, first: int, last: int) -> Tensor:
         packed = self.packed[first:last]
         q = torch.stack((packed & 15, packed >> 4), dim=-1).view(torch.int8).sub(8).flatten(1)
-        return rounding.meant(q, self.scale[first:last], self.in_features)
+        return rounding.dequantize(q, self.scale[first:last], self.in_features)

@@ -58,7 +58,7 @@ def int4(weight: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """Weights in few bits, and products with them: [..., in_features] to [..., out_features], in x's dtype.
+    """Quantized weights, and products with them: [..., in_features] to [..., out_features], in x's dtype.
 
     Inference only: nothing flows back into the weights.
     """
@@ -169,4 +169,4 @@ class Int4Linear(QuantizedLinear):
 
     def rows(self, first: int, last: int) -> Tensor:
         q, scale = rounding.unpack(self.packed[blocks(first, last)], last - first, self.in_features)
-        return rounding.meant(q, scale, self.in_features)
+        return rounding.dequantize(q, scale, self.in_features)

@@ -61,13 +61,13 @@ def _best(rows: Tensor) -> tuple[Tensor, Tensor]:
     return found[0].to(torch.int8).flatten(-2), found[1].squeeze(-1)
 
 
-def meant(q: Tensor, scale: Tensor, columns: int) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     """The weights that `int4` stands for: [n, columns] fp32."""
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns].contiguous()
 
 
 def rounded(x: Tensor, span: int) -> Tensor:
-    """Inputs [..., k] of a product with weights in few bits: each `span` of them in 16 bits, widened again."""
+    """Inputs [..., k] of a product with quantized weights: each `span` of them in 16 bits, widened again."""
     grouped = F.pad(x, (0, -x.shape[-1] % span)).unflatten(-1, (-1, span))
     scale = grouped.abs().amax(-1, keepdim=True) / INPUTS
     near = (grouped / scale.clamp(min=1e-30)).round_() * scale

@@ -62,7 +62,7 @@ def require(needed: int, device: torch.device | str, what: str, advice: str) -> 
 
 
 def as_text(n: int) -> str:
-    """Bytes for people: 14.5 GB, 88.0 MB, 2.5 kB, 200 B."""
+    """Bytes human-readable: 14.5 GB, 88.0 MB, 2.5 kB, 200 B."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if n >= unit:
             return f"{n / unit:.1f} {name}"

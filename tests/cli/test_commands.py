@@ -469,3 +469,27 @@ def test_a_blank_after_a_switch(cli: Command, word: str) -> None:
     done = cli("complete", "The king", "--deterministic", word)
     assert done.code == 2
     assert done.error == f"--deterministic {word}: write --deterministic=true or --deterministic=false, without a space"
+
+
+def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "main", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, cwd=ROOT, env=environment, text=True, timeout=300, **options)
+
+
+def test_a_mistyped_folder_is_not_a_prompt() -> None:
+    for words in (["--folder=nosuch"], ["tests/nosuch"], ["no/such/folder"], ["nosuch/"], ["nosuch", "hello"]):
+        run = in_a_process("complete", *words, capture_output=True, stdin=subprocess.DEVNULL)
+        assert (run.returncode, run.stdout) == (2, "")
+        assert run.stderr.startswith("error: no such folder: ")
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    """Closed by the shell with >&- or 2>&-: nothing is lost to the other stream, and nothing breaks."""
+    script = f"{sys.executable} -m main complete hi --max_tokens 2 --temperature 0"
+    run = subprocess.run(f"{script} >&-", shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert run.returncode == 0
+    assert "Traceback" not in run.stderr
+    run = subprocess.run(f"{script} 2>&-", shell=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert run.returncode == 0
+    assert "loaded" not in run.stdout

@@ -341,7 +341,11 @@ def test_a_pth_in_several_parts(cli: Command, folder: Path) -> None:
 
 def test_no_tokenizer(cli: Command, folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
-    assert f"no tokenizer in {folder}: expected tokenizer.model" in spoilt(cli, folder)
+    outcome = cli("complete", folder, "Hello", "--max_tokens", 2)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1].startswith(
+        "error: the folder has no tokenizer, so prompts must be lists of ids"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 99, b"<!DOCTYPE html>" * 99, "half"])

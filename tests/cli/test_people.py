@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
 from mistral.cli import prompts, terminal
 from mistral.cli.commands import COMMANDS
@@ -186,15 +187,17 @@ def test_no_script_for_another_shell(cli: Command) -> None:
 
 def test_a_question_in_one_shot(cli: Command, folder: Path, tmp_path: Path) -> None:
     template = find_template(Tokenizer(BUNDLED / "tokenizer.model"))
-    from mistral.chat.templates import Turn
+
+    def encoded(system: str, question: str) -> list[int]:
+        return template.encode_chat([Message("system", system), Message("user", question)])
 
     words = ("complete", folder, "--instruct", "--json", *SHORT)
-    ids = template.conversation("Be brief.", [Turn("Who?")])
+    ids = encoded("Be brief.", "Who?")
     assert json.loads(cli(*words, "Who?", "--system", "Be brief.").text)["prompt_tokens"] == ids
     file = tmp_path / "questions.txt"
     file.write_text("Who?\nWhere?\n")
     found = [json.loads(line)["prompt_tokens"] for line in cli(*words, "--file", file).text.splitlines()]
-    assert found == [template.conversation("", [Turn(q)]) for q in ("Who?", "Where?")]
+    assert found == [encoded("", q) for q in ("Who?", "Where?")]
     (tmp_path / "ids.jsonl").write_text("[1, 2]\n")
     for more, said in (
         (("--file", tmp_path / "ids.jsonl"), "--instruct takes questions: each prompt must be text"),
@@ -231,8 +234,7 @@ def test_retry_and_continue(cli: Command, folder: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     first, more, again, _ = done.text.split("\n")
     assert again == first
-    (turn,) = json.loads(kept.read_text())["turns"]
-    assert turn["text"] == first + more
+    assert json.loads(kept.read_text())["messages"][-1]["content"] == first + more
     whole = cli("interactive", folder, "--instruct", "-t", 0, "-n", 8, stdin="Hi\n").text
     assert whole == first + more + "\n"
     for line in ("/retry", "/continue"):
@@ -279,7 +281,7 @@ def test_replacing_a_file_is_confirmed_at_a_terminal(folder: Path, tmp_path: Pat
         child.expect(said)
     child.sendline("/quit")
     child.expect(pexpect.EOF)
-    assert len(json.loads(kept.read_text())["turns"]) == 2
+    assert len(json.loads(kept.read_text())["messages"]) == 4
 
 
 def test_lines_of_earlier_sessions_come_back(folder: Path, tmp_path: Path) -> None:

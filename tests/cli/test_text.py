@@ -148,7 +148,8 @@ def test_a_question_of_several_lines_over_a_pipe(cli: Command, tmp_path: Path) -
     kept = tmp_path / "chat.json"
     done = cli("interactive", folder, "--instruct", *GREEDY, stdin=f'"""two\nlines"""\n"""one"""\n/save {kept}\n')
     assert done.code == 0, done.err
-    assert [turn["question"] for turn in json.loads(kept.read_text())["turns"]] == ["two\nlines", "one"]
+    asked = [m["content"] for m in json.loads(kept.read_text())["messages"] if m["role"] == "user"]
+    assert asked == ["two\nlines", "one"]
     assert cli("interactive", folder, "--instruct", *GREEDY, stdin='"""never\nclosed').err.endswith(
         'error: the text that began with """ does not end with """\n'
     )

@@ -209,3 +209,38 @@ def test_what_progress_raises_ends_it_between_steps(tokenizer: Tokenizer, tmp_pa
     again, want = run(model, tokenizer, [ids], cache=cache), run(model, tokenizer, [ids])
     assert [t[:2] for t in again] == [t[:2] for t in want]
     assert [t[2] for t in again] == pytest.approx([t[2] for t in want], abs=TOLERANCE)
+
+
+def test_a_cache_holds_no_history() -> None:
+    model = tiny_model(tiny_args())
+    cache = RollingBufferCache(model.args, 1)
+    for _ in range(3):
+        model(torch.tensor([1, 2]), [2], cache)
+    assert not cache.layer(0).k.requires_grad
+    assert not cache.layer(0).v.requires_grad
+
+
+def test_a_step_that_broke_off_is_not_built_upon(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_args())
+    cache = RollingBufferCache(model.args, 1)
+    ids = ragged([40], model.args.vocab_size)[0]
+    with torch.inference_mode():
+        model(ids[:20], [20], cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.layers[1], "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[20:], [20], cache)
+        with pytest.raises(CacheError, match="did not finish"):
+            model(ids[20:], [20], cache)
+        cache.reset()
+        assert distance([model(ids, [40], cache)], true_logprobs(model, [ids])) < TOLERANCE
+
+
+def test_a_cache_made_in_inference_mode_works_outside() -> None:
+    model = tiny_model(tiny_args())
+    with torch.inference_mode():
+        cache = RollingBufferCache(model.args, 1)
+        model(torch.tensor([1, 2]), [2], cache)
+    with torch.no_grad():
+        model(torch.tensor([3]), [1], cache)
+    assert cache.lengths == [3]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from mistral.args import ModelArgs
 from mistral.attention import eager, tiled
 from mistral.cache import CacheError, RollingBufferCache
+from mistral.generate import generate
 from mistral.linear import widened_product
 from mistral.model import RMSNorm, Transformer
 from tests.support.tiny import (
@@ -31,6 +35,7 @@ from tests.support.tiny import (
     whole,
 )
 from tests.support.truth import truth
+from tests.text.test_generate import Letters
 
 LENS = [1, 7, 23, 40]
 WINDOWS = [1, 3, 8, 1000, None, [None, 3], [3, None], [2, 7]]
@@ -620,3 +625,27 @@ def test_a_new_model_has_random_embeddings() -> None:
     first, second = (Transformer(tiny_args(vocab_size=2000)).tok_embeddings.weight for _ in range(2))
     assert abs(first.std().item() - 1) < 0.02
     assert not torch.equal(first, second)
+
+
+def test_a_float64_model_generates_in_float64() -> None:
+    model = tiny_model(tiny_args()).double()
+    prompts = ragged([9, 3], model.args.vocab_size)
+    _, scored = generate([p.tolist() for p in prompts], model, Letters(), max_tokens=0, chunk_size=2)
+    for got, want, prompt in zip(scored, true_logprobs(model, prompts), prompts, strict=True):
+        picked = want[range(len(prompt) - 1), prompt[1:]]
+        assert got == pytest.approx(picked.tolist(), abs=1e-12)
+
+
+def test_copies_and_pickles() -> None:
+    model = tiny_model(tiny_args())
+    ids = torch.tensor([1, 2, 3])
+    want = model(ids, [3])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids, [3]), want)
+
+
+def test_lengths_may_be_a_tensor() -> None:
+    model = tiny_model(tiny_args())
+    cache = RollingBufferCache(model.args, 2)
+    model(torch.arange(3), torch.tensor([1, 2]), cache)  # type: ignore[arg-type]
+    assert cache.lengths == [1, 2]

@@ -97,7 +97,7 @@ def test_the_command(cli: Command, tmp_path: Path) -> None:
     assert float(done.text.split()[1].rstrip(":")) == pytest.approx(facts["perplexity"], rel=1e-4)
     piped = cli("perplexity", folder, "--json", stdin=text.read_text(encoding="utf-8"))
     assert json.loads(piped.text) == facts
-    assert "perplexity" in cli("perplexity", text).text  # the model that ships
+    assert "perplexity" in cli("perplexity", text).text  # the bundled model
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,8 @@ def test_weights_in_few_bits(bits, captured):
     plain = tiny_model(args, seed=1)
     state, expected = plain.state_dict(), parameters(args)
     there = {n: quant.quantize(p, state[n], bits, torch.device("cuda")) for n, p in expected.items() if p.quantized}
-    meant = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
-    plain.load_state_dict(plain.state_dict() | meant)
+    dequantize = {n: module.rows(0, module.out_features).cpu() for n, module in there.items()}
+    plain.load_state_dict(plain.state_dict() | dequantize)
     model = (CudaGraphTransformer if captured else Transformer)(args)
     model.load_state_dict(plain.state_dict())
     model = model.to("cuda")

@@ -55,7 +55,7 @@ class Replayed(CudaGraphTransformer):
 
 
 def on_gpu(module):
-    """Weights in few bits as a GPU has them, on a CPU."""
+    """Quantized weights as a GPU has them, on a CPU."""
     kind = cuda.CudaInt8Linear if isinstance(module, Int8Linear) else cuda.CudaInt4Linear
     return kind(module, torch.device("cpu"))
 

@@ -59,7 +59,7 @@ except KernelsUnavailable as reason:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = (*DTYPES, "int8", "int4")
-# Inputs of weights in few bits are rounded to 16 bits, which moves log-probs by more than fp32 does.
+# Inputs of quantized weights are rounded to 16 bits, which moves log-probs by more than fp32 does.
 ROUNDED_TOLERANCE = 1e-4
 
 
@@ -297,7 +297,7 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
     assert got.shape == want.shape == layout.int4_shape(n, k)
     if not torch.equal(got, want):  # two scales that fit equally well up to rounding
         pairs = [rounding.unpack(packed, n, k) for packed in (got, want)]
-        off = [(rounding.meant(q, s, k) - weight.float()).square().sum() for q, s in pairs]
+        off = [(rounding.dequantize(q, s, k) - weight.float()).square().sum() for q, s in pairs]
         torch.testing.assert_close(*off, rtol=1e-5, atol=0)
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
@@ -817,7 +817,7 @@ def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.Monke
         library()
 
 
-# --- weights in few bits on disk
+# --- quantized weights on disk
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])

@@ -29,6 +29,7 @@ from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer
+from mistral.util import memory
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
@@ -166,7 +167,7 @@ def test_a_tied_output_stays_tied(tmp_path: Path) -> None:
     whole = hashes(tmp_path / "a")
     assert hashes(tmp_path / "c") == {name: digest for name, digest in whole.items() if name != "output.weight"}
     assert hashes(tmp_path / "d") == hashes(tmp_path / "b")
-    for name in "bcde":  # also what has few bits: the embeddings keep theirs
+    for name in "bcde":  # also what has quantized weights: the embeddings keep theirs
         model = load(tmp_path / name, device="cpu").model
         assert model.output.weight is model.tok_embeddings.weight
         assert torch.equal(model.output.weight, state["tok_embeddings.weight"])
@@ -261,6 +262,36 @@ def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -
             assert distance(whole(none.model, prompts), want) > 100 * TOLERANCE
 
 
+TEXTS = ("Hello world", "  two  spaces ", "Once upon a time", "na\u00efve \U0001f642\n\tx", "<s>[INST] hi </s>", "")
+
+
+@pytest.mark.parametrize("kind", ["bundled", "v3", "tekken"])
+def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
+    """A folder without tokenizer.json: AutoTokenizer gives our ids, bos and the first word included."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    common = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    vocab = {"bundled": 4096, "v3": 32768, "tekken": 131072}[kind]
+    src = make_folder(tmp_path / "a", tokenizer=kind == "bundled", vocab_size=vocab)
+    if kind == "v3":
+        shutil.copy(common / "mistral_instruct_tokenizer_240323.model.v3", src / "tokenizer.model.v3")
+    elif kind == "tekken":
+        shutil.copy(common / "tekken_240718.json", src / "tekken.json")
+    made = "tokenizer.json and tokenizer_config.json were made from "
+    assert any(note.startswith(made) for note in convert(src, tmp_path / "b", "hf").notes)
+    for name in ("tokenizer.model", "tokenizer.model.v3", "tekken.json"):
+        (tmp_path / "b" / name).unlink(missing_ok=True)  # what is written is enough
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    ours = load(src, device="cpu").tokenizer
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids
+        if "<s>" not in text:
+            assert theirs(text)["input_ids"] == ids
+            assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
 def _no_window(shape: str) -> dict[str, Any]:
     return {"rope_theta": 1e4, **SHAPES[shape], "sliding_window": None}
 
@@ -271,7 +302,8 @@ def _no_window(shape: str) -> dict[str, Any]:
 def test_config(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a", random_state(dtype=torch.bfloat16), max_seq_len=777)
     written = convert(src, tmp_path / "b", "hf")
-    assert written.notes == ("there is no tokenizer.json to carry along: transformers' AutoTokenizer may want one",)
+    made = "tokenizer.json and tokenizer_config.json were made from tokenizer.model"
+    assert written.notes == (f"{made}, so that transformers gives the same ids",)
     assert config_of(tmp_path / "b") == {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
@@ -343,8 +375,8 @@ def test_tokenizer_files_are_carried_along(tmp_path: Path, to: str) -> None:
     (src / "tokenizer.model").symlink_to(tmp_path / "blob")
     written = convert(src, tmp_path / "b", to)
     found = {path.name for path in (tmp_path / "b").iterdir()} - set(written.files)
-    described = {"config.json", "generation_config.json"} if to == "hf" else {"params.json"}
-    assert found == {*both, "tokenizer.model", *described}
+    assert found == {*both, "tokenizer.model", "generation_config.json", "config.json" if to == "hf" else "params.json"}
+    assert "not carried along: model.py, notes.txt, training_args.bin" in written.notes
     for name in found - {"config.json", "params.json"}:
         copy = tmp_path / "b" / name
         assert copy.read_bytes() == (src / name).read_bytes()
@@ -527,8 +559,8 @@ def test_a_disk_with_too_little_room(cli: Command, tmp_path: Path) -> None:
     needed = sum(path.stat().st_size for path in (tmp_path / "full").iterdir())
     with usage(needed - 1):
         error = cli("convert", src, tmp_path / "b", "--to", "hf").error
-    need, free = needed / 1e3, (needed - 1) / 1e3
-    assert error.startswith(f"{tmp_path / 'b'} needs {need:.1f} kB, but its disk has {free:.1f} kB free: ")
+    need, free = memory.as_text(needed), memory.as_text(needed - 1)
+    assert error.startswith(f"{tmp_path / 'b'} needs {need}, but its disk has {free} free: ")
     assert asked == [tmp_path]
     assert_nothing_at(tmp_path / "b")
     (tmp_path / ".b.0123.partial").mkdir()

@@ -446,3 +446,12 @@ def test_reading_headers_reads_no_tensor(tmp_path: Path) -> None:
     (tmp_path / "consolidated-00002-of-00003.safetensors").unlink()
     with pytest.raises(WeightsError, match="has 2 of 3 parts of its weights: part 2 is missing"):
         find_weights(tmp_path)
+
+
+def test_what_is_neither_tied_nor_not_and_zero_windows_are_refused() -> None:
+    assert to_args({**PARAMS, "tied_embeddings": True}).tied_embeddings
+    assert not to_args({**PARAMS, "tied_embeddings": None}).tied_embeddings
+    with pytest.raises(ParamsError, match="tied_embeddings must be true or false"):
+        to_args({**PARAMS, "tied_embeddings": 1})
+    with pytest.raises(ParamsError, match="sliding_window is 0"):
+        to_args({**PARAMS, "sliding_window": "0"})

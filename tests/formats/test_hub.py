@@ -113,7 +113,8 @@ def test_what_may_be_a_path_is_not_fetched(hub: Hub, model: Path, cli: Command, 
     hub.add("owner/name", model)
     (tmp_path / "owner").mkdir()
     assert refused("owner/name").startswith("no such folder: owner/name; it is not looked for on the hub")
-    assert cli("complete", "owner/name", stdin="never read").error == "no such folder: owner/name"
+    error = cli("complete", "--folder", "owner/name", stdin="never read").error
+    assert error == "no such folder: owner/name"
     assert hub.asked == []
 
 
@@ -130,11 +131,12 @@ def test_one_layout_and_no_code(hub: Hub, model: Path, model_hf: Path, caplog: p
     folder = locate("owner/name")
     assert folder.name == hub.commit("owner/name")
     expected = MISTRAL | {"config.json", "README.md", "LICENSE.txt", "tokenizer_config.json", "chat_template.jinja"}
+    expected |= {"tokenizer.json"}
     assert names(folder) == hub.sent() == expected
     weights = (model / "consolidated.safetensors").read_bytes()
     assert (folder / "consolidated.safetensors").read_bytes() == weights
     assert [name for _, name, _ in hub.asked][-1] == "consolidated.safetensors"
-    assert re.fullmatch(r"fetching owner/name: 7 files, \d+\.\d kB", caplog.messages[0])
+    assert re.fullmatch(r"fetching owner/name: 8 files, \d+\.\d [kM]B", caplog.messages[0])
     assert len(caplog.messages) == 1
 
 
@@ -142,7 +144,14 @@ def test_hugging_faces_layout(hub: Hub, model_hf: Path) -> None:
     hub.add("owner/name", model_hf)
     parts = {name for name in names(model_hf) if name.startswith("model-")}
     assert len(parts) > 1
-    assert names(locate("owner/name")) == {"config.json", "model.safetensors.index.json", "tokenizer.model"} | parts
+    small = {
+        "config.json",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert names(locate("owner/name")) == small | parts
 
 
 @pytest.mark.parametrize(
@@ -392,8 +401,8 @@ def test_every_command_takes_an_id(hub: Hub, model: Path, cli: Command, tmp_path
     options = ("--max_tokens", 4, "--temperature", 0)
     plain = cli("complete", model, "The king", *options).text
     assert cli("complete", "owner/name", "The king", *options).text == plain
-    assert cli("complete", "owner/name", *options, stdin="The king").text == plain
-    assert cli("complete", "owner/name@main", *options, stdin="The king").text == plain
+    assert cli("complete", "--folder", "owner/name", *options, stdin="The king").text == plain
+    assert cli("complete", "--folder", "owner/name@main", *options, stdin="The king").text == plain
     assert plain in cli("interactive", "owner/name", *options, stdin="The king\n").text
     assert cli("demo", "owner/name", "--max_tokens", 1).text.count("=====") > 0
     report = json.loads(cli("inspect", "owner/name", "--json").text)
@@ -405,7 +414,7 @@ def test_every_command_takes_an_id(hub: Hub, model: Path, cli: Command, tmp_path
 
 def test_mistakes_of_a_command_line_cost_no_download(hub: Hub, model: Path, cli: Command, tmp_path: Path) -> None:
     hub.add("owner/name", model)
-    assert "no prompt" in cli("complete", "owner/name").error
+    assert "no prompt" in cli("complete", "--folder", "owner/name").error
     assert "no layout is called 'gguf'" in cli("convert", "owner/name", tmp_path / "out", "--to", "gguf").error
     assert hub.asked == []
     assert "no model of that name on the hub" in cli("inspect", "owner/other").error

@@ -27,7 +27,7 @@ from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, wr
 from tests.support.tiny import TOLERANCE, at_random, distance, make_cache, play, ragged, shapes_of, tiny_model, whole
 
 LENS = [33, 1, 6, 25]
-PLANTED = 1e-4  # a planted mistake moves log-probs by more
+PLANTED = 1e-4  # a mutant moves log-probs by more
 
 
 def params(dim: int, layers: int, hidden: int, heads: int, kv: int, vocab: int, head_dim: int = 8, **more: Any) -> dict:
@@ -224,7 +224,7 @@ def test_weights_are_read_in_the_files_order(tmp_path: Path) -> None:
     assert list(weights.readers) != list(weights.tensors)  # which have the model's
 
 
-# --- planted mistakes
+# --- mutants
 
 
 @pytest.fixture(scope="module")

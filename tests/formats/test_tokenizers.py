@@ -188,6 +188,22 @@ def test_a_written_tokenizer_json_gives_the_same_ids_in_transformers(tmp_path: P
     assert (theirs.bos_token_id, theirs.eos_token_id) == (own.bos_id, own.eos_id)
 
 
+def test_a_converted_folder_has_its_ids_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from mistral.formats.convert import convert
+
+    folder = make_folder(tmp_path / "ours")
+    written = convert(folder, tmp_path / "theirs", "hf")
+    assert not any("tokenizer" in note for note in written.notes)
+    own, theirs = Tokenizer(folder / "tokenizer.model"), AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    for text in ("The king", " a  b\n", "永🙂", "x <s> y"):
+        assert theirs(text, split_special_tokens=True)["input_ids"] == own.encode(text)
+    assert load(tmp_path / "theirs", device="cpu").tokenizer.path.name == "tokenizer.model"
+    convert(tmp_path / "theirs", tmp_path / "back", "mistral")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "theirs" / "tokenizer.json").read_bytes()
+
+
 def test_a_tokenizer_that_no_tokenizer_json_equals(tmp_path: Path) -> None:
     """SentencePiece's own default: texts are changed first."""
     import io

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from mistral import backends
 from mistral.fast.decode import FastTransformer
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.known import unknown_module
-from mistral.formats.folder import read_folder
+from mistral.formats.folder import BUNDLED, read_folder
 from mistral.generate import complete
 from mistral.loader import runtime
 from mistral.loader.executions import EXECUTIONS
@@ -193,3 +194,26 @@ def test_public_names_come_on_demand() -> None:
 
 def test_the_limit_of_a_batch_is_the_models(folder: Path) -> None:
     assert load(folder, device="cpu", max_batch_size=3).args.max_batch_size == 3
+
+
+def test_a_loaded_model_follows_its_weights() -> None:
+    model = load(device="cpu", dtype="float32").model.to(torch.float64)
+    assert model.dtype == torch.float64
+    assert model(torch.tensor([1, 5]), [2]).dtype == torch.float64
+
+
+def test_a_model_padded_past_its_tokenizer(tmp_path: Path) -> None:
+    """Ids that have no word may be made, and have no text; the note says how many there are."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(BUNDLED / "consolidated.safetensors")
+    for name in ("tok_embeddings.weight", "output.weight"):
+        state[name] = torch.cat([state[name], state[name][:64] * 50])
+    save_file(state, tmp_path / "consolidated.safetensors")
+    params = json.loads((BUNDLED / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**params, "vocab_size": 4160}))
+    (tmp_path / "tokenizer.model").write_bytes((BUNDLED / "tokenizer.model").read_bytes())
+    loaded = load(tmp_path, device="cpu")
+    assert any("64 ids" in note for note in loaded.notes)
+    results = complete(["Once"], loaded.model, loaded.tokenizer, max_tokens=50, temperature=3.0, top_p=1.0, seed=1)
+    assert any(token >= 4096 for token in results[0].tokens)

@@ -120,7 +120,7 @@ def test_a_pack_without_weights_has_its_budget(folder, tmp_path, capsys):
     told = ask(capsys, path, wrong)
     assert not told["same"]
     assert told["first_position"] == [0, 0]
-    assert "no model is at hand" in told["notes"][0]
+    assert "no model is available" in told["notes"][0]
     assert ask(capsys, right, right)["error_budget"] is None
 
 

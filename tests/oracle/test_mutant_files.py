@@ -21,7 +21,7 @@ def test_the_list(capsys):
     assert cli.main(["mutants"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(MUTANTS)
-    assert all(plant.what in line for plant, line in zip(MUTANTS.values(), lines, strict=True))
+    assert all(find_mutant.what in line for find_mutant, line in zip(MUTANTS.values(), lines, strict=True))
 
 
 def test_a_test_that_reads_packs_catches_every_mistake(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Planted mistakes: each must move log-probs away from the truth, or the tests above it prove nothing.
+"""Mutants: each must move log-probs away from the truth, or the tests above it prove nothing.
 
 Each plant changes one thing in the library (by monkeypatch) or in the weights, then runs the
 scenarios below; the largest error must be far above the tolerance, and far below it without a plant.
@@ -455,8 +455,8 @@ IN_THE_WEIGHTS = [
 ]
 
 
-def name_of(plant: Callable) -> str:
-    return plant.__name__
+def name_of(find_mutant: Callable) -> str:
+    return find_mutant.__name__
 
 
 def test_without_a_plant_nothing_shows():
@@ -466,14 +466,14 @@ def test_without_a_plant_nothing_shows():
 
 
 @pytest.mark.parametrize("plant", IN_THE_CODE, ids=name_of)
-def test_a_mistake_in_the_code_shows(plant, monkeypatch):
+def test_a_mistake_in_the_code_shows(find_mutant, monkeypatch):
     with monkeypatch.context() as patch:
-        plant(patch)
+        find_mutant(patch)
         errors = scenarios()
     assert max(errors.values()) > SHOWS, errors
 
 
 @pytest.mark.parametrize("plant", IN_THE_WEIGHTS, ids=name_of)
-def test_a_mistake_in_the_weights_shows(plant):
-    errors = scenarios(plant)
+def test_a_mistake_in_the_weights_shows(find_mutant):
+    errors = scenarios(find_mutant)
     assert max(errors.values()) > SHOWS, errors

@@ -1,4 +1,4 @@
-"""The kit of planted mistakes: each is what it says, shows in every kind of model, and makes our own tests fail."""
+"""The kit of mutants: each is what it says, shows in every kind of model, and makes our own tests fail."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def model_of(kind: str) -> Transformer:
     return fast.requires_grad_(False)
 
 
-def fed(plant: Mutant, prompts: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-    changed = [plant.fed(p) for p in prompts]
+def prompt_ids(find_mutant: Mutant, prompts: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    changed = [find_mutant.prompt_ids(p) for p in prompts]
     return changed, [len(p) for p in changed]
 
 
 def with_mistake(model: Transformer, prompts: list[Tensor], name: str, schedule: Callable) -> list[Tensor]:
     """Logits of each prompt, lined up, in steps on a cache that is made meanwhile."""
-    ids, lens = fed(MUTANTS[name], prompts)
+    ids, lens = prompt_ids(MUTANTS[name], prompts)
     with torch.no_grad(), mutated(name):
         rows = play(model, ids, schedule(lens), make_cache(model, len(lens)))
-    return [MUTANTS[name].lined_up(r, len(p)) for r, p in zip(rows, prompts, strict=True)]
+    return [MUTANTS[name].align(r, len(p)) for r, p in zip(rows, prompts, strict=True)]
 
 
 def apart(got: list[Tensor], want: list[Any]) -> float:
@@ -109,8 +109,8 @@ def chunks_then_decode(lens: list[int]) -> Schedule:
 
 
 def replaced() -> Iterator[tuple[Any, str]]:
-    for plant in MUTANTS.values():
-        yield from ((owner, name) for owner, name, _ in (*PLAIN, *plant.changes))
+    for find_mutant in MUTANTS.values():
+        yield from ((owner, name) for owner, name, _ in (*PLAIN, *find_mutant.changes))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -376,9 +376,9 @@ def test_each_is_what_it_says(name: str, monkeypatch: Patch) -> None:
     prompts = ragged(LENS, model.args.vocab_size)
     with monkeypatch.context() as patch:
         state, args = WRONG[name](patch, model.state_dict(), model.args)
-        ids, _ = fed(MUTANTS[name], prompts)
+        ids, _ = prompt_ids(MUTANTS[name], prompts)
         want = [truth.truth(state, args, p)[0] if len(p) else np.zeros((0, args.vocab_size)) for p in ids]
-    want = [MUTANTS[name].lined_up(torch.from_numpy(r), len(p)).numpy() for r, p in zip(want, prompts, strict=True)]
+    want = [MUTANTS[name].align(torch.from_numpy(r), len(p)).numpy() for r, p in zip(want, prompts, strict=True)]
     limit = 10 * TOLERANCE if name == "output_tied" else TOLERANCE  # embeddings are wider: logits up to 60
     assert apart(logits_with(model, prompts, name), want) < limit
     for schedule in schedules(name):
@@ -515,7 +515,7 @@ names, suite = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for name in ("", *names, ""):
     outcomes = Outcomes()
     status = pytest.main(
-        ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", *suite, *(["--plant", name] if name else [])], [outcomes]
+        ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", *suite, *(["--mutant", name] if name else [])], [outcomes]
     )
     found.setdefault(name, []).append((int(status), outcomes.passed, outcomes.failed))
 print(json.dumps(found))
@@ -524,7 +524,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_our_own_tests_fail_on_each() -> None:
-    """A small part of them, by `pytest --plant NAME`; with none, first and last, they pass."""
+    """A small part of them, by `pytest --mutant NAME`; with none, first and last, they pass."""
     root = Path(mistral.__file__).parents[1]
     command = [sys.executable, "-c", RUN_WITH_EACH, json.dumps(sorted(DENSE)), json.dumps(SUITE)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)

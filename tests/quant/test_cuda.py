@@ -1,4 +1,4 @@
-"""Weights in few bits as a GPU has them, on a CPU; tests/fast/test_cuda.py compiles them on a real one."""
+"""Quantized weights as a GPU has them, on a CPU; tests/fast/test_cuda.py compiles them on a real one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ META = torch.device("meta")  # any but the CPU
 
 
 def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, cuda.CudaLinear]:
-    """The same weights in few bits, as a CPU and as a GPU has them."""
+    """The same quantized weights, as a CPU and as a GPU has them."""
     here = quant.KINDS[kind].of(weight)
     there = {"int8": cuda.CudaInt8Linear, "int4": cuda.CudaInt4Linear}[kind](here, torch.device("cpu"))
     return here, there
@@ -37,15 +37,15 @@ def uncompiled(monkeypatch):
 def test_products_of_any_shape(kind, n, k, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     here, there = twins(kind, torch.rand(n, k, generator=generator) * 2 - 1)
-    meant = here.rows(0, n)
-    assert torch.equal(there.rows(0, n), meant)
-    assert torch.equal(there.rows(n // 2, n), meant[n // 2 :])
+    dequantize = here.rows(0, n)
+    assert torch.equal(there.rows(0, n), dequantize)
+    assert torch.equal(there.rows(n // 2, n), dequantize[n // 2 :])
     x = torch.rand(rows, k, generator=generator) * 2 - 1
     with torch.inference_mode():
         y = there(x)
     assert y.shape == (rows, n)
-    size = x.double().abs() @ meant.double().abs().T
-    assert ((y - x.double() @ meant.double().T).abs() <= 2e-6 * size + 1e-30).all()
+    size = x.double().abs() @ dequantize.double().abs().T
+    assert ((y - x.double() @ dequantize.double().T).abs() <= 2e-6 * size + 1e-30).all()
 
 
 @pytest.mark.parametrize("rows", [1, cuda.FEW, cuda.FEW + 1])

@@ -48,7 +48,7 @@ def test_a_case_is_made_again(tmp_path: Path) -> None:
         assert len({good, *made}) > 15
 
 
-# --- planted mistakes
+# --- mutants
 
 
 def not_ours() -> None:

@@ -1,4 +1,4 @@
-"""Tiny Mistral folders: params.json, weights in each form, and the tokenizer of the model that ships."""
+"""Tiny Mistral folders: params.json, weights in each form, and the tokenizer of the bundled model."""
 
 from __future__ import annotations
 

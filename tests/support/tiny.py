@@ -20,7 +20,7 @@ from tests.support.truth import truth
 TOLERANCE = 1e-5  # rule 11: fp32 log-probs on the CPU, weights of ordinary scale
 POISON = 1e4  # rule 9: what unused slots are filled with
 
-Schedule = list[list[int]]  # for each step, the tokens that each row brings
+Schedule = list[list[int]]  # for each step, the tokens that each row contributes
 
 
 def tiny_args(**changes: Any) -> ModelArgs:
@@ -81,7 +81,7 @@ def all_at_once(lens: Sequence[int]) -> Schedule:
 
 
 def in_chunks(lens: Sequence[int], chunk: int) -> Schedule:
-    """Each row brings `chunk` tokens a step, less at its end, then none."""
+    """Each row contributes `chunk` tokens a step, less at its end, then none."""
     return [[max(0, min(chunk, n - done)) for n in lens] for done in range(0, max(lens), chunk)]
 
 
@@ -92,7 +92,7 @@ def prefill_then_decode(lens: Sequence[int], decode: int) -> Schedule:
 
 
 def at_random(lens: Sequence[int], seed: int) -> Schedule:
-    """Each row brings none, one or many tokens to a step, until all are through."""
+    """Each row contributes none, one or many tokens to a step, until all are through."""
     rng = random.Random(seed)
     left, steps = list(lens), []
     while any(left):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from mistral.engine import Engine, GenerationError
 from mistral.generate import Completion, Piece, complete, generate, stream
 from mistral.model import Transformer
 from mistral.sampling import RequestRng
-from mistral.sampling_params import SamplingParams
+from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.tokenizer import Tokenizer
 from tests.support.tiny import TOLERANCE, ragged, tiny_args, tiny_model
 from tests.support.truth import truth
@@ -819,14 +820,14 @@ def test_logits_that_are_not_numbers_are_named(mode: dict[str, Any]) -> None:
         model.tok_embeddings.weight[9] = math.nan
     prompts = [[2, 3, 4], [5, 9, 6]]
     assert len(complete(prompts[:1], model, Letters(), max_tokens=1, **mode)) == 1
-    with pytest.raises(GenerationError, match="logits for prompt 1 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 1 are NaN"):
         complete(prompts, model, Letters(), max_tokens=2, **mode)
-    with pytest.raises(GenerationError, match="logits for prompt 1 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 1 are NaN"):
         generate(prompts, model, Letters(), max_tokens=0)
     with torch.no_grad():
         model.tok_embeddings.weight[9] = 1
         model.output.weight.fill_(math.inf)
-    with pytest.raises(GenerationError, match="logits for prompt 0 are not numbers"):
+    with pytest.raises(GenerationError, match="logits for prompt 0 are NaN"):
         complete(prompts, model, Letters(), max_tokens=2, **mode)
 
 
@@ -873,3 +874,76 @@ def test_storage_is_allocated_once(window: int | None, max_tokens: int) -> None:
         assert [layer.k.data_ptr() for layer in running.cache.layers] == made
         fed = n + max(max_tokens - 1, 0)
         assert {layer.capacity for layer in running.cache.layers} == {fed if window is None else min(fed, 2 * W - 1)}
+
+
+class Pieces:
+    """Ids from 2 on are byte strings that split characters anywhere, as tekken's do."""
+
+    bos_id = 0
+    eos_id = 1
+    pieces = (b"a", b"b", b"X\xe6", b"\xbc", b"\xa2!", b"c", b"\xf0\x9f", b"\x99\x82d", b"e\xe6")
+
+    def encode(self, s: str) -> list[int]:
+        return [2 + self.pieces.index(s.encode())]
+
+    def decode(self, t: list[int]) -> str:
+        known = [i - 2 for i in t if 2 <= i < 2 + len(self.pieces)]
+        return b"".join(self.pieces[i] for i in known).decode("utf-8", errors="replace")
+
+
+def test_defaults_are_the_originals() -> None:
+    parameters = inspect.signature(generate).parameters
+    defaults = {name: parameters[name].default for name in ("temperature", "top_p", "chunk_size", "seed")}
+    assert defaults == {"temperature": 0.7, "top_p": 0.8, "chunk_size": None, "seed": None}
+    assert inspect.signature(stream).parameters["top_p"].default == 0.8
+
+
+def test_a_stop_string_that_overlaps_itself() -> None:
+    """Letter by letter, "aab" ends what "aaab" begins."""
+
+    class Repeats(Letters):
+        characters = "aaabcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?"
+
+    (result,) = complete([[60]], alphabet_model(), Repeats(), max_tokens=10, temperature=0, stop=["aab"])
+    whole = complete([[60]], alphabet_model(), Repeats(), max_tokens=10, temperature=0)[0].text
+    assert "aaab" in whole
+    assert result.text == whole[: whole.index("aab")]
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stop", "max_tokens", "text", "reason"),
+    [
+        ((), 8, "bX漢!c🙂de\ufffd", "length"),  # what never became a character comes out as it stands
+        (("X",), 8, "b", "stop"),  # nothing of the half character after the stop string
+        (("\ufffd",), 8, "bX漢!c🙂de", "stop"),  # found in what was held back until the end
+        (("d",), 7, "bX漢!c🙂", "stop"),  # with the last token: it stops, whatever the length
+        (("漢!",), 8, "bX", "stop"),
+    ],
+)
+def test_tokens_of_text_and_half_a_character(stop: Any, max_tokens: int, text: str, reason: str) -> None:
+    shown = list(stream(["a"], alphabet_model(), Pieces(), max_tokens=max_tokens, temperature=0, stop=stop))
+    assert "".join(piece.text for piece in shown) == text
+    assert not any("\ufffd" in piece.text for piece in shown if piece.token)
+    assert shown[-1].finish_reason == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"top_k": 2.5}, "top_k"),
+        ({"temperature": "1"}, "temperature"),
+        ({"chunk_size": 2.5}, "chunk_size"),
+        ({"top_logprobs": 1.5}, "top_logprobs"),
+        ({"stop": [3]}, "stop"),
+    ],
+)
+def test_wrong_types_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises((GenerationError, SamplingError), match=name):
+        stream([[5]], alphabet_model(), Letters(), **options)
+
+
+def test_wrong_prompts_are_named() -> None:
+    for prompts in (None, [b"ab"], [None]):
+        with pytest.raises(GenerationError, match="prompt"):
+            stream(prompts, alphabet_model(), Letters())  # type: ignore[arg-type]

@@ -484,3 +484,20 @@ def test_params_are_plain_and_comparable() -> None:
     assert hash(params) == hash(replace(params, logits_processor=print))
     assert replace(params, logits_processor=print) == params  # a function cannot be compared
     assert "logits_processor" not in repr(params)
+
+
+def test_a_seeds_numbers_never_change() -> None:
+    """The same seed must give the same text in every version."""
+    draw = RequestRng(1, 2)
+    assert [round(draw(), 12) for _ in range(3)] == [0.100653253838, 0.087048694703, 0.268377093061]
+
+
+def test_a_default_device_does_not_reach_the_random_streams() -> None:
+    with torch.device("meta"):
+        assert 0 <= RequestRng(1, 1)() < 1
+
+
+def test_greedy_needs_no_random_numbers_of_a_valid_type() -> None:
+    assert SamplingParams(temperature=0).greedy
+    with pytest.raises(SamplingError, match="temperature"):
+        SamplingParams(temperature=True)
