@@ -49,6 +49,7 @@ RELEASES: dict[str, tuple[dict[str, Any], str]] = {
     "large": (params(96, 2, 224, 24, 2, 4192, head_dim=4, rope_theta=1e6), "parts"),
     "ministral": (params(64, 8, 192, 8, 2, 4608, rope_theta=1e8, sliding_window=[None, 6, 6, 6]), "single"),
     "ministral-underscore": (params(64, 4, 192, 8, 2, 4608, rope_theta=1e8, _sliding_window=[None, 6, 6, 6]), "single"),
+    "small-3.1": (params(80, 2, 512, 8, 2, 4608, rope_theta=1e9), "single"),
     "mistrallite": (params(64, 2, 224, 8, 2, 4099, rope_theta=1e6, sliding_window=20), "single"),
 }
 
@@ -417,7 +418,8 @@ def test_a_window_that_is_not_there_is_4096() -> None:
 )
 @pytest.mark.parametrize("kind", hf.MODEL_TYPES)
 def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    args, notes = hf.config_to_args(config(model_type=kind, **changes))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    args, notes = hf.config_to_args(config(model_type=kind, **experts, **changes))
     assert args.windows == windows
     assert not notes
 
