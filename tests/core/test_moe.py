@@ -232,3 +232,12 @@ def test_a_mistake_shows(name: str) -> None:
     assert distance(mutants.logits_with(model, prompts, name), want) > 1e-3
     with torch.no_grad():
         assert distance(whole(model, prompts), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("key", ["moe", "yarn", "llama_4_scaling"])
+def test_the_one_file_reference_refuses_it_by_name(tmp_path: Path, key: str) -> None:
+    import one_file_ref
+
+    folder = make_folder(tmp_path, **{key: {"some": 1}})
+    with pytest.raises(ValueError, match=rf"unknown keys: \['{key}'\]"):
+        one_file_ref.load(folder)
