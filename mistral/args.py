@@ -6,6 +6,7 @@ here by one rule, and the rule that was used can be read back.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +28,97 @@ LARGEST = 2**31 - 1  # of any size here: products of two stay inside 64 bits
 SIZES = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size")
 
 
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies stretched for long texts (YaRN, arXiv 2309.00071).
+
+    Args:
+        factor: by how much slow pairs are slowed down; at least 1.
+        original_length: positions that the model was trained with first.
+        beta_fast: pairs that turn more often than this within original_length keep their frequency.
+        beta_slow: those that turn less often are slowed down by the whole factor; between the two it is a ramp.
+        attention_factor: of cosines and sines. None: 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = None  # type: ignore[assignment]  # a float once constructed
+
+    def __post_init__(self) -> None:
+        _check_int("yarn.original_length", self.original_length, least=1)
+        given: object = self.attention_factor
+        if given is None:
+            _check_positive("yarn.factor", self.factor)
+            object.__setattr__(self, "attention_factor", self.usual_attention_factor)
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+            _check_positive(f"yarn.{name}", getattr(self, name))
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.factor < 1:
+            raise ArgsError(f"yarn.factor is {self.factor:g}; it must be at least 1")
+        if self.beta_fast < self.beta_slow:
+            raise ArgsError(f"yarn.beta_fast {self.beta_fast:g} is below yarn.beta_slow {self.beta_slow:g}")
+
+    @property
+    def usual_attention_factor(self) -> float:
+        """What attention_factor is where nothing else is said."""
+        return 0.1 * math.log(self.factor) + 1
+
+    def to_params(self) -> dict[str, Any]:
+        """As a params.json has it. Its apply_scale knows two attention factors; another one is written as it is."""
+        params = {"factor": self.factor, "original_max_position_embeddings": self.original_length}
+        params |= {"beta": self.beta_fast, "alpha": self.beta_slow}
+        if self.attention_factor in (1.0, self.usual_attention_factor):
+            return params | {"apply_scale": self.attention_factor != 1.0}
+        return params | {"attention_factor": self.attention_factor}
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Queries grow with their position: times 1 + beta ln(1 + floor(position / original_length)), after rotation.
+
+    Args:
+        original_length: positions that the model was trained with first; up to there nothing changes.
+        beta: how fast they grow.
+    """
+
+    original_length: int
+    beta: float
+
+    def __post_init__(self) -> None:
+        _check_int("llama_4_scaling.original_length", self.original_length, least=1)
+        _check_positive("llama_4_scaling.beta", self.beta)
+        object.__setattr__(self, "beta", float(self.beta))
+
+    def to_params(self) -> dict[str, Any]:
+        """As a params.json has it."""
+        return {"original_max_position_embeddings": self.original_length, "beta": self.beta}
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts (Mixtral, arXiv 2401.04088): several feed-forwards in a layer, a few for each token.
+
+    Args:
+        num_experts: of a layer.
+        num_experts_per_tok: that a token goes through.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok"):
+            _check_int(f"moe.{name}", getattr(self, name), least=1)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ArgsError(f"moe.num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts")
+
+    def to_params(self) -> dict[str, Any]:
+        """As a params.json has it."""
+        return {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
+
+
 @dataclass(frozen=True, repr=False)
 class ModelArgs:
     """Shape of a Mistral transformer (Mistral 7B, arXiv 2310.06825, table 1).
@@ -45,6 +137,9 @@ class ModelArgs:
             (Ministral 8B: [None, 32768, 32768, 32768]).
         rope_theta: base of the rotary frequencies. None: 1e4 if a window is declared, else 1e6.
         tied_embeddings: whether the output matrix is the embedding matrix, one parameter.
+        yarn: how rotary frequencies are stretched; None: they are not.
+        llama_4_scaling: how queries grow with their position; None: they do not.
+        moe: the experts of each layer; None: one feed-forward for all tokens.
         max_batch_size: most sequences in one forward; 0 sets no limit.
         theta_rule: how rope_theta was found; filled in when left empty.
 
@@ -63,6 +158,9 @@ class ModelArgs:
     sliding_window: int | tuple[int | None, ...] | None = None
     rope_theta: float = None  # type: ignore[assignment]  # a float once constructed
     tied_embeddings: bool = False
+    yarn: Yarn | None = None
+    llama_4_scaling: QueryScaling | None = None
+    moe: Moe | None = None
     max_batch_size: int = 0
     theta_rule: str = field(default="", compare=False)
 
@@ -78,6 +176,9 @@ class ModelArgs:
             raise ArgsError(f"head_dim {self.head_dim} is odd: RoPE turns pairs, so it must be even")
         if not isinstance(self.tied_embeddings, bool):
             raise ArgsError(f"tied_embeddings must be true or false, not {short_repr(self.tied_embeddings)}")
+        for name, kind in (("yarn", Yarn), ("llama_4_scaling", QueryScaling), ("moe", Moe)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise ArgsError(f"{name} must be a {kind.__name__} or None, not {short_repr(getattr(self, name))}")
         self._check_window()
         given: object = self.rope_theta
         if given is None:
@@ -124,14 +225,17 @@ class ModelArgs:
         """
         params = {name: getattr(self, name) for name in (*SIZES, "norm_eps")}
         params |= {"sliding_window": shortest_pattern(self.windows), "rope_theta": self.rope_theta}
+        parts = {"yarn": self.yarn, "llama_4_scaling": self.llama_4_scaling, "moe": self.moe}
+        params |= {name: part.to_params() for name, part in parts.items() if part is not None}
         return params | ({"tied_embeddings": True} if self.tied_embeddings else {})
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads}/{self.n_kv_heads} of {self.head_dim}"
         tied = ", tied" if self.tied_embeddings else ""
+        parts = "".join(f", {part}" for part in (self.yarn, self.llama_4_scaling, self.moe) if part is not None)
         return (
             f"ModelArgs({self.n_layers} layers of {self.dim}, heads {heads}, hidden {self.hidden_dim}, "
-            f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{tied})"
+            f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{parts}{tied})"
         )
 
     def cache_bytes(self, positions: int, itemsize: int) -> int:

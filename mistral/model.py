@@ -20,6 +20,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import Linear
+from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
@@ -64,7 +65,7 @@ class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions: [T, dim] to [T, dim], in x's dtype.
 
     Head counts are read from the weights' shapes; query head h uses key head h // (H // K). Which keys a token sees is
-    the store's and the plan's business.
+    the store's and the plan's business. q_scale [T, 1] multiplies rotated queries, and no key.
     """
 
     def __init__(self, args: ModelArgs, attend: Attend) -> None:
@@ -76,9 +77,12 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore, q_scale: Tensor | float = 1.0
+    ) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, store, plan)
+        q = rotate(q, cos * q_scale, sin * q_scale)
+        out = self.attend(q, rotate(k, cos, sin), v, store, plan)
         return self.wo(out.flatten(-2))
 
 
@@ -95,18 +99,27 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def feed_forward(args: ModelArgs) -> nn.Module:
+    """That of a layer: one for all tokens, or a mixture of experts."""
+    if args.moe is None:
+        return FeedForward(args)
+    return MixtureOfExperts(args, args.moe, [FeedForward(args) for _ in range(args.moe.num_experts)])
+
+
 class TransformerBlock(nn.Module):
     """One layer: attention and feed-forward, each on the normalised residual stream. [T, dim] to [T, dim]."""
 
     def __init__(self, args: ModelArgs, attend: Attend) -> None:
         super().__init__()
         self.attention = Attention(args, attend)
-        self.feed_forward: nn.Module = FeedForward(args)
+        self.feed_forward: nn.Module = feed_forward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), cos, sin, plan, store)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: Plan, store: LayerStore, q_scale: Tensor | float = 1.0
+    ) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), cos, sin, plan, store, q_scale)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -179,10 +192,11 @@ class Transformer(nn.Module):
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""
-        cos, sin = (x.to(self.device) for x in self.rope.cos_sin(plan.positions))
+        angles = *self.rope.cos_sin(plan.positions), self.rope.query_scale(plan.positions)
+        cos, sin, q_scale = (x.to(self.device) for x in angles)
         h = self.tok_embeddings(input_ids).to(self.dtype)
         for i, layer in enumerate(self.layers):
-            h = layer(h, cos, sin, plan, cache.layer(i))
+            h = layer(h, cos, sin, plan, cache.layer(i), q_scale)
         return self.norm(h)
 
     def forward_partial(

@@ -24,7 +24,8 @@ class Parameter:
     Args:
         name: in Mistral's checkpoints, and in `Transformer.named_parameters()`.
         shape: [out, in] of a matrix, [dim] of a norm.
-        role: "embedding" (a row a token), "norm", "matrix" (a product in a layer), "output" (the product that makes
+        role: "embedding" (a row a token), "norm", "matrix" (a product in a layer), "router" (the
+            product that chooses experts, small and never rounded), "output" (the product that makes
             the logits).
         layer: the layer that it belongs to, counted from 0; None for the model's own.
         heads: of q and k, the heads whose rows turn in pairs, which Hugging Face's layout has in another order.
@@ -34,7 +35,7 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
-    role: Literal["embedding", "norm", "matrix", "output"]
+    role: Literal["embedding", "norm", "matrix", "router", "output"]
     layer: int | None = None
     heads: int | None = None
     split: Literal["rows", "columns"] | None = None
@@ -46,7 +47,7 @@ class Parameter:
 
     @property
     def quantized(self) -> bool:
-        """Whether it is stored quantized when a model is quantized: every weight of a product is."""
+        """Whether it is stored quantized when a model is quantized: every weight of a large product is."""
         return self.role in ("matrix", "output")
 
 
@@ -78,8 +79,14 @@ def _layer(args: ModelArgs, i: int) -> Iterator[Parameter]:
     yield Parameter(f"{at}.attention.wk.weight", (kv, dim), "matrix", i, heads=K, split="rows")
     yield Parameter(f"{at}.attention.wv.weight", (kv, dim), "matrix", i, split="rows")
     yield Parameter(f"{at}.attention.wo.weight", (dim, q), "matrix", i, split="columns")
-    yield Parameter(f"{at}.feed_forward.w1.weight", (hidden, dim), "matrix", i, split="rows")
-    yield Parameter(f"{at}.feed_forward.w2.weight", (dim, hidden), "matrix", i, split="columns")
-    yield Parameter(f"{at}.feed_forward.w3.weight", (hidden, dim), "matrix", i, split="rows")
+    if args.moe is None:
+        experts = [f"{at}.feed_forward"]
+    else:
+        experts = [f"{at}.feed_forward.experts.{expert}" for expert in range(args.moe.num_experts)]
+        yield Parameter(f"{at}.feed_forward.gate.weight", (args.moe.num_experts, dim), "router", i)
+    for expert in experts:
+        yield Parameter(f"{expert}.w1.weight", (hidden, dim), "matrix", i, split="rows")
+        yield Parameter(f"{expert}.w2.weight", (dim, hidden), "matrix", i, split="columns")
+        yield Parameter(f"{expert}.w3.weight", (hidden, dim), "matrix", i, split="rows")
     yield Parameter(f"{at}.attention_norm.weight", (dim,), "norm", i)
     yield Parameter(f"{at}.ffn_norm.weight", (dim,), "norm", i)

@@ -20,7 +20,8 @@ from mistral.util.files import read_limited
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
-VERSIONS = ("v1", "v2", "v3", "v7")
+VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
+OF_TEKKEN = ("v11", "v13", "v15")  # there are no other tokenizers of these
 NAMES = (*VERSIONS, "mistrallite")
 PROMPTER, ASSISTANT = 32002, 32001  # MistralLite's added tokens
 
@@ -129,6 +130,10 @@ def _of_mistral(tokenizer: Tokenizer, name: str, source: str) -> Template:
         )
     if name != "v1" and not tokenizer.has_control("[INST]"):
         raise TemplateError(f"template {name} needs the control token [INST], which {tokenizer.path.name} lacks")
+    if name in OF_TEKKEN and not (tokenizer.is_tekken and tokenizer.has_control("[ARGS]")):
+        raise TemplateError(
+            f"template {name} needs a tekken tokenizer of its version, which {tokenizer.path.name} is not"
+        )
     return MistralCommon(tokenizer, name, source)
 
 
@@ -139,7 +144,8 @@ def _full_name(tokenizer: Tokenizer, version: str) -> str:
 class MistralCommon:
     """The templates of Mistral's own releases, as mistral-common writes them.
 
-    A system prompt goes into the first question in v1, into the last in v2 and v3, and stays in its place in v7.
+    A system prompt goes into the first question in v1, into the last in v2 and v3, and stays in its place since v7.
+    From v15 on settings come before the first question: those that the tokenizer file has as defaults.
 
     Raises:
         TemplateError: the tokenizer lacks what the version needs.
@@ -157,6 +163,9 @@ class MistralCommon:
             "v2": instruct.InstructTokenizerV2,
             "v3": instruct.InstructTokenizerV3,
             "v7": instruct.InstructTokenizerV7,
+            "v11": instruct.InstructTokenizerV11,
+            "v13": instruct.InstructTokenizerV13,
+            "v15": instruct.InstructTokenizerV15,
         }
         try:
             self._instruct: Any = kinds[version](inner)
@@ -164,7 +173,8 @@ class MistralCommon:
             raise TemplateError(
                 f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
-        self._system_in_place = version == "v7"
+        self._system_in_place = version not in ("v1", "v2", "v3")
+        self._settings = _settings(inner) if version == "v15" else {}
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
@@ -181,7 +191,8 @@ class MistralCommon:
             if message.role == "user":
                 user = UserMessage(content=message.content)
                 last, first = i == users[-1], i == users[0]
-                ids += self._instruct.encode_user_message(user, None, last, first, system_prompt=system)[0]
+                more = {"system_prompt": system, **self._settings}
+                ids += self._instruct.encode_user_message(user, None, last, first, **more)[0]
             elif message.role == "assistant":
                 ids += [*self._answer(message), self._tokenizer.eos_id]
             else:
@@ -206,6 +217,20 @@ class MistralCommon:
             )
         request = FIMRequest(prompt=valid(prefix), suffix=valid(suffix))
         return list(self._instruct.encode_fim(request).tokens)
+
+
+def _settings(tokenizer: Any) -> dict[str, Any]:
+    """The settings of a conversation in which nothing is said of them, as an argument of mistral-common's.
+
+    Raises:
+        TemplateError: the tokenizer file does not say what they are.
+    """
+    from mistral_common.protocol.instruct.messages import UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    if (builder := tokenizer.model_settings_builder) is None:
+        raise TemplateError("the tokenizer file is of version v15, but has no model_settings_builder: fetch it again")
+    return {"settings": builder.build_settings(ChatCompletionRequest(messages=[UserMessage(content="")]))}
 
 
 class MistralLite:

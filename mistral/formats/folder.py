@@ -76,6 +76,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         if what := _what_else(path):
             raise type(error)(f"{error}; there is {what}") from None
         raise
+    weights, seeing = _without_vision(weights, layout)
     args, tied = _untied(args, weights, layout)
     quant = layout.quantization(raw)
     try:
@@ -84,7 +85,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
-    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *tied), quant)
+    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *seeing, *tied), quant)
 
 
 def with_window(folder: Folder, window: int | None) -> Folder:
@@ -107,6 +108,18 @@ def _what_else(path: Path) -> str | None:
     found = kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
     base = base_of(path)
     return found if found is None or base is None else f"{found}; its base is {base}"
+
+
+def _without_vision(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[str]]:
+    """The weights without those of the part that reads images, and a note where there are any."""
+    left = [name for name in weights.tensors if layout.vision is not None and layout.vision.fullmatch(name)]
+    if not left:
+        return weights, []
+    gone = set(left)
+    tensors = {name: stored for name, stored in weights.tensors.items() if name not in gone}
+    readers = {name: reader for name, reader in weights.readers.items() if name not in gone}
+    note = f"{len(left)} tensors that read images ({some_names(left)}) are left aside: this is the text model alone"
+    return WeightFiles(weights.files, tensors, readers), [note]
 
 
 def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[ModelArgs, list[str]]:

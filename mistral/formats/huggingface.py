@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.formats.config_parts import moe_of_config, positions_of_config, rope_parameters
 from mistral.formats.layout import Layout, ParamsError, Serving, trained_length
 from mistral.formats.quantized_hf import dequantized, method_of
+from mistral.formats.text_inside import VISION, text_config, text_names
 from mistral.formats.weights import (
     Reader,
     WeightFiles,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from mistral.formats.mapped_tensors import Progress
 
-# Hugging Face's name of each tensor, and Mistral's. N is a layer's number.
+# Hugging Face's name of each tensor, and Mistral's. N is a layer's number, E an expert's.
 NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.layers.N.self_attn.q_proj.weight": "layers.N.attention.wq.weight",
@@ -47,6 +49,10 @@ NAMES = {
     "model.layers.N.mlp.gate_proj.weight": "layers.N.feed_forward.w1.weight",
     "model.layers.N.mlp.down_proj.weight": "layers.N.feed_forward.w2.weight",
     "model.layers.N.mlp.up_proj.weight": "layers.N.feed_forward.w3.weight",
+    "model.layers.N.block_sparse_moe.gate.weight": "layers.N.feed_forward.gate.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w1.weight": "layers.N.feed_forward.experts.E.w1.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w2.weight": "layers.N.feed_forward.experts.E.w2.weight",
+    "model.layers.N.block_sparse_moe.experts.E.w3.weight": "layers.N.feed_forward.experts.E.w3.weight",
     "model.layers.N.input_layernorm.weight": "layers.N.attention_norm.weight",
     "model.layers.N.post_attention_layernorm.weight": "layers.N.ffn_norm.weight",
     "model.norm.weight": "norm.weight",
@@ -56,9 +62,8 @@ MISTRAL_NAMES = {mistral: hf for hf, mistral in NAMES.items()}
 # Buffers that old exports carry; they are computed here.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-# transformers takes these where config.json leaves the key out.
+# transformers takes this where config.json leaves the key out.
 DEFAULT_WINDOW = 4096
-DEFAULT_THETA = 1e4
 
 
 def to_mistral(name: str) -> str | None:
@@ -74,11 +79,16 @@ def to_hf(name: str) -> str:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    pattern = table.get(name if number is None else name.replace(number[0], ".N.", 1))
-    if pattern is None:
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)  # of the layer, and of the expert
+    pattern = name
+    for number, letter in zip(numbers, "NE", strict=False):
+        pattern = pattern.replace(f".{number}.", f".{letter}.", 1)
+    found = table.get(pattern)
+    if found is None:
         return name
-    return pattern if number is None else pattern.replace(".N.", number[0])
+    for number, letter in zip(numbers, "NE", strict=False):
+        found = found.replace(f".{letter}.", f".{number}.", 1)
+    return found
 
 
 def rows_to_mistral(w: Tensor, heads: int) -> Tensor:
@@ -107,7 +117,15 @@ SHAPE = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
-MODEL_TYPES = ("mistral", "ministral")
+MODEL_TYPES = ("mistral", "ministral", "ministral3", "mixtral")
+# Keys that mixtral alone has: how many experts, and what only training uses.
+MIXTRAL = (
+    "num_local_experts",
+    "num_experts_per_tok",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+)
 # Known keys that change no number of a forward.
 HARMLESS = {
     "_attn_implementation": "an option of transformers",
@@ -175,11 +193,8 @@ QUANTIZED = {
 }
 # Other kinds of model of the family, by model_type; transformers and vLLM have them.
 ELSEWHERE = {
-    "mixtral": "a mixture of experts (Mixtral)",
     "mistral4": "a mixture of experts (Mistral Small 4)",
     "mistral_large4": "a mixture of experts with a vision encoder (Mistral Large 4)",
-    "mistral3": "a vision model (Mistral Small 3.1 and later, Ministral 3)",
-    "ministral3": "a model with YaRN positions and scaled attention (Ministral 3)",
     "pixtral": "a vision model (Pixtral)",
     "llava": "a vision model (LLaVA, as Pixtral is exported)",
     "llava_next": "a vision model (LLaVA-NeXT)",
@@ -196,6 +211,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     Raises:
         ParamsError: another kind of model, a key missing or unknown, or a value that cannot be.
     """
+    raw = text_config(raw)
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
@@ -213,7 +229,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
                 raise ParamsError(
                     f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
                 )
-        elif key not in HARMLESS and key not in HANDLED and key not in SHAPE:
+        elif key not in (*HARMLESS, *HANDLED, *SHAPE, *(MIXTRAL if kind == "mixtral" else ())):
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
             )
@@ -237,9 +253,11 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]
-    theta, rule = _theta(raw)
+    if kind == "mixtral":
+        values["moe"] = moe_of_config(raw)
+    positions = positions_of_config(raw)
     try:
-        args = ModelArgs(**values, rope_theta=theta, theta_rule=rule)
+        args = ModelArgs(**values, **positions)
     except ArgsError as error:
         raise ParamsError(f"config.json: {in_their_words(str(error))}") from None
     return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
@@ -253,9 +271,10 @@ def in_their_words(text: str) -> str:
 
 
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
-    if "sliding_window" not in raw:
+    default = None if kind in ("ministral3", "mixtral") else DEFAULT_WINDOW
+    if "sliding_window" not in raw and default is not None:
         notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")
-    window = raw.get("sliding_window", DEFAULT_WINDOW)
+    window = raw.get("sliding_window", default)
     types = raw.get("layer_types")
     if types is None:
         return window
@@ -267,32 +286,6 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
     if window is None and "sliding_attention" in types:
         raise ParamsError("config.json: layer_types has sliding_attention, but sliding_window is null")
     return [known[t] for t in types]
-
-
-def _theta(raw: dict[str, Any]) -> tuple[Any, str]:
-    given = {"rope_theta": raw.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = raw.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise ParamsError(f"config.json: {key} must be an object, not {short_repr(value)}")
-        for name in ("rope_type", "type"):
-            if value.get(name, "default") != "default":
-                raise ParamsError(f"config.json: {key} has {name} {short_repr(value[name])}: use transformers or vLLM")
-        if unknown := [name for name in value if name not in ("rope_type", "type", "rope_theta")]:
-            raise ParamsError(f"config.json: {key} has {short_repr(unknown[0])}: use transformers or vLLM")
-        given[f"{key}.rope_theta"] = value.get("rope_theta")
-    given = {key: value for key, value in given.items() if value is not None}
-    if not given:
-        return DEFAULT_THETA, "absent from config.json, which means 1e4 to transformers"
-    (first, theta), *others = given.items()
-    for key, value in others:
-        if value != theta:  # transformers takes the one, older programs the other
-            raise ParamsError(
-                f"config.json gives both {first} = {short_repr(theta)} and {key} = {short_repr(value)}: they differ"
-            )
-    return theta, "given in config.json" if first == "rope_theta" else f"given in config.json's {first}"
 
 
 INDEX = "model.safetensors.index.json"
@@ -368,21 +361,29 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
         )
     window = next(iter(distinct), None)
     mixed = len(set(args.windows)) > 1
+    grows = args.llama_4_scaling is not None
+    if mixed and grows:
+        raise ConvertError("layers have different windows, and queries grow: a config.json has no type for both")
+    if args.moe is not None and (mixed or grows):
+        raise ConvertError("a mixture of experts whose windows differ or whose queries grow has no config.json")
+    kind = "Mixtral" if args.moe else "Ministral3" if grows else "Ministral" if mixed else "Mistral"
     config: dict[str, Any] = {
-        "architectures": ["MinistralForCausalLM" if mixed else "MistralForCausalLM"],
-        "model_type": "ministral" if mixed else "mistral",
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         **{theirs: getattr(args, ours) for theirs, ours in SHAPE.items()},
         "head_dim": args.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": length,
         "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "rope_parameters": rope_parameters(args),
         "sliding_window": window,  # null included: left out, it is 4096
         "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype_name(dtype),
         "torch_dtype": dtype_name(dtype),
         **kept,
     }
+    if args.moe is not None:
+        config |= {"num_local_experts": args.moe.num_experts, "num_experts_per_tok": args.moe.num_experts_per_tok}
     if mixed:
         config["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in args.windows]
     return config
@@ -394,6 +395,7 @@ class HuggingFaceLayout(Layout):
     name, to = "huggingface", "hf"
     title = "Hugging Face's"
     config = "config.json"
+    vision = VISION
     index = INDEX
     shards = True
     absent_window = str(DEFAULT_WINDOW)
@@ -408,8 +410,11 @@ class HuggingFaceLayout(Layout):
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
         return config_to_args(raw, max_batch_size)
 
+    def read_config(self, path: Path) -> dict[str, Any]:
+        return text_config(super().read_config(path))
+
     def find_weights(self, path: Path) -> WeightFiles:
-        weights, raw = find_hf_weights(path), self.read_config(path)
+        weights, raw = text_names(find_hf_weights(path)), self.read_config(path)
         if raw.get(QUANTIZATION) is None:
             return weights
         return dequantized(weights, method_of(raw[QUANTIZATION]))

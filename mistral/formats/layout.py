@@ -6,6 +6,7 @@ Knows names, shapes and the order of rows; reads no tensor itself. Runs without 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -45,6 +46,7 @@ class Layout(ABC):
         config: the file that gives the shape.
         index: the file that says which file holds which tensor, where there are several; None: there is none.
         shards: whether large models are written as several files.
+        vision: names of tensors of the part that reads images; None: it has none.
         absent_window: what it means if the file that gives the shape has no sliding window.
     """
 
@@ -54,6 +56,7 @@ class Layout(ABC):
     config: str
     index: str | None = None
     shards = False
+    vision: re.Pattern[str] | None = None
     absent_window = "none"
 
     # --- what is there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
+from mistral.formats.config_parts import parts_of_params
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
 from mistral.formats.pth import open_pth
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
@@ -21,6 +23,7 @@ __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_
 
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
+PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
 # Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
 # have an object there. The second is what this library wrote before 0.1.
 QUANTIZATION = ("quantization", "few_bits")
@@ -35,18 +38,16 @@ HARMLESS = {
     "lora": "how it was fine-tuned: mistral-finetune writes it beside merged weights too",
 }
 LABELS = ("max_seq_len", "max_position_embeddings", "max_batch_size", "dtype", "model_type")  # written anew, or empty
+# Describe the part that reads images. Its weights are left aside, see `VISION`; text is computed without it.
+SEEING = ("vision_encoder", "multimodal")
+VISION = re.compile(r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..*")
 # Would make the numbers wrong if they were ignored, unless they are null; where to go instead. What says most about
 # the model comes first: a later release has several of them.
 REFUSED = {
-    "vision_encoder": "a vision model (Pixtral, Mistral Small 3.1 and later, Ministral 3): use transformers or vLLM",
     "audio_encoder": "an audio model (Voxtral): use transformers or vLLM",
-    "multimodal": "a model with other inputs than text (Voxtral): use transformers or vLLM",
     "kv_lora_rank": "latent attention (Mistral Large 3): use vLLM",
     "qk_nope_head_dim": "latent attention (Mistral Large 3): use vLLM",
-    "moe": "a mixture of experts (Mixtral): use transformers or vLLM",
-    "yarn": "YaRN positions: use vLLM",
     "rope_scaling": "scaled rotary positions: use transformers or vLLM",
-    "llama_4_scaling": "scaled attention: use vLLM",
     "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
     "ssm_config": "a Mamba model (Codestral Mamba): use transformers or mamba-ssm",
@@ -72,6 +73,9 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         if raw.get("sliding_window", raw["_sliding_window"]) != raw["_sliding_window"]:
             raise ParamsError("params.json gives both sliding_window and _sliding_window, and they differ")
         raw["sliding_window"] = raw.pop("_sliding_window")
+    _check_multimodal(raw.get("multimodal"))
+    # A dense model of a family that has others: null and -1 mean that it has no such part.
+    raw = {key: value for key, value in raw.items() if not (key in REFUSED and value == -1)}
     for key, reason in REFUSED.items():
         if raw.get(key) is not None and not (key in QUANTIZATION and not isinstance(raw[key], dict)):
             raise ParamsError(f"params.json has {key!r}: {reason}")
@@ -79,7 +83,7 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
     if raw.get("model_type") == "mamba":
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
-        if key in REQUIRED or key in OPTIONAL or key in HARMLESS or key in REFUSED or key in QUANTIZATION:
+        if any(key in table for table in (REQUIRED, OPTIONAL, PARTS, HARMLESS, REFUSED, QUANTIZATION, SEEING)):
             continue
         if key in REFUSED_UNLESS:
             if value in REFUSED_UNLESS[key]:
@@ -101,10 +105,20 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
         values["sliding_window"] = _window_from_text(window)
     rule = "given in params.json" if raw.get("rope_theta") is not None else ""
     try:
-        args = ModelArgs(**values, theta_rule=rule)
+        args = ModelArgs(**values, **parts_of_params(raw), theta_rule=rule)
     except ArgsError as error:
         raise ParamsError(f"params.json: {error}") from None
     return replace(args, max_batch_size=max_batch_size)  # the caller's; its errors are not the file's
+
+
+def _check_multimodal(given: object) -> None:
+    """Refuse other inputs than text and images."""
+    if isinstance(given, dict) and not given.keys() - {"vision_encoder_args"} and given:
+        return
+    if given is not None:
+        raise ParamsError(
+            "params.json has 'multimodal': a model with other inputs than text (Voxtral): use transformers or vLLM"
+        )
 
 
 def _window_from_text(window: str) -> int | None:
@@ -171,6 +185,7 @@ class MistralLayout(Layout):
     name, to = "mistral", "mistral"
     title = "Mistral's"
     config = "params.json"
+    vision = VISION
 
     def has_weights(self, path: Path) -> bool:
         return has_mistral_weights(path)

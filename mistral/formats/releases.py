@@ -1,8 +1,7 @@
 """The releases of the family, as data, and how to tell which one a model is.
 
 Recognising reads a shape that is already checked and says what it finds; it changes nothing. Knows
-nothing about files on disk. Mixtral and later kinds of model have no entry: params.py and
-huggingface.py refuse them by name.
+nothing about files on disk. Members that read images or use fp8 stand for their text, in bf16.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mistral.args import ModelArgs
+from mistral.args import ModelArgs, Moe, QueryScaling, Yarn
 
 Windows = int | tuple[int | None, ...] | None
 Value = int | float | tuple[int | None, ...] | None
@@ -44,6 +43,7 @@ class Release:
         added_words: ids beyond the tokenizer file's vocabulary.
         md5: of the original tar, by variant, where it was published.
         wrong_copies: the known ones.
+        yarn, llama_4_scaling, moe, tied_embeddings: as in ModelArgs.
     """
 
     name: str
@@ -66,11 +66,15 @@ class Release:
     added_words: int = 0
     md5: Mapping[str, str] = field(default_factory=dict)
     wrong_copies: tuple[WrongCopy, ...] = ()
+    yarn: Yarn | None = None
+    llama_4_scaling: QueryScaling | None = None
+    moe: Moe | None = None
+    tied_embeddings: bool = False
 
     @property
-    def shape(self) -> tuple[Value, ...]:
-        """What COMPARED names."""
-        return tuple(getattr(self, name) for name in COMPARED)
+    def shape(self) -> tuple[object, ...]:
+        """What COMPARED and PARTS name."""
+        return tuple(getattr(self, name) for name in (*COMPARED, *PARTS))
 
     @property
     def tokenizer_version(self) -> str:
@@ -83,6 +87,9 @@ STRAY_WINDOW = WrongCopy(
     {"sliding_window": 4096},
     "this release has none, and 4096 is a stray of wrong copies: set it to null",
 )
+
+MINISTRAL_YARN = Yarn(16, 16384, 32, 1, 1.0)
+MINISTRAL_QUERIES = QueryScaling(16384, 0.1)
 
 RELEASES = (
     Release(
@@ -260,6 +267,76 @@ RELEASES = (
         files=("config.json", "model-*-of-*.safetensors", "tokenizer.model"),
         added_words=3,
     ),
+    Release(
+        name="Small 3.1 24B",
+        variants=(
+            *("Small 3.1 24B", "Small 3.1 Instruct 24B", "Small 3.2 Instruct 24B", "Magistral Small"),
+            *("Devstral Small 2505", "Devstral Small 2507"),
+        ),
+        dim=5120,
+        n_layers=40,
+        hidden_dim=32768,
+        n_heads=32,
+        vocab_size=131072,
+        sliding_window=None,
+        rope_theta=1e9,
+        tokenizer_kind="tekken",
+        tokenizer_file="tekken.json",
+        template="v7-tekken",
+        files=("params.json", "consolidated.safetensors", "tekken.json"),
+    ),
+    Release(
+        name="Ministral 3 3B",
+        variants=("Ministral 3 3B",),
+        dim=3072,
+        n_layers=26,
+        hidden_dim=9216,
+        n_heads=32,
+        vocab_size=131072,
+        sliding_window=None,
+        rope_theta=1e6,
+        tokenizer_kind="tekken",
+        tokenizer_file="tekken.json",
+        template="v13-tekken",
+        files=("params.json", "consolidated.safetensors", "tekken.json"),
+        yarn=MINISTRAL_YARN,
+        llama_4_scaling=MINISTRAL_QUERIES,
+        tied_embeddings=True,
+    ),
+    Release(
+        name="Ministral 3 8B",
+        variants=("Ministral 3 8B",),
+        dim=4096,
+        n_layers=34,
+        hidden_dim=14336,
+        n_heads=32,
+        vocab_size=131072,
+        sliding_window=None,
+        rope_theta=1e6,
+        tokenizer_kind="tekken",
+        tokenizer_file="tekken.json",
+        template="v13-tekken",
+        files=("params.json", "consolidated.safetensors", "tekken.json"),
+        yarn=MINISTRAL_YARN,
+        llama_4_scaling=MINISTRAL_QUERIES,
+    ),
+    Release(
+        name="Mixtral 8x7B v0.1",
+        variants=("Mixtral 8x7B v0.1", "Mixtral 8x7B Instruct v0.1"),
+        dim=4096,
+        n_layers=32,
+        hidden_dim=14336,
+        n_heads=32,
+        vocab_size=32000,
+        sliding_window=None,
+        rope_theta=1e6,
+        tokenizer_kind="sentencepiece",
+        tokenizer_file="tokenizer.model",
+        template="v1",
+        layout="huggingface",
+        files=("config.json", "model-*-of-*.safetensors", "tokenizer.model"),
+        moe=Moe(8, 2),
+    ),
 )
 
 COMPARED = (
@@ -274,6 +351,8 @@ COMPARED = (
     "rope_theta",
     "sliding_window",
 )
+
+PARTS = ("yarn", "llama_4_scaling", "moe")  # a model that has others is no copy of a release, right or wrong
 
 
 def identify(
@@ -294,6 +373,8 @@ def identify(
     near: dict[str, list[str]] = {}
     # Those with the tokenizer's version come first; the order is kept otherwise.
     for release in sorted(RELEASES, key=lambda release: release.tokenizer_version != tokenizer_version):
+        if any(getattr(release, name) != getattr(args, name) for name in PARTS):
+            continue
         differing = [name for name in COMPARED if not _same(release, args, name)]
         if not differing:
             return release, _about_tokenizer(release, tokenizer_kind)

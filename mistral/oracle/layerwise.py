@@ -22,6 +22,7 @@ from mistral.args import ModelArgs
 from mistral.attention import Attend
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.formats import huggingface as hf
+from mistral.formats.config_parts import rope_parameters
 from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights
@@ -107,7 +108,8 @@ class LibraryRunner:
             positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step, strict=True)])
             rows = [torch.arange(b + d, b + d + n) for b, d, n in zip(begins, done, step, strict=True)]
             self._rows.append(torch.cat(rows))
-            self._angles.append(tuple(x.to(self._device) for x in rope.cos_sin(positions)))
+            angles = *rope.cos_sin(positions), rope.query_scale(positions)
+            self._angles.append(tuple(x.to(self._device) for x in angles))
             done = [d + n for d, n in zip(done, step, strict=True)]
 
     def embed(self, weight: Tensor) -> None:
@@ -141,7 +143,8 @@ class LibraryRunner:
         plan: Plan,
         keys: RollingBufferCache | NoCache,
     ) -> Tensor:
-        return block(h, *angles, plan, keys.layer(0))
+        cos, sin, q_scale = angles
+        return block(h, cos, sin, plan, keys.layer(0), q_scale)
 
     @torch.inference_mode()
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
@@ -180,11 +183,12 @@ class DecodeRunner(LibraryRunner):
         alone.layers[0] = block
         alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
         described = alone.described(keys)
-        assert described is not None
+        if described is None:  # a kind of model that the kernels leave to the plain path
+            return super()._step(block, h, angles, plan, keys)
         described.norm = None
         h = h.clone()
         rows = [row for row, n in enumerate(plan.seqlens) if n]
-        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles)
+        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles[:2])
         return h
 
 
@@ -241,10 +245,11 @@ class OneFileRunner:
 
 
 def their_config(args: ModelArgs, **more: Any) -> Any:
-    """transformers' MistralConfig of a shape with one window for all layers; `more` is what else it takes."""
-    from transformers import MistralConfig
+    """transformers' config of a shape with one window for all layers; `more` is what else it takes."""
+    import transformers
 
-    return MistralConfig(
+    kind = transformers.MistralConfig if args.llama_4_scaling is None else transformers.Ministral3Config
+    return kind(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
@@ -254,7 +259,7 @@ def their_config(args: ModelArgs, **more: Any) -> Any:
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
         sliding_window=args.windows[0],
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        rope_parameters=rope_parameters(args),
         **more,
     )
 
@@ -279,7 +284,8 @@ class TransformersRunner:
             eos_token_id=None,
         )
         with torch.device("meta"):  # nothing is drawn that is replaced anyway
-            model = transformers.MistralModel(config)
+            scaled = self.args.llama_4_scaling is not None
+            model = (transformers.Ministral3Model if scaled else transformers.MistralModel)(config)
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()
 

@@ -30,7 +30,8 @@ from mistral.args import ModelArgs
 from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
-from mistral.oracle.mutation import As, Change, Mutant
+from mistral.oracle.family_mutants import FAMILY
+from mistral.oracle.mutation import As, Change, Mutant, angles, looks_back, several_ids, turns_unevenly
 from mistral.plan import Plan, make_plan
 from mistral.quant.linear import QuantizedLinear
 from mistral.rope import Rope, inverse_frequencies, rotate
@@ -98,23 +99,9 @@ def not_tied(args: ModelArgs, lens: Sequence[int]) -> bool:
     return not args.tied_embeddings and any(lens)
 
 
-def several_ids(args: ModelArgs, lens: Sequence[int]) -> bool:
-    return max(lens, default=0) > 1
-
-
-def looks_back(args: ModelArgs, lens: Sequence[int]) -> bool:
-    """Some token sees another one."""
-    return several_ids(args, lens) and set(args.windows) != {1}
-
-
 def looks_back_twice(args: ModelArgs, lens: Sequence[int]) -> bool:
     """Some token sees two others: with fewer a second BOS changes nothing but the angles, and these only together."""
     return looks_back(args, lens) and any(w is None or w > 2 for w in args.windows)
-
-
-def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
-    """Several pairs turn, each by its own angle; the first one's is the position, whatever theta."""
-    return args.head_dim > 2 and looks_back(args, lens)
 
 
 # The window. Both kinds of cache take it from the args, for what they keep as for what is seen.
@@ -169,11 +156,6 @@ def leaks_in_a_cache(right: Callable[..., Plan], self: RollingBufferCache, seqle
 
 
 # Angles, and rows of q and k.
-
-
-def angles(wrong: Callable[..., tuple[Tensor, ...]]) -> tuple[Change, ...]:
-    """A mistake in cosines and sines. Frequencies lie in the models, so it is made where they are used."""
-    return ((Rope, "cos_sin", wrong),)
 
 
 def theta(value: float, name: str = "theta") -> Mutant:
@@ -331,6 +313,7 @@ ALL = (
         angles(lambda right, self, at: right(As(self, frequencies=rounded(self.frequencies)), at)),
         turns_unevenly,
     ),
+    *FAMILY,
     Mutant("rotated_backwards", "q and k turn the other way", angles(backwards), looks_back),
     Mutant(
         "no_rotation",

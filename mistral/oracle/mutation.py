@@ -18,6 +18,7 @@ from mistral.fast.bitwise import BitwiseTransformer
 from mistral.fast.cuda_graph import CudaGraphTransformer
 from mistral.fast.decode import FastTransformer
 from mistral.model import Transformer
+from mistral.rope import Rope
 
 # Functions are replaced for all threads, so only one of them may do it at a time; it may do it again inside.
 _one_thread = RLock()
@@ -89,3 +90,25 @@ PLAIN: tuple[Change, ...] = (
     (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
     (VarlenAttention, "_parts", lambda right, *given: None),
 )
+
+
+# When a mistake can matter.
+
+
+def several_ids(args: ModelArgs, lens: Sequence[int]) -> bool:
+    return max(lens, default=0) > 1
+
+
+def looks_back(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Some token sees another one."""
+    return several_ids(args, lens) and set(args.windows) != {1}
+
+
+def turns_unevenly(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Several pairs turn, each by its own angle; the first one's is the position, whatever theta."""
+    return args.head_dim > 2 and looks_back(args, lens)
+
+
+def angles(wrong: Callable[..., tuple[Tensor, ...]]) -> tuple[Change, ...]:
+    """A mistake in cosines and sines. Frequencies lie in the models, so it is made where they are used."""
+    return ((Rope, "cos_sin", wrong),)

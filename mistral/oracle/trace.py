@@ -39,7 +39,8 @@ def names(args: ModelArgs) -> list[str]:
         "attention_norm",
         *(f"attention.{name}" for name in ("wq", "wk", "wv", "q", "k", "heads", "wo")),
         "ffn_norm",
-        *(f"feed_forward.{name}" for name in ("w1", "w3", "gated", "w2")),
+        *(f"feed_forward.{name}" for name in (("w1", "w3", "gated", "w2") if args.moe is None else ("gate",))),
+        *(() if args.moe is None else ("feed_forward",)),  # what experts make inside has no names
     )
     each = [name for i in range(args.n_layers) for name in (*(f"layers.{i}.{part}" for part in layer), f"layers.{i}")]
     return ["tok_embeddings", *each, "norm", "output"]
@@ -73,7 +74,7 @@ def noted(model: Transformer, note: Note) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             watched(name, module)
-        elif isinstance(module, FeedForward):
+        elif isinstance(module, FeedForward) and f"{name}.gated" in wanted:
             at = f"{name}.gated"
             undo.append(module.w2.register_forward_pre_hook(lambda _, x, at=at: note(at, x[0].detach())).remove)
         elif name in wanted:

@@ -9,6 +9,7 @@ errors of this size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from mistral.args import ModelArgs
 
 Weights = Mapping[str, Tensor]  # by the names in a layer, such as attention.wq.weight
+Stores = Callable[[str, Tensor], Tensor]  # given a result's name and value; what is stored of it
 Note = Callable[[str, Tensor], None]  # told the name and the value [T, width] of each activation, in order
 
 # The errors of a budget are random, and all log-probs of a position err together: a position is one sample. So rounding
@@ -61,10 +63,14 @@ class Truth:
         self.note = note or (lambda name, value: None)
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
-        # Rule 3: fp32 in this spelling, also here.
-        frequencies = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-        angles = positions.float()[:, None] * frequencies
-        self._cos, self._sin = angles.cos().double()[:, None], angles.sin().double()[:, None]  # [T, 1, D/2]
+        angles = positions.float()[:, None] * _frequencies(args)
+        cos, sin = angles.cos(), angles.sin()
+        if args.yarn is not None:
+            cos, sin = cos * args.yarn.attention_factor, sin * args.yarn.attention_factor
+        grown = _query_scale(args, positions)[:, None]
+        # [T, 1, D/2] each, of keys and of queries
+        self._turns_k = cos.double()[:, None], sin.double()[:, None]
+        self._turns_q = (cos * grown).double()[:, None], (sin * grown).double()[:, None]
 
     def embed(self, weight: Tensor) -> None:
         """[V, dim] embeddings: where the prompts begin."""
@@ -81,17 +87,38 @@ class Truth:
         q, k, v = (
             product(f"attention.{name}", x).unflatten(-1, (-1, self.args.head_dim)) for name in ("wq", "wk", "wv")
         )
-        q = self._stored(at + "attention.q", self._turn(q).flatten(1)).view_as(q)
-        k = self._stored(at + "attention.k", self._turn(k).flatten(1)).view_as(k)
+        q = self._stored(at + "attention.q", self._turn(q, *self._turns_q).flatten(1)).view_as(q)
+        k = self._stored(at + "attention.k", self._turn(k, *self._turns_k).flatten(1)).view_as(k)
         per_prompt = zip(*(x.split(self.lens) for x in (q, k, v)), strict=True)
         heads = torch.cat([self._attend(*one, window=self.args.windows[i]) for one in per_prompt])
         heads = self._stored(at + "attention.heads", heads.flatten(1))
         h = self._rounded(self._h + product("attention.wo", heads))
         x = self._stored(at + "ffn_norm", self._norm(h, weights["ffn_norm.weight"]))
-        gate, up = product("feed_forward.w1", x), product("feed_forward.w3", x)
-        gated = self._rounded(gate * torch.sigmoid(gate)) * up
-        gated = self._stored(at + "feed_forward.gated", gated)
-        self._h = self._stored(at[:-1], h + product("feed_forward.w2", gated))
+        if self.args.moe is None:
+            made = self._swiglu("feed_forward.", x, weights, lambda name, x: self._stored(at + name, x))
+        else:
+            made = self._stored(f"{at}feed_forward", self._experts(at, x, weights))
+        self._h = self._stored(at[:-1], h + made)
+
+    def _swiglu(self, path: str, x: Tensor, weights: Weights, stored: Stores) -> Tensor:
+        """Rule 7, by the weights of that path in the layer."""
+        gate = stored(f"{path}w1", self._product(x, weights[f"{path}w1.weight"]))
+        up = stored(f"{path}w3", self._product(x, weights[f"{path}w3.weight"]))
+        gated = stored(f"{path}gated", self._rounded(gate * torch.sigmoid(gate)) * up)
+        return stored(f"{path}w2", self._product(gated, weights[f"{path}w2.weight"]))
+
+    def _experts(self, at: str, x: Tensor, weights: Weights) -> Tensor:
+        """Rule 17: every expert for every token, of which those that were not chosen count nothing."""
+        assert self.args.moe is not None
+        logits = self._stored(f"{at}feed_forward.gate", self._product(x, weights["feed_forward.gate.weight"]))
+        chosen = (-logits).argsort(dim=-1, stable=True)[:, : self.args.moe.num_experts_per_tok]
+        shares = self._rounded(self._in_fp32(logits.gather(-1, chosen)).softmax(-1))
+        share, out = torch.zeros_like(logits).scatter(-1, chosen, shares), torch.zeros_like(x)
+        for expert in range(self.args.moe.num_experts):
+            path = f"feed_forward.experts.{expert}."
+            made = self._swiglu(path, x, weights, lambda name, x: self._rounded(x))
+            out = self._rounded(out + self._rounded(share[:, expert, None] * made))
+        return out
 
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
         """Logits [at most `rows`, V] in float64, block after block."""
@@ -149,12 +176,12 @@ class Truth:
         normed = x * inverse
         return self._rounded(normed) * self._rounded(self._weight(weight))
 
-    def _turn(self, x: Tensor) -> Tensor:
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rule 3: pairs (2i, 2i+1) of [T, heads, D] turn by angle i."""
         turned = torch.empty_like(x)
         even, odd = x[..., 0::2], x[..., 1::2]
-        turned[..., 0::2] = even * self._cos - odd * self._sin
-        turned[..., 1::2] = even * self._sin + odd * self._cos
+        turned[..., 0::2] = even * cos - odd * sin
+        turned[..., 1::2] = even * sin + odd * cos
         return turned
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
@@ -173,6 +200,29 @@ class Truth:
                 weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
                 out[first:last, head] = self._matmul(weights, values)
         return out
+
+
+def _frequencies(args: ModelArgs) -> Tensor:
+    """Rules 3 and 15: fp32 in this spelling, also here."""
+    D, theta, yarn = args.head_dim, args.rope_theta, args.yarn
+    powers = theta ** (torch.arange(0, D, 2).float() / D)
+    if yarn is None:
+        return 1.0 / powers
+
+    def dimension(turns: float) -> float:
+        return D * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = min(max(math.floor(dimension(yarn.beta_fast)), 0), D - 1)
+    high = min(max(math.ceil(dimension(yarn.beta_slow)), 0), D - 1)
+    ramp = ((torch.arange(D // 2).float() - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return 1.0 / (yarn.factor * powers) * ramp + 1.0 / powers * (1 - ramp)
+
+
+def _query_scale(args: ModelArgs, positions: Tensor) -> Tensor:
+    """Rule 16, in fp32: [T]."""
+    if args.llama_4_scaling is None:
+        return torch.ones(len(positions))
+    return 1 + args.llama_4_scaling.beta * (1 + positions // args.llama_4_scaling.original_length).float().log()
 
 
 def error_budget(

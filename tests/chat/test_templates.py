@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,66 @@ def test_golden_ids(version: str) -> None:
     template = find_template(tokenizer(version))
     ids = template.encode_chat(answered(version, "Be brief.", ("Hi", "Hello."), ("Bye", None)))
     assert ids == [int(i) for i in GOLDEN[version].split()]
+
+
+# --- later versions: no tokenizer file comes with mistral-common, so the words are those of an earlier one
+
+LATER = ("v7", "v11", "v13", "v15")
+NAMED = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]", 36: "[MODEL_SETTINGS]", 37: "[/MODEL_SETTINGS]"}
+PLAIN_IDS = "1 17 5934 13426 1046 18 3 37133 4 22177 1046 2 3 3606 1101 4"
+SETTINGS = "36 19227 80277 1302 13196 1609 1449 2811 1429 17670 46005 37"
+LATER_GOLDEN = dict.fromkeys(LATER, PLAIN_IDS) | {"v15": PLAIN_IDS.replace(" 18 ", f" 18 {SETTINGS} ")}
+
+
+def later(version: str, folder: Path) -> Tokenizer:
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    told = json.loads((DATA / "tekken_240911.json").read_text(encoding="utf-8"))
+    told["config"]["version"] = version
+    told.pop("image", None)
+    early = [dict(token) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    fill = [NAMED.get(i, f"<SPECIAL_{i}>") for i in range(len(early), 38)]
+    told["special_tokens"] = [
+        *early,
+        *({"rank": len(early) + i, "token_str": word, "is_control": True} for i, word in enumerate(fill)),
+    ]
+    if version == "v15":
+        effort = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
+        told["model_settings_builder"] = {"reasoning_effort": effort}
+    (folder / "tekken.json").write_text(json.dumps(told), encoding="utf-8")
+    return Tokenizer(folder / "tekken.json")
+
+
+@pytest.mark.parametrize("version", LATER)
+def test_golden_ids_of_later_versions(tmp_path: Path, version: str) -> None:
+    from mistral_common.protocol.instruct import messages as theirs
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    words = later(version, tmp_path)
+    template = find_template(words, folder=tmp_path)
+    assert template.name == f"{version}-tekken"
+    want = [int(i) for i in LATER_GOLDEN[version].split()]
+    messages = talk("Hi", "Hello.", "Bye", system="Be brief.")
+    assert template.encode_chat(messages) == want
+    messages[2] = Message("assistant", "Hello.", words.encode("Hello.", bos=False))
+    assert template.encode_chat(messages) == want
+    request = ChatCompletionRequest(
+        messages=[
+            theirs.SystemMessage(content="Be brief."),
+            theirs.UserMessage(content="Hi"),
+            theirs.AssistantMessage(content="Hello."),
+            theirs.UserMessage(content="Bye"),
+        ]
+    )
+    assert MistralTokenizer.from_file(tmp_path / "tekken.json").encode_chat_completion(request).tokens == want
+
+
+def test_later_versions_are_of_tekken() -> None:
+    with pytest.raises(TemplateError, match="template v13 needs a tekken tokenizer of its version"):
+        find_template(tokenizer("v7"), name="v13")
+    with pytest.raises(TemplateError, match="template v11 needs a tekken tokenizer of its version"):
+        find_template(tokenizer("tekken_240911"), name="v11")
 
 
 TEXT = st.text(min_size=1, max_size=30).filter(lambda s: s.strip() and not any("\ud800" <= c <= "\udfff" for c in s))
@@ -186,15 +247,15 @@ def test_a_template_may_be_named(tmp_path: Path) -> None:
     assert find_template(tokenizer("v1"), name="mistrallite").name == "mistrallite"
     assert find_template(tokenizer("v1"), name="v1", release="mistrallite").name == "v1"
     for words, name, message in (
-        ("v3", "v4", "no template is called 'v4': v1, v2, v3, v7, mistrallite"),
+        ("v3", "v4", "no template is called 'v4': v1, v2, v3, v7, v11, v13, v15, mistrallite"),
         ("v1", "v3", r"template v3 needs the control token \[INST\], which tokenizer.model.v1 lacks"),
         ("v3", "mistrallite", "template mistrallite needs a tokenizer of 32000 words"),
     ):
         with pytest.raises(TemplateError, match=message):
             find_template(tokenizer(words), name=name)
-    shutil.copy(BUNDLED / "tokenizer.model", tmp_path / "tokenizer.model.v13")
-    with pytest.raises(TemplateError, match=r"tokenizer.model.v13 is of version v13, which later releases have"):
-        find_template(Tokenizer(tmp_path / "tokenizer.model.v13"))
+    shutil.copy(BUNDLED / "tokenizer.model", tmp_path / "tokenizer.model.v14")
+    with pytest.raises(TemplateError, match=r"tokenizer.model.v14 is of version v14, which later releases have"):
+        find_template(Tokenizer(tmp_path / "tokenizer.model.v14"))
 
 
 def test_mistrallite() -> None:

@@ -49,6 +49,7 @@ RELEASES: dict[str, tuple[dict[str, Any], str]] = {
     "large": (params(96, 2, 224, 24, 2, 4192, head_dim=4, rope_theta=1e6), "parts"),
     "ministral": (params(64, 8, 192, 8, 2, 4608, rope_theta=1e8, sliding_window=[None, 6, 6, 6]), "single"),
     "ministral-underscore": (params(64, 4, 192, 8, 2, 4608, rope_theta=1e8, _sliding_window=[None, 6, 6, 6]), "single"),
+    "small-3.1": (params(80, 2, 512, 8, 2, 4608, rope_theta=1e9), "single"),
     "mistrallite": (params(64, 2, 224, 8, 2, 4099, rope_theta=1e6, sliding_window=20), "single"),
 }
 
@@ -417,7 +418,8 @@ def test_a_window_that_is_not_there_is_4096() -> None:
 )
 @pytest.mark.parametrize("kind", hf.MODEL_TYPES)
 def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    args, notes = hf.config_to_args(config(model_type=kind, **changes))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    args, notes = hf.config_to_args(config(model_type=kind, **experts, **changes))
     assert args.windows == windows
     assert not notes
 
@@ -457,14 +459,11 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mixtral"}, "a mixture of experts (Mixtral): use transformers or vLLM"),
+        ({"model_type": "mixtral"}, "config.json lacks num_local_experts, num_experts_per_tok"),
+        ({"num_local_experts": 8}, "has 'num_local_experts', which no supported release has"),
         ({"model_type": "pixtral"}, "a vision model (Pixtral): use transformers or vLLM"),
         ({"model_type": "llava"}, "a vision model (LLaVA, as Pixtral is exported): use transformers or vLLM"),
-        (
-            {"model_type": "mistral3"},
-            "a vision model (Mistral Small 3.1 and later, Ministral 3): use transformers or vLLM",
-        ),
-        ({"model_type": "ministral3"}, "YaRN positions and scaled attention (Ministral 3): use transformers or vLLM"),
+        ({"model_type": "mistral3"}, "is of type mistral3, but has no text_config"),
         ({"model_type": "mistral4"}, "a mixture of experts (Mistral Small 4): use transformers or vLLM"),
         ({"model_type": "voxtral"}, "an audio model (Voxtral): use transformers or vLLM"),
         ({"model_type": "mamba"}, "a Mamba model: use transformers or vLLM"),
@@ -472,7 +471,7 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
         ({"model_type": "llama"}, "a model of type 'llama': use transformers or vLLM"),
         ({"model_type": ...}, "no model_type"),
         ({"model_type": ["mistral"]}, "no model_type"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling has rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling lacks original_max_position_embeddings"),
         ({"rope_scaling": {"factor": 4.0, "type": "linear"}}, "rope_scaling has type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters has rope_type 'llama3'"),
         ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, "rope_parameters has type 'yarn'"),
@@ -927,9 +926,9 @@ def test_a_note_of_an_assumed_window_is_printed(tmp_path: Path, capfd: pytest.Ca
     assert "note: config.json has no sliding_window, which means 4096 to transformers" in outcome.err.splitlines()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "pixtral", "mamba"])
+@pytest.mark.parametrize("kind", ["mistral4", "pixtral", "mamba"])
 def test_other_models_are_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
     make_hf_folder(tmp_path, model_type=kind)
     error = in_process(capfd)("demo", tmp_path).error
-    assert kind in error.lower()
+    assert ("small 4" if kind == "mistral4" else kind) in error.lower()
     assert "use transformers or vLLM" in error

@@ -24,7 +24,7 @@ from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
-from mistral.formats.releases import COMPARED, RELEASES, Release, WrongCopy, identify
+from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, WrongCopy, identify
 from mistral.loader.load import load
 from mistral.tekken import PATTERN
 from mistral.tokenizer import Tokenizer
@@ -39,8 +39,10 @@ TOKENIZERS = {
     "v7": ("mistral_instruct_tokenizer_241114.model.v7", 32768),
     "v3-tekken": ("tekken_240718.json", 131072),
     "v7-tekken": ("tekken_240911.json", 131072),
+    "v13-tekken": ("tekken_240911.json", 131072),  # mistral-common has none of this version
     "mistrallite": ("tokenizer.model.v1", 32000),
 }
+NESTED = (*PARTS, "tied_embeddings")
 PART = 5 * 10**9  # bytes of a file, as in the releases that have several
 # As their params.json have them: what the table of releases leaves out is left out here.
 WRITTEN: dict[str, dict[str, Any]] = {
@@ -60,7 +62,7 @@ def shape_of(release: Release) -> dict[str, Any]:
 
 
 def args_of(release: Release, **changes: Any) -> ModelArgs:
-    return ModelArgs(**{**{name: getattr(release, name) for name in COMPARED}, **changes})
+    return ModelArgs(**{**{name: getattr(release, name) for name in (*COMPARED, *NESTED)}, **changes})
 
 
 def hollow(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> None:
@@ -94,11 +96,15 @@ def make_release(folder: Path, release: Release, tokenizer: bool = True) -> Path
     stem = "consolidated"
     if release.layout == "mistral":
         written = WRITTEN.get(release.name, {"rope_theta": release.rope_theta})
-        config: dict[str, Any] = {**shape_of(release), **written}
+        nested = {name: getattr(release, name).to_params() for name in PARTS if getattr(release, name) is not None}
+        config: dict[str, Any] = {**shape_of(release), **written, **nested, "tied_embeddings": release.tied_embeddings}
         (folder / "params.json").write_text(json.dumps(config))
     else:
         config = {theirs: getattr(release, ours) for theirs, ours in hf.SHAPE.items()}
         config |= {"model_type": "mistral", "rope_theta": release.rope_theta, "sliding_window": release.sliding_window}
+        if release.moe is not None:
+            config |= {"model_type": "mixtral", "num_local_experts": release.moe.num_experts}
+            config["num_experts_per_tok"] = release.moe.num_experts_per_tok
         (folder / "config.json").write_text(json.dumps(config))
         shapes = {hf.to_hf(name): shape for name, shape in shapes.items()}
         stem = "model"
@@ -114,7 +120,7 @@ def make_release(folder: Path, release: Release, tokenizer: bool = True) -> Path
 # --- releases
 
 
-def test_the_table_holds_the_dense_releases() -> None:
+def test_the_table_holds_the_releases() -> None:
     assert [r.name for r in RELEASES] == [
         "7B v0.1",
         "7B v0.2",
@@ -126,6 +132,10 @@ def test_the_table_holds_the_dense_releases() -> None:
         "Large 2407",
         "Ministral 8B 2410",
         "MistralLite",
+        "Small 3.1 24B",
+        "Ministral 3 3B",
+        "Ministral 3 8B",
+        "Mixtral 8x7B v0.1",
     ]
     for release in RELEASES:
         assert set(release.md5) <= set(release.variants)
@@ -144,6 +154,10 @@ BILLIONS = {
     "Large 2407": 122.6,
     "Ministral 8B 2410": 8.0,
     "MistralLite": 7.2,
+    "Small 3.1 24B": 23.6,
+    "Ministral 3 3B": 3.4,
+    "Ministral 3 8B": 8.5,
+    "Mixtral 8x7B v0.1": 46.7,
 }
 
 
@@ -649,8 +663,8 @@ def test_errors_are_one_line(cli: Command, tiny: Path, tmp_path: Path) -> None:
     weights = (tiny / "consolidated.safetensors").read_bytes()
     (tiny / "consolidated.safetensors").write_bytes(weights[:-1])
     assert "is not a complete safetensors file" in cli("inspect", tiny).error
-    (tiny / "params.json").write_text(json.dumps({**PARAMS, "moe": {"num_experts": 8}}))
-    assert cli("inspect", tiny).error.startswith("params.json has 'moe': a mixture of experts (Mixtral)")
+    (tiny / "params.json").write_text(json.dumps({**PARAMS, "kv_lora_rank": 512}))
+    assert cli("inspect", tiny).error.startswith("params.json has 'kv_lora_rank': latent attention")
 
 
 def test_the_template_is_told_of_unknown_models_too(tmp_path: Path) -> None:

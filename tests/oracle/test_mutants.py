@@ -296,11 +296,11 @@ def keys_stored_before_rotation(patch):
 def values_rotated_too(patch):
     right = mistral.model.Attention.forward
 
-    def forward(self, x, cos, sin, plan, store):
+    def forward(self, x, cos, sin, plan, store, *scales):
         plain = self.attend
         self.attend = lambda q, k, v, *rest: plain(q, k, mistral.rope.rotate(v, cos, sin), *rest)
         try:
-            return right(self, x, cos, sin, plan, store)
+            return right(self, x, cos, sin, plan, store, *scales)
         finally:
             self.attend = plain
 
@@ -466,14 +466,14 @@ def test_without_a_plant_nothing_shows():
 
 
 @pytest.mark.parametrize("plant", IN_THE_CODE, ids=name_of)
-def test_a_mistake_in_the_code_shows(find_mutant, monkeypatch):
+def test_a_mistake_in_the_code_shows(plant, monkeypatch):
     with monkeypatch.context() as patch:
-        find_mutant(patch)
+        plant(patch)
         errors = scenarios()
     assert max(errors.values()) > SHOWS, errors
 
 
 @pytest.mark.parametrize("plant", IN_THE_WEIGHTS, ids=name_of)
-def test_a_mistake_in_the_weights_shows(find_mutant):
-    errors = scenarios(find_mutant)
+def test_a_mistake_in_the_weights_shows(plant):
+    errors = scenarios(plant)
     assert max(errors.values()) > SHOWS, errors

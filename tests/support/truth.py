@@ -21,11 +21,21 @@ def mask(n: int, window: int | None) -> np.ndarray:
     return seen
 
 
-def angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rule 3: cos and sin [n, D/2], made in fp32 and then widened."""
+def angles(positions: torch.Tensor, head_dim: int, theta: float, yarn: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rules 3 and 15: cos and sin [n, D/2], made in fp32 and then widened."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if yarn is not None:
+        low, high = (
+            head_dim * np.log(yarn.original_length / (2 * np.pi * turns)) / (2 * np.log(theta))
+            for turns in (yarn.beta_fast, yarn.beta_slow)
+        )
+        low, high = max(np.floor(low), 0), min(np.ceil(high), head_dim - 1)
+        for i in range(head_dim // 2):
+            slowed = min(max((i - low) / (high - low), 0), 1)
+            frequencies[i] = frequencies[i] / yarn.factor * slowed + frequencies[i] * (1 - slowed)
     angle = positions.float()[:, None] * frequencies[None, :]
-    return angle.cos().double().numpy(), angle.sin().double().numpy()
+    factor = 1.0 if yarn is None else yarn.attention_factor
+    return angle.cos().double().numpy() * factor, angle.sin().double().numpy() * factor
 
 
 def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -52,6 +62,21 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1.0 + np.exp(-x))
 
 
+def swiglu(w: Mapping[str, np.ndarray], at: str, x: np.ndarray) -> np.ndarray:
+    """Rule 7."""
+    return (silu(x @ w[at + "w1.weight"].T) * (x @ w[at + "w3.weight"].T)) @ w[at + "w2.weight"].T
+
+
+def experts(w: Mapping[str, np.ndarray], at: str, x: np.ndarray, moe: Any) -> np.ndarray:
+    """Rule 17, token by token."""
+    out = np.zeros_like(x)
+    for t, logits in enumerate(x @ w[at + "gate.weight"].T):
+        chosen = np.argsort(-logits, kind="stable")[: moe.num_experts_per_tok]
+        for expert, share in zip(chosen, softmax(logits[chosen]), strict=True):
+            out[t] += share * swiglu(w, f"{at}experts.{expert}.", x[t : t + 1])[0]
+    return out
+
+
 def layer_windows(args: Any) -> list[int | None]:
     """One window per layer; a list repeats."""
     w = args.sliding_window
@@ -76,7 +101,11 @@ def truth(
     w = {name: value.detach().double().numpy() for name, value in state.items()}
     n, D = len(ids), args.head_dim
     group = args.n_heads // args.n_kv_heads
-    cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta)
+    cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta, getattr(args, "yarn", None))
+    grows = getattr(args, "llama_4_scaling", None)
+    grown = np.ones((n, 1))
+    if grows is not None:  # rule 16
+        grown = 1 + grows.beta * np.log(1 + np.arange(start, start + n)[:, None] // grows.original_length)
     h = w["tok_embeddings.weight"][ids.numpy()]
     hidden = []
     for i, window in enumerate(layer_windows(args)):
@@ -87,14 +116,14 @@ def truth(
         heads = []
         for head in range(args.n_heads):
             kv = head // group
-            q_h = turn(q[:, head * D : (head + 1) * D], cos, sin)
+            q_h = turn(q[:, head * D : (head + 1) * D], cos, sin) * grown
             k_h = turn(k[:, kv * D : (kv + 1) * D], cos, sin)
             scores = np.where(seen, q_h @ k_h.T / np.sqrt(D), -np.inf)
             heads.append(softmax(scores) @ v[:, kv * D : (kv + 1) * D])
         h = h + np.concatenate(heads, axis=1) @ w[p + "attention.wo.weight"].T
         x = rms_norm(h, w[p + "ffn_norm.weight"], args.norm_eps)
-        gate, up = x @ w[p + "feed_forward.w1.weight"].T, x @ w[p + "feed_forward.w3.weight"].T
-        h = h + (silu(gate) * up) @ w[p + "feed_forward.w2.weight"].T
+        moe = getattr(args, "moe", None)
+        h = h + (swiglu(w, p + "feed_forward.", x) if moe is None else experts(w, p + "feed_forward.", x, moe))
         hidden.append(h)
     logits = rms_norm(h, w["norm.weight"], args.norm_eps) @ w["output.weight"].T
     top = logits.max(axis=-1, keepdims=True)
