@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.special_tokens import AddedToken, TokenizerError, read_special_tokens
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_special_tokens
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer
 from mistral.util.files import read_limited
@@ -47,12 +48,53 @@ class Tokenizer:
         path = Path(model_path)
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
-        self.path = path
-        self._ends: frozenset[int] | None = None
         kind: Any = _SentencePiece
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
-        self._model: Any = kind(path)
+        self._set(path, kind(path))
+
+    def _set(self, path: Path, model: Any) -> None:
+        self.path = path
+        self._ends: frozenset[int] | None = None
+        self._model = model
+
+    @classmethod
+    def from_sentencepiece(cls, path: Path, content: bytes, adds_bos: bool = True) -> Tokenizer:
+        """The tokenizer that a SentencePiece model in another file is.
+
+        Args:
+            path: that file, for messages.
+            content: of a tokenizer.model.
+            adds_bos: whether a text begins with bos.
+
+        Raises:
+            TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
+        """
+        made = cls.__new__(cls)
+        made._set(path, _SentencePiece(path, content, adds_bos))
+        return made
+
+    @classmethod
+    def from_tokenizers(cls, path: Path, tokenizer: Any, told: SpecialTokens, notes: Iterable[str] = ()) -> Tokenizer:
+        """The tokenizer that an object of the `tokenizers` library is.
+
+        Args:
+            path: the file that it was made from, for messages.
+            tokenizer: taken over, not copied; a post-processor of it puts bos in front, if any does.
+            told: the names of its special tokens.
+            notes: what was assumed when it was made, a sentence each.
+
+        Raises:
+            TokenizerError: the library cannot use it.
+        """
+        made = cls.__new__(cls)
+        made._set(path, JsonTokenizer(path, tokenizer, told, notes))
+        return made
+
+    @property
+    def kind(self) -> str:
+        """ "sentencepiece", "tekken", or "tokenizers", which may be like either of them."""
+        return "tekken" if self.is_tekken else "tokenizers" if self.is_json else "sentencepiece"
 
     @property
     def n_words(self) -> int:
@@ -110,7 +152,7 @@ class Tokenizer:
 
     @property
     def is_json(self) -> bool:
-        """Whether it is a tokenizer.json."""
+        """Whether it is a tokenizer.json, or an object of the `tokenizers` library."""
         return isinstance(self._model, JsonTokenizer)
 
     @property
@@ -151,6 +193,10 @@ class Tokenizer:
     def pieces(self) -> tuple[list[str], list[float | None]]:
         """The words of a SentencePiece model, and the score of each; None for those that no text is split into."""
         return self._model.pieces()
+
+    def as_file(self) -> tuple[str, bytes]:
+        """A name and a content: of a file of its own, for one that was made from a part of another file."""
+        return self._model.as_file()
 
     def byte_words(self) -> list[bytes]:
         """The words of a tekken.json, by rank, as bytes."""
@@ -210,13 +256,13 @@ def _check_unicode(text: str) -> None:
 
 
 class _SentencePiece:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes | None = None, adds_bos: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._path = path
+        self._path, self._content, self.adds_bos = path, content, adds_bos
         self._sp = SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000))
+            self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000) if content is None else content)
             self.n_words = self._sp.vocab_size()
             self._pieces = self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
         except OSError as error:
@@ -226,7 +272,7 @@ class _SentencePiece:
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
-        told = read_special_tokens(path.parent)
+        told = read_special_tokens(path.parent) if content is None else SpecialTokens()
         self._added = {i: token for i, token in told.added.items() if i >= self.n_words}
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
@@ -294,7 +340,15 @@ class _SentencePiece:
             from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
         except ImportError:
             raise TokenizerError("templates need mistral-common: pip install mistral-common") from None
-        return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
+        if self._content is None:
+            return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
+        with tempfile.TemporaryDirectory() as folder:  # it reads files alone
+            path = Path(folder) / "tokenizer.model"
+            path.write_bytes(self._content)
+            return SentencePieceTokenizer(str(path), tokenizer_version=TokenizerVersion(version))
+
+    def as_file(self) -> tuple[str, bytes]:
+        return "tokenizer.model", self._sp.serialized_model_proto()
 
 
 # What a folder without one lacks. Ids need none; text does.

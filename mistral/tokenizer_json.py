@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
@@ -40,13 +40,15 @@ class JsonTokenizer:
         TokenizerError: the file or one beside it is broken.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, tok: Any = None, told: SpecialTokens | None = None, notes: Iterable[str] = ()
+    ) -> None:
         self._path = path
-        told = read_special_tokens(path.parent)
+        told = read_special_tokens(path.parent) if told is None else told
         self._lock = threading.Lock()
-        self._tok = self._read()
+        self._tok = self._read() if tok is None else tok
         self.n_words: int = self._tok.get_vocab_size(with_added_tokens=False)
-        self.notes: list[str] = []
+        self.notes: list[str] = list(notes)
         self._add(told)
         self._special: dict[int, str] = {
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
@@ -148,6 +150,9 @@ class JsonTokenizer:
     def is_byte_level(self) -> bool:
         """Whether words are made of bytes, as in tekken; else it is like SentencePiece."""
         return not self._bytes
+
+    def as_file(self) -> tuple[str, bytes]:
+        return "tokenizer.json", self._tok.to_str().encode("utf-8")
 
     def has_control(self, word: str) -> bool:
         return word in self._special.values()

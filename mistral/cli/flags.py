@@ -25,6 +25,7 @@ NUMBERS = {
 # The kinds of annotations that can be typed as flags; others (a callable, say) are for Python alone.
 KINDS: dict[str, type] = {
     "str": str,
+    "str | int": str,
     "int": int,
     "float": float,
     "bool": bool,

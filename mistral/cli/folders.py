@@ -6,7 +6,14 @@ from mistral.cli import prompts, terminal
 
 
 def convert(
-    src: str, dst: str, *, to: str, dtype: str | None = None, quant: str | None = None, adapter: str | None = None
+    src: str,
+    dst: str,
+    *,
+    to: str,
+    dtype: str | None = None,
+    quant: str | None = None,
+    adapter: str | None = None,
+    sliding_window: str | int = "auto",
 ) -> None:
     """Write a model folder again: in the other layout, as safetensors, in another dtype, merged, or quantized.
 
@@ -16,25 +23,31 @@ def convert(
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
 
-    SRC is a folder in either layout, a hub id, or a pack with weights, and DST a folder that does not exist yet.
-    Weights stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory. DST
-    appears when it is complete, not before. A folder written with --quant loads at once, and only this library reads
-    it. An adapter is merged in float32, and rounded once to the dtype of the weights.
+    SRC is a folder in either layout, a .gguf file, a hub id, or a pack with weights; DST a folder that does not exist
+    yet. Weights stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory.
+    DST appears when it is complete, not before. A folder written with --quant loads at once, and only this library
+    reads it. An adapter is merged in float32, and rounded once to the dtype of the weights.
 
     Args:
         to: the layout to write: mistral or hf
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
         adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
+        sliding_window: a number, or none, to be written; default: what SRC says
     """
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
+    from mistral.formats.folder import with_window
+    from mistral.loader.options import window_of
 
+    window = window_of(sliding_window)
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
+            if not isinstance(window, str):
+                found = with_window(found, window)
             written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter)
     else:
-        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter)
+        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window)
     terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.echo_err(f"note: {note}")

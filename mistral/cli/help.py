@@ -24,7 +24,7 @@ def overview(commands: Mapping[str, Callable[..., None]]) -> str:
     lines += [f"  --{name:12} {what}" for name, what in flags.COMMON.items()]
     lines += [
         "",
-        "FOLDER is a folder, or a model of the Hugging Face hub: owner/name, or owner/name@revision.",
+        "FOLDER is a folder, a .gguf file, or a model of the Hugging Face hub: owner/name, or owner/name@revision.",
         "Default: the folder that the variable MISTRAL_MODEL names, else the bundled model.",
     ]
     return "\n".join(lines)

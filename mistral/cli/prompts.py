@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
 from mistral.util.errors import MistralError, UsageError
-from mistral.util.files import decode_text, read_limited
+from mistral.util.files import decode_text
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -171,18 +171,22 @@ def note_if_instruct(loaded: Loaded) -> None:
         terminal.echo_err("note: this is an instruct model, and the prompt is continued as raw text: see --instruct")
 
 
+def is_gguf_name(word: str) -> bool:
+    """Whether a word names a GGUF file, there or not."""
+    return word.lower().endswith(".gguf") and not re.search(r"[\n\t]", word)
+
+
 def is_instruct(folder: Path) -> bool:
     """Whether a folder holds a model for conversations: its name says so, or it brings a chat template."""
     names = [folder.name, *(p.name for p in folder.parents if p.name.startswith("models--"))]
     if any(re.search(r"instruct|chat", name, re.IGNORECASE) for name in names):
         return True
-    if (folder / "chat_template.jinja").is_file():
-        return True
+    from mistral.formats.tokenizers import chat_templates
+
     try:
-        config = json.loads(read_limited(folder / "tokenizer_config.json"))
-    except (OSError, ValueError, RecursionError):  # not there, or broken: loading reports on it
+        return bool(chat_templates(folder))
+    except MistralError:  # broken: loading reports on it
         return False
-    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def folder_or_prompt(word: str) -> str:
@@ -190,7 +194,7 @@ def folder_or_prompt(word: str) -> str:
 
     A folder that exists, or a path that can be nothing else; owner/name only where stdin may bring the prompt.
     """
-    if os.path.isdir(word):
+    if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
     if re.search(r"\s", word):
         return "prompt"
@@ -206,7 +210,7 @@ def folder_or_prompt(word: str) -> str:
 
 def folder_or_text(word: str) -> str:
     """Whether a single word of `perplexity` is the folder, or the file with the text."""
-    if os.path.isdir(word):
+    if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", word) and not os.path.exists(word)
     return "folder" if is_hub_id and terminal.stdin_may_have_data() else "file"
@@ -224,8 +228,8 @@ def model_of(folder: str | None) -> Iterator[Folder]:
         with tempfile.TemporaryDirectory() as nothing:
             yield folder_of(folder, Path(nothing))
         return
-    if folder is not None and Path(folder).is_file():
-        raise UsageError(f"{folder} is neither a folder nor a pack")
+    if folder is not None and Path(folder).is_file() and not is_gguf_name(folder):
+        raise UsageError(f"{folder} is neither a folder nor a .gguf file nor a pack")
     yield read_folder(BUNDLED if folder is None else locate(folder))
 
 

@@ -289,6 +289,10 @@ def keeping_interrupts() -> Iterator[None]:
         return
     try:
         yield
+    except Exception:
+        if not hits:
+            raise
+        # A library that was interrupted while it set itself up failed in its own way later on.
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hits:

@@ -24,7 +24,7 @@ from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
-from mistral.loader.load import assemble, load
+from mistral.loader.load import assemble, load, windowed
 from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
 from mistral.parameters import EMBEDDINGS
@@ -223,7 +223,8 @@ def report(
         loaded = load(folder, options=options)
         model, run, what = loaded.model, loaded.runtime, loaded.describe()
     else:
-        model, run = assemble(random_folder(SHAPES[shape.lower()], Path()), options=options)
+        found = windowed(random_folder(SHAPES[shape.lower()], Path()), options)
+        model, run = assemble(found, options=options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):

@@ -21,13 +21,14 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.adapter import read_adapter
-from mistral.formats.folder import Folder, read_folder
+from mistral.formats.folder import Folder, read_folder, with_window
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
 from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
@@ -38,7 +39,6 @@ from mistral.util.files import folder_atomic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-GENERATION = "generation_config.json"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # What is carried along, as it is, into either layout.
 CARRIED = (
@@ -91,17 +91,19 @@ def convert(
     quant: str | None = None,
     adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
+    sliding_window: str | int | None = "auto",
 ) -> Converted:
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
 
     Args:
-        src: a folder in either layout, or a hub id (see `hub.locate`).
+        src: a folder in either layout, a GGUF file, or a hub id (see `hub.locate`).
         dst: a folder that is not there yet, or is empty.
         to: a layout, one of WRITABLE ("mistral" or "hf"); it may be the one that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: "int8" or "int4" rounds the weights of products, in Mistral's layout, for this library alone.
         adapter: a LoRA adapter to merge into the weights (see `adapter.read_adapter`), rounded once to their own dtype.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
+        sliding_window: a number, or None for none, to be written in the place of what src says; "auto" keeps that.
 
     Raises:
         ConvertError: the two folders, the layout, the dtype or the disk do not allow it; or a value
@@ -109,8 +111,10 @@ def convert(
         ValueError: another subclass, if src is not a model; see `read_folder`.
     """
     _layout_and_dtype(to, dtype, quant)  # before a folder is looked for
-    folder = read_folder(locate(src))
-    return write_folder(folder, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size)
+    found = read_folder(locate(src))
+    if not isinstance(sliding_window, str):
+        found = with_window(found, sliding_window)
+    return write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size)
 
 
 def write_folder(
@@ -144,13 +148,18 @@ def write_folder(
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
+    if target is None and quant is None and any(tensor.widened for tensor in folder.tensors.values()):
+        notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
     described = _describe(folder, layout, tensors, quant, notes)
-    if layout is not NATIVE:
+    unpack, lost = unpacked(folder.path, folder.args.vocab_size)
+    notes += lost
+    if layout is not NATIVE and TOKENIZER_JSON not in unpack:
         described = _for_transformers(folder, notes) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
-    rest = sum(path.stat().st_size for path in carried) + sum(len(text.encode()) for text in described.values())
+    rest = sum(path.stat().st_size for path in carried)
+    rest += sum(len(text.encode()) for text in described.values()) + sum(map(len, unpack.values()))
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     try:
         with folder_atomic(place) as work:
@@ -162,6 +171,9 @@ def write_folder(
                 copy = work / path.relative_to(folder.path)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
+            for name, content in unpack.items():
+                (work / name).parent.mkdir(exist_ok=True)
+                (work / name).write_bytes(content)
             for name, text in described.items():  # last, because no folder without them is taken for a model
                 write_text(work / name, text)
             read_folder(work)
@@ -318,7 +330,8 @@ def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list
     """A note on the files of the source that have no copy and no counterpart in the destination."""
     used = {folder.source, folder.layout.index, *written, *(path.name for path in folder.weights.files)}
     used |= {path.relative_to(folder.path).parts[0] for path in carried}
-    rest = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in used)
+    there = folder.path.iterdir() if folder.path.is_dir() else ()
+    rest = sorted(entry.name for entry in there if entry.name not in used)
     shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
     return [f"not carried along: {shown}"] if rest else []
 

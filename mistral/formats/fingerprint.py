@@ -8,7 +8,7 @@ from pathlib import Path
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import read_folder
 from mistral.formats.releases import COMPARED
-from mistral.formats.tokenizers import tokenizer_files
+from mistral.formats.tokenizers import tokenizer_content
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 
 
@@ -32,8 +32,7 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
             tensor = found.weights.get(EMBEDDINGS if name in tied else name)
             row = tensor if tensor.dim() == 1 else tensor[0]
             digest.update(name.encode() + row.float().numpy().tobytes())
-    for path in tokenizer_files(found.path)[:1]:
-        digest.update(path.read_bytes())
+    digest.update(tokenizer_content(found.path))
     if adapter is not None:
         lora = read_adapter(adapter)
         digest.update(repr(sorted((name, pair.scale) for name, pair in lora.pairs.items())).encode())

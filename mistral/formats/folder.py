@@ -27,7 +27,7 @@ class Folder:
     Args:
         path: the folder; a file where the layout has the whole model in one.
         layout: a row of LAYOUTS.
-        source, raw: the file that gives the shape, params.json or config.json, and what it holds.
+        source, raw: the file that gives the shape, such as params.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         quant: "int8" or "int4" where the matrices are stored quantized, under the names of `fast.layout.stored_as`;
@@ -68,6 +68,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         raise FormatError(f"no such folder: {path}")
     try:
         layout, notes = find_layout(path)
+        path = layout.place(path)
         raw = layout.read_config(path)
         args, assumed = layout.to_args(raw, max_batch_size)
         weights = layout.find_weights(path)
@@ -82,7 +83,21 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     except WeightsError as error:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
-    return Folder(path, layout, layout.config, raw, args, weights, (*notes, *assumed, *tied), quant)
+    source = path.name if path.is_file() else layout.config
+    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *tied), quant)
+
+
+def with_window(folder: Folder, window: int | None) -> Folder:
+    """The same model with another sliding window, and a note on the one that it had.
+
+    Raises:
+        ArgsError: a window that cannot be.
+    """
+    had = folder.args.window_text
+    args = replace(folder.args, sliding_window=window)
+    note = f"sliding window {args.window_text}: as requested, in the place of {had}"
+    kept = (said for said in folder.notes if not said.startswith("sliding window "))
+    return replace(folder, args=args, notes=(note, *kept))
 
 
 def _what_else(path: Path) -> str | None:

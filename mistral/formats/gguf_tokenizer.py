@@ -11,14 +11,17 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.formats.gguf_header import GgufError, Metadata, StringArray
+from mistral.special_tokens import SpecialTokens, TokenizerError
 from mistral.tekken import PATTERN
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import short_repr
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as Theirs
 
 MOST_TOKENS = 2**21
 # Types of tokens; SentencePiece has the same numbers.
@@ -44,6 +47,46 @@ class SpecialIds:
     pad: int
     ends: frozenset[int]
     add_bos: bool | None
+
+
+def tokenizer_of(path: Path, metadata: Metadata) -> Tokenizer:
+    """The tokenizer of a file, with all its ends of sequence.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        GgufError: no tokenizer, or one that cannot be rebuilt.
+        TokenizerError: one that cannot be used.
+    """
+    special = special_ids(metadata)
+    if kind_of(metadata) == SENTENCEPIECE:
+        made = Tokenizer.from_sentencepiece(path, sentencepiece_model(metadata), special.add_bos is not False)
+    else:
+        made = _from_byte_level(path, metadata, special)
+    made.eos_ids = special.ends
+    return made
+
+
+def _from_byte_level(path: Path, metadata: Metadata, special: SpecialIds) -> Tokenizer:
+    from tokenizers import processors
+
+    theirs, notes = byte_level(metadata)
+    ids = {"bos_token": special.bos, "eos_token": special.eos, "unk_token": special.unk, "pad_token": special.pad}
+    names = {name: str(theirs.id_to_token(i)) for name, i in ids.items() if i >= 0}
+    # llama.cpp's rule for files that do not say whether texts begin with bos.
+    begins = PRE[str(metadata.get("tokenizer.ggml.pre", "default"))][1] if special.add_bos is None else special.add_bos
+    if begins and "bos_token" in names:
+        bos = names["bos_token"]
+        try:
+            theirs.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", bos, "$B:1"],
+                special_tokens=[(bos, special.bos)],
+            )
+        except (ValueError, TypeError) as error:
+            raise TokenizerError(f"{path} has a token for the start of texts that cannot be used: {error}") from None
+    return Tokenizer.from_tokenizers(path, theirs, SpecialTokens(names, frozenset(names.values())), notes)
 
 
 def kind_of(metadata: Metadata) -> str:
@@ -184,7 +227,7 @@ PRE: dict[str, tuple[tuple[str, ...], bool]] = {
 }
 
 
-def byte_level(metadata: Metadata) -> tuple[Tokenizer, list[str]]:
+def byte_level(metadata: Metadata) -> tuple[Theirs, list[str]]:
     """A tokenizer of the `tokenizers` library, and what was assumed, a sentence each.
 
     Control tokens are special tokens of it, so `encode_special_tokens = True` keeps text that looks like one as text.
@@ -228,14 +271,15 @@ def _tokenizer(
     patterns: Sequence[str],
     whole: bool,
     added: Sequence[tuple[str, int]],
-) -> Tokenizer:
+) -> Theirs:
     try:
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Theirs
     except ImportError:
         raise GgufError("the file's tokenizer needs the tokenizers library: pip install tokenizers") from None
 
     split: Callable[[str], Any] = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")  # noqa: E731
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
+    tokenizer = Theirs(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*map(split, patterns), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

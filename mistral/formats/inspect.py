@@ -17,12 +17,14 @@ from mistral.fast.layout import bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
-from mistral.formats.layouts import LAYOUTS, NATIVE
+from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
 from mistral.formats.releases import COMPARED, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
+    is_gguf_file,
     missing_tokens,
     other_tokenizers,
+    read_tokenizer,
     tokenizer_files,
     tokenizer_kind,
     tokenizer_notes,
@@ -51,9 +53,8 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     Raises:
         FormatError, HubError, ParamsError, WeightsError: no model in it, or one whose parts do not fit together.
     """
-    path = short(BUNDLED) if folder is None else locate(folder)
-    found = read_folder(path)
-    args = found.args
+    found = read_folder(short(BUNDLED) if folder is None else locate(folder))
+    path, args = found.path, found.args
     tokenizer = _tokenizer(path)
     known = tokenizer["words"] is not None
     release, odd = identify(args, tokenizer["kind"] if known else None, tokenizer["version"])
@@ -64,7 +65,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
-        *_about_files(path, files, dtypes, found.quant is not None),
+        *_about_files(path, files, dtypes, found.quant is not None or any(t.widened for t in found.tensors.values())),
     ]
     return {
         "folder": str(path),
@@ -109,18 +110,22 @@ def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
 
 
 def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
-    """Tensors and parameters of each dtype."""
+    """Tensors and parameters of each dtype, or type of blocks."""
     found: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
-        count = found.setdefault(str(tensor.dtype), {"tensors": 0, "parameters": 0})
+        count = found.setdefault(
+            tensor.dtype_name if tensor.widened else str(tensor.dtype), {"tensors": 0, "parameters": 0}
+        )
         count["tensors"] += 1
         count["parameters"] += tensor.parameters
     return found
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:
-    paths = tokenizer_files(path)
     facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
+    if is_gguf_file(path):
+        return facts | _tokenizer_of_gguf(path)
+    paths = tokenizer_files(path)
     if not paths:
         expected = "tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
         return facts | {"error": f"no tokenizer in {path}: expected {expected}"}
@@ -132,6 +137,14 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         return facts | {"error": str(error)}
 
 
+def _tokenizer_of_gguf(path: Path) -> dict[str, Any]:
+    try:
+        made = read_tokenizer(path)
+    except TokenizerError as error:
+        return {"error": str(error)}
+    return {"file": made.path.name, "kind": made.kind, "version": made.version, "words": made.n_words}
+
+
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
     """What a conversation is written in, and by which rule that is known; as `chat.templates.find_template` decides."""
     try:
@@ -140,7 +153,7 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
         return {"name": "broken", "rule": str(error)}
     if own:
         found = own.get("default")
-        rule = f"one of {', '.join(own)} by --template" if found is None else "the folder's own, in Jinja"
+        rule = f"one of {', '.join(own)} by --template" if found is None else "the model's own, in Jinja"
         return {"name": "none by default" if found is None else found.file, "rule": rule}
     version, kind = tokenizer["version"], tokenizer["kind"]
     if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
@@ -161,13 +174,12 @@ def _words_and_version(path: Path) -> tuple[int, str | None]:
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
-    roles = {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be both
+    roles = {} if tokenizer is None else {tokenizer: "tokenizer"}
+    roles |= {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be all
     if found.layout.index is not None:
         roles[found.layout.index] = "index"
-    if tokenizer is not None:
-        roles[tokenizer] = "tokenizer"
     files = []
-    for file in sorted(found.path.iterdir()):
+    for file in found.weights.files if found.path.is_file() else sorted(found.path.iterdir()):
         if file.is_file():
             role = roles.get(file.name) or ("leftover" if file.name.endswith(WEIGHTS + UNFINISHED) else "other")
             files.append({"name": file.name, "bytes": file.stat().st_size, "role": role})
@@ -210,8 +222,8 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     elif words is not None and missing_tokens(args, words, release):
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
-        said += tokenizer_notes(path, Tokenizer(path / name), args.vocab_size)
-    elif others := other_tokenizers(path):
+        said += tokenizer_notes(path, read_tokenizer(path), args.vocab_size)
+    elif path.is_dir() and (others := other_tokenizers(path)):
         said.append(f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored")
     return said
 
@@ -228,7 +240,7 @@ def _about_files(
         said.append(f"not read, {memory.as_text(sum(f['bytes'] for f in unread))}: {first}")
     if unfinished:
         said.append(f"a download that has not ended: {', '.join(unfinished)}")
-    for link in sorted(path.iterdir()):
+    for link in sorted(path.iterdir()) if path.is_dir() else ():
         if link.is_symlink() and not link.exists():
             said.append(f"{link.name} is a link to a file that is gone")
     if quantized:
@@ -251,8 +263,13 @@ def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
     commands = []
     if serving.convert_first:
         folder = f"{folder}-converted"
-        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {NATIVE.to}")
-        serving = NATIVE.serving(Path(folder), found.args, ())._replace(convert_first=serving.convert_first)
+        # vLLM has Mistral's layout read with one of Mistral's own tokenizers.
+        target = WRITABLE["hf"] if found.path.is_file() and tokenizer["kind"] == "tokenizers" else NATIVE
+        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {target.to}")
+        flags = target.serving(Path(folder), found.args, ()).flags
+        if target is not NATIVE:  # its tokenizer.json will be there
+            flags = flags.removeprefix("--tokenizer_mode mistral ")
+        serving = serving._replace(flags=flags)
     return {
         "commands": [*commands, f"vllm serve {_word(folder)} {serving.flags}"],
         "convert_first": serving.convert_first,
@@ -294,25 +311,39 @@ def _facts(report: dict[str, Any]) -> list[str]:
     shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
     layout = LAYOUTS[report["layout"]]
     weights = tuple(Path(f["name"]) for f in report["files"] if f["role"] == "weights")
+    shape_files = [f["name"] for f in report["files"] if f["role"] == "shape"]
     each = "" if report["window"]["text"].endswith("layers") else " in every layer"
     words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
     facts = {
         "folder": report["folder"],
         "release": "none that is known" if release is None else " or ".join(release["variants"]),
-        "layout": f"{layout.title}: " + ", ".join(dict.fromkeys((layout.config, file_names(weights)))),
-        "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {' and '.join(report['dtypes'])}",
+        "layout": f"{layout.title}: " + ", ".join((*shape_files, file_names(weights))),
+        "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {_counted(report['dtypes'])}",
         "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
         f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
         f"vocabulary {shape['vocab_size']}",
         "window": f"{report['window']['text']}{each} ({report['window']['rule']})",
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
-        "tokenizer": f"{tokenizer['file']}: {KINDS[tokenizer['kind']]}{words}" if tokenizer["file"] else "none",
+        "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
     if report["trained_length"] is not None:
         facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
     if report["template"] is not None:
         facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
     return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]
+
+
+def _counted(dtypes: dict[str, dict[str, int]]) -> str:
+    """Dtypes, with the number of tensors of each where there are several."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return " and ".join(f"{name} x{count['tensors']}" for name, count in dtypes.items())
+
+
+def _kind(tokenizer: dict[str, Any]) -> str:
+    if tokenizer["kind"] == "tokenizers" and not tokenizer["file"].endswith(".json"):
+        return "byte-level BPE"
+    return KINDS[tokenizer["kind"]]
 
 
 def _table(report: dict[str, Any]) -> list[str]:

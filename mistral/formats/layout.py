@@ -72,6 +72,10 @@ class Layout(ABC):
 
     # --- reading
 
+    def place(self, path: Path) -> Path:
+        """The folder or file that a model is: a file where a layout has all in one, whatever else is beside it."""
+        return path
+
     def read_config(self, path: Path) -> dict[str, Any]:
         """What gives the shape, as it is.
 
@@ -115,6 +119,10 @@ class Layout(ABC):
     def in_its_words(self, text: str) -> str:
         """A sentence about ModelArgs, with the layout's names of what it is about."""
         return text
+
+    def plain(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """What gives the shape, as it goes into JSON."""
+        return raw
 
     def unused(self, raw: dict[str, Any]) -> list[str]:
         """Keys of what gives the shape that change no number, and that another layout may have no place for."""
@@ -187,6 +195,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def trained_length(raw: dict[str, Any]) -> int | None:
-    """How long the training sequences were, by either layout's key; None where it is not given."""
-    given = (raw.get("max_position_embeddings"), raw.get("max_seq_len"))
+    """How long the training sequences were, by any layout's key; None where it is not given."""
+    given = (raw.get(key) for key in ("max_position_embeddings", "max_seq_len", "llama.context_length"))
     return next((n for n in given if type(n) is int and n > 0), None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mistral.formats.gguf_layout import GgufLayout
 from mistral.formats.huggingface import HuggingFaceLayout
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.mistral import MistralLayout
 
 # Mistral's own: the names of tensors and the order of rows that the model has.
 NATIVE = MistralLayout()
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (NATIVE, HuggingFaceLayout())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (NATIVE, HuggingFaceLayout(), GgufLayout())}
 # Those that `convert` writes, by what --to calls them.
 WRITABLE: dict[str, Layout] = {layout.to: layout for layout in LAYOUTS.values() if layout.to is not None}
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.args import ModelArgs
+from mistral.formats import gguf_tokenizer
+from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
 from mistral.special_tokens import CONFIG, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -54,23 +56,65 @@ def tokenizer_kind(path: Path) -> str:
     return "tokenizers" if path.name.endswith(JSON) else "tekken"
 
 
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model: the first of its `tokenizer_files`; of a GGUF file its own, else what is beside it.
+
+    Raises:
+        TokenizerError: none, or broken.
+    """
+    if not is_gguf_file(folder):
+        path = next(iter(tokenizer_files(folder)), None)
+        if path is None:
+            raise TokenizerError(
+                f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
+            )
+        return Tokenizer(path)
+    try:
+        return gguf_tokenizer.tokenizer_of(folder, read_gguf(folder).metadata)
+    except GgufError as error:
+        beside = next(iter(tokenizer_files(folder.parent)), None)
+        if beside is None:
+            raise TokenizerError(f"{folder}: {error}") from None
+        return Tokenizer(beside)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model has any tokenizer, readable or not."""
+    return is_gguf_file(folder) or bool(tokenizer_files(folder))
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Whether a model is one GGUF file, which has its tokenizer and its templates in its metadata."""
+    return path.is_file() and is_gguf(path)
+
+
+def tokenizer_content(folder: Path) -> bytes:
+    """A model's tokenizer as the content of a file; empty without one.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    path = next(iter(tokenizer_files(folder)), None)
+    if is_gguf_file(folder):
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.path == folder:
+            return tokenizer.as_file()[1]
+        path = tokenizer.path
+    return b"" if path is None else path.read_bytes()
+
+
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder, the first of its `tokenizer_files`, with the `eos_ids` of the folder.
+    """The tokenizer of a model, see `read_tokenizer`, with the `eos_ids` of the folder.
 
     Tokens that were added may lie outside the model's vocabulary, as padding often does: see `tokenizer_notes`.
 
     Raises:
         TokenizerError: none, broken, or with more words than the model.
     """
-    path = next(iter(tokenizer_files(folder)), None)
-    if path is None:
-        raise TokenizerError(
-            f"no tokenizer in {folder}: expected tokenizer.model, tokenizer.model.v3, tekken.json or tokenizer.json"
-        )
-    tokenizer = Tokenizer(path)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.n_words > vocab_size:
         raise TokenizerError(
-            f"{path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
+            f"{tokenizer.path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
     tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
     return tokenizer
@@ -79,7 +123,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """What is odd about the tokenizers of a folder, or was ignored, a sentence each."""
     notes = list(tokenizer.notes)
-    if others := other_tokenizers(folder):
+    if is_gguf_file(folder):
+        if tokenizer.path != folder:
+            notes.append(f"{tokenizer.path.name} beside {folder.name} is read, whose own tokenizer is not")
+    elif others := other_tokenizers(folder):
         names = ", ".join(path.name for path in others)
         notes.append(f"several tokenizers: {tokenizer.path.name} is read, {names} ignored; remove what is wrong")
     if beyond := [text for text, i in tokenizer.added.items() if i >= vocab_size]:
@@ -99,6 +146,9 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     """
     found: set[int] = set() if tokenizer is None or tokenizer.eos_id < 0 else {tokenizer.eos_id}
     notes: list[str] = []
+    if is_gguf_file(folder):
+        ends = found if tokenizer is None else found | tokenizer.eos_ids
+        return frozenset(i for i in ends if i < vocab_size), notes
     for name in ENDS:
         try:
             told = read_json(folder / name).get("eos_token_id")
@@ -138,6 +188,9 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
     Raises:
         TokenizerError: a file that cannot be read, or has something else in the place of a template.
     """
+    if is_gguf_file(folder):
+        own = gguf_tokenizer.chat_templates(read_gguf(folder).metadata)
+        return {name: FolderTemplate(name, folder.name, text) for name, text in own.items()}
     found: dict[str, FolderTemplate] = {}
     told = read_json(folder / CONFIG).get("chat_template")
     entries = told if isinstance(told, list) else [] if told is None else [{"name": "default", "template": told}]

@@ -44,11 +44,13 @@ class Stored:
         shape: its sizes.
         dtype: PyTorch's name of it, one of ITEMSIZE; "" if weights cannot have it.
         dtype_name: the file's name of it.
+        widened: whether the file holds blocks of few bits, from which a reader computes numbers of `dtype`.
     """
 
     shape: tuple[int, ...]
     dtype: str
     dtype_name: str
+    widened: bool = False
 
     @property
     def parameters(self) -> int:

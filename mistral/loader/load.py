@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.adapter import read_adapter
-from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
 from mistral.formats.hub import locate
 from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import load_tokenizer, missing_tokens, tokenizer_files, tokenizer_kind, tokenizer_notes
+from mistral.formats.tokenizers import has_tokenizer, load_tokenizer, missing_tokens, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
@@ -99,7 +99,7 @@ def load(
     deterministic: bool = False,
     options: LoadOptions,
 ) -> Loaded:
-    """Load a folder, in Mistral's layout or Hugging Face's: shape, weights, tokenizer.
+    """Load a model: a folder in Mistral's layout or Hugging Face's, or a GGUF file: shape, weights, tokenizer.
 
     Everything is checked against headers before a tensor is read, and memory before it is taken. The fields of
     LoadOptions may be given as keywords: `load(folder, device="cpu", quant="int8")`.
@@ -117,19 +117,26 @@ def load(
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
     own, about = tokenizer, list[str]()
-    if own is None and not tokenizer_files(found.path):
+    if own is None and not has_tokenizer(found.path):
         about = [NO_TOKENIZER]
     elif own is None:
         own = load_tokenizer(found.path, found.args.vocab_size)
         about = tokenizer_notes(found.path, own, found.args.vocab_size)
-    known = (tokenizer_kind(own.path), own.version) if isinstance(own, Tokenizer) else (None, None)
+    known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
+    found = windowed(found, options)
     model, run = assemble(found, options=options)
     spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
     return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes)
+
+
+def windowed(found: Folder, options: LoadOptions) -> Folder:
+    """A folder with the window that the options ask for, if they do."""
+    window = options.sliding_window
+    return found if isinstance(window, str) else with_window(found, window)
 
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
@@ -161,12 +168,20 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     if found.quant is not None and options.quant not in (None, found.quant):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
-    run = runtime.resolve(
-        replace(options, quant=options.quant or found.quant),
-        stored=getattr(torch, stored),
-        parameters=found.parameters,
-        head_dim=args.head_dim,
-    )
+
+    def resolve(stored: str) -> Runtime:
+        return runtime.resolve(
+            replace(options, quant=options.quant or found.quant),
+            stored=getattr(torch, stored),
+            parameters=found.parameters,
+            head_dim=args.head_dim,
+        )
+
+    run = resolve(stored)
+    if note := _too_wide(found, run):
+        found = _narrower(found)
+        run = resolve("bfloat16")
+        run = replace(run, notes=(*run.notes, note))
     run = replace(run, notes=(*run.notes, *notes), adapter=_adapter_text(options))
     _require_memory(found, run)
 
@@ -211,6 +226,26 @@ def _with_adapter(found: Folder, options: LoadOptions) -> tuple[Folder, dict[str
 def _adapter_text(options: LoadOptions) -> str:
     how = "merged" if options.adapter_mode == "merge" else "at run time"
     return "" if options.adapter is None else f"adapter {options.adapter} {how}"
+
+
+def _too_wide(found: Folder, run: Runtime) -> str | None:
+    """A note where weights that come from blocks of few bits would take too much memory in float32."""
+    from mistral.loader.runtime import WIDEN_SHARE
+
+    left, needed = memory.available(run.device), _size_in_memory(found, run)
+    wide = run.weights.itemsize > 2 and any(tensor.widened for tensor in found.tensors.values())
+    if not wide or left is None or needed <= WIDEN_SHARE * left:
+        return None
+    return (
+        f"the weights, blocks of few bits in their file, are rounded to bfloat16: in float32 they need "
+        f"{memory.as_text(needed)}, and {memory.as_text(left)} are left"
+    )
+
+
+def _narrower(found: Folder) -> Folder:
+    """The same folder, with bfloat16 as what comes of blocks of few bits."""
+    tensors = {n: replace(t, dtype="bfloat16") if t.widened else t for n, t in found.weights.tensors.items()}
+    return replace(found, weights=replace(found.weights, tensors=tensors))
 
 
 def _require_memory(found: Folder, run: Runtime) -> None:

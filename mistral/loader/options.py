@@ -45,6 +45,7 @@ class LoadOptions:
         max_batch_size: the most sequences in one step; 0 sets no limit
         adapter: a LoRA adapter to use: a folder of PEFT's or of mistral-finetune's
         adapter_mode: merge (into the weights, at load) or runtime (beside them, also quantized ones); default: merge
+        sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -59,6 +60,7 @@ class LoadOptions:
     max_batch_size: int = 0
     adapter: str | None = None
     adapter_mode: str = "merge"
+    sliding_window: str | int | None = "auto"
 
     def __post_init__(self) -> None:
         if self.adapter is not None:  # a Path is accepted too
@@ -85,6 +87,23 @@ class LoadOptions:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
+        object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
+
+
+def window_of(value: object) -> str | int | None:
+    """A window that was asked for, as a number, None for none, or "auto".
+
+    Raises:
+        OptionError: something else.
+    """
+    if isinstance(value, str):
+        word = value.strip().lower()
+        value = int(word) if word.isascii() and word.isdecimal() and len(word) < 20 else word
+    if value in ("auto", "none", None):
+        return "auto" if value == "auto" else None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise OptionError(f"sliding_window is {short_repr(value)}; it must be a number of tokens above 0, or none")
+    return value
 
 
 def _check_device(device: str | None) -> None:

@@ -137,7 +137,7 @@ def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[E
         "format": FORMAT,
         "version": VERSION,
         "layout": found.layout.name,
-        "config": found.raw,
+        "config": found.layout.plain(found.raw),
         "args": {name: args[name] for name in args if name not in ("max_batch_size", "theta_rule")},
         "rules": {
             "rope_theta": found.args.theta_rule,

@@ -238,7 +238,9 @@ def side(what: str, model: str | None = None) -> Side:
             return PackSide(path)
         if path.suffix in (".npz", ".safetensors"):
             return ArraysSide(path)
-        raise FormatError(f"{what} is none of: a folder, a pack, a server's URL, an .npz, a trace")
+        if path.suffix == ".gguf":
+            return FolderSide(read_folder(path), what)
+        raise FormatError(f"{what} is none of: a folder, a .gguf file, a pack, a server's URL, an .npz, a trace")
     if path.suffix in (".npz", ".safetensors") and not path.exists():
         raise FormatError(f"no such file: {what}")
     return FolderSide(read_folder(locate(what)), what)

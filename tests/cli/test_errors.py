@@ -74,7 +74,7 @@ def test_a_file_instead_of_a_folder(cli: Command, folder: Path) -> None:
 
 def test_an_empty_folder(cli: Command, tmp_path: Path) -> None:
     error = spoilt(cli, tmp_path)
-    assert f"no params.json and no config.json in {tmp_path}: a model folder has" in error
+    assert f"no params.json and no config.json and no .gguf file in {tmp_path}: a model folder has" in error
     (tmp_path / "config.json").write_text("{}")
     assert "config.json describes no model_type" in spoilt(cli, tmp_path)
 
@@ -497,7 +497,7 @@ def test_flags_are_refused_without_torch() -> None:
         (["--dtype", "float33"], "--dtype 'float33' is not one of auto, float64, float32, bfloat16, float16"),
         (["--dtype", "int8"], "dtype 'int8' is not one of"),
         (["--attention", "sdpaa"], "--attention 'sdpaa' is not one of auto, sdpa, eager, flash, xformers"),
-        (["--json", "--top_logprobs", "4097"], "top_logprobs is 4097; it must be between 0 and the vocabulary's 4096"),
+        (["--json", "--top_logprobs", "4097"], "top_logprobs is 4097; the vocabulary has only 4096 tokens"),
     ],
 )
 def test_options_that_only_the_machine_or_the_model_can_refuse(

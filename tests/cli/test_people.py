@@ -16,7 +16,7 @@ import pytest
 
 from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
-from mistral.cli import prompts, terminal
+from mistral.cli import main, prompts, terminal
 from mistral.cli.commands import COMMANDS
 from mistral.cli.terminal import keeping_interrupts, visible
 from mistral.tokenizer import Tokenizer
@@ -331,3 +331,17 @@ def test_python_m_mistral() -> None:
             [sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_library_that_turns_ctrl_c_into_its_own_error_is_quiet_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(words: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("initialization failed") from interrupt
+
+    monkeypatch.setattr("mistral.cli.run.run", importing)
+    assert main(["demo"]) == 130
+    monkeypatch.setattr("mistral.cli.run.run", lambda words: [][1])
+    with pytest.raises(IndexError):
+        main(["demo"])

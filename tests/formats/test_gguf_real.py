@@ -85,7 +85,7 @@ def test_log_probs(
 
 def test_greedy_text(gguf: Gguf, state: dict[str, torch.Tensor], golden: dict[str, Any]) -> None:
     model = model_of(gguf, state, torch.float32, None)
-    for prompt, expected in zip(golden["prompts"][:2], golden["greedy"], strict=False):
+    for prompt, expected in zip(golden["prompts"][:1], golden["greedy"], strict=False):  # without a cache: slow
         ids = list(prompt)
         with torch.no_grad():
             for _ in expected:

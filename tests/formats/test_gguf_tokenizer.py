@@ -6,7 +6,6 @@ import base64
 import json
 import random
 from array import array
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mistral.formats.gguf_tokenizer import (
     special_ids,
 )
 from tests.support.folders import BUNDLED, ROOT
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import tokenizer_keys, write_gguf
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = [BUNDLED / "tokenizer.model", *(p for p in sorted(PUBLISHED.glob("*.model.v*")) if p.suffix != ".v7m1")]
@@ -70,33 +69,10 @@ def metadata_of(tmp_path: Path, **tokenizer: Any) -> Metadata:
 # --- SentencePiece
 
 
-def from_sentencepiece(path: Path) -> dict[str, Any]:
-    """What llama.cpp's converter writes of a tokenizer.model."""
-    sp = SentencePieceProcessor(model_file=str(path))
-    ids = range(sp.vocab_size())
-
-    def kind(i: int) -> int:
-        checks: list[tuple[Callable[[int], bool], int]]
-        checks = [(sp.IsUnknown, 2), (sp.IsControl, 3), (sp.IsUnused, 5), (sp.IsByte, 6)]
-        return next((number for check, number in checks if check(i)), 1)
-
-    return {
-        "model": "llama",
-        "pre": "default",
-        "tokens": [sp.IdToPiece(i) for i in ids],
-        "scores": [sp.GetScore(i) for i in ids],
-        "token_type": [kind(i) for i in ids],
-        "bos_token_id": sp.bos_id(),
-        "eos_token_id": sp.eos_id(),
-        "unknown_token_id": sp.unk_id(),
-        "add_bos_token": True,
-    }
-
-
 @pytest.mark.parametrize("path", SENTENCEPIECE, ids=lambda path: path.name)
 def test_sentencepiece(path: Path, tmp_path: Path) -> None:
     theirs = SentencePieceProcessor(model_file=str(path))
-    metadata = metadata_of(tmp_path, **from_sentencepiece(path))
+    metadata = metadata_of(tmp_path, **tokenizer_keys(path))
     assert kind_of(metadata) == "sentencepiece"
     ours = SentencePieceProcessor()
     ours.LoadFromSerializedProto(sentencepiece_model(metadata))
@@ -112,7 +88,7 @@ def test_sentencepiece(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_space_in_front_of_the_text(tmp_path: Path) -> None:
-    given = from_sentencepiece(BUNDLED / "tokenizer.model")
+    given = tokenizer_keys(BUNDLED / "tokenizer.model")
     found = {}
     for prefix in (True, False):
         sp = SentencePieceProcessor()
@@ -123,7 +99,7 @@ def test_a_space_in_front_of_the_text(tmp_path: Path) -> None:
 
 
 def test_tokens_that_a_user_defined(tmp_path: Path) -> None:
-    given = from_sentencepiece(BUNDLED / "tokenizer.model")
+    given = tokenizer_keys(BUNDLED / "tokenizer.model")
     given["tokens"].append("<|im_end|>")
     given["scores"].append(-1000.0)
     for kind, found in ((4, True), (3, False)):
@@ -284,7 +260,7 @@ def test_a_token_twice(tmp_path: Path) -> None:
 
 
 def test_broken_sentencepiece(tmp_path: Path) -> None:
-    given = from_sentencepiece(BUNDLED / "tokenizer.model")
+    given = tokenizer_keys(BUNDLED / "tokenizer.model")
     two = [2, 2, *given["token_type"][2:]]
     for changes, message in (
         ({"scores": None}, "no score for each"),

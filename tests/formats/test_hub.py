@@ -329,7 +329,7 @@ def test_forbidden(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ("README.md q4.gguf", "GGUF files, which are not read yet: give the folder that they were made from"),
+        ("README.md q4.gguf", "GGUF files: fetch one of them, and give its path"),
         ("config.json sub/q4.gguf", "GGUF files"),
         ("config.json pytorch_model.bin", "pytorch_model.bin: it must be saved as safetensors first"),
         ("config.json pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),

@@ -882,7 +882,7 @@ def test_no_weights(tmp_path: Path) -> None:
 
 def test_neither_params_nor_config(tmp_path: Path) -> None:
     (make_hf_folder(tmp_path) / "config.json").unlink()
-    with pytest.raises(ParamsError, match="no params.json and no config.json in "):
+    with pytest.raises(ParamsError, match="no params.json and no config.json and no .gguf file in "):
         read_folder(tmp_path)
 
 

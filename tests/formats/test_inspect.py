@@ -500,11 +500,11 @@ def test_a_guessed_theta(tmp_path: Path) -> None:
 
 def test_leftovers(tiny: Path) -> None:
     (tiny / "pytorch_model.bin").write_bytes(bytes(2000))
-    (tiny / "model.gguf").write_bytes(bytes(500))
+    (tiny / "model.onnx").write_bytes(bytes(500))
     (tiny / "consolidated.safetensors.part").write_bytes(b"x")
     (tiny / "gone.json").symlink_to("nowhere")
     assert suspicious(tiny).splitlines() == [
-        "not read, 2.5 kB: model.gguf and 1 more",
+        "not read, 2.5 kB: model.onnx and 1 more",
         "a download that has not ended: consolidated.safetensors.part",
         "gone.json is a link to a file that is gone",
     ]
@@ -612,10 +612,10 @@ def test_the_model_that_ships(cli: Command) -> None:
     assert json.loads(cli("inspect", "--json").text)["release"] is None
 
 
-def test_the_readme_shows_what_is_printed(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_show_what_is_printed(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shown = f"$ python -m main inspect\n{cli('inspect').text}```\n"
-    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert shown in (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
 
 
 def test_columns_are_aligned(cli: Command, tmp_path: Path) -> None:
@@ -644,7 +644,7 @@ def test_names_of_files_cannot_garble_the_output(cli: Command, tiny: Path) -> No
 def test_errors_are_one_line(cli: Command, tiny: Path, tmp_path: Path) -> None:
     assert cli("inspect", tmp_path / "none").error == f"no such folder: {tmp_path / 'none'}"
     assert cli("inspect", tiny / "params.json").error.endswith("is a file: give the folder that it is in")
-    assert cli("inspect", tmp_path).error.startswith("no params.json and no config.json in")
+    assert cli("inspect", tmp_path).error.startswith("no params.json and no config.json and no .gguf file in")
     assert cli("inspect", tiny, "--jsn").error == "no flag --jsn; did you mean --json?"
     weights = (tiny / "consolidated.safetensors").read_bytes()
     (tiny / "consolidated.safetensors").write_bytes(weights[:-1])

@@ -53,7 +53,7 @@ def test_no_layout_is_known_by_name() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['x == "hf"', 'x != "mistral"', 'x in ("huggingface", "gguf")', '{"hf": 1}[x]', '"params.json" == x'],
+    ['x == "hf"', 'x != "mistral"', 'x in ("huggingface", "other")', '{"hf": 1}[x]', '"params.json" == x'],
 )
 def test_a_comparison_is_seen(line: str) -> None:
     assert list(comparisons(line))
@@ -63,13 +63,13 @@ def test_a_comparison_is_seen(line: str) -> None:
 
 
 def test_the_table() -> None:
-    assert list(LAYOUTS) == ["mistral", "huggingface"]
+    assert list(LAYOUTS) == ["mistral", "huggingface", "gguf"]
     assert list(WRITABLE) == ["mistral", "hf"]
     assert all(layout.name == name for name, layout in LAYOUTS.items())
     assert LAYOUTS["mistral"] is NATIVE
 
 
-# --- a third one, of one file, as another program might have it
+# --- another one, of one file, as another program might have it
 
 
 class OneFile(Layout):
@@ -144,7 +144,7 @@ def test_a_layout_may_be_a_single_file(tmp_path: Path, third: None) -> None:
 
 
 def test_which_layout_a_folder_has(tmp_path: Path, third: None) -> None:
-    with pytest.raises(ParamsError, match="no params.json and no config.json and no model.one in"):
+    with pytest.raises(ParamsError, match="no params.json and no config.json and no .gguf file and no model.one in"):
         find_layout(tmp_path)
     shutil.copy(make_folder(tmp_path / "a") / "params.json", tmp_path)
     assert find_layout(tmp_path) == (NATIVE, [])  # a shape without weights is still a shape

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from mistral.args import ModelArgs
@@ -17,6 +18,18 @@ from tests.support.tiny import tiny_args, tiny_model
 
 # Rows of 64 and 96 weights: blocks of 32 fit, and H * D != dim.
 SHAPE: dict[str, Any] = {"dim": 64, "hidden_dim": 96, "head_dim": 24, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
+
+
+# Types that the package reads and does not write: the bytes of a block where its fp16 scales are.
+SCALES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
 
 
 def gguf_args(**changes: Any) -> ModelArgs:
@@ -74,7 +87,8 @@ def write_gguf(
             continue
         array = tensor.float().numpy()
         quantized = GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
-        data = gguf.quants.quantize(array, quantized)
+        written = quantized.name not in SCALES
+        data = gguf.quants.quantize(array, quantized) if written else random_blocks(quantized, array.shape)
         held[name] = np.array(gguf.quants.dequantize(data, quantized)).reshape(array.shape)
         writer.add_tensor(name_of(name), data, raw_dtype=None if kind in ("F32", "F16") else quantized)
     writer.write_header_to_file()
@@ -82,6 +96,38 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """Blocks with random bits and small scales, of a tensor whose rows are whole blocks."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (int(np.prod(shape)) // elements, size), dtype=np.uint8)
+    for at in SCALES[kind.name]:
+        raw[:, at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+    return raw.reshape(*shape[:-1], -1)
+
+
+def tokenizer_keys(path: Path) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a tokenizer.model."""
+    sp = SentencePieceProcessor(model_file=str(path))
+    ids = range(sp.vocab_size())
+
+    def kind(i: int) -> int:
+        checks: list[tuple[Callable[[int], bool], int]]
+        checks = [(sp.IsUnknown, 2), (sp.IsControl, 3), (sp.IsUnused, 5), (sp.IsByte, 6)]
+        return next((number for check, number in checks if check(i)), 1)
+
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [sp.IdToPiece(i) for i in ids],
+        "scores": [sp.GetScore(i) for i in ids],
+        "token_type": [kind(i) for i in ids],
+        "bos_token_id": sp.bos_id(),
+        "eos_token_id": sp.eos_id(),
+        "unknown_token_id": sp.unk_id(),
+        "add_bos_token": True,
+    }
 
 
 def add(writer: GGUFWriter, key: str, value: Any) -> None:

@@ -3,7 +3,7 @@
     python -m tools.fuzz [--mutations 10000] [--seed 0] [--only params,header] [--keep DIR]
     python -m tools.fuzz --seed 0 --only header --number 17 --keep DIR
 
-The files are params.json, config.json, safetensors headers, index files, .pth files, tokenizers and saved
+The files are params.json, config.json, safetensors headers, index files, .gguf and .pth files, tokenizers and saved
 conversations. A violation is anything else: another exception, more than 20 seconds, more memory than the files' size
 and 1 GB, a crash, code from a file that runs, anything printed. It is shown with what reproduces it, and its folder is
 kept. The exit code is 1 if there is one. Linux and macOS.

@@ -31,6 +31,7 @@ from mistral.generate import stream
 from mistral.loader.load import Loaded, load
 from mistral.parameters import parameters
 from mistral.tekken import PATTERN
+from tools.fuzz.gguf_files import mutate_gguf, write_gguf
 from tools.fuzz.mutate import Pairs, mutate_json, mutate_safetensors, mutate_sentencepiece, parse, write
 from tools.fuzz.pickles import mutate_pth
 
@@ -111,6 +112,16 @@ def _pth(folder: Path) -> None:
     single = folder / "consolidated.safetensors"
     torch.save(load_file(single), folder / "consolidated.00.pth")
     single.unlink()
+
+
+def _gguf(folder: Path) -> None:
+    words = [f"<0x{i:02X}>" for i in range(256)] + ["\u2581", "th", "\u2581k", "ing", "the"]
+    shape = {**SHAPE, "dim": 32, "vocab_size": len(words) + 3}
+    generator = torch.Generator().manual_seed(0)
+    expected = parameters(to_args({**shape, "sliding_window": None}))
+    weights = {name: torch.randn(weight.shape, generator=generator) * 0.1 for name, weight in expected.items()}
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", shape, weights, words)
 
 
 def _tekken(folder: Path) -> None:
@@ -251,6 +262,7 @@ KINDS = {
     "config": Kind("config.json", mutate_json, _hugging_face, _use_folder),
     "header": Kind("consolidated.safetensors", mutate_safetensors, _mistral, _use_folder),
     "index": Kind("model.safetensors.index.json", mutate_index, _hugging_face, _use_index),
+    "gguf": Kind("model.gguf", mutate_gguf, _gguf, _use_tokenizer),
     "pth": Kind("consolidated.00.pth", mutate_pth, _pth, _use_folder),
     "sentencepiece": Kind("tokenizer.model", mutate_sentencepiece, _mistral, _use_tokenizer),
     "tekken": Kind("tekken.json", mutate_json, _tekken, _use_tokenizer),

@@ -1,0 +1,70 @@
+"""What a GGUF file holds besides weights, as files of a folder: tokenizer, chat templates, ends of sequence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, is_gguf_file, load_tokenizer
+from mistral.formats.writer import as_json
+from mistral.special_tokens import CONFIG
+from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.errors import printable
+
+GENERATION = "generation_config.json"
+
+
+def unpacked(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
+    """Files by name, and what was lost, a sentence each; none of either where a model is a folder.
+
+    Raises:
+        TokenizerError: the file's templates cannot be read.
+    """
+    if not is_gguf_file(path):
+        return {}, []
+    files: dict[str, bytes] = {}
+    notes: list[str] = []
+    try:
+        tokenizer = load_tokenizer(path, vocab_size)
+    except TokenizerError as error:
+        notes.append(f"no tokenizer was written: {error}")
+    else:
+        files |= _tokenizer(path, tokenizer, notes)
+        files[GENERATION] = _json(_ids(tokenizer))
+    for name, template in chat_templates(path).items():
+        if name == "default":
+            files[TEMPLATE] = template.text.encode("utf-8")
+        elif re.fullmatch(r"\w[\w-]{0,63}", name, re.ASCII):
+            files[f"{MORE_TEMPLATES}/{name}.jinja"] = template.text.encode("utf-8")
+        else:
+            notes.append(f"not carried along: the chat template {printable(name)}, whose name cannot be that of a file")
+    return files, notes
+
+
+def _tokenizer(path: Path, tokenizer: Tokenizer, notes: list[str]) -> dict[str, bytes]:
+    if tokenizer.path != path:
+        notes.append(f"{tokenizer.path.name} was copied from beside {path.name}, and no other file")
+        return {tokenizer.path.name: tokenizer.path.read_bytes()}
+    name, content = tokenizer.as_file()
+    if name != JSON:
+        if not tokenizer.adds_bos:
+            notes.append(f"{name} cannot say that texts begin without bos, as {path.name} does: they will have one")
+        return {name: content}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokenizer.named,
+        "add_bos_token": tokenizer.adds_bos,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {name: content, CONFIG: _json(config)}
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    ends = sorted(tokenizer.eos_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    return {key: value for key, value in ids.items() if value not in (-1, [])}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return as_json(value).encode("utf-8")
