@@ -86,7 +86,7 @@ def test_a_single_file(tmp_path: Path) -> None:
     ("key", "value", "said"),
     [
         ("quantization", {"group_size": 64, "bits": 4}, "a checkpoint quantized by MLX"),
-        ("quantization_config", {"quant_method": "awq", "bits": 4}, "a checkpoint quantized by awq"),
+        ("quantization_config", {"quant_method": "exl2", "bits": 4}, "a checkpoint quantized by exl2"),
         ("quantization_config", {}, "a quantized checkpoint"),
         ("quip_params", {"rank": 0}, "a checkpoint quantized by QuIP#"),
     ],
