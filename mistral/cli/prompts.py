@@ -192,13 +192,14 @@ def is_instruct(folder: Path) -> bool:
 def folder_or_prompt(word: str) -> str:
     """Which of the two a single word is, where a prompt on stdin may go with it.
 
-    A folder that exists, or a path that can be nothing else; owner/name only where stdin may bring the prompt.
+    A folder that exists, or a path that can be nothing else, also one whose first folder is here; owner/name only
+    where stdin may bring the prompt.
     """
     if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
     if re.search(r"\s", word):
         return "prompt"
-    if re.match(r"/.|\.\.?/|~|.*/$", word):
+    if re.match(r"/.|\.\.?/|~|.*/$", word) or ("/" in word and os.path.isdir(word.partition("/")[0])):
         return "folder"
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():
         return "folder"

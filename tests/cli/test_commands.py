@@ -479,7 +479,7 @@ def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def test_a_mistyped_folder_is_not_a_prompt() -> None:
-    for words in (["--folder=nosuch"], ["tests/nosuch"], ["no/such/folder"], ["nosuch/"], ["nosuch", "hello"]):
+    for words in (["--folder=nosuch"], ["tests/nosuch"], ["./no/such/folder"], ["nosuch/"], ["nosuch", "hello"]):
         run = in_a_process("complete", *words, capture_output=True, stdin=subprocess.DEVNULL)
         assert (run.returncode, run.stdout) == (2, "")
         assert run.stderr.startswith("error: no such folder: ")
