@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
-from mistral.engine import Engine, Finish, GenerationError, Progress, Request, Token
+from mistral.engine import Engine, Progress
 from mistral.model import Transformer
+from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat

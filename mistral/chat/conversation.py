@@ -14,9 +14,10 @@ import torch
 from mistral.cache import RollingBufferCache
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template
-from mistral.engine import GenerationError, Progress
+from mistral.engine import Progress
 from mistral.generate import Piece, eos_of, stream
 from mistral.model import Transformer
+from mistral.request import GenerationError
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
 from mistral.util.flat import flat

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
-from mistral.engine import Engine, Finish, Request, Token
+from mistral.engine import Engine
 from mistral.model import Transformer
+from mistral.request import Finish, Request, Token
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike
 from mistral.util.errors import MistralError, Unavailable

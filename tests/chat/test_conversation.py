@@ -14,9 +14,9 @@ import torch
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import find_template
-from mistral.engine import GenerationError
 from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
+from mistral.request import GenerationError
 from mistral.tokenizer import Tokenizer
 from tests.support.tiny import tiny_args, tiny_model
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mistral.attention import eager, sdpa, tiled
 from mistral.cache import CacheError, RollingBufferCache
-from mistral.engine import GenerationError
 from mistral.generate import stream
 from mistral.model import Transformer
+from mistral.request import GenerationError
 from mistral.tokenizer import Tokenizer
 from mistral.window import block_for
 from tests.support.folders import BUNDLED, make_folder

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
-from mistral.engine import Engine, Request, Token
+from mistral.engine import Engine
 from mistral.fast import bitwise
 from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic, aligned_cos_sin, groups, self_test
 from mistral.fast.kernels import KernelsUnavailable, library
@@ -27,6 +27,7 @@ from mistral.loader.load import load
 from mistral.loader.options import OptionError
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
+from mistral.request import Request, Token
 from mistral.rope import Rope
 from mistral.sampling import distribution
 from mistral.sampling_params import SamplingParams

@@ -20,8 +20,9 @@ import torch
 
 from mistral import complete
 from mistral.cache import RollingBufferCache
-from mistral.engine import Engine, GenerationError
+from mistral.engine import Engine
 from mistral.model import Transformer
+from mistral.request import GenerationError
 from mistral.sampling_params import SamplingParams
 from mistral.serve.worker import Ended, Event, Job, Worker
 from tests.support.commands import ENVIRONMENT

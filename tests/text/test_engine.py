@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral.cache import RollingBufferCache
-from mistral.engine import Engine, GenerationError, Request
+from mistral.engine import Engine
 from mistral.model import Transformer
+from mistral.request import GenerationError, Request
 from mistral.sampling import RequestRng, sample
 from mistral.sampling_params import SamplingParams
 from mistral.util import memory

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 import mistral.generate as generate_module
 from mistral import engine
-from mistral.engine import Engine, GenerationError
+from mistral.engine import Engine
 from mistral.generate import Completion, Piece, complete, generate, stream
 from mistral.model import Transformer
+from mistral.request import GenerationError
 from mistral.sampling import RequestRng
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.tokenizer import Tokenizer

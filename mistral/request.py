@@ -1,0 +1,113 @@
+"""One prompt on its way through a model: what was asked for, what was generated, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mistral.sampling import LogitChanges, RequestRng
+from mistral.sampling_params import SamplingParams
+from mistral.util.errors import UsageError
+
+Finish = Literal["stop", "length", "error"]
+
+
+class GenerationError(UsageError):
+    """A prompt or a number that cannot be generated from."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way through the model, and what was generated from it so far.
+
+    Args:
+        index: the caller's number for its prompt.
+        prompt_ids: ids of the prompt.
+        params: how it is continued.
+        eos_ids: ids that end it when they are generated.
+        rng: its random numbers; None where none are drawn.
+        sample: which of the `params.n` samples of its prompt it is.
+        row: the row of the cache that it has; None while it waits, and once it has ended.
+        num_computed: how many of prompt_ids + output_ids the model has processed.
+        output_ids: generated ids, without the one that ended it.
+        score: whether log-probabilities of its prompt's tokens are kept.
+        prompt_logprobs: of prompt_ids[1:], as far as they are known, if `score`.
+        prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
+        finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
+        error: why it could not go on.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    rng: RequestRng | None
+    sample: int = 0
+    row: int | None = None
+    num_computed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    score: bool = False
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[dict[int, float]] = field(default_factory=list)
+    finish: Finish | None = None
+    error: GenerationError | None = None
+    changes: LogitChanges | None = field(default=None, repr=False)
+
+    @property
+    def positions(self) -> int:
+        """Positions that it may need: the last token generated is never processed."""
+        return len(self.prompt_ids) + max(self.params.max_tokens - 1, 0)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether some of its prompt is still to be processed."""
+        return self.num_computed < len(self.prompt_ids)
+
+    @property
+    def prefill_progress(self) -> tuple[int, int]:
+        """Tokens of the prompt that the model has processed, and all of them."""
+        return min(self.num_computed, len(self.prompt_ids)), len(self.prompt_ids)
+
+    def next_ids(self, chunk: int) -> list[int]:
+        """What the model processes next: a chunk of the prompt, or the last token generated."""
+        if self.prefilling:
+            return self.prompt_ids[self.num_computed : self.num_computed + chunk]
+        return self.output_ids[-1:]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Args:
+        request: the request that it continues; not compared.
+        id: the token.
+        logprob: natural log of its probability under the softmax of the logits as the model gave them.
+        top: the most likely tokens and their log-probabilities, most likely first, as many as requested.
+    """
+
+    request: Request = field(repr=False, compare=False)
+    id: int
+    logprob: float
+    top: dict[int, float]
+
+    @property
+    def index(self) -> int:
+        """The caller's number for the prompt that it continues."""
+        return self.request.index
+
+
+def check_request(ids: list[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
+    """Refuse what cannot be generated from."""
+    if not ids:
+        raise GenerationError(f"prompt {index} has no tokens")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(t for t in ids if not 0 <= t < vocab_size)
+        raise GenerationError(f"prompt {index} has the id {wrong}, outside the vocabulary of {vocab_size}")
+    if not 0 <= sample < params.n:
+        raise GenerationError(f"sample is {sample}; it must be at least 0 and less than n, {params.n}")
+    if params.top_logprobs > vocab_size:
+        raise GenerationError(f"top_logprobs is {params.top_logprobs}; the vocabulary has only {vocab_size} tokens")
+    if params.logit_bias and params.logit_bias[-1][0] >= vocab_size:
+        wrong = params.logit_bias[-1][0]
+        raise GenerationError(f"logit_bias has the id {wrong}, outside the vocabulary of {vocab_size}")
