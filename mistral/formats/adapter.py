@@ -21,7 +21,7 @@ from mistral.util.errors import FormatError, printable, short_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 NATIVE_WEIGHTS, PARAMS = "lora.safetensors", "params.json"  # mistral-finetune's
-FORMS = {"peft": "PEFT", "mistral": "mistral-finetune"}
+FORMS = {"peft": "PEFT", "finetune": "mistral-finetune"}
 # Keys of an adapter_config.json that change no number of a merge, or that are worked out below.
 KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
@@ -91,7 +91,7 @@ class Adapter:
     def targets(self) -> tuple[str, ...]:
         """The matrices that it changes, by the last part of their names in its form, such as q_proj or wq."""
         changed = {name.split(".")[-2] for name in self.pairs}
-        ours = ((native.split(".")[-2], hf.split(".")[-2]) for hf, native in NAMES.items())
+        ours = [(native.split(".")[-2], hf.split(".")[-2]) for hf, native in NAMES.items() if "experts" not in native]
         return tuple(hf if self.form == "peft" else native for native, hf in ours if native in changed)
 
     def describe(self) -> str:
@@ -249,7 +249,7 @@ def _read_native(file: Path, place: Path) -> Adapter:
         if to_hf(f"{module}.weight") == f"{module}.weight":
             raise AdapterError(f"{file} changes {printable(module)}, which is no matrix of this model")
         pairs[f"{module}.weight"] = _pair(weights, names, module, None, float(scaling))
-    return Adapter(place, "mistral", None, weights, pairs)
+    return Adapter(place, "finetune", None, weights, pairs)
 
 
 # --- both

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
 from mistral.formats.mapped_tensors import Part, Progress
-from mistral.formats.releases import COMPARED, RELEASES, Release, identify
+from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.util.errors import short_repr
@@ -248,9 +248,12 @@ def _with_window(args: ModelArgs, release: Release) -> ModelArgs | None:
         return None
 
 
+IN_QUESTION = ("sliding_window", "vocab_size")
+
+
 def _grown(args: ModelArgs, release: Release) -> bool:
     """Whether a fine-tune of a release of Mistral's own may have this shape: the same, with words added."""
-    same = all(getattr(args, n) == getattr(release, n) for n in COMPARED if n not in ("sliding_window", "vocab_size"))
+    same = all(getattr(args, n) == getattr(release, n) for n in (*COMPARED, *PARTS) if n not in IN_QUESTION)
     return same and not release.added_words and release.vocab_size < args.vocab_size < release.vocab_size + 1024
 
 

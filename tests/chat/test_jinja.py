@@ -261,7 +261,8 @@ def test_order_of_templates(scratch: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text(CHATML)
     assert found(str(tmp_path / "mine.jinja")) == ("mine.jinja", "--template")
     with pytest.raises(
-        TemplateError, match="no template is called 'x': v1, v2, v3, v7, mistrallite, default, tool_use, rag"
+        TemplateError,
+        match="no template is called 'x': v1, v2, v3, v7, v11, v13, v15, mistrallite, default, tool_use, rag",
     ):
         found("x")
     with pytest.raises(TemplateError, match="none.jinja cannot be read: No such file"):

@@ -110,7 +110,7 @@ def test_words_that_are_refused(cli: Command, folder: Path) -> None:
         (("--template", "v3"), "--system and --template belong to a conversation: add --instruct"),
         (
             ("--instruct", "--template", "v9"),
-            "no template is called 'v9': v1, v2, v3, v7, mistrallite, or a file that ends in .jinja",
+            "no template is called 'v9': v1, v2, v3, v7, v11, v13, v15, mistrallite, or a file that ends in .jinja",
         ),
         (("--instruct", "--template", "v3"), "template v3 needs the control token [INST], which tokenizer.model lacks"),
     ):

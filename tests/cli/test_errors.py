@@ -140,7 +140,7 @@ def test_params_that_are_no_text_or_no_file(cli: Command, folder: Path) -> None:
         ("rope_theta", -1, "rope_theta is -1"),
         ("rope_theta", True, "rope_theta must be a number, not True"),
         ("vocab_size", 2**31, "vocab_size is 2147483648; nothing that large exists"),
-        ("moe", {"num_experts": 8}, "params.json has 'moe': a mixture of experts (Mixtral): use transformers or vLLM"),
+        ("moe", {"num_experts": 8}, "params.json: moe lacks num_experts_per_tok"),
         ("n_experts", 8, "params.json has 'n_experts', which no supported release has"),
         ("dim", "x" * 10**5, "dim must be an integer, not 'xxx"),
         ("dim", [[0] * 10**5] * 9, "dim must be an integer, not [[0, 0,"),

@@ -392,7 +392,7 @@ def test_what_is_no_side(tmp_path, folder, packed):
     np.savez(tmp_path / "ragged.npz", prompt_ids=np.zeros(3, int), logits=np.zeros((4, 61)))
     np.savez(tmp_path / "code.npz", prompt_ids=np.array([print], object), logits=np.zeros((1, 61)))
     for name, said in (
-        ("x.txt", "none of: a folder, a pack"),
+        ("x.txt", "none of: a folder, a .gguf file, a pack"),
         ("empty.npz", "must have prompt_ids"),
         ("ragged.npz", "must be \\[T, V\\]"),
         ("code.npz", "cannot be read as arrays"),
