@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 # GCC's OpenMP, which PyTorch brings, has a thread that waits spin for milliseconds before it sleeps. Beside another
 # busy program that takes the core from the very thread that all wait for. It reads this when torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "5000"  # tens of microseconds: as long as the waits of a step that nobody disturbs
+    os.environ["GOMP_SPINCOUNT"] = "20000"  # some 0.1 ms: as long as the waits of a step that nobody disturbs
 
 # Where each public name lives.
 _HOMES = {
