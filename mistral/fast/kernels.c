@@ -1,6 +1,6 @@
 /* Products of few rows with many weights, and a whole decode step, on a CPU.
 
-   Built once by fast/build.py, with whatever compiler is there, for the machine it runs on; called through
+   Built once by fast/kernels.py, with whatever compiler is there, for the machine it runs on; called through
    ctypes. Plain C with the vector types that GCC and Clang share, so every instruction set is the
    compiler's affair. The arithmetic is that of model.py; tests compare the two.
 

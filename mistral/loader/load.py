@@ -304,7 +304,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
     from mistral.quant.linear import QuantizedLinear
 
     tensors: dict[str, Tensor] = {}
-    few_bits: dict[str, QuantizedLinear] = {}
+    quantized: dict[str, QuantizedLinear] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         expected = parameters(found.args)
@@ -313,19 +313,19 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
             if found.quant is not None and expected[name].quantized:
                 parts = stored_as(expected[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
-                few_bits[name] = from_stored(expected[name], found.quant, stored, run.device)
+                quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
             elif run.quant is not None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update)
-                few_bits[name] = quantize(expected[name], weight, run.quant, run.device)
+                quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 dtype = _kept(found.weights.tensors[name], run)
                 tensors[name] = found.weights.get(name, bar.update).to(run.device, dtype, copy=own)
-    if few_bits:
-        tensors |= put_quantized(model, few_bits)
-        for module in few_bits.values():
+    if quantized:
+        tensors |= put_quantized(model, quantized)
+        for module in quantized.values():
             module.by_kernels = run.how.products
     model.load_state_dict(tensors, strict=True, assign=True)
     if run.how.products:

@@ -230,10 +230,6 @@ def _number(value: Any) -> float:
     return number
 
 
-def _numbers(names: Sequence[str], values: Sequence[Any]) -> dict[str, float]:
-    return {name: _number(value) for name, value in zip(names, values, strict=True)}
-
-
 def _args(facts: dict[str, Any]) -> ModelArgs:
     """The shape, by the rules of the layout that the pack was made from."""
     return LAYOUTS[facts["layout"]].to_args(facts["config"])[0]
