@@ -274,11 +274,7 @@ class Engine:
         logits = self.model.logits(h[choosing])
         tokens = self._match(logits, ready) if any(guessed) else self._sample(logits, ready)
         if guessing:
-            assert self._draft is not None
-            right = [n - len(request.guesses) for n, request in zip(guessed, ready, strict=True)]
-            self._draft.learn(ready, guessed, right, time.perf_counter() - began)
-        for request in ready:
-            request.guesses = []
+            self._learn(ready, guessed, time.perf_counter() - began)
         return tokens
 
     def _guess(self) -> bool:
@@ -292,6 +288,14 @@ class Engine:
         for request, its, ids in zip(decoding, most, self._draft.propose(decoding, most), strict=True):
             request.guesses = ids[:its]
         return True
+
+    def _learn(self, ready: list[Request], guessed: list[int], seconds: float) -> None:
+        """Tell the draft what came of its guesses, and drop those that were not right."""
+        assert self._draft is not None
+        right = [n - len(request.guesses) for n, request in zip(guessed, ready, strict=True)]
+        self._draft.learn(ready, guessed, right, seconds)
+        for request in ready:
+            request.guesses = []
 
     def _next_inputs(self) -> list[list[int]]:
         """The ids that each row contributes to this step."""

@@ -223,6 +223,8 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
         for token in engine.step():
             request = token.request
             text = texts[request]
+            if text.stopped:
+                continue  # the same step gave more, behind the stop string
             shown = text.push(token.id)
             if text.stopped:
                 engine.stop(request)

@@ -280,6 +280,8 @@ class Worker:
 
     def _take(self, job: Job, token: Token) -> None:
         assert job.text is not None
+        if job.text.stopped:
+            return  # the same step gave more, behind the stop string
         if len(token.request.output_ids) == 1:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
