@@ -278,7 +278,7 @@ class Engine:
         return tokens
 
     def _guess(self) -> bool:
-        """Have the draft guess what follows, if all rows decode: beside prompts, whose tokens fill a step, it does not."""
+        """Have the draft guess what follows; not beside prompts, whose tokens fill a step. Returns whether it did."""
         decoding = [request for request in self._rows if request is not None]
         if self._draft is None or self.cache is None or any(request.prefilling for request in decoding):
             return False

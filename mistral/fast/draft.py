@@ -134,11 +134,11 @@ class Seen:
                 self.after[tuple(self.ids[place - n : place])] = place
         self.indexed = max(self.indexed, end)
         for n in range(min(LONGEST, end), SHORTEST - 1, -1):
-            place = self.after.get(tuple(self.ids[end - n :]))
-            if place is not None:
+            found = self.after.get(tuple(self.ids[end - n :]))
+            if found is not None:
                 self.guessed_by = n
-                period = end - place  # a text that repeats itself goes on so
-                return [self.ids[place + i % period] for i in range(most)]
+                period = end - found  # a text that repeats itself goes on so
+                return [self.ids[found + i % period] for i in range(most)]
         self.guessed_by = 0
         return []
 

@@ -29,12 +29,14 @@ class Followed:
 
     Args:
         row: its own cache's.
-        held: ids that the row holds: of the request, then guesses.
+        held: how many tokens the row holds: of the request, then guesses.
+        guesses: the guesses among them, the last that were made but one.
         rate: of its guesses.
     """
 
     row: int
-    held: list[int] = field(default_factory=list)
+    held: int = 0
+    guesses: list[int] = field(default_factory=list)
     rate: Rate = field(default_factory=Rate)
 
 
@@ -55,6 +57,8 @@ class ModelDraft:
 
     def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[list[int]]:
         """See `Draft`."""
+        for request in [request for request in self._followed if request.finish is not None]:
+            del self._followed[request]  # its row is free
         counts, tokens = [], len(requests)
         for request, its_most in zip(requests, most, strict=True):
             rate = self._follow(request).rate.value
@@ -104,6 +108,8 @@ class ModelDraft:
                 request = wanted[i][0]
                 number = 0.0 if request.rng is None else request.rng.ahead(guess + 1)[guess]
                 token = int(sample(its_logits[None], torch.tensor([number], device=logits.device), request.params))
+                if guess:
+                    self._follow(request).guesses += new[row]
                 made[i].append(token)
                 new[row] = [token]
             if guess:  # the first takes in what was generated since, too
@@ -112,20 +118,20 @@ class ModelDraft:
         return made
 
     def _catch_up(self, request: Request, cache: RollingBufferCache) -> list[int]:
-        """Forget guesses that were wrong, and return what the small model has not seen of the request: never nothing."""
-        follow = self._follow(request)
-        begin = len(request.prompt_ids)
-        held = follow.held
-        right = min(len(held), begin + len(request.output_ids) - 1)
-        if right > begin:  # only guesses may differ, and they are few
-            first = next((i for i in range(begin, right) if held[i] != request.output_ids[i - begin]), right)
-            right = first
-        left = cache.rewind(follow.row, right) if held else 0
-        if not held:
+        """Forget guesses that were wrong; return what the small model has not seen of the request, never nothing."""
+        follow, begin = self._follow(request), len(request.prompt_ids)
+        if not follow.held:
             cache.reset(follow.row)
-        del held[left:]
-        ids = (request.prompt_ids[left:] if left < begin else []) + request.output_ids[max(0, left - begin) :]
-        return ids
+        else:
+            known = follow.held - len(follow.guesses)  # of prompt and output
+            generated = request.output_ids[known - begin :]
+            right = next((i for i, (a, b) in enumerate(zip(follow.guesses, generated, strict=False)) if a != b), None)
+            right = min(len(follow.guesses), len(generated)) if right is None else right
+            last = begin + len(request.output_ids) - 1
+            follow.held = cache.rewind(follow.row, min(known + right, last))
+        follow.guesses = []
+        held = follow.held
+        return request.prompt_ids[held:] + request.output_ids[max(0, held - begin) :]
 
     def _forward(self, cache: RollingBufferCache, new: dict[int, list[int]]) -> torch.Tensor:
         """Take in ids, by row; the logits of each row's last one, [R, V], in the order of `new`."""
@@ -139,7 +145,7 @@ class ModelDraft:
             end += len(new[row])
             ends[row] = end - 1
         for follow in self._followed.values():
-            follow.held += new.get(follow.row, [])
+            follow.held += len(new.get(follow.row, []))
         return self._small.logits(h[[ends[row] for row in new]])
 
     def _cache_of(self, rows: int) -> RollingBufferCache:

@@ -91,10 +91,10 @@ def test_guesses_that_are_wrong_stop_and_are_tried_again() -> None:
     hope = rate.value
     rate.learn(guessed=4, right=4)
     assert rate.value > hope
-    for _ in range(8):
+    for _ in range(20):
         rate.learn(guessed=2, right=0)
     assert rate.value < 0.2
-    for _ in range(600):
+    for _ in range(1000):
         rate.rest()
     assert rate.value == pytest.approx(hope, abs=0.01)
 
@@ -126,6 +126,15 @@ def run(model: Transformer, draft: Callable[[], Draft] | None, prompts: Sequence
     return list(tokens.values())
 
 
+def assert_close(got: list[Any], want: list[Any]) -> None:
+    """The same tokens, and the same log-probs but for rounding."""
+    assert [[token for token, *_ in one] for one in got] == [[token for token, *_ in one] for one in want]
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            torch.tensor([logprob for _, logprob, _ in one]), torch.tensor([logprob for _, logprob, _ in other])
+        )
+
+
 WINDOWS: tuple[Any, ...] = (None, 6, (6, 20))
 
 
@@ -136,7 +145,7 @@ def test_a_model_that_guesses_for_itself_is_always_right(window: Any, temperatur
     record = Record(ModelDraft(model, cheap()))
     prompts = ragged([9, 30, 2, 17], 61)
     params = {"temperature": temperature, "top_k": 7}
-    assert run(model, lambda: record, prompts, **params) == run(model, None, prompts, **params)
+    assert_close(run(model, lambda: record, prompts, **params), run(model, None, prompts, **params))
     assert sum(guessed for guessed, _ in record.heard) > 60
     assert all(guessed == right for guessed, right in record.heard)
 
@@ -153,7 +162,7 @@ def test_another_model_guesses_and_changes_nothing(window: Any, temperature: flo
     params = {"temperature": temperature, "repetition_penalty": 1.2}
     plain = run(large, None, prompts, **params)
     for record in records:
-        assert run(large, lambda record=record: record, prompts, **params) == plain
+        assert_close(run(large, lambda record=record: record, prompts, **params), plain)
     heard = records[0].heard
     assert any(guessed > right for guessed, right in heard)  # some are wrong
     assert sum(right for _, right in heard) > 20  # and some right
@@ -186,7 +195,8 @@ def test_text_ends_at_its_stop_string_although_a_step_gave_more() -> None:
     model = copy.copy(loaded.model)
     record = Record(ModelDraft(loaded.model, cheap()))
     model.draft = lambda: record
-    assert complete([prompt], model, loaded.tokenizer, stop=(stop,), **params)[0] == want
+    got = complete([prompt], model, loaded.tokenizer, stop=(stop,), **params)[0]
+    assert (got.text, got.tokens, got.finish_reason) == (want.text, want.tokens, "stop")
     assert any(right > 1 for _, right in record.heard)
     pieces = list(stream([prompt], model, loaded.tokenizer, stop=(stop,), **params))
     assert "".join(piece.text for piece in pieces) == want.text
@@ -194,9 +204,9 @@ def test_text_ends_at_its_stop_string_although_a_step_gave_more() -> None:
 
 
 def test_loading_with_a_draft(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "large", tiny_args(vocab_size=40))
-    make_folder(tmp_path / "small", tiny_args(vocab_size=40, n_layers=3))
-    make_folder(tmp_path / "other", tiny_args(vocab_size=48))
+    folder = make_folder(tmp_path / "large", vocab_size=40, tokenizer=False)
+    make_folder(tmp_path / "small", vocab_size=40, n_layers=3, tokenizer=False)
+    make_folder(tmp_path / "other", vocab_size=48, tokenizer=False)
     assert load(folder, device="cpu").model.draft is None
     loaded = load(folder, device="cpu", draft="ngram")
     assert loaded.describe().endswith("drafts by n-grams")

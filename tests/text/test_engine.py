@@ -203,9 +203,7 @@ class Foresight:
     right=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     wrong=st.booleans(),
 )
-def test_a_draft_changes_no_token(
-    window: Any, jobs: list[Job], rows: int, right: list[int], wrong: bool
-) -> None:
+def test_a_draft_changes_no_token(window: Any, jobs: list[Job], rows: int, right: list[int], wrong: bool) -> None:
     model, draft = copy.copy(model_of(window)), Foresight(right, wrong)
     model.draft = lambda: draft
     engine = Engine(model, eos_ids=(), rows=rows)
