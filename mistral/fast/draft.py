@@ -14,9 +14,12 @@ from weakref import WeakKeyDictionary
 from mistral.fast.linear import FEW
 from mistral.request import Request
 
-LONGEST, SHORTEST = 4, 2  # tokens of the text's end that are looked for earlier in it: the longest that is there
+# How many tokens of the text's end are looked for earlier in it, the longest that is there; and the share of guesses
+# taken to be right then, before there is any experience.
+HOPES = {2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
+LONGEST, SHORTEST = max(HOPES), min(HOPES)
 LOOKBACK = 1 << 16  # tokens of a request in which they are looked for, the newest
-HOPE = 0.7  # the share of guesses taken to be right before there is any experience
+HOPE = 0.7  # the same share where a model guesses
 HOPE_WEIGHT = 2.0  # as many guesses of experience as that counts for
 FORGET = 0.9  # what is left of experience after each further guess
 RECOVER = 0.99  # and after each step without one, so that it is tried again
@@ -58,8 +61,9 @@ def _relative(tokens: int) -> float:
 
 @dataclass
 class Rate:
-    """The share of guesses that turn out right, the newest counting most."""
+    """The share of guesses that turn out right, the newest counting most; `hope` until there are any."""
 
+    hope: float = HOPE
     right: float = 0.0
     tried: float = 0.0
 
@@ -76,7 +80,7 @@ class Rate:
     @property
     def value(self) -> float:
         """The share to expect."""
-        return (self.right + HOPE * HOPE_WEIGHT) / (self.tried + HOPE_WEIGHT)
+        return (self.right + self.hope * HOPE_WEIGHT) / (self.tried + HOPE_WEIGHT)
 
 
 def how_many(costs: Costs, tokens: int, rate: float, most: int, each: float = 0.0) -> int:
@@ -116,7 +120,7 @@ class Seen:
     known: int
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
     indexed: int = 0
-    rates: dict[int, Rate] = field(default_factory=lambda: {n: Rate() for n in range(SHORTEST, LONGEST + 1)})
+    rates: dict[int, Rate] = field(default_factory=lambda: {n: Rate(hope) for n, hope in HOPES.items()})
     guessed_by: int = 0
 
     def take(self, request: Request) -> None:
