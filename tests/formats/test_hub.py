@@ -364,13 +364,8 @@ def test_a_repository_without_a_model(hub: Hub, files: str, said: str) -> None:
 # --- GGUF files
 
 
-GGUFS = (
-    "a.Q4_K_M.gguf",
-    "a.Q8_0.gguf",
-    "mmproj-a-f16.gguf",
-    "b/a-F16-00001-of-00002.gguf",
-    "b/a-F16-00002-of-00002.gguf",
-)
+PARTS = ("b/a-F16-00001-of-00002.gguf", "b/a-F16-00002-of-00002.gguf")
+GGUFS = ("a.Q4_K_M.gguf", "a.Q8_0.gguf", "mmproj-a-f16.gguf", *PARTS)
 
 
 @pytest.mark.parametrize(
