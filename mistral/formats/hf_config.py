@@ -159,10 +159,7 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
             raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
         values["head_dim"] = dim // heads
     if raw.get(QUANTIZATION) is not None:
-        stored = f"the weights are quantized ({method_of(raw[QUANTIZATION]).title})"
-        notes.append(
-            f"{stored}: dequantized while they are read, each rounded once to 16 bits or the dtype of its scales"
-        )
+        notes.append(method_of(raw[QUANTIZATION]).note)
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]

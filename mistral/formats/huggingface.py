@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ModelArgs
+from mistral.formats.experts import fused
 from mistral.formats.hf_config import (
     DEFAULT_WINDOW,
     HARMLESS,
@@ -27,7 +28,8 @@ from mistral.formats.hf_config import (
 )
 from mistral.formats.hf_files import INDEX, find_hf_weights, has_hf_weights
 from mistral.formats.layout import Layout, Serving, trained_length
-from mistral.formats.quantized_hf import dequantized, method_of
+from mistral.formats.quantized import dequantized
+from mistral.formats.quantized_hf import method_of
 from mistral.formats.text_inside import VISION, text_config, text_names
 from mistral.formats.weights import Reader, WeightFiles, parts_among
 from mistral.parameters import parameters
@@ -141,10 +143,10 @@ class HuggingFaceLayout(Layout):
         return text_config(super().read_config(path))
 
     def find_weights(self, path: Path) -> WeightFiles:
-        weights, raw = text_names(find_hf_weights(path)), self.read_config(path)
+        weights, raw = fused(text_names(find_hf_weights(path))), self.read_config(path)
         if raw.get(QUANTIZATION) is None:
             return weights
-        return dequantized(weights, method_of(raw[QUANTIZATION]))
+        return dequantized(weights, method_of(raw[QUANTIZATION]), self.config)
 
     def name_of(self, name: str) -> str:
         return to_hf(name)

@@ -65,7 +65,9 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
-        *_about_files(path, files, dtypes, found.quant is not None or any(t.widened for t in found.tensors.values())),
+        *_about_files(
+            path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
+        ),
     ]
     return {
         "folder": str(path),
@@ -110,12 +112,11 @@ def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
 
 
 def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
-    """Tensors and parameters of each dtype, or type of blocks."""
+    """Tensors and parameters of each dtype, type of blocks, or way of being quantized."""
     found: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
-        count = found.setdefault(
-            tensor.dtype_name if tensor.widened else str(tensor.dtype), {"tensors": 0, "parameters": 0}
-        )
+        kind = tensor.computed or (tensor.dtype_name if tensor.widened else str(tensor.dtype))
+        count = found.setdefault(kind, {"tensors": 0, "parameters": 0})
         count["tensors"] += 1
         count["parameters"] += tensor.parameters
     return found
