@@ -329,8 +329,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 dtype = _kept(found.weights.tensors[name], run)
-                weight = found.weights.get(name, bar.update, exact=_is_narrower(dtype, found.weights.tensors[name]))
-                tensors[name] = weight.to(run.device, dtype, copy=own)
+                exact = _is_narrower(dtype, found.weights.tensors[name])
+                tensors[name] = found.weights.get(name, bar.update, exact).to(run.device, dtype, copy=own)
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

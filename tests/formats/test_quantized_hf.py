@@ -18,7 +18,8 @@ from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.fp8 import scaled
 from mistral.formats.huggingface import heads_of, rows_to_mistral
-from mistral.formats.inspect import as_text, inspect_folder
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.quant import KINDS as KINDS_OF_LINEAR
 from mistral.util.errors import MistralError
 from tests.support.folders import PARAMS, make_folder, random_state, write_params
