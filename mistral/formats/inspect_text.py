@@ -65,8 +65,10 @@ def _parts(report: dict[str, Any]) -> dict[str, str]:
     """What not every release has: experts, stretched positions, a tied output."""
     facts, parts = {}, report["parts"]
     if moe := parts["moe"]:
-        share = f"{report['active_parameters'] / 1e6:,.1f} M parameters"
-        facts["experts"] = f"{moe['num_experts']} in each layer, {moe['num_experts_per_tok']} for each token: {share}"
+        facts["experts"] = (
+            f"{moe['num_experts']} in each layer, {moe['num_experts_per_tok']} for each token, "
+            f"which goes through {report['active_parameters'] / 1e6:,.1f} M parameters"
+        )
     positions = []
     if yarn := parts["yarn"]:
         positions.append(

@@ -170,7 +170,7 @@ def test_parts_of_one_tensor_are_refused(tmp_path: Path, release: Any) -> None:
 def test_inspect_describes_it(tmp_path: Path, release: Any) -> None:
     report = inspect_folder(first_release(tmp_path / "first", release[1]))
     text = as_text(report)
-    assert "experts     4 in each layer, 2 for each token: 0.2 M parameters" in text
+    assert "experts     4 in each layer, 2 for each token, which goes through 0.2 M parameters" in text
     assert "consolidated.00.pt and 2 more" in text
     assert [f["role"] for f in report["files"] if f["name"].endswith(".pt")] == ["weights"] * 3
     assert "vLLM does not read .pth files" in text
