@@ -58,13 +58,15 @@ def scaled(weight: Tensor, scale: Tensor, block: Block | None) -> Tensor:
 
 
 def block_of(given: Any) -> Block | None:
-    """Rows and columns of a block, as configs give them.
+    """Rows and columns of a block, as configs give them: a list of two, or "128x128".
 
     Raises:
         ValueError: they are something else.
     """
     if given is None:
         return None
+    if isinstance(given, str):
+        given = [int(n) for n in given.split("x")]
     require(isinstance(given, list | tuple) and len(given) == 2 and all(type(n) is int and n > 0 for n in given))
     return given[0], given[1]
 

@@ -135,6 +135,8 @@ def _compressed(config: dict[str, Any]) -> Method:
     bits, kind = kinds[0].get("num_bits"), kinds[0].get("type")
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
         return _packed(bits)
+    if form == "naive-quantized":  # the name of both before they were told apart
+        form = f"{kind}-quantized"
     if (form, kind, bits) == ("float-quantized", "float", 8):
         structure = kinds[0].get("block_structure")
         try:
