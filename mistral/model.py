@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mistral
+from mistral.adapters import Adapters
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
@@ -130,7 +131,12 @@ class Transformer(nn.Module):
         args: the shape. Where it says tied, output.weight is tok_embeddings.weight, one parameter.
         attend: the attention backend; PyTorch SDPA in tiles unless one is given.
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
+
+    Attributes:
+        adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
     """
+
+    adapters: Adapters | None = None
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
