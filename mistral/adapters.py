@@ -33,7 +33,7 @@ class Adapters:
             given some rows of a step, and cannot tell which.
 
     Attributes:
-        default: what rows have of which nothing is declared: the adapter if there is one, the base if there are several.
+        default: what rows have of which nothing is declared: the only adapter, or the base if there are several.
     """
 
     def __init__(self, names: Sequence[str], mixes: bool = True) -> None:
@@ -56,7 +56,7 @@ class Adapters:
 
     @contextmanager
     def of(self, names: Sequence[str], counts: Sequence[int], device: torch.device | str = "cpu") -> Iterator[None]:
-        """While open, in this thread, products are of rows packed one after the other: counts[i] of names[i], for each i.
+        """While open, in this thread, products are of packed rows: the first counts[0] have names[0], and so on.
 
         Args:
             names: as `find` returns them.

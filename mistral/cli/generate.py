@@ -93,8 +93,8 @@ def complete(
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
     JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens", "suffix" and "adapter"
-    (the name of one); where its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is followed by a line of
-    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
+    (the name of one); where its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is
+    followed by a line of =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
     finish_reason, sample if --n is given, and top_logprobs if requested.
 
     Args:
@@ -129,9 +129,7 @@ def complete(
     from mistral.generate import completions
 
     adapters = [one.adapter for one in asked]
-    ended = completions(
-        prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, adapter=adapters
-    )
+    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, adapter=adapters)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")

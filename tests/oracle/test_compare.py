@@ -281,8 +281,9 @@ def leaky(ref):
     """The mask of one long sequence, angles as they should be."""
     right = ref.Attention.forward
 
-    def forward(self, x, cos, sin, positions, seqlens, cache):
-        return right(self, x, cos, sin, torch.arange(len(positions)), [sum(seqlens)], cache)
+    def forward(self, x, where, seqlens, cache):
+        *angles, positions = where
+        return right(self, x, [*angles, torch.arange(len(positions))], [sum(seqlens)], cache)
 
     return forward
 
