@@ -39,6 +39,9 @@ SHAPE = {
     "vocab_size": 61,
 }
 LENS = (28, 1, 9, 14)
+# The longest prompt goes beyond the original length three times; two pairs of eight are on the ramp.
+YARN = {"factor": 4, "original_max_position_embeddings": 8, "beta": 1, "alpha": 0.1}
+GROWING = {"original_max_position_embeddings": 8, "beta": 0.3}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,27 @@ CASES = (
     ),
     Case("theta-hf-absent", "config.json without: 1e4", {}, {"sliding_window": None}),
     Case("bf16", "weights in bf16", {"sliding_window": 7, "rope_theta": 1e6}, dtype=torch.bfloat16),
+    Case(
+        "yarn",
+        "YaRN with its attention factor, queries that grow",
+        {"rope_theta": 1e6, "yarn": {**YARN, "apply_scale": True}, "llama_4_scaling": GROWING},
+    ),
+    Case(
+        "yarn-tied",
+        "YaRN without an attention factor, queries that grow, a window, a tied output",
+        {
+            "rope_theta": 1e6,
+            "sliding_window": 12,
+            "tied_embeddings": True,
+            "yarn": {**YARN, "apply_scale": False},
+            "llama_4_scaling": GROWING,
+        },
+    ),
+    Case(
+        "mixtral",
+        "two experts of four",
+        {"n_layers": 2, "hidden_dim": 32, "moe": {"num_experts": 4, "num_experts_per_tok": 2}},
+    ),
 )
 
 

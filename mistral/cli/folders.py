@@ -32,8 +32,8 @@ def convert(
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
     python -m main convert my-lora my-lora-finetune --to mistral --base mistral-7B-v0.1
 
-    SRC is a folder in either layout, a .gguf file, a hub id, a pack with weights, or a LoRA adapter, which is written in
-    the form of mistral-finetune (--to mistral) or of PEFT (--to hf); DST a folder that does not exist yet. Weights
+    SRC is a folder in either layout, a .gguf file, a hub id, a pack with weights, or a LoRA adapter, which becomes one
+    in the form of mistral-finetune (--to mistral) or of PEFT (--to hf); DST a folder that does not exist yet. Weights
     stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory.
     DST appears when it is complete, not before. A folder written with --quant loads at once, and only this library
     reads it. An adapter is merged in float32, and rounded once to the dtype of the weights.

@@ -94,8 +94,8 @@ def complete(
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
     JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens", "suffix" and "adapter"
     (the name of one); where its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is
-    followed by a line of =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason, sample if --n is given, and top_logprobs if requested.
+    followed by a line of =====================. --json prints one object each: index, prompt_tokens, tokens, text,
+    logprobs, finish_reason, sample if --n is given, and top_logprobs if requested.
 
     Args:
         instruct: each prompt is a question; it is asked with the template of the model

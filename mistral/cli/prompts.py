@@ -226,20 +226,28 @@ def folder_or_text(word: str) -> str:
 
 
 @contextlib.contextmanager
-def model_of(folder: str | None) -> Iterator[Folder]:
-    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model."""
+def model_of(folder: str | None, options: LoadOptions | None = None) -> Iterator[Folder]:
+    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model.
+
+    Args:
+        options: the window and the adapter that are asked for; see `load.as_read`.
+    """
     from mistral.formats.folder import BUNDLED, read_folder
     from mistral.formats.hub import locate
+    from mistral.loader.load import as_read
     from mistral.oracle.pack import folder_of, is_pack
+
+    def asked(found: Folder) -> Folder:
+        return found if options is None else as_read(found, options)
 
     folder = default_folder(folder)
     if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
         with tempfile.TemporaryDirectory() as nothing:
-            yield folder_of(folder, Path(nothing))
+            yield asked(folder_of(folder, Path(nothing)))
         return
     if folder is not None and Path(folder).is_file() and not is_gguf_name(folder):
         raise UsageError(f"{folder} is neither a folder nor a .gguf file nor a pack")
-    yield read_folder(BUNDLED if folder is None else locate(folder))
+    yield asked(read_folder(BUNDLED if folder is None else locate(folder)))
 
 
 def one_line(facts: dict[str, Any]) -> str:

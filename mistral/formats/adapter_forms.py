@@ -88,7 +88,8 @@ def convert_adapter(
         raise ConvertError(f"{src} is in the form of {FORMS[form]} already")
     args, named = _base(adapter, base)
     updates(adapter, args)  # whether it fits
-    described = _as_peft(adapter, args, named) if form == "peft" else _as_finetune(adapter, args)
+    notes = list(adapter.notes)
+    described = _as_peft(adapter, args, named, notes) if form == "peft" else _as_finetune(adapter, args)
     place = destination(adapter.path, Path(dst))
     from safetensors.torch import save_file
 
@@ -101,7 +102,7 @@ def convert_adapter(
             read_adapter(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
-    return ConvertedAdapter(Path(dst), form, len(adapter.pairs), adapter.notes)
+    return ConvertedAdapter(Path(dst), form, len(adapter.pairs), tuple(notes))
 
 
 def _base(adapter: Adapter, base: str | PathLike[str] | None) -> tuple[ModelArgs, str | None]:
@@ -163,8 +164,8 @@ def _as_finetune(adapter: Adapter, args: ModelArgs) -> dict[str, Any]:
     return {"moe": None, **args.to_params(), "lora": lora}
 
 
-def _as_peft(adapter: Adapter, args: ModelArgs, base: str | None) -> dict[str, Any]:
-    """adapter_config.json, whose alpha / r is the scale to the last bit."""
+def _as_peft(adapter: Adapter, args: ModelArgs, base: str | None, notes: list[str]) -> dict[str, Any]:
+    """adapter_config.json, whose alpha / r is the scale."""
     modules = {_hf_module(name.removesuffix(".weight")) for name in adapter.pairs}
     words = {module.rpartition(".")[2] for module in modules}
     everywhere = {_hf_module(name.removesuffix(".weight")) for name in parameters(args)}
@@ -180,21 +181,24 @@ def _as_peft(adapter: Adapter, args: ModelArgs, base: str | None) -> dict[str, A
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _alpha(scale, rank),
+        "lora_alpha": alpha_of(scale, rank, notes),
         "lora_dropout": 0.0,
         "target_modules": sorted(words if whole else modules),
         "bias": "none",
     }
     if others:
         config["rank_pattern"] = {module: n for n, names in others for module in names}
-        config["alpha_pattern"] = {module: _alpha(scale, n) for n, names in others for module in names}
+        alphas = {n: alpha_of(scale, n, notes) for n, _ in others}
+        config["alpha_pattern"] = {module: alphas[n] for n, names in others for module in names}
     return config
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """A number that divided by the rank is the scale."""
+def alpha_of(scale: float, rank: int, notes: list[str]) -> float:
+    """The number that divided by the rank is the scale, or comes closest, of which there is then a note."""
     near = scale * rank
-    for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
-        if alpha / rank == scale:
-            return int(alpha) if alpha == int(alpha) else alpha
-    raise AdapterError(f"no lora_alpha divided by {rank} gives a scale of exactly {scale!r}")
+    alpha = min(
+        (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)), key=lambda x: abs(x / rank - scale)
+    )
+    if alpha / rank != scale:
+        notes.append(f"the scale {scale!r} becomes {alpha / rank!r}: no lora_alpha gives it with a rank of {rank}")
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -138,6 +138,17 @@ def windowed(found: Folder, options: LoadOptions) -> Folder:
     return found if isinstance(window, str) else with_window(found, window)
 
 
+def as_read(found: Folder, options: LoadOptions) -> Folder:
+    """A folder with the window that the options ask for, and their adapter merged into what is read of it.
+
+    Raises:
+        OptionError: several adapters.
+        AdapterError: an adapter that is broken, or belongs to another model.
+    """
+    merged = replace(options, adapter_mode="merge") if options.adapter else options
+    return with_adapters(windowed(found, options), merged).folder
+
+
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
     """Options with what the two short spellings of an execution mean."""
     means = {"bitwise"} if deterministic else set()

@@ -37,7 +37,7 @@ def model_in(path, tmp_path):
 def test_what_ships_is_what_the_docs_list():
     listed = re.findall(r"^\| `([\w-]+)` \| ", DOCS, re.M)
     assert {path.stem for path in SHIPPED} <= set(listed)
-    assert len(SHIPPED) == 10
+    assert len(SHIPPED) == 13
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -46,24 +46,28 @@ def test_a_shipped_pack_is_true(path, tmp_path):
     told = pack.read(path)
     state = {n.removeprefix("weights."): t for n, t in load_file(path).items() if n.startswith("weights.")}
     args = argparse_like(told.facts["args"])
+    state.setdefault("output.weight", state["tok_embeddings.weight"])
+    # YaRN's frequencies and the queries' growth are fp32, and made in another order in the two of them.
+    close = 1e-12 if args.yarn is None else 2e-6
     rows = [truth(state, args, prompt) for prompt in told.prompts]
     scores = np.concatenate([scores for scores, _ in rows])
-    assert np.abs(np.take_along_axis(scores, told.top_ids.numpy(), 1) - told.top_logprobs.numpy()).max() < 1e-12
-    assert np.sort(scores, 1)[:, ::-1][:, :20] == pytest.approx(told.top_logprobs.numpy(), abs=1e-12)
+    assert np.abs(np.take_along_axis(scores, told.top_ids.numpy(), 1) - told.top_logprobs.numpy()).max() < close
+    assert np.sort(scores, 1)[:, ::-1][:, :20] == pytest.approx(told.top_logprobs.numpy(), abs=close)
     following = pack.following(told.prompts).numpy()
     own = np.where(following < 0, np.nan, scores[np.arange(len(scores)), following])
-    assert np.nan_to_num(own - told.next_logprobs.numpy(), nan=0.0).max() < 1e-12
+    assert np.nan_to_num(own - told.next_logprobs.numpy(), nan=0.0).max() < close
     assert np.isnan(told.next_logprobs.numpy()).sum() == len(told.prompts)
     for i in range(args.n_layers):
         hidden = torch.from_numpy(np.concatenate([h[i] for _, h in rows]))
-        assert (fingerprint(hidden) - told.prints[f"layers.{i}"]).abs().max() < 1e-12
+        assert (fingerprint(hidden) - told.prints[f"layers.{i}"]).abs().max() < close
     assert list(told.prints) == names(told.args)
 
 
 def argparse_like(args):
     import types
 
-    return types.SimpleNamespace(**args)
+    parts = {name: argparse_like(value) if isinstance(value, dict) else value for name, value in args.items()}
+    return types.SimpleNamespace(**parts)
 
 
 def test_the_rules_of_theta_are_all_there():
