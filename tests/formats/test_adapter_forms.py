@@ -65,7 +65,7 @@ def test_mistral_finetunes_form_there_and_back_and_as_peft_reads_it(tmp_path: Pa
     base = make_folder(tmp_path / "base")
     native = write_native(tmp_path / "native", scaling=0.7)
     notes = convert_adapter(native, tmp_path / "peft", "hf", base).notes
-    assert notes == ("the scale 0.7 becomes 0.7000000000000001: no lora_alpha gives it with a rank of 3",)
+    assert [note.split(":")[1] for note in notes] == [" no lora_alpha gives it with a rank of 3"]
     convert_adapter(tmp_path / "peft", tmp_path / "again", "mistral")  # adapter_config.json names the base
     assert same_tensors(native / "lora.safetensors", tmp_path / "again" / "lora.safetensors")
     (scale,) = {pair.scale for pair in read_adapter(tmp_path / "peft").pairs.values()}

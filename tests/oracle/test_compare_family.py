@@ -1,4 +1,4 @@
-"""compare names the mistakes that only other members of the family can make, each made without the kit that names it."""
+"""compare names the mistakes that only other members can make, each of them made without the kit that names it."""
 
 from __future__ import annotations
 
