@@ -39,9 +39,9 @@ SHAPE = {
     "vocab_size": 61,
 }
 LENS = (28, 1, 9, 14)
-# The longest prompt goes beyond the original length three times; two pairs of eight are on the ramp.
-YARN = {"factor": 4, "original_max_position_embeddings": 8, "beta": 1, "alpha": 0.1}
-GROWING = {"original_max_position_embeddings": 8, "beta": 0.3}
+# The longest prompt goes beyond the original length three times; four pairs of eight are on the ramp.
+YARN = {"factor": 4, "original_max_position_embeddings": 8, "beta": 1, "alpha": 0.001}
+GROWING = {"original_max_position_embeddings": 8, "beta": 0.1}
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def w2_as_stored(right: Callable[..., Tensor], self: MixtureOfExperts, x: Tensor
 
 
 def no_output(right: Callable[..., Tensor], self: Transformer, h: Tensor) -> Tensor:
+    if not self.args.tied_embeddings:
+        return right(self, h)
     return right(As(self, output=lambda h: h.new_zeros(len(h), self.args.vocab_size)), h)
 
 

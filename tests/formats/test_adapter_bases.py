@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral import load
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import heads_of, to_hf
 from mistral.formats.merge import merge_into
+from mistral.loader.load import assemble
 from mistral.parameters import parameters
 from tests.formats.test_adapter import paired
 from tests.formats.test_quantized_hf import write
@@ -44,10 +44,10 @@ def adapter_of(base: Path, place: Path) -> tuple[Path, dict[str, Tensor]]:
         out, inner = parameter.shape
         a, b = (torch.rand(*shape, generator=generator) - 0.5 for shape in ((3, inner), (out, 3)))
         at = f"base_model.model.{to_hf(name).removesuffix('.weight')}"
-        tensors |= {f"{at}.lora_A.weight": a / 4, f"{at}.lora_B.weight": b / 4}
+        tensors |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
         heads = heads_of(name, args)
         b = b if heads is None else paired(b, heads)
-        added[name] = 2.0 * b.double() @ a.double() / 16
+        added[name] = 2.0 * b.double() @ a.double()
     return write_peft(place, tensors), added
 
 
@@ -72,7 +72,8 @@ def test_merged_and_beside_are_the_same_model(tmp_path: Path, kind: str) -> None
     ways = [{"adapter": adapter}, {"adapter": adapter, "adapter_mode": "runtime"}, {}]
     with torch.inference_mode():
         merged, beside, plain = (
-            load(base, device="cpu", dtype="float32", **way).model.forward(IDS, [len(IDS)]) for way in ways
+            assemble(read_folder(base), device="cpu", dtype="float32", **way)[0].forward(IDS, [len(IDS)])
+            for way in ways
         )
     # The merged numbers are rounded once to the dtype that the base has.
     exact = kind in ("Q8_0", "Q4_0", "Q6_K")

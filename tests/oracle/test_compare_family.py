@@ -27,7 +27,7 @@ from tests.support.tiny import shapes_of, tiny_model
 
 SMALL = {**PARAMS, "vocab_size": 61, "head_dim": 16, "sliding_window": 25, "rope_theta": 1e6}
 ORIGINAL = "original_max_position_embeddings"
-YARN = {"factor": 4, ORIGINAL: 8, "beta": 1, "alpha": 0.1, "apply_scale": True}
+YARN = {"factor": 4, ORIGINAL: 8, "beta": 1, "alpha": 0.001, "apply_scale": True}
 GROWS = {"llama_4_scaling": {ORIGINAL: 8, "beta": 0.3}}
 MOE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2}, "sliding_window": None}
 State = dict[str, Tensor]

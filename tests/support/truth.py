@@ -31,11 +31,11 @@ def angles(positions: torch.Tensor, head_dim: int, theta: float, yarn: Any = Non
         )
         low, high = max(np.floor(low), 0), min(np.ceil(high), head_dim - 1)
         for i in range(head_dim // 2):
-            slowed = min(max((i - low) / (high - low), 0), 1)
+            slowed = torch.tensor(min(max((i - low) / (high - low), 0), 1)).float()
             frequencies[i] = frequencies[i] / yarn.factor * slowed + frequencies[i] * (1 - slowed)
     angle = positions.float()[:, None] * frequencies[None, :]
     factor = 1.0 if yarn is None else yarn.attention_factor
-    return angle.cos().double().numpy() * factor, angle.sin().double().numpy() * factor
+    return (angle.cos() * factor).double().numpy(), (angle.sin() * factor).double().numpy()
 
 
 def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -104,8 +104,9 @@ def truth(
     cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta, getattr(args, "yarn", None))
     grows = getattr(args, "llama_4_scaling", None)
     grown = np.ones((n, 1))
-    if grows is not None:  # rule 16
-        grown = 1 + grows.beta * np.log(1 + np.arange(start, start + n)[:, None] // grows.original_length)
+    if grows is not None:  # rule 16, in fp32
+        behind = torch.arange(start, start + n)[:, None] // grows.original_length
+        grown = (1 + grows.beta * (1 + behind).float().log()).double().numpy()
     h = w["tok_embeddings.weight"][ids.numpy()]
     hidden = []
     for i, window in enumerate(layer_windows(args)):
