@@ -26,7 +26,7 @@ from mistral.formats.folder import read_folder
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader, random_prompts
 from mistral.oracle.outputs import reference_outputs
-from mistral.parameters import Parameter, parameters
+from mistral.parameters import OUTPUT, Parameter, parameters
 
 SHAPE = {
     "dim": 40,
@@ -116,7 +116,8 @@ def random_state(weights: Mapping[str, Parameter], dtype: torch.dtype, seed: int
         if parameter.role == "norm":
             weight = 1 + 0.25 * uniform
         elif parameter.role == "embedding":
-            weight = uniform * 3**0.5
+            # A tied one is the output matrix too, whose products would be large.
+            weight = uniform * (3.0 if OUTPUT in weights else 3.0 / parameter.shape[1]) ** 0.5
         else:
             hot = 1.0 if parameter.heads is None else 2.0  # q and k
             weight = uniform * hot * (3 / parameter.shape[1]) ** 0.5
