@@ -86,7 +86,7 @@ CASES = (
     Case(
         "yarn",
         "YaRN with its attention factor, queries that grow",
-        {"rope_theta": 1e6, "yarn": {**YARN, "apply_scale": True}, "llama_4_scaling": GROWING},
+        {"norm_eps": 2e-5, "rope_theta": 1e6, "yarn": {**YARN, "apply_scale": True}, "llama_4_scaling": GROWING},
     ),
     Case(
         "yarn-tied",
