@@ -29,8 +29,8 @@ class Engine:
     """A batch of requests, one step at a time. Requests join with `add` and leave when they end.
 
     Requests without a row of the cache wait, first come first served, and take one over when its sequence has
-    ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt and
-    params decides what a request generates. A request whose logits are NaN ends with an `error`; the others go on.
+    ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt, params
+    and adapter decides what a request generates. A request whose logits are NaN ends with an `error`; the others go on.
     After an exception in `step` the engine is of no more use.
 
     Args:

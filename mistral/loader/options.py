@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -67,9 +67,7 @@ class LoadOptions:
     sliding_window: str | int | None = "auto"
 
     def __post_init__(self) -> None:
-        given: object = self.adapter  # one path, or several, is accepted too; so is None
-        several = (given,) if isinstance(given, str | PathLike) else tuple(self.adapter or ())
-        object.__setattr__(self, "adapter", tuple(map(str, several)))
+        object.__setattr__(self, "adapter", _words(self.adapter))
         adapter_names(self.adapter)
         for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
@@ -94,6 +92,17 @@ class LoadOptions:
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
         object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
+
+
+def _words(given: object) -> tuple[str, ...]:
+    """Adapters as they are typed: one path or several, or paths by name, are accepted too; so is None."""
+    if isinstance(given, str | PathLike):
+        return (str(given),)
+    if isinstance(given, Mapping):
+        return tuple(f"{name}={place}" for name, place in given.items())
+    if not isinstance(given, Iterable | None):
+        raise OptionError(f"adapter is {short_repr(given)}; it must be a folder, or several")
+    return tuple(str(one) for one in given or ())
 
 
 def adapter_names(words: Sequence[str]) -> dict[str, str]:

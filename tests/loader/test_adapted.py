@@ -164,6 +164,9 @@ def test_names_are_those_of_folders(tmp_path: Path) -> None:
     assert adapter_names([str(file), "x=y/lora.safetensors"]) == {"a=b": str(file), "x": "y/lora.safetensors"}
     assert LoadOptions(adapter=odd).adapter == (str(odd),)  # type: ignore[arg-type]
     assert LoadOptions(adapter=None).adapter == ()  # type: ignore[arg-type]
+    assert LoadOptions(adapter={"x": odd}).adapter == (f"x={odd}",)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="adapter is 3; it must be a folder, or several"):
+        LoadOptions(adapter=3)  # type: ignore[arg-type]
 
 
 def test_several_are_not_merged(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
