@@ -41,7 +41,7 @@ def adapter_of(base: Path, place: Path) -> tuple[Path, dict[str, Tensor]]:
         if not parameter.quantized or name == "output.weight":
             continue
         out, inner = parameter.shape
-        a, b = (torch.rand(*shape, generator=generator) - 0.5 for shape in ((3, inner), (out, 3)))
+        a, b = (torch.rand(*shape, generator=generator) / 2 - 0.25 for shape in ((3, inner), (out, 3)))
         at = f"base_model.model.{to_hf(name).removesuffix('.weight')}"
         tensors |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
         heads = heads_of(name, args)
