@@ -95,7 +95,7 @@ def _lend_tokenizer(a: Side, b: Side) -> None:
     """A server may take texts only: it is asked with the texts that the other side's tokenizer has for ids."""
     for one, other in ((a, b), (b, a)):
         if isinstance(one, ServerSide) and isinstance(other, FolderSide):
-            one.server.tokenizer = other.tokenizer()
+            one.server.tokenizer = other.tokenizer
 
 
 def _advice(mutable: bool, in_reverse: bool, unexplained_in_fp32: bool) -> Iterator[str]:

@@ -41,11 +41,14 @@ class Server:
     Args:
         url: where it is.
         model: the name that it has for the model; None takes the first it lists.
-        tokenizer: of the model, for servers that take texts only.
+
+    Attributes:
+        tokenizer: gives that of the model, if there is one, for servers that take texts only.
     """
 
-    def __init__(self, url: str, model: str | None = None, tokenizer: TokenizerLike | None = None) -> None:
-        self.url, self._model, self.tokenizer = url, model, tokenizer
+    def __init__(self, url: str, model: str | None = None) -> None:
+        self.url, self._model = url, model
+        self.tokenizer: Callable[[], TokenizerLike | None] = lambda: None
         self._ways: list[Callable[[list[int]], Rows]] = [self._reported, self._echoed, self._echoed_text, self._by_step]
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
@@ -100,10 +103,10 @@ class Server:
 
     def _echoed_text(self, ids: list[int]) -> Rows:
         """For a server that takes no ids: the text that they are, if they are that of any."""
-        if self.tokenizer is None:
+        if (tokenizer := self.tokenizer()) is None:
             raise Refused("it may take texts only, for which the other side must have a tokenizer")
-        text = self.tokenizer.decode(ids)
-        if encode(self.tokenizer, text) != ids:
+        text = tokenizer.decode(ids)
+        if encode(tokenizer, text) != ids:
             raise Refused("it may take texts only, and a prompt has ids that are not those of a text: use --file")
         return self._own(ids, self._choice(text, echo=True, logprobs=1))
 

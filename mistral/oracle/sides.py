@@ -62,6 +62,7 @@ class FolderSide(Side):
         super().__init__(name, args=found.args)
         self.found = found
         self.reading = WeightReader(found)
+        self._tokenizer: Tokenizer | None = None
 
     @property
     def stored(self) -> torch.dtype:
@@ -74,9 +75,10 @@ class FolderSide(Side):
         return has_adapter(self.found)
 
     def tokenizer(self) -> Tokenizer | None:
-        """That of the folder, if it has one."""
-        there = has_tokenizer(self.found.path)
-        return load_tokenizer(self.found.path, self.found.args.vocab_size) if there else None
+        """That of the folder, if it has one; read once."""
+        if self._tokenizer is None and has_tokenizer(self.found.path):
+            self._tokenizer = load_tokenizer(self.found.path, self.found.args.vocab_size)
+        return self._tokenizer
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return reference_outputs(self.reading, self.found.args, prompts)[0]
