@@ -182,8 +182,8 @@ class DecodeRunner(LibraryRunner):
             alone = FastTransformer(args)
         alone.layers[0] = block
         alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
-        described = alone.described(keys)
-        if described is None:  # a kind of model that the kernels leave to the plain path
+        # A kind of model that the kernels leave to the plain path; asked first, because `described` logs why.
+        if alone.stands_aside() is not None or (described := alone.described(keys)) is None:
             return super()._step(block, h, angles, plan, keys)
         described.norm = None
         h = h.clone()
