@@ -67,10 +67,10 @@ class Truth:
         cos, sin = angles.cos(), angles.sin()
         if args.yarn is not None:
             cos, sin = cos * args.yarn.attention_factor, sin * args.yarn.attention_factor
-        cos, sin, grown = cos.double(), sin.double(), _query_scale(args, positions).double()[:, None]
-        # [T, 1, D/2] each, of keys and of queries
-        self._turns_k = cos[:, None], sin[:, None]
-        self._turns_q = (cos * grown)[:, None], (sin * grown)[:, None]
+        grown = _query_scale(args, positions)[:, None]
+        # [T, 1, D/2] each, of keys and of queries: fp32 values, also those that grew
+        self._turns_k = cos.double()[:, None], sin.double()[:, None]
+        self._turns_q = (cos * grown).double()[:, None], (sin * grown).double()[:, None]
 
     def embed(self, weight: Tensor) -> None:
         """[V, dim] embeddings: where the prompts begin."""
