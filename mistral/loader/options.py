@@ -50,6 +50,7 @@ class LoadOptions:
         adapter_mode: merge (one, into the weights, at load) or runtime (beside them, also quantized ones); default:
             merge for one adapter, runtime for several
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
+        draft: guess tokens ahead: ngram (from the text so far), or the folder of a smaller model; changes no token
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -65,10 +66,13 @@ class LoadOptions:
     adapter: tuple[str, ...] = ()
     adapter_mode: str | None = None
     sliding_window: str | int | None = "auto"
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapter", _words(self.adapter))
         adapter_names(self.adapter)
+        if self.draft is not None:  # a Path is accepted too
+            object.__setattr__(self, "draft", str(self.draft))
         for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
