@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mistral.tokenizer import TokenizerLike
 
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
-AS_LOADED = (*("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode"),)
+AS_LOADED = ("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft")
 
 
 @flat(options=LoadOptions(), omit=AS_LOADED)
