@@ -55,7 +55,10 @@ def run(
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("rows", [None, 3])
-@pytest.mark.parametrize("how", [{"execution": "eager"}, {"execution": "kernels"}, {"quant": "int8"}])
+@pytest.mark.parametrize(
+    "how",
+    [{"execution": "eager"}, {"execution": "kernels"}, {"quant": "int8"}, {"execution": "eager", "draft": "ngram"}],
+)
 def test_each_request_has_the_numbers_of_its_adapter_alone(
     places: tuple[Path, Path, Path], how: dict[str, Any], rows: int | None, chunk_size: int | None
 ) -> None:
@@ -68,9 +71,9 @@ def test_each_request_has_the_numbers_of_its_adapter_alone(
     assert mixed.model.adapters.names == ("one", "two")
     got, got_top = run(mixed, WHO, chunk_size, rows)
     alone = {
-        BASE: load(folder, **options),
-        "one": load(folder, **options, adapter=one, adapter_mode="runtime"),
-        "two": load(folder, **options, adapter=two, adapter_mode="runtime"),
+        BASE: load(folder, **options | {"draft": None}),
+        "one": load(folder, **options | {"draft": None}, adapter=one, adapter_mode="runtime"),
+        "two": load(folder, **options | {"draft": None}, adapter=two, adapter_mode="runtime"),
     }
     for name, loaded in alone.items():
         want, want_top = run(loaded, [None] * len(LENS), chunk_size, rows)
