@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -129,7 +130,7 @@ class Server:
         rows = []
         for n in range(1, len(ids) + 1):
             choice = self._choice(ids[:n], logprobs=TOP)
-            rows.append(self._parsed(lambda choice=choice: _next_tokens(choice["logprobs"])))
+            rows.append(self._parsed(partial(_next_tokens, choice)))
         return rows
 
     def _parsed(self, parse: Callable[[], Any]) -> Any:
@@ -165,8 +166,9 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _next_tokens(told: dict[str, Any]) -> dict[int, float]:
+def _next_tokens(choice: dict[str, Any]) -> dict[int, float]:
     """The alternatives to the one token that was generated, in any of the forms that servers have."""
+    told = choice["logprobs"]
     if "content" in told:  # as for chats; llama-server adds ids
         entry = told["content"][0]
         return {int(e["id"]): _number(e["logprob"]) for e in (entry, *entry["top_logprobs"])}
