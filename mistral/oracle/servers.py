@@ -100,7 +100,7 @@ class Server:
         return [*rows[1:], {}]  # of the token at a position, from the one before
 
     def _echoed(self, ids: list[int]) -> Rows:
-        return self._own(ids, self._choice(ids, echo=True, logprobs=1))
+        return self._own(ids, self._choice(ids, echo=True, logprobs=1), 0)
 
     def _echoed_text(self, ids: list[int]) -> Rows:
         """For a server that takes no ids: the text that they are, if they are that of any."""
@@ -109,15 +109,16 @@ class Server:
         text = tokenizer.decode(ids)
         if encode(tokenizer, text) != ids:
             raise Refused("it may take texts only, and a prompt has ids that are not those of a text: use --file")
-        return self._own(ids, self._choice(text, echo=True, logprobs=1))
+        # llama-cpp-python leaves BOS out.
+        return self._own(ids, self._choice(text, echo=True, logprobs=1), int(ids[0] == tokenizer.bos_id))
 
-    def _own(self, ids: list[int], choice: dict[str, Any]) -> Rows:
-        """The log-probs of a prompt's own tokens, as an echo has them."""
+    def _own(self, ids: list[int], choice: dict[str, Any], missing: int) -> Rows:
+        """The log-probs of a prompt's own tokens, as an echo has them but for so many at its beginning."""
 
         def rows() -> Rows:
-            own = choice["logprobs"]["token_logprobs"]
-            made = choice["usage"].get("completion_tokens", len(own) - len(ids))
-            own = [None] * (len(ids) + made - len(own)) + own  # some leave BOS out
+            own = [None] * missing + choice["logprobs"]["token_logprobs"]
+            if len(own) < len(ids):
+                raise ValueError(f"{len(own)} token_logprobs for {len(ids)} ids")
             told = [{i: _number(lp)} if lp is not None else {} for i, lp in zip(ids[1:], own[1:], strict=False)]
             if not any(told) and len(ids) > 2:
                 raise KeyError("token_logprobs")
@@ -142,7 +143,7 @@ class Server:
     def _choice(self, prompt: list[int] | str, **more: Any) -> dict[str, Any]:
         asked = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         answer = self._ask("/v1/completions", {**asked, **more, "return_tokens_as_token_ids": True})
-        found: dict[str, Any] = self._parsed(lambda: {"usage": answer.get("usage") or {}, **answer["choices"][0]})
+        found: dict[str, Any] = self._parsed(lambda: dict(answer["choices"][0]))
         return found
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
