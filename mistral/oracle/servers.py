@@ -156,7 +156,7 @@ class Server:
             with opener.open(request, timeout=PATIENCE) as answer:
                 return json.loads(answer.read(LARGEST))
         except HTTPError as error:
-            told = error.read(400).decode("utf-8", "replace")
+            told = error.read(200).decode("utf-8", "replace")
             raise Refused(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
         except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
             why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
