@@ -154,10 +154,11 @@ def _start(
     tokenizer: TokenizerLike,
     engine: Engine,
     params: SamplingParams | list[SamplingParams],
+    adapter: str | Sequence[str | None] | None = None,
 ) -> _Batch:
     """Add each prompt to the engine; in a cache that was given, prompt i continues row i."""
     ids = encode_prompts(prompts, tokenizer)
-    each = _one_each("params", params, len(ids))
+    each, adapters = _one_each("params", params, len(ids)), _one_each("adapter", adapter, len(ids))
     for one in each:
         if not isinstance(one, SamplingParams):
             raise GenerationError(f"params is {one!r:.60}; it must be SamplingParams, or a list of them, one a prompt")
@@ -169,8 +170,8 @@ def _start(
             raise GenerationError("a cache has one row for each prompt: n must be 1")
         rows = list(range(len(ids)))
     requests = [
-        engine.add(prompt, one, row, index=index, sample=sample)
-        for index, (prompt, one, row) in enumerate(zip(ids, each, rows, strict=True))
+        engine.add(prompt, one, row, index=index, sample=sample, adapter=name)
+        for index, (prompt, one, row, name) in enumerate(zip(ids, each, rows, adapters, strict=True))
         for sample in range(one.n)
     ]
     return _Batch(engine, ids, requests)
@@ -187,6 +188,7 @@ def stream(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is generated.
 
@@ -200,6 +202,8 @@ def stream(
         cache: one that holds the beginnings of the prompts, prompt i in row i; they are not processed again.
         progress: called between steps with the prompt tokens processed so far and in all. What it
             raises ends the generation there, with the cache whole.
+        adapter: which of the adapters beside the weights: a name for all prompts, or a list, one a prompt; "" is none
+            of them. None: the only one, and none where there are several.
 
     Yields:
         Pieces, at least one a request; a sequence's last one carries its finish reason.
@@ -208,7 +212,8 @@ def stream(
         ValueError: a subclass that names the argument; before anything is computed.
     """
     ends = eos_of(tokenizer) if eos_ids is None else eos_ids
-    batch = _start(prompts, tokenizer, Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache), params)
+    engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
+    batch = _start(prompts, tokenizer, engine, params, adapter)
     return _pieces(batch, tokenizer, progress)
 
 
@@ -253,6 +258,7 @@ def completions(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
@@ -266,6 +272,7 @@ def completions(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     ):
         key = piece.index, piece.sample
         if key not in results:
@@ -292,6 +299,7 @@ def complete(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
@@ -307,6 +315,7 @@ def complete(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     )
     return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 

@@ -37,6 +37,7 @@ class Request:
         prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
         finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
         error: why it could not go on.
+        adapter: the name of the one that it is computed with; "" is none.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Request:
     finish: Finish | None = None
     error: GenerationError | None = None
     changes: LogitChanges | None = field(default=None, repr=False)
+    adapter: str = ""
 
     @property
     def positions(self) -> int:

@@ -92,10 +92,10 @@ def complete(
     python -m main complete codestral-22B-v0.1 "def fibonacci(n):" --suffix "    return a"
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
-    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens" and "suffix"; where
-    its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is followed by a line of
-    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason, sample if --n is given, and top_logprobs if requested.
+    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens", "suffix" and "adapter"
+    (the name of one); where its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is
+    followed by a line of =====================. --json prints one object each: index, prompt_tokens, tokens, text,
+    logprobs, finish_reason, sample if --n is given, and top_logprobs if requested.
 
     Args:
         instruct: each prompt is a question; it is asked with the template of the model
@@ -128,7 +128,8 @@ def complete(
         return
     from mistral.generate import completions
 
-    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size)
+    adapters = [one.adapter for one in asked]
+    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, adapter=adapters)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
