@@ -64,7 +64,7 @@ def demo(
 
     results = complete(prompts, loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size)
     for result in results:
-        terminal.write(f"{loaded.tokenizer.decode(result.prompt_tokens + result.tokens)}\n{SEPARATOR}\n")
+        terminal.write(f"{loaded.tokenizer.decode([*result.prompt_tokens, *result.tokens])}\n{SEPARATOR}\n")
 
 
 @flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
