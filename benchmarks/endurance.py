@@ -4,8 +4,8 @@
     python -m benchmarks.endurance chat --tokens 200000 --out chat.json --plot chat.svg
     python -m benchmarks.endurance prompt --tokens 10000000 --out prompt.json
 
-`stream` generates one sequence with the bundled model. `chat` holds a conversation, in which `/undo` drops a turn now and
-then. `prompt` reads ids from a .npy file. Rates are tokens a second of CPU time, because other programs may run beside it.
+`stream` generates one sequence with the bundled model. `chat` holds a conversation, in which `/undo` drops a turn now
+and then. `prompt` reads ids from a .npy file. Rates are tokens a second of CPU time: other programs may run beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mistral.cache import RollingBufferCache
 from mistral.chat.conversation import Chat
 from mistral.chat.templates import find_template
 from mistral.engine import Engine
+from mistral.eval import filler
 from mistral.eval.perplexity import perplexity
 from mistral.loader.load import Loaded, load
 from mistral.logprobs import logprobs
@@ -94,7 +95,9 @@ def stream(loaded: Loaded, exact: Transformer, tokens: int, places: int, block: 
             log.at(count)
             if count in wanted:
                 stopped = time.process_time()
-                drift.append(compare(model, exact, cache, [1, *request.output_ids[: count - 1]], request.output_ids[-1]))
+                drift.append(
+                    compare(model, exact, cache, [1, *request.output_ids[: count - 1]], request.output_ids[-1])
+                )
                 log.skip(time.process_time() - stopped)
     return {"tokens": len(request.output_ids), "points": log.points, "drift": drift}
 
@@ -134,8 +137,15 @@ def _fresh(model: Transformer, ids: Tensor, position: int) -> Tensor:
 # --- a conversation
 
 
-def talk(loaded: Loaded, tokens: int, undo_every: int, answer: int, block: int, minutes: float) -> dict[str, Any]:
-    """A conversation of `tokens` tokens, in which every `undo_every`th turn is dropped and asked again."""
+def talk(
+    loaded: Loaded, tokens: int, *, undo_every: int, answer: int, question: int, block: int, minutes: float
+) -> dict[str, Any]:
+    """A conversation of `tokens` tokens, in which every `undo_every`th turn is dropped and another one asked.
+
+    Args:
+        answer: the most tokens of an answer.
+        question: about so many characters of text that a question quotes.
+    """
     template = find_template(loaded.tokenizer)
     chat = Chat(
         loaded.model, loaded.tokenizer, template, params=SamplingParams(max_tokens=answer, temperature=1.0, seed=1)
@@ -145,7 +155,7 @@ def talk(loaded: Loaded, tokens: int, undo_every: int, answer: int, block: int, 
     with tqdm(total=tokens, disable=None, unit="token") as bar:
         while length < tokens and time.process_time() - began < minutes * 60:
             turn += 1
-            made = sum(piece.token is not None for piece in chat.answer(QUESTIONS[turn % len(QUESTIONS)]))
+            made = _ask(chat, turn, question)
             before, length = length, chat.cached_tokens + chat.prefilled_tokens + made
             processed += chat.prefilled_tokens + made
             bar.update(max(0, length - before))
@@ -153,7 +163,7 @@ def talk(loaded: Loaded, tokens: int, undo_every: int, answer: int, block: int, 
             if turn % undo_every == 0:
                 chat.undo()
                 stopped = time.process_time()
-                made = sum(piece.token is not None for piece in chat.answer(QUESTIONS[0]))
+                made = _ask(chat, turn + 1, 0)
                 length = chat.cached_tokens + chat.prefilled_tokens + made
                 processed += chat.prefilled_tokens + made
                 spent = time.process_time() - stopped
@@ -161,6 +171,16 @@ def talk(loaded: Loaded, tokens: int, undo_every: int, answer: int, block: int, 
                 log.skip(spent)
     points = log.points
     return {"tokens": length, "turns": turn, "processed": processed, "points": points, "undone": undone}
+
+
+def _ask(chat: Chat, turn: int, characters: int) -> int:
+    """Ask about a piece of text; return how many tokens were generated."""
+    sentences = filler.made(0)
+    quoted = ""
+    while len(quoted) < characters:
+        quoted += sentences[turn * 31 + len(quoted)]
+    asked = f"{quoted}{QUESTIONS[turn % len(QUESTIONS)]}"
+    return sum(piece.token is not None for piece in chat.answer(asked))
 
 
 # --- a prompt in a file
@@ -237,7 +257,11 @@ def plot(what: str, found: dict[str, Any], path: str) -> None:
     tokens = [point["tokens"] for point in points]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, name, scale, unit in zip(
-        figure.subplots(1, 2), ("bytes", "rate"), (1e-6, 1), ("resident memory, MB", "tokens/s of CPU time"), strict=True
+        figure.subplots(1, 2),
+        ("bytes", "rate"),
+        (1e-6, 1),
+        ("resident memory, MB", "tokens/s of CPU time"),
+        strict=True,
     ):
         values = [point[name] * scale for point in points]
         axes.plot(tokens, values, "-", linewidth=1)
@@ -256,24 +280,33 @@ def main() -> None:
     parser.add_argument("--folder", help="default: the bundled model")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--places", type=int, default=20, help="where the rolled cache is compared")
-    parser.add_argument("--undo_every", type=int, default=100, help="turns between two /undo")
-    parser.add_argument("--answer", type=int, default=100, help="the most tokens of an answer")
+    parser.add_argument("--undo_every", type=int, default=40, help="turns between two /undo")
+    parser.add_argument("--question", type=int, default=3000, help="characters of text that a question quotes")
+    parser.add_argument("--answer", type=int, default=50, help="the most tokens of an answer")
     parser.add_argument("--block", type=int, default=BLOCK, help="tokens between two measurements")
     parser.add_argument("--minutes", type=float, default=30.0, help="of CPU time, after which it ends")
     parser.add_argument("--out", help="a JSON file for every figure")
     parser.add_argument("--plot", help="a picture, .svg or .png")
     asked = parser.parse_args()
     loaded = load(asked.folder, device="cpu", threads=1)
-    from mistral.eval.bench import _processor
+    from mistral.eval.bench import processor
 
     if asked.what == "stream":
         exact = load(asked.folder, device="cpu", dtype="float64", execution="eager", threads=1).model
         found = stream(loaded, exact, asked.tokens, asked.places, asked.block, asked.minutes)
     elif asked.what == "chat":
-        found = talk(loaded, asked.tokens, asked.undo_every, asked.answer, asked.block, asked.minutes)
+        found = talk(
+            loaded,
+            asked.tokens,
+            undo_every=asked.undo_every,
+            answer=asked.answer,
+            question=asked.question,
+            block=asked.block,
+            minutes=asked.minutes,
+        )
     else:
         found = prompt(loaded.model, asked.tokens, asked.block, asked.minutes)
-    found = {"model": loaded.describe(), "processor": _processor(loaded.model.device), "command": sys.argv[1:], **found}
+    found = {"model": loaded.describe(), "processor": processor(loaded.model.device), "command": sys.argv[1:], **found}
     print(*summary(asked.what, found), sep="\n")
     if asked.out:
         with write_atomic(asked.out) as beside:
