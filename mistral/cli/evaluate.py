@@ -240,6 +240,10 @@ def _report(loaded: Loaded, asked: Asked, instruct: bool, template: str | None, 
     if (total := done.report.get("prompt_tokens")) and done.report["processed_tokens"] < total:
         processed = done.report["processed_tokens"]
         terminal.echo_err(f"note: {processed:,} of {total:,} tokens of prompts were processed; the others begin alike")
+    if done.report.get("shared_beginnings") is False:
+        terminal.echo_err(
+            "note: memory is short of the rows for it, so common beginnings were processed again each time"
+        )
     print(one_line(done.report) if json else done.text)
     if plot is not None:
         done.draw(plot)

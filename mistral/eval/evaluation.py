@@ -157,6 +157,7 @@ def _retrieval(
         "resumed": results.resumed,
         "prompt_tokens": work.prompt_tokens,
         "processed_tokens": work.processed,
+        "shared_beginnings": work.sharing,
         "cases": {f"{group}/{index}": result.correct for (group, index), result in sorted(results.found.items())},
     }
     needle = task.name == "needle" and not asked.questions

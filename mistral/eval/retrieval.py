@@ -95,7 +95,7 @@ def answer(
     done = len(items) - len(todo)
     progress(done, len(items))
     if not todo:
-        return Work(0, 0, False)
+        return Work(0, 0, True)
     prompts = [item.ids for item in todo]
     params = SamplingParams(max_tokens=task.max_tokens, temperature=0)
     total = sum(map(len, prompts))
@@ -116,7 +116,7 @@ def answer(
         for first in range(0, len(todo), fitting):
             run(range(first, min(first + fitting, len(todo))))
         return Work(total, total, False)
-    walk = SharedPrefixes(model, prompts, fitting - branches(prompts))
+    walk = SharedPrefixes(model, prompts, fitting - branches(prompts), more=task.max_tokens)
     for batch in walk.batches():
         run(batch, cache=walk.cache)
     return Work(total, total - walk.saved, True)

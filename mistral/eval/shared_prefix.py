@@ -24,6 +24,7 @@ class SharedPrefixes:
         model: the model.
         prompts: ids, each at least one.
         rows: the most prompts that are handed out together; they lie in rows 0, 1, ... of `cache`.
+        more: positions that a prompt may need besides its own, for what is generated.
         progress: told after each step how many tokens of shared beginnings were processed since the last time.
 
     Attributes:
@@ -33,7 +34,13 @@ class SharedPrefixes:
     """
 
     def __init__(
-        self, model: Transformer, prompts: Sequence[Ids], rows: int, progress: Callable[[int], None] | None = None
+        self,
+        model: Transformer,
+        prompts: Sequence[Ids],
+        rows: int,
+        *,
+        more: int = 0,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.prompts, self.rows = model, prompts, rows
         self.cache = RollingBufferCache(
@@ -41,7 +48,7 @@ class SharedPrefixes:
             rows + branches(prompts),
             device=model.device,
             dtype=model.dtype,
-            positions=max(map(len, prompts)),
+            positions=max(map(len, prompts)) + more,
         )
         self.shared = self.saved = 0
         self._progress = progress

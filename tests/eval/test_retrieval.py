@@ -340,3 +340,17 @@ def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
 )
 def test_words_that_are_refused(cli: Command, words: tuple[str, ...], error: str) -> None:
     assert cli("eval", *words).error.startswith(error)
+
+
+def test_without_memory_for_more_rows_each_prompt_is_processed_by_itself(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("eval", make_folder(tmp_path / "model"), "--task", "passkey", "--lengths", "160", "--n", "3", "--json")
+    shared = json.loads(cli(*words).text)
+    monkeypatch.setattr("mistral.eval.retrieval.rows_that_fit", lambda model, rows, positions: 2)
+    alone = cli(*words)
+    assert "common beginnings were processed again each time" in alone.err
+    report = json.loads(alone.text)
+    assert report["processed_tokens"] == report["prompt_tokens"] == shared["prompt_tokens"]
+    assert shared["shared_beginnings"]
+    assert report["cases"] == shared["cases"]
