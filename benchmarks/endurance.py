@@ -5,7 +5,8 @@
     python -m benchmarks.endurance prompt --tokens 10000000 --out prompt.json
 
 `stream` generates one sequence with the bundled model. `chat` holds a conversation, in which `/undo` drops a turn now
-and then. `prompt` reads ids from a .npy file. Rates are tokens a second of CPU time: other programs may run beside it.
+and then. `prompt` reads ids from a .npy file. Ctrl-C ends a run, and what it measured so far is printed. Rates are
+tokens a second of CPU time: other programs may run beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ def stream(loaded: Loaded, exact: Transformer, tokens: int, places: int, block: 
     request = engine.add([1], SamplingParams(max_tokens=tokens, temperature=1.0, seed=1), 0)
     log, drift, began = Log(block), list[dict[str, float]](), time.process_time()
     wanted = {tokens * (i + 1) // places - 1 for i in range(places)}
-    with tqdm(total=tokens, disable=None, unit="token") as bar:
+    with suppress(KeyboardInterrupt), tqdm(total=tokens, disable=None, unit="token") as bar:
         while not engine.done and time.process_time() - began < minutes * 60:
             made = len(engine.step())
             bar.update(made)
@@ -152,7 +154,7 @@ def talk(
     )
     log, undone, length, processed, began = Log(block), list[dict[str, float]](), 0, 0, time.process_time()
     turn = 0
-    with tqdm(total=tokens, disable=None, unit="token") as bar:
+    with suppress(KeyboardInterrupt), tqdm(total=tokens, disable=None, unit="token") as bar:
         while length < tokens and time.process_time() - began < minutes * 60:
             turn += 1
             made = _ask(chat, turn, question)

@@ -41,7 +41,8 @@ class StoredIds(Sequence[int]):
                 self._begin = file.tell()
                 size = os.fstat(file.fileno()).st_size - self._begin
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path} cannot be read as a .npy file: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise FormatError(f"{path} cannot be read as a .npy file: {why}") from None
         if len(shape) != 1 or self._dtype.kind not in "iu":
             raise FormatError(f"{path} holds {self._dtype} {list(shape)}; it must be one dimension of whole numbers")
         (self._length,) = shape

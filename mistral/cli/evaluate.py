@@ -124,7 +124,7 @@ def evaluate(
         output: a file for single results, JSON lines; if it is there, what it lacks is added
         json: print one JSON object instead of a table
         plot: a file for a picture (.svg, .png; needs matplotlib)
-        max_batch_size: the most prompts in one batch
+        max_batch_size: the most prompts in one batch; 0: as many as memory takes
     """
     require_instruct(instruct, None, template)
     asked = _asked(task, lengths, n, seed, questions, windows, output, filler)
@@ -144,7 +144,7 @@ def evaluate(
     loaded = open_model(folder, options)
     if task in RETRIEVAL and not instruct:
         note_if_instruct(loaded)
-    _report(loaded, replace(asked, rows=options.max_batch_size or 8), instruct, template, json, plot)
+    _report(loaded, replace(asked, rows=options.max_batch_size or 2**31), instruct, template, json, plot)
 
 
 def _asked(

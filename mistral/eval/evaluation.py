@@ -15,7 +15,7 @@ from mistral.eval.bench import processor
 from mistral.eval.filler import Filler, filler_of
 from mistral.eval.longchat import read_questions
 from mistral.eval.position import SPAN, ByContext, by_context, places_in
-from mistral.eval.reach import NOTICEABLE, Reach, edges, reach, samples, window_args
+from mistral.eval.reach import NOTICEABLE, SHARE, Reach, edges, reach, samples, window_args
 from mistral.eval.results import ResultFile
 from mistral.eval.retrieval import TASKS, Item, answer, digest, items_of, make_items, report_rows
 from mistral.eval.tasks import Encode
@@ -228,7 +228,10 @@ def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar) -> Eva
     for args in every:
         progress = bar(f"window {args.window_text}", "distance")
         found.append(reach(loaded.model, texts, args=args, seed=asked.seed, progress=progress))
-    rows = [{**asdict(one), "beyond": one.beyond, "noticeable": one.noticeable} for one in found]
+    rows = [
+        {**asdict(one), "beyond": one.beyond, "noticeable": one.noticeable, "layers_noticeable": one.layers_noticeable}
+        for one in found
+    ]
     report = {**facts, "filler": source, "length": length, "rows": rows}
     return Evaluation(report, _reach_text(report, found), lambda path: plots.draw_reach(report, found, path))
 
@@ -246,6 +249,14 @@ def _reach_text(report: dict[str, Any], found: Sequence[Reach]) -> str:
         beyond = "not measured" if one.beyond is None else f"{one.beyond:g}"
         noticed = "none" if one.noticeable is None else f"{one.noticeable:,}"
         lines.append(f"{one.window:>8} {edge:>9} {moved:>11,} {noticed:>11} {beyond:>13}")
+    one = found[0]
+    lines += [
+        "",
+        f"{'layer':>8} {'reach':>9} {f'moved by {SHARE:.0%}':>13}  (state of the last token, window {one.window})",
+    ]
+    for layer, (far, seen) in enumerate(zip(one.layer_edges, one.layers_noticeable, strict=True), 1):
+        edge = "any" if far is None else f"{far:,}"
+        lines.append(f"{layer:>8} {edge:>9} {'none' if seen is None else f'{seen:,}':>13}")
     lines += ["", f"{'distance':>10} " + " ".join(f"{'KL, W ' + one.window:>14}" for one in found)]
     for distance in sorted({d for one in found for d in one.distances}):
         values = (dict(zip(one.distances, one.kl, strict=True)).get(distance) for one in found)

@@ -25,6 +25,7 @@ from mistral.window import Window
 
 CHUNK = 128  # tokens of a step; steps begin at multiples of it, so that every run has the same ones
 SMALLEST = 1e-18  # what a KL that rounds to 0 or below counts as, where any bit differs
+SHARE = 0.01  # of a state's norm, behind a layer
 NOTICEABLE = 1e-3  # nats of KL divergence; about a thousandth of a nat lost on the next token
 
 
@@ -56,6 +57,14 @@ class Reach:
         if self.edge is None or self.distances[-1] <= self.edge:
             return None
         return max(kl for d, kl in zip(self.distances, self.largest, strict=True) if d > self.edge)
+
+    @property
+    def layers_noticeable(self) -> list[int | None]:
+        """For each layer, the furthest distance at which a change moves the last state behind it by SHARE."""
+        return [
+            max((d for d, share in zip(self.distances, moved, strict=True) if share >= SHARE), default=None)
+            for moved in self.layers
+        ]
 
     @property
     def noticeable(self) -> int | None:

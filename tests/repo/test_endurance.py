@@ -24,15 +24,15 @@ def loaded() -> Loaded:
 def test_a_rolled_cache_does_not_drift(loaded: Loaded) -> None:
     """After several times layers x W tokens, decoded one by one, it is as exact as a fresh prefill."""
     exact = load(BUNDLED, device="cpu", dtype="float64", execution="eager").model
-    found = endurance.stream(loaded, exact, 1300, places=3, block=400, minutes=5)
-    assert found["tokens"] == 1300
-    assert [point["tokens"] for point in found["points"]] == [400, 800, 1200]
-    assert [place["position"] for place in found["drift"]] == [432, 865, 1299]
+    found = endurance.stream(loaded, exact, 900, places=2, block=400, minutes=5)
+    assert found["tokens"] == 900
+    assert [point["tokens"] for point in found["points"]] == [400, 800]
+    assert [place["position"] for place in found["drift"]] == [449, 899]
     for place in found["drift"]:
         assert 0 < place["rolled"] <= endurance.TIMES * place["fresh"] < 1e-4
     lines = list(endurance.summary("stream", found))
-    assert lines[0] == "stream: 1,300 tokens"
-    assert "drift: 3 places" in lines[-1]
+    assert lines[0] == "stream: 900 tokens"
+    assert "drift: 2 places" in lines[-1]
 
 
 def test_what_a_drift_would_look_like(loaded: Loaded) -> None:
@@ -54,15 +54,15 @@ def test_what_a_drift_would_look_like(loaded: Loaded) -> None:
 
 def test_memory_of_a_stream_grows_by_its_ids_alone() -> None:
     engine = Engine(tiny_model(tiny_args()), eos_ids=())
-    request = engine.add([3], SamplingParams(max_tokens=2000, temperature=0))
+    request = engine.add([3], SamplingParams(max_tokens=800, temperature=0))
     held = {}
     tracemalloc.start()
     while not engine.done:
         engine.step()
-        if len(request.output_ids) in (500, 1500):
+        if len(request.output_ids) in (200, 700):
             held[len(request.output_ids)] = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert held[1500] - held[500] < 1000 * 80  # an int and its place in a list
+    assert held[700] - held[200] < 500 * 80  # an int and its place in a list
 
 
 def test_a_conversation_with_undo(loaded: Loaded) -> None:
