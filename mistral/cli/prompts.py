@@ -230,8 +230,10 @@ def folder_or_text(word: str) -> str:
     """Whether a single word of `perplexity` is the folder, or the file with the text."""
     if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", word) and not os.path.exists(word)
-    return "folder" if is_hub_id and terminal.stdin_may_have_data() else "file"
+    from mistral.formats.hub import is_hub_id
+
+    an_id = is_hub_id(word) and not os.path.exists(word)
+    return "folder" if an_id and terminal.stdin_may_have_data() else "file"
 
 
 @contextlib.contextmanager
