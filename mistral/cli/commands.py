@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mistral.cli.batch import batch
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_folder,
     "convert": convert,
     "serve": serve,
+    "batch": batch,
     "bench": bench,
     "perplexity": perplexity,
     "verify": verify,

@@ -38,7 +38,8 @@ MAY = {
     "train": SITS_ON_LOADER,
     "oracle": SITS_ON_LOADER,
     "serve": SITS_ON_LOADER | {"chat"},
-    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve"},
+    "batch": SITS_ON_LOADER | {"chat", "serve"},
+    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch"},
 }
 FREE_OF_TORCH = [
     *("args", "window", "parameters", "sampling_params"),
