@@ -8,6 +8,7 @@ from mistral.cli.batch import batch
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
+from mistral.cli.deploy import deploy
 from mistral.cli.evaluate import perplexity
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "serve": serve,
     "batch": batch,
+    "deploy": deploy,
     "bench": bench,
     "perplexity": perplexity,
     "verify": verify,

@@ -39,7 +39,8 @@ MAY = {
     "oracle": SITS_ON_LOADER,
     "serve": SITS_ON_LOADER | {"chat"},
     "batch": SITS_ON_LOADER | {"chat", "serve"},
-    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch"},
+    "deploy": {"util", "core", "fast", "quant", "formats"},
+    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
 }
 FREE_OF_TORCH = [
     *("args", "window", "parameters", "sampling_params"),
