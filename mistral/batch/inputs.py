@@ -34,7 +34,9 @@ def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
         for name in names:
             path = Path(name)
             if not path.is_file():
-                what = "a folder: give the files in it as a pattern" if path.is_dir() else "no file that can be read twice"
+                what = (
+                    "a folder: give the files in it as a pattern" if path.is_dir() else "no file that can be read twice"
+                )
                 raise UsageError(f"{name} is {what}")
             if os.path.exists(output) and os.path.samefile(path, output):
                 raise UsageError(f"{output} is an input and the output: give the output a name of its own")

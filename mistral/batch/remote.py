@@ -98,7 +98,9 @@ class Remote:
                 response = await client.post(self._base + line.url, json=line.body)
             except self._httpx.ConnectError as error:
                 if last:
-                    raise Unavailable(f"nobody answers at {self._base} ({error}): start the server, and go on") from None
+                    raise Unavailable(
+                        f"nobody answers at {self._base} ({error}): start the server, and go on"
+                    ) from None
                 self._tell("cannot be reached")
             except self._httpx.TimeoutException:
                 if last:

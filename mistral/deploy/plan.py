@@ -15,7 +15,7 @@ from mistral.formats.huggingface import LENGTH
 from mistral.formats.inspect import ITEMSIZE, inspect_folder
 from mistral.formats.layout import trained_length
 from mistral.util import memory
-from mistral.util.errors import UsageError
+from mistral.util.errors import UsageError, short_repr
 
 VERSION = "0.33.0"  # of vLLM, in every recipe
 GIB = 1 << 30
@@ -208,7 +208,18 @@ def _splits(args: ModelArgs, n: int) -> bool:
 def _slug(name: str) -> str:
     """As Kubernetes and clouds take names: letters, digits and dashes, a letter first."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.rpartition("/")[2].lower()).strip("-")
-    return (slug if slug[0].isalpha() else f"m-{slug}")[:40].strip("-")
+    plain = slug[0].isalpha() and slug not in (
+        "y",
+        "n",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+    )  # as in YAML
+    return (slug if plain else f"m-{slug}")[:40].strip("-")
 
 
 def _name(folder: str, wanted: Wanted) -> tuple[str, str | None, str | None]:
@@ -219,6 +230,8 @@ def _name(folder: str, wanted: Wanted) -> tuple[str, str | None, str | None]:
         if not re.fullmatch(NAME, hub_id) or "/" not in hub_id:
             raise UsageError(f"--hub_id is {wanted.hub_id!r}; it must be owner/name, or owner/name@revision")
     own = Path(folder).absolute().name
+    if hub_id is None and not str(Path(folder).absolute()).isprintable():
+        raise UsageError(f"the folder's name has characters that recipes cannot hold: {short_repr(folder)}; rename it")
     name = wanted.name or hub_id or re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")
     if not re.fullmatch(NAME, name) or len(name) > 96:
         raise UsageError(f"the model needs a name of letters, digits, dots and dashes, not {name!r}: give --name")

@@ -39,7 +39,12 @@ def preflight(found: Folder, report: dict[str, Any]) -> list[Finding]:
         found, report: a folder, and what `inspect_folder` says of it.
     """
     convert = f"python -m main convert {report['folder']} {report['folder']}-converted --to"
-    return [*_files(found, report, convert), *_window(found, convert), *_numbers(found, report, convert), *_text(report)]
+    return [
+        *_files(found, report, convert),
+        *_window(found, convert),
+        *_numbers(found, report, convert),
+        *_text(report),
+    ]
 
 
 def _files(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Finding]:
@@ -51,7 +56,9 @@ def _files(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Find
     if not report["serve"]["commands"] and found.quant is None:
         yield Finding("tokenizer", f"it has no tokenizer: {report['tokenizer']['error']}", True)
     if found.args.moe is not None and found.layout is NATIVE:
-        yield Finding("experts", f"it reads a mixture of experts in Hugging Face's layout: run `{convert} hf` first", True)
+        yield Finding(
+            "experts", f"it reads a mixture of experts in Hugging Face's layout: run `{convert} hf` first", True
+        )
 
 
 def _window(found: Folder, convert: str) -> Iterator[Finding]:
@@ -65,7 +72,9 @@ def _window(found: Folder, convert: str) -> Iterator[Finding]:
     if isinstance(raw.get("sliding_window"), str):
         yield Finding("window", f"it stops at a sliding_window that is text: run `{convert} mistral`", True)
     if len(set(args.windows) - {None}) > 1:
-        yield Finding("window", f"it stops at windows of several sizes ({args.window_text}); serve it with `serve`", True)
+        yield Finding(
+            "window", f"it stops at windows of several sizes ({args.window_text}); serve it with `serve`", True
+        )
 
 
 def _numbers(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Finding]:
@@ -80,7 +89,9 @@ def _numbers(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Fi
         yield from _from_the_other_config(found, convert)
     if len(report["dtypes"]) > 1 and not any(tensor.widened for tensor in found.tensors.values()):
         counts = " and ".join(f"{n['tensors']} {name}" for name, n in report["dtypes"].items())
-        yield Finding("dtype", f"weights are of several dtypes ({counts}), and it rounds all to one: name it by --dtype")
+        yield Finding(
+            "dtype", f"weights are of several dtypes ({counts}), and it rounds all to one: name it by --dtype"
+        )
 
 
 def _from_the_other_config(found: Folder, convert: str) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ def recipes(target: str, deployment: Deployment) -> dict[str, str]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"json": json.dumps, "shell": shlex.quote, "compose": _compose}
+    environment.filters |= {"json": json.dumps, "shell": shlex.quote, "yaml": _yaml}
     values = {"d": deployment, "flags": grouped(deployment.flags), "about": _lines(deployment.about)}
     return {name: environment.get_template(name).render(values).rstrip() + "\n" for name in TARGETS[target]}
 
@@ -77,9 +77,10 @@ def as_text(made: Mapping[str, str]) -> str:
     return "".join(f"--- # {name}\n{text}" for name, text in shown.items())
 
 
-def _compose(text: str) -> str:
-    """Text in a Compose file, where a dollar begins a variable."""
-    return json.dumps(text.replace("$", "$$"))
+def _yaml(text: str) -> str:
+    """Text in YAML. (JSON's escapes of what lies beyond 16 bits are two characters there.)"""
+    inner = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(inner)}"'
 
 
 def _lines(text: str, width: int = 100) -> list[str]:

@@ -79,7 +79,9 @@ def test_another_model_does_not_go_on(tmp_path: Path, cli: Command) -> None:
     folder = make_folder(tmp_path / "one")
     assert cli("batch", path, out, "--model", folder).code == 0
     write_lines(path, request("a"), request("b", max_tokens=1), request("c"))
-    assert "has answers of one, and this is two" in cli("batch", path, out, "--model", make_folder(tmp_path / "two")).err
+    assert (
+        "has answers of one, and this is two" in cli("batch", path, out, "--model", make_folder(tmp_path / "two")).err
+    )
     assert cli("batch", path, out, "--model", tmp_path / "two", "--name", "one").code == 0
     assert set(by_name(out)) == {"a", "b", "c"}
 

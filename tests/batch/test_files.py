@@ -213,7 +213,9 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
         assert out.read_text() == f"{other}\n"
     out.unlink()
     work([write_lines(tmp_path / "in2", request("other"))], out)
-    with pytest.raises(UsageError, match="answers to 1 lines that are not in the inputs: give this job another output$"):
+    with pytest.raises(
+        UsageError, match="answers to 1 lines that are not in the inputs: give this job another output$"
+    ):
         work([path], out)
     for place in (tmp_path, Path("/dev/null"), tmp_path / "no" / "out"):
         with pytest.raises(FormatError, match="cannot be written"), opened(str(place)):

@@ -128,7 +128,14 @@ def test_the_key_is_sent_and_never_shown(tmp_path: Path, cli: Command, monkeypat
         done = cli("batch", path, out, "--engine", server.url, "--key_env", "MY_KEY", "--verbose")
     assert server.keys == ["Bearer sk-secret"]
     assert "secret" not in done.err + out.read_text()
-    for url in ("http://me:sk-secret@localhost:1", "localhost:8000", "ftp://x", "http://x:y", "http://x/?a=1", "http://"):
+    for url in (
+        "http://me:sk-secret@localhost:1",
+        "localhost:8000",
+        "ftp://x",
+        "http://x:y",
+        "http://x/?a=1",
+        "http://",
+    ):
         error = cli("batch", path, tmp_path / "out2", "--engine", url, "--key_env", "MY_KEY").err
         assert "error: --engine " in error, url
         assert "secret" not in error
