@@ -1,14 +1,15 @@
 """Lines of a batch answered on a Ray cluster: actors with this library's own engine, fed by Ray Data.
 
-Ray is imported where it is asked for, and not before.
+Lines and answers travel as JSON. Ray is imported where it is asked for, and not before.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.batch.job import Write
@@ -18,9 +19,6 @@ from mistral.util.errors import Unavailable
 
 if TYPE_CHECKING:
     from mistral.batch.engine import LocalEngine
-
-log = logging.getLogger("mistral")
-Make = Callable[[], "LocalEngine"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ class Actor:
     def __init__(self, settings: EngineSettings) -> None:
         self._engine = settings.make()
 
-    def __call__(self, block: dict[str, Any]) -> dict[str, list[Any]]:
-        answers: list[Answered] = []
-        self._engine(iter(block["line"]), answers.append)
+    def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
+        answers: list[str] = []
+        lines = (Line(**json.loads(text)) for text in block["line"])
+        self._engine(lines, lambda answered: answers.append(json.dumps(asdict(answered))))
         return {"answered": answers}
 
 
@@ -82,6 +81,7 @@ class OnRay:
             import ray.data
         except ImportError as error:
             raise Unavailable(f"--ray needs Ray ({error}): pip install 'ray[data]'") from None
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._ray = ray
 
     def __call__(self, lines: Iterator[Line], write: Write) -> None:
@@ -96,10 +96,10 @@ class OnRay:
         ray = self._ray
         mine = not ray.is_initialized()
         if mine:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         try:
             for row in self._dataset(todo).iter_rows():
-                write(row["answered"])
+                write(Answered(**json.loads(row["answered"])))
         except ray.exceptions.RayError as error:
             raise Unavailable(f"Ray: {_first_line(error)}") from None
         finally:
@@ -111,7 +111,7 @@ class OnRay:
         context.enable_progress_bars = False
         # Small blocks: each actor is busy to the end, and little is lost with one.
         blocks = max(1, math.ceil(len(todo) / (2 * self._settings.rows)))
-        dataset = data.from_items([{"line": line} for line in todo], override_num_blocks=blocks)
+        dataset = data.from_items([{"line": json.dumps(asdict(line))} for line in todo], override_num_blocks=blocks)
         cpus = self._settings.options.threads or 1
         return dataset.map_batches(
             Actor,
