@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.batch.inputs import Index, index, requests
@@ -30,7 +30,7 @@ class Progress:
         earlier: those that it did.
         failed: errors in the output, of all runs.
         tokens: generated in this run.
-        first_reason: why the first line of this run failed.
+        first_error: which line of this run failed first, and why.
     """
 
     total: int
@@ -38,8 +38,8 @@ class Progress:
     earlier: int
     failed: int
     tokens: int = 0
-    first_reason: str | None = None
-    began: float = field(default_factory=time.monotonic)
+    first_error: str | None = None
+    began: float = 0.0
 
     def describe(self) -> str:
         """In words."""
@@ -76,6 +76,7 @@ class Job:
 
     def run(self, answer: Runner) -> None:
         """Have all lines answered that are not. Whatever ends it early, what was answered is in the file."""
+        self.progress.began = time.monotonic()
         self._tell(self.progress)
         answer(self._requests(), self._write)
 
@@ -93,7 +94,7 @@ class Job:
         progress.done += 1
         if not answered.ok:
             progress.failed += 1
-            progress.first_reason = progress.first_reason or answered.reason
+            progress.first_error = progress.first_error or f"{answered.custom_id or 'a line'}: {answered.reason}"
         elif answered.response is not None:
             progress.tokens += _tokens(answered.response["body"])
         self._tell(progress)

@@ -108,6 +108,8 @@ def drop_failed(path: str) -> int:
         return 0
     with _locked(path):
         earlier = _read(path)
+        if not earlier.failed:
+            return 0
         with open(path, "rb") as old, write_atomic(path) as beside, open(beside, "wb") as new:
             for line in old:
                 if line.endswith(b"\n") and json.loads(line)["id"] in earlier.ok:

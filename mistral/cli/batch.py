@@ -99,7 +99,10 @@ def batch(
         if job.left:
             if job.progress.earlier:
                 echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
-            settings = EngineSettings(default_folder(model), options, rows, max_positions, name, template, chunk_size)
+            folder = default_folder(model)
+            if folder is not None and os.path.exists(folder):
+                folder = os.path.abspath(folder)  # workers may be elsewhere
+            settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
             if engine is not None:
                 run(job, output, remote(engine, key_env, concurrency, attempts, timeout))
             elif ray:
@@ -127,8 +130,8 @@ def conclude(progress: Progress, output: str) -> None:
     """
     echo_err(f"{output}: {progress.describe()}")
     if progress.failed:
-        if progress.first_reason is not None:
-            echo_err(f"the first of this run's errors: {progress.first_reason}")
+        if progress.first_error is not None:
+            echo_err(f"the first of this run's errors: {progress.first_error}")
         raise ChecksFailed(f"{progress.failed} errors in {output}")
 
 

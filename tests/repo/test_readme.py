@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 IGNORED = {"__pycache__", "site", "build", "dist", "out"}
-WHOLE = {"tests", "tools", "benchmarks", "docs", "mistral/bundled", "mistral/oracle/packs"}  # folders named, not listed
+# Folders that are named, and not listed.
+WHOLE = {"tests", "tools", "benchmarks", "docs", "deploy"}
+WHOLE |= {"mistral/bundled", "mistral/oracle/packs", "mistral/deploy/templates"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
