@@ -29,9 +29,9 @@ def deploy(
     python -m main deploy mistral-7B-v0.3 --target kubernetes --hub_id mistralai/Mistral-7B-v0.3 | kubectl apply -f -
     python -m main deploy mistral-7B-v0.3 --target skypilot --gpu A100 --gpus 2 -o served
 
-    TARGET is vllm (a script), compose (compose.yaml and a Dockerfile), kubernetes or skypilot. Layout, tokenizer, dtype,
-    length and GPUs are those of the folder; only headers are read. What vLLM would change in silence, as a window that
-    it drops, is refused.
+    TARGET is vllm (a script), compose (compose.yaml and a Dockerfile), kubernetes or skypilot. Layout, tokenizer,
+    dtype, length and GPUs are those of the folder; only headers are read. What vLLM would change in silence, as a
+    window that it drops, is refused.
 
     Args:
         target: vllm, compose, kubernetes or skypilot

@@ -146,8 +146,8 @@ def _about(report: dict[str, Any], dtype: str, weights: int, cache: int, length:
     known = "" if release is None else f"{' or '.join(release['variants'])}, "
     return (
         f"{known}{report['parameters'] / 1e6:,.1f} M parameters, window {report['window']['text']}: "
-        f"{memory.as_text(weights)} of weights in {dtype}, {memory.as_text(cache)} of keys and values for a sequence of "
-        f"{length} positions"
+        f"{memory.as_text(weights)} of weights in {dtype}, {memory.as_text(cache)} of keys and values for a sequence "
+        f"of {length} positions"
     )
 
 

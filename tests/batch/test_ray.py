@@ -55,7 +55,8 @@ def test_a_killed_worker_costs_no_line(tmp_path: Path) -> None:
     lines = [request(f"r{i}", f"{i} kings", max_tokens=250, seed=i, ignore_eos=True) for i in range(40)]
     lines += [request("bad", foo=1), request("chat", "wolves", "/v1/chat/completions", max_tokens=4, seed=1)]
     path, out, here = write_lines(tmp_path / "in", *lines), tmp_path / "out", tmp_path / "here"
-    words = ["--model", str(folder), "--rows", "2", "--execution", "bitwise", "--max_positions", "600", "--device", "cpu"]
+    words = ["--model", str(folder), "--rows", "2", "--execution", "bitwise", "--max_positions", "600"]
+    words += ["--device", "cpu"]
     command = [sys.executable, "-m", "main", "batch", str(path)]
     process = subprocess.Popen(
         [*command, str(out), "--ray", "--workers", "2", *words],

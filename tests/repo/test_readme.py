@@ -176,7 +176,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
         assert flags <= parameters(command), command
 
 
-OTHERS = {"plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}  # of pytest, tools and vLLM
+OTHERS = {"generation_config", "plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}
 
 
 def test_flags_in_sentences_exist() -> None:
