@@ -22,26 +22,37 @@ BOM = b"\xef\xbb\xbf"
 def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
     """The files that names and patterns mean, each once, in this order; those of a pattern sorted.
 
+    A pattern may match the output, which is there from the second run on: it is no input.
+
     Raises:
         UsageError: there is none for a name, it is no file that can be read twice, or it is the output.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        names = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        names = [name for name in names if name == pattern or not os.path.isdir(name)]
+        named = os.path.lexists(pattern)
+        names = [pattern]
+        if not named:
+            matched = sorted(glob.glob(pattern, recursive=True))
+            names = [name for name in matched if _is_file(name) and not _same(name, output)]
         if not names:
             raise UsageError(f"no file {pattern}")
         for name in names:
-            path = Path(name)
-            if not path.is_file():
-                what = (
-                    "a folder: give the files in it as a pattern" if path.is_dir() else "no file that can be read twice"
-                )
+            if not _is_file(name):
+                folder = os.path.isdir(name)
+                what = "a folder: give the files in it as a pattern" if folder else "no file that can be read twice"
                 raise UsageError(f"{name} is {what}")
-            if os.path.exists(output) and os.path.samefile(path, output):
+            if _same(name, output):
                 raise UsageError(f"{output} is an input and the output: give the output a name of its own")
-            found[path] = None
+            found[Path(name)] = None
     return list(found)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).is_file()
+
+
+def _same(name: str, output: str) -> bool:
+    return os.path.exists(output) and os.path.samefile(name, output)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -83,12 +83,13 @@ class Output:
 
 @contextmanager
 def opened(path: str) -> Iterator[Output]:
-    """The output file, made if there is none; half a line at its end is cut off.
+    """The output file, made if there is none; half a line at its end is cut off. One that stays empty is removed.
 
     Raises:
         FormatError: it cannot be written, or holds something else than answers of a batch.
         UsageError: another batch writes to it.
     """
+    new = not os.path.lexists(path)
     with _locked(path) as file:
         earlier = _read(path)
         file.truncate(earlier.length)
@@ -97,6 +98,9 @@ def opened(path: str) -> Iterator[Output]:
             yield output
         finally:
             output.sync()
+            if new and not output.done:
+                with suppress(OSError):
+                    os.unlink(path)
 
 
 def drop_failed(path: str) -> int:

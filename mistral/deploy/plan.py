@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.deploy.preflight import flags_of, notes, preflight
+from mistral.deploy.preflight import ACCEPTABLE, flags_of, notes, preflight
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.huggingface import LENGTH
 from mistral.formats.inspect import ITEMSIZE, inspect_folder
@@ -100,6 +100,8 @@ def plan(folder: str | None, wanted: Wanted) -> Deployment:
         FormatError, HubError, ParamsError, WeightsError: no model in it.
         UsageError: vLLM would change it in silence, or it does not fit.
     """
+    if unknown := [word for word in wanted.accept if word not in ACCEPTABLE]:
+        raise UsageError(f"--accept is {short_repr(unknown[0])}; it must be {', '.join(ACCEPTABLE)}")
     report = inspect_folder(folder)
     found = read_folder(report["folder"])
     refused = [f for f in preflight(found, report) if f.fatal or f.what not in _accepted(wanted)]

@@ -16,6 +16,8 @@ from mistral.formats.layouts import LAYOUTS, NATIVE
 VLLM_THETA = 1e4  # what vLLM takes where params.json has no rope_theta
 OTHER_TEMPLATE = "mistrallite"  # the one among ours that mistral-common has not
 
+ACCEPTABLE = ("window", "theta", "dtype", "template")  # words of findings that --accept takes
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -105,6 +105,7 @@ def test_inputs_are_names_and_patterns(tmp_path: Path, monkeypatch: pytest.Monke
     Path("folder.jsonl").mkdir()
     assert [p.name for p in find_inputs(["*.jsonl", "a.jsonl"], "out")] == ["[c].jsonl", "a.jsonl", "b.jsonl"]
     assert [p.name for p in find_inputs(["[c].jsonl"], "out")] == ["[c].jsonl"]
+    assert [p.name for p in find_inputs(["*"], "a.jsonl")] == ["[c].jsonl", "b.jsonl", "out"]
     for names, said in ((["d"], "no file d"), (["folder.jsonl"], "a folder"), (["out"], "input and the output")):
         with pytest.raises(UsageError, match=said):
             find_inputs(names, "out")
@@ -223,6 +224,7 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
             pass
     with pytest.raises(UsageError, match="no line that is not empty"):
         work([write_lines(tmp_path / "empty")], tmp_path / "out3")
+    assert not (tmp_path / "out3").exists()  # nothing is left of a job that did not begin
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")

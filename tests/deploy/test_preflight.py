@@ -83,7 +83,7 @@ def test_a_theta_that_is_not_written(tmp_path: Path) -> None:
 def test_files_that_vllm_does_not_read(tmp_path: Path, cli: Command) -> None:
     pth = make_folder(tmp_path / "pth", form="pth")
     assert f"vLLM does not read .pth files: run `python -m main convert {pth} {pth}-converted --to mistral`" in (
-        refusal(pth, "layout")
+        refusal(pth, "window")
     )
     shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
     write_gguf(tmp_path / "m.gguf", args=gguf_args(vocab_size=4096))
@@ -159,6 +159,7 @@ def test_length_and_name(tmp_path: Path, cli: Command) -> None:
     for name in ("a b", "/x", "-x"):
         assert "needs a name" in refusal(folder, name=name)
     assert "must be owner/name" in refusal(folder, hub_id="name")
+    assert "--accept is 'all'; it must be window, theta, dtype, template" in refusal(folder, "all")
     assert "--target is 'docker'" in cli("deploy", folder, "--target", "docker").error
     assert cli("deploy", folder).error == "missing: --target"
 
