@@ -78,9 +78,9 @@ def as_text(made: Mapping[str, str]) -> str:
 
 
 def _yaml(text: str) -> str:
-    """Text in YAML. (JSON's escapes of what lies beyond 16 bits are two characters there.)"""
-    inner = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
-    return f'"{"".join(inner)}"'
+    """Printable text in YAML. (JSON's escapes of what lies beyond 16 bits are two characters there.)"""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _lines(text: str, width: int = 100) -> list[str]:

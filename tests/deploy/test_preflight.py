@@ -14,7 +14,10 @@ from safetensors.torch import save_file
 
 from mistral.args import ModelArgs
 from mistral.deploy.plan import GIB, Wanted, _gpus, plan
+from mistral.deploy.preflight import preflight
 from mistral.formats import huggingface as hf
+from mistral.formats.folder import read_folder
+from mistral.formats.inspect import inspect_folder
 from mistral.util.errors import UsageError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, write_params
@@ -140,6 +143,15 @@ def test_a_template_that_vllm_has_not(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert "conversations as mistral-common does, not by chat_template.jinja" in refusal(folder)
     assert "--tokenizer-mode" in plan(str(folder), Wanted(accept=("template",))).flags
+
+
+def test_mistrallites_template(tmp_path: Path) -> None:
+    folder = as_hf(tmp_path / "m")
+    report = inspect_folder(folder)
+    report["template"] = {"name": "mistrallite", "rule": "of the release's instruct variants"}
+    (finding,) = preflight(read_folder(folder), report)
+    assert (finding.what, finding.fatal) == ("template", False)
+    assert "has no template mistrallite" in finding.text
 
 
 def test_length_and_name(tmp_path: Path, cli: Command) -> None:
