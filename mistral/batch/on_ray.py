@@ -112,12 +112,13 @@ class OnRay:
         # Small blocks: each actor is busy to the end, and little is lost with one.
         blocks = max(1, math.ceil(len(todo) / (2 * self._settings.rows)))
         dataset = data.from_items([{"line": json.dumps(asdict(line))} for line in todo], override_num_blocks=blocks)
-        cpus = self._settings.options.threads or 1
+        options = self._settings.options
         return dataset.map_batches(
             Actor,
             fn_constructor_args=(self._settings,),
             batch_size=None,
-            num_cpus=cpus,
+            num_cpus=options.threads or 1,
+            num_gpus=1 if (options.device or "").startswith("cuda") else 0,
             compute=data.ActorPoolStrategy(size=self._workers),
         )
 

@@ -74,7 +74,7 @@ def batch(
         attempts: how often a line is sent to the server, where it is busy or fails
         timeout: seconds that an answer of the server may take
         ray: answer on a Ray cluster, that of RAY_ADDRESS, or one on this machine
-        workers: engines on the Ray cluster, each with --threads CPUs; default: 2, of one CPU
+        workers: engines on the Ray cluster, each with --threads CPUs (1), and a GPU with --device cuda
     """
     flags.require_at_least(
         1, rows=rows, max_positions=max_positions, chunk_size=chunk_size, workers=workers, attempts=attempts
