@@ -77,6 +77,7 @@ class Job:
     trim: bool = False
     cached: int = 0
     cancelled: bool = False
+    stopped: bool = False
     row: int = -1
     began: float = field(default_factory=time.monotonic)
     request: Request | None = None
@@ -280,12 +281,15 @@ class Worker:
 
     def _take(self, job: Job, token: Token) -> None:
         assert job.text is not None
+        if job.stopped:
+            return  # the same step gave more, behind the stop string
         if len(token.request.output_ids) == 1:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
         self.counts.generated_tokens += 1
         text = self._trimmed(job, job.text.push(token.id))
-        if job.text.stopped and token.request.finish is None:
+        if job.text.stopped:
+            job.stopped = True
             self._engine.stop(token.request)
         self._tell(job, Event(text, token))
 
