@@ -11,6 +11,7 @@ code is 0 if all are as they should be.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -77,7 +78,9 @@ def checks(room: Path) -> Iterator[tuple[Path, Callable[[Path], None], str]]:
 
 def main() -> int:
     """Check all, and print a line for each."""
-    room = Path(sys.argv[1] if len(sys.argv) > 1 else "deploy")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("room", nargs="?", default="deploy", type=Path, help="the folder of the recipes")
+    room = parser.parse_args().room
     wrong = 0
     for path, check, by in checks(room):
         try:

@@ -8,6 +8,7 @@ weights a header is enough, and the rest of the file is a hole.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -58,6 +59,9 @@ def made() -> dict[str, dict[str, str]]:
 
 def main() -> None:
     """Write them."""
+    argparse.ArgumentParser(
+        prog="python -m tools.make_recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for room, recipe in made().items():
         write(recipe, ROOT / "deploy" / room)
 
