@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mistral.args import ModelArgs
 from mistral.formats.folder import Folder
 from mistral.formats.layout import ParamsError
 from mistral.formats.layouts import LAYOUTS, NATIVE
@@ -80,15 +81,8 @@ def _window(found: Folder, convert: str) -> Iterator[Finding]:
 
 
 def _numbers(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Finding]:
-    args, raw = found.args, found.raw
-    if found.layout is NATIVE and raw.get("rope_theta") is None and args.rope_theta != VLLM_THETA:
-        yield Finding(
-            "theta",
-            f"params.json has no rope_theta, and it takes {VLLM_THETA:g} and not {args.rope_theta:g}: run "
-            f"`{convert} mistral`, which writes it",
-        )
     if found.layout is NATIVE:
-        yield from _from_the_other_config(found, convert)
+        yield from _left_out(found, convert)
     if len(report["dtypes"]) > 1 and not any(tensor.widened for tensor in found.tensors.values()):
         counts = " and ".join(f"{n['tensors']} {name}" for name, n in report["dtypes"].items())
         yield Finding(
@@ -96,22 +90,33 @@ def _numbers(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Fi
         )
 
 
-def _from_the_other_config(found: Folder, convert: str) -> Iterator[Finding]:
-    """vLLM takes from a config.json beside params.json what params.json leaves out."""
+def _left_out(found: Folder, convert: str) -> Iterator[Finding]:
+    """What params.json leaves out vLLM takes from a config.json beside it, and else from its own defaults."""
+    theirs = _other_args(found)
+    theta = VLLM_THETA if theirs is None else theirs.rope_theta
+    if found.raw.get("rope_theta") is None and theta != found.args.rope_theta:
+        yield Finding(
+            "theta",
+            f"params.json has no rope_theta, and it takes {theta:g} and not {found.args.rope_theta:g}: run "
+            f"`{convert} mistral`, which writes it",
+        )
+    if theirs is not None and "sliding_window" not in found.raw and theirs.windows != found.args.windows:
+        yield Finding(
+            "window",
+            f"params.json has no sliding_window ({found.args.window_text}), and it takes {theirs.window_text} from "
+            f"config.json: remove that, or run `{convert} mistral`",
+        )
+
+
+def _other_args(found: Folder) -> ModelArgs | None:
+    """What another layout's file in the same folder says, if there is one that can be read."""
     for other in LAYOUTS.values():
-        if other is found.layout or not other.has_config(found.path):
-            continue
-        try:
-            theirs, _ = other.to_args(other.read_config(found.path))
-        except ParamsError:
-            continue
-        left_out = found.raw.get("sliding_window") is None and "sliding_window" not in found.raw
-        if left_out and theirs.windows != found.args.windows:
-            yield Finding(
-                "window",
-                f"params.json has no sliding_window ({found.args.window_text}), and it takes {theirs.window_text} from "
-                f"{other.config}: remove that, or run `{convert} mistral`",
-            )
+        if other is not found.layout and other.has_config(found.path):
+            try:
+                return other.to_args(other.read_config(found.path))[0]
+            except ParamsError:
+                return None
+    return None
 
 
 def _text(report: dict[str, Any]) -> Iterator[Finding]:

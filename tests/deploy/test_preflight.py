@@ -81,6 +81,12 @@ def test_a_theta_that_is_not_written(tmp_path: Path) -> None:
     assert "no rope_theta, and it takes 10000 and not 1e+06" in said
     plan(str(folder), Wanted(accept=("theta",)))
     plan(str(make_folder(tmp_path / "n")), Wanted())  # with a window it is 10000
+    config = {theirs: PARAMS.get(ours, 0) for theirs, ours in hf.SHAPE.items()}
+    config |= {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    plan(str(folder), Wanted())  # vLLM takes it from there
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    assert "it takes 500000 and not 1e+06" in refusal(folder)
 
 
 def test_files_that_vllm_does_not_read(tmp_path: Path, cli: Command) -> None:
