@@ -38,7 +38,9 @@ MAY = {
     "train": SITS_ON_LOADER,
     "oracle": SITS_ON_LOADER,
     "serve": SITS_ON_LOADER | {"chat"},
-    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve"},
+    "batch": SITS_ON_LOADER | {"chat", "serve"},
+    "deploy": {"util", "core", "fast", "quant", "formats"},
+    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
 }
 FREE_OF_TORCH = [
     *("args", "window", "parameters", "sampling_params"),
