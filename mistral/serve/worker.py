@@ -63,6 +63,7 @@ class Job:
         prompt_ids, params, sample, eos_ids: as `Engine.add` takes them.
         score: whether log-probabilities of the prompt are wanted: then nothing of it is reused.
         trim: whether its text is an answer, which begins without the space that some tokenizers put first.
+        markers: control ids at which a text ends and another begins, such as [TOOL_CALLS].
         tell: called in the worker's thread with each event.
         cached: tokens of the prompt that a row held already.
         request: the engine's, once it has a row.
@@ -75,6 +76,7 @@ class Job:
     sample: int = 0
     score: bool = False
     trim: bool = False
+    markers: Collection[int] = ()
     cached: int = 0
     cancelled: bool = False
     row: int = -1
@@ -284,7 +286,11 @@ class Worker:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
         self.counts.generated_tokens += 1
-        text = self._trimmed(job, job.text.push(token.id))
+        if token.id in job.markers:
+            text = self._trimmed(job, job.text.flush())
+            job.text = StopStrings(self._tokenizer, job.prompt_ids + token.request.output_ids, job.params.stop)
+        else:
+            text = self._trimmed(job, job.text.push(token.id))
         if job.text.stopped and token.request.finish is None:
             self._engine.stop(token.request)
         self._tell(job, Event(text, token))
