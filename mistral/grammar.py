@@ -122,6 +122,11 @@ class Constraint:
         self._grammar = grammar
         self._states: dict[int, _State] = {}
 
+    def problem(self, output_ids: list[int]) -> str | None:
+        """Why llguidance gave up on the request with these output ids; None if it did not."""
+        state = self._states.get(id(output_ids))
+        return None if state is None else state.problem
+
     def __call__(self, prompt_ids: list[int], output_ids: list[int], logits: Tensor) -> Tensor:
         """See `sampling_params.LogitsProcessor`."""
         state = self._states.get(id(output_ids))
@@ -152,6 +157,14 @@ class _State:
 
     def continues(self, output_ids: list[int]) -> bool:
         return output_ids[: len(self._seen)] == self._seen
+
+    @property
+    def problem(self) -> str | None:
+        """Why there is no going on."""
+        if not self._matcher.is_error():
+            return None
+        reason = str(self._matcher.get_error()).splitlines() or ["no reason given"]
+        return f"llguidance gave up: {printable(reason[0], 200)}"
 
     def allowed(self, output_ids: list[int]) -> Tensor | None:
         """Ids that may come next; None: all."""

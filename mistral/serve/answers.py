@@ -15,6 +15,7 @@ from typing import Any
 from mistral.chat.messages import ToolCall
 from mistral.chat.tools import Part, ToolReader, Unread
 from mistral.detokenizer import Detokenizer
+from mistral.grammar import Constraint
 from mistral.sampling_params import SamplingParams
 from mistral.serve.protocol import Asked, Served
 from mistral.serve.words import Words
@@ -47,6 +48,7 @@ class Piece:
     offsets: list[int] = field(default_factory=list)  # of the tokens, in the choice's text
     calls: list[ToolCall] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)  # why text that began as a call is none
+    problem: str | None = None  # why a text does not fit the format that it must
 
     def add(self, part: Part) -> None:
         """Put a part of an answer with functions behind what there is."""
@@ -92,6 +94,9 @@ class Choice:
             piece.offsets.append(self._length)
             piece.ids.append(token.id)
             self.generated += 1
+        processor, request = self.job.params.logits_processor, self.job.request
+        if event.last and request is not None and isinstance(processor, Constraint):
+            piece.problem = processor.problem(request.output_ids)
         if self._reader is None:
             piece.text += event.text
         else:
@@ -239,7 +244,7 @@ class Answer:
         if self.asked.logprobs is not None and piece.tokens:
             shape = _chat_logprobs if self.asked.chat else _completion_logprobs
             one["logprobs"] = shape(piece, self.asked.logprobs, self.served.words)
-        return one
+        return one if piece.problem is None else {**one, "format_error": piece.problem}
 
     def _ids(self, choice: Choice, piece: Piece, first: bool = True) -> dict[str, Any]:
         if not self.asked.return_token_ids:
@@ -268,6 +273,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         [at for p in pieces for at in p.offsets],
         [call for p in pieces for call in p.calls],
         [error for p in pieces for error in p.errors],
+        pieces[-1].problem,
     )
 
 

@@ -166,12 +166,14 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
     calls = []
     for call in given if isinstance(given, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else {}
-        texts = (function.get("name"), function.get("arguments"), call.get("id")) if isinstance(function, dict) else ()
-        if not texts or not all(isinstance(text, str) for text in texts):
+        told = call if isinstance(call, dict) and call.get("type", "function") == "function" else {}
+        function = told.get("function")
+        function = function if isinstance(function, dict) else {}
+        name, arguments, number = function.get("name"), function.get("arguments"), told.get("id")
+        if not (isinstance(name, str) and isinstance(arguments, str) and isinstance(number, str)):
             form = '{"id": .., "type": "function", "function": {"name": .., "arguments": ..}}'
             raise ApiError(f"{where} has a tool call that is not {form}", "messages")
-        calls.append(ToolCall(*texts))
+        calls.append(ToolCall(name, arguments, number))
     return tuple(calls)
 
 
