@@ -7,9 +7,11 @@ Each text begins with one bos. Continuations of one context share its keys; see 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import sys
 from itertools import groupby
 from typing import Any
+
+import torch
 
 from mistral.chat.messages import Message
 from mistral.chat.templates import Template, find_template
@@ -20,7 +22,7 @@ from mistral.generate import completions, eos_of
 from mistral.loader.load import Loaded, load
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import Unavailable, UsageError, short_repr
+from mistral.util.errors import MistralError, Unavailable, UsageError, short_repr
 
 try:
     from lm_eval import utils
@@ -50,6 +52,7 @@ class MistralLM(TemplateLM):
         max_gen_toks: generated where a task does not say.
         template: of conversations, by name; default: the model's own.
         max_batch_size: not used; lm-eval gives it.
+        device: as in LoadOptions; where there is no GPU, one that is asked for gives a warning.
         options: fields of LoadOptions, such as dtype and device.
 
     Raises:
@@ -66,16 +69,20 @@ class MistralLM(TemplateLM):
         max_gen_toks: int = GENERATED,
         template: str | None = None,
         max_batch_size: int | None = None,
+        device: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            log.warning("there is no %s here: the best device there is is used", device)  # lm-eval's default asks for it
+            device = None
         if batch_size != "auto" and int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
-        if unknown := options.keys() - (LoadOptions.__dataclass_fields__.keys() - {"max_batch_size"}):
+        if unknown := options.keys() - (LoadOptions.__dataclass_fields__.keys() - {"max_batch_size", "device"}):
             raise UsageError(f"no option is called {short_repr(min(unknown))}: see LoadOptions")
         self.loaded = (
-            load(pretrained, max_batch_size=self.batch_size, **options) if loaded is None else loaded
+            load(pretrained, device=device, max_batch_size=self.batch_size, **options) if loaded is None else loaded
         )
         if self.loaded.tokenizer is None:
             raise UsageError("evaluation needs a tokenizer, which this folder lacks")
@@ -244,15 +251,15 @@ class MistralLM(TemplateLM):
         return ids[-room:]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """lm-eval's own command line, which knows mistral-ref once this module is there."""
-    import sys
-
     from lm_eval.__main__ import cli_evaluate
 
-    if argv is not None:
-        sys.argv = ["lm_eval", *argv]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MistralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
