@@ -220,3 +220,8 @@ def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: ob
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="mistral-bundled is"):
         client.completions.create(model="gpt-4", prompt="a")
+
+
+def test_embeddings_are_refused_in_one_line(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="was not trained to embed"):
+        client.embeddings.create(model="mistral-bundled", input="a")

@@ -283,3 +283,21 @@ def test_where_the_library_gives_up_the_answer_says_so(
     got = client.completions.create(**asked, stream=stream)
     choices = [part.choices[0] for part in got] if stream else [got.choices[0]]
     assert choices[-1].model_extra["format_error"].startswith("gave up at ")
+
+
+# --- fill-in-the-middle, for which the tokenizer's version alone decides
+
+
+def test_a_gap_is_filled_as_mistral_common_asks_for_it(client: openai.OpenAI, running: Running) -> None:
+    asked = {"model": running.served.name, "prompt": "def f(n):", "max_tokens": 3, "extra_body": {"return_token_ids": True}}
+    if not running.loaded.tokenizer.has_control("[SUFFIX]"):
+        with pytest.raises(openai.BadRequestError, match="fill-in-the-middle"):
+            client.completions.create(**asked, suffix="    return a")
+        return
+    (choice,) = client.completions.create(**asked, suffix="    return a").choices
+    want = running.served.chats().encode_fim("def f(n):", "    return a")
+    assert choice.model_extra["prompt_token_ids"] == want
+    control = running.loaded.tokenizer.control_tokens
+    assert want[:2] == [control["<s>"], control["[SUFFIX]"]]
+    with pytest.raises(openai.BadRequestError, match="suffix and echo"):
+        client.completions.create(**asked, suffix="a", echo=True)

@@ -73,7 +73,7 @@ def violation(answer: httpx.Response) -> str | None:
 
 
 @contextmanager
-def _server() -> Iterator[str]:
+def server() -> Iterator[str]:
     """A server of the bundled model."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--url", help="of a server that runs already")
     given = parser.parse_args(argv)
     if given.url is None:
-        with _server() as url:
+        with server() as url:
             return _send(url, given.bodies, given.seed)
     return _send(given.url, given.bodies, given.seed)
 
