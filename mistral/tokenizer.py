@@ -328,14 +328,11 @@ class _SentencePiece:
         return self._pieces, [score(i) for i in range(self.n_words)]
 
     def token_bytes(self) -> list[bytes | None]:
-        def word(i: int) -> bytes | None:
-            if self._sp.IsControl(i) or self._sp.IsUnknown(i):
-                return None
-            return piece_bytes(self._pieces[i], byte=bool(self._sp.IsByte(i)))
-
+        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)}
         added = {i: token.content.encode() for i, token in self._added.items() if not token.special}
-        most = max(self.n_words, *(i + 1 for i in added)) if added else self.n_words
-        return [word(i) if i < self.n_words else added.get(i) for i in range(most)]
+        pieces = [piece_bytes(piece, byte=bool(self._sp.IsByte(i))) for i, piece in enumerate(self._pieces)]
+        found = {**dict(enumerate(pieces)), **added}
+        return [None if i in silent else found.get(i) for i in range(max(found) + 1)]
 
     def has_control(self, word: str) -> bool:
         if word in self.added:

@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         idle = "mistral_running 0" in httpx.get(f"{url}/metrics").text
     wrong = differences(requests, got, load(deterministic=True, device="cpu"))
     left = sum(asked.leaves_after is not None for asked in requests)
-    print(f"{len(requests)} requests at once, {left} of them left early; {sum(map(len, got))} tokens in {seconds:.1f} s")
+    print(
+        f"{len(requests)} requests at once, {left} of them left early; {sum(map(len, got))} tokens in {seconds:.1f} s"
+    )
     print(f"{len(wrong)} differ from what they get alone{f': {wrong}' if wrong else ''}; rows are free: {idle}")
     return int(bool(wrong))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from mistral.chat.messages import TOOL, Message, TemplateError
@@ -40,7 +41,9 @@ def prepared(messages: Sequence[Message], version: str, last_user: int) -> list[
     for message in messages:
         if message.tool_calls:
             if message.content and version in ("v2", "v3"):
-                raise TemplateError(f"template {version} has no place for text beside tool calls: leave its content out")
+                raise TemplateError(
+                    f"template {version} has no place for text beside tool calls: leave its content out"
+                )
             names = {call.id: call.name for call in message.tool_calls}
             for call in message.tool_calls:
                 _check_id(call.id, version)
@@ -63,12 +66,14 @@ def _check_id(given: str, version: str) -> None:
 
 def _name_of(message: Message, names: dict[str, str]) -> str:
     if message.tool_call_id not in names:
-        raise TemplateError(f"a result is of the call {short_repr(message.tool_call_id)}, which no answer before it has")
+        raise TemplateError(
+            f"a result is of the call {short_repr(message.tool_call_id)}, which no answer before it has"
+        )
     return names[message.tool_call_id or ""]
 
 
 def _refuse_two_results(messages: Sequence[Message]) -> None:
-    for one, two in zip(messages, messages[1:], strict=False):
+    for one, two in pairwise(messages):
         if one.role == two.role == TOOL:
             raise TemplateError("template v2 has no place for several results of one answer")
 

@@ -74,7 +74,9 @@ class MistralLM(TemplateLM):
     ) -> None:
         super().__init__()
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            log.warning("there is no %s here: the best device there is is used", device)  # lm-eval's default asks for it
+            log.warning(
+                "there is no %s here: the best device there is is used", device
+            )  # lm-eval's default asks for it
             device = None
         if batch_size != "auto" and int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
@@ -160,8 +162,9 @@ class MistralLM(TemplateLM):
                 ids = ids[:-1]
         names = {i: text for text, i in self._tokens.control_tokens.items()}
         parts: list[str] = []
-        for control, run in groupby(ids, key=lambda i: i in names):
-            parts += [names[i] for i in run] if control else [self._tokens.decode(list(run))]
+        for control, group in groupby(ids, key=lambda i: i in names):
+            run = list(group)
+            parts += [names[i] for i in run] if control else [self._tokens.decode(run)]
         text = "".join(parts)
         self._chats[text] = ids
         return text
@@ -184,7 +187,9 @@ class MistralLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         cut = sum(len(context) + len(scored) > self.max_length + 1 for _, context, scored in requests)
         if cut:
-            log.warning("%d of %d requests are longer than %d tokens: cut at the left", cut, len(requests), self.max_length)
+            log.warning(
+                "%d of %d requests are longer than %d tokens: cut at the left", cut, len(requests), self.max_length
+            )
         done = [self._cut(context, scored) for _, context, scored in requests]
         with tqdm(total=len(done), disable=disable_tqdm, desc="loglikelihood") as bar:
             found = self.scorer(done, lambda number: bar.update())

@@ -36,7 +36,9 @@ def _response_format(wanted: Mapping[str, Any], grammars: Callable[[], Grammars]
     told = wanted.get("json_schema") if wanted.get("type") == "json_schema" else None
     if not isinstance(told, dict) or told.keys() - {"name", "description", "schema", "strict"}:
         form = '{"type": "json_schema", "json_schema": {"name": .., "schema": {..}}}'
-        raise ApiError(f'response_format must be {{"type": "text"}}, {{"type": "json_object"}} or {form}', "response_format")
+        raise ApiError(
+            f'response_format must be {{"type": "text"}}, {{"type": "json_object"}} or {form}', "response_format"
+        )
     return grammars().json(_object(told.get("schema"), "response_format"))
 
 

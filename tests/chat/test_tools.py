@@ -1,4 +1,4 @@
-"""Functions that models call: asked for as mistral-common and transformers write it, and read from what is generated."""
+"""Functions that models call: asked for as mistral-common and transformers do, and read from what is generated."""
 
 from __future__ import annotations
 
@@ -257,7 +257,9 @@ def test_a_folders_template_gets_tools(tmp_path: Path) -> None:
 
 
 def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path / "x", "byte level", tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    folder = write_tokenizer(
+        tmp_path / "x", "byte level", tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
     assert template.tool_form is None
     with pytest.raises(TemplateError, match="has no place for tools"):

@@ -112,7 +112,9 @@ def ask(client: openai.OpenAI, running: Running, stream: bool, **more: Any) -> t
     for part in client.chat.completions.create(**asked, stream=True):
         delta = part.choices[0].delta.to_dict()
         deltas.append(delta)
-        message["content"] = (message["content"] or "") + delta["content"] if delta.get("content") else message["content"]
+        message["content"] = (
+            (message["content"] or "") + delta["content"] if delta.get("content") else message["content"]
+        )
         for call in delta.get("tool_calls", []):
             assert call.pop("index") == len(message["tool_calls"])
             message["tool_calls"].append(call)
@@ -224,7 +226,9 @@ def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> No
         got = client.completions.create(**base, extra_body={"structured_outputs": structured})
         assert all(fits(choice.text) for choice in got.choices), [choice.text for choice in got.choices]
         assert {choice.finish_reason for choice in got.choices} == {"stop"}
-    cut = client.completions.create(**{**base, "max_tokens": 1}, extra_body={"response_format": {"type": "json_object"}})
+    cut = client.completions.create(
+        **{**base, "max_tokens": 1}, extra_body={"response_format": {"type": "json_object"}}
+    )
     assert {choice.finish_reason for choice in cut.choices} == {"length"}
 
 
@@ -289,7 +293,12 @@ def test_where_the_library_gives_up_the_answer_says_so(
 
 
 def test_a_gap_is_filled_as_mistral_common_asks_for_it(client: openai.OpenAI, running: Running) -> None:
-    asked = {"model": running.served.name, "prompt": "def f(n):", "max_tokens": 3, "extra_body": {"return_token_ids": True}}
+    asked = {
+        "model": running.served.name,
+        "prompt": "def f(n):",
+        "max_tokens": 3,
+        "extra_body": {"return_token_ids": True},
+    }
     if not running.loaded.tokenizer.has_control("[SUFFIX]"):
         with pytest.raises(openai.BadRequestError, match="fill-in-the-middle"):
             client.completions.create(**asked, suffix="    return a")
