@@ -244,7 +244,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.detail, status=error.status_code, code="http")
+        return ApiError(error.detail, status=error.status_code, code="http", headers=error.headers)
     return ApiError("the server failed; its log has more", status=500, kind="server_error", code="internal")
 
 

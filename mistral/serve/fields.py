@@ -89,6 +89,15 @@ OBJECTS = Kind(
     _list_of({"type": "object"}),
     lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
 )
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [_TEXT, _list_of({"type": "object"}), {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+MESSAGES = Kind(OBJECTS.name, {**_list_of(_MESSAGE), "minItems": 1}, OBJECTS.test)
 CHOICE = Kind(
     "text or an object",
     {"anyOf": [_TEXT, {"type": "object"}]},
@@ -114,9 +123,9 @@ _BOTH = {
     **{"response_format": OBJECT, "structured_outputs": OBJECT},
 }
 COMPLETION = {**_BOTH, "prompt": PROMPT, "suffix": STRING, "echo": BOOL, "logprobs": INT, "best_of": INT}
-CHAT = {**_BOTH, "messages": OBJECTS, "max_completion_tokens": INT, "logprobs": BOOL, "top_logprobs": INT}
+CHAT = {**_BOTH, "messages": MESSAGES, "max_completion_tokens": INT, "logprobs": BOOL, "top_logprobs": INT}
 CHAT |= {"tools": OBJECTS, "tool_choice": CHOICE, "parallel_tool_calls": BOOL}
-TOKENIZE = {"model": STRING, "prompt": STRING, "messages": OBJECTS, "add_special_tokens": BOOL}
+TOKENIZE = {"model": STRING, "prompt": STRING, "messages": MESSAGES, "add_special_tokens": BOOL}
 TOKENIZE |= {"add_generation_prompt": BOOL, "tools": OBJECTS}
 DETOKENIZE = {"model": STRING, "tokens": IDS}
 

@@ -65,6 +65,12 @@ def test_pages_from_elsewhere_may_not_ask_unless_they_are_named(client: httpx.Cl
     assert form.status_code == 415
 
 
+def test_another_method_is_told_which_there_are(client: httpx.Client) -> None:
+    for path, methods in (("/v1/completions", {"POST"}), ("/health", {"GET", "HEAD"})):
+        answer = client.request("TRACE", path)
+        assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, methods)
+
+
 def test_bodies_have_a_limit(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "LARGEST_BODY", 1000)
     answer = client.post("/v1/completions", json={"prompt": "a" * 1000})
