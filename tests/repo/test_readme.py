@@ -175,6 +175,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
 
 
 OTHERS = {"plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}  # of pytest, tools and vLLM
+OTHERS |= {"apply_chat_template"}  # of lm-eval
 
 
 def test_flags_in_sentences_exist() -> None:
