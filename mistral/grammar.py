@@ -57,7 +57,7 @@ class Grammars:
         """Texts that a regular expression matches as a whole; as above."""
         import llguidance
 
-        return self._of(llguidance.LLMatcher.grammar_from_regex(pattern))
+        return self._of(llguidance.LLMatcher.grammar_from_regex(_valid(pattern)))
 
     def choice(self, texts: Sequence[str]) -> Grammar:
         """One of some texts."""
@@ -71,7 +71,7 @@ class Grammars:
         """
         import llguidance
 
-        return self._of(llguidance.LLMatcher.grammar_from_lark(text), after)
+        return self._of(llguidance.LLMatcher.grammar_from_lark(_valid(text)), after)
 
     def _of(self, source: str, after: int | None = None) -> Grammar:
         import llguidance
@@ -95,6 +95,14 @@ class Grammar:
     def constraint(self) -> Constraint:
         """A logits processor."""
         return Constraint(self)
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SamplingError("the grammar is not valid Unicode") from None
+    return text
 
 
 def as_text(schema: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mistral.chat.messages import ToolCall
+from mistral.chat.messages import ToolCall, valid
 from mistral.chat.schemas import Schema
 from mistral.util.errors import UsageError, printable, short_repr
 
@@ -68,6 +68,10 @@ class Tool:
             raise ToolError(f"the description of {name} must be text, and strict true or false")
         if not isinstance(parameters, dict):
             raise ToolError(f"the parameters of {name} are {short_repr(parameters)}; they must be a JSON schema")
+        try:
+            valid(json.dumps(self.definition, ensure_ascii=False))
+        except RecursionError:
+            raise ToolError(f"the definition of {name} is nested too deep") from None
         for key, value in (("name", name), ("strict", given.get("strict", False)), ("parameters", parameters)):
             object.__setattr__(self, key, value)
         object.__setattr__(self, "schema", Schema({"type": "object", **parameters}))

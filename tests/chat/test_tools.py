@@ -215,6 +215,12 @@ def test_definitions_that_cannot_be(definition: dict) -> None:
         Tool(definition)
 
 
+def test_definitions_are_valid_unicode() -> None:
+    for more in ({"description": "\ud800"}, {"parameters": {"properties": {"\ud800": {}}}}):
+        with pytest.raises(TemplateError, match="not valid Unicode"):
+            Tool({"type": "function", "function": {"name": "f", **more}})
+
+
 # --- a folder's own template
 
 HERMES = (

@@ -36,6 +36,7 @@ VALUES: list[Any] = [
     *("required", "none", "auto", {"type": "function", "function": {"name": "f"}}, {"type": "json_object"}),
     *({"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA}}, {"choice": ["a", "b"]}),
     *({"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, {"regex": "(" * 50}, {"json": {"type": 1}}),
+    *({"choice": ["\ud800"]}, {"regex": "\ud800"}, [{**_TOOL, "function": {"name": "f", "description": "\ud800"}}]),
     [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}],
     [{"role": "user", "content": "a"}, {"role": "tool", "tool_call_id": "1", "content": "b"}],
 ]
@@ -48,12 +49,14 @@ GOOD: dict[str, tuple[dict[str, Any], Mapping[str, Kind]]] = {
 
 
 def make_body(rng: random.Random) -> tuple[str, bytes]:
-    """A path and a body for it: a good one in which some fields hold anything, perhaps broken as JSON."""
+    """A path and a body for it: a good one in which some fields hold anything, or anything of their type, perhaps
+    broken as JSON."""
     path = rng.choice(list(GOOD))
     body, fields = GOOD[path]
     body = {**body, **({"max_tokens": 2} if path.startswith("/v1") else {})}
     for name in rng.choices([*fields, "functions", "x\ud800"], k=rng.randint(1, 3)):
-        body[name] = rng.choice(VALUES)
+        fitting = [value for value in VALUES if name in fields and fields[name].test(value)]
+        body[name] = rng.choice(fitting if fitting and rng.random() < 0.7 else VALUES)
     content = json.dumps(body)
     if rng.random() < 0.2:
         at = rng.randrange(len(content))
