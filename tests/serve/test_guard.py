@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def client(running: Running) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer"}]
+    "given", [{}, *({"Authorization": text} for text in (f"Bearer {KEY}x", KEY, "Bearer", f"Basic {KEY}"))]
 )
 def test_without_the_key_nothing_is_told(running: Running, given: dict[str, str]) -> None:
     for path in ("/v1/models", "/metrics", "/nowhere"):
@@ -49,7 +50,8 @@ def test_without_the_key_nothing_is_told(running: Running, given: dict[str, str]
 def test_a_name_that_is_not_ours_is_refused(client: httpx.Client, host: str) -> None:
     answer = client.get("/v1/models", headers={"Host": host})
     assert answer.status_code in (400, 403)
-    assert client.get("/v1/models", headers={"Host": "LOCALHOST:1"}).status_code == 200
+    for ours in ("LOCALHOST:1", "[::1]:8000", "127.0.0.1"):
+        assert client.get("/v1/models", headers={"Host": ours}).status_code == 200
 
 
 def test_pages_from_elsewhere_may_not_ask_unless_they_are_named(client: httpx.Client, running: Running) -> None:
@@ -77,6 +79,25 @@ def test_bodies_have_a_limit(client: httpx.Client, monkeypatch: pytest.MonkeyPat
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"prompt": '
+        time.sleep(1)
+        yield b'"a"}'
+
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/v1/completions", content=slowly(), headers=headers).status_code == 408
+
+
+def test_what_is_no_json_is_refused(client: httpx.Client) -> None:
+    for number in (b"NaN", b"Infinity", b"1" * 5000):
+        body = b'{"prompt": "a", "temperature": ' + number + b"}"
+        answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, "not JSON" in answer.json()["error"]["message"]) == (400, True)
+
+
 def test_prompts_have_a_limit(client: httpx.Client) -> None:
     answer = client.post("/v1/completions", json={"prompt": [1] * 290, "max_tokens": 12})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -87,6 +108,9 @@ def test_the_page_may_run_its_own_script_alone(running: Running) -> None:
     page = httpx.get(running.url)
     policy = page.headers["content-security-policy"]
     assert "unsafe" not in policy
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert f"{name} 'none'" in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
     assert len(re.findall(r"'sha256-[\w+/=]+'", policy)) == 2
     assert "innerHTML" not in page.text
     assert not re.search(r"""(src|href)=|https?://|\son\w+=|style=["']""", page.text)
