@@ -215,6 +215,7 @@ def stream(
 def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) -> Iterator[Piece]:
     engine, requests = batch.engine, batch.requests
     texts = {r: StopStrings(tokenizer, r.prompt_ids, r.params.stop) for r in requests}
+    stopped: set[Request] = set()
     running = list(requests)
     while running:
         if progress is not None:
@@ -223,8 +224,11 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
         for token in engine.step():
             request = token.request
             text = texts[request]
+            if request in stopped:
+                continue  # the same step gave more, behind the stop string
             shown = text.push(token.id)
             if text.stopped:
+                stopped.add(request)
                 engine.stop(request)
             yield Piece(request.index, shown, token, sample=request.sample)
         ended = [r for r in running if r.finish]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
+
+if TYPE_CHECKING:
+    from mistral.request import Draft
 
 __all__ = ["ModelArgs", "Transformer"]
 
@@ -130,7 +133,12 @@ class Transformer(nn.Module):
         args: the shape. Where it says tied, output.weight is tok_embeddings.weight, one parameter.
         attend: the attention backend; PyTorch SDPA in tiles unless one is given.
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
+
+    Attributes:
+        draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
     """
+
+    draft: Callable[[], Draft] | None = None
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size",))
+@flat(options=LoadOptions(), omit=("max_batch_size", "draft"))
 def bench(
     folder: str | None = None,
     *,

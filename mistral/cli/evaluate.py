@@ -11,7 +11,7 @@ from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 
-@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size",))
+@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "draft"))
 def perplexity(
     folder: str | None = None,
     file: str | None = None,

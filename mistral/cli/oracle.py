@@ -199,7 +199,7 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "quant", "threads", "max_batch_size"),
+    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft"),
 )
 def trace(
     folder: str | None = None,

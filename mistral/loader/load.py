@@ -44,6 +44,7 @@ class Loaded:
         parameters: how many weights there are.
         release: the release that it is, as far as its shape tells; None if it is none that is known.
         notes: what was assumed or left aside and what is odd, a sentence each.
+        draft: what guesses its tokens, for people; "" for nothing.
     """
 
     model: Transformer
@@ -55,6 +56,7 @@ class Loaded:
     parameters: int
     release: Release | None = None
     notes: tuple[str, ...] = ()
+    draft: str = ""
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -63,7 +65,7 @@ class Loaded:
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
             f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
-            f"tokenizer {self._tokenizer_text()}"
+            f"tokenizer {self._tokenizer_text()}{f'; drafts by {self.draft}' if self.draft else ''}"
         )
 
     def _tokenizer_text(self) -> str:
@@ -130,7 +132,43 @@ def load(
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
-    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes)
+    draft = _put_draft(model, own, options)
+    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes, draft)
+
+
+def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: LoadOptions) -> str:
+    """Give a model what guesses its tokens, and say what that is; "" for nothing.
+
+    Raises:
+        OptionError: the smaller model has another vocabulary.
+    """
+    if options.draft is None:
+        return ""
+    from mistral.fast.draft import Costs, NgramDraft
+
+    costs = Costs()
+    if options.draft == "ngram":
+        model.draft = lambda: NgramDraft(costs)
+        return "n-grams"
+    from mistral.fast.draft_model import ModelDraft
+
+    execution = "auto" if options.execution == "bitwise" else options.execution
+    its = LoadOptions(device=options.device, dtype=options.dtype, execution=execution, threads=options.threads)
+    small = load(options.draft, options=its)
+    if small.args.vocab_size != model.args.vocab_size or not _same_words(small.tokenizer, tokenizer):
+        raise OptionError(
+            f"{options.draft} cannot guess for this model: its vocabulary is another one "
+            f"({small.args.vocab_size:,} ids against {model.args.vocab_size:,}, or other words)"
+        )
+    model.draft = lambda: ModelDraft(small.model, costs)
+    return f"{short(small.folder)}, {small.parameters / 1e6:.1f} M parameters"
+
+
+def _same_words(one: TokenizerLike | None, other: TokenizerLike | None) -> bool:
+    """Whether two tokenizers mean the same by each id; where one is missing, nothing says that they do not."""
+    if not isinstance(one, Tokenizer) or not isinstance(other, Tokenizer):
+        return True
+    return one.n_words == other.n_words and all(one.decode([i]) == other.decode([i]) for i in range(one.n_words))
 
 
 def windowed(found: Folder, options: LoadOptions) -> Folder:

@@ -46,6 +46,7 @@ class LoadOptions:
         adapter: a LoRA adapter to use: a folder of PEFT's or of mistral-finetune's
         adapter_mode: merge (into the weights, at load) or runtime (beside them, also quantized ones); default: merge
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
+        draft: guess tokens ahead: ngram (from the text so far), or the folder of a smaller model; changes no token
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -61,10 +62,12 @@ class LoadOptions:
     adapter: str | None = None
     adapter_mode: str = "merge"
     sliding_window: str | int | None = "auto"
+    draft: str | None = None
 
     def __post_init__(self) -> None:
-        if self.adapter is not None:  # a Path is accepted too
-            object.__setattr__(self, "adapter", str(self.adapter))
+        for name in ("adapter", "draft"):  # a Path is accepted too
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value))
         for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))

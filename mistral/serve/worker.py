@@ -66,6 +66,7 @@ class Job:
         markers: control ids at which a text ends and another begins, such as [TOOL_CALLS].
         tell: called in the worker's thread with each event.
         cached: tokens of the prompt that a row held already.
+        taken: tokens that its text has, of those that were generated.
         request: the engine's, once it has a row.
     """
 
@@ -79,6 +80,8 @@ class Job:
     markers: Collection[int] = ()
     cached: int = 0
     cancelled: bool = False
+    stopped: bool = False
+    taken: int = 0
     row: int = -1
     began: float = field(default_factory=time.monotonic)
     request: Request | None = None
@@ -282,16 +285,21 @@ class Worker:
 
     def _take(self, job: Job, token: Token) -> None:
         assert job.text is not None
+        if job.stopped:
+            return  # the same step gave more, behind the stop string
         if len(token.request.output_ids) == 1:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
         self.counts.generated_tokens += 1
+        job.taken += 1
         if token.id in job.markers:
             text = self._trimmed(job, job.text.flush())
-            job.text = StopStrings(self._tokenizer, job.prompt_ids + token.request.output_ids, job.params.stop)
+            before = job.prompt_ids + token.request.output_ids[: job.taken]
+            job.text = StopStrings(self._tokenizer, before, job.params.stop)
         else:
             text = self._trimmed(job, job.text.push(token.id))
-        if job.text.stopped and token.request.finish is None:
+        if job.text.stopped:
+            job.stopped = True
             self._engine.stop(token.request)
         self._tell(job, Event(text, token))
 
