@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     flags = ["--checks", CHECKS, "--max-examples", str(given.examples), "--seed", str(given.seed), "--no-color"]
     flags += ["--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink"]
-    with server() as url:
+    flags += ["--request-timeout", "120"]
+    with server(positions=100) as url:  # answers that end soon
         return subprocess.run([given.program, "run", f"{url}/openapi.json", *flags]).returncode
 
 

@@ -62,6 +62,13 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield found
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of one of them, for what does not depend on the kind."""
+    with serving(v3_folder(tmp_path_factory.mktemp("one") / "model"), most=3000) as found:
+        yield found
+
+
 @pytest.fixture
 def client(running: Running) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -193,7 +200,7 @@ def test_a_call_that_is_required_comes(client: openai.OpenAI, running: Running, 
         {"type": "function", "function": {"name": name, "parameters": {**short, "additionalProperties": False}}}
         for name in ("weather", "time_in")
     ]
-    for seed in range(3):
+    for seed in range(2):
         more = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "seed": seed}
         message, finish, _ = ask(client, running, False, **more)
         assert finish == "tool_calls", message
@@ -208,7 +215,7 @@ def test_answers_fit_a_schema(client: openai.OpenAI, running: Running, stream: b
     schema = {"type": "object", "properties": {"a": {"enum": ["é", "☃"]}, "b": {"type": "boolean"}}}
     schema |= {"required": ["a", "b"], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    for seed in range(3):
+    for seed in range(2):
         more = {"tools": openai.NOT_GIVEN, "response_format": wanted, "seed": seed, "temperature": 2}
         message, finish, _ = ask(client, running, stream, **more)
         assert finish == "stop"
@@ -255,8 +262,8 @@ def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> No
         ({"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
     ],
 )
-def test_what_cannot_be_is_refused(running: Running, body: dict[str, Any], param: str | None) -> None:
-    answer = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": ASKED, **body})
+def test_what_cannot_be_is_refused(one: Running, body: dict[str, Any], param: str | None) -> None:
+    answer = httpx.post(f"{one.url}/v1/chat/completions", json={"messages": ASKED, **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
 
@@ -271,9 +278,9 @@ def test_what_cannot_be_is_refused(running: Running, body: dict[str, Any], param
         {"json": {"type": "object", "properties": {str(i): {"$ref": "#"} for i in range(50)}, "minProperties": "x"}},
     ],
 )
-def test_grammars_that_cannot_be_are_refused(running: Running, structured: dict[str, Any]) -> None:
+def test_grammars_that_cannot_be_are_refused(one: Running, structured: dict[str, Any]) -> None:
     body = {"prompt": "a", "structured_outputs": structured}
-    answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(f"{one.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 400, answer.text
 
 

@@ -76,13 +76,13 @@ def violation(answer: httpx.Response) -> str | None:
 
 
 @contextmanager
-def server(*flags: str) -> Iterator[str]:
+def server(*flags: str, positions: int = 2000) -> Iterator[str]:
     """A server of the bundled model, with flags of `serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "main", "serve", "--port", str(port), "--max_positions", "2000", *flags]
-    process = subprocess.Popen(command)
+    limits = ["--port", str(port), "--max_positions", str(positions)]
+    process = subprocess.Popen([sys.executable, "-m", "main", "serve", *limits, *flags])
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
