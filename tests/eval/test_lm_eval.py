@@ -16,6 +16,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_O
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, CachingLM, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
@@ -85,6 +86,22 @@ def test_greedy_flags(ours: MistralLM) -> None:
     (yes,) = ours.loglikelihood(instances("loglikelihood", [(KING, text)]), disable_tqdm=True)
     (no,) = ours.loglikelihood(instances("loglikelihood", [(KING, text + "zq")]), disable_tqdm=True)
     assert (yes[1], no[1]) == (True, False)
+
+
+def test_cached_answers_are_the_same(ours: MistralLM, tmp_path: Path) -> None:
+    cached = CachingLM(ours, str(tmp_path / "answers"))
+    try:
+        asked = instances("loglikelihood", PAIRS[:4])
+        want = cached.loglikelihood(asked)
+        processed = ours.scorer.processed
+        again = cached.loglikelihood(asked)
+    finally:
+        ours.set_cache_hook(CacheHook(None))
+    assert again == want
+    assert all(isinstance(greedy, bool) for _, greedy in again)
+    assert ours.scorer.processed == processed
+    partial = [cached.dbdict[hash_args("loglikelihood", request.args)] for request in asked]
+    assert partial == want
 
 
 def test_rolling_likelihoods_are_those_of_hf(folder: Path, ours: MistralLM) -> None:
