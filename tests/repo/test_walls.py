@@ -34,7 +34,7 @@ MAY = {
     "loader": {"util", "core", "backends", "fast", "quant", "formats"},
     "parallel": SITS_ON_LOADER,
     "chat": SITS_ON_LOADER,
-    "eval": SITS_ON_LOADER,
+    "eval": SITS_ON_LOADER | {"chat"},
     "train": SITS_ON_LOADER,
     "oracle": SITS_ON_LOADER,
     "serve": SITS_ON_LOADER | {"chat"},
