@@ -8,6 +8,7 @@ from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
 from mistral.cli.evaluate import perplexity
+from mistral.cli.finetune import finetune
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
 from mistral.cli.oracle import compare, mutants, pack, trace, verify
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "inspect": inspect_folder,
     "convert": convert,
+    "finetune": finetune,
     "serve": serve,
     "bench": bench,
     "perplexity": perplexity,

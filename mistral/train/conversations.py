@@ -59,7 +59,9 @@ def mark_text(tokenizer: Tokenizer, text: str) -> Marked:
     return marked
 
 
-def mark_turns(template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], eos: frozenset[int]) -> Marked:
+def mark_turns(
+    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], eos: frozenset[int]
+) -> Marked:
     """A conversation, of which answers count as their weights say.
 
     Args:

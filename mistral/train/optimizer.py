@@ -28,9 +28,7 @@ def adamw(weights: Mapping[str, Tensor], options: TrainOptions) -> torch.optim.A
         {"params": [w for w in weights.values() if w.dim() < 2], "weight_decay": 0.0},
     ]
     fused = all(w.device.type in ("cpu", "cuda") for w in weights.values())
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=options.peak_lr, betas=BETAS, fused=fused or None
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.peak_lr, betas=BETAS, fused=fused or None)
 
 
 def change(weights: Mapping[str, Tensor], optimizer: torch.optim.AdamW, lr: float, clip: float) -> float:
