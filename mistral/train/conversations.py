@@ -48,12 +48,15 @@ class Marked:
         self.weights += [weight] * len(ids)
 
 
-def mark_text(tokenizer: Tokenizer, text: str) -> Marked:
-    """A text, bos before it and eos behind it, every id of which counts but bos."""
+def mark_text(tokenizer: Tokenizer, prompt: str, text: str) -> Marked:
+    """A text behind another one, bos before both and eos behind; the ids of the second and eos count."""
     marked = Marked()
-    ids = tokenizer.encode(text)
-    marked.add(ids[:1])
-    marked.add(ids[1:], 1.0)
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    before = before[:1] if not prompt else before
+    # A word may be split otherwise where the text goes on; a model that is asked will have the prompt's own ids.
+    joined = whole[: len(before)] == before
+    marked.add(before)
+    marked.add(whole[len(before) :] if joined else tokenizer.encode(text, bos=False), 1.0)
     if tokenizer.eos_id >= 0:
         marked.add([tokenizer.eos_id], 1.0)
     return marked

@@ -1,7 +1,7 @@
 """Samples from a file of JSON lines, every line checked before a weight is read.
 
-A line is a text, {"text": ..}, or a conversation, {"messages": [..], "tools": [..]}, as mistral-finetune and OpenAI's
-fine-tuning have them.
+A line is a text, {"text": ..}, a conversation, {"messages": [..], "tools": [..]}, as mistral-finetune and OpenAI's
+fine-tuning have them, or a text and how it goes on, {"prompt": .., "completion": ..}, of which the latter is learned.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from mistral.util.errors import FormatError, MistralError, printable, short_repr
 from mistral.util.files import LFS, POINTER
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-OF_A_LINE = {"text", "messages", "interactions", "tools"}
+OF_A_LINE = {"text", "messages", "interactions", "tools", "prompt", "completion"}
 OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "name"}
 REFUSED = {
-    "prompt": 'give {"messages": [..]} or {"text": ..}',
     "functions": "give tools",
     "function_call": "give tool_calls",
 }
@@ -67,7 +67,7 @@ class Samples:
     notes: list[str] = field(default_factory=list)
 
 
-MarkText = Callable[[str], Marked]
+MarkText = Callable[[str, str], Marked]
 MarkTurns = Callable[[Sequence[Turn], Sequence[dict[str, Any]]], Marked]
 
 
@@ -75,7 +75,7 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
     """Read and check every line of a file, and encode it.
 
     Args:
-        mark_text, mark_turns: give the ids of a text and of a conversation.
+        mark_text, mark_turns: give the ids of a text and how it goes on, and of a conversation.
         seq_len: most tokens of a sample: conversations are cut there, texts are cut into several samples.
 
     Raises:
@@ -124,15 +124,16 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
     except (ValueError, RecursionError) as error:
         raise DataError(f"it is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise DataError("it must be an object: " + REFUSED["prompt"])
+        raise DataError(f"it must be an object, not {short_repr(entry)}")
     _keys(entry, OF_A_LINE, "the line", ignored)
     messages = entry.get("messages", entry.get("interactions"))
-    if (messages is None) == (entry.get("text") is None):
-        raise DataError('it must have either "text" or "messages"')
-    if messages is None:
-        if not isinstance(entry["text"], str) or not entry["text"]:
-            raise DataError(f"text must be a text that is not empty, not {short_repr(entry['text'])}")
-        return mark_text(valid(entry["text"])), True
+    kinds = [kind for kind in ("messages", "text", "completion") if (messages if kind == "messages" else entry.get(kind))]
+    if len(kinds) != 1:
+        raise DataError('it must have one of "messages", "text", and "prompt" with "completion", and it not empty')
+    if kinds == ["text"]:
+        return mark_text("", _text(entry, "text")), True
+    if kinds == ["completion"]:
+        return mark_text(_text(entry, "prompt"), _text(entry, "completion")), False
     tools = entry.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"tools must be a list of objects, not {short_repr(tools)}")
@@ -140,6 +141,12 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
         raise DataError(f"messages must be a list that is not empty, not {short_repr(messages)}")
     turns = [_turn(message, f"messages[{i}]", ignored) for i, message in enumerate(messages)]
     return mark_turns(_weighed(turns, messages, bool(tools)), tools), False
+
+
+def _text(entry: dict[str, Any], key: str) -> str:
+    if not isinstance(entry.get(key), str):
+        raise DataError(f"{key} must be a text, not {short_repr(entry.get(key))}")
+    return valid(entry[key])
 
 
 def _keys(entry: dict[str, Any], known: set[str], where: str, ignored: Counter[str]) -> None:
@@ -202,7 +209,7 @@ def _call(call: Any, where: str) -> tuple[str, str, str]:
 def _weighed(turns: list[Turn], messages: list[Any], tools: bool) -> list[Turn]:
     """The turns in an order that can be learned. With tools, which templates show with the last question, only answers
     behind that count unless weights say otherwise."""
-    for i, (before, turn) in enumerate(zip(turns, turns[1:], strict=False), 1):
+    for i, (before, turn) in enumerate(pairwise(turns), 1):
         if before.role == turn.role == "assistant":
             raise DataError(f"messages[{i}] is an answer behind an answer: join the two")
         if turn.role == "tool" and not (before.tool_calls or before.role == "tool"):

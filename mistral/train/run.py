@@ -107,8 +107,8 @@ class Run:
         return found
 
     def samples(self) -> Samples:
-        def text(value: str) -> Marked:
-            return mark_text(self.tokenizer, value)
+        def text(prompt: str, value: str) -> Marked:
+            return mark_text(self.tokenizer, prompt, value)
 
         def turns(value: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
             return mark_turns(self.template, value, tools, self.tokenizer.eos_ids)
