@@ -22,6 +22,7 @@ from typing import Any
 from mistral.eval.lines import Lines
 from mistral.eval.passkey import PassKey
 from mistral.eval.tasks import Case, Task, fit
+
 from mistral.formats.folder import BUNDLED
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.generate import complete
@@ -83,7 +84,9 @@ def ask(folder: Path, tokenizer: Tokenizer, options: LoadOptions, cases: int, se
             results = complete(prompts, loaded.model, loaded.tokenizer, max_tokens=8, temperature=0)
             right = sum(task.score(r.text, one.answer) for r, one in zip(results, fitted, strict=True))
             found.setdefault(task.name, {})[str(length)] = right / cases
-            print(f"{folder.name}, window {loaded.args.window_text}: {task.name} at {length}: {right}/{cases}", flush=True)
+            print(
+                f"{folder.name}, window {loaded.args.window_text}: {task.name} at {length}: {right}/{cases}", flush=True
+            )
     return found
 
 

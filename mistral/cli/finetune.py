@@ -40,9 +40,9 @@ def finetune(
     python -m main finetune model --data train.jsonl --out mine --resume
 
     A line of the file is {"messages": [..]}, as OpenAI and mistral-finetune have it, of which answers are learned, or
-    {"text": ..}, of which all is. All lines are checked first. OUT gets the adapter as PEFT and vLLM read it (use it with
-    --adapter OUT), mistral-finetune's form of it, or with --full the model; log.jsonl, loss.svg and a card.
-    Ctrl-C saves: the same command with --resume goes on, bit for bit on a CPU.
+    {"text": ..}, of which all is, or {"prompt": .., "completion": ..}. All lines are checked before anything else. OUT
+    gets the adapter as PEFT and vLLM read it (--adapter OUT uses it) and in mistral-finetune's form, or with --full the
+    model; log.jsonl, loss.svg and a card. Ctrl-C saves: the same command with --resume goes on, on a CPU bit for bit.
 
     Args:
         data: a file of JSON lines
@@ -50,7 +50,7 @@ def finetune(
         eval_data: samples to evaluate; default: a split of DATA, if --eval_split is given
         merge: also write the model with the adapter in it, into OUT/merged
         resume: go on with the run in OUT that was stopped
-        dtype: of the arithmetic: float32 or bfloat16; what is trained is float32; default: what the device computes well
+        dtype: of the arithmetic: float32 or bfloat16; what is trained is float32; default: what suits the device
         quant: int8 or int4: an adapter beside quantized weights
         adapter: a LoRA adapter to go on from; with --full it is merged first
     """
@@ -78,7 +78,7 @@ def finetune(
     progress = finished.progress
     terminal.echo_err(
         f"{progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s; "
-        f"loss {finished.first_loss:.4f} to {finished.last_loss:.4f}{held}"
+        f"loss {finished.losses[0]:.4f} to {finished.losses[1]:.4f}{held}"
     )
     print(finished.out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from mistral.train.options import TrainOptions
@@ -39,8 +39,3 @@ def card(title: str, base: str, adapter: bool, facts: Mapping[str, Any], options
     else:
         lines += ["```", "python -m main complete THIS_FOLDER PROMPT", "```"]
     return "\n".join(lines) + "\n"
-
-
-def settings(options: TrainOptions) -> dict[str, Any]:
-    """The options as they go into JSON."""
-    return asdict(options)

@@ -127,7 +127,9 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
         raise DataError(f"it must be an object, not {short_repr(entry)}")
     _keys(entry, OF_A_LINE, "the line", ignored)
     messages = entry.get("messages", entry.get("interactions"))
-    kinds = [kind for kind in ("messages", "text", "completion") if (messages if kind == "messages" else entry.get(kind))]
+    kinds = [
+        kind for kind in ("messages", "text", "completion") if (messages if kind == "messages" else entry.get(kind))
+    ]
     if len(kinds) != 1:
         raise DataError('it must have one of "messages", "text", and "prompt" with "completion", and it not empty')
     if kinds == ["text"]:

@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, saves; live figures out. Where it is told to stop it saves, and can go on from there."""
+"""The loop: steps, evaluations, saves; live figures out. Where it is told to stop it saves, and goes on from there."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class Loop:
             nats += add_gradients(self.model, batch.to(self.model.device), total)
         if not math.isfinite(nats):
             raise Diverged(
-                f"the loss of step {progress.step + 1} is {nats}: the learning rate {self.options.peak_lr:g} may be too "
-                f"high (--lr); {self.out / STATE}, if it is there, is of an earlier step"
+                f"the loss of step {progress.step + 1} is {nats}: the learning rate {self.options.peak_lr:g} may be "
+                f"too high (--lr); {self.out / STATE}, if it is there, is of an earlier step"
             )
         lr = learning_rate(progress.step, self.steps, self.options)
         norm = change(self.weights, optimizer, lr, self.options.clip)

@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, worked out before a weight is read, and refused with figures where it is too much.
+"""What a run needs of memory and disk, worked out before a weight is read, and refused with figures if it is too much.
 
 Activations are an estimate from the shape: what the library's layers keep for their gradients, a token.
 """

@@ -72,7 +72,9 @@ def test_later_templates(version: str, tmp_path: Path) -> None:
 def test_templates_of_folders(text: str, tmp_path: Path) -> None:
     kind = KINDS[2]
     folder = tmp_path / "folder"
-    write_tokenizer(folder, kind, tmp_path, text, ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"))
+    write_tokenizer(
+        folder, kind, tmp_path, text, ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>")
+    )
     own = Tokenizer(folder / "tokenizer.json")
     template = find_template(own, folder=folder)
     one = [turn for turn in TURNS if turn.role != "system"][:4]

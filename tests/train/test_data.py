@@ -157,7 +157,10 @@ def test_long_conversations_are_cut_and_long_texts_split(tmp_path: Path) -> None
     assert "1 samples have no answer that counts" in empty
 
 
-@given(words=st.lists(st.sampled_from(["king", "wolf", "the", "forest"]), min_size=1, max_size=40), seq_len=st.integers(2, 9))
+@given(
+    words=st.lists(st.sampled_from(["king", "wolf", "the", "forest"]), min_size=1, max_size=40),
+    seq_len=st.integers(2, 9),
+)
 def test_every_token_of_a_split_text_is_predicted_once(words: list[str], seq_len: int) -> None:
     import tempfile
 

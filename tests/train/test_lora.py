@@ -12,7 +12,7 @@ from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
 from mistral.quant.linear import QuantizedLinear
 from mistral.train.attention import shared_masks
-from mistral.train.lora import FrozenLinear, LoraLinear, fresh, freeze, put_lora
+from mistral.train.lora import FrozenLinear, LoraLinear, freeze, fresh, put_lora
 from mistral.train.recompute import recompute
 from mistral.train.step import Batch, add_gradients
 from tests.support.tiny import ragged, tiny_args, tiny_model

@@ -28,9 +28,7 @@ def test_rows_are_well_filled() -> None:
     assert sum(lengths) / (64 * len(rows)) > 0.95
 
 
-@given(
-    count=st.integers(1, 20), batch_size=st.integers(1, 4), accumulate=st.integers(1, 3), seed=st.integers(0, 3)
-)
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 4), accumulate=st.integers(1, 3), seed=st.integers(0, 3))
 def test_an_epoch_has_every_sample_once(count: int, batch_size: int, accumulate: int, seed: int) -> None:
     schedule = Schedule([[2 * i, 2 * i + 1] for i in range(count)], batch_size, accumulate, seed)
     for epoch in range(2):

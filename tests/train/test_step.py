@@ -1,4 +1,4 @@
-"""The gradient of a packed batch: against plain autograd, whatever is packed beside, however it is split or recomputed."""
+"""The gradient of a packed batch: against plain autograd, whatever is beside, however it is split or recomputed."""
 
 from __future__ import annotations
 
