@@ -30,7 +30,7 @@ from mistral.loader.options import LoadOptions
 from mistral.train.optimizer import adamw, change
 from mistral.train.options import TrainOptions
 from mistral.train.output import write_adapter
-from mistral.train.setup import Setup
+from mistral.train.setup import Pairs, Setup
 from mistral.train.step import Batch, add_gradients
 from mistral.util.memory import as_text
 
@@ -79,9 +79,15 @@ def theirs(model: Path, adapter: Path, options: TrainOptions) -> Step:
         loss = tuned(input_ids=row[None, :-1], labels=row[None, :-1], shift_labels=row[None, 1:]).loss
         loss.backward()
         change(weights, optimizer, LR, CLIP)
-        return float(loss)
+        return float(loss.detach())
 
     return step
+
+
+def _named(pairs: Pairs) -> dict[str, Tensor]:
+    """A and B under the names that `write_adapter` wants."""
+    paths = [(name.removesuffix(".weight"), pair) for name, pair in pairs.items()]
+    return {f"{path}.lora_{part}.weight": t for path, pair in paths for part, t in zip("AB", pair, strict=True)}
 
 
 def measure(side: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -118,24 +124,20 @@ def main() -> None:
         if not given.full:
             setup = Setup(given.model, TrainOptions(), LoadOptions(device="cpu"))
             (pairs, scale), args = setup.start, setup.base.args
-            named = {
-                f"{n.removesuffix('.weight')}.lora_{k}.weight": t
-                for n, p in pairs.items()
-                for k, t in zip("AB", p, strict=True)
-            }
+            named = _named(pairs)
             write_adapter(Path(folder), named, args, setup.options, scale, str(given.model))
         found = {}
         for side in ("ours", "theirs"):
             words = [sys.executable, "-m", "benchmarks.finetune", *sys.argv[1:], "--side", side, "--adapter", folder]
-            found[side] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+            one = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+            rates = f"{one['rate']:.1f} tokens/s ({min(one['rates']):.1f} to {max(one['rates']):.1f})"
+            print(f"{side}: {rates}, {as_text(one['peak'])} at most", flush=True)
+            found[side] = one
     a, b = found["ours"], found["theirs"]
-    for side, one in found.items():
-        print(
-            f"{side:7} {one['rate']:7.1f} tokens/s ({min(one['rates']):.1f} to {max(one['rates']):.1f}), {as_text(one['peak'])} at most"
-        )
     apart = max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
     print(
-        f"ours / theirs: {a['rate'] / b['rate']:.2f} of tokens/s, {a['peak'] / b['peak']:.2f} of memory; losses of {given.steps} steps differ by {apart:.1e} at most"
+        f"ours / theirs: {a['rate'] / b['rate']:.2f} of tokens/s, {a['peak'] / b['peak']:.2f} of memory; "
+        f"losses of {given.steps} steps differ by {apart:.1e} at most"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +39,7 @@ class Request:
     """
 
     index: int
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: SamplingParams
     eos_ids: frozenset[int]
     rng: RequestRng | None
@@ -71,7 +72,7 @@ class Request:
     def next_ids(self, chunk: int) -> list[int]:
         """What the model processes next: a chunk of the prompt, or the last token generated."""
         if self.prefilling:
-            return self.prompt_ids[self.num_computed : self.num_computed + chunk]
+            return list(self.prompt_ids[self.num_computed : self.num_computed + chunk])
         return self.output_ids[-1:]
 
 
@@ -97,7 +98,7 @@ class Token:
         return self.request.index
 
 
-def check_request(ids: list[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
+def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
     """Refuse what cannot be generated from."""
     if not ids:
         raise GenerationError(f"prompt {index} has no tokens")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
-from mistral.cli.evaluate import perplexity
+from mistral.cli.evaluate import evaluate, perplexity
 from mistral.cli.finetune import finetune
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "bench": bench,
     "perplexity": perplexity,
+    "eval": evaluate,
     "verify": verify,
     "pack": pack,
     "compare": compare,

@@ -20,7 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 IGNORED = {"__pycache__", "site", "build", "dist", "out"}
-WHOLE = {"tests", "tools", "benchmarks", "docs", "mistral/bundled", "mistral/oracle/packs"}  # folders named, not listed
+WHOLE = {
+    "tests",
+    "tools",
+    "benchmarks",
+    "docs",
+    "notebooks",
+    "mistral/bundled",
+    "mistral/oracle/packs",
+}  # folders named, not listed
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
