@@ -47,9 +47,10 @@ def activations(args: ModelArgs, recompute: str) -> int:
     """Numbers that a token leaves behind in all layers, and in the one whose gradient is being computed."""
     dim, q, kv = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     hidden = args.hidden_dim * (1 if args.moe is None else args.moe.num_experts_per_tok)
-    whole = 12 * dim + 8 * (q + kv) + 2 * kv + 6 * hidden
-    kept = {"none": whole, "cheap": 4 * dim + 2 * (q + kv) + 2 * hidden, "layers": dim}[recompute]
-    return args.n_layers * kept + (0 if recompute == "none" else whole) + 4 * dim
+    cheap = 4 * dim + 4 * q + 3 * kv + 3 * hidden
+    kept = {"none": cheap + 4 * dim + 2 * hidden, "cheap": cheap, "layers": dim}[recompute]
+    once = 4 * dim + 4 * hidden + (cheap if recompute == "layers" else 0)  # of the layer whose gradient is computed
+    return args.n_layers * kept + once
 
 
 def require_memory(parts: Mapping[str, int], device: torch.device, options: TrainOptions) -> None:

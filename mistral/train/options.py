@@ -49,7 +49,7 @@ class TrainOptions:
         eval_every: steps between evaluations; default: ten times a run
         patience: stop after so many evaluations without improvement, and keep the best weights; default: never
         save_every: steps between saves of the state from which --resume goes on
-        recompute: what backward computes again instead of keeping it: none, cheap (all but large products), layers
+        recompute: what the backward pass computes again instead of keeping it: none, cheap (norms and gates), layers
         rope_theta: train and write the model with another theta, for longer texts; default: the folder's
         template: of conversations: a name or a file in Jinja, as for interactive; default: the folder's
         seed: of the adapter's start, the order of samples, dropout and the split

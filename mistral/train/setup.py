@@ -227,5 +227,5 @@ class Setup:
             f"training {what}: {self.count / 1e6:.2f} M numbers; device {run.device}; weights {held}, arithmetic "
             f"{arithmetic}, what is trained float32"
         )
-        recompute(model, self.options.recompute, self.rank, bool(self.options.lora_dropout))
+        recompute(model, self.options.recompute, bool(self.options.lora_dropout))
         return model, weights

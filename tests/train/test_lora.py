@@ -40,7 +40,7 @@ def adapted(model: Transformer, what: str = "none") -> dict[str, nn.Parameter]:
     for layer in model.layers:
         layer.attention.attend = shared_masks
     trained = put_lora(model, start(), SCALE)
-    recompute(model, what, RANK, False)
+    recompute(model, what, False)
     return trained
 
 
