@@ -22,7 +22,6 @@ from typing import Any
 from mistral.eval.lines import Lines
 from mistral.eval.passkey import PassKey
 from mistral.eval.tasks import Case, Task, fit
-
 from mistral.formats.folder import BUNDLED
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.generate import complete

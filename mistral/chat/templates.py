@@ -209,7 +209,7 @@ class MistralCommon:
 
     @property
     def parts(self) -> tuple[Any, bool, dict[str, Any]]:
-        """What writes one message, of mistral-common; whether a system prompt stays in its place; settings of a question.
+        """What writes messages, of mistral-common; whether a system prompt stays in place; settings of a question.
 
         Fine-tuning asks for messages one at a time, to know whose each id is.
         """

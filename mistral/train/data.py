@@ -162,11 +162,10 @@ def _turn(message: Any, where: str, ignored: Counter[str]) -> Turn:
     if not isinstance(message, dict):
         raise DataError(f"{where} must be an object, not {short_repr(message)}")
     _keys(message, OF_A_MESSAGE, where, ignored)
-    role = ROLES.get(message.get("role")) if isinstance(message.get("role"), str) else None
+    given = message.get("role")
+    role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise DataError(
-            f"{where} has the role {short_repr(message.get('role'))}, which is not one of {', '.join(ROLES)}"
-        )
+        raise DataError(f"{where} has the role {short_repr(given)}, which is not one of {', '.join(ROLES)}")
     weight = message.get("weight")
     if weight is not None and role != "assistant":
         raise DataError(f"{where} has a weight, but is no answer: only messages of the assistant are learned")

@@ -22,7 +22,7 @@ from mistral.formats.convert import write_folder
 from mistral.formats.folder import Folder
 from mistral.formats.huggingface import rows_to_hf, to_hf
 from mistral.formats.mapped_tensors import Progress
-from mistral.formats.weights import WeightFiles
+from mistral.formats.weights import Reader, WeightFiles
 from mistral.parameters import parameters
 from mistral.train.options import TARGETS, TrainOptions
 from mistral.train.state import save_tensors
@@ -108,7 +108,7 @@ def write_model(out: Path, folder: Folder, weights: Mapping[str, Tensor], rounde
     """
     names = [name for name in folder.weights.tensors if name in weights]
     stored = {name: replace(folder.weights.tensors[name], dtype="float32", widened=False) for name in names}
-    readers = {name: partial(_on_cpu, weights[name].detach()) for name in names}
+    readers: dict[str, Reader] = {name: partial(_on_cpu, weights[name].detach()) for name in names}
     trained = replace(folder, weights=WeightFiles((), stored, readers), notes=())
     work = out / ".model.partial"
     if work.is_dir():

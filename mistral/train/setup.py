@@ -22,8 +22,8 @@ from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.loader.load import assemble, windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
-from mistral.loader.runtime import pick_device
-from mistral.model import Transformer
+from mistral.loader.runtime import WIDEN_SHARE, pick_device
+from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer
 from mistral.train import needs
@@ -33,6 +33,7 @@ from mistral.train.data import Samples, read_samples
 from mistral.train.lora import freeze, fresh, put_lora
 from mistral.train.options import TrainOptions
 from mistral.train.recompute import recompute
+from mistral.util import memory
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B, by the name of the weight that they change
 
@@ -180,21 +181,25 @@ class Setup:
 
     def needed(self, tokens: int) -> dict[str, int]:
         """Bytes of memory by what they are for, with a largest forward of so many tokens; see `needs.memory_parts`."""
-        quant = self.load.quant or self.base.quant
-        stored = [t for t in self.base.tensors.values() if t.dtype]
-        narrow = min(t.nbytes // max(1, t.parameters) for t in stored) if quant is None else 4
-        each = 4 if self.options.full else max(1, narrow)
-        known = parameters(self.base.args).values()
-        weights = sum(p.numel * each if quant is None else bytes_of(p, quant, 4) for p in known)
         half = DTYPE_NAMES.get(self.load.dtype or "") == "bfloat16"
         return needs.memory_parts(
             self.base.args,
             self.options,
-            weights=weights,
+            weights=self._weights_in_memory(2 if half else 4),
             trained=self.count,
             tokens=tokens,
             itemsize=2 if half else 4,
         )
+
+    def _weights_in_memory(self, itemsize: int) -> int:
+        """Bytes of the model's weights, as the loader keeps them for an arithmetic of so many bytes a number."""
+        known = parameters(self.base.args).values()
+        if (quant := self.load.quant or self.base.quant) is not None:
+            return sum(bytes_of(p, quant, 4) for p in known)
+        wide = self.base.parameters * (4 if self.options.full else itemsize)
+        stored = sum(t.nbytes for t in self.base.tensors.values())
+        left = memory.available(self.device)
+        return min(wide, stored) if left is not None and not self.options.full and wide > WIDEN_SHARE * left else wide
 
     def model(self) -> tuple[Transformer, dict[str, Tensor]]:
         """The model with what is trained in place, and that by name, in fp32."""
@@ -208,8 +213,9 @@ class Setup:
             wanted = replace(wanted, adapter=None)
         model, run = assemble(self.base, options=wanted)
         self.notes += run.notes
-        for layer in model.layers:
-            layer.attention.attend = shared_masks
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = shared_masks
         if full:
             model.requires_grad_(True)
             compute = getattr(torch, asked or usual)
