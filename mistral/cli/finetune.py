@@ -16,10 +16,12 @@ from mistral.util.flat import flat
 if TYPE_CHECKING:
     from mistral.train.loop import Report
 
+# Of LoadOptions: what training decides for itself, and what is for generating.
+OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft")
 EVERY = 10  # seconds between lines where there is no terminal
 
 
-@flat(train=TrainOptions(), options=LoadOptions(), omit=("max_batch_size", "adapter_mode", "execution", "attention"))
+@flat(train=TrainOptions(), options=LoadOptions(), omit=OMITTED)
 def finetune(
     folder: str | None = None,
     *,

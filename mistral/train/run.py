@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -162,7 +161,9 @@ def _command(
     words += ["--data", str(data), "--out", str(out)]
     words += [] if eval_data is None else ["--eval_data", str(eval_data)]
     for given, usual in ((setup.options, TrainOptions()), (setup.load, LoadOptions())):
-        for name, value in json.loads(json.dumps(asdict(given))).items():
+        for name, value in asdict(given).items():
             if value != getattr(usual, name):
-                words += [f"--{name}"] if value is True else [f"--{name}", "none" if value is None else f"{value}"]
+                several = value if isinstance(value, list | tuple) else [value]
+                for one in several:
+                    words += [f"--{name}"] if one is True else [f"--{name}", "none" if one is None else str(one)]
     return shlex.join([*words, *(["--merge"] if merge else [])])

@@ -25,6 +25,7 @@ from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
 from mistral.loader.runtime import WIDEN_SHARE, pick_device
 from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
+from mistral.quant.linear import QuantizedLinear
 from mistral.tokenizer import Tokenizer
 from mistral.train import needs
 from mistral.train.attention import shared_masks
@@ -115,7 +116,7 @@ class Setup:
             raise OptionError(f"attention {load.attention} is not for training, which uses sdpa: omit --attention")
         if load.dtype is not None and DTYPE_NAMES.get(load.dtype) == "float16":
             raise OptionError("float16 needs a loss that is scaled, which is not supported: use --dtype bfloat16")
-        if full and load.quant is not None:
+        if full and load.quant not in (None, "none"):
             raise OptionError("quantized weights cannot be trained: omit --quant, or --full for an adapter beside them")
         if full and self.found.quant is not None:
             raise OptionError(
@@ -150,20 +151,29 @@ class Setup:
             OptionError, AdapterError: an adapter that cannot be trained, or is of another model.
         """
         options = self.options
-        if self.load.adapter is None:
+        if self.adapter is None:
             return fresh(self.trained, options.rank, options.seed), options.scale
-        found = read_adapter(self.load.adapter)
+        found = read_adapter(self.adapter)
         ranks = {pair.rank for pair in found.pairs.values()}
         scales = {pair.scale for pair in found.pairs.values()}
         if found.dora or len(ranks) > 1 or len(scales) > 1:
-            raise OptionError(f"{self.load.adapter} has DoRA, or several ranks or scales, which is not trained here")
+            raise OptionError(f"{self.adapter} has DoRA, or several ranks or scales, which is not trained here")
         if options.lora not in (None, *ranks) or options.lora_targets or options.lora_alpha:
             raise OptionError(
-                f"{self.load.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "
+                f"{self.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "
                 "--lora_alpha and --lora_targets"
             )
         start = {name: (u.a().float(), u.b().float()) for name, u in updates(found, self.base.args).items()}
         return start, scales.pop()
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter to go on from."""
+        given: Any = self.load.adapter
+        words = (given,) if isinstance(given, str) else tuple(given or ())
+        if len(words) > 1:
+            raise OptionError(f"training goes on from one adapter, and {len(words)} are given")
+        return words[0] if words else None
 
     @property
     def count(self) -> int:
@@ -194,7 +204,8 @@ class Setup:
     def _weights_in_memory(self, itemsize: int) -> int:
         """Bytes of the model's weights, as the loader keeps them for an arithmetic of so many bytes a number."""
         known = parameters(self.base.args).values()
-        if (quant := self.load.quant or self.base.quant) is not None:
+        quant = self.load.quant or self.base.quant
+        if quant not in (None, "none"):
             return sum(bytes_of(p, quant, 4) for p in known)
         wide = self.base.parameters * (4 if self.options.full else itemsize)
         stored = sum(t.nbytes for t in self.base.tensors.values())
@@ -217,6 +228,10 @@ class Setup:
             if isinstance(module, Attention):
                 module.attend = shared_masks
         if full:
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                raise OptionError(
+                    "weights that stay quantized in memory cannot be trained: use --quant none, or omit --full"
+                )
             model.requires_grad_(True)
             compute = getattr(torch, asked or usual)
             model.compute_dtype = None if compute == torch.float32 else compute
