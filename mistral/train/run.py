@@ -109,8 +109,11 @@ def _check_out(out: Path, resume: bool) -> None:
 
 
 def _make(out: Path) -> None:
+    """Make the folder of results; one that is gone on with loses what a kill left half written."""
     try:
         out.mkdir(exist_ok=True)
+        for half in out.glob(".*.part"):
+            half.unlink()
     except OSError as error:
         raise FormatError(f"{out} cannot be made: {error.strerror}") from None
 

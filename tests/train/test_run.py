@@ -221,8 +221,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
             tune(folder, data, out, stopping(after), **options)
         assert (out / STATE).is_file()
         assert not (out / "adapter_config.json").exists()
+        (out / f".{STATE}.0123.part").write_bytes(b"half")  # as kill -9 leaves it
         tune(folder, data, out, {"resume": True}, **options)
         assert same_bits(out, tmp_path / "whole")
+        assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
         kept = [{**entry, "seconds": 0} for entry in read_log(out / "log.jsonl")]
         assert kept == [{**entry, "seconds": 0} for entry in read_log(tmp_path / "whole" / "log.jsonl")]
 
