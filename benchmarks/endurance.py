@@ -239,7 +239,7 @@ def summary(what: str, found: dict[str, Any]) -> Iterator[str]:
         yield (
             f"drift: {len(drift)} places; rolled {rms['rolled']:.1e}, fresh {rms['fresh']:.1e} from float64 "
             f"(root mean square of the largest errors); at worst {worst['rolled']:.1e} at position "
-            f"{worst['position']:,}; rolled / fresh at most {times:.1f} (limit of the mean: {TIMES})"
+            f"{worst['position']:,}; rolled / fresh at most {times:.1f} (limit: {TIMES})"
         )
     if undone := found.get("undone"):
         last = undone[-1]
@@ -269,7 +269,7 @@ def plot(what: str, found: dict[str, Any], path: str) -> None:
         axes.plot(tokens, values, "-", linewidth=1)
         axes.set(xlabel="tokens", ylabel=unit, ylim=(0, 1.3 * max(values)))
         if name == "rate":
-            axes.axhspan(0.95 * values[0], 1.05 * values[0], alpha=0.2, label="the first 10,000, ± 5%")
+            axes.axhspan(0.95 * values[0], 1.05 * values[0], alpha=0.2, label="the first block, ± 5%")
             axes.legend(loc="lower right")
     figure.suptitle(f"{what}: the bundled model, {found['processor']}", fontsize=10)
     with write_atomic(path) as beside:
