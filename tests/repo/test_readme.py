@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 IGNORED = {"__pycache__", "site", "build", "dist", "out"}
 # Folders that are named, and not listed.
-WHOLE = {"tests", "tools", "benchmarks", "docs", "deploy"}
+WHOLE = {"tests", "tools", "benchmarks", "docs", "deploy", "notebooks"}
 WHOLE |= {"mistral/bundled", "mistral/oracle/packs", "mistral/deploy/templates"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -177,6 +177,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
 
 
 OTHERS = {"generation_config", "plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}
+OTHERS |= {"apply_chat_template"}  # of lm-eval
 
 
 def test_flags_in_sentences_exist() -> None:
