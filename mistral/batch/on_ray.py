@@ -9,48 +9,13 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line
-from mistral.loader.options import LoadOptions
+from mistral.batch.settings import EngineSettings
 from mistral.util.errors import Unavailable
-
-if TYPE_CHECKING:
-    from mistral.batch.engine import LocalEngine
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How to make an engine, on this machine or another.
-
-    Args:
-        folder: the model; None: the bundled one.
-        options: where and how it runs.
-        rows: the most sequences in a step.
-        most, name, template: see `serve.settings.served_of`.
-        chunk_size: see `Engine`.
-    """
-
-    folder: str | None
-    options: LoadOptions
-    rows: int
-    most: int | None = None
-    name: str | None = None
-    template: str | None = None
-    chunk_size: int | None = None
-
-    def make(self, loaded: Any = None) -> LocalEngine:
-        """The engine; `loaded` is the model where it is loaded already."""
-        from mistral.batch.engine import LocalEngine
-        from mistral.loader.load import load
-        from mistral.serve.settings import served_of
-
-        if loaded is None:
-            loaded = load(self.folder, options=replace(self.options, max_batch_size=self.rows))
-        served = served_of(loaded, rows=self.rows, most=self.most, name=self.name, template=self.template)
-        return LocalEngine(loaded, served, rows=self.rows, chunk_size=self.chunk_size)
 
 
 class Actor:

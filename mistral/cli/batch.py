@@ -19,8 +19,8 @@ from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     from mistral.batch.job import Job, Progress, Runner
-    from mistral.batch.on_ray import EngineSettings
     from mistral.batch.output import Output
+    from mistral.batch.settings import EngineSettings
 
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
 
@@ -88,8 +88,8 @@ def batch(
             raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
     from mistral.batch import inputs
     from mistral.batch.job import Job
-    from mistral.batch.on_ray import EngineSettings
     from mistral.batch.output import drop_failed, opened
+    from mistral.batch.settings import EngineSettings
 
     files = inputs.find_inputs([input, *(also or [])], output)
     if retry and (dropped := drop_failed(output)):
