@@ -7,8 +7,8 @@ Each cell is read off a mask, a slot or a plan, each angle off a rotation, each 
 
 from __future__ import annotations
 
-import math
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 

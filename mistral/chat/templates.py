@@ -228,6 +228,14 @@ class MistralCommon:
         written = AssistantMessage(content=message.content, prefix=True)  # a prefix has no eos behind it
         return list(self._instruct.encode_assistant_message(written, False))
 
+    @property
+    def parts(self) -> tuple[Any, bool, dict[str, Any]]:
+        """What writes messages, of mistral-common; whether a system prompt stays in place; settings of a question.
+
+        Fine-tuning asks for messages one at a time, to know whose each id is.
+        """
+        return self._instruct, self._system_in_place, self._settings
+
     def encode_fim(self, prefix: str, suffix: str) -> list[int]:
         from mistral_common.protocol.fim.request import FIMRequest
 

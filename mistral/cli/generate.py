@@ -65,7 +65,7 @@ def demo(
 
     results = complete(prompts, loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size)
     for result in results:
-        terminal.write(f"{loaded.tokenizer.decode(result.prompt_tokens + result.tokens)}\n{SEPARATOR}\n")
+        terminal.write(f"{loaded.tokenizer.decode([*result.prompt_tokens, *result.tokens])}\n{SEPARATOR}\n")
 
 
 @flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
@@ -94,17 +94,18 @@ def complete(
     python -m main complete codestral-22B-v0.1 "def fibonacci(n):" --suffix "    return a"
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
-    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens" and "suffix"; where
-    its name ends in .txt, each line is a prompt. With FILE, and with --n, each text is followed by a line of
-    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs,
-    finish_reason, sample if --n is given, and top_logprobs if requested.
+    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens", "suffix" and "adapter"
+    (the name of one); where its name ends in .txt, each line is a prompt. A FILE that ends in .npy holds the ids of one
+    prompt, of any length; they are read piece by piece. With FILE, and with --n, each text is followed by a line of
+    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs, finish_reason,
+    sample if --n is given, and top_logprobs if requested.
 
     Args:
         instruct: each prompt is a question; it is asked with the template of the model
         system: with --instruct: the system prompt
         template: with --instruct: v1, v2, v3, v7 or mistrallite; default: the one that goes with the tokenizer
         suffix: the text that follows the gap, for fill-in-the-middle (Codestral)
-        file: a file of prompts, one JSON value a line, or one prompt a line if its name ends in .txt; - is stdin
+        file: prompts, one JSON value a line; one a line if it ends in .txt; ids if it ends in .npy; - is stdin
         json: print JSON lines instead of text
         json_schema: a file with a JSON schema; each text is a value that fits it (needs llguidance)
         chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
@@ -134,7 +135,9 @@ def complete(
         return
     from mistral.generate import completions
 
-    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size)
+    bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
+    more = {"adapter": [one.adapter for one in asked], "progress": bar}
+    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
@@ -187,9 +190,14 @@ def _in_order(ended: Iterable[tuple[int, Completion]], prompts: int, n: int) -> 
 
 
 def _as_json(index: int, result: Completion, params: SamplingParams) -> str:
+    from mistral.stored_ids import StoredIds
+
+    prompt: Any = result.prompt_tokens
+    if isinstance(prompt, StoredIds):  # it stayed in its file
+        prompt = {"file": str(prompt.path), "length": len(prompt)}
     entry: dict[str, Any] = {
         "index": index,
-        "prompt_tokens": result.prompt_tokens,
+        "prompt_tokens": prompt,
         "tokens": result.tokens,
         "text": result.text,
         "logprobs": result.logprobs,

@@ -181,7 +181,7 @@ class Answer:
         self._head = {
             "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
-            "model": served.name,
+            "model": asked.adapter or served.name,
         }
 
     def usage(self) -> dict[str, Any]:

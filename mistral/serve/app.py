@@ -67,16 +67,18 @@ class Server:
         return Json({"status": "the engine has died" if dead else "ok"}, status_code=503 if dead else 200)
 
     async def models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._model()]})
+        names = (self.served.name, *self.served.adapters)
+        return Json({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["name"] != self.served.name:
-            raise ApiError(f"only {self.served.name} is here", "model", status=404, code="model_not_found")
-        return Json(self._model())
+        name = request.path_params["name"]
+        return Json(self._model(self.served.adapter_of(name) or self.served.name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        """The model, or, by its name, an adapter of it."""
         served = self.served
-        about = {"id": served.name, "object": "model", "created": self._began, "owned_by": "mistral"}
+        about = {"id": name, "object": "model", "created": self._began, "owned_by": "mistral"}
+        about |= {"root": name, "parent": None if name == served.name else served.name}
         chat = served.template is not None
         return {**about, "max_model_len": served.context, "windows": served.windows, "chat": chat}
 
@@ -128,6 +130,8 @@ class Server:
 
         answer = Answer(asked, self.served, tell)
         jobs = [choice.job for choice in answer.choices]
+        for job in jobs:
+            job.adapter = asked.adapter
         if len(jobs) > self.worker.rows + self.worker.max_queue:
             raise ApiError(f"{len(jobs)} continuations are more than this server queues: ask for fewer", "n")
         self.worker.submit(jobs)

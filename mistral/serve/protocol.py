@@ -42,6 +42,7 @@ class Served:
 
     Args:
         name: what clients call it.
+        adapters: what they call it with each of the adapters beside its weights.
         tokenizer, words: of the model.
         template: of conversations; None where it has none.
         no_template: why not.
@@ -51,6 +52,7 @@ class Served:
     """
 
     name: str
+    adapters: tuple[str, ...]
     tokenizer: Tokenizer
     words: Words
     template: Template | None
@@ -75,6 +77,20 @@ class Served:
             self._grammars[ends] = Grammars(self.tokenizer, ends)
         return self._grammars[ends]
 
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a model id means; "" for none. Without an id it is the only one, or none of several.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if model is None:
+            return self.adapters[0] if len(self.adapters) == 1 else ""
+        if model in (self.name, *self.adapters):
+            return "" if model == self.name else model
+        here = ", ".join((self.name, *self.adapters))
+        message = f"the model {short_repr(model)} is not here: {here} {'are' if self.adapters else 'is'}"
+        raise ApiError(message, "model", status=404, code="model_not_found")
+
     def chats(self) -> Template:
         """The template.
 
@@ -94,6 +110,7 @@ class Asked:
         chat: whether it is a conversation.
         prompts, texts: ids of each prompt, and its text as it is echoed; None: what the ids decode to.
         params: how each is continued.
+        adapter: the one that it is computed with; "" for none.
         eos_ids: ids that end a continuation.
         logprobs: alternatives to report at each token; None: no log-probabilities at all.
         prompt_logprobs: as vLLM has it, for the prompt; None: none.
@@ -109,6 +126,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    adapter: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
@@ -124,9 +142,7 @@ class Asked:
 def _given(body: Any, known: Mapping[str, Kind], served: Served) -> dict[str, Any]:
     """The fields of a body, for the model that is served."""
     given = fields_of(body, known)
-    if given.get("model", served.name) != served.name:
-        message = f"the model {short_repr(given['model'])} is not here: {served.name} is"
-        raise ApiError(message, "model", status=404, code="model_not_found")
+    served.adapter_of(given.get("model"))
     return given
 
 
@@ -291,6 +307,7 @@ def _asked(
         stream=given.get("stream", False),
         include_usage=usage,
         echo=given.get("echo", False),
+        adapter=served.adapter_of(given.get("model")),
         logprobs=logprobs,
         prompt_logprobs=given.get("prompt_logprobs"),
         return_token_ids=given.get("return_token_ids", False),

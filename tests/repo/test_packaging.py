@@ -25,7 +25,7 @@ from tools.import_all import modules
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONAL = ("xformers", "transformers", "matplotlib", "prompt_toolkit", "huggingface_hub", "pytest", "hypothesis")
-OPTIONAL += ("uvicorn", "openai", "llguidance", "lm_eval")
+OPTIONAL += ("uvicorn", "openai", "ray", "llguidance", "lm_eval")
 PYTHONS = ("3.11", "3.12", "3.13")
 
 
