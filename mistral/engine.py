@@ -18,6 +18,7 @@ from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token, check_request
 from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
+from mistral.stored_ids import StoredIds
 from mistral.util import memory
 from mistral.util.errors import UsageError, short_repr
 
@@ -97,6 +98,7 @@ class Engine:
 
         Args:
             prompt_ids: ids, at least one. A list is not copied: leave it alone until the request has ended.
+                `StoredIds` stay in their file.
             params: how to continue it. One request is one sample: whoever needs `n` of them adds n requests.
             row: of the cache, to continue from what it holds: the beginning of the prompt, which is not processed
                 again (nor scored). None takes the next free row, from its beginning.
@@ -114,7 +116,7 @@ class Engine:
             OutOfMemory: keys and values of such a sequence do not fit the memory left.
         """
         index = self._added if index is None else index
-        ids = prompt_ids if isinstance(prompt_ids, list) else list(prompt_ids)
+        ids = prompt_ids if isinstance(prompt_ids, list | StoredIds) else list(prompt_ids)
         check_request(ids, params, index, sample, self.model.args.vocab_size)
         chosen = self._find_adapter(adapter)
         held = 0 if row is None else self._check_row(row, ids, index)
@@ -197,7 +199,7 @@ class Engine:
     def _place(self, request: Request, row: int) -> None:
         self._rows[row], request.row = request, row
 
-    def _check_row(self, row: int, ids: list[int], index: int) -> int:
+    def _check_row(self, row: int, ids: Sequence[int], index: int) -> int:
         """How many tokens of the prompt the row holds."""
         if self.cache is None or not 0 <= row < len(self._rows):
             raise GenerationError(f"there is no row {row} for prompt {index}: the cache has {len(self._rows)} rows")

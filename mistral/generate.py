@@ -18,6 +18,7 @@ from mistral.engine import Engine, Progress
 from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
+from mistral.stored_ids import StoredIds
 from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat
 
@@ -55,7 +56,7 @@ class Completion:
         logprobs: of each token, natural log, of the logits as the model gave them.
         top_logprobs: for each token the most likely ids and their log-probabilities, as many as requested.
         finish_reason: "stop" (eos or a stop string) or "length".
-        prompt_tokens: ids of the prompt, bos included.
+        prompt_tokens: ids of the prompt, bos included; the `StoredIds` that were given.
         sample: which of the prompt's n samples it is.
     """
 
@@ -64,11 +65,11 @@ class Completion:
     logprobs: list[float]
     top_logprobs: list[dict[int, float]]
     finish_reason: Finish
-    prompt_tokens: list[int]
+    prompt_tokens: Sequence[int]
     sample: int = 0
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[list[int]]:
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[Sequence[int]]:
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     prompts = _prompt_list(prompts)
     return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
@@ -85,10 +86,12 @@ def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
     return several
 
 
-def _ids(prompt: Sequence[int], i: int) -> list[int]:
+def _ids(prompt: Sequence[int], i: int) -> Sequence[int]:
     try:
         if isinstance(prompt, bytes):
             raise TypeError
+        if isinstance(prompt, StoredIds):
+            return prompt
         if type(prompt) is list and all(type(t) is int for t in prompt):
             return prompt  # a prompt of a million ids is 40 MB
         return [operator.index(t) for t in prompt]  # not int(): that would take 2.7, or "2"
@@ -145,7 +148,7 @@ class _Batch:
     """Prompts that were added to an engine: their ids, and their requests, n a prompt, in order."""
 
     engine: Engine
-    ids: list[list[int]]
+    ids: list[Sequence[int]]
     requests: list[Request]
 
 
@@ -360,4 +363,4 @@ def generate(
     logprobs = [request.prompt_logprobs + more for request, more in generated.items()]
     if not any(each.max_tokens for each in params):
         return [], logprobs
-    return [tokenizer.decode(request.prompt_ids + request.output_ids) for request in requests], logprobs
+    return [tokenizer.decode([*request.prompt_ids, *request.output_ids]) for request in requests], logprobs

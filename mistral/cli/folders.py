@@ -96,8 +96,9 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
         json: print one JSON object instead of text
     """
     from mistral.formats import inspect_adapter
-    from mistral.formats.inspect import as_json, as_text
+    from mistral.formats.inspect import as_json
     from mistral.formats.inspect import inspect_folder as report_on
+    from mistral.formats.inspect_text import as_text
 
     chosen = prompts.default_folder(folder)
     if chosen is not None and inspect_adapter.is_one(chosen):

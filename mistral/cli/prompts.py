@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
     from mistral.loader.options import LoadOptions
+    from mistral.stored_ids import StoredIds
 
 
 def default_folder(folder: str | None) -> str | None:
@@ -80,8 +81,24 @@ def without_last_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
+def read_ids(file: str | None) -> StoredIds | None:
+    """The ids of a file whose name ends in .npy, which stay in it; None for other files.
+
+    Raises:
+        FormatError: it cannot be read, or holds something else.
+    """
+    if file is None or not file.lower().endswith(".npy"):
+        return None
+    from mistral.stored_ids import StoredIds
+
+    return StoredIds(file)
+
+
 def read_file(file: str) -> list[PromptLine]:
-    """The prompts of a file: a JSON value a line, or, where its name ends in .txt, a prompt a line."""
+    """The prompts of a file: a JSON value a line, or, where its name ends in .txt, a prompt a line; or one of ids."""
+    stored = read_ids(file)
+    if stored is not None:
+        return [PromptLine(stored)]
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_text(file).split("\n"), 1)]
     plain = file.lower().endswith(".txt")
     found = [

@@ -308,6 +308,13 @@ def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
     return own if fits else run.compute
 
 
+def _is_narrower(dtype: torch.dtype, tensor: Stored) -> bool:
+    """Whether a dtype rounds what a tensor's own has: the tensor is then wanted before it is rounded to its own."""
+    import torch
+
+    return torch.promote_types(getattr(torch, str(tensor.dtype)), dtype) != dtype
+
+
 def _narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
     """A note where some tensors, not all, are wider than the arithmetic: nobody chose to round those."""
     import torch
@@ -343,14 +350,15 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 stored = [found.weights.get(part, bar.update) for part in parts]
                 quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
             elif run.quant is not None and expected[name].quantized:
-                weight = found.weights.get(name, bar.update)
+                weight = found.weights.get(name, bar.update, exact=True)
                 quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 dtype = _kept(found.weights.tensors[name], run)
-                tensors[name] = found.weights.get(name, bar.update).to(run.device, dtype, copy=own)
+                exact = _is_narrower(dtype, found.weights.tensors[name])
+                tensors[name] = found.weights.get(name, bar.update, exact).to(run.device, dtype, copy=own)
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

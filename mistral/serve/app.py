@@ -96,6 +96,14 @@ class Server:
     async def detokenize(self, request: Request) -> Response:
         return Json({"prompt": await self._read(request, read_detokenize)})
 
+    async def embeddings(self, request: Request) -> Response:
+        raise ApiError(
+            "this model continues text and was not trained to embed it: vectors of its hidden states would compare "
+            "badly, so there are none; use an embedding model",
+            status=404,
+            code="no_embeddings",
+        )
+
     async def _read(self, request: Request, read: Callable[[Any, Served], R]) -> R:
         """What a body asks for; a long prompt is encoded beside the event loop."""
         body = await read_json(request)
@@ -240,7 +248,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.detail, status=error.status_code, code="http")
+        return ApiError(error.detail, status=error.status_code, code="http", headers=error.headers)
     return ApiError("the server failed; its log has more", status=500, kind="server_error", code="internal")
 
 
@@ -282,6 +290,7 @@ def make_app(
         Route("/v1/models/{name:path}", server.model),
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/embeddings", server.embeddings, methods=["POST"]),
         Route("/tokenize", server.tokenize, methods=["POST"]),
         Route("/detokenize", server.detokenize, methods=["POST"]),
     ]

@@ -63,9 +63,11 @@ class Job:
         prompt_ids, params, sample, eos_ids: as `Engine.add` takes them.
         score: whether log-probabilities of the prompt are wanted: then nothing of it is reused.
         trim: whether its text is an answer, which begins without the space that some tokenizers put first.
+        markers: control ids at which a text ends and another begins, such as [TOOL_CALLS].
         tell: called in the worker's thread with each event.
         adapter: as `Engine.add` takes it.
         cached: tokens of the prompt that a row held already.
+        taken: tokens that its text has, of those that were generated.
         request: the engine's, once it has a row.
     """
 
@@ -76,9 +78,11 @@ class Job:
     sample: int = 0
     score: bool = False
     trim: bool = False
+    markers: Collection[int] = ()
     cached: int = 0
     cancelled: bool = False
     stopped: bool = False
+    taken: int = 0
     row: int = -1
     began: float = field(default_factory=time.monotonic)
     request: Request | None = None
@@ -291,7 +295,13 @@ class Worker:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
         self.counts.generated_tokens += 1
-        text = self._trimmed(job, job.text.push(token.id))
+        job.taken += 1
+        if token.id in job.markers:
+            text = self._trimmed(job, job.text.flush())
+            before = job.prompt_ids + token.request.output_ids[: job.taken]
+            job.text = StopStrings(self._tokenizer, before, job.params.stop)
+        else:
+            text = self._trimmed(job, job.text.push(token.id))
         if job.text.stopped:
             job.stopped = True
             self._engine.stop(token.request)
