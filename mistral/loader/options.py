@@ -49,7 +49,7 @@ class LoadOptions:
         adapter: a LoRA adapter: a folder of PEFT's or of mistral-finetune's, or NAME=FOLDER; may be repeated
         adapter_mode: merge (one, into the weights) or runtime (beside them); default: merge, for several runtime
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
-        draft: guess tokens ahead: ngram (from the text so far), or the folder of a smaller model; changes no token
+        draft: guess tokens ahead: ngram (from the text so far), or a smaller model's folder; changes no token
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
