@@ -47,10 +47,9 @@ class LoadOptions:
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
         adapter: a LoRA adapter: a folder of PEFT's or of mistral-finetune's, or NAME=FOLDER; may be repeated
-        adapter_mode: merge (one, into the weights, at load) or runtime (beside them, also quantized ones); default:
-            merge for one adapter, runtime for several
+        adapter_mode: merge (one, into the weights) or runtime (beside them); default: merge, for several runtime
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
-        draft: guess tokens ahead: ngram (from the text so far), or the folder of a smaller model; changes no token
+        draft: guess tokens ahead: ngram (from the text so far), or a smaller model's folder; changes no token
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.

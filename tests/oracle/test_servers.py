@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mistral import cli
 from mistral.formats.folder import read_folder
-from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.tokenizers import has_tokenizer, load_tokenizer
 from mistral.loader.load import assemble
 from mistral.oracle import pack
+from tests.oracle.test_compare import PARAMS, hot
 from tests.support.folders import make_folder
 
 WINDOW = 5
@@ -98,7 +99,17 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("right") / "model", sliding_window=WINDOW)
+    return small(tmp_path_factory.mktemp("right") / "model")
+
+
+def small(place: Path, window: int = WINDOW) -> Path:
+    """A folder of few words, and without a tokenizer."""
+    return make_folder(place, hot(), tokenizer=False, **PARAMS | {"sliding_window": window})
+
+
+@pytest.fixture(scope="module")
+def with_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("words") / "model", sliding_window=WINDOW)
 
 
 Start = Callable[..., str]
@@ -110,7 +121,7 @@ def serve() -> Iterator[Start]:
 
     def start(folder: Path, style: str = "vllm") -> str:
         model, _ = assemble(read_folder(folder), device="cpu", execution="eager")
-        words = load_tokenizer(folder, model.args.vocab_size)
+        words = load_tokenizer(folder, model.args.vocab_size) if has_tokenizer(folder) else None
         handler = type("Handler", (Server,), {"model": model, "style": style, "tokenizer": words})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)
@@ -157,15 +168,14 @@ def test_a_server(folder: Path, serve: Start, tmp_path: Path, capsys: pytest.Cap
 def test_a_server_with_a_mistake(
     folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str
 ) -> None:
-    wrong = make_folder(tmp_path / "wrong", sliding_window=WINDOW + 1)
-    told = ask(capsys, folder, serve(wrong, style))
+    told = ask(capsys, folder, serve(small(tmp_path / "wrong", WINDOW + 1), style))
     assert list(told["mistakes"]) == ["window_one_more"]
 
 
 def test_a_server_that_takes_texts_only(
-    folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    with_words: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, file = serve(folder, "texts"), tmp_path / "prompts.txt"
+    folder, url, file = with_words, serve(with_words, "texts"), tmp_path / "prompts.txt"
     file.write_text("\n".join(TEXTS), encoding="utf-8")
     told = ask(capsys, folder, url, "--file", file)
     assert told["same"]
