@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
+from mistral.fast.kernels import Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
@@ -216,8 +216,5 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
             if matrix is None:
                 return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
             matrices[path.rpartition(".")[2]] = matrix
-        kinds = {matrix.kind for matrix in matrices.values()}
-        if len(kinds) > 1 and kinds & {INT8, INT4}:  # the inputs of all products of a layer are rounded alike
-            return f"the kernels do not know a layer with several kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers

@@ -64,7 +64,6 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: int
-    span: int  # columns whose inputs share a scale
     by_kernels = True  # False: by the plain path alone
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -92,8 +91,8 @@ class QuantizedLinear(nn.Module):
         if matrix is not None and few(x):
             return product(matrix, x)
         if matrix is not None and x.dtype == torch.float32:
-            return self._many(matrix, x)
-        x = rounding.rounded(x, self.span)
+            return product(matrix, x.detach()) if library().takes_many() else self._many(matrix, x)
+        x = rounding.rounded(x)
         return torch.cat([F.linear(x, self.rows(*tile).to(x.dtype)) for tile in self._tiles()], dim=-1)
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
@@ -107,7 +106,7 @@ class QuantizedLinear(nn.Module):
         flat = x.detach().reshape(-1, self.in_features).contiguous()
         threads = ctypes.c_int64(torch.get_num_threads())
         inputs, y = torch.empty_like(flat), flat.new_empty(len(flat), self.out_features)
-        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat), self.span))
+        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat)))
         library().through_16_bits(pointer(flat), *size, pointer(inputs), threads)
         wide = None
         for first, last in self._tiles():
@@ -124,7 +123,6 @@ class Int8Linear(QuantizedLinear):
     """A byte a weight, interleaved as the kernels read them, and a scale a row; inputs in 16 bits."""
 
     kind = INT8
-    span = rounding.SPAN
     packed: Tensor
     scale: Tensor
 
@@ -151,7 +149,6 @@ class Int4Linear(QuantizedLinear):
     """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
 
     kind = INT4
-    span = layout.GROUP
     packed: Tensor
 
     def __init__(self, in_features: int, out_features: int, packed: Tensor) -> None:
