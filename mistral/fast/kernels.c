@@ -10,6 +10,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -380,6 +381,8 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
         }
     }
 }
+
+#include "affine.h"
 
 /* ---- a decode step */
 

@@ -23,12 +23,16 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = tuple(SOURCE.with_name(name) for name in ("blocks.h", "repack.h"))  # which it includes
+PARTS = tuple(SOURCE.with_name(name) for name in ("blocks.h", "repack.h", "affine.h"))  # which it includes
 # The functions of torch's own OpenMP are used, so both share one set of threads. What is rounded is as it is written:
 # a compiler left to merge products and sums does it in one loop and not in the next.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-lm")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+RETURN_NOTHING = (
+    *("product", "through_16_bits", "widen", "rows_of", "repack", "decode"),
+    *("to_int8", "to_int4", "affine4_search", "to_affine4"),
+)
 PATIENCE = 120  # seconds; it takes about three
 
 
@@ -100,7 +104,7 @@ def library() -> ctypes.CDLL:
         raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
     for name in ("scratch_floats", "inputs_bytes", "takes_many"):
         getattr(loaded, name).restype = ctypes.c_int64
-    for name in ("product", "through_16_bits", "widen", "rows_of", "to_int8", "to_int4", "repack", "decode"):
+    for name in RETURN_NOTHING:
         getattr(loaded, name).restype = None
     return loaded
 

@@ -15,7 +15,8 @@ from mistral.parameters import Parameter
 GROUP = 32  # columns that share a scale
 SUPER = 8  # groups that share the scale of their scales, in GGML's types that end in K
 ROWS = 16  # rows that are interleaved
-QUANTS = ("int8", "int4")
+QUANTS = ("int8", "int4")  # what may be asked for
+SYMMETRIC = "int4-symmetric"  # what int4 was at first: such folders are read, and no longer written
 
 
 def groups(columns: int) -> int:
@@ -34,15 +35,19 @@ def int4_shape(n: int, columns: int) -> tuple[int, int, int]:
 
 
 def bits_of(weight: Parameter, quant: str) -> str:
-    """ "int8" or "int4": the output matrix has 8 at least, since it is small and every token's choice hangs on it."""
+    """ "int8", or `quant`: the output matrix has 8 at least, since it is small and every token's choice hangs on it."""
     return "int8" if weight.role == "output" else quant
 
 
 def stored_as(weight: Parameter, quant: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names, shapes and dtypes of the tensors that stand for one weight that is quantized."""
     path, (n, k) = weight.name.removesuffix(".weight"), weight.shape
-    if bits_of(weight, quant) == "int8":
-        return {f"{path}.packed": (int8_shape(n, k), "int8"), f"{path}.scale": ((n,), "float32")}
+    match bits_of(weight, quant):
+        case "int8":
+            return {f"{path}.packed": (int8_shape(n, k), "int8"), f"{path}.scale": ((n,), "float32")}
+        case "int4":
+            packed, scale = affine4_shapes(n, k)
+            return {f"{path}.packed": (packed, "uint8"), f"{path}.scale": (scale, "float16")}
     return {f"{path}.packed": (int4_shape(n, k), "uint8")}
 
 
@@ -50,7 +55,7 @@ def bytes_of(weight: Parameter, quant: str | None, itemsize: int) -> int:
     """Bytes that a weight takes in a quantized model; one that stays as it is takes `itemsize` a number."""
     if quant is None or not weight.quantized:
         return weight.numel * itemsize
-    sizes = {"int8": 1, "uint8": 1, "float32": 4}
+    sizes = {"int8": 1, "uint8": 1, "float16": 2, "float32": 4}
     return sum(math.prod(s) * sizes[dtype] for s, dtype in stored_as(weight, quant).values())
 
 
