@@ -2,16 +2,18 @@
 
    Weights lie in blocks of ROWS rows that are interleaved, a group of GROUP columns after the other, so that a block is one
    stretch of memory and a lane belongs to a row. Columns are filled up to whole groups. Of each eight columns the even ones
-   are a unit, and then the odd ones: four bytes a row, which one instruction multiplies and adds up.
+   are a unit, and then the odd ones: four bytes a row, which one instruction multiplies and adds up. (INT8 is older and
+   different.)
 
-   Inputs are rounded to 16 bits, with a scale for each group, so that the sums within a group are whole numbers: exact, so
-   that any order is right, and with VNNI instructions the two halves of an input are multiplied one after the other. */
+   Inputs are rounded to 16 bits, with a scale for each group (INT8: for SPAN of them), so that the sums within are whole
+   numbers: exact, so that any order is right, and with VNNI the two bytes of an input may be multiplied apart. */
 
 enum {
     UNITS = 8, /* in a group */
     HALVES = ROWS / LANES,
     SUPER = 8, /* groups with a common scale of their scales, in the kinds of GGML's that end in K */
     INPUT = 127 * 257, /* what the largest input of a group becomes: 127 in its high byte, and in its low one */
+    SPAN = 4,  /* groups of inputs that share a scale beside INT8 */
     STRIP = 4, /* blocks that many rows of inputs are multiplied with before the next */
 };
 
@@ -42,27 +44,22 @@ INLINE int offset_of(int kind) {
     case Q5_0: return 4;
     case Q6_K: return 5;
     case Q8_0: return 7;
-#if defined(__AVX512VNNI__) && LANES == 16
-    case INT8: return 7;
-#endif
     default: return -1;
     }
 }
 
 #if defined(__AVX512VNNI__) && LANES == 16
 #define VNNI 1
-enum { OPERANDS = UNITS };
 #else
 #define VNNI 0
-enum { OPERANDS = 2 * UNITS };
 #endif
 
-/* A group of inputs. With VNNI the high bytes of all, then the low ones, in the order of units; without, the numbers
-   themselves, of each eight in the order 0 4 2 6 1 5 3 7, as two products in 16 bits want them. */
+/* A group of inputs. For INT8 the numbers in their order. For other kinds, with VNNI: the high bytes of all, then the low
+   ones, in the order of units; without: the numbers, of each eight in the order 0 4 2 6 1 5 3 7, for products in 16 bits. */
 typedef struct {
     int16_t q[GROUP];
-    float scale, low; /* low: scale times their sum, for what is taken off all of a group */
-    int32_t sums[2];  /* of the first half, and of the second */
+    float scale, low;       /* low: scale times their sum, for what is taken off all of a group */
+    int32_t sum, halves[2]; /* of all, of the first half, of the second */
 } Inputs;
 
 static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
@@ -81,30 +78,48 @@ INLINE float largest(const float *x, int64_t n) {
     return out;
 }
 
-static void round_group(const float *x, Inputs *out) {
-    const float scale = largest(x, GROUP) / INPUT, step = scale > 1e-30f ? scale : 1e-30f;
-    int32_t q[GROUP], first = 0, second = 0;
-    for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[i] / step);
-    for (int i = 0; i < GROUP / 2; i++) first += q[i];
-    for (int i = GROUP / 2; i < GROUP; i++) second += q[i];
-    out->scale = scale, out->low = scale * (float)(first + second);
-    out->sums[0] = first, out->sums[1] = second;
-#if VNNI
-    int8_t *high = (int8_t *)out->q, *low = high + GROUP;
+/* A group of numbers in the order of `Inputs`, for all kinds but INT8. */
+INLINE void place_inputs(const int32_t *q, int16_t *to) {
+#if VNNI && defined(__AVX512VBMI__)
+    __m512i low = {0}, high = {0}, order = {0}; /* lowest bytes as they are; the next ones, of numbers rounded to them */
+    UNROLL for (int i = 0; i < 64; i++) ((char *)&order)[i] = (i < GROUP ? 65 : 0) + i % GROUP / 8 * 16 + i % 8 % 4 * 4 + i % 8 / 4 * 2;
+    low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_loadu_si512(q))),
+                             _mm512_cvtepi32_epi16(_mm512_loadu_si512(q + 16)), 1);
+    high = _mm512_add_epi16(low, _mm512_set1_epi16(128));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(low, order, high));
+#else
     for (int j = 0; j < GROUP; j += 8)
         for (int i = 0; i < 8; i++) {
+#if VNNI
+            int8_t *high = (int8_t *)to, *low = high + GROUP;
             high[j + i] = (int8_t)((q[j + i % 4 * 2 + i / 4] + 128) >> 8);
             low[j + i] = (int8_t)q[j + i % 4 * 2 + i / 4];
-        }
 #else
-    static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
-    for (int j = 0; j < GROUP; j += 8)
-        for (int i = 0; i < 8; i++) out->q[j + i] = (int16_t)q[j + order[i]];
+            static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
+            to[j + i] = (int16_t)q[j + order[i]];
+#endif
+        }
 #endif
 }
 
-static void round_inputs(const float *x, int64_t groups, Inputs *out) {
-    for (int64_t g = 0; g < groups; g++) round_group(x + g * GROUP, out + g);
+static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
+    const int64_t most = kind == INT8 ? SPAN : 1;
+    float scale = 0, step = 0;
+    for (int64_t g = 0; g < groups; g++, x += GROUP, out++) {
+        if (g % most == 0) {
+            scale = largest(x, (groups - g < most ? groups - g : most) * GROUP) / INPUT;
+            step = scale > 1e-30f ? scale : 1e-30f;
+        }
+        int32_t q[GROUP], first = 0, second = 0;
+        for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[i] / step);
+        for (int i = 0; i < GROUP / 2; i++) first += q[i];
+        for (int i = GROUP / 2; i < GROUP; i++) second += q[i];
+        out->scale = scale, out->low = scale * (float)(first + second);
+        out->sum = first + second, out->halves[0] = first, out->halves[1] = second;
+        if (kind == INT8)
+            for (int i = 0; i < GROUP; i++) out->q[i] = (int16_t)q[i];
+        else place_inputs(q, out->q);
+    }
 }
 
 /* 2 LANES bytes as as many halves, two in each word. */
@@ -138,46 +153,11 @@ INLINE words unit(int kind, const char *w, int u, int h) {
     return low | (high & (wide == 1 ? 0x10101010u : 0x30303030u));
 }
 
-/* What inputs are multiplied with, for LANES rows of a group. */
-INLINE void operands(int kind, const char *w, int h, words *out) {
-#if VNNI
-    if (kind == INT8) {
-        const __m512i rows = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                              5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        UNROLL for (int j = 0; j < UNITS / 2; j++) {
-            const __m512i a = _mm512_loadu_si512(w + j * 128), b = _mm512_loadu_si512(w + j * 128 + 64);
-            const words x = (words)_mm512_permutex2var_epi16(a, rows, b); /* columns 0 1 4 5 of each eight */
-            const words y = (words)_mm512_permutex2var_epi16(a, _mm512_add_epi16(rows, _mm512_set1_epi16(16)), b);
-            out[2 * j] = ((x & 0x00ff00ffu) | (y & 0x00ff00ffu) << 8) ^ 0x80808080u;
-            out[2 * j + 1] = ((x >> 8 & 0x00ff00ffu) | (y & 0xff00ff00u)) ^ 0x80808080u;
-        }
-        return;
-    }
-    UNROLL for (int u = 0; u < UNITS; u++) out[u] = unit(kind, w, u, h);
-#else
-    if (kind == INT8) {
-        UNROLL for (int j = 0; j < UNITS / 2; j++) {
-            words p[4]; /* columns 0 1, 2 3, 4 5, 6 7 of each eight */
-            UNROLL for (int i = 0; i < 4; i++) p[i] = load_halves((const int8_t *)w + ((4 * j + i) * ROWS + h * LANES) * 2);
-            UNROLL for (int i = 0; i < 2; i++) {
-                out[4 * j + i] = (p[i] & 0xffffu) | p[i + 2] << 16;
-                out[4 * j + 2 + i] = p[i] >> 16 | (p[i + 2] & 0xffff0000u);
-            }
-        }
-        return;
-    }
-    UNROLL for (int u = 0; u < UNITS; u++) {
-        const words four = unit(kind, w, u, h);
-        out[2 * u] = four & 0x00ff00ffu;
-        out[2 * u + 1] = four >> 8 & 0x00ff00ffu;
-    }
-#endif
-}
-
-#if !VNNI
 /* To each lane the products of the two halves of u with those of v, all of them signed. */
 INLINE ints add_products(ints acc, words u, words v) {
-#if defined(__AVX512BW__) && LANES == 16
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, (__m512i)v);
+#elif defined(__AVX512BW__) && LANES == 16
     return acc + (ints)_mm512_madd_epi16((__m512i)u, (__m512i)v);
 #elif defined(__AVX2__) && LANES == 8
     return acc + (ints)_mm256_madd_epi16((__m256i)u, (__m256i)v);
@@ -185,7 +165,6 @@ INLINE ints add_products(ints acc, words u, words v) {
     return acc + (((ints)u << 16) >> 16) * (((ints)v << 16) >> 16) + ((ints)u >> 16) * ((ints)v >> 16);
 #endif
 }
-#endif
 
 INLINE words everywhere(const void *p) {
     uint32_t one;
@@ -193,27 +172,32 @@ INLINE words everywhere(const void *p) {
     return (words){0} + one;
 }
 
-/* The products of units first .. last with a group of inputs, added up. `apart`: in chains that need not wait for each
-   other, where there are no other rows of inputs to go on with. */
-INLINE ints whole(const words *u, const Inputs *x, int first, int last, int apart) {
+/* The products of units first .. last with the group that each of R rows of inputs has at x, x + ld, .., added up: in
+   several chains of additions, which need not wait for each other. */
+INLINE void whole(int kind, int R, const char *w, int h, const Inputs *x, int64_t ld, int first, int last, ints *out) {
+    ints acc[4][2][2];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < 4; c++) acc[r][c / 2][c % 2] = (ints){0};
+    UNROLL for (int u = first; u < last; u++) {
+        const words four = unit(kind, w, u, h);
+        const int chain = R == 1 ? u % 2 : 0;
+        UNROLL for (int r = 0; r < R; r++) {
+            const char *in = (const char *)x[r * ld].q;
 #if VNNI
-    const char *high = (const char *)x->q, *low = high + GROUP;
-    __m512i a = _mm512_setzero_si512(), b = a;
-    UNROLL for (int i = first; i < last; i++) a = _mm512_dpbusd_epi32(a, (__m512i)u[i], (__m512i)everywhere(high + 4 * i));
-    if (apart) {
-        UNROLL for (int i = first; i < last; i++) b = _mm512_dpbusd_epi32(b, (__m512i)u[i], (__m512i)everywhere(low + 4 * i));
-        return ((ints)a << 8) + (ints)b;
-    }
-    a = _mm512_slli_epi32(a, 8);
-    UNROLL for (int i = first; i < last; i++) a = _mm512_dpbusd_epi32(a, (__m512i)u[i], (__m512i)everywhere(low + 4 * i));
-    return (ints)a;
+            ints *high = &acc[r][0][chain], *low = &acc[r][1][chain];
+            *high = (ints)_mm512_dpbusd_epi32((__m512i)*high, (__m512i)four, (__m512i)everywhere(in + 4 * u));
+            *low = (ints)_mm512_dpbusd_epi32((__m512i)*low, (__m512i)four, (__m512i)everywhere(in + GROUP + 4 * u));
 #else
-    ints acc[2] = {{0}};
-    UNROLL for (int i = 2 * first; i < 2 * last; i++)
-        acc[i % 2] = add_products(acc[i % 2], u[i], everywhere(x->q + 2 * i));
-    (void)apart;
-    return acc[0] + acc[1];
+            ints *even = &acc[r][0][chain], *odd = &acc[r][1][chain];
+            *even = add_products(*even, four & 0x00ff00ffu, everywhere(in + 8 * u));
+            *odd = add_products(*odd, four >> 8 & 0x00ff00ffu, everywhere(in + 8 * u + 4));
 #endif
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        const ints a = acc[r][0][0] + acc[r][0][1], b = acc[r][1][0] + acc[r][1][1];
+        out[r] = VNNI ? (a << 8) + b : a + b;
+    }
 }
 
 /* LANES bytes as floats. */
@@ -241,7 +225,6 @@ INLINE Scales scales_of(int kind, const char *w, const uint16_t *super, int64_t 
     const char *at = w + plane_bytes(kind);
     const uint16_t *each = (const uint16_t *)at + h * LANES, *over = super + g / SUPER * supers_of(kind) * ROWS + h * LANES;
     switch (kind) {
-    case INT8: s.step[0] = (floats){0} + 1; break;
     case INT4: s.step[0] = load_bf16(each); break;
     case AFFINE4: case AFFINE5:
         s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 0);
@@ -259,44 +242,68 @@ INLINE Scales scales_of(int kind, const char *w, const uint16_t *super, int64_t 
     return s;
 }
 
-/* A block of ROWS rows of weights times R rows of inputs. */
-INLINE void tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
-    const int parts = kind == Q6_K ? 2 : 1, size = UNITS / parts;
-    floats total[8][HALVES]; /* R of them are used */
+/* A block of weights times R rows of inputs. */
+INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
+    const int parts = kind == Q6_K ? 2 : 1, part = UNITS / parts;
+    floats total[4][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g++, w += group_bytes(kind)) {
         UNROLL for (int h = 0; h < HALVES; h++) {
-            words u[OPERANDS];
-            operands(kind, w, h, u);
             const Scales s = scales_of(kind, w, super, g, h);
-            UNROLL for (int r = 0; r < R; r++) {
-                const Inputs *in = x + r * groups + g;
-                UNROLL for (int p = 0; p < parts; p++) {
-                    ints sum = whole(u, in, p * size, (p + 1) * size, R < 4);
-                    if (offset_of(kind) >= 0) {
-                        const ints all = (ints){0} + (parts == 2 ? in->sums[p] : in->sums[0] + in->sums[1]);
-                        sum -= all << (offset_of(kind) > 0 ? offset_of(kind) : 0);
-                    }
-                    const floats step = kind == INT8 ? (floats){0} + in->scale : s.step[p] * in->scale;
-                    total[r][h] = multiply_add(step, __builtin_convertvector(sum, floats), total[r][h]);
+            UNROLL for (int p = 0; p < parts; p++) {
+                ints sums[4];
+                whole(kind, R, w, h, x + g, groups, p * part, (p + 1) * part, sums);
+                UNROLL for (int r = 0; r < R; r++) {
+                    const Inputs *in = x + r * groups + g;
+                    floats *to = &total[r][h];
+                    if (offset_of(kind) >= 0)
+                        sums[r] -= ((ints){0} + (parts == 2 ? in->halves[p] : in->sum)) << offset_of(kind);
+                    *to = multiply_add(s.step[p] * in->scale, __builtin_convertvector(sums[r], floats), *to);
+                    if (has_minimum(kind)) *to = multiply_add(s.add, (floats){0} + in->low, *to);
                 }
-                if (has_minimum(kind)) total[r][h] = multiply_add(s.add, (floats){0} + in->low, total[r][h]);
             }
         }
     }
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
 
-INLINE void tiles(int kind, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, int64_t rows, float *out) {
-    while (rows) {
-        int64_t done;
-        if (rows >= 8 && VNNI) tile(kind, done = 8, w, super, groups, x, out);
-        else if (rows >= 4) tile(kind, done = 4, w, super, groups, x, out);
-        else if (rows >= 2) tile(kind, done = 2, w, super, groups, x, out);
-        else tile(kind, done = 1, w, super, groups, x, out);
-        x += done * groups, out += done * ROWS, rows -= done;
+/* The same with INT8, but for the scales of the rows. */
+INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
+    enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
+    floats total[4][HALVES];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
+    for (int64_t g = 0; g < groups; g += SPAN) {
+        ints acc[4][HALVES][CHAINS];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int h = 0; h < HALVES; h++)
+                UNROLL for (int i = 0; i < CHAINS; i++) acc[r][h][i] = (ints){0};
+        for (int64_t s = g; s < groups && s < g + SPAN; s++, w += group_bytes(INT8)) {
+            UNROLL for (int i = 0; i < GROUP / 2; i++) {
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    const words u = load_halves((const int8_t *)w + (i * ROWS + h * LANES) * 2);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        ints *to = &acc[r][h][R == 1 ? i % CHAINS : R == 2 ? i % 2 : 0];
+                        *to = add_products(*to, u, everywhere(x[r * groups + s].q + 2 * i));
+                    }
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const ints all = (acc[r][h][0] + acc[r][h][1]) + (acc[r][h][2] + acc[r][h][3]);
+                total[r][h] = multiply_add((floats){0} + x[r * groups + g].scale, __builtin_convertvector(all, floats),
+                                           total[r][h]);
+            }
+        }
     }
+    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
+}
+
+INLINE void tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
+    if (kind == INT8) int8_tile(R, w, groups, x, out);
+    else unit_tile(kind, R, w, super, groups, x, out);
 }
 
 /* Where a block begins, and the numbers for its supers. */
@@ -308,8 +315,15 @@ INLINE const uint16_t *super_at(int kind, const Matrix *m, int64_t b) {
     return (const uint16_t *)m->scale + b * ((groups_of(m->k) + SUPER - 1) / SUPER) * supers_of(kind) * ROWS;
 }
 
-INLINE void block_of(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t rows, float *out) {
-    tiles(kind, block_at(kind, m, b), super_at(kind, m, b), groups_of(m->k), x, rows, out);
+INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t rows, float *out) {
+    const char *w = block_at(kind, m, b);
+    const uint16_t *super = super_at(kind, m, b);
+    const int64_t groups = groups_of(m->k);
+    for (int64_t at = 0, done; at < rows; at += done) {
+        if (rows - at >= 4) tile(kind, done = 4, w, super, groups, x + at * groups, out + at * ROWS);
+        else if (rows - at >= 2) tile(kind, done = 2, w, super, groups, x + at * groups, out + at * ROWS);
+        else tile(kind, done = 1, w, super, groups, x + at * groups, out + at * ROWS);
+    }
     if (kind == INT8)
         for (int64_t j = b * ROWS; j < (b + 1) * ROWS && j < m->n; j++)
             for (int64_t r = 0; r < rows; r++) out[r * ROWS + j % ROWS] *= ((const float *)m->scale)[j];
@@ -332,7 +346,7 @@ INLINE void block_of(int kind, const Matrix *m, int64_t b, const Inputs *x, int6
 
 /* out[r, 0..ROWS) for block b of a matrix; out is [rows, ROWS]. */
 static void few_bits_block(const Matrix *m, int64_t b, const Inputs *x, int64_t rows, float *out) {
-#define CALL(kind) block_of(kind, m, b, x, rows, out)
+#define CALL(kind) tiles(kind, m, b, x, rows, out)
     FOR_KIND(m->kind, CALL)
 #undef CALL
 }

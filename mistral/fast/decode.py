@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.kernels import Layer, Matrix, Model, library, pointer
+from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
@@ -74,7 +74,7 @@ class FastTransformer(Transformer):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations: at least fp32, also where the weights are narrower."""
-        return torch.promote_types(self.tok_embeddings.weight.dtype, torch.float32)
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
@@ -216,5 +216,8 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
             if matrix is None:
                 return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
             matrices[path.rpartition(".")[2]] = matrix
+        kinds = {matrix.kind for matrix in matrices.values() if matrix.kind >= INT8}
+        if len(kinds) > 1 and INT8 in kinds:  # whose inputs are rounded in another way
+            return f"the kernels do not know a layer with int8 and other kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers

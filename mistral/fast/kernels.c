@@ -241,28 +241,29 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
     {
         if (is_quantized(m))
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(x + r * ldx, groups, rounded + r * groups);
+            for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
 #pragma omp for schedule(guided, 4)
         for (int64_t strip = 0; strip < blocks_of(m); strip += few) {
             float out[ROWS * ROWS];
-            for (int64_t at = 0; at < rows; at += together)
+            for (int64_t at = 0; at < rows; at += together) {
+                const int64_t count = rows - at < together ? rows - at : together;
                 for (int64_t b = strip; b < strip + few && b < blocks_of(m); b++) {
                     const int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
-                    const int64_t count = rows - at < together ? rows - at : together;
                     block(m, first, n, x + at * ldx, ldx, rounded + at * groups, count, out);
                     for (int64_t r = 0; r < count; r++) memcpy(y + (at + r) * m->n + first, out + r * ROWS, n * 4);
                 }
+            }
         }
     }
 }
 
-/* x [rows, k] as a product with quantized weights sees it, for products of many rows by somebody else: each group of
+/* x [rows, k] as a product with quantized weights sees it, for products of many rows by somebody else: each span of
    columns rounded to 16 bits, and widened again. */
-void through_16_bits(const float *x, int64_t k, int64_t rows, float *out, int64_t threads) {
+void through_16_bits(const float *x, int64_t k, int64_t rows, int64_t span, float *out, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t first = r * k; first < (r + 1) * k; first += GROUP) {
-            const int64_t n = (r + 1) * k - first < GROUP ? (r + 1) * k - first : GROUP;
+        for (int64_t first = r * k; first < (r + 1) * k; first += span) {
+            const int64_t n = (r + 1) * k - first < span ? (r + 1) * k - first : span;
             const float scale = largest(x + first, n) / INPUT, step = scale > 1e-30f ? scale : 1e-30f;
             for (int64_t i = first; i < first + n; i++) out[i] = rintf(x[i] / step) * scale;
         }
@@ -614,9 +615,12 @@ static int64_t seen(int64_t window, int64_t origin, int64_t last) {
     return window && last - window + 1 > origin ? window : last - origin + 1;
 }
 
-static int any_quantized(const Layer *l) {
-    return is_quantized(&l->wq) || is_quantized(&l->wk) || is_quantized(&l->wv) || is_quantized(&l->wo) ||
-           is_quantized(&l->w1) || is_quantized(&l->w2) || is_quantized(&l->w3);
+/* The kind that a layer's inputs are rounded for: INT8 is alone in a layer, and all others take the same. */
+static int inputs_for(const Layer *l) {
+    const Matrix *all[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w2, &l->w3};
+    for (int i = 0; i < 7; i++)
+        if (is_quantized(all[i])) return all[i]->kind;
+    return F32;
 }
 
 /* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
@@ -637,13 +641,13 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
-        const int rounds = any_quantized(layer);
+        const int kind = inputs_for(layer), rounds = is_blocks(kind);
         float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
 
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
-            if (rounds) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
         const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
 #pragma omp for schedule(guided, 4)
@@ -683,7 +687,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         }
         if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
@@ -694,7 +698,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
-            if (rounds) round_inputs(x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
         }
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {
@@ -711,7 +715,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         }
         if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;

@@ -302,7 +302,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
         if kind in MAPPED:
             readers[name] = partial(part.tensor, tensor.begin, tensor.end, tensor.shape, dtype)
         else:
-            readers[name] = partial(_widened, part, tensor)
+            readers[name] = BlockReader(part, tensor)
     weights = WeightFiles(gguf.files, tensors, readers)
     for name in tensors:
         if ROPE_FREQS.fullmatch(name) and (name not in readers or not bool((weights.get(name) == 1).all())):
@@ -324,11 +324,35 @@ def raw_blocks(tensor: GgufTensor, progress: Progress = None) -> Tensor:
     )
 
 
-def _widened(part: Part, tensor: GgufTensor, progress: Progress = None) -> Tensor:
-    from mistral.quant.ggml import dequantize
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads a tensor that is blocks of few bits in its file: widened to fp32, or the blocks themselves.
 
-    raw = part.tensor(tensor.begin, tensor.end, (tensor.nbytes,), "uint8")
-    return dequantize(raw, tensor.kind.name, tensor.shape, progress=progress)
+    Args:
+        part: the part of the file that is mapped for it.
+        tensor: where it lies, and its type.
+    """
+
+    part: Part
+    tensor: GgufTensor
+
+    @property
+    def kind(self) -> str:
+        """Its GGML type."""
+        return self.tensor.kind.name
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        from mistral.quant.ggml import dequantize
+
+        return dequantize(self._mapped(None), self.kind, self.tensor.shape, progress=progress)
+
+    def raw(self, progress: Progress = None) -> Tensor:
+        """Its blocks as they lie in the file, [nbytes] uint8."""
+        return self._mapped(progress)
+
+    def _mapped(self, progress: Progress) -> Tensor:
+        at = self.tensor
+        return self.part.tensor(at.begin, at.end, (at.nbytes,), "uint8", progress)
 
 
 def is_tied(weights: WeightFiles) -> bool:

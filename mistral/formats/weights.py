@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,8 +94,16 @@ class WeightFiles:
         Raises:
             WeightsError: the file cannot be read, or has changed since its header was.
         """
+        return self.read(lambda: self.readers[name](progress), name)
+
+    def read(self, reader: Callable[[], Tensor], name: str) -> Tensor:
+        """What a reader of the tensor gives.
+
+        Raises:
+            WeightsError: as `get`.
+        """
         try:
-            return self.readers[name](progress)
+            return reader()
         except (RuntimeError, OSError) as error:
             raise WeightsError(f"{name} cannot be read: {error}") from None
 

@@ -121,40 +121,40 @@ class BlockLinear(QuantizedLinear):
         super().__init__(in_features, out_features)
         self.blocks = kind
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.view(torch.int16))  # bits, which no change of dtype rounds
 
     def matrix(self) -> Matrix | None:
-        if not self.by_kernels or self.packed.device.type != "cpu" or self.scale.dtype != torch.float16:
+        if not self.by_kernels or self.packed.device.type != "cpu":
             return None
         places = self.packed.data_ptr(), self.scale.data_ptr() if self.blocks.supers else None
         return Matrix(*places, self.blocks.number, self.out_features, self.in_features)
 
     def rows(self, first: int, last: int) -> Tensor:
         at = blocks(first, last)
-        return dequantize(self.blocks, self.packed[at], self.scale[at], last - first, self.in_features)
+        scale = self.scale[at].view(torch.float16)
+        return dequantize(self.blocks, self.packed[at], scale, last - first, self.in_features)
 
 
 class BlockEmbedding(nn.Module):
     """`Embedding` whose rows are unpacked as they are looked up: [T] int64 ids to [T, dim] fp32.
 
     Args:
-        weight: the table, a row a token; a tied output shares it.
+        weight: the table, a row a token; a tied output is this same module.
     """
 
     def __init__(self, weight: BlockLinear) -> None:
         super().__init__()
-        self.blocks, self.num_embeddings, self.dim = weight.blocks, weight.out_features, weight.in_features
-        self.register_buffer("packed", weight.packed)
-        self.register_buffer("scale", weight.scale)
+        self.num_embeddings = weight.out_features
+        self.table = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
             raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
         ids = ids.contiguous()
-        table = BlockLinear(self.blocks, self.dim, self.num_embeddings, self.packed, self.scale).matrix()
+        table = self.table.matrix()
         if table is None:
             raise ValueError("embeddings of few bits are looked up on a CPU: load with quant='none' to move them")
-        out = torch.empty(len(ids), self.dim)
+        out = torch.empty(len(ids), self.table.in_features)
         count, threads = ctypes.c_int64(len(ids)), ctypes.c_int64(torch.get_num_threads() if len(ids) > 16 else 1)
         library().rows_of(ctypes.byref(table), pointer(ids), count, pointer(out), threads)
         return out

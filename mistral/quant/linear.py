@@ -64,6 +64,7 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: int
+    span = layout.GROUP  # columns whose inputs share a scale
     by_kernels = True  # False: by the plain path alone
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -92,7 +93,7 @@ class QuantizedLinear(nn.Module):
             return product(matrix, x)
         if matrix is not None and x.dtype == torch.float32:
             return product(matrix, x.detach()) if library().takes_many() else self._many(matrix, x)
-        x = rounding.rounded(x)
+        x = rounding.rounded(x, self.span)
         return torch.cat([F.linear(x, self.rows(*tile).to(x.dtype)) for tile in self._tiles()], dim=-1)
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
@@ -106,7 +107,7 @@ class QuantizedLinear(nn.Module):
         flat = x.detach().reshape(-1, self.in_features).contiguous()
         threads = ctypes.c_int64(torch.get_num_threads())
         inputs, y = torch.empty_like(flat), flat.new_empty(len(flat), self.out_features)
-        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat)))
+        size = (ctypes.c_int64(n) for n in (self.in_features, len(flat), self.span))
         library().through_16_bits(pointer(flat), *size, pointer(inputs), threads)
         wide = None
         for first, last in self._tiles():
@@ -123,6 +124,7 @@ class Int8Linear(QuantizedLinear):
     """A byte a weight, interleaved as the kernels read them, and a scale a row; inputs in 16 bits."""
 
     kind = INT8
+    span = rounding.SPAN
     packed: Tensor
     scale: Tensor
 

@@ -1,8 +1,8 @@
 """Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
 
 int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
-of a row share. What they are multiplied with is rounded to 16 bits, in groups of 32 neighbours that share a scale. All
-symmetric: 0 stays 0.
+of a row share. What they are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (others) neighbours
+that share a scale. All symmetric: 0 stays 0.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mistral.fast.layout import GROUP, ROWS, groups, int8_shape
 
+SPAN = 128  # columns whose inputs share a scale beside int8
 INPUTS = 127 * 257  # what the largest input of a group becomes: 127 in its high byte, and in its low one
 # Shares of a group's largest weight that may become the -8; the one with the least squared error does.
 SHARES = (1.0, 0.93, 0.86)
@@ -65,9 +66,9 @@ def dequantize(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns].contiguous()
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Inputs [..., k] of a product with quantized weights: each group of them in 16 bits, widened again."""
-    grouped = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+def rounded(x: Tensor, span: int = GROUP) -> Tensor:
+    """Inputs [..., k] of a product with quantized weights: each `span` of them in 16 bits, widened again."""
+    grouped = F.pad(x, (0, -x.shape[-1] % span)).unflatten(-1, (-1, span))
     scale = grouped.abs().amax(-1, keepdim=True) / INPUTS
     near = (grouped / scale.clamp(min=1e-30)).round_() * scale
     return near.flatten(-2)[..., : x.shape[-1]]
