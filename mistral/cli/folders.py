@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from mistral.cli import prompts, terminal
+from mistral.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from mistral.formats.convert import Calibrate
 
 
 def convert(
@@ -12,6 +20,7 @@ def convert(
     to: str,
     dtype: str | None = None,
     quant: str | None = None,
+    calibrate: str | None = None,
     adapter: str | None = None,
     sliding_window: str | int = "auto",
 ) -> None:
@@ -21,6 +30,7 @@ def convert(
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4 --calibrate texts.txt
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
 
     SRC is a folder in either layout, a .gguf file, a hub id, or a pack with weights; DST a folder that does not exist
@@ -32,6 +42,7 @@ def convert(
         to: the layout to write: mistral or hf
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
+        calibrate: a text to run the model on first, which shows where int4 must err least; needs the memory to load it
         adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
         sliding_window: a number, or none, to be written; default: what SRC says
     """
@@ -41,13 +52,24 @@ def convert(
     from mistral.loader.options import window_of
 
     window = window_of(sliding_window)
+    calibration: Calibrate | None = None
+    if calibrate is not None:
+        if quant != "int4":
+            raise UsageError("--calibrate is for --quant int4: add that, or omit it")
+        from mistral.loader.calibration import calibrate as calibrate_on
+
+        calibration = partial(calibrate_on, file=Path(calibrate))
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
             if not isinstance(window, str):
                 found = with_window(found, window)
-            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter)
+            written = write_folder(
+                found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration
+            )
     else:
-        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window)
+        written = convert_folder(
+            src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window, calibrate=calibration
+        )
     terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.echo_err(f"note: {note}")

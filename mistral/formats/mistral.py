@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.fast.layout import QUANTS
+from mistral.fast.layout import SYMMETRIC
 from mistral.formats.config_parts import parts_of_params
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
 from mistral.formats.pth import open_pth
@@ -24,9 +24,11 @@ __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
 PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
-# Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
-# have an object there. The second is what this library wrote before 0.1.
+# Ours alone, with a word of STORED: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
+# have an object there. The second key is what this library wrote before 0.1.
 QUANTIZATION = ("quantization", "few_bits")
+# What stands there, and what it is called elsewhere. A format that changes gets a new word, and the old one keeps its meaning.
+STORED = {"int8": "int8", "int4-affine": "int4", "int4": SYMMETRIC}
 
 # Seen in releases; they change no number of a dense text model.
 HARMLESS = {
@@ -159,24 +161,25 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def _quantization(raw: dict[str, Any]) -> str | None:
-    """How this library has quantized the matrices: "int8", "int4" or, where it has not, None.
+    """How this library has quantized the matrices: "int8", "int4", `SYMMETRIC` or, where it has not, None.
 
     Raises:
         ParamsError: another word, or two that differ.
     """
     given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None}
     for key, value in given.items():
-        if value not in QUANTS:
-            raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be {' or '.join(QUANTS)}")
+        if not isinstance(value, str) or value not in STORED:
+            raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be one of {', '.join(STORED)}")
     if len(set(given.values())) > 1:
         raise ParamsError(f"params.json has both {' and '.join(f'{key} = {value!r}' for key, value in given.items())}")
-    return next(iter(given.values()), None)
+    return next((STORED[value] for value in given.values()), None)
 
 
 def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -> dict[str, Any]:
     """What a params.json holds; `length` is how long the training sequences were."""
     params = args.to_params() | ({} if length is None else {"max_seq_len": length})
-    return params if quant is None else {**params, QUANTIZATION[0]: quant}
+    words = {meant: word for word, meant in STORED.items()}
+    return params if quant is None else {**params, QUANTIZATION[0]: words[quant]}
 
 
 class MistralLayout(Layout):

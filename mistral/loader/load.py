@@ -168,7 +168,7 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     rounded = None if options.quant == "none" else options.quant
-    if found.quant is not None and options.quant not in (None, found.quant):
+    if found.quant is not None and options.quant not in (None, found.quant.removesuffix("-symmetric")):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
 
     def resolve(stored: str) -> Runtime:
