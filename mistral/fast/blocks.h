@@ -8,6 +8,12 @@
    Inputs are rounded to 16 bits, with a scale for each group (INT8: for SPAN of them), so that the sums within are whole
    numbers: exact, so that any order is right, and with VNNI the two bytes of an input may be multiplied apart. */
 
+#if defined(__x86_64__) && !defined(__AVX2__) /* unrolled for so few registers it takes a compiler minutes */
+#pragma push_macro("UNROLL")
+#undef UNROLL
+#define UNROLL
+#endif
+
 enum {
     UNITS = 8, /* in a group */
     HALVES = ROWS / LANES,
@@ -320,9 +326,12 @@ INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t
     const uint16_t *super = super_at(kind, m, b);
     const int64_t groups = groups_of(m->k);
     for (int64_t at = 0, done; at < rows; at += done) {
+#if defined(__AVX2__) /* without, there are too few registers, and a compiler takes a minute */
         if (rows - at >= 4) tile(kind, done = 4, w, super, groups, x + at * groups, out + at * ROWS);
         else if (rows - at >= 2) tile(kind, done = 2, w, super, groups, x + at * groups, out + at * ROWS);
-        else tile(kind, done = 1, w, super, groups, x + at * groups, out + at * ROWS);
+        else
+#endif
+            tile(kind, done = 1, w, super, groups, x + at * groups, out + at * ROWS);
     }
     if (kind == INT8)
         for (int64_t j = b * ROWS; j < (b + 1) * ROWS && j < m->n; j++)
@@ -407,3 +416,7 @@ INLINE void widen_block(int kind, const Matrix *m, int64_t b, int64_t count, flo
         for (int64_t i = 0; i < GROUP && g * GROUP + i < m->k; i++) memcpy(out + (g * GROUP + i) * ld, wide[i], count * 4);
     }
 }
+
+#if defined(__x86_64__) && !defined(__AVX2__)
+#pragma pop_macro("UNROLL")
+#endif

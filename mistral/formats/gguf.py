@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
-from mistral.parameters import EMBEDDINGS, OUTPUT
+from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 from mistral.util.errors import short_repr
 
 if TYPE_CHECKING:
@@ -353,6 +354,13 @@ class BlockReader:
     def _mapped(self, progress: Progress) -> Tensor:
         at = self.tensor
         return self.part.tensor(at.begin, at.end, (at.nbytes,), "uint8", progress)
+
+
+def multiplied_as_they_are(weights: WeightFiles, args: ModelArgs) -> dict[str, str]:
+    """The weights, by Mistral's names, that the C kernels read as the file has them, and their GGML types."""
+    known = parameters(args)
+    kinds = {n: r.kind for n, r in weights.readers.items() if isinstance(r, BlockReader) and n in known}
+    return {n: kind for n, kind in kinds.items() if kind in BLOCKS and known[n].role in ("matrix", "output", "embedding")}
 
 
 def is_tied(weights: WeightFiles) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import bytes_of
+from mistral.fast.layout import BLOCKS, bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
@@ -83,6 +84,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
+            "blocks": _blocks(found),
             "cache": [
                 {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS
@@ -95,6 +97,18 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
 
 def _weight_bytes(found: Folder, itemsize: int) -> int:
     return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
+
+
+def _blocks(found: Folder) -> dict[str, Any] | None:
+    """What stays as it is in the file on a CPU, blocks of few bits: types, and bytes with all other weights."""
+    kept = multiplied_as_they_are(found.weights, found.args)
+    if not kept:
+        return None
+    known = parameters(found.args)
+    size = sum(BLOCKS[kind].nbytes(*known[name].shape) for name, kind in kept.items())
+    size += sum(tensor.nbytes for name, tensor in found.tensors.items() if not tensor.widened)
+    size += sum(4 * known[name].numel for name, tensor in found.tensors.items() if tensor.widened and name not in kept)
+    return {"types": sorted(set(kept.values())), "bytes": size}
 
 
 def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
@@ -326,6 +340,10 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
+    if (blocks := report["memory"]["blocks"]) is not None:
+        types = ", ".join(blocks["types"])
+        size = memory.as_text(blocks["bytes"])
+        facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
     if report["trained_length"] is not None:
         facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
     if report["template"] is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mistral.fast.layout import BLOCKS
 from mistral.formats.folder import Folder
-from mistral.formats.gguf import BlockReader
+from mistral.formats.gguf import BlockReader, multiplied_as_they_are
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def kept_blocks(found: Folder, options: LoadOptions, run: Runtime) -> dict[str, 
 
     if options.quant is not None or run.device.type != "cpu" or run.compute != torch.float32 or not run.how.products:
         return {}
-    known = parameters(found.args)
-    kinds = {n: r.kind for n, r in found.weights.readers.items() if isinstance(r, BlockReader) and n in known}
-    return {n: kind for n, kind in kinds.items() if kind in BLOCKS and known[n].role in ("matrix", "output", "embedding")}
+    return multiplied_as_they_are(found.weights, found.args)
 
 
 def reported(found: Folder, run: Runtime, kept: dict[str, str]) -> Runtime:

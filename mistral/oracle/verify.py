@@ -145,6 +145,8 @@ def verify(
         notes.append(
             f"weights in {found.quant} are taken as the fp32 numbers that they mean, not as the kernels compute"
         )
+    if any(tensor.widened for tensor in found.tensors.values()):
+        notes.append("blocks of few bits are taken as the fp32 numbers that they mean, not as the kernels compute")
     notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
     for _, variants in each[1:]:  # what has no buffer does not roll

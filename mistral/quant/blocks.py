@@ -150,11 +150,19 @@ class BlockEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
             raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
-        ids = ids.contiguous()
         table = self.table.matrix()
-        if table is None:
-            raise ValueError("embeddings of few bits are looked up on a CPU: load with quant='none' to move them")
+        if table is None or ids.device.type != "cpu":
+            return self._plain(ids)
+        ids = ids.contiguous()
         out = torch.empty(len(ids), self.table.in_features)
-        count, threads = ctypes.c_int64(len(ids)), ctypes.c_int64(torch.get_num_threads() if len(ids) > 16 else 1)
+        count, threads = ctypes.c_int64(len(ids)), ctypes.c_int64(torch.get_num_threads() if len(ids) > ROWS else 1)
         library().rows_of(ctypes.byref(table), pointer(ids), count, pointer(out), threads)
         return out
+
+    def _plain(self, ids: Tensor) -> Tensor:
+        """`forward` by PyTorch alone."""
+        rows = [self.table.packed.new_empty(0, self.table.in_features, dtype=torch.float32)]
+        for i in ids.tolist():
+            first = i // ROWS * ROWS
+            rows.append(self.table.rows(first, min(first + ROWS, self.num_embeddings))[i - first : i - first + 1])
+        return torch.cat(rows)

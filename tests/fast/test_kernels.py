@@ -183,7 +183,7 @@ def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
 def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None:
     x = torch.rand(3, 170, generator=torch.Generator().manual_seed(4)) - 0.5
     near = rounding.rounded(x, span)
-    step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / 32767
+    step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / rounding.INPUTS
     assert ((near - x).abs() <= step.repeat_interleave(span, dim=-1)[:, :170] * 0.5001).all()
     assert not torch.equal(near, x)
     assert not rounding.rounded(torch.zeros(2, 40), span).any()

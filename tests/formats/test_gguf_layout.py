@@ -54,7 +54,7 @@ def make_gguf(
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_file_of_each_type_loads(tmp_path: Path, kind: str) -> None:
     held = make_gguf(tmp_path / "m.gguf", kind)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     state = loaded.model.state_dict()
     assert state.keys() == held.keys()
     for name, weight in held.items():
@@ -68,7 +68,7 @@ def test_a_folder_with_a_file_and_a_file_in_parts(tmp_path: Path) -> None:
     parts = sorted(tmp_path.glob("*.gguf"))
     assert len(parts) == 3
     for path in (tmp_path, parts[0], parts[2]):
-        loaded = load(path, device="cpu")
+        loaded = load(path, device="cpu", quant="none")
         assert (loaded.folder, loaded.files) == (parts[0], tuple(parts))
         assert np.array_equal(loaded.model.state_dict()["output.weight"].numpy(), held["output.weight"])
 
@@ -94,7 +94,7 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     held = make_gguf(tmp_path / "m.gguf")
     size = 4 * sum(weight.size for weight in held.values())
     monkeypatch.setattr(memory, "available", lambda device: size)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     assert any("are rounded to bfloat16: in float32 they need" in note for note in loaded.notes)
     state = loaded.model.state_dict()
     assert state["layers.1.attention.wq.weight"].dtype == torch.bfloat16
@@ -102,7 +102,7 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     want = torch.from_numpy(held["layers.1.attention.wq.weight"]).bfloat16()
     assert torch.equal(state["layers.1.attention.wq.weight"], want)
     monkeypatch.setattr(memory, "available", lambda device: 2 * size)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     assert loaded.model.state_dict()["layers.1.attention.wq.weight"].dtype == torch.float32
     assert not any("rounded" in note for note in loaded.notes)
 
