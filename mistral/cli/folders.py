@@ -63,9 +63,7 @@ def convert(
         with prompts.model_of(src) as found:
             if not isinstance(window, str):
                 found = with_window(found, window)
-            written = write_folder(
-                found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration
-            )
+            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration)
     else:
         written = convert_folder(
             src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window, calibrate=calibration

@@ -119,7 +119,9 @@ def convert(
     found = read_folder(locate(src))
     if not isinstance(sliding_window, str):
         found = with_window(found, sliding_window)
-    return write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size, calibrate=calibrate)
+    return write_folder(
+        found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size, calibrate=calibrate
+    )
 
 
 def write_folder(

@@ -1,7 +1,7 @@
 """Which columns of a weight matter: how large their inputs are in a text, for int4 that errs less where it counts.
 
-The error of a product is the sum over the columns of the weight's error times the input. Where inputs are independent, a
-column counts by the mean square of its inputs. (llama.cpp's importance matrix is the same.) Knows nothing about rounding.
+The error of a product is a sum over the columns: the weight's error times the input. Where inputs are independent, a
+column counts by the mean square of its inputs (as in llama.cpp's importance matrix). Knows nothing about rounding.
 """
 
 from __future__ import annotations

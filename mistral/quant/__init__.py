@@ -42,8 +42,8 @@ def quantize(
         return _placed(Int8Linear.of(weight), device)
     if largest and not LEAST <= largest <= MOST:
         raise FormatError(
-            f"the largest value of {parameter.name} is {largest:.3g}, and int4 needs one from {LEAST:.1g} to {MOST:.1g}: "
-            "use int8"
+            f"the largest value of {parameter.name} is {largest:.3g}, and the scales of int4 express {LEAST:.1g} to "
+            f"{MOST:.1g}: use int8"
         )
     return _placed(Affine4Linear.of(weight, columns), device)
 

@@ -3,10 +3,10 @@
 s is S * sc and m is M * mn: sc and mn are bytes, and S and M are fp16 numbers that 256 neighbours share; 4.625 bits a
 weight in all. A group with a minimum of its own uses all sixteen steps, which one that is symmetric rarely does.
 
-What is looked for is the least squared error, in which each column may have a weight of its own (see calibration.py). For
-given q the best s and m are those of a least-squares line; for given s and m the best q are the nearest. So each group
-starts from several scales and does both in turn (`search`), and does so again among the codes that are near (`coded`).
-fast/affine.h does the same by the kernels and sums in another order, so where two choices are equally good they may differ.
+What is looked for is the least squared error, in which each column may have a weight of its own (loader/calibration.py).
+For given q the best s and m are those of a least-squares line; for given s and m the best q are the nearest. So each
+group starts from several scales and does both in turn (`search`), and again among the codes that are near (`coded`).
+fast/affine.h does the same by the kernels and sums in another order: where two choices are as good, they may differ.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _plain(rows: Tensor, h: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Sums(NamedTuple):
-    """Over each group, each column with its weight h: of h w, h q, h q q, h q w, and of the squared error; [r, groups]."""
+    """Over each group, each column with its weight h: h w, h q, h q q, h q w, and the squared error; [r, groups]."""
 
     w: Tensor
     q: Tensor
@@ -108,18 +108,14 @@ def nearest(x: Tensor, s: Tensor, m: Tensor) -> Tensor:
 def search(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The best s and m >= 0, [r, groups] each, of groups x [r, groups, 32] with columns' weights h [groups, 32]."""
     low, high = (F.pad(x, (0, 1)).amin(-1), F.pad(x, (0, 1)).amax(-1))  # 0 is within
-    best = s = m = None
+    s, m, best = torch.zeros_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)
     for steps in STARTS:
         s1, m1 = (high - low) / steps, -low
         for _ in range(REFITS + 1):
             sums = _sums(x, h, s1, m1)
-            if best is None or s is None or m is None:
-                best, s, m = sums.error, s1, m1
-            else:
-                better = sums.error < best
-                best, s, m = (torch.where(better, a, b) for a, b in ((sums.error, best), (s1, s), (m1, m)))
+            better = sums.error < best
+            best, s, m = (torch.where(better, a, b) for a, b in ((sums.error, best), (s1, s), (m1, m)))
             s1, m1 = _fit(sums, h, s1, m1)
-    assert s is not None and m is not None
     return s, m
 
 

@@ -34,6 +34,7 @@ from mistral.loader.options import OptionError
 from mistral.model import Transformer
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize, rounding
+from mistral.quant.affine import Affine4Linear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
@@ -58,6 +59,7 @@ except KernelsUnavailable as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LINEARS = {"int8": Int8Linear, "int4": Affine4Linear, "int4-symmetric": Int4Linear}
 KINDS = (*DTYPES, "int8", "int4")
 # Inputs of quantized weights are rounded to 16 bits, which moves log-probs by more than fp32 does.
 ROUNDED_TOLERANCE = 1e-4
@@ -68,8 +70,8 @@ def budget(kind: str) -> float:
 
 
 def make_linear(kind: str, weight: Tensor) -> Any:
-    if kind in ("int8", "int4"):
-        return (Int8Linear if kind == "int8" else Int4Linear).of(weight)
+    if kind in LINEARS:
+        return LINEARS[kind].of(weight)
     linear = FastLinear(weight.shape[1], weight.shape[0])
     linear.weight = torch.nn.Parameter(weight.to(DTYPES[kind]), requires_grad=False)
     return linear
@@ -264,7 +266,7 @@ def test_how_packed_weights_lie_in_memory() -> None:
 
 
 @pytest.mark.parametrize("k", [32, 100])
-def test_int8_and_int4_are_near(k: int) -> None:
+def test_int8_and_symmetric_int4_are_near(k: int) -> None:
     weight = torch.randn(50, k, generator=torch.Generator().manual_seed(1))
     int8, int4 = Int8Linear.of(weight), Int4Linear.of(weight)
     step = weight.abs().amax(-1, keepdim=True) / 127
@@ -302,7 +304,7 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4-symmetric"])
 def test_zeros_stay_zero(kind: str) -> None:
     weight = torch.zeros(20, 70)
     weight[3, 5] = -2.0
@@ -312,7 +314,7 @@ def test_zeros_stay_zero(kind: str) -> None:
         torch.testing.assert_close(linear(torch.ones(2, 70)), torch.ones(2, 70) @ weight.T)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", LINEARS)
 def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
     linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
     matrix = linear.matrix()
@@ -323,7 +325,7 @@ def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
         assert torch.equal(out.T, linear.rows(first, last))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", LINEARS)
 def test_quantized_products_without_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
     x = torch.rand(3, 77)
@@ -876,29 +878,29 @@ def test_scales_that_mean_nothing(value: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["quantization", "few_bits"])
-@pytest.mark.parametrize("told", [None, "int8", "int3", 4, True, {"qformat_weight": "fp8_e4m3"}])
+@pytest.mark.parametrize("told", [None, "int8", "int4", "int3", 4, True, {"qformat_weight": "fp8_e4m3"}])
 def test_a_folder_that_says_another_number_of_bits(key: str, told: Any, tmp_path: Path) -> None:
     convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
     path = tmp_path / "few" / "params.json"
     params = json.loads(path.read_text())
-    assert params.pop("quantization") == "int4"
+    assert params.pop("quantization") == "int4-affine"
     path.write_text(json.dumps({**params, key: told} if told else params))
     with pytest.raises(FormatError, match=f"{key}|weights in|makes"):
         load(tmp_path / "few")
 
 
 def test_a_folder_written_before_the_key_had_its_name(tmp_path: Path) -> None:
-    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
+    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int8")
     path = tmp_path / "few" / "params.json"
     params = json.loads(path.read_text())
     state = load(tmp_path / "few", device="cpu").model.state_dict()
-    path.write_text(json.dumps({**params, "few_bits": "int4"}))  # both, and they agree
-    assert read_folder(tmp_path / "few").quant == "int4"
-    path.write_text(json.dumps({**params, "few_bits": "int8"}))
-    with pytest.raises(FormatError, match="params.json has both quantization = 'int4' and few_bits = 'int8'"):
+    path.write_text(json.dumps({**params, "few_bits": "int8"}))  # both, and they agree
+    assert read_folder(tmp_path / "few").quant == "int8"
+    path.write_text(json.dumps({**params, "few_bits": "int4"}))
+    with pytest.raises(FormatError, match="params.json has both quantization = 'int8' and few_bits = 'int4'"):
         read_folder(tmp_path / "few")
     del params["quantization"]
-    path.write_text(json.dumps({**params, "few_bits": "int4"}))
+    path.write_text(json.dumps({**params, "few_bits": "int8"}))
     again = load(tmp_path / "few", device="cpu").model.state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
