@@ -12,7 +12,7 @@ typedef uint8_t rows_b __attribute__((vector_size(ROWS)));
 INLINE rows_f choose(rows_i where, rows_f a, rows_f b) { return (rows_f)((where & (rows_i)a) | (~where & (rows_i)b)); }
 
 /* The nearest whole number in 0 .. top, halves to the even one. */
-INLINE rows_f whole(rows_f x, float top) {
+INLINE rows_f nearest_code(rows_f x, float top) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: beyond it a float has no fraction */
     x = choose(x > 0, x, NONE);
     x = choose(x < top, x, NONE + top);
@@ -32,7 +32,7 @@ INLINE Sums group_sums(const rows_f *x, const float *h, rows_f s, rows_f m) {
     Sums sums = {NONE, NONE, NONE, NONE, NONE};
     const rows_f over = inverse(s);
     for (int j = 0; j < GROUP; j++) {
-        const rows_f q = whole((x[j] + m) * over, 15), hq = q * h[j], off = s * q - m - x[j];
+        const rows_f q = nearest_code((x[j] + m) * over, 15), hq = q * h[j], off = s * q - m - x[j];
         sums.w += x[j] * h[j], sums.q += hq, sums.qq += hq * q, sums.qw += hq * x[j], sums.error += off * off * h[j];
     }
     return sums;
@@ -84,15 +84,15 @@ static void search_group(const rows_f *x, const float *h, const float *steps, in
 static void code_group(const rows_f *x, const float *h, int64_t near, int64_t rounds, rows_f S, rows_f M, rows_f *s, rows_f *m) {
     const float all = sum_of(h);
     const rows_f over_S = inverse(S), over_M = inverse(M);
-    rows_f sc = whole(*s * over_S, 255), mn = whole(*m * over_M, 255);
+    rows_f sc = nearest_code(*s * over_S, 255), mn = nearest_code(*m * over_M, 255);
     Sums sums = group_sums(x, h, sc * S, mn * M);
     for (int64_t r = 0; r < rounds; r++) {
         rows_f s1 = sc * S, m1 = mn * M, best = sums.error;
         fit(&sums, all, &s1, &m1);
-        const rows_f middle = whole(s1 * over_S, 255);
+        const rows_f middle = nearest_code(s1 * over_S, 255);
         for (int64_t d = -near; d <= near; d++) {
-            const rows_f sc1 = whole(middle + (float)d, 255);
-            const rows_f mn1 = whole((sc1 * S * sums.q - sums.w) / (all > 0 ? all : 1) * over_M, 255);
+            const rows_f sc1 = nearest_code(middle + (float)d, 255);
+            const rows_f mn1 = nearest_code((sc1 * S * sums.q - sums.w) / (all > 0 ? all : 1) * over_M, 255);
             const Sums now = group_sums(x, h, sc1 * S, mn1 * M);
             const rows_i better = now.error < best;
             best = choose(better, now.error, best), sc = choose(better, sc1, sc), mn = choose(better, mn1, mn);
@@ -107,7 +107,7 @@ static void pack_group(const rows_f *x, rows_f S, rows_f M, rows_f sc, rows_f mn
     const rows_f s = sc * S, m = mn * M, over = inverse(s);
     for (int w = 0; w < GROUP / 8; w++) {
         rows_i word = {0};
-        for (int j = 0; j < 8; j++) word |= __builtin_convertvector(whole((x[8 * w + j] + m) * over, 15), rows_i) << (4 * j);
+        for (int j = 0; j < 8; j++) word |= __builtin_convertvector(nearest_code((x[8 * w + j] + m) * over, 15), rows_i) << (4 * j);
         memcpy(to + w * sizeof word, &word, sizeof word);
     }
     const rows_b codes[2] = {__builtin_convertvector(__builtin_convertvector(sc, rows_i), rows_b),

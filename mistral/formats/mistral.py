@@ -27,7 +27,7 @@ PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
 # Ours alone, with a word of STORED: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
 # have an object there. The second key is what this library wrote before 0.1.
 QUANTIZATION = ("quantization", "few_bits")
-# What stands there, and what it is called elsewhere. A format that changes gets a new word; the old one keeps its meaning.
+# What stands there, and what it is called elsewhere. A format that changes gets a new word; old ones stay.
 STORED = {"int8": "int8", "int4-affine": "int4", "int4": SYMMETRIC}
 
 # Seen in releases; they change no number of a dense text model.

@@ -3,7 +3,7 @@
 s is S * sc and m is M * mn: sc and mn are bytes, and S and M are fp16 numbers that 256 neighbours share; 4.625 bits a
 weight in all. A group with a minimum of its own uses all sixteen steps, which one that is symmetric rarely does.
 
-What is looked for is the least squared error, in which each column may have a weight of its own (loader/calibration.py).
+What is looked for is the least squared error, where each column may have a weight of its own (loader/calibration.py).
 For given q the best s and m are those of a least-squares line; for given s and m the best q are the nearest. So each
 group starts from several scales and does both in turn (`search`), and again among the codes that are near (`coded`).
 fast/affine.h does the same by the kernels and sums in another order: where two choices are as good, they may differ.
