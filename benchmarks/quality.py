@@ -5,8 +5,9 @@ beside llama.cpp's types.
 
 MODEL is the bundled one if omitted, the text the story that was held out of its training. Only weights differ: all are
 dequantized and multiplied in fp32 by the same model. --llama has llama.cpp quantize the model into FOLDER (needs
-`pip install llama-cpp-python gguf`). --rough adds noise to each weight first, of half a step of a 4-bit group, for a
-model whose weights lie on the grid of a 4-bit type already: no type is then the one that they came in.
+`pip install llama-cpp-python gguf`; files that are there already are taken). --rough adds noise to each weight first,
+of half a step of a 4-bit group, for a model whose weights lie on the grid of a 4-bit type: no type is then the one that
+they came in.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def write_gguf(path: Path, model: Loaded, state: Mapping[str, Tensor]) -> None:
     """The model as a GGUF file in F32, without a tokenizer."""
     gguf: Any = importlib.import_module("gguf")
     args, writer = model.args, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(args.max_positions if hasattr(args, "max_positions") else 4096)
+    writer.add_context_length(4096)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
     writer.add_feed_forward_length(args.hidden_dim)
@@ -78,12 +79,13 @@ def llama_files(folder: Path, model: Loaded, state: Mapping[str, Tensor]) -> Ite
     L.llama_backend_init()
     folder.mkdir(exist_ok=True)
     source = folder / "F32.gguf"
-    write_gguf(source, model, state)
     for name, number in FILES.items():
         params = L.llama_model_quantize_default_params()
         params.ftype, params.nthread = number, torch.get_num_threads()
         made = folder / f"{name}.gguf"
-        if L.llama_model_quantize(str(source).encode(), str(made).encode(), ctypes.byref(params)):
+        if not made.exists() and not source.exists():
+            write_gguf(source, model, state)
+        if not made.exists() and L.llama_model_quantize(str(source).encode(), str(made).encode(), ctypes.byref(params)):
             raise SystemExit(f"llama.cpp cannot quantize {source} to {name}")
         yield name, read_folder(made)
 
@@ -161,8 +163,8 @@ class Scores:
         return each[0], each[1]
 
 
-def ours(scores: Scores, itemsize: int, columns: Mapping[str, Tensor] | None) -> None:
-    """A row for each kind of ours."""
+def ours(scores: Scores, columns: Mapping[str, Tensor] | None) -> None:
+    """A row for each kind of ours; what is not quantized counts 16 bits."""
 
     def row(title: str, quant: str, module_of: Callable[[str], Any]) -> None:
         def dequantized(name: str) -> Tensor | None:
@@ -172,7 +174,7 @@ def ours(scores: Scores, itemsize: int, columns: Mapping[str, Tensor] | None) ->
         began = time.perf_counter()
         scores.put(dequantized)
         spent = time.perf_counter() - began
-        scores.report(title, scores.bits(lambda name: bytes_of(scores.known[name], quant, itemsize)))
+        scores.report(title, scores.bits(lambda name: bytes_of(scores.known[name], quant, 2)))
         if title == "int4":
             rate = sum(scores.known[n].numel for n in scores.layers) / spent / 1e6
             print(
@@ -201,15 +203,17 @@ def theirs(scores: Scores, folder: Path, base: Loaded) -> None:
         scores.put(lambda n, found=found: found.weights.get(n) if n in scores.layers else None)
         bits = scores.bits(nbytes)
         scores.report(name, (bits[0], math.nan))
-        scores.put(lambda n, found=found: found.weights.get(n))
+        rest = [n for n in scores.known if n not in scores.layers]
+        if any(not torch.equal(found.weights.get(n), scores.state[n]) for n in rest):
+            scores.put(found.weights.get)
         scores.report(f"{name}, all of it", bits)
 
 
 def random_layers(with_llama: bool) -> None:
     """The error of random weights in 7B's shapes: normal, and with heavier tails."""
-    print("\nrandom weights, 1024 rows of 4096: |error| / |weights|, root mean squares")
+    print("\nrandom weights, 256 rows of 4096: |error| / |weights|, root mean squares")
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(1024, SHAPES["7b"].dim, generator=generator) * 0.02
+    normal = torch.randn(256, SHAPES["7b"].dim, generator=generator) * 0.02
     tails = normal * (2 / torch.randn(4, *normal.shape, generator=generator).square().sum(0).clamp(min=0.05)).sqrt()
     for title, weight in (("normal", normal), ("Student's t, 4 degrees", tails)):
 
@@ -245,9 +249,8 @@ def main() -> None:
     scores = Scores(base, ids)
     print(f"{base.folder.name}{', roughened' if given.rough else ''}, {len(ids)} tokens of {given.text.name}")
     print(f"{'':18} bits in layers, in all, error {'perplexity':>13} {'mean KL':>9} {'same top':>9}")
-    itemsize = base.runtime.weights.itemsize
-    scores.report("as loaded", (8.0 * itemsize, 8.0 * itemsize))
-    ours(scores, itemsize, columns)
+    scores.report("as loaded", (math.nan, math.nan))
+    ours(scores, columns)
     if given.llama is not None:
         theirs(scores, given.llama, base)
     random_layers(given.llama is not None)

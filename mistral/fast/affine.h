@@ -66,7 +66,7 @@ static float sum_of(const float *h) {
 static void search_group(const rows_f *x, const float *h, const float *steps, int64_t n_steps, int64_t refits, rows_f *s,
                          rows_f *m) {
     const float all = sum_of(h);
-    rows_f low = NONE, high = NONE, best = NONE + INFINITY;
+    rows_f low = NONE, high = x[0], best = NONE + INFINITY; /* m >= 0, so low <= 0 */
     *s = *m = NONE;
     for (int j = 0; j < GROUP; j++) low = choose(x[j] < low, x[j], low), high = choose(x[j] > high, x[j], high);
     for (int64_t i = 0; i < n_steps; i++) {

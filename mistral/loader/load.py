@@ -168,16 +168,18 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     rounded = None if options.quant == "none" else options.quant
-    if found.quant is not None and options.quant not in (None, found.quant.removesuffix("-symmetric")):
+    asked = found.quant and found.quant.removesuffix("-symmetric")  # what it would be called as an option
+    if found.quant is not None and options.quant not in (None, asked):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
 
     def resolve(stored: str) -> Runtime:
-        return runtime.resolve(
-            replace(options, quant=rounded or found.quant),
+        run = runtime.resolve(
+            replace(options, quant=rounded or asked),
             stored=getattr(torch, stored),
             parameters=found.parameters,
             head_dim=args.head_dim,
         )
+        return replace(run, quant=rounded if found.quant is None else found.quant)
 
     run = resolve(stored)
     kept = kept_blocks(found, options, run)

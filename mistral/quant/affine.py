@@ -107,7 +107,7 @@ def nearest(x: Tensor, s: Tensor, m: Tensor) -> Tensor:
 
 def search(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The best s and m >= 0, [r, groups] each, of groups x [r, groups, 32] with columns' weights h [groups, 32]."""
-    low, high = (F.pad(x, (0, 1)).amin(-1), F.pad(x, (0, 1)).amax(-1))  # 0 is within
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1)  # m >= 0, so low <= 0
     s, m, best = torch.zeros_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)
     for steps in STARTS:
         s1, m1 = (high - low) / steps, -low

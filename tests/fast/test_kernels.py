@@ -690,7 +690,7 @@ def test_quantized_while_loading(tmp_path: Path, kind: str, decodes: list[int]) 
     assert f"weights/compute/cache {kind}/float32/float32" in loaded.describe()
     assert f"{loaded.parameters / 1e6:.1f} M" in loaded.describe()
     kinds = {type(m) for n, m in loaded.model.named_modules() if n.startswith("layers.0.") and "w" in n[-2:]}
-    assert kinds == {Int8Linear if kind == "int8" else Int4Linear}
+    assert kinds == {LINEARS[kind]}
     assert type(loaded.model.output) is Int8Linear
     complete(["The king"], loaded.model, loaded.tokenizer, max_tokens=5)
     assert decodes
