@@ -45,10 +45,10 @@ def _numbers(kind: Blocks, packed: Tensor, n: int) -> Tensor:
     return q.reshape(-1, g * GROUP)[:n]
 
 
-def _scales(kind: Blocks, packed: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+def _scales(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """What q is multiplied by, [n, groups, 1 or 2] fp32, and what is taken off then, [n, groups], if anything is."""
     after = packed[..., kind.q_bytes :]
-    if kind.supers == 0:
+    if scale is None:
         halves = after.contiguous().view(torch.float16)
         low = -_rows(halves[..., ROWS:], n).float() if kind.scales == "fp16 and minimum" else None
         return _rows(halves[..., :ROWS], n).float()[..., None], low
@@ -60,7 +60,7 @@ def _scales(kind: Blocks, packed: Tensor, scale: Tensor, n: int) -> tuple[Tensor
     return over[0][..., None] * both, None
 
 
-def dequantize(kind: Blocks, packed: Tensor, scale: Tensor, n: int, columns: int) -> Tensor:
+def dequantize(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int, columns: int) -> Tensor:
     """The weights that blocks stand for, [n, columns] fp32: bit for bit those of the type's own definition."""
     step, low = _scales(kind, packed, scale, n)
     q = _numbers(kind, packed, n).float().sub_(kind.offset).view(n, step.shape[1], step.shape[2], -1)
@@ -111,27 +111,28 @@ class BlockLinear(QuantizedLinear):
 
     Args:
         kind: how they lie.
-        packed, scale: see `layout.Blocks`.
+        packed, scale: see `layout.Blocks`; where nothing lies apart, `scale` is empty.
     """
 
     packed: Tensor
-    scale: Tensor
+    scale: Tensor | None
 
     def __init__(self, kind: Blocks, in_features: int, out_features: int, packed: Tensor, scale: Tensor) -> None:
         super().__init__(in_features, out_features)
         self.blocks = kind
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale.view(torch.int16))  # bits, which no change of dtype rounds
+        # As bits, which no change of dtype rounds.
+        self.register_buffer("scale", scale.view(torch.int16) if kind.supers else None)
 
     def matrix(self) -> Matrix | None:
         if not self.by_kernels or self.packed.device.type != "cpu":
             return None
-        places = self.packed.data_ptr(), self.scale.data_ptr() if self.blocks.supers else None
+        places = self.packed.data_ptr(), None if self.scale is None else self.scale.data_ptr()
         return Matrix(*places, self.blocks.number, self.out_features, self.in_features)
 
     def rows(self, first: int, last: int) -> Tensor:
         at = blocks(first, last)
-        scale = self.scale[at].view(torch.float16)
+        scale = None if self.scale is None else self.scale[at].view(torch.float16)
         return dequantize(self.blocks, self.packed[at], scale, last - first, self.in_features)
 
 
