@@ -3,8 +3,9 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, gguf, files (those in FOLDER/files, the same for both). Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built for the
-machine, some ten minutes); a peer that is missing is left out.
+decode, prefill, flat, batch, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
+for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+FOLDER/files, which are yours.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -353,7 +354,6 @@ class Bench:
         for weights in ("float32", "bfloat16"):
             questions = (("decode", CONTEXT, 8, STEPS), ("decode", CONTEXT, 1, STEPS))
             self.compare(f"decode, 8 sequences, {weights} weights", [f"ours:{weights}"], *questions)
-
 
     def gguf(self) -> None:
         """The same file for both: the 1.0 B shape in several types."""

@@ -1,6 +1,6 @@
 """Blocks of few bits as files have them, kept as they are: `Linear` and `Embedding` whose weights are a GGML type's.
 
-What a block holds is in fast/layout.py; here is what its bits mean, in PyTorch: slow and exact. Products are the kernels'.
+What a block holds is in fast/layout.py; here is what its bits mean, in PyTorch, slow and exact. The kernels multiply.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _scales(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int) -> tuple
         halves = after.contiguous().view(torch.float16)
         low = -_rows(halves[..., ROWS:], n).float() if kind.scales == "fp16 and minimum" else None
         return _rows(halves[..., :ROWS], n).float()[..., None], low
-    over = [_rows(scale[:, :, i], n).float().repeat_interleave(SUPER, 1)[:, : packed.shape[1]] for i in range(kind.supers)]
+    over = [
+        _rows(scale[:, :, i], n).float().repeat_interleave(SUPER, 1)[:, : packed.shape[1]] for i in range(kind.supers)
+    ]
     first, second = _rows(after[..., :ROWS], n), _rows(after[..., ROWS:], n)
     if kind.scales == "factors":
         return (over[0] * first)[..., None], over[1] * second
@@ -92,13 +94,17 @@ def pack_affine4(q: Tensor, sc: Tensor, mn: Tensor, S: Tensor, M: Tensor) -> tup
         `packed` and `scale`, see `layout.affine4_shapes`.
     """
     (n, k), g = q.shape, groups(q.shape[1])
-    pairs = F.pad(q, (0, g * GROUP - k, 0, -n % ROWS)).view(-1, ROWS, g, 4, 4, 2)  # block, row, group, word, byte, nibble
+    pairs = F.pad(q, (0, g * GROUP - k, 0, -n % ROWS)).view(
+        -1, ROWS, g, 4, 4, 2
+    )  # block, row, group, word, byte, nibble
     data = (pairs[..., 0] | pairs[..., 1] << 4).permute(0, 2, 3, 1, 4).reshape(-1, g, LOW)
     packed = torch.cat((data, _beside(sc), _beside(mn)), dim=-1)
     return packed, torch.stack((_beside(S), _beside(M)), dim=2).contiguous()
 
 
-def unpack_affine4(packed: Tensor, scale: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def unpack_affine4(
+    packed: Tensor, scale: Tensor, n: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `pack_affine4` was given."""
     after = packed[..., AFFINE4.q_bytes :]
     codes = _rows(after[..., :ROWS], n), _rows(after[..., ROWS:], n)
