@@ -3,8 +3,9 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, gguf. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built for the
-machine, some ten minutes); a peer that is missing is left out.
+decode, prefill, flat, batch, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
+for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+FOLDER/files, which are yours.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -314,10 +315,11 @@ class Bench:
         for (w, q), mine in zip(asked, answers, strict=True):
             row: dict[str, Any] = {"row": title, "program": w.name, "question": q, "rates": mine}
             row["median"] = statistics.median(mine)
-            row["first over this"] = statistics.median(a / b for a, b in zip(answers[0], mine, strict=True))
+            first = answers[questions.index(q)]  # the first program's, to the same question
+            row["first over this"] = statistics.median(a / b for a, b in zip(first, mine, strict=True))
             text = f"  {w.name:34} {' '.join(map(str, q)):20} {row['median']:8.1f} tokens/s"
             text += f"   first {row['first over this']:.2f}x"
-            if reads and w is workers[0]:
+            if reads and w is workers[0] and q[0] == "decode":
                 row["share of memory"] = statistics.median(a * size / r for a, r in zip(mine, reads, strict=True))
                 row["read"] = statistics.median(reads)
                 text += f"   {row['share of memory']:.0%} of {row['read'] / 1e9:.0f} GB/s"
@@ -353,17 +355,22 @@ class Bench:
             questions = (("decode", CONTEXT, 8, STEPS), ("decode", CONTEXT, 1, STEPS))
             self.compare(f"decode, 8 sequences, {weights} weights", [f"ours:{weights}"], *questions)
 
-
     def gguf(self) -> None:
-        """The same file for both: the 1.0 B shape in several types, and every file in FOLDER/files."""
-        files = [gguf_file(self.folder, name) for name in FILES] + sorted((self.folder / "files").glob("*.gguf"))
+        """The same file for both: the 1.0 B shape in several types."""
+        self.same([gguf_file(self.folder, name) for name in FILES])
+
+    def files(self) -> None:
+        """The same file for both: each in FOLDER/files, which are yours."""
+        self.same(sorted((self.folder / "files").glob("*.gguf")))
+
+    def same(self, files: Sequence[Path]) -> None:
+        """Decode and prefill of files."""
         for file in files:
-            names, questions = [f"ours:{file}", f"llama:{file}"], (("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
-            for question in questions:
-                self.compare(f"{question[0]}, {file.name}", names, question)
+            names = [f"ours:{file}", f"llama:{file}"]
+            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
 
 
-ROWS = ("decode", "prefill", "flat", "batch", "gguf")
+ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files")
 
 
 def main() -> None:

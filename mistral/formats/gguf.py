@@ -360,7 +360,9 @@ def multiplied_as_they_are(weights: WeightFiles, args: ModelArgs) -> dict[str, s
     """The weights, by Mistral's names, that the C kernels read as the file has them, and their GGML types."""
     known = parameters(args)
     kinds = {n: r.kind for n, r in weights.readers.items() if isinstance(r, BlockReader) and n in known}
-    return {n: kind for n, kind in kinds.items() if kind in BLOCKS and known[n].role in ("matrix", "output", "embedding")}
+    return {
+        n: kind for n, kind in kinds.items() if kind in BLOCKS and known[n].role in ("matrix", "output", "embedding")
+    }
 
 
 def is_tied(weights: WeightFiles) -> bool:

@@ -1,4 +1,4 @@
-"""Which weights of a GGUF file stay in memory as they are in the file: blocks of few bits, which the kernels multiply."""
+"""Which weights of a GGUF file stay in memory as they are there: blocks of few bits, which the kernels multiply."""
 
 from __future__ import annotations
 

@@ -272,7 +272,9 @@ def _size_in_memory(found: Folder, run: Runtime, kept: dict[str, str]) -> int:
     """Bytes of the weights once they are loaded."""
     if run.quant is None:
         known = parameters(found.args)
-        wide = {n: tensor.parameters * _kept(tensor, run).itemsize for n, tensor in found.tensors.items() if n not in kept}
+        wide = {
+            n: tensor.parameters * _kept(tensor, run).itemsize for n, tensor in found.tensors.items() if n not in kept
+        }
         return sum(wide.values()) + sum(blocks_bytes(known[name], kind) for name, kind in kept.items())
     return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
 

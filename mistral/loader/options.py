@@ -74,7 +74,7 @@ class LoadOptions:
             ("dtype", ("auto", *DTYPE_NAMES)),
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),
-            ("quant", ("none", *QUANTS)),
+            ("quant", (*QUANTS, "none")),
             ("adapter_mode", ADAPTER_MODES),
         ):
             value = getattr(self, name)

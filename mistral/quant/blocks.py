@@ -1,6 +1,6 @@
 """Blocks of few bits as files have them, kept as they are: `Linear` and `Embedding` whose weights are a GGML type's.
 
-What a block holds is in fast/layout.py; here is what its bits mean, in PyTorch: slow and exact. Products are the kernels'.
+What a block holds is in fast/layout.py; here is what its bits mean, in PyTorch, slow and exact. The kernels multiply.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ def _numbers(kind: Blocks, packed: Tensor, n: int) -> Tensor:
     return q.reshape(-1, g * GROUP)[:n]
 
 
-def _scales(kind: Blocks, packed: Tensor, scale: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+def _scales(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """What q is multiplied by, [n, groups, 1 or 2] fp32, and what is taken off then, [n, groups], if anything is."""
     after = packed[..., kind.q_bytes :]
-    if kind.supers == 0:
+    if scale is None:
         halves = after.contiguous().view(torch.float16)
         low = -_rows(halves[..., ROWS:], n).float() if kind.scales == "fp16 and minimum" else None
         return _rows(halves[..., :ROWS], n).float()[..., None], low
-    over = [_rows(scale[:, :, i], n).float().repeat_interleave(SUPER, 1)[:, : packed.shape[1]] for i in range(kind.supers)]
+    over = [
+        _rows(scale[:, :, i], n).float().repeat_interleave(SUPER, 1)[:, : packed.shape[1]] for i in range(kind.supers)
+    ]
     first, second = _rows(after[..., :ROWS], n), _rows(after[..., ROWS:], n)
     if kind.scales == "factors":
         return (over[0] * first)[..., None], over[1] * second
@@ -60,7 +62,7 @@ def _scales(kind: Blocks, packed: Tensor, scale: Tensor, n: int) -> tuple[Tensor
     return over[0][..., None] * both, None
 
 
-def dequantize(kind: Blocks, packed: Tensor, scale: Tensor, n: int, columns: int) -> Tensor:
+def dequantize(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int, columns: int) -> Tensor:
     """The weights that blocks stand for, [n, columns] fp32: bit for bit those of the type's own definition."""
     step, low = _scales(kind, packed, scale, n)
     q = _numbers(kind, packed, n).float().sub_(kind.offset).view(n, step.shape[1], step.shape[2], -1)
@@ -92,13 +94,17 @@ def pack_affine4(q: Tensor, sc: Tensor, mn: Tensor, S: Tensor, M: Tensor) -> tup
         `packed` and `scale`, see `layout.affine4_shapes`.
     """
     (n, k), g = q.shape, groups(q.shape[1])
-    pairs = F.pad(q, (0, g * GROUP - k, 0, -n % ROWS)).view(-1, ROWS, g, 4, 4, 2)  # block, row, group, word, byte, nibble
+    pairs = F.pad(q, (0, g * GROUP - k, 0, -n % ROWS)).view(
+        -1, ROWS, g, 4, 4, 2
+    )  # block, row, group, word, byte, nibble
     data = (pairs[..., 0] | pairs[..., 1] << 4).permute(0, 2, 3, 1, 4).reshape(-1, g, LOW)
     packed = torch.cat((data, _beside(sc), _beside(mn)), dim=-1)
     return packed, torch.stack((_beside(S), _beside(M)), dim=2).contiguous()
 
 
-def unpack_affine4(packed: Tensor, scale: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def unpack_affine4(
+    packed: Tensor, scale: Tensor, n: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `pack_affine4` was given."""
     after = packed[..., AFFINE4.q_bytes :]
     codes = _rows(after[..., :ROWS], n), _rows(after[..., ROWS:], n)
@@ -111,27 +117,28 @@ class BlockLinear(QuantizedLinear):
 
     Args:
         kind: how they lie.
-        packed, scale: see `layout.Blocks`.
+        packed, scale: see `layout.Blocks`; where nothing lies apart, `scale` is empty.
     """
 
     packed: Tensor
-    scale: Tensor
+    scale: Tensor | None
 
     def __init__(self, kind: Blocks, in_features: int, out_features: int, packed: Tensor, scale: Tensor) -> None:
         super().__init__(in_features, out_features)
         self.blocks = kind
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale.view(torch.int16))  # bits, which no change of dtype rounds
+        # As bits, which no change of dtype rounds.
+        self.register_buffer("scale", scale.view(torch.int16) if kind.supers else None)
 
     def matrix(self) -> Matrix | None:
         if not self.by_kernels or self.packed.device.type != "cpu":
             return None
-        places = self.packed.data_ptr(), self.scale.data_ptr() if self.blocks.supers else None
+        places = self.packed.data_ptr(), None if self.scale is None else self.scale.data_ptr()
         return Matrix(*places, self.blocks.number, self.out_features, self.in_features)
 
     def rows(self, first: int, last: int) -> Tensor:
         at = blocks(first, last)
-        scale = self.scale[at].view(torch.float16)
+        scale = None if self.scale is None else self.scale[at].view(torch.float16)
         return dequantize(self.blocks, self.packed[at], scale, last - first, self.in_features)
 
 

@@ -723,7 +723,7 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "kernels for decode steps" in fast.err
     assert "; kernels" not in plain.err
     assert "int4/float32/float32" in cli(*words, "--quant", "int4").err
-    assert cli(*words, "--quant", "int5").error == "--quant 'int5' is not one of int8, int4"
+    assert cli(*words, "--quant", "int5").error == "--quant 'int5' is not one of int8, int4, none"
 
 
 # --- built once

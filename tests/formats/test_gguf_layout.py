@@ -75,7 +75,7 @@ def test_a_folder_with_a_file_and_a_file_in_parts(tmp_path: Path) -> None:
 
 def test_a_tied_file(tmp_path: Path) -> None:
     held = make_gguf(tmp_path / "m.gguf", without=("output.weight",))
-    model = load(tmp_path / "m.gguf", device="cpu").model
+    model = load(tmp_path / "m.gguf", device="cpu", quant="none").model
     assert model.args.tied_embeddings
     ids = torch.tensor([1, 5, 9, 7, 3, 2])
     h = model.forward_partial(ids, [6])
@@ -214,7 +214,7 @@ def test_convert(tmp_path: Path, to: str) -> None:
     written = convert(tmp_path / "m.gguf", tmp_path / "out", to, sliding_window=7)
     assert any("the chat template ../x, whose name cannot be" in note for note in written.notes)
     assert any(note.startswith("blocks of few bits are written as the float32 numbers") for note in written.notes)
-    source, there = (load(path, device="cpu") for path in (tmp_path / "m.gguf", tmp_path / "out"))
+    source, there = (load(tmp_path / name, device="cpu", quant="none") for name in ("m.gguf", "out"))
     assert there.args.sliding_window == 7
     for name, weight in source.model.state_dict().items():
         assert torch.equal(there.model.state_dict()[name], weight), name

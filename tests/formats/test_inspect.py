@@ -331,7 +331,7 @@ def test_json_has_the_same_keys_always(cli: Command, tmp_path: Path) -> None:
         assert len(report["window"]["layers"]) == report["shape"]["n_layers"]
         assert set(report["rope_theta"]) == {"value", "rule"}
         assert set(report["tokenizer"]) == {"file", "kind", "version", "words", "error"}
-        assert set(report["memory"]) == {"weights", "cache"}
+        assert set(report["memory"]) == {"weights", "blocks", "cache"}
         assert set(report["memory"]["weights"]) == set(ITEMSIZE)
         assert set(report["serve"]) == {"commands", "convert_first"}
         if folder:
