@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import importlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,15 +170,8 @@ def ours(scores: Scores, columns: Mapping[str, Tensor] | None) -> None:
             parameter = scores.known[name]
             return module_of(name).rows(0, parameter.shape[0]) if parameter.quantized else None
 
-        began = time.perf_counter()
         scores.put(dequantized)
-        spent = time.perf_counter() - began
         scores.report(title, scores.bits(lambda name: bytes_of(scores.known[name], quant, 2)))
-        if title == "int4":
-            rate = sum(scores.known[n].numel for n in scores.layers) / spent / 1e6
-            print(
-                f"{'':18} rounded and dequantized at {rate:.0f} M weights a second by {torch.get_num_threads()} threads"
-            )
 
     for quant in KINDS:
         row(quant, quant, lambda name, quant=quant: quantize(scores.known[name], scores.state[name], quant))

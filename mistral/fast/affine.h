@@ -14,34 +14,38 @@ INLINE rows_f choose(rows_i where, rows_f a, rows_f b) { return (rows_f)((where 
 /* The nearest whole number in 0 .. top, halves to the even one. */
 INLINE rows_f nearest_code(rows_f x, float top) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: beyond it a float has no fraction */
+#if defined(__AVX512F__)
+    x = (rows_f)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_setzero_ps()), _mm512_set1_ps(top));
+#else
     x = choose(x > 0, x, NONE);
     x = choose(x < top, x, NONE + top);
+#endif
     return (x + shift) - shift;
 }
 
 /* 1 / x; 0 where x is not above 0. */
 INLINE rows_f inverse(rows_f x) { return choose(x > 0, 1 / choose(x > 0, x, NONE + 1), NONE); }
 
-/* Sums over a group of ROWS rows, each column with its own weight h: of h w, h q, h q q, h q w, and of the squared error. */
+/* Sums over a group of ROWS rows, each column with its own weight h: of h q, h q q, h q w, and of the squared error. */
 typedef struct {
-    rows_f w, q, qq, qw, error;
+    rows_f q, qq, qw, error;
 } Sums;
 
 /* With the q that are best for s and m. */
 INLINE Sums group_sums(const rows_f *x, const float *h, rows_f s, rows_f m) {
-    Sums sums = {NONE, NONE, NONE, NONE, NONE};
+    Sums sums = {NONE, NONE, NONE, NONE};
     const rows_f over = inverse(s);
     for (int j = 0; j < GROUP; j++) {
         const rows_f q = nearest_code((x[j] + m) * over, 15), hq = q * h[j], off = s * q - m - x[j];
-        sums.w += x[j] * h[j], sums.q += hq, sums.qq += hq * q, sums.qw += hq * x[j], sums.error += off * off * h[j];
+        sums.q += hq, sums.qq += hq * q, sums.qw += hq * x[j], sums.error += off * off * h[j];
     }
     return sums;
 }
 
 /* The s and m of the least squares for these q, with m >= 0; as they were where all q are one number. */
-INLINE void fit(const Sums *sums, float h, rows_f *s, rows_f *m) {
+INLINE void fit(const Sums *sums, float h, rows_f w, rows_f *s, rows_f *m) {
     const rows_f det = sums->qq * h - sums->q * sums->q, over = inverse(det);
-    rows_f s1 = (sums->qw * h - sums->q * sums->w) * over, m1 = (sums->q * sums->qw - sums->qq * sums->w) * over;
+    rows_f s1 = (sums->qw * h - sums->q * w) * over, m1 = (sums->q * sums->qw - sums->qq * w) * over;
     s1 = choose(m1 < 0, sums->qw * inverse(sums->qq), s1), m1 = choose(m1 < 0, NONE, m1);
     const rows_i good = (det > 0) & (s1 > 0);
     *s = choose(good, s1, *s), *m = choose(good, m1, *m);
@@ -57,15 +61,18 @@ static void block_of(const Matrix *m, int64_t b, rows_f *x) {
     }
 }
 
-static float sum_of(const float *h) {
+/* Sums of h, and of h w. */
+static float weighted_sum(const rows_f *x, const float *h, rows_f *w) {
     float sum = 0;
-    for (int j = 0; j < GROUP; j++) sum += h[j];
+    *w = NONE;
+    for (int j = 0; j < GROUP; j++) sum += h[j], *w += x[j] * h[j];
     return sum;
 }
 
 static void search_group(const rows_f *x, const float *h, const float *steps, int64_t n_steps, int64_t refits, rows_f *s,
                          rows_f *m) {
-    const float all = sum_of(h);
+    rows_f w;
+    const float all = weighted_sum(x, h, &w);
     rows_f low = NONE, high = x[0], best = NONE + INFINITY; /* m >= 0, so low <= 0 */
     *s = *m = NONE;
     for (int j = 0; j < GROUP; j++) low = choose(x[j] < low, x[j], low), high = choose(x[j] > high, x[j], high);
@@ -75,24 +82,25 @@ static void search_group(const rows_f *x, const float *h, const float *steps, in
             const Sums sums = group_sums(x, h, s1, m1);
             const rows_i better = sums.error < best;
             best = choose(better, sums.error, best), *s = choose(better, s1, *s), *m = choose(better, m1, *m);
-            fit(&sums, all, &s1, &m1);
+            fit(&sums, all, w, &s1, &m1);
         }
     }
 }
 
 /* Codes of s and m among those near; S and M are what they are multiplied by. */
 static void code_group(const rows_f *x, const float *h, int64_t near, int64_t rounds, rows_f S, rows_f M, rows_f *s, rows_f *m) {
-    const float all = sum_of(h);
+    rows_f w;
+    const float all = weighted_sum(x, h, &w);
     const rows_f over_S = inverse(S), over_M = inverse(M);
     rows_f sc = nearest_code(*s * over_S, 255), mn = nearest_code(*m * over_M, 255);
     Sums sums = group_sums(x, h, sc * S, mn * M);
     for (int64_t r = 0; r < rounds; r++) {
         rows_f s1 = sc * S, m1 = mn * M, best = sums.error;
-        fit(&sums, all, &s1, &m1);
+        fit(&sums, all, w, &s1, &m1);
         const rows_f middle = nearest_code(s1 * over_S, 255);
         for (int64_t d = -near; d <= near; d++) {
             const rows_f sc1 = nearest_code(middle + (float)d, 255);
-            const rows_f mn1 = nearest_code((sc1 * S * sums.q - sums.w) / (all > 0 ? all : 1) * over_M, 255);
+            const rows_f mn1 = nearest_code((sc1 * S * sums.q - w) / (all > 0 ? all : 1) * over_M, 255);
             const Sums now = group_sums(x, h, sc1 * S, mn1 * M);
             const rows_i better = now.error < best;
             best = choose(better, now.error, best), sc = choose(better, sc1, sc), mn = choose(better, mn1, mn);
