@@ -63,7 +63,11 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
 def mean_squares(
     model: Transformer, ids: Sequence[int], progress: Callable[[int], object] | None = None
 ) -> dict[str, Tensor]:
-    """The mean square of each input of every matrix in the layers: [in_features] fp32 by the weight's name."""
+    """The mean square of each input of every matrix in the layers: [in_features] fp32 by the weight's name.
+
+    Raises:
+        UsageError: inputs that are no numbers.
+    """
     import torch
 
     sums: dict[str, Tensor] = {}
@@ -92,4 +96,7 @@ def mean_squares(
         for hook in hooks:
             hook.remove()
     means = {name: total / counts[name] for name, total in sums.items()}
+    for name, mean in means.items():
+        if not mean.isfinite().all():
+            raise UsageError(f"the inputs of {name} are NaN or infinite on this text: the weights are broken")
     return {name: (mean + FLOOR * mean.mean()).clone() for name, mean in means.items()}
