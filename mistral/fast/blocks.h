@@ -178,31 +178,42 @@ INLINE words everywhere(const void *p) {
     return (words){0} + one;
 }
 
+/* The bytes o and o + 2 of a unit as numbers in 16 bits. */
+INLINE words two_of(int kind, const char *w, int u, int o, int h) {
+    if (bits_of(kind) == 4) return plane(w, u / 2, h) >> (u % 2 * 4 + o * 8) & 0x000f000fu;
+    return unit(kind, w, u, h) >> (o * 8) & 0x00ff00ffu;
+}
+
 /* The products of units first .. last with the group that each of R rows of inputs has at x, x + ld, .., added up: in
    several chains of additions, which need not wait for each other. */
-INLINE void whole(int kind, int R, const char *w, int h, const Inputs *x, int64_t ld, int first, int last, ints *out) {
-    ints acc[4][2][2];
+INLINE void whole(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, ints (*out)[HALVES]) {
+    ints acc[4][HALVES][2][2];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int c = 0; c < 4; c++) acc[r][c / 2][c % 2] = (ints){0};
+        UNROLL for (int h = 0; h < HALVES; h++)
+            UNROLL for (int c = 0; c < 4; c++) acc[r][h][c / 2][c % 2] = (ints){0};
     UNROLL for (int u = first; u < last; u++) {
-        const words four = unit(kind, w, u, h);
         const int chain = R == 1 ? u % 2 : 0;
-        UNROLL for (int r = 0; r < R; r++) {
-            const char *in = (const char *)x[r * ld].q;
+        UNROLL for (int o = 0; o < 2; o++) { /* with VNNI high bytes of inputs and low ones, else bytes o and o + 2 of a unit */
+            words v[HALVES];
+            UNROLL for (int h = 0; h < HALVES; h++) v[h] = VNNI ? unit(kind, w, u, h) : two_of(kind, w, u, o, h);
+            UNROLL for (int r = 0; r < R; r++) {
+                const words in = everywhere((const char *)x[r * ld].q + (VNNI ? 4 * u + GROUP * o : 8 * u + 4 * o));
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    ints *to = &acc[r][h][o][chain];
 #if VNNI
-            ints *high = &acc[r][0][chain], *low = &acc[r][1][chain];
-            *high = (ints)_mm512_dpbusd_epi32((__m512i)*high, (__m512i)four, (__m512i)everywhere(in + 4 * u));
-            *low = (ints)_mm512_dpbusd_epi32((__m512i)*low, (__m512i)four, (__m512i)everywhere(in + GROUP + 4 * u));
+                    *to = (ints)_mm512_dpbusd_epi32((__m512i)*to, (__m512i)v[h], (__m512i)in);
 #else
-            ints *even = &acc[r][0][chain], *odd = &acc[r][1][chain];
-            *even = add_products(*even, four & 0x00ff00ffu, everywhere(in + 8 * u));
-            *odd = add_products(*odd, four >> 8 & 0x00ff00ffu, everywhere(in + 8 * u + 4));
+                    *to = add_products(*to, v[h], in);
 #endif
+                }
+            }
         }
     }
     UNROLL for (int r = 0; r < R; r++) {
-        const ints a = acc[r][0][0] + acc[r][0][1], b = acc[r][1][0] + acc[r][1][1];
-        out[r] = VNNI ? (a << 8) + b : a + b;
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            const ints a = acc[r][h][0][0] + acc[r][h][0][1], b = acc[r][h][1][0] + acc[r][h][1][1];
+            out[r][h] = VNNI ? (a << 8) + b : a + b;
+        }
     }
 }
 
@@ -255,17 +266,17 @@ INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g++, w += group_bytes(kind)) {
-        UNROLL for (int h = 0; h < HALVES; h++) {
-            const Scales s = scales_of(kind, w, super, g, h);
-            UNROLL for (int p = 0; p < parts; p++) {
-                ints sums[4];
-                whole(kind, R, w, h, x + g, groups, p * part, (p + 1) * part, sums);
+        UNROLL for (int p = 0; p < parts; p++) {
+            ints sums[4][HALVES];
+            whole(kind, R, w, x + g, groups, p * part, (p + 1) * part, sums);
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const Scales s = scales_of(kind, w, super, g, h);
                 UNROLL for (int r = 0; r < R; r++) {
                     const Inputs *in = x + r * groups + g;
                     floats *to = &total[r][h];
                     if (offset_of(kind) >= 0)
-                        sums[r] -= ((ints){0} + (parts == 2 ? in->halves[p] : in->sum)) << offset_of(kind);
-                    *to = multiply_add(s.step[p] * in->scale, __builtin_convertvector(sums[r], floats), *to);
+                        sums[r][h] -= ((ints){0} + (parts == 2 ? in->halves[p] : in->sum)) << offset_of(kind);
+                    *to = multiply_add(s.step[p] * in->scale, __builtin_convertvector(sums[r][h], floats), *to);
                     if (has_minimum(kind)) *to = multiply_add(s.add, (floats){0} + in->low, *to);
                 }
             }

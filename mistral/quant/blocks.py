@@ -48,7 +48,7 @@ def _numbers(kind: Blocks, packed: Tensor, n: int) -> Tensor:
 def _scales(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """What q is multiplied by, [n, groups, 1 or 2] fp32, and what is taken off then, [n, groups], if anything is."""
     after = packed[..., kind.q_bytes :]
-    if scale is None:
+    if scale is None or not kind.supers:
         halves = after.contiguous().view(torch.float16)
         low = -_rows(halves[..., ROWS:], n).float() if kind.scales == "fp16 and minimum" else None
         return _rows(halves[..., :ROWS], n).float()[..., None], low
