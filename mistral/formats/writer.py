@@ -97,7 +97,7 @@ class Quantized:
         assert tensor.quant is not None
         if self.last is None or self.last[0] != name:
             self.last = None  # let go before the next is read
-            weight = self.folder.weights.get(name)
+            weight = self.folder.weights.get(name, exact=True)
             self.last = name, quant.quantize(tensor.source, weight, tensor.quant, columns=self.columns.get(name))
         return self.last[1].get_buffer(tensor.name.rpartition(".")[2])
 
@@ -105,7 +105,7 @@ class Quantized:
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = to.unfix(tensor.source.name, folder.args, folder.weights.get(tensor.source.name))
+    weight = to.unfix(tensor.source.name, folder.args, folder.weights.get(tensor.source.name, exact=True))
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     for piece in weight.split(rows):
         written = piece.to(tensor.dtype).contiguous()
