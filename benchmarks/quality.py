@@ -165,34 +165,35 @@ class Scores:
 def ours(scores: Scores, columns: Mapping[str, Tensor] | None) -> None:
     """A row for each kind of ours; what is not quantized counts 16 bits."""
 
-    def row(title: str, quant: str, module_of: Callable[[str], Any]) -> None:
+    def row(title: str, quant: str, columns: Mapping[str, Tensor]) -> None:
         def dequantized(name: str) -> Tensor | None:
             parameter = scores.known[name]
-            return module_of(name).rows(0, parameter.shape[0]) if parameter.quantized else None
+            if not parameter.quantized:
+                return None
+            module = quantize(parameter, scores.state[name], quant, columns=columns.get(name))
+            return module.rows(0, parameter.shape[0])
 
         scores.put(dequantized)
         scores.report(title, scores.bits(lambda name: bytes_of(scores.known[name], quant, 2)))
 
     for quant in KINDS:
-        row(quant, quant, lambda name, quant=quant: quantize(scores.known[name], scores.state[name], quant))
+        row(quant, quant, {})
     if columns is not None:
-        row(
-            "int4 calibrated",
-            "int4",
-            lambda name: quantize(scores.known[name], scores.state[name], "int4", columns=columns.get(name)),
-        )
+        row("int4 calibrated", "int4", columns)
 
 
 def theirs(scores: Scores, folder: Path, base: Loaded) -> None:
     """A row for each of llama.cpp's types: the layers in it, then with its embeddings and output too."""
     for name, found in llama_files(folder, base, scores.state):
-        tensors = found.tensors
 
-        def nbytes(name: str, tensors: Any = tensors) -> float:
-            kind = BY_NAME[tensors[name].dtype_name]
-            return float(tensors[name].parameters * kind.nbytes / kind.elements)
+        def nbytes(name: str, found: Folder = found) -> float:
+            kind = BY_NAME[found.tensors[name].dtype_name]
+            return found.tensors[name].parameters * kind.nbytes / kind.elements
 
-        scores.put(lambda n, found=found: found.weights.get(n) if n in scores.layers else None)
+        def of_layers(name: str, found: Folder = found) -> Tensor | None:
+            return found.weights.get(name) if name in scores.layers else None
+
+        scores.put(of_layers)
         bits = scores.bits(nbytes)
         scores.report(name, (bits[0], math.nan))
         rest = [n for n in scores.known if n not in scores.layers]

@@ -63,18 +63,18 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     weights = WeightFiles((), tensors, readers)
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
-        found = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
-        return write_folder(found, folder, NATIVE.to)
+        whole = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
+        return write_folder(whole, folder, NATIVE.to)
 
 
 def _blocks(model: Transformer, name: str) -> BlockLinear | None:
-    """The weight's blocks of few bits; None if it has none."""
+    """The weight's blocks of few bits, as a file had them; None if it has none."""
     try:
         module = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
         return None
     table = module.table if isinstance(module, BlockEmbedding) else module
-    return table if isinstance(table, BlockLinear) else None
+    return table if type(table) is BlockLinear else None  # and no kind that was rounded here
 
 
 def _dequantized(weight: BlockLinear, progress: Progress = None) -> Tensor:

@@ -145,6 +145,7 @@ class CudaAffine4Linear(CudaLinear):
     def __init__(self, of: Affine4Linear, device: torch.device) -> None:
         super().__init__(of.in_features, of.out_features)
         columns = of.in_features + -of.in_features % GROUP
+        assert of.scale is not None
         q, sc, mn, S, M = unpack_affine4(of.packed, of.scale.view(torch.float16), self.out_features, columns)
         self.register_buffer("packed", two_in_a_byte(q).to(device))
         self.register_buffer("codes", torch.stack((sc, mn), dim=-1).to(device))
