@@ -183,7 +183,7 @@ def ours(scores: Scores, columns: Mapping[str, Tensor] | None) -> None:
 
 
 def theirs(scores: Scores, folder: Path, base: Loaded) -> None:
-    """A row for each of llama.cpp's types: the layers in it, then with its embeddings and output too."""
+    """A row for each of llama.cpp's types: the layers in it; then, where they differ, embeddings and output too."""
     for name, found in llama_files(folder, base, scores.state):
 
         def nbytes(name: str, found: Folder = found) -> float:
@@ -195,11 +195,12 @@ def theirs(scores: Scores, folder: Path, base: Loaded) -> None:
 
         scores.put(of_layers)
         bits = scores.bits(nbytes)
-        scores.report(name, (bits[0], math.nan))
         rest = [n for n in scores.known if n not in scores.layers]
-        if any(not torch.equal(found.weights.get(n), scores.state[n]) for n in rest):
+        same = all(torch.equal(found.weights.get(n), scores.state[n]) for n in rest)
+        scores.report(name, bits if same else (bits[0], math.nan))
+        if not same:
             scores.put(found.weights.get)
-        scores.report(f"{name}, all of it", bits)
+            scores.report(f"{name}, all of it", bits)
 
 
 def random_layers(with_llama: bool) -> None:
