@@ -148,7 +148,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
+    """int4 as it was at first: four bits a weight and a scale for 32 of a row, interleaved as the kernels read them."""
 
     kind = INT4
     packed: Tensor

@@ -1,8 +1,9 @@
 """Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
 
-int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
-of a row share. What they are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (others) neighbours
-that share a scale. All symmetric: 0 stays 0.
+int8: a byte a weight and an fp32 scale a row. int4 as it was at first, which folders may still hold (today's is in
+affine.py): a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours of a row share. Both symmetric: 0 stays 0.
+What weights are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (others) neighbours that share a
+scale.
 """
 
 from __future__ import annotations
