@@ -15,6 +15,7 @@ same on every device up to rounding.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -88,9 +89,10 @@ class LogitChanges:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: list[int], vocab_size: int, device: torch.device | str
+        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
     ) -> None:
-        self._params, self._prompt_ids = params, prompt_ids
+        self._params = params
+        self._prompt_ids = list(prompt_ids) if params.logits_processor is not None else []
         if params.logit_bias:
             ids, biases = zip(*params.logit_bias, strict=True)
             self._biased = torch.tensor(ids, device=device)
@@ -98,7 +100,7 @@ class LogitChanges:
         if params.penalized:
             self._counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)  # in the output
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or output
-            self._seen[torch.tensor(prompt_ids, device=device)] = True
+            self._seen[torch.tensor(sorted(set(prompt_ids)), device=device)] = True
         self._counted = 0
 
     def __call__(self, logits: Tensor, output_ids: list[int]) -> Tensor:
@@ -152,7 +154,16 @@ class RequestRng:
     def __init__(self, seed: int, sample: int = 0) -> None:
         digest = hashlib.sha256(f"{seed}:{sample}".encode()).digest()
         self._generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._ahead: deque[float] = deque()  # drawn, and not yet taken
 
     def __call__(self) -> float:
         """The next number in [0, 1)."""
-        return torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
+        self.ahead(1)
+        return self._ahead.popleft()
+
+    def ahead(self, count: int) -> list[float]:
+        """The next numbers, which stay the next ones."""
+        while len(self._ahead) < count:
+            number = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
+            self._ahead.append(number)
+        return list(self._ahead)[:count]

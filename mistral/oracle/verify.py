@@ -20,6 +20,7 @@ from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.formats.folder import Folder
+from mistral.formats.gguf import multiplied_as_they_are
 from mistral.logprobs import logprobs
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, random_prompts, through
@@ -145,7 +146,7 @@ def verify(
         notes.append(
             f"weights in {found.quant} are taken as the fp32 numbers that they mean, not as the kernels compute"
         )
-    if any(tensor.widened for tensor in found.tensors.values()):
+    if multiplied_as_they_are(found.weights, found.args):
         notes.append("blocks of few bits are taken as the fp32 numbers that they mean, not as the kernels compute")
     notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
@@ -233,8 +234,7 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
     narrow = min(stored, torch.float32, key=lambda dtype: dtype.itemsize)
     fp32 = (torch.float32, torch.float32)
     made: list[Variant] = []
-    plain = args.yarn is None and args.llama_4_scaling is None and args.moe is None  # all that one_file_ref.py has
-    if plain and (module := one_file_ref()) is not None:
+    if args.moe is None and (module := one_file_ref()) is not None:  # it has dense models alone
         made.append(Variant("one_file_ref", "its own", fp32, OneFileRunner(module, args, prompts, torch.float32)))
     if args.moe is None and importlib.util.find_spec("transformers") is not None:
         made.append(Variant("transformers", "eager", fp32, TransformersRunner(args, prompts, torch.float32)))
