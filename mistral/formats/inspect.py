@@ -91,8 +91,8 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {dtype: _weight_bytes(found, found.quant, n) for dtype, n in ITEMSIZE.items()},
-            "blocks": _blocks(found),
             "quantized": _quantized_bytes(found),
+            "blocks": _blocks(found),
             "cache": [
                 {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS

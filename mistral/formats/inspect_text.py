@@ -55,8 +55,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
     if (blocks := report["memory"]["blocks"]) is not None:
-        types = ", ".join(blocks["types"])
-        size = memory.as_text(blocks["bytes"])
+        types, size = ", ".join(blocks["types"]), memory.as_text(blocks["bytes"])
         facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
     if report["trained_length"] is not None:
         facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mistral.fast.layout import BLOCKS
 from mistral.formats.folder import Folder
 from mistral.formats.gguf import BlockReader, multiplied_as_they_are
+from mistral.formats.layouts import LAYOUTS
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def reported(found: Folder, run: Runtime, kept: dict[str, str]) -> Runtime:
         types = [name for name, _ in Counter(kept.values()).most_common()]
         run = replace(run, blocks=tuple(types))
     rest = Counter(t.dtype_name for n, t in found.tensors.items() if t.widened and n not in kept)
-    if not rest:
+    if not rest or found.layout is not LAYOUTS["gguf"]:
         return run
     what = ", ".join(f"{count} of type {name}" for name, count in rest.most_common())
     to = str(run.weights).removeprefix("torch.") if run.quant is None else run.quant

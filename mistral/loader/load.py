@@ -236,7 +236,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
         found = _narrower(found)
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
-    run = reported(found, replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text), kept)
+    run = replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text)
+    run = reported(found, run, kept)
     _require_memory(found, run, kept)
 
     def build(run: Runtime) -> Transformer:

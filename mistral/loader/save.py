@@ -43,7 +43,7 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     """
     state = dict(model.named_parameters())
     expected = parameters(model.args)
-    blocks = {name: found for name in expected if (found := _blocks(model, name)) is not None}
+    blocks = {name: kept for name in expected if (kept := _blocks(model, name)) is not None}
     if missing := [name for name in expected if name not in state and name not in blocks]:
         raise UsageError(
             f"weights of this model are quantized, or beside an adapter ({missing[0]} and others): "
