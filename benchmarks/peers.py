@@ -3,8 +3,9 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built for the
-machine, some ten minutes); a peer that is missing is left out.
+decode, prefill, flat, batch, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
+for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+FOLDER/files, which are yours.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -31,22 +32,28 @@ from mistral.eval.bench import SHAPES
 ARGS = SHAPES["1b"]
 CONTEXT, STEPS, PROMPT = 32, 16, 512
 GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row `gguf`
 
 
 # --- what runs in a process of its own: a name to two functions, both from numbers to tokens a second
 
 
 def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`."""
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT]`."""
     import dataclasses
 
     import torch
 
-    from mistral.eval import bench
+    from mistral.formats.folder import read_folder
     from mistral.formats.random import random_folder
     from mistral.loader.load import assemble
 
     torch.set_num_threads(threads)
+    if ".gguf" in name:
+        file, _, quant = name.partition(".gguf")
+        model, run = assemble(read_folder(f"{file}.gguf"), device="cpu", quant=quant.removeprefix(":") or None)
+        print(run.describe(), file=sys.stderr)
+        return _questions(model)
     weights, dtype, window, layers = (*name.split(":"), "", "", "")[:4]
     args = ARGS
     if window:
@@ -58,6 +65,14 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
         "quant": None if weights == stored else weights,
     }
     model, _ = assemble(random_folder(args, folder, dtype=stored), **options)
+    return _questions(model)
+
+
+def _questions(model: Any) -> dict[str, Callable[..., float]]:
+    import torch
+
+    from mistral.eval import bench
+
     big = torch.ones(1 << 26)
 
     def read() -> float:
@@ -105,13 +120,14 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
 
 
 def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`llama:WEIGHTS`."""
+    """`llama:WEIGHTS`, or `llama:FILE.gguf`."""
     L: Any = importlib.import_module("llama_cpp")
 
     silent = L.llama_log_callback(lambda *_: None)
     L.llama_log_set(silent, ctypes.c_void_p(0))
     L.llama_backend_init()
-    model = L.llama_model_load_from_file(str(gguf_file(folder, name)).encode(), L.llama_model_default_params())
+    file = name if name.endswith(".gguf") else str(gguf_file(folder, GGUF[name]))
+    model = L.llama_model_load_from_file(file.encode(), L.llama_model_default_params())
     params = L.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 1024
     params.n_threads = params.n_threads_batch = threads
@@ -144,15 +160,17 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
 PROGRAMS = {"ours": ours, "transformers": transformers, "llama": llama}
 
 
-def gguf_file(folder: Path, weights: str) -> Path:
-    """The model in llama.cpp's format: random weights, made when missing."""
-    path = folder / f"{GGUF[weights]}.gguf"
+def gguf_file(folder: Path, type_name: str) -> Path:
+    """The model in llama.cpp's format: random weights, made when missing; a mixture of types from those in Q8_0."""
+    path = folder / f"{type_name}.gguf"
     if path.exists():
         return path
+    if type_name == "Q4_K_M":
+        return mixture(gguf_file(folder, "Q8_0"), path)
     gguf: Any = importlib.import_module("gguf")
     import numpy as np
 
-    kind = gguf.GGMLQuantizationType[GGUF[weights]]
+    kind = gguf.GGMLQuantizationType[type_name]
     part = path.with_suffix(".part")
     w = gguf.GGUFWriter(part, "llama")
     w.add_context_length(32768)
@@ -179,7 +197,7 @@ def gguf_file(folder: Path, weights: str) -> Path:
     def matrix(name: str, n: int, k: int) -> None:
         if (n, k) not in made:
             wide = np.resize(block, (n, k))
-            made[n, k] = wide if weights == "float32" else gguf.quants.quantize(wide, kind)
+            made[n, k] = wide if type_name == "F32" else gguf.quants.quantize(wide, kind)
         w.add_tensor(name, made[n, k], raw_dtype=kind)
 
     heads, keys = ARGS.n_heads * ARGS.head_dim, ARGS.n_kv_heads * ARGS.head_dim
@@ -204,6 +222,16 @@ def gguf_file(folder: Path, weights: str) -> Path:
     w.write_tensors_to_file()
     w.close()
     part.replace(path)
+    return path
+
+
+def mixture(source: Path, path: Path) -> Path:
+    """A file as llama.cpp quantizes it to Q4_K_M."""
+    L: Any = importlib.import_module("llama_cpp")
+    params = L.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = L.LLAMA_FTYPE_MOSTLY_Q4_K_M, True, 2
+    if L.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp cannot quantize {source}")
     return path
 
 
@@ -287,10 +315,11 @@ class Bench:
         for (w, q), mine in zip(asked, answers, strict=True):
             row: dict[str, Any] = {"row": title, "program": w.name, "question": q, "rates": mine}
             row["median"] = statistics.median(mine)
-            row["first over this"] = statistics.median(a / b for a, b in zip(answers[0], mine, strict=True))
+            first = answers[questions.index(q)]  # the first program's, to the same question
+            row["first over this"] = statistics.median(a / b for a, b in zip(first, mine, strict=True))
             text = f"  {w.name:34} {' '.join(map(str, q)):20} {row['median']:8.1f} tokens/s"
             text += f"   first {row['first over this']:.2f}x"
-            if reads and w is workers[0]:
+            if reads and w is workers[0] and q[0] == "decode":
                 row["share of memory"] = statistics.median(a * size / r for a, r in zip(mine, reads, strict=True))
                 row["read"] = statistics.median(reads)
                 text += f"   {row['share of memory']:.0%} of {row['read'] / 1e9:.0f} GB/s"
@@ -326,8 +355,22 @@ class Bench:
             questions = (("decode", CONTEXT, 8, STEPS), ("decode", CONTEXT, 1, STEPS))
             self.compare(f"decode, 8 sequences, {weights} weights", [f"ours:{weights}"], *questions)
 
+    def gguf(self) -> None:
+        """The same file for both: the 1.0 B shape in several types."""
+        self.same([gguf_file(self.folder, name) for name in FILES])
 
-ROWS = ("decode", "prefill", "flat", "batch")
+    def files(self) -> None:
+        """The same file for both: each in FOLDER/files, which are yours."""
+        self.same(sorted((self.folder / "files").glob("*.gguf")))
+
+    def same(self, files: Sequence[Path]) -> None:
+        """Decode and prefill of files."""
+        for file in files:
+            names = [f"ours:{file}", f"llama:{file}"]
+            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
+
+
+ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files")
 
 
 def main() -> None:
@@ -343,8 +386,8 @@ def main() -> None:
         serve(options.serve, options.threads, options.folder)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    if there("llama"):
-        for weights in GGUF:
+    if there("llama") and {"decode", "prefill"} & set(options.rows or ROWS):
+        for weights in GGUF.values():
             gguf_file(options.folder, weights)
     bench = Bench(options.threads, options.rounds, options.folder)
     for row in options.rows or ROWS:

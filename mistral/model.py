@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         return found.model
 
     def _tie(self) -> None:
-        if self.args.tied_embeddings:
+        if self.args.tied_embeddings and isinstance(self.tok_embeddings, Embedding):
             self.output.weight = self.tok_embeddings.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
@@ -194,12 +194,12 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
-        return self.compute_dtype or self.tok_embeddings.weight.dtype
+        return self.compute_dtype or self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.tok_embeddings.weight.device
+        return self.norm.weight.device
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""

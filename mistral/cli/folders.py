@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.cli import prompts, terminal
@@ -9,7 +11,7 @@ from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
     from mistral.formats.adapter_forms import ConvertedAdapter
-    from mistral.formats.convert import Converted
+    from mistral.formats.convert import Calibrate, Converted
 
 
 def convert(
@@ -19,6 +21,7 @@ def convert(
     to: str,
     dtype: str | None = None,
     quant: str | None = None,
+    calibrate: str | None = None,
     adapter: str | None = None,
     base: str | None = None,
     sliding_window: str | int = "auto",
@@ -29,6 +32,7 @@ def convert(
     python -m main convert mistral-7B-v0.1-hf mistral-7B-v0.1-again --to mistral
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
+    python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4 --calibrate texts.txt
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
     python -m main convert my-lora my-lora-finetune --to mistral --base mistral-7B-v0.1
 
@@ -42,6 +46,7 @@ def convert(
         to: the layout to write: mistral or hf
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
+        calibrate: a text to run the model on first, which shows where int4 must err least; needs the memory to load it
         adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
         base: where SRC is an adapter: the folder of its base model, for its shape; default: the one that it names
         sliding_window: a number, or none, to be written; default: what SRC says
@@ -54,7 +59,7 @@ def convert(
 
     window = window_of(sliding_window)
     if inspect_adapter.is_one(src):
-        given = {"--dtype": dtype, "--quant": quant, "--adapter": adapter}
+        given = {"--dtype": dtype, "--quant": quant, "--calibrate": calibrate, "--adapter": adapter}
         given["--sliding_window"] = None if window == "auto" else "given"
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise UsageError(f"{src} is an adapter, whose numbers stay the same: omit {extra[0]}")
@@ -64,13 +69,22 @@ def convert(
         return
     if base is not None:
         raise UsageError("--base is the base model of an adapter, and SRC is none")
+    calibration: Calibrate | None = None
+    if calibrate is not None:
+        if quant != "int4":
+            raise UsageError("--calibrate is for --quant int4: add that, or omit it")
+        from mistral.loader.calibration import calibrate as calibrate_on
+
+        calibration = partial(calibrate_on, file=Path(calibrate))
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
             if not isinstance(window, str):
                 found = with_window(found, window)
-            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter)
+            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration)
     else:
-        written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window)
+        written = convert_folder(
+            src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window, calibrate=calibration
+        )
     _report(written)
 
 

@@ -122,7 +122,8 @@ def weight_bytes(model: Transformer, batch: int = 1) -> int:
     """
     moe = model.args.moe
     chosen = 1.0 if moe is None else 1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
-    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name != EMBEDDINGS}
+    within = EMBEDDINGS.removesuffix("weight")
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if not name.startswith(within)}
     experts = sum(size for name, size in sizes.items() if EXPERTS in name)
     return round(sum(sizes.values()) - experts + experts * chosen)
 

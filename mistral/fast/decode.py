@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.kernels import INT4, INT8, Layer, Matrix, Model, library, pointer
+from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
+from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
@@ -34,30 +36,38 @@ class Kept:
 
     Args:
         model: the description.
-        places: names in dictionaries of modules and stores, and what was found there.
-        tensors: tensors, and where and how their numbers lay.
+        places: the dictionaries of the modules in which there are modules and tensors.
+        stores: the cache's, of each layer.
+        found: all that was in both.
+        tensors, where: those among them, and where and how their numbers lay.
         hooks: those of the modules, which only the plain way calls.
         wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
     """
 
     model: Model
-    places: list[tuple[dict[str, Any], str, object]]
-    tensors: list[tuple[Tensor, object]]
+    places: list[dict[str, Any]]
+    stores: list[RollingBuffer]
+    found: list[object]
+    tensors: list[Tensor]
+    where: list[list[object]]
     hooks: list[dict[int, Any]]
     wide: list[Tensor]
     narrow: list[Tensor]
 
     def holds(self) -> bool:
-        """Whether all is where it was."""
-        return (
-            all(names.get(name) is x for names, name, x in self.places)
-            and all(_where(x) == was for x, was in self.tensors)
-            and not any(self.hooks)
-        )
+        """Whether all is where it was. There are a thousand things to look at in each step: no loop of Python's."""
+        same = [*map(id, _found(self.places, self.stores))] == [*map(id, self.found)]
+        return same and _where(self.tensors) == self.where and not any(self.hooks)
 
 
-def _where(x: Tensor) -> object:
-    return x.data_ptr(), x.dtype, x.shape, x.is_contiguous()
+def _found(places: list[dict[str, Any]], stores: list[RollingBuffer]) -> list[object]:
+    keys: list[object] = [x for store in stores for x in (store.k, store.v)]
+    return [*keys, *chain.from_iterable(map(dict.values, places))]
+
+
+def _where(tensors: list[Tensor]) -> list[list[object]]:
+    looks = Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.is_contiguous
+    return [[*map(look, tensors)] for look in looks]
 
 
 # By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
@@ -74,7 +84,7 @@ class FastTransformer(Transformer):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations: at least fp32, also where the weights are narrower."""
-        return torch.promote_types(self.tok_embeddings.weight.dtype, torch.float32)
+        return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
@@ -196,11 +206,11 @@ class FastTransformer(Transformer):
             args.head_dim,
             args.norm_eps,
         )
-        names = [vars(m)[kind] for m in self.modules() for kind in ("_modules", "_parameters", "_buffers")]
-        places = [(d, name, x) for d in names for name, x in d.items()]
-        places += [(vars(store), name, getattr(store, name)) for store in cache.layers for name in ("k", "v")]
-        tensors = [x for _, _, x in places if isinstance(x, Tensor)]
-        return Kept(model, places, [(x, _where(x)) for x in tensors], hooks, wide, narrow)
+        kinds = "_modules", "_parameters", "_buffers"
+        places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
+        found = _found(places, cache.layers)
+        tensors = [x for x in found if isinstance(x, Tensor)]
+        return Kept(model, places, cache.layers, found, tensors, _where(tensors), hooks, wide, narrow)
 
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
@@ -216,8 +226,8 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
             if matrix is None:
                 return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
             matrices[path.rpartition(".")[2]] = matrix
-        kinds = {matrix.kind for matrix in matrices.values()}
-        if len(kinds) > 1 and kinds & {INT8, INT4}:  # the inputs of all products of a layer are rounded alike
-            return f"the kernels do not know a layer with several kinds of quantized products (layers.{i})"
+        kinds = {matrix.kind for matrix in matrices.values() if matrix.kind >= INT8}
+        if len(kinds) > 1 and INT8 in kinds:  # whose inputs are rounded in another way
+            return f"the kernels do not know a layer with int8 and other kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers

@@ -10,6 +10,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -34,13 +35,12 @@ typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), ma
 #define UNROLL _Pragma("GCC unroll 16")
 
 /* How the weights of a matrix are stored. Rows are outputs. */
-enum { F32, BF16, F16, INT8, INT4 };
+enum { F32, BF16, F16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, AFFINE4, AFFINE5, Q6_K };
 
 enum {
-    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in INT8 and INT4 */
+    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in blocks of few bits */
     LINE = 64,  /* bytes that come from memory together */
-    GROUP = 32, /* columns that share a scale in INT4 */
-    SPAN = 4,   /* groups of inputs that share a scale beside INT8 weights */
+    GROUP = 32, /* columns whose inputs share a scale */
     AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
     KEYS = 8,   /* keys, and VALUES values, of all heads that are worked on together */
     VALUES = 16,
@@ -49,8 +49,8 @@ enum {
 };
 
 typedef struct {
-    const void *data;  /* [n, k] of the kind; INT8, INT4: see int8_tile, int4_tile */
-    const void *scale; /* INT8: [n] float; INT4: with the data */
+    const void *data;  /* [n, k] of the kind; INT8 and after: see blocks.h */
+    const void *scale; /* INT8, AFFINE4, AFFINE5, Q6_K: what lies apart */
     int64_t kind, n, k;
 } Matrix;
 
@@ -208,189 +208,20 @@ INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *
     }
 }
 
-/* ---- products with quantized weights
+#include "blocks.h"
 
-Inputs are rounded to 16 bits, with a scale for each group of columns (INT4) or SPAN of groups (INT8), so that the sums
-   within are whole numbers: exact, and two products an instruction. */
-typedef struct {
-    int16_t q[GROUP]; /* INT4: of each eight columns 0 4 1 5 2 6 3 7, as the halves of shifted words hold them */
-    float scale;
-    int32_t start; /* INT4: -8 times their sum, since weights are taken as 0 .. 15 */
-} Inputs;
-
-static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
-
-/* The largest of n numbers without their signs: their bits, which have the same order. */
-INLINE float largest(const float *x, int64_t n) {
-    int32_t top = 0;
-    for (int64_t i = 0; i < n; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float out;
-    memcpy(&out, &top, 4);
-    return out;
-}
-
-static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
-    const int64_t most = kind == INT4 ? 1 : SPAN;
-    for (int64_t g = 0; g < groups; g += most) {
-        const int64_t span = groups - g < most ? groups - g : most;
-        const float scale = largest(x + g * GROUP, span * GROUP) / 32767, step = scale > 1e-30f ? scale : 1e-30f;
-        for (int64_t s = g; s < g + span; s++) {
-            int32_t q[GROUP], total = 0;
-            for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[s * GROUP + i] / step);
-            for (int i = 0; i < GROUP; i++) total += q[i];
-            if (kind == INT4)
-                for (int i = 0; i < GROUP; i++) out[s].q[i / 8 * 8 + i % 4 * 2 + i % 8 / 4] = q[i];
-            else
-                for (int i = 0; i < GROUP; i++) out[s].q[i] = q[i];
-            out[s].scale = scale;
-            out[s].start = -8 * total;
-        }
-    }
-}
-
-/* 2 LANES bytes as as many halves, two in each word. */
-INLINE words load_halves(const int8_t *p) {
-#if defined(__AVX512BW__) && LANES == 16
-    return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__AVX2__) && LANES == 8
-    return (words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-#else
-    int16_t wide[2 * LANES];
-    words out;
-    for (int i = 0; i < 2 * LANES; i++) wide[i] = p[i];
-    memcpy(&out, wide, sizeof out);
-    return out;
-#endif
-}
-
-/* To each lane the products of the two halves of u with those of v, all of them signed. */
-INLINE ints add_products(ints acc, words u, words v) {
-#if defined(__AVX512VNNI__) && LANES == 16
-    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, (__m512i)v);
-#elif defined(__AVX512BW__) && LANES == 16
-    return acc + (ints)_mm512_madd_epi16((__m512i)u, (__m512i)v);
-#elif defined(__AVX2__) && LANES == 8
-    return acc + (ints)_mm256_madd_epi16((__m256i)u, (__m256i)v);
-#else
-    return acc + (((ints)u << 16) >> 16) * (((ints)v << 16) >> 16) + ((ints)u >> 16) * ((ints)v >> 16);
-#endif
-}
-
-/* Both kinds lie in blocks of ROWS rows that are interleaved, so that a block is one stretch of memory and a lane belongs
-   to a row. INT8: for every pair of columns ROWS pairs of bytes; columns are filled up to whole groups. The scales of
-   the rows are apart. */
-enum { INT8_GROUP = GROUP * ROWS, HALVES = ROWS / LANES };
-
-INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
-    enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
-    floats total[4][HALVES];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
-    for (int64_t g = 0; g < groups; g += SPAN) {
-        ints acc[4][HALVES][CHAINS];
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int h = 0; h < HALVES; h++)
-                UNROLL for (int i = 0; i < CHAINS; i++) acc[r][h][i] = (ints){0};
-        for (int64_t s = g; s < groups && s < g + SPAN; s++, w += INT8_GROUP) {
-            UNROLL for (int i = 0; i < GROUP / 2; i++) {
-                UNROLL for (int h = 0; h < HALVES; h++) {
-                    const words u = load_halves((const int8_t *)w + (i * ROWS + h * LANES) * 2);
-                    UNROLL for (int r = 0; r < R; r++) {
-                        uint32_t two;
-                        memcpy(&two, x[r * groups + s].q + 2 * i, 4);
-                        ints *to = &acc[r][h][R == 1 ? i % CHAINS : R == 2 ? i % 2 : 0];
-                        *to = add_products(*to, u, (words){0} + two);
-                    }
-                }
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            UNROLL for (int h = 0; h < HALVES; h++) {
-                const ints whole = (acc[r][h][0] + acc[r][h][1]) + (acc[r][h][2] + acc[r][h][3]);
-                total[r][h] = multiply_add((floats){0} + x[r * groups + g].scale,
-                                           __builtin_convertvector(whole, floats), total[r][h]);
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
-}
-
-/* INT4: for every group of GROUP columns 4 x ROWS words (word j of a row holds columns 8 j .. 8 j + 7 of the group, the
-   first in the lowest bits, each a weight + 8) and then ROWS scales (bfloat16). */
-enum { INT4_GROUP = 4 * ROWS * 4 + ROWS * 2 };
-
-INLINE void int4_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
-    floats total[4][HALVES];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
-    for (int64_t g = 0; g < groups; g++, w += INT4_GROUP) {
-        const uint16_t *scales = (const uint16_t *)(w + 4 * ROWS * 4);
-        ints acc[4][HALVES][2];
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int h = 0; h < HALVES; h++)
-                acc[r][h][0] = (ints){0} + x[r * groups + g].start, acc[r][h][1] = (ints){0};
-        UNROLL for (int j = 0; j < 4; j++) {
-            UNROLL for (int h = 0; h < HALVES; h++) {
-                const words v = *(const words_at *)(w + (j * ROWS + h * LANES) * 4);
-                UNROLL for (int i = 0; i < 4; i++) {
-                    const words u = (v >> (4 * i)) & 0x000f000fu; /* columns i and i + 4 */
-                    UNROLL for (int r = 0; r < R; r++) {
-                        uint32_t two;
-                        memcpy(&two, x[r * groups + g].q + 8 * j + 2 * i, 4);
-                        ints *to = &acc[r][h][R == 1 ? i % 2 : 0];
-                        *to = add_products(*to, u, (words){0} + two);
-                    }
-                }
-            }
-        }
-        UNROLL for (int h = 0; h < HALVES; h++) {
-            floats scale = load_bf16(scales + h * LANES);
-            UNROLL for (int r = 0; r < R; r++)
-                total[r][h] = multiply_add(scale * x[r * groups + g].scale,
-                                           __builtin_convertvector(acc[r][h][0] + acc[r][h][1], floats), total[r][h]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
-}
-
-INLINE void tile(int kind, int R, const char *w, int64_t groups, const Inputs *x, float *out) {
-    if (kind == INT8) int8_tile(R, w, groups, x, out);
-    else int4_tile(R, w, groups, x, out);
-}
-
-INLINE void tiles(int kind, const char *w, int64_t groups, const Inputs *x, int64_t rows, float *out) {
-    while (rows) {
-        int64_t done;
-        if (rows >= 4) tile(kind, 4, w, groups, x, out), done = 4;
-        else if (rows >= 2) tile(kind, 2, w, groups, x, out), done = 2;
-        else tile(kind, 1, w, groups, x, out), done = 1;
-        x += done * groups, out += done * ROWS, rows -= done;
-    }
-}
-
-INLINE int is_quantized(const Matrix *m) { return m->kind == INT8 || m->kind == INT4; }
+INLINE int is_quantized(const Matrix *m) { return is_blocks(m->kind); }
 
 /* out[r, 0..n) for the block of rows first .. first + n of a matrix, n <= ROWS; out is [rows, ROWS]. Weights in few
    bits are multiplied with the inputs that were rounded from x instead of x. */
 static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, const Inputs *rounded,
                   int64_t rows, float *out) {
     const char *w = m->data;
-    const int64_t groups = groups_of(m->k);
     switch (m->kind) {
     case F32: stripes(F32, w + first * m->k * 4, n, m->k, x, ldx, rows, out); break;
     case BF16: stripes(BF16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
     case F16: stripes(F16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
-    case INT8:
-        tiles(INT8, w + first / ROWS * groups * INT8_GROUP, groups, rounded, rows, out);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < n; j++) out[r * ROWS + j] *= ((const float *)m->scale)[first + j];
-        break;
-    case INT4: tiles(INT4, w + first / ROWS * groups * INT4_GROUP, groups, rounded, rows, out);
+    default: few_bits_block(m, first / ROWS, rounded, rows, out);
     }
 }
 
@@ -398,18 +229,31 @@ static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
 
 int64_t inputs_bytes(void) { return sizeof(Inputs); }
 
+/* Whether products of many rows with quantized weights are best made here too. */
+int64_t takes_many(void) { return VNNI; }
+
 /* y [rows, n] = x [rows, ldx] times a matrix. Quantized weights want columns padded to whole groups, and room for
-   rounded inputs. */
+   rounded inputs. A thread takes STRIP blocks at a time through all rows of inputs, some after the others: so the weights
+   stay in a cache. */
 void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs *rounded, float *y, int64_t threads) {
-    const int64_t groups = groups_of(m->k);
-    if (is_quantized(m))
-        for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
-#pragma omp parallel for schedule(guided, 4) num_threads(threads)
-    for (int64_t b = 0; b < blocks_of(m); b++) {
-        int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
-        float out[rows * ROWS];
-        block(m, first, n, x, ldx, rounded, rows, out);
-        for (int64_t r = 0; r < rows; r++) memcpy(y + r * m->n + first, out + r * ROWS, n * 4);
+    const int64_t groups = groups_of(m->k), few = rows <= ROWS ? 1 : STRIP, together = rows <= ROWS ? rows : ROWS;
+#pragma omp parallel num_threads(threads)
+    {
+        if (is_quantized(m))
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
+#pragma omp for schedule(guided, 4)
+        for (int64_t strip = 0; strip < blocks_of(m); strip += few) {
+            float out[ROWS * ROWS];
+            for (int64_t at = 0; at < rows; at += together) {
+                const int64_t count = rows - at < together ? rows - at : together;
+                for (int64_t b = strip; b < strip + few && b < blocks_of(m); b++) {
+                    const int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
+                    block(m, first, n, x + at * ldx, ldx, rounded + at * groups, count, out);
+                    for (int64_t r = 0; r < count; r++) memcpy(y + (at + r) * m->n + first, out + r * ROWS, n * 4);
+                }
+            }
+        }
     }
 }
 
@@ -420,48 +264,35 @@ void through_16_bits(const float *x, int64_t k, int64_t rows, int64_t span, floa
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t first = r * k; first < (r + 1) * k; first += span) {
             const int64_t n = (r + 1) * k - first < span ? (r + 1) * k - first : span;
-            const float scale = largest(x + first, n) / 32767, step = scale > 1e-30f ? scale : 1e-30f;
+            const float scale = largest(x + first, n) / INPUT, step = scale > 1e-30f ? scale : 1e-30f;
             for (int64_t i = first; i < first + n; i++) out[i] = rintf(x[i] / step) * scale;
         }
+    }
+}
+
+/* Rows of a quantized matrix as floats: row ids[i] to out + i * k. */
+void rows_of(const Matrix *m, const int64_t *ids, int64_t count, float *out, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) {
+#define CALL(kind) row_of_blocks(kind, m, ids[i], out + i * m->k)
+        FOR_KIND(m->kind, CALL)
+#undef CALL
     }
 }
 
 /* Rows first .. first + n of a quantized matrix as floats and transposed, [k, n]: for products of many rows, by somebody
    else. first begins a block. */
 void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t threads) {
-    const int64_t k = m->k, groups = groups_of(k), size = m->kind == INT8 ? INT8_GROUP : INT4_GROUP;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < n; b += ROWS) {
         const int64_t count = n - b < ROWS ? n - b : ROWS;
-        const char *w = (const char *)m->data + (first + b) / ROWS * groups * size;
-        floats scale[HALVES] = {{0}};
-        if (m->kind == INT8) {
-            float each[ROWS] = {0};
-            memcpy(each, (const float *)m->scale + first + b, count * 4);
-            UNROLL for (int h = 0; h < HALVES; h++) scale[h] = load_floats(each + h * LANES);
-        }
-        for (int64_t g = 0; g < groups; g++, w += size) {
-            float wide[GROUP][ROWS];
-            for (int i = 0; i < GROUP; i += 2) {
-                UNROLL for (int h = 0; h < HALVES; h++) {
-                    if (m->kind == INT8) {
-                        const ints u = (ints)load_halves((const int8_t *)w + (i / 2 * ROWS + h * LANES) * 2);
-                        *(floats_at *)(wide[i] + h * LANES) = scale[h] * __builtin_convertvector((u << 16) >> 16, floats);
-                        *(floats_at *)(wide[i + 1] + h * LANES) = scale[h] * __builtin_convertvector(u >> 16, floats);
-                    } else {
-                        const ints v = *(const ints_at *)(w + (i / 8 * ROWS + h * LANES) * 4) >> (4 * (i % 8));
-                        const floats each = load_bf16((const uint16_t *)(w + 4 * ROWS * 4) + h * LANES);
-                        *(floats_at *)(wide[i] + h * LANES) = each * __builtin_convertvector((v & 15) - 8, floats);
-                        *(floats_at *)(wide[i + 1] + h * LANES) =
-                            each * __builtin_convertvector((v >> 4 & 15) - 8, floats);
-                    }
-                }
-            }
-            for (int64_t i = 0; i < GROUP && g * GROUP + i < k; i++)
-                memcpy(out + (g * GROUP + i) * n + b, wide[i], count * 4);
-        }
+#define CALL(kind) widen_block(kind, m, (first + b) / ROWS, count, out + b, n)
+        FOR_KIND(m->kind, CALL)
+#undef CALL
     }
 }
+
+#include "repack.h"
 
 /* ---- quantization, as quant/rounding.py has it */
 
@@ -484,9 +315,9 @@ static void any_row(const Matrix *m, int64_t j, float *out) {
     else row_of(F16, w, m->k, out);
 }
 
-/* Blocks as int8_tile reads them, and scale [n], of a matrix of floats of some kind. */
+/* Blocks of INT8, and scale [n], of a matrix of floats of some kind. */
 void to_int8(const Matrix *m, int8_t *packed, float *scale, int64_t threads) {
-    const int64_t size = groups_of(m->k) * INT8_GROUP;
+    const int64_t size = groups_of(m->k) * group_bytes(INT8);
 #pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
         int8_t *to = packed + b * size;
@@ -510,15 +341,15 @@ INLINE float to_bf16(float x) { /* to the nearest, ties to even */
     return x;
 }
 
-/* Blocks as int4_tile reads them, of a matrix of floats of some kind. */
+/* Blocks of INT4, of a matrix of floats of some kind. */
 void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packed, int64_t threads) {
     const int64_t groups = groups_of(m->k);
 #pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
     for (int64_t b = 0; b < blocks_of(m); b++) {
-        char *to = packed + b * groups * INT4_GROUP;
+        char *to = packed + b * groups * group_bytes(INT4);
         for (int64_t g = 0; g < groups; g++) { /* what is filled up is 0, that is 8 */
-            memset(to + g * INT4_GROUP, 0x88, 4 * ROWS * 4);
-            memset(to + g * INT4_GROUP + 4 * ROWS * 4, 0, 2 * ROWS);
+            memset(to + g * group_bytes(INT4), 0x88, 4 * ROWS * 4);
+            memset(to + g * group_bytes(INT4) + 4 * ROWS * 4, 0, 2 * ROWS);
         }
         for (int lane = 0; lane < ROWS && b * ROWS + lane < m->n; lane++) {
             float row[groups * GROUP];
@@ -538,7 +369,7 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
                     }
                     if (error < least) least = error, scale = step;
                 }
-                char *at = to + g * INT4_GROUP;
+                char *at = to + g * group_bytes(INT4);
                 uint32_t bits;
                 memcpy(&bits, &scale, 4);
                 ((uint16_t *)(at + 4 * ROWS * 4))[lane] = bits >> 16;
@@ -551,6 +382,8 @@ void to_int4(const Matrix *m, const float *shares, int64_t n_shares, char *packe
         }
     }
 }
+
+#include "affine.h"
 
 /* ---- a decode step */
 
@@ -782,11 +615,19 @@ static int64_t seen(int64_t window, int64_t origin, int64_t last) {
     return window && last - window + 1 > origin ? window : last - origin + 1;
 }
 
+/* The kind that a layer's inputs are rounded for: INT8 is alone in a layer, and all others take the same. */
+static int inputs_for(const Layer *l) {
+    const Matrix *all[] = {&l->wq, &l->wk, &l->wv, &l->wo, &l->w1, &l->w2, &l->w3};
+    for (int i = 0; i < 7; i++)
+        if (is_quantized(all[i])) return all[i]->kind;
+    return F32;
+}
+
 /* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
    takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
-   rounded: room for the widest inputs, where the weights are quantized (all of a layer's as many). */
+   rounded: room for the widest inputs, where weights are quantized. */
 void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
@@ -800,7 +641,7 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
-        const int kind = layer->wq.kind, rounds = is_quantized(&layer->wq);
+        const int kind = inputs_for(layer), rounds = is_blocks(kind);
         float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
 
 #pragma omp for schedule(static)

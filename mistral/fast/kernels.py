@@ -23,12 +23,17 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 SOURCE = Path(__file__).with_name("kernels.c")
+PARTS = tuple(SOURCE.with_name(name) for name in ("blocks.h", "repack.h", "affine.h"))  # which it includes
 # The functions of torch's own OpenMP are used, so both share one set of threads. What is rounded is as it is written:
 # a compiler left to merge products and sums does it in one loop and not in the next.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-lm")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
-PATIENCE = 120  # seconds; it takes about three
+RETURN_NOTHING = (
+    *("product", "through_16_bits", "widen", "rows_of", "repack", "decode"),
+    *("to_int8", "to_int4", "affine4_search", "to_affine4"),
+)
+PATIENCE = 300  # seconds; it takes about seven, and many times that on a busy machine
 
 
 class KernelsUnavailable(Unavailable):
@@ -97,15 +102,17 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
-    loaded.scratch_floats.restype = loaded.inputs_bytes.restype = ctypes.c_int64
-    for name in ("product", "through_16_bits", "widen", "to_int8", "to_int4", "decode"):
+    for name in ("scratch_floats", "inputs_bytes", "takes_many"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    for name in RETURN_NOTHING:
         getattr(loaded, name).restype = None
     return loaded
 
 
 def _place(compiler: list[str]) -> Path:
     """Where the library belongs: its name tells source, compiler, flags and processor."""
-    told = [SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *PARTS)]
+    told = [*sources, *compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mistral.fast import layout
-from mistral.fast.kernels import INT4, INT8, KINDS, Matrix, library, pointer
+from mistral.fast.kernels import INT8, KINDS, Matrix, library, pointer
 from mistral.linear import Linear
 
 FEW = 16  # rows of activations up to which the kernels are faster than one large product
+MANY = 512  # rows that a product with quantized weights rounds at once
 COMPUTE = (torch.float32, torch.bfloat16)  # dtypes of activations that the kernels take; they sum up in fp32
 
 
@@ -51,22 +52,24 @@ def product(matrix: Matrix, x: Tensor, threads: int | None = None) -> Tensor:
     """
     flat = x.reshape(-1, matrix.k)
     width = matrix.k
-    rounds = matrix.kind in (INT8, INT4)
+    rounds = matrix.kind >= INT8
     if rounds and matrix.k % layout.GROUP:
         width = layout.groups(matrix.k) * layout.GROUP
         flat = F.pad(flat, (0, width - matrix.k))
     flat = flat.float().contiguous()
     y = flat.new_empty(len(flat), matrix.n)
-    rounded = room_for_inputs(len(flat), matrix.k) if rounds else y
-    library().product(
-        ctypes.byref(matrix),
-        pointer(flat),
-        ctypes.c_int64(width),
-        ctypes.c_int64(len(flat)),
-        pointer(rounded),
-        pointer(y),
-        ctypes.c_int64(threads or torch.get_num_threads()),
-    )
+    rounded = room_for_inputs(min(len(flat), MANY), matrix.k) if rounds else y
+    for first in range(0, len(flat), MANY):
+        rows = flat[first : first + MANY]
+        library().product(
+            ctypes.byref(matrix),
+            pointer(rows),
+            ctypes.c_int64(width),
+            ctypes.c_int64(len(rows)),
+            pointer(rounded),
+            pointer(y[first:]),
+            ctypes.c_int64(threads or torch.get_num_threads()),
+        )
     return y.to(x.dtype).view(*x.shape[:-1], matrix.n)
 
 

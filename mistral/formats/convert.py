@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
 
+# From a folder to how much each column of its weights counts, by their names, and a note.
+Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -94,6 +97,7 @@ def convert(
     adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
     sliding_window: str | int | None = "auto",
+    calibrate: Calibrate | None = None,
 ) -> Converted:
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
 
@@ -106,6 +110,7 @@ def convert(
         adapter: a LoRA adapter to merge into the weights (see `adapter.read_adapter`), rounded once to their own dtype.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
         sliding_window: a number, or None for none, to be written in the place of what src says; "auto" keeps that.
+        calibrate: gives how much each column of a weight counts in int4, see `loader.calibration`; None: all the same.
 
     Raises:
         ConvertError: the two folders, the layout, the dtype or the disk do not allow it; or a value
@@ -116,7 +121,9 @@ def convert(
     found = read_folder(locate(src))
     if not isinstance(sliding_window, str):
         found = with_window(found, sliding_window)
-    return write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size)
+    return write_folder(
+        found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size, calibrate=calibrate
+    )
 
 
 def write_folder(
@@ -128,12 +135,13 @@ def write_folder(
     quant: str | None = None,
     adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
+    calibrate: Calibrate | None = None,
 ) -> Converted:
     """`convert` for a folder that is read already, or whose weights never were in files.
 
     Args:
         folder: what to write; its tokenizer is taken from its path.
-        dst, to, dtype, quant, adapter, shard_size: as in `convert`.
+        dst, to, dtype, quant, adapter, shard_size, calibrate: as in `convert`.
 
     Raises:
         ConvertError: as in `convert`.
@@ -163,9 +171,13 @@ def write_folder(
     rest = sum(path.stat().st_size for path in carried)
     rest += sum(len(text.encode()) for text in described.values()) + sum(map(len, unpack.values()))
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
+    columns: Mapping[str, torch.Tensor] = {}
+    if calibrate is not None:
+        columns, about = calibrate(folder)
+        notes.append(about)
     try:
         with folder_atomic(place) as work:
-            notes += write_weights(folder, work, files, layout)
+            notes += write_weights(folder, work, files, layout, columns)
             if len(files) > 1 and layout.index is not None:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
                 write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import stored_as
+from mistral.fast.layout import SYMMETRIC, stored_as
 from mistral.formats.adapter import base_of
 from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
@@ -19,6 +19,8 @@ from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import OUTPUT, parameters
 from mistral.util.errors import FormatError
+
+OLDER = "its 4-bit weights have no minima, as int4 was at first: convert the model that they were made from again"
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Folder:
         source, raw: the file that gives the shape, such as params.json, and what it holds.
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
-        quant: "int8" or "int4" where the matrices are stored quantized, under the names of `fast.layout.stored_as`;
-            else None.
+        quant: "int8", "int4" or `SYMMETRIC` where the matrices are stored quantized, under the names of
+            `fast.layout.stored_as`; else None.
         notes: what was assumed or ignored, a sentence each.
     """
 
@@ -86,7 +88,8 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
-    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied), quant)
+    older = [OLDER] if quant == SYMMETRIC else []
+    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older), quant)
 
 
 def with_window(folder: Folder, window: int | None) -> Folder:

@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mistral.args import ArgsError, ModelArgs
+from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
-from mistral.parameters import EMBEDDINGS, OUTPUT
+from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 from mistral.util.errors import short_repr
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
         if kind in MAPPED:
             readers[name] = partial(part.tensor, tensor.begin, tensor.end, tensor.shape, dtype)
         else:
-            readers[name] = partial(_widened, part, tensor)
+            readers[name] = BlockReader(part, tensor)
     weights = WeightFiles(gguf.files, tensors, readers)
     for name in tensors:
         if ROPE_FREQS.fullmatch(name) and (name not in readers or not bool((weights.get(name) == 1).all())):
@@ -324,11 +325,44 @@ def raw_blocks(tensor: GgufTensor, progress: Progress = None) -> Tensor:
     )
 
 
-def _widened(part: Part, tensor: GgufTensor, progress: Progress = None) -> Tensor:
-    from mistral.quant.ggml import dequantize
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads a tensor that is blocks of few bits in its file: widened to fp32, or the blocks themselves.
 
-    raw = part.tensor(tensor.begin, tensor.end, (tensor.nbytes,), "uint8")
-    return dequantize(raw, tensor.kind.name, tensor.shape, progress=progress)
+    Args:
+        part: the part of the file that is mapped for it.
+        tensor: where it lies, and its type.
+    """
+
+    part: Part
+    tensor: GgufTensor
+
+    @property
+    def kind(self) -> str:
+        """Its GGML type."""
+        return self.tensor.kind.name
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        from mistral.quant.ggml import dequantize
+
+        return dequantize(self._mapped(None), self.kind, self.tensor.shape, progress=progress)
+
+    def raw(self, progress: Progress = None) -> Tensor:
+        """Its blocks as they lie in the file, [nbytes] uint8."""
+        return self._mapped(progress)
+
+    def _mapped(self, progress: Progress) -> Tensor:
+        at = self.tensor
+        return self.part.tensor(at.begin, at.end, (at.nbytes,), "uint8", progress)
+
+
+def multiplied_as_they_are(weights: WeightFiles, args: ModelArgs) -> dict[str, str]:
+    """The weights, by Mistral's names, that the C kernels read as the file has them, and their GGML types."""
+    known = parameters(args)
+    kinds = {n: r.kind for n, r in weights.readers.items() if isinstance(r, BlockReader) and n in known}
+    return {
+        n: kind for n, kind in kinds.items() if kind in BLOCKS and known[n].role in ("matrix", "output", "embedding")
+    }
 
 
 def is_tied(weights: WeightFiles) -> bool:

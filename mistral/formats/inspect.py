@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import QUANTS, bytes_of
+from mistral.fast.layout import BLOCKS, QUANTS, bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
@@ -91,6 +92,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "memory": {
             "weights": {dtype: _weight_bytes(found, found.quant, n) for dtype, n in ITEMSIZE.items()},
             "quantized": _quantized_bytes(found),
+            "blocks": _blocks(found),
             "cache": [
                 {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS
@@ -112,6 +114,18 @@ def _quantized_bytes(found: Folder) -> dict[str, int]:
     embeddings = found.weights.tensors[EMBEDDINGS]
     itemsize = embeddings.nbytes // embeddings.parameters if not embeddings.widened else 4
     return {quant: _weight_bytes(found, quant, itemsize) for quant in QUANTS}
+
+
+def _blocks(found: Folder) -> dict[str, Any] | None:
+    """What stays as it is in the file on a CPU, blocks of few bits: types, and bytes with all other weights."""
+    kept = multiplied_as_they_are(found.weights, found.args)
+    if not kept:
+        return None
+    known = parameters(found.args)
+    size = sum(BLOCKS[kind].nbytes(*known[name].shape) for name, kind in kept.items())
+    size += sum(tensor.nbytes for name, tensor in found.tensors.items() if not tensor.widened)
+    size += sum(4 * known[name].numel for name, tensor in found.tensors.items() if tensor.widened and name not in kept)
+    return {"types": sorted(set(kept.values())), "bytes": size}
 
 
 def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:

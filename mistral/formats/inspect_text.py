@@ -54,6 +54,9 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
+    if (blocks := report["memory"]["blocks"]) is not None:
+        types, size = ", ".join(blocks["types"]), memory.as_text(blocks["bytes"])
+        facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
     if report["trained_length"] is not None:
         facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
     if report["template"] is not None:

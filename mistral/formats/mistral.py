@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
-from mistral.fast.layout import QUANTS
+from mistral.fast.layout import SYMMETRIC
 from mistral.formats.config_parts import parts_of_params
 from mistral.formats.experts import first_release
 from mistral.formats.fp8 import mistrals_fp8
@@ -27,9 +27,11 @@ __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
 PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
-# Ours, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. The second is what this
+# Ours, with a word of STORED: the matrices are stored quantized as `fast.layout` has it. The second key is what this
 # library wrote before 0.1. Mistral's own releases have an object there: see `_method`.
 QUANTIZATION = ("quantization", "few_bits")
+# What stands there, and what it is called elsewhere. A format that changes gets a new word; old ones stay.
+STORED = {"int8": "int8", "int4-affine": "int4", "int4": SYMMETRIC}
 FP8 = "fp8_e4m3"
 ARCHIVE = re.compile(r"consolidated\.\d\d\.pth?")
 
@@ -170,18 +172,18 @@ def _archives(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _quantization(raw: dict[str, Any]) -> str | None:
-    """How this library has quantized the matrices: "int8", "int4" or, where it has not, None.
+    """How this library has quantized the matrices: "int8", "int4", `SYMMETRIC` or, where it has not, None.
 
     Raises:
         ParamsError: another word, or two that differ.
     """
     given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None and not isinstance(raw[key], dict)}
     for key, value in given.items():
-        if value not in QUANTS:
-            raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be {' or '.join(QUANTS)}")
+        if not isinstance(value, str) or value not in STORED:
+            raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be one of {', '.join(STORED)}")
     if len(set(given.values())) > 1:
         raise ParamsError(f"params.json has both {' and '.join(f'{key} = {value!r}' for key, value in given.items())}")
-    return next(iter(given.values()), None)
+    return next((STORED[value] for value in given.values()), None)
 
 
 def _method(raw: dict[str, Any]) -> Method | None:
@@ -204,7 +206,8 @@ def _method(raw: dict[str, Any]) -> Method | None:
 def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -> dict[str, Any]:
     """What a params.json holds; `length` is how long the training sequences were."""
     params = args.to_params() | ({} if length is None else {"max_seq_len": length})
-    return params if quant is None else {**params, QUANTIZATION[0]: quant}
+    words = {meant: word for word, meant in STORED.items()}
+    return params if quant is None else {**params, QUANTIZATION[0]: words[quant]}
 
 
 class MistralLayout(Layout):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -103,11 +103,19 @@ class WeightFiles:
         """
         import torch
 
+        tensor = self.read(lambda: self.readers[name](progress), name)
+        return tensor if exact else tensor.to(getattr(torch, self.tensors[name].dtype))
+
+    def read(self, reader: Callable[[], Tensor], name: str) -> Tensor:
+        """What a reader of the tensor gives.
+
+        Raises:
+            WeightsError: as `get`.
+        """
         try:
-            tensor = self.readers[name](progress)
+            return reader()
         except (RuntimeError, OSError) as error:
             raise WeightsError(f"{name} cannot be read: {error}") from None
-        return tensor if exact else tensor.to(getattr(torch, self.tensors[name].dtype))
 
 
 def file_names(files: tuple[Path, ...]) -> str:

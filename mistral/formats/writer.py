@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,8 +59,15 @@ def header(tensors: list[PlannedTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: Layout) -> list[str]:
-    rounding = Rounding()
+def write_weights(
+    folder: Folder, work: Path, files: dict[str, list[PlannedTensor]], to: Layout, columns: Mapping[str, Tensor]
+) -> list[str]:
+    """Write all files, a tensor at a time.
+
+    Args:
+        columns: how much each column of a weight counts where it is quantized; see `quant.quantize`.
+    """
+    rounding, quantized = Rounding(), Quantized(folder, columns)
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
     bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
     with bar:
@@ -67,20 +75,37 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
             with open(work / name, "wb") as file:
                 file.write(header(part))
                 for tensor in part:
-                    _write_tensor(file, tensor, folder, to, rounding, bar)
+                    if tensor.quant is not None:
+                        rounded = quantized.part(tensor)
+                        file.write(rounded.view(torch.uint8).numpy().data)
+                        bar.update(rounded.nbytes)
+                    else:
+                        _write_tensor(file, tensor, folder, to, rounding, bar)
     return rounding.verdict()
+
+
+class Quantized:
+    """Weights that are quantized as they are written. The last one is kept: its parts follow each other."""
+
+    def __init__(self, folder: Folder, columns: Mapping[str, Tensor]) -> None:
+        self.folder, self.columns = folder, columns
+        self.last: tuple[str, quant.QuantizedLinear] | None = None
+
+    def part(self, tensor: PlannedTensor) -> Tensor:
+        """The tensor of that name."""
+        name = tensor.source.name
+        assert tensor.quant is not None
+        if self.last is None or self.last[0] != name:
+            self.last = None  # let go before the next is read
+            weight = self.folder.weights.get(name, exact=True)
+            self.last = name, quant.quantize(tensor.source, weight, tensor.quant, columns=self.columns.get(name))
+        return self.last[1].get_buffer(tensor.name.rpartition(".")[2])
 
 
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = folder.weights.get(tensor.source.name, exact=True)
-    if tensor.quant is not None:
-        rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
-        file.write(rounded.view(torch.uint8).numpy().data)
-        bar.update(rounded.nbytes)
-        return
-    weight = to.unfix(tensor.source.name, folder.args, weight)
+    weight = to.unfix(tensor.source.name, folder.args, folder.weights.get(tensor.source.name, exact=True))
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     for piece in weight.split(rows):
         written = piece.to(tensor.dtype).contiguous()

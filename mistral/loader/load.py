@@ -16,6 +16,7 @@ from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer, missing_tokens, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
 from mistral.loader.adapted import put_adapters, with_adapters
+from mistral.loader.blocks import blocks_bytes, kept_blocks, load_blocks, put_blocks, reported
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
@@ -24,7 +25,7 @@ from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mistral.formats.convert import Converted
     from mistral.loader.runtime import Runtime
@@ -215,24 +216,29 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     found = adapted.folder
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
-    if found.quant is not None and options.quant not in (None, found.quant):
+    rounded = None if options.quant == "none" else options.quant
+    asked = found.quant and found.quant.removesuffix("-symmetric")  # what it would be called as an option
+    if found.quant is not None and options.quant not in (None, asked):
         raise OptionError(f"the weights of {found.path} are already quantized to {found.quant}: omit quant")
 
     def resolve(stored: str) -> Runtime:
-        return runtime.resolve(
-            replace(options, quant=options.quant or found.quant),
+        run = runtime.resolve(
+            replace(options, quant=rounded or asked),
             stored=getattr(torch, stored),
             parameters=found.parameters,
             head_dim=args.head_dim,
         )
+        return replace(run, quant=rounded if found.quant is None else found.quant)
 
     run = resolve(stored)
-    if note := _too_wide(found, run):
+    kept = kept_blocks(found, options, run)
+    if note := _too_wide(found, run, kept):
         found = _narrower(found)
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
     run = replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text)
-    _require_memory(found, run)
+    run = reported(found, run, kept)
+    _require_memory(found, run, kept)
 
     def build(run: Runtime) -> Transformer:
         # Where weights and arithmetic agree the model follows its weights, as `.to()` moves them.
@@ -246,7 +252,7 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     if run.how.whole_steps and module is not None:
         run = run.standing_aside(module)
         model = build(run)
-    _fill(model, found, run)
+    _fill(model, found, run, kept)
     if beside:
         put_adapters(model, adapted.beside, run.device, run.compute)
     if run.execution == "bitwise":
@@ -256,12 +262,12 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     return model, run
 
 
-def _too_wide(found: Folder, run: Runtime) -> str | None:
+def _too_wide(found: Folder, run: Runtime, kept: dict[str, str]) -> str | None:
     """A note where weights that come from blocks of few bits would take too much memory in float32."""
     from mistral.loader.runtime import WIDEN_SHARE
 
-    left, needed = memory.available(run.device), _size_in_memory(found, run)
-    wide = run.weights.itemsize > 2 and any(tensor.widened for tensor in found.tensors.values())
+    left, needed = memory.available(run.device), _size_in_memory(found, run, kept)
+    wide = run.weights.itemsize > 2 and any(t.widened and name not in kept for name, t in found.tensors.items())
     if not wide or left is None or needed <= WIDEN_SHARE * left:
         return None
     return (
@@ -276,25 +282,29 @@ def _narrower(found: Folder) -> Folder:
     return replace(found, weights=replace(found.weights, tensors=tensors))
 
 
-def _require_memory(found: Folder, run: Runtime) -> None:
+def _require_memory(found: Folder, run: Runtime, kept: dict[str, str]) -> None:
     """Refuse weights that do not fit, with advice on what would."""
     import torch
 
-    smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant else []
+    smaller = ["--dtype bfloat16"] if run.weights.itemsize > 2 and not run.quant and not kept else []
     can_quantize = run.device.type == "cuda" or (run.how.products and run.compute == torch.float32)
     smaller += ["--quant int8"] if can_quantize and not run.quant else []
     memory.require(
-        _size_in_memory(found, run),
+        _size_in_memory(found, run, kept),
         run.device,
-        f"the weights in {run.quant or str(run.weights).removeprefix('torch.')}",
+        f"the weights in {run.quant or '+'.join(run.blocks) or str(run.weights).removeprefix('torch.')}",
         f"use {', '.join([*smaller, 'another --device'])}, or a smaller model",
     )
 
 
-def _size_in_memory(found: Folder, run: Runtime) -> int:
+def _size_in_memory(found: Folder, run: Runtime, kept: dict[str, str]) -> int:
     """Bytes of the weights once they are loaded."""
     if run.quant is None:
-        return sum(tensor.parameters * _kept(tensor, run).itemsize for tensor in found.tensors.values())
+        known = parameters(found.args)
+        wide = {
+            n: tensor.parameters * _kept(tensor, run).itemsize for n, tensor in found.tensors.items() if n not in kept
+        }
+        return sum(wide.values()) + sum(blocks_bytes(known[name], kind) for name, kind in kept.items())
     return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
 
 
@@ -330,7 +340,7 @@ def _narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
     return (f"{len(wider)} tensors ({some_names(wider)}) are stored in more than {to}, and rounded to it",)
 
 
-def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
+def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str]) -> None:
     """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
     from tqdm import tqdm
 
@@ -340,6 +350,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
 
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedLinear] = {}
+    blocks: dict[str, nn.Module] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         expected = parameters(found.args)
@@ -349,13 +360,15 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 parts = stored_as(expected[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
                 quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
+            elif name in kept:
+                blocks |= load_blocks(found, name, bar.update)
             elif run.quant is not None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update, exact=True)
                 quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
-                own = run.quant is not None and found.quant is None
+                own = bool(kept) or (run.quant is not None and found.quant is None)
                 dtype = _kept(found.weights.tensors[name], run)
                 exact = _is_narrower(dtype, found.weights.tensors[name])
                 tensors[name] = found.weights.get(name, bar.update, exact).to(run.device, dtype, copy=own)
@@ -363,6 +376,8 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():
             module.by_kernels = run.how.products
+    put_blocks(model, blocks)
+    tensors |= {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
     model.load_state_dict(tensors, strict=True, assign=True)
     if run.how.products:
         use_kernels(model)

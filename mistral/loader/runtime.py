@@ -33,6 +33,7 @@ class Runtime:
         quant: "int8", "int4", or None for weights as they are stored.
         notes: what could not be had, a sentence each.
         adapter: which LoRA adapter is in use and how, for people; "" for none.
+        blocks: GGML types of the weights that stay as they are in their file, most of them first; see `loader.blocks`.
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class Runtime:
     quant: str | None = None
     notes: tuple[str, ...] = ()
     adapter: str = ""
+    blocks: tuple[str, ...] = ()
 
     @property
     def how(self) -> Execution:
@@ -53,7 +55,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Every choice that was made, human-readable."""
-        weights = self.quant or _name(self.weights)
+        weights = self.quant or "+".join(self.blocks) or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention
         return (

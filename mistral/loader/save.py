@@ -8,25 +8,31 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from mistral.formats.convert import Converted, write_folder
 from mistral.formats.folder import Folder
 from mistral.formats.layouts import NATIVE
 from mistral.formats.mapped_tensors import Progress
-from mistral.formats.weights import Stored, WeightFiles
+from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import parameters
+from mistral.quant.blocks import BlockEmbedding, BlockLinear
 from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mistral.model import Transformer
+
+TOGETHER = 1024  # rows that are dequantized at once
 
 
 def save(model: Transformer, folder: str | PathLike[str], source: Path | None = None) -> Converted:
     """Write the weights of a model as they are, each in its own dtype. The folder appears when it is complete.
 
+    Weights that are a GGUF file's blocks of few bits are written as the float32 numbers that they stand for.
+
     Args:
-        model: anywhere, but with weights that are not quantized.
+        model: anywhere, but with weights that were not rounded by `quant`.
         folder: one that is not there yet, or is empty.
         source: the folder that it was loaded from, whose tokenizer and templates are copied; None: only weights and
             shape are written.
@@ -37,22 +43,48 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     """
     state = dict(model.named_parameters())
     expected = parameters(model.args)
-    if missing := [name for name in expected if name not in state]:
+    blocks = {name: kept for name in expected if (kept := _blocks(model, name)) is not None}
+    if missing := [name for name in expected if name not in state and name not in blocks]:
         raise UsageError(
             f"weights of this model are quantized, or beside an adapter ({missing[0]} and others): "
             "save what it was loaded from, "
             "or write a quantized folder with `convert --quant`"
         )
-    dtypes = {name: str(state[name].dtype).removeprefix("torch.") for name in expected}
-    weights = WeightFiles(
-        (),
-        {name: Stored(p.shape, dtypes[name], dtypes[name]) for name, p in expected.items()},
-        {name: partial(_on_cpu, state[name].detach()) for name in expected},
-    )
+    tensors: dict[str, Stored] = {}
+    readers: dict[str, Reader] = {}
+    for name, parameter in expected.items():
+        if name in blocks:
+            tensors[name] = Stored(parameter.shape, "float32", blocks[name].blocks.name, widened=True)
+            readers[name] = partial(_dequantized, blocks[name])
+        else:
+            dtype = str(state[name].dtype).removeprefix("torch.")
+            tensors[name] = Stored(parameter.shape, dtype, dtype)
+            readers[name] = partial(_on_cpu, state[name].detach())
+    weights = WeightFiles((), tensors, readers)
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
-        found = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
-        return write_folder(found, folder, NATIVE.to)
+        whole = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
+        return write_folder(whole, folder, NATIVE.to)
+
+
+def _blocks(model: Transformer, name: str) -> BlockLinear | None:
+    """The weight's blocks of few bits, as a file had them; None if it has none."""
+    try:
+        module = model.get_submodule(name.removesuffix(".weight"))
+    except AttributeError:
+        return None
+    table = module.table if isinstance(module, BlockEmbedding) else module
+    return table if type(table) is BlockLinear else None  # and no kind that was rounded here
+
+
+def _dequantized(weight: BlockLinear, progress: Progress = None) -> Tensor:
+    wide = torch.empty(weight.out_features, weight.in_features)
+    for first in range(0, len(wide), TOGETHER):
+        rows = wide[first : first + TOGETHER]
+        rows.copy_(weight.rows(first, first + len(rows)))
+        if progress is not None:
+            progress(rows.nbytes)
+    return wide
 
 
 def _on_cpu(tensor: Tensor, progress: Progress = None) -> Tensor:

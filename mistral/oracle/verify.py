@@ -20,6 +20,7 @@ from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.formats.folder import Folder
+from mistral.formats.gguf import multiplied_as_they_are
 from mistral.logprobs import logprobs
 from mistral.oracle import arrays
 from mistral.oracle.inputs import WeightReader, random_prompts, through
@@ -145,6 +146,8 @@ def verify(
         notes.append(
             f"weights in {found.quant} are taken as the fp32 numbers that they mean, not as the kernels compute"
         )
+    if multiplied_as_they_are(found.weights, found.args):
+        notes.append("blocks of few bits are taken as the fp32 numbers that they mean, not as the kernels compute")
     notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
     for _, variants in each[1:]:  # what has no buffer does not roll

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mistral.fast.layout import bits_of
+from mistral.fast.layout import SYMMETRIC, bits_of
 from mistral.model import Transformer
 from mistral.parameters import Parameter
-from mistral.quant.cuda import CudaInt4Linear, CudaInt8Linear
+from mistral.quant.affine import LEAST, MOST, Affine4Linear
+from mistral.quant.cuda import CudaAffine4Linear, CudaInt4Linear, CudaInt8Linear, CudaLinear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 from mistral.util.errors import FormatError
 
-KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+Kind = Int8Linear | Affine4Linear | Int4Linear
+KINDS: dict[str, type[Int8Linear] | type[Affine4Linear]] = {"int8": Int8Linear, "int4": Affine4Linear}
+READ: dict[str, type[Kind]] = {**KINDS, SYMMETRIC: Int4Linear}
 CPU = torch.device("cpu")
 
 
-def quantize(parameter: Parameter, weight: Tensor, quant: str, device: torch.device = CPU) -> QuantizedLinear:
+def quantize(
+    parameter: Parameter, weight: Tensor, quant: str, device: torch.device = CPU, columns: Tensor | None = None
+) -> QuantizedLinear:
     """A weight quantized, rounded on the CPU.
 
+    Args:
+        columns: [in_features] how much the error of each column counts in int4; None: all the same.
+
     Raises:
-        FormatError: it holds NaN or infinite values, which would become plausible numbers.
+        FormatError: it holds NaN or infinite values, which would become plausible numbers, or values that the scales
+            of int4 cannot express.
     """
-    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+    largest = torch.stack(torch.aminmax(weight)).abs().amax().item() if weight.numel() else 0.0
+    if not math.isfinite(largest):
         count = int((~weight.isfinite()).sum())
         raise FormatError(f"{parameter.name} holds {count:,} values that are NaN or infinite: the weights are broken")
-    return _placed(KINDS[bits_of(parameter, quant)].of(weight), device)
+    if bits_of(parameter, quant) == "int8":
+        return _placed(Int8Linear.of(weight), device)
+    if largest and not LEAST <= largest <= MOST:
+        raise FormatError(
+            f"the largest value of {parameter.name} is {largest:.3g}, and the scales of int4 express {LEAST:.1g} to "
+            f"{MOST:.1g}: use int8"
+        )
+    return _placed(Affine4Linear.of(weight, columns), device)
 
 
 def from_stored(
@@ -41,14 +59,21 @@ def from_stored(
     for scale in tensors[1:]:
         if not (scale.isfinite() & (scale >= 0)).all():
             raise FormatError(f"{parameter.name}: a scale of its {quant} weights is negative or no number")
-    return _placed(KINDS[bits_of(parameter, quant)](parameter.shape[1], parameter.shape[0], *tensors), device)
+    return _placed(READ[bits_of(parameter, quant)](parameter.shape[1], parameter.shape[0], *tensors), device)
 
 
-def _placed(module: Int8Linear | Int4Linear, device: torch.device) -> QuantizedLinear:
+def _placed(module: Kind, device: torch.device) -> QuantizedLinear:
     """The same weights as a device reads them."""
-    if device.type == "cpu":
-        return module
-    return CudaInt8Linear(module, device) if isinstance(module, Int8Linear) else CudaInt4Linear(module, device)
+    return module if device.type == "cpu" else on_gpu(module, device)
+
+
+def on_gpu(module: Kind, device: torch.device) -> CudaLinear:
+    """The same weights, row by row, on another device."""
+    if isinstance(module, Int8Linear):
+        return CudaInt8Linear(module, device)
+    if isinstance(module, Affine4Linear):
+        return CudaAffine4Linear(module, device)
+    return CudaInt4Linear(module, device)
 
 
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:

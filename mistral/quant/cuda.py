@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mistral.fast.layout import GROUP
+from mistral.fast.layout import GROUP, SUPER
 from mistral.quant import rounding
+from mistral.quant.affine import Affine4Linear
+from mistral.quant.blocks import unpack_affine4
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
 
 FEW = 4  # rows of activations up to which reading the bytes again for each costs less than widening them
@@ -31,6 +33,36 @@ def int4_product(x: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
     each = x.float().view(-1, GROUP // 2, 2)
     low, high = (pairs & 15).float() - 8, (pairs >> 4).float() - 8
     return (((low * each[..., 0] + high * each[..., 1]).sum(-1) * scale.float()).sum(-1)).to(x.dtype)
+
+
+def affine4_product(x: Tensor, pairs: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x [groups * 32] times weights of AFFINE4: likewise.
+
+    Args:
+        pairs: [n, groups, 16] bytes, two weights in each.
+        codes: [n, groups, 2] bytes: those of the scales and of the minima.
+        scale: [n, supers, 2] fp16, what they are multiplied by.
+    """
+    each = x.float().view(-1, GROUP // 2, 2)
+    sums = ((pairs & 15).float() * each[..., 0] + (pairs >> 4).float() * each[..., 1]).sum(-1)
+    wide = factors(codes, scale)
+    return (sums * wide[..., 0] - each.sum((-1, -2)) * wide[..., 1]).sum(-1).to(x.dtype)
+
+
+def factors(codes: Tensor, scale: Tensor) -> Tensor:
+    """The scale and the minimum of every group, [n, groups, 2] fp32."""
+    return scale.float().repeat_interleave(SUPER, 1)[:, : codes.shape[1]] * codes.float()
+
+
+def two_in_a_byte(q: Tensor) -> Tensor:
+    """[n, groups * 32] uint8 below 16 to [n, groups, 16] bytes."""
+    nibbles = q.view(len(q), -1, GROUP // 2, 2)
+    return nibbles[..., 0] | nibbles[..., 1] << 4
+
+
+def apart(pairs: Tensor) -> Tensor:
+    """What `two_in_a_byte` was given."""
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
 
 
 @functools.cache
@@ -92,14 +124,38 @@ class CudaInt4Linear(CudaLinear):
     def __init__(self, of: Int4Linear, device: torch.device) -> None:
         super().__init__(of.in_features, of.out_features)
         q, scale = rounding.unpack(of.packed, self.out_features, self.in_features)
-        nibbles = (q + 8).view(torch.uint8).view(self.out_features, -1, GROUP // 2, 2)
-        self.register_buffer("packed", (nibbles[..., 0] | nibbles[..., 1] << 4).to(device))
+        self.register_buffer("packed", two_in_a_byte((q + 8).view(torch.uint8)).to(device))
         self.register_buffer("scale", scale.contiguous().to(device))
 
     def of_row(self, x: Tensor) -> Tensor:
         return launched(int4_product, F.pad(x, (0, -self.in_features % GROUP)), self.packed, self.scale)
 
     def rows(self, first: int, last: int) -> Tensor:
-        packed = self.packed[first:last]
-        q = torch.stack((packed & 15, packed >> 4), dim=-1).view(torch.int8).sub(8).flatten(1)
+        q = apart(self.packed[first:last]).view(torch.int8).sub(8)
         return rounding.dequantize(q, self.scale[first:last], self.in_features)
+
+
+class CudaAffine4Linear(CudaLinear):
+    """Two weights a byte, [n, groups, 16]; codes of scales and minima, [n, groups, 2]; and [n, supers, 2] fp16."""
+
+    packed: Tensor
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, of: Affine4Linear, device: torch.device) -> None:
+        super().__init__(of.in_features, of.out_features)
+        columns = of.in_features + -of.in_features % GROUP
+        assert of.scale is not None
+        q, sc, mn, S, M = unpack_affine4(of.packed, of.scale.view(torch.float16), self.out_features, columns)
+        self.register_buffer("packed", two_in_a_byte(q).to(device))
+        self.register_buffer("codes", torch.stack((sc, mn), dim=-1).to(device))
+        self.register_buffer("scale", torch.stack((S, M), dim=-1).to(device))
+
+    def of_row(self, x: Tensor) -> Tensor:
+        filled = F.pad(x, (0, -self.in_features % GROUP))
+        return launched(affine4_product, filled, self.packed, self.codes, self.scale)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        wide = factors(self.codes[first:last], self.scale[first:last])
+        q = apart(self.packed[first:last]).float().unflatten(-1, (-1, GROUP))
+        return (q * wide[..., :1] - wide[..., 1:]).flatten(1)[:, : self.in_features].contiguous()

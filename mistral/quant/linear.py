@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
     """
 
     kind: int
-    span: int  # columns whose inputs share a scale
+    span = layout.GROUP  # columns whose inputs share a scale
     by_kernels = True  # False: by the plain path alone
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -92,7 +92,7 @@ class QuantizedLinear(nn.Module):
         if matrix is not None and few(x):
             return product(matrix, x)
         if matrix is not None and x.dtype == torch.float32:
-            return self._many(matrix, x)
+            return product(matrix, x.detach()) if library().takes_many() else self._many(matrix, x)
         x = rounding.rounded(x, self.span)
         return torch.cat([F.linear(x, self.rows(*tile).to(x.dtype)) for tile in self._tiles()], dim=-1)
 
@@ -148,10 +148,9 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Four bits a weight and a scale for 32 of a row, interleaved as the kernels read them; inputs in 16 bits."""
+    """int4 as it was at first: four bits a weight and a scale for 32 of a row, interleaved as the kernels read them."""
 
     kind = INT4
-    span = layout.GROUP
     packed: Tensor
 
     def __init__(self, in_features: int, out_features: int, packed: Tensor) -> None:

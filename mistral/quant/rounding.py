@@ -1,8 +1,9 @@
 """Weights in fewer bits: what is rounded to what, and how four-bit weights lie in memory.
 
-int8: a byte a weight and an fp32 scale a row. int4: a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours
-of a row share. What they are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (int4) neighbours
-that share a scale. All symmetric: 0 stays 0.
+int8: a byte a weight and an fp32 scale a row. int4 as it was at first, which folders may still hold (today's is in
+affine.py): a weight is one of -8 .. 7 times a bf16 scale that 32 neighbours of a row share. Both symmetric: 0 stays 0.
+What weights are multiplied with is rounded to 16 bits, in groups of 128 (int8) or 32 (others) neighbours that share a
+scale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from mistral.fast.layout import GROUP, ROWS, groups, int8_shape
 
 SPAN = 128  # columns whose inputs share a scale beside int8
-INPUTS = 32767  # what the largest input of a group becomes
+INPUTS = 127 * 257  # what the largest input of a group becomes: 127 in its high byte, and in its low one
 # Shares of a group's largest weight that may become the -8; the one with the least squared error does.
 SHARES = (1.0, 0.93, 0.86)
 
@@ -66,7 +67,7 @@ def dequantize(q: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (q.unflatten(-1, (-1, GROUP)).float() * scale.float()[..., None]).flatten(-2)[:, :columns].contiguous()
 
 
-def rounded(x: Tensor, span: int) -> Tensor:
+def rounded(x: Tensor, span: int = GROUP) -> Tensor:
     """Inputs [..., k] of a product with quantized weights: each `span` of them in 16 bits, widened again."""
     grouped = F.pad(x, (0, -x.shape[-1] % span)).unflatten(-1, (-1, span))
     scale = grouped.abs().amax(-1, keepdim=True) / INPUTS

@@ -13,8 +13,6 @@ from mistral.fast.cuda_graph import LEAST, CudaGraphTransformer, _layer, bucket
 from mistral.loader import runtime
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
-from mistral.quant import cuda
-from mistral.quant.linear import Int8Linear
 from tests.support.tiny import (
     POISON,
     TOLERANCE,
@@ -52,12 +50,6 @@ class Replayed(CudaGraphTransformer):
             result.copy_(run())
 
         return replay, result
-
-
-def on_gpu(module):
-    """Quantized weights as a GPU has them, on a CPU."""
-    kind = cuda.CudaInt8Linear if isinstance(module, Int8Linear) else cuda.CudaInt4Linear
-    return kind(module, torch.device("cpu"))
 
 
 def twin(model) -> Replayed:
@@ -156,7 +148,11 @@ def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
     other = twin(model)
     if bits:
         state, expected = model.state_dict(), parameters(model.args)
-        there = {n: on_gpu(quant.quantize(p, state[n], bits)) for n, p in expected.items() if p.quantized}
+        there = {
+            n: quant.on_gpu(quant.quantize(p, state[n], bits), torch.device("cpu"))
+            for n, p in expected.items()
+            if p.quantized
+        }
         quant.put_quantized(other, there)
         model.load_state_dict({n: module.rows(0, module.out_features) for n, module in there.items()}, strict=False)
     want = true_logprobs(model, prompts)

@@ -34,6 +34,7 @@ from mistral.loader.options import OptionError
 from mistral.model import Transformer
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize, rounding
+from mistral.quant.affine import Affine4Linear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear, int4, int8
 from mistral.util.errors import FormatError
 from mistral.window import block_for
@@ -59,6 +60,7 @@ except KernelsUnavailable as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LINEARS = {"int8": Int8Linear, "int4": Affine4Linear, "int4-symmetric": Int4Linear}
 KINDS = (*DTYPES, "int8", "int4")
 # Inputs of quantized weights are rounded to 16 bits, which moves log-probs by more than fp32 does.
 ROUNDED_TOLERANCE = 1e-4
@@ -69,8 +71,8 @@ def budget(kind: str) -> float:
 
 
 def make_linear(kind: str, weight: Tensor) -> Any:
-    if kind in ("int8", "int4"):
-        return (Int8Linear if kind == "int8" else Int4Linear).of(weight)
+    if kind in LINEARS:
+        return LINEARS[kind].of(weight)
     linear = FastLinear(weight.shape[1], weight.shape[0])
     linear.weight = torch.nn.Parameter(weight.to(DTYPES[kind]), requires_grad=False)
     return linear
@@ -184,7 +186,7 @@ def test_leading_dimensions(kind: str, shape: tuple[int, ...]) -> None:
 def test_inputs_of_weights_in_few_bits_are_rounded_to_16_bits(span: int) -> None:
     x = torch.rand(3, 170, generator=torch.Generator().manual_seed(4)) - 0.5
     near = rounding.rounded(x, span)
-    step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / 32767
+    step = torch.nn.functional.pad(x, (0, -170 % span)).unflatten(-1, (-1, span)).abs().amax(-1) / rounding.INPUTS
     assert ((near - x).abs() <= step.repeat_interleave(span, dim=-1)[:, :170] * 0.5001).all()
     assert not torch.equal(near, x)
     assert not rounding.rounded(torch.zeros(2, 40), span).any()
@@ -265,7 +267,7 @@ def test_how_packed_weights_lie_in_memory() -> None:
 
 
 @pytest.mark.parametrize("k", [32, 100])
-def test_int8_and_int4_are_near(k: int) -> None:
+def test_int8_and_symmetric_int4_are_near(k: int) -> None:
     weight = torch.randn(50, k, generator=torch.Generator().manual_seed(1))
     int8, int4 = Int8Linear.of(weight), Int4Linear.of(weight)
     step = weight.abs().amax(-1, keepdim=True) / 127
@@ -303,7 +305,7 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4-symmetric"])
 def test_zeros_stay_zero(kind: str) -> None:
     weight = torch.zeros(20, 70)
     weight[3, 5] = -2.0
@@ -313,7 +315,7 @@ def test_zeros_stay_zero(kind: str) -> None:
         torch.testing.assert_close(linear(torch.ones(2, 70)), torch.ones(2, 70) @ weight.T)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", LINEARS)
 def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
     linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
     matrix = linear.matrix()
@@ -324,7 +326,7 @@ def test_widened_tiles_are_the_weights_meant(kind: str) -> None:
         assert torch.equal(out.T, linear.rows(first, last))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", LINEARS)
 def test_quantized_products_without_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = make_linear(kind, torch.randn(50, 77, generator=torch.Generator().manual_seed(2)))
     x = torch.rand(3, 77)
@@ -690,7 +692,7 @@ def test_quantized_while_loading(tmp_path: Path, kind: str, decodes: list[int]) 
     assert f"weights/compute/cache {kind}/float32/float32" in loaded.describe()
     assert f"{loaded.parameters / 1e6:.1f} M" in loaded.describe()
     kinds = {type(m) for n, m in loaded.model.named_modules() if n.startswith("layers.0.") and "w" in n[-2:]}
-    assert kinds == {Int8Linear if kind == "int8" else Int4Linear}
+    assert kinds == {LINEARS[kind]}
     assert type(loaded.model.output) is Int8Linear
     complete(["The king"], loaded.model, loaded.tokenizer, max_tokens=5)
     assert decodes
@@ -723,7 +725,7 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "kernels for decode steps" in fast.err
     assert "; kernels" not in plain.err
     assert "int4/float32/float32" in cli(*words, "--quant", "int4").err
-    assert cli(*words, "--quant", "int5").error == "--quant 'int5' is not one of int8, int4"
+    assert cli(*words, "--quant", "int5").error == "--quant 'int5' is not one of int8, int4, none"
 
 
 # --- built once
@@ -878,29 +880,29 @@ def test_scales_that_mean_nothing(value: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["quantization", "few_bits"])
-@pytest.mark.parametrize("told", [None, "int8", "int3", 4, True, {"qformat_weight": "fp8_e4m3"}])
+@pytest.mark.parametrize("told", [None, "int8", "int4", "int3", 4, True, {"qformat_weight": "fp8_e4m3"}])
 def test_a_folder_that_says_another_number_of_bits(key: str, told: Any, tmp_path: Path) -> None:
     convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
     path = tmp_path / "few" / "params.json"
     params = json.loads(path.read_text())
-    assert params.pop("quantization") == "int4"
+    assert params.pop("quantization") == "int4-affine"
     path.write_text(json.dumps({**params, key: told} if told else params))
     with pytest.raises(FormatError, match=f"{key}|weights in|makes"):
         load(tmp_path / "few")
 
 
 def test_a_folder_written_before_the_key_had_its_name(tmp_path: Path) -> None:
-    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int4")
+    convert(make_folder(tmp_path / "model"), tmp_path / "few", "mistral", quant="int8")
     path = tmp_path / "few" / "params.json"
     params = json.loads(path.read_text())
     state = load(tmp_path / "few", device="cpu").model.state_dict()
-    path.write_text(json.dumps({**params, "few_bits": "int4"}))  # both, and they agree
-    assert read_folder(tmp_path / "few").quant == "int4"
-    path.write_text(json.dumps({**params, "few_bits": "int8"}))
-    with pytest.raises(FormatError, match="params.json has both quantization = 'int4' and few_bits = 'int8'"):
+    path.write_text(json.dumps({**params, "few_bits": "int8"}))  # both, and they agree
+    assert read_folder(tmp_path / "few").quant == "int8"
+    path.write_text(json.dumps({**params, "few_bits": "int4"}))
+    with pytest.raises(FormatError, match="params.json has both quantization = 'int8' and few_bits = 'int4'"):
         read_folder(tmp_path / "few")
     del params["quantization"]
-    path.write_text(json.dumps({**params, "few_bits": "int4"}))
+    path.write_text(json.dumps({**params, "few_bits": "int8"}))
     again = load(tmp_path / "few", device="cpu").model.state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())

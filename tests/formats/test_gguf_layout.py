@@ -55,7 +55,7 @@ def make_gguf(
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_file_of_each_type_loads(tmp_path: Path, kind: str) -> None:
     held = make_gguf(tmp_path / "m.gguf", kind)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     state = loaded.model.state_dict()
     assert state.keys() == held.keys()
     for name, weight in held.items():
@@ -69,14 +69,14 @@ def test_a_folder_with_a_file_and_a_file_in_parts(tmp_path: Path) -> None:
     parts = sorted(tmp_path.glob("*.gguf"))
     assert len(parts) == 3
     for path in (tmp_path, parts[0], parts[2]):
-        loaded = load(path, device="cpu")
+        loaded = load(path, device="cpu", quant="none")
         assert (loaded.folder, loaded.files) == (parts[0], tuple(parts))
         assert np.array_equal(loaded.model.state_dict()["output.weight"].numpy(), held["output.weight"])
 
 
 def test_a_tied_file(tmp_path: Path) -> None:
     held = make_gguf(tmp_path / "m.gguf", without=("output.weight",))
-    model = load(tmp_path / "m.gguf", device="cpu").model
+    model = load(tmp_path / "m.gguf", device="cpu", quant="none").model
     assert model.args.tied_embeddings
     ids = torch.tensor([1, 5, 9, 7, 3, 2])
     h = model.forward_partial(ids, [6])
@@ -95,7 +95,7 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     held = make_gguf(tmp_path / "m.gguf")
     size = 4 * sum(weight.size for weight in held.values())
     monkeypatch.setattr(memory, "available", lambda device: size)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     assert any("are rounded to bfloat16: in float32 they need" in note for note in loaded.notes)
     state = loaded.model.state_dict()
     assert state["layers.1.attention.wq.weight"].dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     want = torch.from_numpy(held["layers.1.attention.wq.weight"]).bfloat16()
     assert torch.equal(state["layers.1.attention.wq.weight"], want)
     monkeypatch.setattr(memory, "available", lambda device: 2 * size)
-    loaded = load(tmp_path / "m.gguf", device="cpu")
+    loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     assert loaded.model.state_dict()["layers.1.attention.wq.weight"].dtype == torch.float32
     assert not any("rounded" in note for note in loaded.notes)
 
@@ -215,7 +215,7 @@ def test_convert(tmp_path: Path, to: str) -> None:
     written = convert(tmp_path / "m.gguf", tmp_path / "out", to, sliding_window=7)
     assert any("the chat template ../x, whose name cannot be" in note for note in written.notes)
     assert any(note.startswith("blocks of few bits are written as the float32 numbers") for note in written.notes)
-    source, there = (load(path, device="cpu") for path in (tmp_path / "m.gguf", tmp_path / "out"))
+    source, there = (load(tmp_path / name, device="cpu", quant="none") for name in ("m.gguf", "out"))
     assert there.args.sliding_window == 7
     for name, weight in source.model.state_dict().items():
         assert torch.equal(there.model.state_dict()[name], weight), name

@@ -334,7 +334,7 @@ def test_json_has_the_same_keys_always(cli: Command, tmp_path: Path) -> None:
         assert len(report["window"]["layers"]) == report["shape"]["n_layers"]
         assert set(report["rope_theta"]) == {"value", "rule"}
         assert set(report["tokenizer"]) == {"file", "kind", "version", "words", "error"}
-        assert set(report["memory"]) == {"weights", "quantized", "cache"}
+        assert set(report["memory"]) == {"weights", "quantized", "blocks", "cache"}
         assert set(report["memory"]["quantized"]) == {"int8", "int4"}
         assert set(report["parts"]) == {"yarn", "llama_4_scaling", "moe", "tied_embeddings"}
         assert set(report["memory"]["weights"]) == set(ITEMSIZE)

@@ -44,8 +44,9 @@ def test_a_model_of_ones_own(tmp_path: Path, tied: bool) -> None:
         mistral.save(model, tmp_path / "b")
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    loaded = load(make_folder(tmp_path / "a"), device="cpu", quant="int8")
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantized_weights_are_refused(quant: str, tmp_path: Path) -> None:
+    loaded = load(make_folder(tmp_path / "a", tied_embeddings=True), device="cpu", quant=quant)
     with pytest.raises(UsageError, match="quantized"):
         loaded.save(tmp_path / "b")
     assert not (tmp_path / "b").exists()

@@ -15,15 +15,14 @@ from mistral.parameters import parameters
 from mistral.quant import cuda
 from tests.support.tiny import TOLERANCE, distance, make_cache, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
-KINDS = ["int8", "int4"]
+KINDS = ["int8", "int4", "int4-symmetric"]
 META = torch.device("meta")  # any but the CPU
 
 
 def twins(kind: str, weight: torch.Tensor) -> tuple[fast.QuantizedLinear, cuda.CudaLinear]:
     """The same quantized weights, as a CPU and as a GPU has them."""
-    here = quant.KINDS[kind].of(weight)
-    there = {"int8": cuda.CudaInt8Linear, "int4": cuda.CudaInt4Linear}[kind](here, torch.device("cpu"))
-    return here, there
+    here = quant.READ[kind].of(weight)
+    return here, quant.on_gpu(here, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

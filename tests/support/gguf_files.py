@@ -102,8 +102,9 @@ def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndar
     """Blocks with random bits and small scales, of a tensor whose rows are whole blocks."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 256, (int(np.prod(shape)) // elements, size), dtype=np.uint8)
+    scale = np.float16(2e-5 if kind.name == "Q6_K" else 1e-4)  # signed factors of 8 bits: weights of ordinary size
     for at in SCALES[kind.name]:
-        raw[:, at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+        raw[:, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
     return raw.reshape(*shape[:-1], -1)
 
 

@@ -1,0 +1,433 @@
+/* Products with weights of few bits: integers in blocks, multiplied as they are. A part of kernels.c.
+
+   Weights lie in blocks of ROWS rows that are interleaved, a group of GROUP columns after the other, so that a block is one
+   stretch of memory and a lane belongs to a row. Columns are filled up to whole groups. Of each eight columns the even ones
+   are a unit, and then the odd ones: four bytes a row, which one instruction multiplies and adds up. (INT8 is older and
+   different.)
+
+   Inputs are rounded to 16 bits, with a scale for each group (INT8: for SPAN of them), so that the sums within are whole
+   numbers: exact, so that any order is right, and with VNNI the two bytes of an input may be multiplied apart. */
+
+#if defined(__x86_64__) && !defined(__AVX2__) /* unrolled for so few registers it takes a compiler minutes */
+#pragma push_macro("UNROLL")
+#undef UNROLL
+#define UNROLL
+#endif
+
+enum {
+    UNITS = 8, /* in a group */
+    HALVES = ROWS / LANES,
+    SUPER = 8, /* groups with a common scale of their scales, in the kinds of GGML's that end in K */
+    INPUT = 127 * 257, /* what the largest input of a group becomes: 127 in its high byte, and in its low one */
+    SPAN = 4,  /* groups of inputs that share a scale beside INT8 */
+    STRIP = 4, /* blocks that many rows of inputs are multiplied with before the next */
+};
+
+/* What a group holds, one after the other.
+   Low: 4 x ROWS words (word j of a row has columns 8 j .. 8 j + 7, the first in the lowest bits) of the lowest four bits;
+     in kinds of 8 bits UNITS x ROWS words, one for each unit. INT8: for every pair of columns ROWS pairs of signed bytes.
+   High: of 5 bits ROWS words (byte c of a word has in bit u the fifth bit of column c of unit u); of 6 bits 2 x ROWS words
+     (word p of a row has units 4 p .. 4 p + 3, two bits each, the first in the lowest).
+   Scales, each for ROWS rows: INT4 bf16; fp16 and, in kinds with a minimum, another fp16; or a byte, twice: factors of the
+     scale and of the minimum (AFFINE4, AFFINE5), or signed ones of the scales of 16 columns each (Q6_K).
+   INT8 has a float for each row apart; AFFINE4, AFFINE5 and Q6_K have apart, for SUPER groups, fp16 numbers that the factors
+   are multiplied by: [blocks, supers, 2 or (Q6_K) 1, ROWS]. */
+INLINE int is_blocks(int kind) { return kind >= INT8; }
+INLINE int bits_of(int kind) {
+    return kind == INT8 || kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == AFFINE5 ? 5 : 4;
+}
+INLINE int has_minimum(int kind) { return kind == Q4_1 || kind == Q5_1 || kind == AFFINE4 || kind == AFFINE5; }
+INLINE int supers_of(int kind) { return kind == AFFINE4 || kind == AFFINE5 ? 2 : kind == Q6_K ? 1 : 0; }
+INLINE int plane_bytes(int kind) { return ROWS * GROUP * bits_of(kind) / 8; }
+INLINE int group_bytes(int kind) {
+    return plane_bytes(kind) + (kind == INT8 ? 0 : 2 * ROWS) + (kind == Q4_1 || kind == Q5_1 ? 2 * ROWS : 0);
+}
+
+/* What is taken off a stored number is 1 << this; -1 where nothing is. */
+INLINE int offset_of(int kind) {
+    switch (kind) {
+    case INT4: case Q4_0: return 3;
+    case Q5_0: return 4;
+    case Q6_K: return 5;
+    case Q8_0: return 7;
+    default: return -1;
+    }
+}
+
+#if defined(__AVX512VNNI__) && LANES == 16
+#define VNNI 1
+#else
+#define VNNI 0
+#endif
+
+/* A group of inputs. For INT8 the numbers in their order. For other kinds, with VNNI: the high bytes of all, then the low
+   ones, in the order of units; without: the numbers, of each eight in the order 0 4 2 6 1 5 3 7, for products in 16 bits. */
+typedef struct {
+    int16_t q[GROUP];
+    float scale, low;       /* low: scale times their sum, for what is taken off all of a group */
+    int32_t sum, halves[2]; /* of all, of the first half, of the second */
+} Inputs;
+
+static int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
+
+/* The largest of n numbers without their signs: their bits, which have the same order. */
+INLINE float largest(const float *x, int64_t n) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float out;
+    memcpy(&out, &top, 4);
+    return out;
+}
+
+/* A group of numbers in the order of `Inputs`, for all kinds but INT8. */
+INLINE void place_inputs(const int32_t *q, int16_t *to) {
+#if VNNI && defined(__AVX512VBMI__)
+    __m512i low = {0}, high = {0}, order = {0}; /* lowest bytes as they are; the next ones, of numbers rounded to them */
+    UNROLL for (int i = 0; i < 64; i++) ((char *)&order)[i] = (i < GROUP ? 65 : 0) + i % GROUP / 8 * 16 + i % 8 % 4 * 4 + i % 8 / 4 * 2;
+    low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_loadu_si512(q))),
+                             _mm512_cvtepi32_epi16(_mm512_loadu_si512(q + 16)), 1);
+    high = _mm512_add_epi16(low, _mm512_set1_epi16(128));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(low, order, high));
+#else
+    for (int j = 0; j < GROUP; j += 8)
+        for (int i = 0; i < 8; i++) {
+#if VNNI
+            int8_t *high = (int8_t *)to, *low = high + GROUP;
+            high[j + i] = (int8_t)((q[j + i % 4 * 2 + i / 4] + 128) >> 8);
+            low[j + i] = (int8_t)q[j + i % 4 * 2 + i / 4];
+#else
+            static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
+            to[j + i] = (int16_t)q[j + order[i]];
+#endif
+        }
+#endif
+}
+
+static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
+    const int64_t most = kind == INT8 ? SPAN : 1;
+    float scale = 0, step = 0;
+    for (int64_t g = 0; g < groups; g++, x += GROUP, out++) {
+        if (g % most == 0) {
+            scale = largest(x, (groups - g < most ? groups - g : most) * GROUP) / INPUT;
+            step = scale > 1e-30f ? scale : 1e-30f;
+        }
+        int32_t q[GROUP], first = 0, second = 0;
+        for (int i = 0; i < GROUP; i++) q[i] = (int32_t)rintf(x[i] / step);
+        for (int i = 0; i < GROUP / 2; i++) first += q[i];
+        for (int i = GROUP / 2; i < GROUP; i++) second += q[i];
+        out->scale = scale, out->low = scale * (float)(first + second);
+        out->sum = first + second, out->halves[0] = first, out->halves[1] = second;
+        if (kind == INT8)
+            for (int i = 0; i < GROUP; i++) out->q[i] = (int16_t)q[i];
+        else place_inputs(q, out->q);
+    }
+}
+
+/* 2 LANES bytes as as many halves, two in each word. */
+INLINE words load_halves(const int8_t *p) {
+#if defined(__AVX512BW__) && LANES == 16
+    return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__) && LANES == 8
+    return (words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+    int16_t wide[2 * LANES];
+    words out;
+    for (int i = 0; i < 2 * LANES; i++) wide[i] = p[i];
+    memcpy(&out, wide, sizeof out);
+    return out;
+#endif
+}
+
+/* The words of rows h LANES .. of a plane. */
+INLINE words plane(const char *w, int j, int h) { return *(const words_at *)(w + (j * ROWS + h * LANES) * 4); }
+
+/* Unit u of a group as bytes from 0, four a word; not of INT8. */
+INLINE words unit(int kind, const char *w, int u, int h) {
+    if (bits_of(kind) == 8) return plane(w, u, h);
+    words low = plane(w, u / 2, h);
+    low = (u % 2 ? low >> 4 : low) & 0x0f0f0f0fu;
+    if (bits_of(kind) == 4) return low;
+    const int wide = bits_of(kind) - 4, each = 4 / wide * 2; /* units in a word of the high plane: 8, or 4 */
+    const int shift = u % each * wide - 4;
+    words high = plane(w + 4 * ROWS * 4, u / each, h);
+    high = shift < 0 ? high << -shift : high >> shift;
+    return low | (high & (wide == 1 ? 0x10101010u : 0x30303030u));
+}
+
+/* To each lane the products of the two halves of u with those of v, all of them signed. */
+INLINE ints add_products(ints acc, words u, words v) {
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)u, (__m512i)v);
+#elif defined(__AVX512BW__) && LANES == 16
+    return acc + (ints)_mm512_madd_epi16((__m512i)u, (__m512i)v);
+#elif defined(__AVX2__) && LANES == 8
+    return acc + (ints)_mm256_madd_epi16((__m256i)u, (__m256i)v);
+#else
+    return acc + (((ints)u << 16) >> 16) * (((ints)v << 16) >> 16) + ((ints)u >> 16) * ((ints)v >> 16);
+#endif
+}
+
+INLINE words everywhere(const void *p) {
+    uint32_t one;
+    memcpy(&one, p, 4);
+    return (words){0} + one;
+}
+
+/* The bytes o and o + 2 of a unit as numbers in 16 bits. */
+INLINE words two_of(int kind, const char *w, int u, int o, int h) {
+    if (bits_of(kind) == 4) return plane(w, u / 2, h) >> (u % 2 * 4 + o * 8) & 0x000f000fu;
+    return unit(kind, w, u, h) >> (o * 8) & 0x00ff00ffu;
+}
+
+/* The products of units first .. last with the group that each of R rows of inputs has at x, x + ld, .., added up: in
+   several chains of additions, which need not wait for each other. */
+INLINE void whole(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, ints (*out)[HALVES]) {
+    ints acc[4][HALVES][2][2];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++)
+            UNROLL for (int c = 0; c < 4; c++) acc[r][h][c / 2][c % 2] = (ints){0};
+    UNROLL for (int u = first; u < last; u++) {
+        const int chain = R == 1 ? u % 2 : 0;
+        UNROLL for (int o = 0; o < 2; o++) { /* with VNNI high bytes of inputs and low ones, else bytes o and o + 2 of a unit */
+            words v[HALVES];
+            UNROLL for (int h = 0; h < HALVES; h++) v[h] = VNNI ? unit(kind, w, u, h) : two_of(kind, w, u, o, h);
+            UNROLL for (int r = 0; r < R; r++) {
+                const words in = everywhere((const char *)x[r * ld].q + (VNNI ? 4 * u + GROUP * o : 8 * u + 4 * o));
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    ints *to = &acc[r][h][o][chain];
+#if VNNI
+                    *to = (ints)_mm512_dpbusd_epi32((__m512i)*to, (__m512i)v[h], (__m512i)in);
+#else
+                    *to = add_products(*to, v[h], in);
+#endif
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            const ints a = acc[r][h][0][0] + acc[r][h][0][1], b = acc[r][h][1][0] + acc[r][h][1][1];
+            out[r][h] = VNNI ? (a << 8) + b : a + b;
+        }
+    }
+}
+
+/* LANES bytes as floats. */
+INLINE floats load_bytes(const char *p, int with_sign) {
+#if defined(__AVX512F__)
+    const __m128i b = _mm_loadu_si128((const __m128i *)p);
+    return (floats)_mm512_cvtepi32_ps(with_sign ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b));
+#elif defined(__AVX2__)
+    const __m128i b = _mm_loadl_epi64((const __m128i *)p);
+    return (floats)_mm256_cvtepi32_ps(with_sign ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
+#else
+    floats out;
+    for (int i = 0; i < LANES; i++) out[i] = with_sign ? ((const int8_t *)p)[i] : ((const uint8_t *)p)[i];
+    return out;
+#endif
+}
+
+/* What LANES rows of a group are multiplied by, half by half, and what is then added: minus the minimum. */
+typedef struct {
+    floats step[2], add;
+} Scales;
+
+INLINE Scales scales_of(int kind, const char *w, const uint16_t *super, int64_t g, int h) {
+    Scales s = {{{0}}, {0}};
+    const char *at = w + plane_bytes(kind);
+    const uint16_t *each = (const uint16_t *)at + h * LANES, *over = super + g / SUPER * supers_of(kind) * ROWS + h * LANES;
+    switch (kind) {
+    case INT4: s.step[0] = load_bf16(each); break;
+    case AFFINE4: case AFFINE5:
+        s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 0);
+        s.add = -(load_f16(over + ROWS) * load_bytes(at + ROWS + h * LANES, 0));
+        break;
+    case Q6_K:
+        s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 1);
+        s.step[1] = load_f16(over) * load_bytes(at + ROWS + h * LANES, 1);
+        break;
+    default:
+        s.step[0] = load_f16(each);
+        if (has_minimum(kind)) s.add = load_f16(each + ROWS);
+    }
+    if (kind != Q6_K) s.step[1] = s.step[0];
+    return s;
+}
+
+/* A block of weights times R rows of inputs. */
+INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
+    const int parts = kind == Q6_K ? 2 : 1, part = UNITS / parts;
+    floats total[4][HALVES];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
+    for (int64_t g = 0; g < groups; g++, w += group_bytes(kind)) {
+        UNROLL for (int p = 0; p < parts; p++) {
+            ints sums[4][HALVES];
+            whole(kind, R, w, x + g, groups, p * part, (p + 1) * part, sums);
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const Scales s = scales_of(kind, w, super, g, h);
+                UNROLL for (int r = 0; r < R; r++) {
+                    const Inputs *in = x + r * groups + g;
+                    floats *to = &total[r][h];
+                    if (offset_of(kind) >= 0)
+                        sums[r][h] -= ((ints){0} + (parts == 2 ? in->halves[p] : in->sum)) << offset_of(kind);
+                    *to = multiply_add(s.step[p] * in->scale, __builtin_convertvector(sums[r][h], floats), *to);
+                    if (has_minimum(kind)) *to = multiply_add(s.add, (floats){0} + in->low, *to);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
+}
+
+/* The same with INT8, but for the scales of the rows. */
+INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
+    enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
+    floats total[4][HALVES];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
+    for (int64_t g = 0; g < groups; g += SPAN) {
+        ints acc[4][HALVES][CHAINS];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int h = 0; h < HALVES; h++)
+                UNROLL for (int i = 0; i < CHAINS; i++) acc[r][h][i] = (ints){0};
+        for (int64_t s = g; s < groups && s < g + SPAN; s++, w += group_bytes(INT8)) {
+            UNROLL for (int i = 0; i < GROUP / 2; i++) {
+                UNROLL for (int h = 0; h < HALVES; h++) {
+                    const words u = load_halves((const int8_t *)w + (i * ROWS + h * LANES) * 2);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        ints *to = &acc[r][h][R == 1 ? i % CHAINS : R == 2 ? i % 2 : 0];
+                        *to = add_products(*to, u, everywhere(x[r * groups + s].q + 2 * i));
+                    }
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            UNROLL for (int h = 0; h < HALVES; h++) {
+                const ints all = (acc[r][h][0] + acc[r][h][1]) + (acc[r][h][2] + acc[r][h][3]);
+                total[r][h] = multiply_add((floats){0} + x[r * groups + g].scale, __builtin_convertvector(all, floats),
+                                           total[r][h]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
+}
+
+INLINE void tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
+    if (kind == INT8) int8_tile(R, w, groups, x, out);
+    else unit_tile(kind, R, w, super, groups, x, out);
+}
+
+/* Where a block begins, and the numbers for its supers. */
+INLINE const char *block_at(int kind, const Matrix *m, int64_t b) {
+    return (const char *)m->data + b * groups_of(m->k) * group_bytes(kind);
+}
+
+INLINE const uint16_t *super_at(int kind, const Matrix *m, int64_t b) {
+    return (const uint16_t *)m->scale + b * ((groups_of(m->k) + SUPER - 1) / SUPER) * supers_of(kind) * ROWS;
+}
+
+INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t rows, float *out) {
+    const char *w = block_at(kind, m, b);
+    const uint16_t *super = super_at(kind, m, b);
+    const int64_t groups = groups_of(m->k);
+    for (int64_t at = 0, done; at < rows; at += done) {
+#if defined(__AVX2__) /* without, there are too few registers, and a compiler takes a minute */
+        if (rows - at >= 4) tile(kind, done = 4, w, super, groups, x + at * groups, out + at * ROWS);
+        else if (rows - at >= 2) tile(kind, done = 2, w, super, groups, x + at * groups, out + at * ROWS);
+        else
+#endif
+            tile(kind, done = 1, w, super, groups, x + at * groups, out + at * ROWS);
+    }
+    if (kind == INT8)
+        for (int64_t j = b * ROWS; j < (b + 1) * ROWS && j < m->n; j++)
+            for (int64_t r = 0; r < rows; r++) out[r * ROWS + j % ROWS] *= ((const float *)m->scale)[j];
+}
+
+/* `call(kind)` with a kind that the compiler knows. */
+#define FOR_KIND(kind, call)         \
+    switch (kind) {                  \
+    case INT8: call(INT8); break;    \
+    case INT4: call(INT4); break;    \
+    case Q8_0: call(Q8_0); break;    \
+    case Q4_0: call(Q4_0); break;    \
+    case Q4_1: call(Q4_1); break;    \
+    case Q5_0: call(Q5_0); break;    \
+    case Q5_1: call(Q5_1); break;    \
+    case Q6_K: call(Q6_K); break;    \
+    case AFFINE4: call(AFFINE4); break; \
+    default: call(AFFINE5);          \
+    }
+
+/* out[r, 0..ROWS) for block b of a matrix; out is [rows, ROWS]. */
+static void few_bits_block(const Matrix *m, int64_t b, const Inputs *x, int64_t rows, float *out) {
+#define CALL(kind) tiles(kind, m, b, x, rows, out)
+    FOR_KIND(m->kind, CALL)
+#undef CALL
+}
+
+/* Row j of a matrix as floats, [k]: the numbers that its weights stand for. */
+INLINE void row_of_blocks(int kind, const Matrix *m, int64_t j, float *out) {
+    const int lane = j % ROWS, zero = offset_of(kind) < 0 ? 0 : 1 << offset_of(kind);
+    const char *w = block_at(kind, m, j / ROWS);
+    for (int64_t g = 0; g < groups_of(m->k); g++, w += group_bytes(kind)) {
+        const Scales s = scales_of(kind, w, super_at(kind, m, j / ROWS), g, lane / LANES);
+        words u[UNITS];
+        if (kind != INT8)
+            UNROLL for (int i = 0; i < UNITS; i++) u[i] = unit(kind, w, i, lane / LANES);
+        for (int i = 0; i < GROUP && g * GROUP + i < m->k; i++) {
+            if (kind == INT8) {
+                out[g * GROUP + i] = ((const int8_t *)w)[(i / 2 * ROWS + lane) * 2 + i % 2] * ((const float *)m->scale)[j];
+            } else {
+                const int q = (u[i / 8 * 2 + i % 2][lane % LANES] >> (i % 8 / 2 * 8) & 0xff) - zero;
+                out[g * GROUP + i] = q * s.step[i / 16][lane % LANES];
+                if (has_minimum(kind)) out[g * GROUP + i] += s.add[lane % LANES];
+            }
+        }
+    }
+}
+
+/* Block b of a matrix, `count` rows of it, as floats and transposed: column c at out + c * ld. */
+INLINE void widen_block(int kind, const Matrix *m, int64_t b, int64_t count, float *out, int64_t ld) {
+    const int zero = offset_of(kind) < 0 ? 0 : 1 << offset_of(kind);
+    const char *w = block_at(kind, m, b);
+    floats each[HALVES] = {{0}};
+    if (kind == INT8) {
+        float scale[ROWS] = {0};
+        memcpy(scale, (const float *)m->scale + b * ROWS, count * 4);
+        UNROLL for (int h = 0; h < HALVES; h++) each[h] = load_floats(scale + h * LANES);
+    }
+    for (int64_t g = 0; g < groups_of(m->k); g++, w += group_bytes(kind)) {
+        float wide[GROUP][ROWS];
+        UNROLL for (int h = 0; h < HALVES; h++) {
+            const Scales s = scales_of(kind, w, super_at(kind, m, b), g, h);
+            if (kind == INT8) {
+                for (int i = 0; i < GROUP; i += 2) {
+                    const ints u = (ints)load_halves((const int8_t *)w + (i / 2 * ROWS + h * LANES) * 2);
+                    *(floats_at *)(wide[i] + h * LANES) = each[h] * __builtin_convertvector((u << 16) >> 16, floats);
+                    *(floats_at *)(wide[i + 1] + h * LANES) = each[h] * __builtin_convertvector(u >> 16, floats);
+                }
+                continue;
+            }
+            UNROLL for (int u = 0; u < UNITS; u++) {
+                const words four = unit(kind, w, u, h);
+                UNROLL for (int c = 0; c < 4; c++) {
+                    const floats q = __builtin_convertvector((ints)(four >> (8 * c) & 0xffu) - zero, floats);
+                    floats value = s.step[u / 4] * q;
+                    if (has_minimum(kind)) value += s.add;
+                    *(floats_at *)(wide[u / 2 * 8 + u % 2 + 2 * c] + h * LANES) = value;
+                }
+            }
+        }
+        for (int64_t i = 0; i < GROUP && g * GROUP + i < m->k; i++) memcpy(out + (g * GROUP + i) * ld, wide[i], count * 4);
+    }
+}
+
+#if defined(__x86_64__) && !defined(__AVX2__)
+#pragma pop_macro("UNROLL")
+#endif
