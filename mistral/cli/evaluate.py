@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
+from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     note_if_instruct,
     one_line,
@@ -33,6 +34,7 @@ TASKS = (*RETRIEVAL, "reach", "position")
 
 
 @flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "draft"))
+@divisible
 def perplexity(
     folder: str | None = None,
     file: str | None = None,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags, terminal
+from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     as_ids,
     default_folder,
@@ -40,6 +41,7 @@ DEMO_PROMPTS = (
     options=LoadOptions(max_batch_size=3),
     omit=("max_batch_size", "n", "stop", "top_logprobs"),
 )
+@divisible
 def demo(
     folder: str | None = None, *, chunk_size: int | None = None, params: SamplingParams, options: LoadOptions
 ) -> None:
@@ -69,6 +71,7 @@ def demo(
 
 
 @flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
+@divisible
 def complete(
     folder: str | None = None,
     prompt: str | None = None,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
+from mistral.cli.parallel import division
 from mistral.util.errors import MistralError, UsageError
 from mistral.util.files import decode_text
 
@@ -38,7 +39,7 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     with terminal.keeping_interrupts():
         from mistral.loader.load import load
 
-        loaded = load(chosen, options=options)
+        loaded = load(chosen, division=division(), options=options)
     what = "the bundled model, " if chosen is None else "" if folder is not None else "MISTRAL_MODEL, "
     terminal.echo_err(f"loaded {what}{loaded.describe()}")
     for note in loaded.notes:

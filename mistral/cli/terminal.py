@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mistral.cli.parallel import from_first
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -87,6 +88,10 @@ def confirm(question: str) -> bool:
 
 def read_stdin() -> bytes:
     """All bytes of stdin; none where somebody types or there is no stdin."""
+    return from_first(_read_stdin)
+
+
+def _read_stdin() -> bytes:
     if sys.stdin is None or is_interactive():
         return b""
     buffer = getattr(sys.stdin, "buffer", None)  # a caller in Python may have put text in its place

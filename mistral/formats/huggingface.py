@@ -156,7 +156,7 @@ class HuggingFaceLayout(Layout):
 
     def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:
         heads = heads_of(name, args)
-        return reader if heads is None else partial(_reordered, reader, heads)
+        return reader if heads is None else partial(reordered, reader, heads)
 
     def unused(self, raw: dict[str, Any]) -> list[str]:
         return [key for key in raw if key in HARMLESS and key not in LABELS and raw[key] is not None]
@@ -201,5 +201,6 @@ class HuggingFaceLayout(Layout):
         return Serving(flags, "vLLM reads a window for each layer in Mistral's layout" if mixed else None)
 
 
-def _reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
+def reordered(reader: Reader, heads: int, progress: Progress = None) -> Tensor:
+    """Rows of q or k, of that many heads, in Mistral's order."""
     return rows_to_mistral(reader(progress), heads)

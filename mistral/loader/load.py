@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mistral.formats.convert import Converted
+    from mistral.loader.division import Division
     from mistral.loader.runtime import Runtime
     from mistral.model import Transformer
 
@@ -99,6 +100,7 @@ def load(
     tokenizer: TokenizerLike | None = None,
     kernels: bool | None = None,
     deterministic: bool = False,
+    division: Division | None = None,
     options: LoadOptions,
 ) -> Loaded:
     """Load a model: a folder in Mistral's layout or Hugging Face's, or a GGUF file: shape, weights, tokenizer.
@@ -111,6 +113,7 @@ def load(
         tokenizer: one of your own (encode, decode, bos_id, eos_id); default: the folder's
         kernels: the old spelling of execution, for one release: False is "eager", True is "kernels"
         deterministic: short for execution="bitwise"
+        division: where several processes divide the model, this one's part; see `parallel.launch`
         options: see LoadOptions
 
     Raises:
@@ -127,7 +130,7 @@ def load(
     known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
     found = windowed(found, options)
-    model, run = assemble(found, options=options)
+    model, run = assemble(found, division, options=options)
     spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
@@ -199,8 +202,8 @@ def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool
 
 
 @flat(options=LoadOptions())
-def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runtime]:
-    """The model that a folder holds, in memory, and how it runs; see `load`.
+def assemble(found: Folder, division: Division | None = None, *, options: LoadOptions) -> tuple[Transformer, Runtime]:
+    """The model that a folder holds, or this process's part of it, in memory, and how it runs; see `load`.
 
     Raises:
         MistralError: a subclass that names what is wrong with the options, the adapter or the memory.
@@ -212,8 +215,14 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if division is not None:
+        division.check(found, options)
+    elif options.parallel > 1:
+        raise OptionError(f"parallel {options.parallel} is for complete, demo and perplexity: omit it")
     adapted = with_adapters(found, options)
     found = adapted.folder
+    about = () if division is None else division.notes(found.args, options.quant)
+    found = found if division is None else division.part(found)
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     rounded = None if options.quant == "none" else options.quant
@@ -231,12 +240,12 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
         return replace(run, quant=rounded if found.quant is None else found.quant)
 
     run = resolve(stored)
-    kept = kept_blocks(found, options, run)
+    kept = kept_blocks(found, options, run) if division is None else {}  # no part of a row of blocks is read
     if note := _too_wide(found, run, kept):
         found = _narrower(found)
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
-    run = replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text)
+    run = replace(run, notes=(*run.notes, *about, *adapted.notes), adapter=adapted.text)
     run = reported(found, run, kept)
     _require_memory(found, run, kept)
 
@@ -249,10 +258,16 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
     model = build(run)
     beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
     module = beside[0] if beside else unknown_module(model)
+    if division is not None:
+        module = "layers.0.attention.wo (Summed)"
     if run.how.whole_steps and module is not None:
         run = run.standing_aside(module)
         model = build(run)
+    if division is not None:
+        division.shape(model)
     _fill(model, found, run, kept)
+    if division is not None:
+        division.connect(model)
     if beside:
         put_adapters(model, adapted.beside, run.device, run.compute)
     if run.execution == "bitwise":

@@ -51,6 +51,7 @@ class LoadOptions:
         adapter_mode: merge (one, into the weights) or runtime (beside them); default: merge, for several runtime
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
         draft: guess tokens ahead: ngram (from the text so far), or a smaller model's folder; changes no token
+        parallel: processes that divide the model: 2, 4 ...; for complete, demo and perplexity
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -67,6 +68,7 @@ class LoadOptions:
     adapter_mode: str | None = None
     sliding_window: str | int | None = "auto"
     draft: str | None = None
+    parallel: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapter", _words(self.adapter))
@@ -87,7 +89,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in (*known, None) or (value is None and name == "execution"):
                 raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}")
-        for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):
+        for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1), ("parallel", 1, 1024)):
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue

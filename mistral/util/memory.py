@@ -7,6 +7,7 @@ PyTorch is imported only to ask about a device.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ from mistral.util.errors import MistralError
 
 if TYPE_CHECKING:
     import torch
+
+
+# What a process that computes with others makes of the bytes that it sees: all of them must decide alike.
+agree: Callable[[int | None, torch.device], int | None] = lambda left, device: left
 
 
 class OutOfMemory(MistralError):
@@ -24,7 +29,13 @@ def available(device: torch.device | str) -> int | None:
     """Bytes that can still be allocated on a device; None where nobody can say."""
     import torch
 
-    device = torch.device(device)
+    place = torch.device(device)
+    return agree(_available(place), place)
+
+
+def _available(device: torch.device) -> int | None:
+    import torch
+
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
