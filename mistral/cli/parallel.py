@@ -40,9 +40,12 @@ def _again(module: str, name: str, given: tuple[Any, ...], named: dict[str, Any]
     if shard is None or shard.rank == 0:
         command(*given, **named)
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            command(*given, **named)
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        command(*given, **named)
 
 
 def _in_a_group() -> bool:

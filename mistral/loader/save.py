@@ -46,7 +46,7 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     blocks = {name: kept for name in expected if (kept := _blocks(model, name)) is not None}
     if missing := [name for name in expected if name not in state and name not in blocks]:
         raise UsageError(
-            f"weights of this model are quantized, or beside an adapter ({missing[0]} and others): "
+            f"weights of this model are quantized, divided or beside an adapter ({missing[0]} and others): "
             "save what it was loaded from, "
             "or write a quantized folder with `convert --quant`"
         )

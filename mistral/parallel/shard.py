@@ -1,8 +1,8 @@
 """One rank's part of a model (tensor parallel, arXiv 1909.08053): what it holds, and where the ranks exchange numbers.
 
 Rows of wq, wk, wv (by whole heads), w1, w3 and the output, and columns of wo and w2, are divided evenly; the experts
-of a mixture each in the same way. A layer has two sums over all ranks: after wo, and after its feed-forward. Embeddings,
-norms and routers are whole on every rank. `parameters(args)` says which is which.
+of a mixture each in the same way. A layer has two sums over all ranks: after wo, and after its feed-forward.
+Embeddings, norms and routers are whole on every rank. `parameters(args)` says which is which.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class Shard:
             for name, columns in (("wo", local.n_heads * local.head_dim), ("w2", local.hidden_dim)):
                 if columns % GROUP:
                     raise OptionError(
-                        f"{what}: each rank has {columns} columns of {name}, and int4 rounds groups of {GROUP} together: "
-                        "use --quant int8"
+                        f"{what}: each rank has {columns} columns of {name}, and int4 rounds groups of {GROUP} "
+                        "together: use --quant int8"
                     )
 
     def args(self, args: ModelArgs) -> ModelArgs:

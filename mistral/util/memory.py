@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # What a process that computes with others makes of the bytes that it sees: all of them must decide alike.
-agree: Callable[[int | None, torch.device], int | None] = lambda left, device: left
+agree: Callable[[int | None, torch.device], int | None] | None = None
 
 
 class OutOfMemory(MistralError):
@@ -30,7 +30,8 @@ def available(device: torch.device | str) -> int | None:
     import torch
 
     place = torch.device(device)
-    return agree(_available(place), place)
+    left = _available(place)
+    return left if agree is None else agree(left, place)
 
 
 def _available(device: torch.device) -> int | None:
