@@ -72,6 +72,7 @@ def run(ranks: int, target: Callable[..., R], *args: Any) -> R:
         raise _reason(others) or error from None
     finally:
         for process, _ in others:
+            process.join(1)  # its next exchange fails, and it tidies up
             process.kill()
 
 
@@ -149,11 +150,10 @@ def _other(
         with _member(rank, ranks, dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=TIMEOUT)):
             target(*args)
     except Exception as error:
-        if _of_exchange(error):  # another rank has gone, and says why
-            os._exit(1)
-        failure.send(str(error) if isinstance(error, MistralError | OSError) else f"{type(error).__name__}: {error}")
-        failure.close()
-        os._exit(1)
+        if not _of_exchange(error):  # or else another rank has gone, and says why
+            own = isinstance(error, MistralError | OSError)
+            failure.send(str(error) if own else f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
 
 
 def _end_with_the_first() -> None:

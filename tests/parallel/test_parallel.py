@@ -79,10 +79,12 @@ def model_of(name: str) -> Transformer:
     return model
 
 
-def played(model: Transformer, start: int = 0) -> dict[str, list[Tensor]]:
+def played(model: Transformer, quantized: bool) -> dict[str, list[Tensor]]:
     """Logits of every schedule: from a cache, also one that has rolled and been rewound, and without one."""
     prompts = ragged(LENS, model.args.vocab_size)
     with torch.inference_mode():
+        if quantized:  # what rounds is slow, and the products are the same in every schedule
+            return {"in chunks": play(model, prompts, SCHEDULES["in chunks"], make_cache(model, len(LENS)))}
         found = {name: play(model, prompts, each, make_cache(model, len(LENS))) for name, each in SCHEDULES.items()}
         cache = make_cache(model, 1)
         model.forward(prompts[0], [len(prompts[0])], cache)
@@ -102,7 +104,7 @@ def divided(folders: dict[str, str]) -> dict[str, Any]:
         part = shard.part(read_folder(folder)).weights
         for tensor in part.readers:
             part.get(tensor, read.append)
-        logits = played(model)
+        logits = played(model, run.quant is not None)
         bits = [t.numpy().tobytes() for ts in logits.values() for t in ts]
         everyones: list[Any] = [None, None]
         dist.all_gather_object(everyones, (sum(read), bits, rounded(model)))
@@ -140,7 +142,7 @@ def test_two_ranks_are_one_model(name: str, folders: dict[str, str], results: di
     alone, _ = assemble(read_folder(folders[name]), options=options_for(name))
     logits, (first, second), equal_bits, weights, notes = results[name]
     tolerance = QUANT_TOLERANCE if options_for(name).quant else TOLERANCE
-    for schedule, want in played(alone).items():
+    for schedule, want in played(alone, options_for(name).quant is not None).items():
         assert distance(logits[schedule], want) < tolerance, schedule
     assert equal_bits  # or the ranks would choose different tokens
     known = parameters(SHAPES[name.removesuffix(" hf")])
@@ -262,7 +264,7 @@ def test_commands_give_the_same(command: Command) -> None:
 
 
 def test_other_commands_refuse(command: Command) -> None:
-    for words in (("interactive",), ("eval", "--task", "reach"), ("serve", "--port", "0")):
+    for words in (("interactive",), ("eval", "--task", "reach"), ("serve", "--port", 1)):
         assert "parallel 2 is for complete, demo and perplexity: omit it" in command(*words, "--parallel", 2).error
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 
