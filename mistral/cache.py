@@ -210,6 +210,27 @@ class RollingBufferCache:
             self.lengths[r] = self.origins[r] = self._reached[r] = position
 
     @torch.no_grad()
+    def copy(self, source: int, target: int) -> None:
+        """Have row `target` hold the sequence of row `source`, to go on from it in another way.
+
+        Raises:
+            CacheError: there is no such row, or the last step was broken off.
+        """
+        rows = len(self.lengths)
+        if not (0 <= source < rows and 0 <= target < rows):
+            raise CacheError(f"no rows {source} and {target} in a cache of {rows} rows")
+        if any(layer.written for layer in self.layers):
+            raise CacheError("the last step on this cache did not finish, and its keys are lost: reset() it")
+        for layer in self.layers:
+            used = min(self._reached[source] - self.origins[source], layer.capacity)
+            # A sequence that began further on may be anywhere in the buffer.
+            slots = slice(None) if self.origins[source] else slice(0, used)
+            layer.k[target, slots] = layer.k[source, slots]
+            layer.v[target, slots] = layer.v[source, slots]
+        for counts in (self.lengths, self.origins, self._reached):
+            counts[target] = counts[source]
+
+    @torch.no_grad()
     def wipe(self, row: int) -> None:
         """Forget a sequence and zero its storage: a NaN or infinity left in it would harm the next one even unseen."""
         self.reset(row)

@@ -108,7 +108,7 @@ def _whole(text: str) -> str:
 class StopStrings:
     """A sequence's text so far, and what of it may be shown: not the beginning of a stop string."""
 
-    def __init__(self, tokenizer: TokenizerLike, prompt: list[int], stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: TokenizerLike, prompt: Sequence[int], stop: tuple[str, ...]) -> None:
         self._decoder = Detokenizer(tokenizer, prompt)
         self._stop = stop
         self._held = ""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from mistral.adapters import BASE
 from mistral.cache import RollingBufferCache
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token, check_request
 from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
+from mistral.stored_ids import StoredIds
 from mistral.util import memory
+from mistral.util.errors import UsageError, short_repr
 
 Progress = Callable[[int, int], None]
 STEP_TOKENS = 2048  # prompt tokens that a step processes, over all rows, unless a chunk size is given
@@ -28,8 +32,8 @@ class Engine:
     """A batch of requests, one step at a time. Requests join with `add` and leave when they end.
 
     Requests without a row of the cache wait, first come first served, and take one over when its sequence has
-    ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt and
-    params decides what a request generates. A request whose logits are NaN ends with an `error`; the others go on.
+    ended. In one step some rows may process chunks of prompts while others decode. Nothing but its own prompt, params
+    and adapter decides what a request generates. A request whose logits are NaN ends with an `error`; the others go on.
     After an exception in `step` the engine is of no more use. Where the model has a `draft`, a step may give several
     tokens of a request; which tokens, no draft changes.
 
@@ -88,11 +92,13 @@ class Engine:
         index: int | None = None,
         sample: int = 0,
         score: bool | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Have a prompt continued, from the next step that has a row for it.
 
         Args:
             prompt_ids: ids, at least one. A list is not copied: leave it alone until the request has ended.
+                `StoredIds` stay in their file.
             params: how to continue it. One request is one sample: whoever needs `n` of them adds n requests.
             row: of the cache, to continue from what it holds: the beginning of the prompt, which is not processed
                 again (nor scored). None takes the next free row, from its beginning.
@@ -100,19 +106,23 @@ class Engine:
             index: the caller's number for the prompt, for tokens and errors; None counts.
             sample: which of the n samples this is, from 0; with the seed it decides the random numbers.
             score: whether to keep the log-probabilities of the prompt's tokens; None: as the engine does.
+            adapter: the name of one of `model.adapters`, "" for none; None takes their default. What a row holds must
+                have been computed with it.
 
         Raises:
             GenerationError: an empty prompt, an id outside the vocabulary, a number out of range, or a row that is
                 not there, is taken, or holds all of the prompt.
+            UsageError: the model has no such adapter.
             OutOfMemory: keys and values of such a sequence do not fit the memory left.
         """
         index = self._added if index is None else index
-        ids = prompt_ids if isinstance(prompt_ids, list) else list(prompt_ids)
+        ids = prompt_ids if isinstance(prompt_ids, list | StoredIds) else list(prompt_ids)
         check_request(ids, params, index, sample, self.model.args.vocab_size)
+        chosen = self._find_adapter(adapter)
         held = 0 if row is None else self._check_row(row, ids, index)
         ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         scored = self.score_prompts if score is None else score
-        request = Request(index, ids, params, ends, None, sample, num_computed=held, score=scored)
+        request = Request(index, ids, params, ends, None, sample, num_computed=held, score=scored, adapter=chosen)
         if not params.max_tokens and not scored:
             request.finish = "length"  # nothing to generate and nothing to score
         else:
@@ -154,6 +164,20 @@ class Engine:
         with torch.inference_mode():
             return self._forward()
 
+    def _find_adapter(self, name: str | None) -> str:
+        if self.model.adapters is not None:
+            return self.model.adapters.find(name)
+        if name:
+            raise UsageError(f"no adapter is called {short_repr(name)}: the model was loaded without any at run time")
+        return BASE
+
+    def _adapted(self, requests: Sequence[Request | None], counts: Sequence[int]) -> AbstractContextManager[None]:
+        """While open, products are of so many rows of each request."""
+        if self.model.adapters is None:
+            return nullcontext()
+        names = [BASE if request is None else request.adapter for request in requests]
+        return self.model.adapters.of(names, counts, self.model.device)
+
     # Rows and memory.
 
     def _end(self, request: Request, finish: Finish) -> None:
@@ -175,7 +199,7 @@ class Engine:
     def _place(self, request: Request, row: int) -> None:
         self._rows[row], request.row = request, row
 
-    def _check_row(self, row: int, ids: list[int], index: int) -> int:
+    def _check_row(self, row: int, ids: Sequence[int], index: int) -> int:
         """How many tokens of the prompt the row holds."""
         if self.cache is None or not 0 <= row < len(self._rows):
             raise GenerationError(f"there is no row {row} for prompt {index}: the cache has {len(self._rows)} rows")
@@ -248,7 +272,8 @@ class Engine:
         pieces = self._next_inputs()
         ids = torch.tensor([i for piece in pieces for i in piece], device=self.model.device)
         plan = self.cache.plan([len(piece) for piece in pieces])
-        h = self.model.step(ids, plan, self.cache)
+        with self._adapted(self._rows, plan.seqlens):
+            h = self.model.step(ids, plan, self.cache)
         self.cache.commit(plan)
 
         choosing: list[int] = []
@@ -271,7 +296,8 @@ class Engine:
         if not ready:
             return []
         guessed = [len(request.guesses) for request in ready]
-        logits = self.model.logits(h[choosing])
+        with self._adapted(ready, [1 + n for n in guessed]):
+            logits = self.model.logits(h[choosing])
         tokens = self._match(logits, ready) if any(guessed) else self._sample(logits, ready)
         if guessing:
             self._learn(ready, guessed, time.perf_counter() - began)
@@ -310,7 +336,8 @@ class Engine:
         rows = max(1, LOGIT_FLOATS // self.model.args.vocab_size)
         for first in range(0, len(targets), rows):
             wanted = torch.tensor(targets[first : first + rows], device=h.device)
-            logits = self.model.logits(h[first : first + len(wanted)])
+            with self._adapted([request], [len(wanted)]):
+                logits = self.model.logits(h[first : first + len(wanted)])
             found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
             if any(logprob != logprob for logprob in found):
                 return self._fail(request, _nan_logits(request.index))

@@ -18,6 +18,7 @@ from mistral.engine import Engine, Progress
 from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
+from mistral.stored_ids import StoredIds
 from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat
 
@@ -55,7 +56,7 @@ class Completion:
         logprobs: of each token, natural log, of the logits as the model gave them.
         top_logprobs: for each token the most likely ids and their log-probabilities, as many as requested.
         finish_reason: "stop" (eos or a stop string) or "length".
-        prompt_tokens: ids of the prompt, bos included.
+        prompt_tokens: ids of the prompt, bos included; the `StoredIds` that were given.
         sample: which of the prompt's n samples it is.
     """
 
@@ -64,11 +65,11 @@ class Completion:
     logprobs: list[float]
     top_logprobs: list[dict[int, float]]
     finish_reason: Finish
-    prompt_tokens: list[int]
+    prompt_tokens: Sequence[int]
     sample: int = 0
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[list[int]]:
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[Sequence[int]]:
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     prompts = _prompt_list(prompts)
     return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
@@ -85,10 +86,12 @@ def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
     return several
 
 
-def _ids(prompt: Sequence[int], i: int) -> list[int]:
+def _ids(prompt: Sequence[int], i: int) -> Sequence[int]:
     try:
         if isinstance(prompt, bytes):
             raise TypeError
+        if isinstance(prompt, StoredIds):
+            return prompt
         if type(prompt) is list and all(type(t) is int for t in prompt):
             return prompt  # a prompt of a million ids is 40 MB
         return [operator.index(t) for t in prompt]  # not int(): that would take 2.7, or "2"
@@ -145,7 +148,7 @@ class _Batch:
     """Prompts that were added to an engine: their ids, and their requests, n a prompt, in order."""
 
     engine: Engine
-    ids: list[list[int]]
+    ids: list[Sequence[int]]
     requests: list[Request]
 
 
@@ -154,10 +157,11 @@ def _start(
     tokenizer: TokenizerLike,
     engine: Engine,
     params: SamplingParams | list[SamplingParams],
+    adapter: str | Sequence[str | None] | None = None,
 ) -> _Batch:
     """Add each prompt to the engine; in a cache that was given, prompt i continues row i."""
     ids = encode_prompts(prompts, tokenizer)
-    each = _one_each("params", params, len(ids))
+    each, adapters = _one_each("params", params, len(ids)), _one_each("adapter", adapter, len(ids))
     for one in each:
         if not isinstance(one, SamplingParams):
             raise GenerationError(f"params is {one!r:.60}; it must be SamplingParams, or a list of them, one a prompt")
@@ -169,8 +173,8 @@ def _start(
             raise GenerationError("a cache has one row for each prompt: n must be 1")
         rows = list(range(len(ids)))
     requests = [
-        engine.add(prompt, one, row, index=index, sample=sample)
-        for index, (prompt, one, row) in enumerate(zip(ids, each, rows, strict=True))
+        engine.add(prompt, one, row, index=index, sample=sample, adapter=name)
+        for index, (prompt, one, row, name) in enumerate(zip(ids, each, rows, adapters, strict=True))
         for sample in range(one.n)
     ]
     return _Batch(engine, ids, requests)
@@ -187,6 +191,7 @@ def stream(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is generated.
 
@@ -200,6 +205,8 @@ def stream(
         cache: one that holds the beginnings of the prompts, prompt i in row i; they are not processed again.
         progress: called between steps with the prompt tokens processed so far and in all. What it
             raises ends the generation there, with the cache whole.
+        adapter: which of the adapters beside the weights: a name for all prompts, or a list, one a prompt; "" is none
+            of them. None: the only one, and none where there are several.
 
     Yields:
         Pieces, at least one a request; a sequence's last one carries its finish reason.
@@ -208,7 +215,8 @@ def stream(
         ValueError: a subclass that names the argument; before anything is computed.
     """
     ends = eos_of(tokenizer) if eos_ids is None else eos_ids
-    batch = _start(prompts, tokenizer, Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache), params)
+    engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
+    batch = _start(prompts, tokenizer, engine, params, adapter)
     return _pieces(batch, tokenizer, progress)
 
 
@@ -253,6 +261,7 @@ def completions(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
@@ -266,6 +275,7 @@ def completions(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     ):
         key = piece.index, piece.sample
         if key not in results:
@@ -292,6 +302,7 @@ def complete(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
@@ -307,6 +318,7 @@ def complete(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     )
     return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 
@@ -351,4 +363,4 @@ def generate(
     logprobs = [request.prompt_logprobs + more for request, more in generated.items()]
     if not any(each.max_tokens for each in params):
         return [], logprobs
-    return [tokenizer.decode(request.prompt_ids + request.output_ids) for request in requests], logprobs
+    return [tokenizer.decode([*request.prompt_ids, *request.output_ids]) for request in requests], logprobs

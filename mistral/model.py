@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mistral
+from mistral.adapters import Adapters
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
@@ -135,9 +136,11 @@ class Transformer(nn.Module):
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
 
     Attributes:
+        adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
         draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
     """
 
+    adapters: Adapters | None = None
     draft: Callable[[], Draft] | None = None
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:

@@ -37,10 +37,11 @@ class Request:
         prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
         finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
         error: why it could not go on.
+        adapter: the name of the one that it is computed with; "" is none.
     """
 
     index: int
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     params: SamplingParams
     eos_ids: frozenset[int]
     rng: RequestRng | None
@@ -55,6 +56,7 @@ class Request:
     finish: Finish | None = None
     error: GenerationError | None = None
     changes: LogitChanges | None = field(default=None, repr=False)
+    adapter: str = ""
 
     @property
     def positions(self) -> int:
@@ -74,7 +76,7 @@ class Request:
     def next_ids(self, chunk: int) -> list[int]:
         """What the model processes next: a chunk of the prompt, or the last token generated and what may follow it."""
         if self.prefilling:
-            return self.prompt_ids[self.num_computed : self.num_computed + chunk]
+            return list(self.prompt_ids[self.num_computed : self.num_computed + chunk])
         return self.output_ids[-1:] + self.guesses
 
 
@@ -113,7 +115,7 @@ class Draft(Protocol):
         """What came of it: of each request the tokens guessed and those that were right, and how long the step took."""
 
 
-def check_request(ids: list[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
+def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
     """Refuse what cannot be generated from."""
     if not ids:
         raise GenerationError(f"prompt {index} has no tokens")

@@ -89,9 +89,10 @@ class LogitChanges:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: list[int], vocab_size: int, device: torch.device | str
+        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
     ) -> None:
-        self._params, self._prompt_ids = params, prompt_ids
+        self._params = params
+        self._prompt_ids = list(prompt_ids) if params.logits_processor is not None else []
         if params.logit_bias:
             ids, biases = zip(*params.logit_bias, strict=True)
             self._biased = torch.tensor(ids, device=device)
@@ -99,7 +100,7 @@ class LogitChanges:
         if params.penalized:
             self._counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)  # in the output
             self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or output
-            self._seen[torch.tensor(prompt_ids, device=device)] = True
+            self._seen[torch.tensor(sorted(set(prompt_ids)), device=device)] = True
         self._counted = 0
 
     def __call__(self, logits: Tensor, output_ids: list[int]) -> Tensor:

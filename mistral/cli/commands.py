@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mistral.cli.batch import batch
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
-from mistral.cli.evaluate import perplexity
+from mistral.cli.deploy import deploy
+from mistral.cli.evaluate import evaluate, perplexity
+from mistral.cli.finetune import finetune
 from mistral.cli.folders import convert, inspect_folder
 from mistral.cli.generate import complete, demo
 from mistral.cli.oracle import compare, mutants, pack, trace, verify
@@ -33,9 +36,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "inspect": inspect_folder,
     "convert": convert,
+    "finetune": finetune,
     "serve": serve,
+    "batch": batch,
+    "deploy": deploy,
     "bench": bench,
     "perplexity": perplexity,
+    "eval": evaluate,
     "verify": verify,
     "pack": pack,
     "compare": compare,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
     from mistral.loader.options import LoadOptions
+    from mistral.stored_ids import StoredIds
 
 
 def default_folder(folder: str | None) -> str | None:
@@ -47,11 +48,17 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt, text or ids; the text that follows it, for fill-in-the-middle; and its own most tokens to generate."""
+    """A prompt, text or ids.
+
+    Args:
+        suffix: the text that follows it, for fill-in-the-middle.
+        max_tokens, adapter: its own, where it has any.
+    """
 
     prompt: Any
     suffix: str | None = None
     max_tokens: int | None = None
+    adapter: str | None = None
 
 
 def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
@@ -74,8 +81,24 @@ def without_last_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
+def read_ids(file: str | None) -> StoredIds | None:
+    """The ids of a file whose name ends in .npy, which stay in it; None for other files.
+
+    Raises:
+        FormatError: it cannot be read, or holds something else.
+    """
+    if file is None or not file.lower().endswith(".npy"):
+        return None
+    from mistral.stored_ids import StoredIds
+
+    return StoredIds(file)
+
+
 def read_file(file: str) -> list[PromptLine]:
-    """The prompts of a file: a JSON value a line, or, where its name ends in .txt, a prompt a line."""
+    """The prompts of a file: a JSON value a line, or, where its name ends in .txt, a prompt a line; or one of ids."""
+    stored = read_ids(file)
+    if stored is not None:
+        return [PromptLine(stored)]
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_text(file).split("\n"), 1)]
     plain = file.lower().endswith(".txt")
     found = [
@@ -96,10 +119,10 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         raise UsageError(f"{where} is not JSON: {error}{plain}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
-    unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
+    unknown = set(entry) - {"prompt", "suffix", "max_tokens", "adapter"}
     if unknown:
-        raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
-    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens")
+        raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix, max_tokens and adapter")
+    prompt, suffix, limit, adapter = (entry.get(name) for name in ("prompt", "suffix", "max_tokens", "adapter"))
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise UsageError(f"{where}: the prompt must be text or a list of ids")
@@ -109,7 +132,9 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         raise UsageError(f"{where}: a suffix must be text, and so must its prompt")
     if "max_tokens" in entry and (type(limit) is not int or limit < 0):
         raise UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
-    return PromptLine(prompt, suffix, limit)
+    if not isinstance(adapter, str | None):
+        raise UsageError(f"{where}: adapter must be the name of one")
+    return PromptLine(prompt, suffix, limit, adapter)
 
 
 def read_text(file: str | None) -> str:
@@ -220,20 +245,28 @@ def folder_or_text(word: str) -> str:
 
 
 @contextlib.contextmanager
-def model_of(folder: str | None) -> Iterator[Folder]:
-    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model."""
+def model_of(folder: str | None, options: LoadOptions | None = None) -> Iterator[Folder]:
+    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model.
+
+    Args:
+        options: the window and the adapter that are asked for; see `load.as_read`.
+    """
     from mistral.formats.folder import BUNDLED, read_folder
     from mistral.formats.hub import locate
+    from mistral.loader.load import as_read
     from mistral.oracle.pack import folder_of, is_pack
+
+    def asked(found: Folder) -> Folder:
+        return found if options is None else as_read(found, options)
 
     folder = default_folder(folder)
     if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
         with tempfile.TemporaryDirectory() as nothing:
-            yield folder_of(folder, Path(nothing))
+            yield asked(folder_of(folder, Path(nothing)))
         return
     if folder is not None and Path(folder).is_file() and not is_gguf_name(folder):
         raise UsageError(f"{folder} is neither a folder nor a .gguf file nor a pack")
-    yield read_folder(BUNDLED if folder is None else locate(folder))
+    yield asked(read_folder(BUNDLED if folder is None else locate(folder)))
 
 
 def one_line(facts: dict[str, Any]) -> str:

@@ -259,7 +259,7 @@ def report(
         "model": what,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "processor": _processor(model.device),
+        "processor": processor(model.device),
         "repeats": repeats,
         "load_seconds": None if shape else loading,
         "first_token_seconds": first,
@@ -279,7 +279,7 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _processor(device: torch.device) -> str:
+def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

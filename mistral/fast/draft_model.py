@@ -131,7 +131,7 @@ class ModelDraft:
             follow.held = cache.rewind(follow.row, min(known + right, last))
         follow.guesses = []
         held = follow.held
-        return request.prompt_ids[held:] + request.output_ids[max(0, held - begin) :]
+        return [*request.prompt_ids[held:], *request.output_ids[max(0, held - begin) :]]
 
     def _forward(self, cache: RollingBufferCache, new: dict[int, list[int]]) -> torch.Tensor:
         """Take in ids, by row; the logits of each row's last one, [R, V], in the order of `new`."""

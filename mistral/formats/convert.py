@@ -145,7 +145,7 @@ def write_folder(
         )
     if adapter is not None:
         folder = merge_into(folder, read_adapter(adapter))
-    place = _destination(folder.path, Path(dst))
+    place = destination(folder.path, Path(dst))
     notes = list(folder.notes)
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
@@ -204,7 +204,7 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
 # --- where to
 
 
-def _destination(src: Path, dst: Path) -> Path:
+def destination(src: Path, dst: Path) -> Path:
     """Where the folder will be, without links, once it is sure that nothing is there."""
     try:
         origin, place = src.resolve(), dst.resolve()

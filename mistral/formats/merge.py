@@ -140,6 +140,11 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
     return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
 
 
+def has_adapter(folder: Folder) -> bool:
+    """Whether an adapter is merged into a folder's weights while they are read."""
+    return any(isinstance(reader, _Merged) for reader in folder.weights.readers.values())
+
+
 def about(adapter: Adapter, how: str) -> tuple[str, ...]:
     """Notes on an adapter in use, a sentence each."""
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, stored_as
-from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
 from mistral.formats.hub import locate
-from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer, missing_tokens, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
+from mistral.loader.adapted import put_adapters, with_adapters
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
@@ -177,6 +176,17 @@ def windowed(found: Folder, options: LoadOptions) -> Folder:
     return found if isinstance(window, str) else with_window(found, window)
 
 
+def as_read(found: Folder, options: LoadOptions) -> Folder:
+    """A folder with the window that the options ask for, and their adapter merged into what is read of it.
+
+    Raises:
+        OptionError: several adapters.
+        AdapterError: an adapter that is broken, or belongs to another model.
+    """
+    merged = replace(options, adapter_mode="merge") if options.adapter else options
+    return with_adapters(windowed(found, options), merged).folder
+
+
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
     """Options with what the two short spellings of an execution mean."""
     means = {"bitwise"} if deterministic else set()
@@ -201,7 +211,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found, beside, notes = _with_adapter(found, options)
+    adapted = with_adapters(found, options)
+    found = adapted.folder
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     if found.quant is not None and options.quant not in (None, found.quant):
@@ -220,7 +231,7 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
         found = _narrower(found)
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
-    run = replace(run, notes=(*run.notes, *notes), adapter=_adapter_text(options))
+    run = replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text)
     _require_memory(found, run)
 
     def build(run: Runtime) -> Transformer:
@@ -230,40 +241,19 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    module = f"{next(iter(beside)).removesuffix('.weight')} (AdaptedLinear)" if beside else unknown_module(model)
+    beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
+    module = beside[0] if beside else unknown_module(model)
     if run.how.whole_steps and module is not None:
         run = run.standing_aside(module)
         model = build(run)
     _fill(model, found, run)
     if beside:
-        from mistral.loader.adapted import put_adapted
-
-        put_adapted(model, beside, run.device, run.compute)
+        put_adapters(model, adapted.beside, run.device, run.compute)
     if run.execution == "bitwise":
         from mistral.fast import bitwise
 
         bitwise.self_test(model)
     return model, run
-
-
-def _with_adapter(found: Folder, options: LoadOptions) -> tuple[Folder, dict[str, Update], tuple[str, ...]]:
-    """The folder with its adapter merged into what is read; else what an adapter adds at run time; and notes."""
-    if options.adapter is None:
-        if options.adapter_mode != "merge":
-            raise OptionError("adapter_mode is given without an adapter: add --adapter FOLDER")
-        return found, {}, ()
-    adapter = read_adapter(options.adapter)
-    if options.adapter_mode == "merge":
-        merged = merge_into(found, adapter)
-        return merged, {}, merged.notes[len(found.notes) :]
-    if adapter.dora:
-        raise OptionError(f"{options.adapter} has DoRA, which scales whole rows of the weights: omit --adapter_mode")
-    return found, updates(adapter, found.args), about(adapter, "beside the weights at run time")
-
-
-def _adapter_text(options: LoadOptions) -> str:
-    how = "merged" if options.adapter_mode == "merge" else "at run time"
-    return "" if options.adapter is None else f"adapter {options.adapter} {how}"
 
 
 def _too_wide(found: Folder, run: Runtime) -> str | None:

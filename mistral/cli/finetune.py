@@ -1,0 +1,136 @@
+"""finetune: a model and samples in, an adapter or a model out."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mistral.cli import terminal
+from mistral.cli.prompts import default_folder
+from mistral.loader.options import LoadOptions
+from mistral.train.options import TrainOptions
+from mistral.util.flat import flat
+
+if TYPE_CHECKING:
+    from mistral.train.loop import Report
+
+# Of LoadOptions: what training decides for itself, and what is for generating.
+OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft")
+EVERY = 10  # seconds between lines where there is no terminal
+
+
+@flat(train=TrainOptions(), options=LoadOptions(), omit=OMITTED)
+def finetune(
+    folder: str | None = None,
+    *,
+    data: str,
+    out: str,
+    eval_data: str | None = None,
+    merge: bool = False,
+    resume: bool = False,
+    train: TrainOptions,
+    options: LoadOptions,
+) -> None:
+    """Fine-tune a model on a file of samples: an adapter (LoRA), or all weights with --full.
+
+    python -m main finetune --data train.jsonl --out mine --seq_len 256
+    python -m main finetune mistral-7B-v0.1 --data train.jsonl --out mine --dtype bfloat16 --merge
+    python -m main finetune model --data train.jsonl --out mine --eval_split 0.05 --patience 3
+    python -m main finetune model --data long.jsonl --out longer --full --sliding_window 16384 --rope_theta 1e6
+    python -m main finetune model --data train.jsonl --out mine --resume
+
+    A line of the file is {"messages": [..]}, as OpenAI and mistral-finetune have it, of which answers are learned, or
+    {"text": ..}, of which all is, or {"prompt": .., "completion": ..}. All lines are checked before anything else. OUT
+    gets the adapter as PEFT and vLLM read it (--adapter OUT uses it) and in mistral-finetune's form, or with --full the
+    model; log.jsonl, loss.svg and a card. Ctrl-C saves: the same command with --resume goes on, on a CPU bit for bit.
+
+    Args:
+        data: a file of JSON lines
+        out: a folder for the results, new or empty
+        eval_data: samples to evaluate; default: a split of DATA, if --eval_split is given
+        merge: also write the model with the adapter in it, into OUT/merged
+        resume: go on with the run in OUT that was stopped
+        dtype: of the arithmetic: float32 or bfloat16; what is trained is float32; default: what suits the device
+        quant: int8 or int4: an adapter beside quantized weights
+        adapter: a LoRA adapter to go on from; with --full it is merged first
+    """
+    with terminal.keeping_interrupts():
+        from mistral.train.run import finetune as run
+    with _Stop() as stop, _Line() as line:
+        finished = run(
+            default_folder(folder),
+            data,
+            out,
+            options=train,
+            load=options,
+            eval_data=eval_data,
+            merge=merge,
+            resume=resume,
+            say=terminal.echo_err,
+            on_report=line.report,
+            should_stop=lambda: stop.asked,
+        )
+    for note in finished.notes:
+        terminal.echo_err(f"note: {note}")
+    held = ""
+    if finished.eval_losses is not None:
+        held = "; held out {:.4f} to {:.4f}".format(*finished.eval_losses)
+    progress = finished.progress
+    terminal.echo_err(
+        f"{progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s; "
+        f"loss {finished.losses[0]:.4f} to {finished.losses[1]:.4f}{held}"
+    )
+    print(finished.out)
+
+
+class _Stop:
+    """Ctrl-C while training: the first saves after the step that is running, a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Stop:
+        self._before = signal.signal(signal.SIGINT, self._hit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _hit(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        terminal.echo_err("stopping after this step; --resume goes on (Ctrl-C again: at once, without saving)")
+
+
+class _Line:
+    """Progress: a bar at a terminal, else a line on stderr now and then."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> _Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def report(self, report: Report) -> None:
+        from tqdm import tqdm
+
+        held = "" if report.eval_loss is None else f", held out {report.eval_loss:.3f}"
+        text = f"loss {report.loss:.3f}{held}, {report.rate:.0f} tokens/s"
+        if self._bar is None:
+            self._bar = tqdm(total=report.steps, initial=report.step - 1, desc="training", unit="step", disable=None)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(report.step - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._last >= EVERY or report.step == report.steps):
+            self._last = now
+            left = f", {report.left:.0f} s left" if report.left else ""
+            terminal.echo_err(f"step {report.step}/{report.steps}: {text}{left}")

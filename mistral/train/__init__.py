@@ -1,0 +1,1 @@
+"""Fine-tuning: a file of examples and a folder in; an adapter or a model out. Sits on `loader/` and `chat/`."""

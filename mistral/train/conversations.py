@@ -1,0 +1,172 @@
+"""Conversations as ids, and which of them are the model's own: the loss is on answers and the id that ends them.
+
+Mistral's templates are written message by message, through mistral-common. Of any other template the beginnings of a
+conversation are compared: what an answer adds to the ids before it is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mistral.chat.messages import BETWEEN, Message, TemplateError
+from mistral.chat.templates import MistralCommon, Template
+from mistral.tokenizer import Tokenizer
+from mistral.util.errors import printable
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a sample.
+
+    Args:
+        role: system, user, assistant or tool.
+        content: the text; may be empty where there are tool calls.
+        weight: of an answer in the loss.
+        tool_calls: of an answer: id, name and arguments (JSON as text) of each.
+        tool_call_id, name: of a tool's result.
+    """
+
+    role: str
+    content: str
+    weight: float = 0.0
+    tool_calls: tuple[tuple[str, str, str], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass
+class Marked:
+    """Ids of a sample, and how much the prediction of each counts: of the first, which nothing predicts, it is 0."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+
+def mark_text(tokenizer: Tokenizer, prompt: str, text: str) -> Marked:
+    """A text behind another one, bos before both and eos behind; the ids of the second and eos count."""
+    marked = Marked()
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    before = before[:1] if not prompt else before
+    # A word may be split otherwise where the text goes on; a model that is asked will have the prompt's own ids.
+    joined = whole[: len(before)] == before
+    marked.add(before)
+    marked.add(whole[len(before) :] if joined else tokenizer.encode(text, bos=False), 1.0)
+    if tokenizer.eos_id >= 0:
+        marked.add([tokenizer.eos_id], 1.0)
+    return marked
+
+
+def mark_turns(
+    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], eos: frozenset[int]
+) -> Marked:
+    """A conversation, of which answers count as their weights say.
+
+    Args:
+        tools: definitions of functions, as OpenAI's API has them.
+        eos: ids that end a sequence.
+
+    Raises:
+        TemplateError: the template has no place for something in it, or writes earlier turns again.
+    """
+    if isinstance(template, MistralCommon):
+        return _by_messages(template, turns, tools)
+    if tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
+        raise TemplateError(f"tools are written by Mistral's own templates alone, not by {template.name}")
+    return _by_beginnings(template, turns, eos | template.ends)
+
+
+def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
+    from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
+
+    instruct, in_place, settings = template.parts
+    system = None
+    if not in_place:
+        system = BETWEEN.join(turn.content for turn in turns if turn.role == "system" and turn.content) or None
+        turns = [turn for turn in turns if turn.role != "system"]
+    turns = _joined([turn for turn in turns if turn.role != "system" or turn.content])
+    users = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        raise TemplateError("a conversation needs a message of the user")
+    offered = _tools(tools)
+    marked = Marked()
+    marked.add(instruct.start())
+    for i, turn in enumerate(turns):
+        before = i < users[-1]
+        if turn.role == "user":
+            where = (i == users[-1], i == users[0])
+            said = UserMessage(content=turn.content)
+            marked.add(instruct.encode_user_message(said, offered, *where, system_prompt=system, **settings)[0])
+        elif turn.role == "system":
+            marked.add(instruct.encode_system_message(SystemMessage(content=turn.content))[0])
+        elif turn.role == "tool":
+            marked.add(instruct.encode_tool_message(_result(turn), before)[0])
+        else:
+            marked.add(instruct.encode_assistant_message(_answer(turn), before), turn.weight)
+    return marked
+
+
+def _joined(turns: Sequence[Turn]) -> list[Turn]:
+    """Neighbouring questions as one, as in `chat.messages.joined`."""
+    found: list[Turn] = []
+    for turn in turns:
+        if found and turn.role == found[-1].role == "user":
+            found[-1] = Turn("user", found[-1].content + BETWEEN + turn.content)
+        else:
+            found.append(turn)
+    return found
+
+
+def _tools(tools: Sequence[dict[str, Any]]) -> Any:
+    from mistral_common.protocol.instruct.tool_calls import Tool
+
+    try:
+        return [Tool.model_validate(tool) for tool in tools] or None
+    except ValueError as error:
+        raise TemplateError(f"tools: {_brief(error)}") from None
+
+
+def _result(turn: Turn) -> Any:
+    from mistral_common.protocol.instruct.messages import ToolMessage
+
+    return ToolMessage(content=turn.content, tool_call_id=turn.tool_call_id, name=turn.name)
+
+
+def _answer(turn: Turn) -> Any:
+    from mistral_common.protocol.instruct.messages import AssistantMessage
+    from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+
+    calls = [
+        ToolCall(id=id, function=FunctionCall(name=name, arguments=arguments))
+        for id, name, arguments in turn.tool_calls
+    ]
+    return AssistantMessage(content=turn.content or None, tool_calls=calls or None)
+
+
+def _by_beginnings(template: Template, turns: Sequence[Turn], ends: frozenset[int]) -> Marked:
+    messages = [Message(turn.role, turn.content) for turn in turns]
+    marked = Marked()
+    for i, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        asked, answered = template.encode_chat(messages[:i]), template.encode_chat(messages[: i + 1])
+        at = len(asked)
+        if answered[:at] != asked or asked[: len(marked.ids)] != marked.ids:
+            raise TemplateError(
+                f"the template {template.name} writes earlier turns again, so that it is not known which ids are "
+                "answers: --template takes another one, or give a line for each answer"
+            )
+        stop = next((k + 1 for k in range(at, len(answered)) if answered[k] in ends), len(answered))
+        marked.add(asked[len(marked.ids) :])
+        marked.add(answered[at:stop], turn.weight)
+        marked.add(answered[stop:])
+    return marked
+
+
+def _brief(error: ValueError) -> str:
+    return printable(" ".join(str(error).split()), 200)

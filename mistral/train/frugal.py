@@ -1,0 +1,78 @@
+"""Norms and gates with gradients of their own: fewer passes over memory, and less kept, than operation by operation.
+
+The forward is the library's, bit for bit. What the gradient needs beside the inputs is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mistral.model import FeedForward, RMSNorm, Transformer, widen
+
+
+class _Norm(torch.autograd.Function):
+    """y = x * r * w with r = 1 / rms(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = widen(x)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        normed = widen(x) * r
+        wide = widen(grad)
+        dweight = (wide * normed).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        wide = wide * weight
+        # d(x r)/dx = r (1 - normed normed^T / n)
+        share = (wide * normed).mean(-1, keepdim=True)
+        return wide.sub_(normed.mul_(share)).mul_(r).to(x.dtype), dweight, None
+
+
+class _Gate(torch.autograd.Function):
+    """y = silu(a) * b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        db = F.silu(a).mul_(grad)
+        da: Tensor = torch.ops.aten.silu_backward(grad * b, a)
+        return da, db
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    y: Tensor = _Norm.apply(x, norm.weight, norm.eps)
+    return y
+
+
+def _feed_forward(part: FeedForward, x: Tensor) -> Tensor:
+    y: Tensor = part.w2(_Gate.apply(part.w1(x), part.w3(x)))
+    return y
+
+
+def make_frugal(model: Transformer) -> None:
+    """Have every norm and every feed-forward of a model use the gradients above."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            use(module, partial(_norm, module))
+        elif isinstance(module, FeedForward):
+            use(module, partial(_feed_forward, module))
+
+
+def use(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have one module compute by another function; names of modules and parameters stay as they are."""
+    module.__dict__["forward"] = forward

@@ -1,0 +1,164 @@
+"""The loop: steps, evaluations, saves; live figures out. Where it is told to stop it saves, and goes on from there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral.model import Transformer
+from mistral.train.data import Sample
+from mistral.train.log import Log
+from mistral.train.optimizer import adamw, change, learning_rate
+from mistral.train.options import TrainOptions
+from mistral.train.packing import Schedule, batch_of
+from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
+from mistral.train.step import add_gradients, nats_of
+from mistral.util.errors import MistralError
+
+
+class Diverged(MistralError):
+    """The loss is no number any more."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known after a step.
+
+    Args:
+        step, steps: those that are done, and all.
+        loss: nats a token of the step; NaN is none.
+        eval_loss: of the newest evaluation, if there was one.
+        rate: tokens a second, of the last steps.
+        left: seconds to the end, at this rate.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    eval_loss: float | None
+    rate: float
+    left: float
+
+
+@dataclass
+class Loop:
+    """A run of fine-tuning.
+
+    Args:
+        model: with what is trained in place; on its device.
+        weights: what is trained, by name, fp32.
+        samples, held: what is learned, and what is held out.
+        schedule: which samples are when.
+        steps: in all.
+        out: the folder of state and log.
+        run: what makes the run what it is; see `state`.
+        on_report: called after every step.
+        should_stop: asked after every step.
+    """
+
+    model: Transformer
+    weights: Mapping[str, Tensor]
+    samples: Sequence[Sample]
+    held: Sequence[Sample]
+    schedule: Schedule
+    steps: int
+    options: TrainOptions
+    out: Path
+    run: Mapping[str, Any]
+    on_report: Callable[[Report], None] = lambda report: None
+    should_stop: Callable[[], bool] = lambda: False
+    progress: Progress = field(default_factory=Progress)
+    eval_loss: float | None = None
+
+    def go(self, resume: bool = False) -> Log:
+        """Train to the end; or to where it is stopped, which is saved.
+
+        Raises:
+            Diverged: the loss is NaN or infinite; the last state that was saved is as it was.
+            KeyboardInterrupt: it was stopped.
+        """
+        optimizer = adamw(self.weights, self.options)
+        if resume:
+            self.progress = load_state(self.out / STATE, self.weights, optimizer, self.run)
+        log = Log(self.out / "log.jsonl", self.progress.step)
+        try:
+            self._steps(optimizer, log)
+        finally:
+            log.close()
+        if self.options.patience is not None and self.held and (self.out / BEST).is_file():
+            load_tensors(self.out / BEST, self.weights)
+        return log
+
+    def _steps(self, optimizer: torch.optim.AdamW, log: Log) -> None:
+        progress, options = self.progress, self.options
+        every = options.eval_every or max(1, self.steps // 10)
+        if self.held and not progress.step:
+            self._evaluate(log)
+        while progress.step < self.steps and not self._has_enough():
+            report = self._step(optimizer, log)
+            self.on_report(report)
+            last = progress.step == self.steps
+            if self.held and (progress.step % every == 0 or last):
+                self._evaluate(log)
+            stop = self.should_stop()
+            if stop or (progress.step % options.save_every == 0 and not last):
+                save_state(self.out / STATE, self.weights, optimizer, progress, self.run)
+            if stop:
+                raise KeyboardInterrupt
+
+    def _has_enough(self) -> bool:
+        return self.options.patience is not None and self.progress.bad >= self.options.patience
+
+    def _step(self, optimizer: torch.optim.AdamW, log: Log) -> Report:
+        progress, began = self.progress, time.perf_counter()
+        forwards = [[self.samples[i] for i in chosen] for chosen in self.schedule.forwards(progress.step)]
+        batches = [batch_of(samples) for samples in forwards]
+        total = sum(batch.total for batch in batches)
+        self.model.train()
+        nats = 0.0
+        for i, batch in enumerate(batches):
+            if self.options.lora_dropout:  # drawn from the step alone, so that a run that goes on needs no state of it
+                torch.manual_seed(hash((self.options.seed, progress.step, i)) % 2**63)
+            nats += add_gradients(self.model, batch.to(self.model.device), total)
+        if not math.isfinite(nats):
+            raise Diverged(
+                f"the loss of step {progress.step + 1} is {nats}: the learning rate {self.options.peak_lr:g} may be "
+                f"too high (--lr); {self.out / STATE}, if it is there, is of an earlier step"
+            )
+        lr = learning_rate(progress.step, self.steps, self.options)
+        norm = change(self.weights, optimizer, lr, self.options.clip)
+        tokens, seconds = sum(len(batch.ids) for batch in batches), time.perf_counter() - began
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        loss = nats / total
+        log.add(step=progress.step, loss=loss, lr=lr, norm=norm, tokens=tokens, seconds=round(seconds, 4))
+        recent = [entry for entry in log.entries[-20:] if "loss" in entry]
+        took = sum(entry["seconds"] for entry in recent) or math.inf
+        left = (self.steps - progress.step) * took / len(recent)
+        rate = sum(entry["tokens"] for entry in recent) / took
+        return Report(progress.step, self.steps, loss, self.eval_loss, rate, left)
+
+    def _evaluate(self, log: Log) -> None:
+        self.model.eval()
+        size = max(1, self.options.batch_size)
+        rows = [self.held[i : i + size] for i in range(0, len(self.held), size)]
+        batches = [batch_of(row).to(self.model.device) for row in rows]
+        loss = sum(nats_of(self.model, batch) for batch in batches) / sum(batch.total for batch in batches)
+        progress, self.eval_loss = self.progress, loss
+        log.add(step=progress.step, eval_loss=loss)
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.bad = loss, progress.step, 0
+            if self.options.patience is not None:
+                save_tensors(self.out / BEST, self.weights)
+        else:
+            progress.bad += 1

@@ -1,0 +1,172 @@
+"""A whole run of fine-tuning: read and check everything, refuse what will not do, train, write, describe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mistral.loader.options import LoadOptions, OptionError
+from mistral.train import needs
+from mistral.train.data import Sample, Samples
+from mistral.train.finish import Finished, finish
+from mistral.train.loop import Loop, Report
+from mistral.train.options import TrainOptions
+from mistral.train.packing import Schedule, pack, split
+from mistral.train.setup import Setup
+from mistral.train.state import STATE
+from mistral.util.errors import FormatError, UsageError
+from mistral.util.memory import as_text
+
+
+def finetune(
+    folder: str | PathLike[str] | None,
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    options: TrainOptions,
+    load: LoadOptions,
+    eval_data: str | PathLike[str] | None = None,
+    merge: bool = False,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    on_report: Callable[[Report], None] = lambda report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Finished:
+    """Fine-tune a model on a file of samples.
+
+    Args:
+        folder: as in `load`; None is the bundled model.
+        data: JSON lines; see `data.read_samples`.
+        out: a folder that is new or empty, or, with `resume`, that of a run that was stopped.
+        eval_data: samples to evaluate, in the place of a split of `data`.
+        merge: also write the model with the adapter in it.
+        resume: go on from the state in `out`.
+        say: called with what was read and decided, a line each.
+        on_report, should_stop: see `loop.Loop`.
+
+    Raises:
+        MistralError: a subclass that names what is wrong with the options, the samples, the memory or the disk.
+        KeyboardInterrupt: `should_stop` said so; the state is saved.
+    """
+    setup, place = Setup(folder, options, load, say), Path(out)
+    _check(setup, merge, eval_data is not None)
+    _check_out(place, resume)
+    for note in setup.base.notes:
+        say(f"note: {note}")
+    found = setup.samples(Path(data))
+    kept, held_out = split(len(found.samples), options.eval_split, options.seed)
+    samples, held = [found.samples[i] for i in kept], [found.samples[i] for i in held_out]
+    if eval_data is not None:
+        others = setup.samples(Path(eval_data))
+        held, found.notes = others.samples, found.notes + others.notes
+    rows = pack([len(sample.ids) - 1 for sample in samples], options.seq_len, options.seed)
+    schedule = Schedule(rows, options.batch_size, options.accumulate, options.seed)
+    steps = options.steps or max(1, round(options.epochs * schedule.steps_per_epoch))
+    _tell(setup, found, samples, held, schedule, steps)
+    _require(setup, place, schedule, samples, merge)
+    _make(place)
+    model, weights = setup.model()
+    names = {"folder": setup.base_name, "eval_data": None if eval_data is None else str(eval_data)}
+    identity = {**_identity(setup, found, steps), **names}
+    loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop)
+    history = loop.go(resume)
+    return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
+
+
+def _check(setup: Setup, merge: bool, eval_data: bool) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    options = setup.options
+    if merge and options.full:
+        raise OptionError("--merge is for adapters; --full writes the whole model")
+    if options.rope_theta is not None and not options.full and not merge:
+        raise OptionError("rope_theta is part of a model, not of an adapter: add --merge or --full")
+    if eval_data and options.eval_split:
+        raise OptionError("eval_split and --eval_data: give one of them")
+    if options.patience is not None and not (options.eval_split or eval_data):
+        raise OptionError("patience needs evaluations: add --eval_split 0.05 or --eval_data")
+    setup.check_options()
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Refuse a folder of results that holds something.
+
+    Raises:
+        UsageError: it does, or there is nothing in it to go on from.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file: give a folder that is new or empty")
+    if resume and not (out / STATE).is_file():
+        raise UsageError(f"no {STATE} in {out}, from which to go on: omit --resume")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        go_on = "; --resume goes on with the run in it" if (out / STATE).is_file() else ""
+        raise UsageError(f"{out} is there already and not empty: give another folder{go_on}")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"no such folder: {out.absolute().parent}, in which to make {out.name}")
+
+
+def _make(out: Path) -> None:
+    """Make the folder of results; one that is gone on with loses what a kill left half written."""
+    try:
+        out.mkdir(exist_ok=True)
+        for half in out.glob(".*.part"):
+            half.unlink()
+    except OSError as error:
+        raise FormatError(f"{out} cannot be made: {error.strerror}") from None
+
+
+def _tell(
+    setup: Setup, found: Samples, samples: Sequence[Sample], held: Sequence[Sample], schedule: Schedule, steps: int
+) -> None:
+    """What there is to learn, in a line, and every note."""
+    for note in found.notes:
+        setup.say(f"note: {note}")
+    tokens = sum(len(sample.ids) - 1 for sample in samples)
+    learned = sum(sum(weight > 0 for weight in sample.weights) for sample in samples)
+    fill = tokens / (len(schedule.rows) * setup.options.seq_len)
+    setup.say(
+        f"{len(samples)} samples, {tokens:,} tokens, {learned:,} of them learned; {len(schedule.rows)} rows of "
+        f"{setup.options.seq_len} ({fill:.0%} full); {len(held)} samples held out; {steps} steps, "
+        f"{schedule.steps_per_epoch} an epoch"
+    )
+
+
+def _require(setup: Setup, out: Path, schedule: Schedule, samples: Sequence[Sample], merge: bool) -> None:
+    """Refuse a run that memory or disk do not allow; report what it needs."""
+    lengths = sorted(sum(len(samples[i].ids) - 1 for i in row) for row in schedule.rows)
+    parts = setup.needed(sum(lengths[-setup.options.batch_size :]))
+    needs.require_memory(parts, setup.device, setup.options)
+    setup.say("memory: about " + ", ".join(f"{as_text(n)} of {what}" for what, n in parts.items() if n))
+    written = 4 * setup.base.parameters if setup.options.full or merge else 0
+    written += 0 if setup.options.full else 2 * 4 * setup.count  # in two forms
+    needs.require_disk(out if out.is_dir() else out.absolute().parent, setup.count, written, setup.options)
+
+
+def _identity(setup: Setup, found: Samples, steps: int) -> dict[str, Any]:
+    """What makes a run what it is: a state goes on only with the same."""
+    options = asdict(replace(setup.options, save_every=TrainOptions.save_every))
+    load = {name: getattr(setup.load, name) for name in ("adapter", "quant", "dtype")}
+    return {"data": found.sha256, "args": setup.base.args.to_params(), **options, **load, "steps": steps}
+
+
+def _command(
+    setup: Setup,
+    data: str | PathLike[str],
+    out: str | PathLike[str],
+    merge: bool,
+    eval_data: str | PathLike[str] | None,
+) -> str:
+    """The command line of a run."""
+    words = ["python", "-m", "main", "finetune", *([] if setup.folder is None else [str(setup.folder)])]
+    words += ["--data", str(data), "--out", str(out)]
+    words += [] if eval_data is None else ["--eval_data", str(eval_data)]
+    for given, usual in ((setup.options, TrainOptions()), (setup.load, LoadOptions())):
+        for name, value in asdict(given).items():
+            if value != getattr(usual, name):
+                several = value if isinstance(value, list | tuple) else [value]
+                for one in several:
+                    words += [f"--{name}"] if one is True else [f"--{name}", "none" if one is None else str(one)]
+    return shlex.join([*words, *(["--merge"] if merge else [])])

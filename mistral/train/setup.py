@@ -1,0 +1,252 @@
+"""What a run works with: the base model as it will be trained, its tokenizer and template, samples, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral.chat.templates import Template, find_template
+from mistral.fast.layout import bytes_of
+from mistral.formats.adapter import read_adapter
+from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.hub import locate
+from mistral.formats.merge import updates
+from mistral.formats.releases import identify
+from mistral.formats.tokenizers import load_tokenizer
+from mistral.loader.load import assemble, windowed
+from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.runtime import WIDEN_SHARE, pick_device
+from mistral.model import Attention, Transformer
+from mistral.parameters import parameters
+from mistral.quant.linear import QuantizedLinear
+from mistral.tokenizer import Tokenizer
+from mistral.train import needs
+from mistral.train.attention import shared_masks
+from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
+from mistral.train.data import Samples, read_samples
+from mistral.train.lora import freeze, fresh, put_lora
+from mistral.train.options import TrainOptions
+from mistral.train.recompute import recompute
+from mistral.util import memory
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B, by the name of the weight that they change
+
+
+@dataclass
+class Setup:
+    """What a run works with; everything is read when it is first asked for.
+
+    Args:
+        folder: as in `load`.
+        options, load: how it is trained, and how it is loaded.
+        say: called with what was read and decided, a line each.
+        notes: what was assumed, cut or rounded, a sentence each; grows.
+    """
+
+    folder: str | PathLike[str] | None
+    options: TrainOptions
+    load: LoadOptions
+    say: Callable[[str], None] = lambda line: None
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def found(self) -> Folder:
+        """The model's folder, as it is."""
+        return read_folder(BUNDLED if self.folder is None else locate(self.folder))
+
+    @cached_property
+    def base(self) -> Folder:
+        """The same with the window and theta that were asked for."""
+        found, theta = windowed(self.found, self.load), self.options.rope_theta
+        if theta is None:
+            return found
+        args = replace(found.args, rope_theta=theta, theta_rule="as requested")
+        note = f"rope_theta {theta:g}: as requested, in the place of {found.args.rope_theta:g}"
+        return replace(found, args=args, notes=(*found.notes, note))
+
+    @property
+    def base_name(self) -> str:
+        """The model as it was given, or where it is."""
+        return str(short(self.base.path) if self.folder is None else self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.base.path, self.base.args.vocab_size)
+
+    @cached_property
+    def template(self) -> Template:
+        release, _ = identify(self.base.args, self.tokenizer.kind, self.tokenizer.version)
+        name = None if release is None else release.template
+        found = find_template(self.tokenizer, name=self.options.template, release=name, folder=self.base.path)
+        self.say(f"template {found.name}" + ("" if found.source == found.name else f", by {found.source}"))
+        return found
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device(self.load.device)
+
+    def samples(self, path: Path) -> Samples:
+        """The samples of a file; see `data.read_samples`."""
+
+        def text(prompt: str, value: str) -> Marked:
+            return mark_text(self.tokenizer, prompt, value)
+
+        def turns(value: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
+            return mark_turns(self.template, value, tools, self.tokenizer.eos_ids)
+
+        return read_samples(path, text, turns, self.options.seq_len)
+
+    def check_options(self) -> None:
+        """Refuse options that cannot be meant together, before anything is read.
+
+        Raises:
+            OptionError: it names them.
+        """
+        load, full = self.load, self.options.full
+        if load.execution not in ("auto", "eager"):
+            raise OptionError(f"execution {load.execution} computes no gradients: omit --execution")
+        if load.attention not in (None, "auto", "sdpa"):
+            raise OptionError(f"attention {load.attention} is not for training, which uses sdpa: omit --attention")
+        if load.dtype is not None and DTYPE_NAMES.get(load.dtype) == "float16":
+            raise OptionError("float16 needs a loss that is scaled, which is not supported: use --dtype bfloat16")
+        if full and load.quant not in (None, "none"):
+            raise OptionError("quantized weights cannot be trained: omit --quant, or --full for an adapter beside them")
+        if full and self.found.quant is not None:
+            raise OptionError(
+                f"the weights of {self.found.path} are quantized to {self.found.quant} and cannot be trained: omit "
+                "--full for an adapter beside them"
+            )
+
+    # --- what is trained
+
+    @cached_property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all weights; or of the matrices that get an adapter.
+
+        Raises:
+            OptionError: matrices that have none here.
+        """
+        known = parameters(self.base.args)
+        if self.options.full:
+            return {name: parameter.shape for name, parameter in known.items()}
+        targets = self.options.targets
+        if self.base.args.moe is not None:
+            targets = tuple(target for target in targets if target in ("wq", "wk", "wv", "wo"))
+            if self.options.lora_targets is not None and targets != self.options.targets:
+                raise OptionError("experts get no adapters here: use --lora_targets wq,wk,wv,wo")
+        return {n: p.shape for n, p in known.items() if p.role == "matrix" and n.split(".")[-2] in targets}
+
+    @cached_property
+    def start(self) -> tuple[Pairs, float]:
+        """A and B to begin with, and what their product is multiplied by.
+
+        Raises:
+            OptionError, AdapterError: an adapter that cannot be trained, or is of another model.
+        """
+        options = self.options
+        if self.adapter is None:
+            return fresh(self.trained, options.rank, options.seed), options.scale
+        found = read_adapter(self.adapter)
+        ranks = {pair.rank for pair in found.pairs.values()}
+        scales = {pair.scale for pair in found.pairs.values()}
+        if found.dora or len(ranks) > 1 or len(scales) > 1:
+            raise OptionError(f"{self.adapter} has DoRA, or several ranks or scales, which is not trained here")
+        if options.lora not in (None, *ranks) or options.lora_targets or options.lora_alpha:
+            raise OptionError(
+                f"{self.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "
+                "--lora_alpha and --lora_targets"
+            )
+        start = {name: (u.a().float(), u.b().float()) for name, u in updates(found, self.base.args).items()}
+        return start, scales.pop()
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter to go on from."""
+        given: Any = self.load.adapter
+        words = (given,) if isinstance(given, str) else tuple(given or ())
+        if len(words) > 1:
+            raise OptionError(f"training goes on from one adapter, and {len(words)} are given")
+        return words[0] if words else None
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        if self.options.full:
+            return self.base.parameters
+        return sum(a.numel() + b.numel() for a, b in self.start[0].values())
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter; 0 where all weights are trained."""
+        return 0 if self.options.full else next(iter(self.start[0].values()))[0].shape[0]
+
+    # --- what it needs, and the model
+
+    def needed(self, tokens: int) -> dict[str, int]:
+        """Bytes of memory by what they are for, with a largest forward of so many tokens; see `needs.memory_parts`."""
+        half = DTYPE_NAMES.get(self.load.dtype or "") == "bfloat16"
+        return needs.memory_parts(
+            self.base.args,
+            self.options,
+            weights=self._weights_in_memory(2 if half else 4),
+            trained=self.count,
+            tokens=tokens,
+            itemsize=2 if half else 4,
+        )
+
+    def _weights_in_memory(self, itemsize: int) -> int:
+        """Bytes of the model's weights, as the loader keeps them for an arithmetic of so many bytes a number."""
+        known = parameters(self.base.args).values()
+        quant = self.load.quant or self.base.quant
+        if quant not in (None, "none"):
+            return sum(bytes_of(p, quant, 4) for p in known)
+        wide = self.base.parameters * (4 if self.options.full else itemsize)
+        stored = sum(t.nbytes for t in self.base.tensors.values())
+        left = memory.available(self.device)
+        return min(wide, stored) if left is not None and not self.options.full and wide > WIDEN_SHARE * left else wide
+
+    def model(self) -> tuple[Transformer, dict[str, Tensor]]:
+        """The model with what is trained in place, and that by name, in fp32."""
+        full = self.options.full
+        wanted = replace(self.load, execution="eager", attention="sdpa")
+        asked = None if wanted.dtype in (None, "auto") else DTYPE_NAMES[wanted.dtype or ""]
+        if full:  # weights are trained in fp32, whatever the arithmetic
+            wanted = replace(wanted, dtype="float32")
+            usual = "bfloat16" if self.device.type != "cpu" else "float32"
+        else:
+            wanted = replace(wanted, adapter=None)
+        model, run = assemble(self.base, options=wanted)
+        self.notes += run.notes
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = shared_masks
+        if full:
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                raise OptionError(
+                    "weights that stay quantized in memory cannot be trained: use --quant none, or omit --full"
+                )
+            model.requires_grad_(True)
+            compute = getattr(torch, asked or usual)
+            model.compute_dtype = None if compute == torch.float32 else compute
+            weights: dict[str, Tensor] = dict(model.named_parameters())
+            what = "all weights"
+        else:
+            start, scale = self.start
+            freeze(model)
+            weights = dict(put_lora(model, start, scale, self.options.lora_dropout))
+            what = f"LoRA of rank {self.rank}, scale {scale:g}"
+        arithmetic = str(model.dtype).removeprefix("torch.")
+        held = run.quant or str(run.weights).removeprefix("torch.")
+        self.say(
+            f"training {what}: {self.count / 1e6:.2f} M numbers; device {run.device}; weights {held}, arithmetic "
+            f"{arithmetic}, what is trained float32"
+        )
+        recompute(model, self.options.recompute, bool(self.options.lora_dropout))
+        return model, weights

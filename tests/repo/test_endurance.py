@@ -1,0 +1,84 @@
+"""Long runs, made short: memory that stays, a rolled cache that does not drift, an undo far back, ids in a file."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import endurance
+from mistral.engine import Engine
+from mistral.loader.load import Loaded, load
+from mistral.sampling_params import SamplingParams
+from tests.support.folders import BUNDLED
+from tests.support.tiny import tiny_args, tiny_model
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return load(BUNDLED, device="cpu")
+
+
+def test_a_rolled_cache_does_not_drift(loaded: Loaded) -> None:
+    """After several times layers x W tokens, decoded one by one, it is as exact as a fresh prefill."""
+    exact = load(BUNDLED, device="cpu", dtype="float64", execution="eager").model
+    found = endurance.stream(loaded, exact, 900, places=2, block=400, minutes=5)
+    assert found["tokens"] == 900
+    assert [point["tokens"] for point in found["points"]] == [400, 800]
+    assert [place["position"] for place in found["drift"]] == [449, 899]
+    for place in found["drift"]:
+        assert 0 < place["rolled"] <= endurance.TIMES * place["fresh"] < 1e-4
+    lines = list(endurance.summary("stream", found))
+    assert lines[0] == "stream: 900 tokens"
+    assert "drift: 2 places" in lines[-1]
+
+
+def test_what_a_drift_would_look_like(loaded: Loaded) -> None:
+    """The comparison notices a cache of which one key is off by a little."""
+    model = loaded.model
+    exact = load(BUNDLED, device="cpu", dtype="float64", execution="eager").model
+    from mistral.cache import RollingBufferCache
+
+    ids = torch.randint(3, 4096, (500,), generator=torch.Generator().manual_seed(0))
+    cache = RollingBufferCache(model.args, 2)
+    with torch.inference_mode():
+        model.forward_partial(ids, [500], cache)
+    right = endurance.compare(model, exact, cache, ids.tolist(), 7)
+    cache.layers[-1].k[0, 499 % cache.layers[-1].capacity] += 0.01
+    wrong = endurance.compare(model, exact, cache, ids.tolist(), 7)
+    assert wrong["fresh"] == right["fresh"]
+    assert wrong["rolled"] > 10 * endurance.TIMES * right["fresh"]
+
+
+def test_memory_of_a_stream_grows_by_its_ids_alone() -> None:
+    engine = Engine(tiny_model(tiny_args()), eos_ids=())
+    request = engine.add([3], SamplingParams(max_tokens=800, temperature=0))
+    held = {}
+    tracemalloc.start()
+    while not engine.done:
+        engine.step()
+        if len(request.output_ids) in (200, 700):
+            held[len(request.output_ids)] = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held[700] - held[200] < 500 * 80  # an int and its place in a list
+
+
+def test_a_conversation_with_undo(loaded: Loaded) -> None:
+    found = endurance.talk(loaded, 800, undo_every=3, answer=20, question=100, block=200, minutes=5)
+    assert found["tokens"] >= 800
+    assert found["processed"] > found["tokens"]
+    assert found["undone"]
+    for undone in found["undone"]:  # the buffer has rolled: the whole conversation is prefilled again
+        assert undone["prefilled"] > undone["length"] - 100
+    assert any("undo: " in line for line in endurance.summary("chat", found))
+
+
+def test_a_prompt_in_a_file(loaded: Loaded, tmp_path: Path) -> None:
+    found = endurance.prompt(loaded.model, 3000, block=1000, minutes=5)
+    assert found["tokens"] == 3000
+    assert found["perplexity"] > 100  # of random ids
+    pytest.importorskip("matplotlib")
+    endurance.plot("prompt", {**found, "processor": "x"}, str(tmp_path / "p.svg"))
+    assert "<svg" in (tmp_path / "p.svg").read_text()

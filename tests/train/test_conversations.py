@@ -1,0 +1,144 @@
+"""Which ids of a conversation are answers: the whole is what a chat has, and what counts is what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mistral.chat.messages import Message, TemplateError
+from mistral.chat.templates import MistralCommon, Template, find_template
+from mistral.tokenizer import Tokenizer
+from mistral.train.conversations import Turn, mark_turns
+from tests.chat.test_templates import DATA, FILES, later, tokenizer
+from tests.support.tokenizer_json import CHATML, KINDS, ZEPHYR, write_tokenizer
+
+ANSWERS = ("Hello there.", "one\n\ntwo  spaces and 永和", "[/INST] </s> <|im_end|>")
+TURNS = (
+    Turn("system", "Be brief."),
+    Turn("user", "Hi"),
+    Turn("assistant", ANSWERS[0], 1.0),
+    Turn("user", "And?"),
+    Turn("assistant", ANSWERS[1], 0.5),
+    Turn("user", "A"),
+    Turn("user", "B"),
+    Turn("assistant", ANSWERS[2], 1.0),
+)
+TOOLS = [{"type": "function", "function": {"name": "rain", "description": "?", "parameters": {"type": "object"}}}]
+CALLS = (
+    Turn("user", "Rain?"),
+    Turn("assistant", "", 1.0, (("abcdefghi", "rain", '{"city": "Oslo"}'),)),
+    Turn("tool", "[true]", tool_call_id="abcdefghi", name="rain"),
+    Turn("assistant", "It rains.", 1.0),
+)
+
+
+def spans(ids: Sequence[int], weights: Sequence[float]) -> list[tuple[float, list[int]]]:
+    """Neighbouring ids that count alike."""
+    found: list[tuple[float, list[int]]] = []
+    for i, weight in zip(ids, weights, strict=True):
+        if not found or found[-1][0] != weight:
+            found.append((weight, []))
+        found[-1][1].append(i)
+    return [(weight, run) for weight, run in found if weight]
+
+
+def check(template: Template, own: Tokenizer, ends: frozenset[int]) -> None:
+    marked = mark_turns(template, TURNS, (), own.eos_ids)
+    whole = template.encode_chat([Message(turn.role, turn.content) for turn in TURNS])
+    assert marked.ids == whole
+    learned = spans(marked.ids, marked.weights)
+    assert [weight for weight, _ in learned] == [1.0, 0.5, 1.0]
+    for (_, ids), answer in zip(learned, ANSWERS, strict=True):
+        assert ids[-1] in ends
+        assert not ends & set(ids[:-1])  # what looks like an end in an answer is text
+        assert own.decode(ids[:-1]).strip() == answer
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_mistrals_templates(version: str) -> None:
+    own = tokenizer(version)
+    check(find_template(own), own, frozenset({own.eos_id}))
+
+
+@pytest.mark.parametrize("version", ["v11", "v15"])
+def test_later_templates(version: str, tmp_path: Path) -> None:
+    own = later(version, tmp_path)
+    check(find_template(own), own, frozenset({own.eos_id}))
+
+
+@pytest.mark.parametrize("text", [CHATML, ZEPHYR], ids=["chatml", "zephyr"])
+def test_templates_of_folders(text: str, tmp_path: Path) -> None:
+    kind = KINDS[2]
+    folder = tmp_path / "folder"
+    write_tokenizer(
+        folder, kind, tmp_path, text, ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>")
+    )
+    own = Tokenizer(folder / "tokenizer.json")
+    template = find_template(own, folder=folder)
+    one = [turn for turn in TURNS if turn.role != "system"][:4]
+    marked = mark_turns(template, one, (), own.eos_ids)
+    assert marked.ids == template.encode_chat([Message(turn.role, turn.content) for turn in one])
+    learned = spans(marked.ids, marked.weights)
+    assert [weight for weight, _ in learned] == [1.0, 0.5]
+    for (_, ids), answer in zip(learned, ANSWERS, strict=False):
+        assert ids[-1] in template.ends | own.eos_ids
+        assert own.decode(ids[:-1]).strip() == answer
+
+
+def test_mistrallite() -> None:
+    own = tokenizer("v1")
+    template = find_template(own, name="mistrallite")
+    marked = mark_turns(template, TURNS[1:5], (), own.eos_ids)
+    assert [own.decode(ids[:-1]) for _, ids in spans(marked.ids, marked.weights)] == list(ANSWERS[:2])
+
+
+@pytest.mark.parametrize("version", ["v3", "tekken_240911"])
+def test_calls_of_tools_are_mistral_commons(version: str) -> None:
+    """Against mistral-common's own encoding of the same request; the call and the answer count."""
+    from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
+    from mistral_common.protocol.instruct.request import InstructRequest
+    from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, ToolCall
+
+    own = tokenizer(version)
+    template = find_template(own)
+    assert isinstance(template, MistralCommon)
+    call = ToolCall(id="abcdefghi", function=FunctionCall(name="rain", arguments='{"city": "Oslo"}'))
+    messages = [
+        UserMessage(content="Rain?"),
+        AssistantMessage(tool_calls=[call]),
+        ToolMessage(content="[true]", tool_call_id="abcdefghi", name="rain"),
+        AssistantMessage(content="It rains."),
+    ]
+    request = InstructRequest(messages=messages, available_tools=[Tool.model_validate(TOOLS[0])])
+    want = template.parts[0].encode_instruct(request).tokens
+    marked = mark_turns(template, CALLS, TOOLS, own.eos_ids)
+    assert marked.ids == want
+    (_, called), (_, said) = spans(marked.ids, marked.weights)
+    assert called[0] == own.control_tokens["[TOOL_CALLS]"]
+    assert '"name": "rain"' in own.decode(called)
+    assert (called[-1], said[-1]) == (own.eos_id, own.eos_id)
+    assert own.decode(said[:-1]).strip() == "It rains."
+
+
+def test_tools_elsewhere_are_refused() -> None:
+    own = tokenizer("v1")
+    with pytest.raises(TemplateError, match="tools are written by Mistral's own templates alone"):
+        mark_turns(find_template(own, name="mistrallite"), CALLS, TOOLS, own.eos_ids)
+
+
+def test_a_template_that_writes_earlier_turns_again_is_refused(tmp_path: Path) -> None:
+    text = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %} (earlier){% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    folder = tmp_path / "folder"
+    write_tokenizer(folder, KINDS[2], tmp_path, text, ())
+    own = Tokenizer(folder / "tokenizer.json")
+    with pytest.raises(TemplateError, match="writes earlier turns again"):
+        mark_turns(find_template(own, folder=folder), TURNS[1:5], (), own.eos_ids)
+
+
+def test_data_files_are_there() -> None:
+    assert all((DATA / name).is_file() for name in FILES.values())
