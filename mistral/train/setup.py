@@ -221,7 +221,7 @@ class Setup:
             wanted = replace(wanted, dtype="float32")
             usual = "bfloat16" if self.device.type != "cpu" else "float32"
         else:
-            wanted = replace(wanted, adapter=None)
+            wanted = replace(wanted, adapter=())
         model, run = assemble(self.base, options=wanted)
         self.notes += run.notes
         for module in model.modules():
