@@ -8,7 +8,7 @@ FILE is text; left out, it is the story that was held out of the training of the
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -24,8 +24,11 @@ STORY = Path(__file__).parents[1] / "tests" / "data" / "dwarf_long_nose.txt"
 
 @torch.inference_mode()
 def main() -> None:
-    folder, *rest = [*sys.argv[1:], None][:2] if len(sys.argv) > 1 else (None,)
-    text = (Path(rest[0]) if rest and rest[0] else STORY).read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a model; default: the bundled one")
+    parser.add_argument("file", nargs="?", metavar="FILE", type=Path, default=STORY)
+    given = parser.parse_args()
+    folder, text = given.folder, given.file.read_text(encoding="utf-8")
     base = load(folder, device="cpu")
     ids = torch.tensor(encode(base.tokenizer, text))
     want = logprobs(base.model(ids, [len(ids)]))[:-1]
