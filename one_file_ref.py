@@ -5,8 +5,8 @@
 continues three prompts greedily, in one batch, and prints them. FOLDER holds params.json, the weights
 (consolidated*.safetensors or consolidated.00.pth) and the tokenizer; without it the small bundled model runs.
 
-This is the plain version: nothing is fused, captured or quantized, and nothing is imported from mistral/. The
-library is tested against it, so it says what is meant wherever two readings are possible.
+This is the plain version of all dense members of the family: nothing is fused, captured or quantized, nothing imported
+from mistral/. The library is tested against it, so it says what is meant wherever two readings are possible.
 
 Shapes: T packed tokens of a forward, B sequences, n tokens of one of them, H query heads, K key/value heads, D head
 dim, W sliding window, S cache slots, L layers, V vocabulary. Positions are absolute and start at 0.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import sys
 from dataclasses import dataclass, field, fields
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
@@ -32,9 +32,14 @@ from torch import Tensor, nn
 BUNDLED = Path(__file__).resolve().parent / "mistral" / "bundled"
 PROMPTS = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings", "dtype", "model_type", "lora"}  # not read
-FALSE = ("tied_embeddings", "use_biases", "attn_bias", "qk_norm")
-UNUSED = {**dict.fromkeys(FALSE, False), "causal": True, "activation": "silu"}  # what such a key must have
+TOKENIZERS = ["tekken.json", *(f"tokenizer.model{v}" for v in (".v7m1", ".v7", ".v3", ".v2", ".v1", ""))]  # in order
+HARMLESS = {"max_seq_len", "max_batch_size", "max_position_embeddings", "dtype", "model_type", "lora"}  # not read,
+HARMLESS |= {"vision_encoder", "multimodal"}  # nor are tensors of the part that reads images:
+IMAGES = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
+UNUSED = {"causal": True, "activation": "silu", "kv_lora_rank": -1, "qk_nope_head_dim": -1}  # what such a key must have
+UNUSED |= dict.fromkeys(("use_biases", "attn_bias", "qk_norm"), False)
+ORIGINAL = "original_max_position_embeddings"  # length of the texts of the first training
+YARN, GROWTH = {"factor", ORIGINAL, "alpha", "beta", "apply_scale", "attention_factor"}, {"beta", ORIGINAL}
 
 
 @dataclass
@@ -51,6 +56,9 @@ class ModelArgs:
     vocab_size: int
     sliding_window: int | list[int | None] | None = None  # a list repeats over the layers; None is full attention
     rope_theta: Any = None  # a number; None: chosen below
+    tied_embeddings: bool = False  # the output matrix is that of the embeddings
+    yarn: Any = None  # positions stretched for long texts: see `frequencies`
+    llama_4_scaling: Any = None  # queries that grow with their position: see `rope_angles`
     theta_rule: str = field(init=False, default="given")
     windows: list[int | None] = field(init=False)  # W of each layer
 
@@ -69,6 +77,10 @@ class ModelArgs:
         for name in ("norm_eps", "rope_theta"):
             if type(value := getattr(self, name)) not in (int, float) or not value > 0:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        for part, needed, known in ((self.yarn, "factor", YARN), (self.llama_4_scaling, "beta", GROWTH)):
+            right = part is None or {needed, ORIGINAL} <= {k for k, v in part.items() if v is not None} <= known
+            if not right or not all(v is None or v is False or v > 0 for v in (part or {}).values()):
+                raise ValueError(f"{part} must have {needed} and {ORIGINAL}, of {sorted(known)}, all above 0")
 
     @staticmethod
     def from_folder(folder: Path) -> ModelArgs:
@@ -79,15 +91,17 @@ class ModelArgs:
         try:
             params = json.loads(path.read_text(encoding="utf-8-sig"))
             params = {k: v for k, v in params.items() if k not in HARMLESS and v not in (None, UNUSED.get(k))}
+            if "moe" in params:
+                raise ValueError("a mixture of experts (Mixtral) is more than this file has: use python -m main")
             if "_sliding_window" in params and params.get("sliding_window") in (None, params["_sliding_window"]):
                 params["sliding_window"] = params.pop("_sliding_window")  # how some releases spell it
             if isinstance(window := params.get("sliding_window"), str):  # a number, null, none or nothing
                 params["sliding_window"] = json.loads(window.lower().replace("none", "null") or "null")
-            unknown, missing = params.keys() - {*known}, {*known} - params.keys() - {"sliding_window", "rope_theta"}
+            unknown, missing = params.keys() - {*known}, {*known[:8]} - params.keys()
             if unknown or missing:
                 raise ValueError(f"unknown keys: {sorted(unknown)}, missing keys: {sorted(missing)}")
             return ModelArgs(**params)
-        except (ValueError, AttributeError) as e:  # refused above, not JSON, or not an object
+        except (ValueError, AttributeError, TypeError) as e:  # refused above, not JSON, or not an object
             raise ValueError(f"{path}: {e}") from e
 
 
@@ -109,14 +123,31 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype) * self.weight  # cast first, then scale: in bf16 the order shows
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2], fp32, of the angles by which the pairs of a head turn at these positions [T].
-
-    Pair i turns by position * theta^(-2i/D): the first fast, the last slowly, like the hands of a clock."""
+def frequencies(args: ModelArgs) -> tuple[Tensor, float]:
+    """By what angle each pair of a head turns from one position to the next, [D/2] fp32, and a factor of cos and sin.
+    Pair i turns by theta^(-2i/D): the first fast, the last slowly, like the hands of a clock. YaRN slows slow pairs
+    down by `factor`, for texts as much longer than those of the first training, and leaves fast ones as they are."""
     # On the CPU, in fp32, in exactly this spelling: others differ by a bit, which at position 100,000 is 1e-2 of angle.
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # [D/2]
-    angles = torch.outer(positions.float(), frequencies)  # [T, D/2]
-    return angles.cos(), angles.sin()
+    D, theta, yarn = args.head_dim, args.rope_theta, {k: v for k, v in (args.yarn or {}).items() if v is not None}
+    powers = theta ** (torch.arange(0, D, 2).float() / D)  # [D/2]
+    if not yarn:
+        return 1.0 / powers, 1.0
+    turns = yarn.get("beta", 32), yarn.get("alpha", 1)  # of pairs on either side of the ramp, over the original length
+    fast, slow = (D * math.log(yarn[ORIGINAL] / (2 * math.pi * n)) / (2 * math.log(theta)) for n in turns)
+    low, high = (min(max(pair, 0), D - 1) for pair in (math.floor(fast), math.ceil(slow)))
+    ramp = ((torch.arange(D // 2).float() - low) / (high - low or 0.001)).clamp(0, 1)  # 0: as it is, 1: slowed down
+    factor = 0.1 * math.log(yarn["factor"]) + 1 if yarn.get("apply_scale", True) else 1.0
+    return 1.0 / (yarn["factor"] * powers) * ramp + 1.0 / powers * (1 - ramp), yarn.get("attention_factor", factor)
+
+
+def rope_angles(positions: Tensor, args: ModelArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin [T, D/2], fp32, of the angles by which the pairs of a head turn at these positions [T]; and [T, 1] by
+    how much queries, and no key, grow there: in steps, with the logarithm of the original lengths that lie behind."""
+    turn, factor = frequencies(args)
+    angles = torch.outer(positions.float(), turn)  # [T, D/2]
+    grow = args.llama_4_scaling or {"beta": 0.0, ORIGINAL: 1}
+    growth = 1 + grow["beta"] * torch.log(1 + (positions // grow[ORIGINAL]).float())
+    return angles.cos() * factor, angles.sin() * factor, growth[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,18 +160,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
     """The mask [n, keys]: a query sees a key if 0 <= q - k < W: that is W keys, its own included. k_pos is -1 where a
-    cache slot is still empty. Without a window a query sees everything up to itself. Across L layers information
-    travels L * (W - 1) positions: the window bounds what a token costs more than what it can know."""
+    cache slot is still empty. Across L layers information travels L * (W - 1) positions."""
     distance = q_pos[:, None] - k_pos[None, :]
-    seen = (distance >= 0) & (k_pos >= 0)
-    return seen if window is None else seen & (distance < window)
+    return (distance >= 0) & (distance < (window or math.inf)) & (k_pos >= 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one sequence: q [n, H, D], k and v [keys, K, D], mask [n, keys] -> [n, H * D].
-
-    Query head h reads key/value head h // (H/K): neighbouring query heads share one, so the cache is H/K times smaller.
-    No row of the mask is empty, because a query always sees its own key."""
+    """Attention of one sequence: q [n, H, D], k and v [keys, K, D], mask [n, keys] -> [n, H * D]. Query head h
+    reads key/value head h // (H/K): neighbours share one, so the cache is H/K times smaller."""
     groups = wide(q).unflatten(1, (k.shape[1], -1))  # [n, K, H/K, D]
     scores = torch.einsum("nkgd,skd->kgns", groups, wide(k)) * q.shape[-1] ** -0.5  # [K, H/K, n, keys]
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -149,7 +176,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 class Cache:
     """Rolling buffers: keys and values of `rows` sequences, up to `max_positions` tokens each; lengths says how many.
-
     Position i lives in slot i % S, so a new token takes the place of one that is out of view. Keys are stored after
     rotation, and each slot knows its position (-1 is empty), so slots need never be put back in order."""
 
@@ -163,10 +189,8 @@ class Cache:
         self.positions = [torch.full((rows, S), -1, device=device) for S in slots]  # L times [B, S]
 
     def extend(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> list[Tensor]:
-        """What n new tokens may look at: the stored keys, values and positions, then their own. Stores the latter.
-
-        The two are joined before anything is overwritten: the first new token still needs the old keys that the last
-        one will displace. It costs a copy of the buffer, and at most S + n keys however long the text is."""
+        """What n new tokens may look at: the stored keys, values and positions, then their own. Stores the latter, once
+        they are joined: the first new token still needs keys that the last one displaces."""
         buffers = [self.k[layer][row], self.v[layer][row], self.positions[layer][row]]  # views
         joined = [torch.cat(pair) for pair in zip(buffers, (k, v, positions), strict=True)]  # [S + n, ...]
         S = len(buffers[0])
@@ -181,16 +205,14 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.head_dim = layer, args.windows[layer], args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+        self.wq, self.wo = nn.Linear(args.dim, q, bias=False), nn.Linear(q, args.dim, bias=False)
+        self.wk, self.wv = (nn.Linear(args.dim, kv, bias=False) for _ in "kv")
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, seqlens: list[int], cache: Cache | None
-    ) -> Tensor:  # [T, dim] -> [T, dim]
+    def forward(self, x: Tensor, where: list[Tensor], seqlens: list[int], cache: Cache | None) -> Tensor:
+        cos, sin, growth, positions = where  # of the tokens x [T, dim]; the result is [T, dim] too
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [T, H or K, D]
-        packed = (rotate(q, cos, sin), rotate(k, cos, sin), v, positions)
+        packed = (rotate(q, cos * growth, sin * growth), rotate(k, cos, sin), v, positions)
         outputs = []
         for row, (q, k, v, pos) in enumerate(zip(*(t.split(seqlens) for t in packed), strict=True)):
             if len(pos):  # otherwise this sequence has nothing to say in this step
@@ -204,9 +226,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1, self.w3 = (nn.Linear(args.dim, args.hidden_dim, bias=False) for _ in "13")
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [T, dim] -> [T, dim]
         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
@@ -217,13 +238,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(args, layer)
-        self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention, self.feed_forward = Attention(args, layer), FeedForward(args)
+        self.attention_norm, self.ffn_norm = (RMSNorm(args.dim, args.norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, *where: Any) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), *where)
+    def forward(self, x: Tensor, *step: Any) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *step)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -237,12 +256,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     def forward(self, ids: Tensor, seqlens: list[int], cache: Cache | None = None) -> Tensor:
         """Logits [T, V], fp32 or wider, of ids [T]: the next seqlens[i] tokens (0 is fine) of sequence i, end to end.
-
-        Packing needs no padding, and no token sees another sequence. Without a cache every sequence starts at 0 and
-        is forgotten afterwards; it is causal and windowed all the same."""
+        No token sees another sequence. Without a cache every sequence starts at 0, causal and windowed all the same."""
         if ids.dim() != 1 or len(ids) == 0 or len(ids) != sum(seqlens) or min(seqlens) < 0:
             raise ValueError(f"ids of shape {list(ids.shape)} do not fit seqlens {seqlens}")
         starts = [0] * len(seqlens) if cache is None else cache.lengths
@@ -250,11 +269,10 @@ class Transformer(nn.Module):
         if cache is not None and max(ends) > cache.max_positions:
             raise ValueError(f"{max(ends)} positions do not fit a cache made for {cache.max_positions}")
         positions = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])  # [T]
-        where = [*rope_angles(positions, self.args.head_dim, self.args.rope_theta), positions]
-        ids, *where = (t.to(self.tok_embeddings.weight.device) for t in (ids, *where))
+        ids, *where = (t.to(self.norm.weight.device) for t in (ids, *rope_angles(positions, self.args), positions))
         h = self.tok_embeddings(ids)  # [T, dim]
         for layer in self.layers:
-            h = layer(h, *where, seqlens, cache)
+            h = layer(h, where, seqlens, cache)
         if cache is not None:
             cache.lengths = ends  # only now: all layers must agree on where this step began
         return wide(self.output(self.norm(h)))
@@ -265,45 +283,26 @@ def generate(
     prompts: list[list[int]], model: Transformer, max_tokens: int, eos_id: int | None, chunk_size: int | None = None
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continue each prompt greedily by up to max_tokens ids; a row ends before eos_id, the others go on without it.
-
     Returns the new ids, and per row the log-probability (softmax in float64) of prompt tokens 1.. and then of the new
     ones. max_tokens = 0 scores the prompts. chunk_size bounds the prompt tokens read at once, and with them memory."""
     if max_tokens < 0 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"max_tokens must be at least 0, chunk_size at least 1, not {max_tokens} and {chunk_size}")
-    for i, prompt in enumerate(prompts):
-        if not prompt or min(prompt) < 0 or max(prompt) >= model.args.vocab_size:
-            raise ValueError(f"prompt {i} must have ids, all in 0..{model.args.vocab_size - 1}")
+    if any(not prompt or min(prompt) < 0 or max(prompt) >= model.args.vocab_size for prompt in prompts):
+        raise ValueError(f"each prompt must have ids, all in 0..{model.args.vocab_size - 1}")
     longest, weight = max(map(len, prompts)), model.output.weight
     cache = Cache(model.args, len(prompts), longest + max_tokens, weight.device, weight.dtype)
-    last: list[Tensor] = [torch.empty(0)] * len(prompts)  # [V] each: the logits after a row's latest token
-    new: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-
-    def step(tokens: list[list[int]]) -> list[Tensor]:
-        """Feed every row its next tokens, none to some perhaps. Logits [n, V] of each row."""
-        seqlens = [len(row) for row in tokens]
-        logits = list(model(torch.tensor([i for row in tokens for i in row]), seqlens, cache).split(seqlens))
-        last[:] = [rows[-1] if len(rows) else old for rows, old in zip(logits, last, strict=True)]
-        return logits
-
-    chunk_size = chunk_size or longest
-    for start in range(0, longest, chunk_size):
-        logits = step([prompt[start : start + chunk_size] for prompt in prompts])
-        for prompt, rows, scores in zip(prompts, logits, logprobs, strict=True):
-            following = prompt[start + 1 : start + 1 + len(rows)]  # the last logits of a chunk predict the next chunk
+    texts, logprobs = [list(prompt) for prompt in prompts], [list[float]() for _ in prompts]
+    # A step takes what the cache lacks of each text: a chunk of its prompt, or the id that is new.
+    while any(step := [text[n : n + (chunk_size or longest)] for text, n in zip(texts, cache.lengths, strict=True)]):
+        seqlens = [len(ids) for ids in step]
+        logits = model(torch.tensor([i for ids in step for i in ids]), seqlens, cache).split(seqlens)
+        for prompt, text, rows, scores, n in zip(prompts, texts, logits, logprobs, cache.lengths, strict=True):
+            more = len(rows) and n == len(text) < len(prompt) + max_tokens
+            if more and (pick := int(rows[-1].argmax())) != eos_id:  # ties go to the lowest id
+                text.append(pick)
+            following = text[n - len(rows) + 1 : n + 1]
             scores += [float(row.double().log_softmax(-1)[i]) for row, i in zip(rows, following, strict=False)]
-
-    alive = list(range(len(prompts)))
-    for count in range(1, max_tokens + 1):
-        picks = {row: int(last[row].argmax()) for row in alive}  # ties go to the lowest id
-        alive = [row for row in alive if picks[row] != eos_id]
-        for row in alive:
-            new[row].append(picks[row])
-            logprobs[row].append(float(last[row].double().log_softmax(-1)[picks[row]]))
-        if not alive or count == max_tokens:  # nobody would read the next logits
-            break
-        step([new[row][-1:] if row in alive else [] for row in range(len(prompts))])
-    return new, logprobs
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)], logprobs
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -320,7 +319,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             return load_file(path)
         # A .pth is a pickle, which may hold code: weights_only takes tensors and refuses the rest.
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:  # whatever those libraries raise
         why = "it holds more than tensors, perhaps code" if isinstance(e, pickle.UnpicklingError) else e
         raise ValueError(f"{path} was not loaded: {why}") from e
 
@@ -335,12 +334,16 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     expected = {name: list(p.shape) for name, p in model.state_dict().items()}
     state, problems = dict[str, Tensor](), list[str]()
     for name, tensor in (pair for path in weight_files(folder) for pair in read_tensors(path).items()):
+        if str(name).startswith(IMAGES):
+            continue
         if name not in expected or name in state or not isinstance(tensor, Tensor):
             problems.append(f"{name} is {'there twice' if name in state else 'unknown'}")
             continue
         if tensor.dtype not in DTYPES.values() or list(tensor.shape) != expected[name]:
             problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, params.json says {expected[name]}")
         state[name] = tensor.to(device, dtype)
+    if model.args.tied_embeddings and (embeddings := state.get("tok_embeddings.weight")) is not None:
+        state.setdefault("output.weight", embeddings)  # one of its own, where there is one, is what was meant
     if problems := problems + [f"{name} is missing" for name in expected if name not in state]:
         raise ValueError(f"{len(problems)} tensors of {folder} do not fit: {'; '.join(problems[:8])}")
     model.load_state_dict(state, assign=True)
@@ -349,23 +352,21 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
 
 def load_tokenizer(folder: Path) -> tuple[Any, Any, int, int]:
     """encode (beginning of sequence first), decode, the number of ids, and the id that ends a text."""
-    if not (paths := sorted(folder.glob("tokenizer.model*")) + sorted(folder.glob("tekken*.json"))):
+    if not (paths := [folder / name for name in TOKENIZERS if (folder / name).is_file()]):
         raise ValueError(f"no tokenizer.model or tekken.json in {folder}")
     try:
-        if paths[-1].suffix == ".json":
+        if paths[0].suffix == ".json":
             from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-            tekken = Tekkenizer.from_file(paths[-1])
+            tekken = Tekkenizer.from_file(paths[0])
             return partial(tekken.encode, bos=True, eos=False), tekken.decode, tekken.n_words, tekken.eos_id
-        sp = SentencePieceProcessor(model_file=str(paths[-1]))
+        sp = SentencePieceProcessor(model_file=str(paths[0]))
         return partial(sp.encode, add_bos=True), sp.decode, sp.vocab_size(), sp.eos_id()
     except Exception as e:  # whatever those libraries raise: a broken file, mistral-common not installed
-        raise ValueError(f"{paths[-1]} cannot be read: {e}") from e
+        raise ValueError(f"{paths[0]} cannot be read: {e}") from e
 
 
-def main() -> None:
-    """Parse, load, generate, print: texts to stdout, what was loaded to stderr."""
-
+def main() -> None:  # texts go to stdout, what was loaded to stderr
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)  # one line, like all other errors
@@ -388,8 +389,7 @@ def main() -> None:
     prompt_ids = [encode(prompt) for prompt in prompts]
     new_ids, _ = generate(prompt_ids, model, options.max_tokens, eos_id, options.chunk_size)
     for prompt, new in zip(prompt_ids, new_ids, strict=True):
-        print(decode([i for i in prompt + new if i < n_words]))  # a model may have ids that have no text
-        print("=" * 21)
+        print(decode([i for i in prompt + new if i < n_words]), "=" * 21, sep="\n")  # some ids may have no text
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ A timing is printed, never tested. Prefill must be flat: with a window, a token 
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 
 import torch
@@ -30,8 +30,11 @@ def seconds(loaded: Loaded, prompt: str | list[int], max_tokens: int) -> float:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        torch.set_num_threads(int(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("threads", nargs="?", type=int)
+    threads = parser.parse_args().threads
+    if threads is not None:
+        torch.set_num_threads(threads)
     loaded = load()
     print(loaded.describe())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {REPEATS}")

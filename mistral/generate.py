@@ -157,10 +157,11 @@ def _start(
     tokenizer: TokenizerLike,
     engine: Engine,
     params: SamplingParams | list[SamplingParams],
+    adapter: str | Sequence[str | None] | None = None,
 ) -> _Batch:
     """Add each prompt to the engine; in a cache that was given, prompt i continues row i."""
     ids = encode_prompts(prompts, tokenizer)
-    each = _one_each("params", params, len(ids))
+    each, adapters = _one_each("params", params, len(ids)), _one_each("adapter", adapter, len(ids))
     for one in each:
         if not isinstance(one, SamplingParams):
             raise GenerationError(f"params is {one!r:.60}; it must be SamplingParams, or a list of them, one a prompt")
@@ -172,8 +173,8 @@ def _start(
             raise GenerationError("a cache has one row for each prompt: n must be 1")
         rows = list(range(len(ids)))
     requests = [
-        engine.add(prompt, one, row, index=index, sample=sample)
-        for index, (prompt, one, row) in enumerate(zip(ids, each, rows, strict=True))
+        engine.add(prompt, one, row, index=index, sample=sample, adapter=name)
+        for index, (prompt, one, row, name) in enumerate(zip(ids, each, rows, adapters, strict=True))
         for sample in range(one.n)
     ]
     return _Batch(engine, ids, requests)
@@ -190,6 +191,7 @@ def stream(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is generated.
 
@@ -203,6 +205,8 @@ def stream(
         cache: one that holds the beginnings of the prompts, prompt i in row i; they are not processed again.
         progress: called between steps with the prompt tokens processed so far and in all. What it
             raises ends the generation there, with the cache whole.
+        adapter: which of the adapters beside the weights: a name for all prompts, or a list, one a prompt; "" is none
+            of them. None: the only one, and none where there are several.
 
     Yields:
         Pieces, at least one a request; a sequence's last one carries its finish reason.
@@ -211,13 +215,15 @@ def stream(
         ValueError: a subclass that names the argument; before anything is computed.
     """
     ends = eos_of(tokenizer) if eos_ids is None else eos_ids
-    batch = _start(prompts, tokenizer, Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache), params)
+    engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
+    batch = _start(prompts, tokenizer, engine, params, adapter)
     return _pieces(batch, tokenizer, progress)
 
 
 def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) -> Iterator[Piece]:
     engine, requests = batch.engine, batch.requests
     texts = {r: StopStrings(tokenizer, r.prompt_ids, r.params.stop) for r in requests}
+    stopped: set[Request] = set()
     running = list(requests)
     while running:
         if progress is not None:
@@ -226,8 +232,11 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
         for token in engine.step():
             request = token.request
             text = texts[request]
+            if request in stopped:
+                continue  # the same step gave more, behind the stop string
             shown = text.push(token.id)
             if text.stopped:
+                stopped.add(request)
                 engine.stop(request)
             yield Piece(request.index, shown, token, sample=request.sample)
         ended = [r for r in running if r.finish]
@@ -252,6 +261,7 @@ def completions(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
@@ -265,6 +275,7 @@ def completions(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     ):
         key = piece.index, piece.sample
         if key not in results:
@@ -291,6 +302,7 @@ def complete(
     chunk_size: int | None = None,
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
@@ -306,6 +318,7 @@ def complete(
         chunk_size=chunk_size,
         cache=cache,
         progress=progress,
+        adapter=adapter,
     )
     return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 

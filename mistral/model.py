@@ -9,13 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mistral
+from mistral.adapters import Adapters
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
 from mistral.cache import NoCache, RollingBufferCache
@@ -24,6 +25,9 @@ from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
+
+if TYPE_CHECKING:
+    from mistral.request import Draft
 
 __all__ = ["ModelArgs", "Transformer"]
 
@@ -130,7 +134,14 @@ class Transformer(nn.Module):
         args: the shape. Where it says tied, output.weight is tok_embeddings.weight, one parameter.
         attend: the attention backend; PyTorch SDPA in tiles unless one is given.
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
+
+    Attributes:
+        adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
+        draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
     """
+
+    adapters: Adapters | None = None
+    draft: Callable[[], Draft] | None = None
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()

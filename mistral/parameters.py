@@ -31,6 +31,7 @@ class Parameter:
         heads: of q and k, the heads whose rows turn in pairs, which Hugging Face's layout has in another order.
         split: how tensor parallelism divides it: "rows" or "columns" (then the partial products are added up); None:
             every device has all of it. The rows of q, k and v are divided by whole heads.
+        expert: the number of the expert that it belongs to; None: every token goes through it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Parameter:
     layer: int | None = None
     heads: int | None = None
     split: Literal["rows", "columns"] | None = None
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -57,6 +59,13 @@ def parameters(args: ModelArgs) -> dict[str, Parameter]:
     Worked out, not read off a model: with sizes that are wrong by a factor of a million none can be made.
     """
     return dict(_parameters(args))
+
+
+def active(args: ModelArgs) -> int:
+    """How many weights one token goes through: of experts, those of the chosen ones."""
+    everyone = sum(p.numel for p in _parameters(args).values() if p.expert is None)
+    first = sum(p.numel for p in _parameters(args).values() if p.expert == 0)
+    return everyone + first * (0 if args.moe is None else args.moe.num_experts_per_tok)
 
 
 @lru_cache(maxsize=16)
@@ -79,14 +88,13 @@ def _layer(args: ModelArgs, i: int) -> Iterator[Parameter]:
     yield Parameter(f"{at}.attention.wk.weight", (kv, dim), "matrix", i, heads=K, split="rows")
     yield Parameter(f"{at}.attention.wv.weight", (kv, dim), "matrix", i, split="rows")
     yield Parameter(f"{at}.attention.wo.weight", (dim, q), "matrix", i, split="columns")
-    if args.moe is None:
-        experts = [f"{at}.feed_forward"]
-    else:
-        experts = [f"{at}.feed_forward.experts.{expert}" for expert in range(args.moe.num_experts)]
+    experts: list[tuple[str, int | None]] = [(f"{at}.feed_forward", None)]
+    if args.moe is not None:
+        experts = [(f"{at}.feed_forward.experts.{expert}", expert) for expert in range(args.moe.num_experts)]
         yield Parameter(f"{at}.feed_forward.gate.weight", (args.moe.num_experts, dim), "router", i)
-    for expert in experts:
-        yield Parameter(f"{expert}.w1.weight", (hidden, dim), "matrix", i, split="rows")
-        yield Parameter(f"{expert}.w2.weight", (dim, hidden), "matrix", i, split="columns")
-        yield Parameter(f"{expert}.w3.weight", (hidden, dim), "matrix", i, split="rows")
+    for path, expert in experts:
+        yield Parameter(f"{path}.w1.weight", (hidden, dim), "matrix", i, split="rows", expert=expert)
+        yield Parameter(f"{path}.w2.weight", (dim, hidden), "matrix", i, split="columns", expert=expert)
+        yield Parameter(f"{path}.w3.weight", (hidden, dim), "matrix", i, split="rows", expert=expert)
     yield Parameter(f"{at}.attention_norm.weight", (dim,), "norm", i)
     yield Parameter(f"{at}.ffn_norm.weight", (dim,), "norm", i)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from mistral.sampling import LogitChanges, RequestRng
 from mistral.sampling_params import SamplingParams
@@ -31,11 +31,13 @@ class Request:
         row: the row of the cache that it has; None while it waits, and once it has ended.
         num_computed: how many of prompt_ids + output_ids the model has processed.
         output_ids: generated ids, without the one that ended it.
+        guesses: ids that may follow the output; the model processes them together with the last token.
         score: whether log-probabilities of its prompt's tokens are kept.
         prompt_logprobs: of prompt_ids[1:], as far as they are known, if `score`.
         prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
         finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
         error: why it could not go on.
+        adapter: the name of the one that it is computed with; "" is none.
     """
 
     index: int
@@ -47,12 +49,14 @@ class Request:
     row: int | None = None
     num_computed: int = 0
     output_ids: list[int] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
     score: bool = False
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[dict[int, float]] = field(default_factory=list)
     finish: Finish | None = None
     error: GenerationError | None = None
     changes: LogitChanges | None = field(default=None, repr=False)
+    adapter: str = ""
 
     @property
     def positions(self) -> int:
@@ -70,10 +74,10 @@ class Request:
         return min(self.num_computed, len(self.prompt_ids)), len(self.prompt_ids)
 
     def next_ids(self, chunk: int) -> list[int]:
-        """What the model processes next: a chunk of the prompt, or the last token generated."""
+        """What the model processes next: a chunk of the prompt, or the last token generated and what may follow it."""
         if self.prefilling:
             return list(self.prompt_ids[self.num_computed : self.num_computed + chunk])
-        return self.output_ids[-1:]
+        return self.output_ids[-1:] + self.guesses
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,19 @@ class Token:
     def index(self) -> int:
         """The caller's number for the prompt that it continues."""
         return self.request.index
+
+
+class Draft(Protocol):
+    """What guesses the next tokens of requests, so that a step may bring several. No output depends on it.
+
+    A guess that turns out as the token that the request generates anyhow saves it a step; the others are forgotten.
+    """
+
+    def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[list[int]]:
+        """Ids that may follow the output of each of the requests that decode next, at most so many; or none."""
+
+    def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
+        """What came of it: of each request the tokens guessed and those that were right, and how long the step took."""
 
 
 def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ same on every device up to rounding.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -153,7 +154,16 @@ class RequestRng:
     def __init__(self, seed: int, sample: int = 0) -> None:
         digest = hashlib.sha256(f"{seed}:{sample}".encode()).digest()
         self._generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._ahead: deque[float] = deque()  # drawn, and not yet taken
 
     def __call__(self) -> float:
         """The next number in [0, 1)."""
-        return torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
+        self.ahead(1)
+        return self._ahead.popleft()
+
+    def ahead(self, count: int) -> list[float]:
+        """The next numbers, which stay the next ones."""
+        while len(self._ahead) < count:
+            number = torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
+            self._ahead.append(number)
+        return list(self._ahead)[:count]

@@ -59,6 +59,9 @@ class Tekken:
         special = self._tekken.num_special_tokens
         return [self._tekken.id_to_byte_piece(i) for i in range(special, self.n_words)]
 
+    def token_bytes(self) -> list[bytes | None]:
+        return [*[None] * int(self._tekken.num_special_tokens), *self.byte_words()]
+
     def control_tokens(self) -> dict[str, int]:
         return {self._word(i): i for i in range(self._tekken.num_special_tokens)}
 

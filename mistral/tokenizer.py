@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_special_tokens
 from mistral.tekken import Tekken
-from mistral.tokenizer_json import JsonTokenizer
+from mistral.tokenizer_json import JsonTokenizer, piece_bytes
 from mistral.util.files import read_limited
 
 
@@ -202,6 +202,11 @@ class Tokenizer:
         """The words of a tekken.json, by rank, as bytes."""
         return self._model.byte_words()
 
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes of each id, up to the last that has a word; None for those without text: control ids, unk."""
+        words: list[bytes | None] = self._model.token_bytes()
+        return words + [None] * (self.n_ids - len(words))
+
     def for_mistral_common(self, version: str) -> Any:
         """The same tokenizer as mistral-common's templates want it.
 
@@ -321,6 +326,13 @@ class _SentencePiece:
             return None if unused else self._sp.get_score(i)
 
         return self._pieces, [score(i) for i in range(self.n_words)]
+
+    def token_bytes(self) -> list[bytes | None]:
+        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)}
+        added = {i: token.content.encode() for i, token in self._added.items() if not token.special}
+        pieces = [piece_bytes(piece, byte=bool(self._sp.IsByte(i))) for i, piece in enumerate(self._pieces)]
+        found = {**dict(enumerate(pieces)), **added}
+        return [None if i in silent else found.get(i) for i in range(max(found) + 1)]
 
     def has_control(self, word: str) -> bool:
         if word in self.added:

@@ -24,6 +24,14 @@ from mistral.util.files import read_limited
 # What bos and eos are called where no file names them.
 USUAL = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>")}
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# How byte-level words are spelled: a character for each byte, its own where that can be seen.
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(b): b for b in _SEEN} | {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(_SEEN)))}
+
+
+def piece_bytes(piece: str, byte: bool) -> bytes:
+    """The bytes of a piece as SentencePiece spells them; `byte`: whether it is one byte, such as <0x0A>."""
+    return bytes([int(piece[3:5], 16)]) if byte else piece.replace("\u2581", " ").encode("utf-8", "surrogateescape")
 
 
 class JsonTokenizer:
@@ -156,6 +164,19 @@ class JsonTokenizer:
 
     def has_control(self, word: str) -> bool:
         return word in self._special.values()
+
+    def token_bytes(self) -> list[bytes | None]:
+        added = self._tok.get_added_tokens_decoder()
+        vocabulary = self._tok.get_vocab(with_added_tokens=True)
+        words: list[bytes | None] = [None] * (1 + max(vocabulary.values()))
+        for word, i in vocabulary.items():
+            if i in added:
+                words[i] = None if i in self._special else word.encode()
+            elif self._bytes:
+                words[i] = piece_bytes(word, byte=BYTE.fullmatch(word) is not None)
+            else:
+                words[i] = bytes(_BYTE_OF[c] for c in word) if all(c in _BYTE_OF for c in word) else word.encode()
+        return words
 
     def control_tokens(self) -> dict[str, int]:
         return {content: i for i, content in self._special.items()}

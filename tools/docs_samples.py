@@ -9,6 +9,7 @@ records of long runs, with their date beside them, and are left alone.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -51,10 +52,10 @@ def refresh(page: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    pages = [Path(word).resolve() for word in sys.argv[1:]] or [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    ]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
+    pages = [page.resolve() for page in parser.parse_args().pages]
+    pages = pages or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "copy"
         shutil.copytree(ROOT, folder, ignore=LEFT_OUT)

@@ -7,8 +7,8 @@ Each cell is read off a mask, a slot or a plan, each angle off a rotation, each 
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -299,7 +299,9 @@ DRAWINGS = (draw_masks, draw_reach, draw_buffer, draw_chunks, draw_layer, draw_h
 
 
 def main() -> None:
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("docs/images"), metavar="FOLDER")
+    out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for draw in DRAWINGS:
         path = out / f"{draw.__name__.removeprefix('draw_')}.svg"

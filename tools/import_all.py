@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 # Modules that are nothing without an optional library: whoever wants them gets that with them.
-NEED = {"mistral.serve.app": "starlette", "mistral.serve.guard": "starlette"}
+NEED = {"mistral.serve.app": "starlette", "mistral.serve.guard": "starlette", "mistral.eval.lm_eval": "lm_eval"}
 PACKAGE = Path(__file__).resolve().parent.parent / "mistral"
 
 

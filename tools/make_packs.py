@@ -26,7 +26,7 @@ from mistral.formats.folder import read_folder
 from mistral.oracle import pack
 from mistral.oracle.inputs import WeightReader, random_prompts
 from mistral.oracle.outputs import reference_outputs
-from mistral.parameters import Parameter, parameters
+from mistral.parameters import OUTPUT, Parameter, parameters
 
 SHAPE = {
     "dim": 40,
@@ -39,6 +39,9 @@ SHAPE = {
     "vocab_size": 61,
 }
 LENS = (28, 1, 9, 14)
+# The longest prompt goes beyond the original length three times; four pairs of eight are on the ramp.
+YARN = {"factor": 4, "original_max_position_embeddings": 8, "beta": 1, "alpha": 0.001}
+GROWING = {"original_max_position_embeddings": 8, "beta": 0.1}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,27 @@ CASES = (
     ),
     Case("theta-hf-absent", "config.json without: 1e4", {}, {"sliding_window": None}),
     Case("bf16", "weights in bf16", {"sliding_window": 7, "rope_theta": 1e6}, dtype=torch.bfloat16),
+    Case(
+        "yarn",
+        "YaRN with its attention factor, queries that grow",
+        {"norm_eps": 2e-5, "rope_theta": 1e6, "yarn": {**YARN, "apply_scale": True}, "llama_4_scaling": GROWING},
+    ),
+    Case(
+        "yarn-tied",
+        "YaRN without an attention factor, queries that grow, a window, a tied output",
+        {
+            "rope_theta": 1e6,
+            "sliding_window": 12,
+            "tied_embeddings": True,
+            "yarn": {**YARN, "apply_scale": False},
+            "llama_4_scaling": GROWING,
+        },
+    ),
+    Case(
+        "mixtral",
+        "two experts of four",
+        {"n_layers": 2, "hidden_dim": 32, "moe": {"num_experts": 4, "num_experts_per_tok": 2}},
+    ),
 )
 
 
@@ -92,7 +116,8 @@ def random_state(weights: Mapping[str, Parameter], dtype: torch.dtype, seed: int
         if parameter.role == "norm":
             weight = 1 + 0.25 * uniform
         elif parameter.role == "embedding":
-            weight = uniform * 3**0.5
+            # A tied one is the output matrix too, whose products would be large.
+            weight = uniform * (3.0 if OUTPUT in weights else 3.0 / parameter.shape[1]) ** 0.5
         else:
             hot = 1.0 if parameter.heads is None else 2.0  # q and k
             weight = uniform * hot * (3 / parameter.shape[1]) ** 0.5

@@ -25,7 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistral.formats.folder import read_folder
-from mistral.oracle.compare import Comparison, compare
+from mistral.oracle.compare import compare
+from mistral.oracle.comparison import Comparison
 from mistral.oracle.inputs import random_prompts
 from mistral.oracle.metrics import table
 from mistral.oracle.sides import FolderSide, ServerSide, side
@@ -95,14 +96,15 @@ def rows(python: str, work: Path) -> Iterator[Row]:
         shutil.copytree(source, wrong)
         spoil(wrong)
         found = asked(python, right, wrong, layout)
-        named = list(found.mistakes) == [mistake]
-        yield _row(case.name, f"vLLM, {spoil.__doc__}", found, named, ", ".join(found.mistakes))
+        named = list(found.causes.mistakes) == [mistake]
+        yield _row(case.name, f"vLLM, {spoil.__doc__}", found, named, ", ".join(found.causes.mistakes))
 
 
 def _row(model: str, who: str, said: Comparison, right: bool, verdict: str) -> Row:
-    assert said.budget is not None
-    times = said.largest / said.budget.logprobs
-    return Row(model, who, said.largest, times, verdict if right else f"WRONG: {verdict or 'no mistake named'}", right)
+    budget, largest = said.limits.budget, said.differences.largest
+    assert budget is not None
+    times = largest / budget.logprobs
+    return Row(model, who, largest, times, verdict if right else f"WRONG: {verdict or 'no mistake named'}", right)
 
 
 def read_by_transformers(right: Path, folder: Path, file: Path) -> Comparison:

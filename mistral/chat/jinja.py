@@ -13,7 +13,8 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from mistral.chat.messages import Message, TemplateError, checked, joined
+from mistral.chat.messages import TOOL, Message, TemplateError, ToolCall, checked, joined
+from mistral.chat.tools import ARGS, CALLS, OPEN, Form, Tool
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import printable
 
@@ -41,12 +42,17 @@ class JinjaTemplate:
         self._text = text
         self._fim = fim
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts."""
         found = joined(checked(messages))
-        apart = self._unused(*(m.content for m in found))
-        contents = [self._set_apart(m.content, apart) for m in found]
-        rendered = self._render(found, contents)
+        if self.tool_form is None and (tools or any(m.tool_calls or m.role == TOOL for m in found)):
+            raise TemplateError(f"the template of {self.source} has no place for tools: leave them out")
+        told = [_told(message) for message in found]
+        definitions = [dict(tool.definition) for tool in tools]
+        apart = self._unused(json.dumps([told, definitions], ensure_ascii=False))
+        for message, one in zip(found, told, strict=True):
+            one.update(self._split(one, apart), role=one["role"], content=self._set_apart(message.content, apart))
+        rendered = self._render(told, self._split(definitions, apart) or None)
         parts: list[str | int] = []
         done = 0
         for match in self._pattern.finditer(rendered):
@@ -63,7 +69,7 @@ class JinjaTemplate:
         """The control token that the template writes after an answer, if it writes one."""
         answer = self._unused() * 2
         try:
-            after = self._render(_PROBE, ["a", answer]).partition(answer)[2].lstrip()
+            after = self._render(_probe(answer)).partition(answer)[2].lstrip()
         except TemplateError:
             return frozenset()
         match = self._pattern.match(after)
@@ -73,16 +79,24 @@ class JinjaTemplate:
         """A private character that neither the template nor the texts have."""
         return next(c for c in map(chr, range(0xE000, 0x110000)) if not any(c in text for text in (self._text, *texts)))
 
-    def _render(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
-        told = [{"role": m.role, "content": text} for m, text in zip(messages, contents, strict=True)]
+    @cached_property
+    def tool_form(self) -> Form | None:
+        """How calls are written, by what the template mentions."""
+        if not re.search(r"\btools\b", self._text):
+            return None
+        if CALLS in self._text:
+            return "args" if ARGS in self._text else "list"
+        return "tags" if OPEN in self._text else None
+
+    def _render(self, told: list[dict[str, Any]], tools: Any = None) -> str:
         try:
             return str(
                 self._compiled.render(
                     **self._tokenizer.named,
                     messages=told,
-                    tools=None,
+                    tools=tools,
                     documents=None,
-                    add_generation_prompt=messages[-1].role != "assistant",
+                    add_generation_prompt=told[-1]["role"] != "assistant",
                 )
             )
         except Exception as error:  # a template may do anything that its language can
@@ -95,7 +109,7 @@ class JinjaTemplate:
     def _control(self) -> Mapping[str, int]:
         """The tokens that only the template may write: control tokens, and what else was added and it mentions."""
         try:
-            written = self._text + self._render(_PROBE, ["a", "a"])
+            written = self._text + self._render(_probe("a"))
         except TemplateError:
             written = self._text
         special = self._tokenizer.control_tokens
@@ -112,9 +126,19 @@ class JinjaTemplate:
         end = frozenset(t[k:] for t in self._control for k in range(1, len(t)))
         return begin, end, max(map(len, self._control), default=0)
 
+    def _split(self, value: Any, apart: str) -> Any:
+        """JSON in which no text is a control token."""
+        if isinstance(value, str):
+            return self._pattern.sub(lambda match: match[0][:1] + apart + match[0][1:], value)
+        if isinstance(value, list):
+            return [self._split(one, apart) for one in value]
+        if isinstance(value, dict):
+            return {self._split(key, apart): self._split(one, apart) for key, one in value.items()}
+        return value
+
     def _set_apart(self, text: str, apart: str) -> str:
         """A text in which no control token is whole, nor becomes whole beside what the template writes."""
-        text = self._pattern.sub(lambda match: match[0][:1] + apart + match[0][1:], text)
+        text = self._split(text, apart)
         begin, end, longest = self._halves
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())  # templates trim
         core = text[first:last]
@@ -126,7 +150,26 @@ class JinjaTemplate:
         return text
 
 
-_PROBE = (Message("user", "a"), Message("assistant", "a"))
+def _probe(answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+
+
+def _told(message: Message) -> dict[str, Any]:
+    """A message as templates are given it."""
+    told: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        told["tool_calls"] = [_call(call) for call in message.tool_calls]
+    given = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return told | {name: value for name, value in given.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call; its arguments as an object, as templates expect them."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = call.arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 @lru_cache(maxsize=16)

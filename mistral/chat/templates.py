@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from mistral.chat import tool_messages
 from mistral.chat.jinja import JinjaTemplate
-from mistral.chat.messages import BETWEEN, Message, TemplateError, checked, joined, valid
+from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
+from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import printable, short_repr
@@ -33,6 +35,7 @@ class Template(Protocol):
         name: what it is called.
         source: what decided for it: "--template", the folder's file, "the release".
         ends: ids that it writes after an answer; they end one, beside those of `formats.tokenizers.eos_ids`.
+        tool_form: how calls of functions are written; None where it has no place for them.
     """
 
     name: str
@@ -40,13 +43,19 @@ class Template(Protocol):
 
     @property
     def ends(self) -> frozenset[int]: ...
+    @property
+    def tool_form(self) -> Form | None: ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of a conversation, bos included where it belongs, up to where the model writes the next answer (after
         an answer that comes last: up to its end). Neighbours of one role are joined by an empty line.
 
+        Args:
+            tools: functions that the model may call.
+
         Raises:
-            TemplateError: no place for a system prompt, an unknown role, or text that is not valid Unicode.
+            TemplateError: no place for a system prompt or for tools, an unknown role, or text that is not valid
+                Unicode.
         """
 
     def encode_fim(self, prefix: str, suffix: str) -> list[int]:
@@ -173,10 +182,15 @@ class MistralCommon:
             raise TemplateError(
                 f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
+        self._version = version
         self._system_in_place = version not in ("v1", "v2", "v3")
         self._settings = _settings(inner) if version == "v15" else {}
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def tool_form(self) -> Form | None:
+        return None if self._version == "v1" else "args" if self._version in OF_TEKKEN else "list"
+
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
 
         found, system = joined(checked(messages), ("user", "assistant")), None
@@ -185,14 +199,21 @@ class MistralCommon:
             found = [m for m in found if m.role != "system"]
             if not found or found[0].role != "user":
                 found.insert(0, Message("user", ""))
+        offered = tool_messages.offered(tools)
         users = [i for i, message in enumerate(found) if message.role == "user"] or [-1]
+        if tools or any(m.tool_calls or m.role == TOOL for m in found):
+            found = tool_messages.prepared(found, self._version, users[-1])
         ids = list(self._instruct.start())
         for i, message in enumerate(found):
             if message.role == "user":
                 user = UserMessage(content=message.content)
                 last, first = i == users[-1], i == users[0]
                 more = {"system_prompt": system, **self._settings}
-                ids += self._instruct.encode_user_message(user, None, last, first, **more)[0]
+                ids += self._instruct.encode_user_message(user, offered, last, first, **more)[0]
+            elif message.role == TOOL:
+                ids += self._instruct.encode_tool_message(tool_messages.result(message), i < users[-1])[0]
+            elif message.tool_calls:
+                ids += self._instruct.encode_assistant_message(tool_messages.calls(message), i < users[-1])
             elif message.role == "assistant":
                 ids += [*self._answer(message), self._tokenizer.eos_id]
             else:
@@ -249,6 +270,7 @@ class MistralLite:
     """
 
     name = "mistrallite"
+    tool_form: Form | None = None
 
     def __init__(self, tokenizer: Tokenizer, source: str = "") -> None:
         if tokenizer.is_byte_level or tokenizer.n_words > ASSISTANT - 1:
@@ -259,8 +281,10 @@ class MistralLite:
         self.ends = frozenset({tokenizer.eos_id})
         self._tokenizer = tokenizer
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
+        if tools or any(message.tool_calls or message.role == TOOL for message in messages):
+            raise TemplateError("MistralLite has no place for tools: leave them out")
         for message in joined(checked(messages)):
             if message.role == "system":
                 raise TemplateError("MistralLite has no place for a system prompt: leave it out")

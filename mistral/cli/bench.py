@@ -9,7 +9,7 @@ from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size",))
+@flat(options=LoadOptions(), omit=("max_batch_size", "draft"))
 def bench(
     folder: str | None = None,
     *,
@@ -34,7 +34,7 @@ def bench(
     a busy machine every figure is too low.
 
     Args:
-        shape: random weights in the shape of a model: 7b or 1b
+        shape: random weights in the shape of a model: 7b, 1b or moe (1.6 B, a small Mixtral)
         contexts: positions in the cache when decoding, with commas between; the first one also for the batches
         batches: sequences decoded together
         prompts: lengths of prompts to prefill

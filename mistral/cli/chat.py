@@ -8,8 +8,9 @@ from mistral.cli import flags, terminal
 from mistral.cli.conversation import Conversation
 from mistral.cli.prompts import note_if_instruct, open_model, require_instruct, template_of
 from mistral.cli.terminal import echo_err, echo_error, is_interactive, read_lines
-from mistral.loader.options import LoadOptions
+from mistral.loader.options import LoadOptions, adapter_names
 from mistral.sampling_params import SamplingParams
+from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ def interactive(
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     require_instruct(instruct, system, template)
+    if len(options.adapter) > 1:
+        raise UsageError("a conversation is with one adapter: give one --adapter")
     loaded = open_model(folder, options)
     if instruct:
-        _converse(loaded, options.adapter, template, system or "", params, chunk_size)
+        places = adapter_names(options.adapter).values()
+        _converse(loaded, next(iter(places), None), template, system or "", params, chunk_size)
         return
     note_if_instruct(loaded)
     _continue_lines(loaded, params, chunk_size)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mistral.cli.batch import batch
 from mistral.cli.bench import bench
 from mistral.cli.chat import interactive
 from mistral.cli.completion import script
+from mistral.cli.deploy import deploy
 from mistral.cli.evaluate import evaluate, perplexity
 from mistral.cli.finetune import finetune
 from mistral.cli.folders import convert, inspect_folder
@@ -36,6 +38,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "finetune": finetune,
     "serve": serve,
+    "batch": batch,
+    "deploy": deploy,
     "bench": bench,
     "perplexity": perplexity,
     "eval": evaluate,

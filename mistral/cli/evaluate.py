@@ -32,7 +32,7 @@ RETRIEVAL = ("passkey", "lines", "topics", "needle")
 TASKS = (*RETRIEVAL, "reach", "position")
 
 
-@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size",))
+@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "draft"))
 def perplexity(
     folder: str | None = None,
     file: str | None = None,
@@ -80,7 +80,7 @@ def perplexity(
     print(one_line(facts) if json else line)
 
 
-@flat(options=LoadOptions(max_batch_size=8))
+@flat(options=LoadOptions(max_batch_size=8), omit=("draft",))
 def evaluate(
     folder: str | None = None,
     *,

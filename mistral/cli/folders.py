@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mistral.cli import prompts, terminal
+from mistral.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from mistral.formats.adapter_forms import ConvertedAdapter
+    from mistral.formats.convert import Converted
 
 
 def convert(
@@ -13,6 +20,7 @@ def convert(
     dtype: str | None = None,
     quant: str | None = None,
     adapter: str | None = None,
+    base: str | None = None,
     sliding_window: str | int = "auto",
 ) -> None:
     """Write a model folder again: in the other layout, as safetensors, in another dtype, merged, or quantized.
@@ -22,9 +30,11 @@ def convert(
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-fp16 --to mistral --dtype float16
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-int4 --to mistral --quant int4
     python -m main convert mistral-7B-v0.1 mistral-7B-v0.1-mine --to hf --adapter my-lora
+    python -m main convert my-lora my-lora-finetune --to mistral --base mistral-7B-v0.1
 
-    SRC is a folder in either layout, a .gguf file, a hub id, or a pack with weights; DST a folder that does not exist
-    yet. Weights stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory.
+    SRC is a folder in either layout, a .gguf file, a hub id, a pack with weights, or a LoRA adapter, which becomes one
+    in the form of mistral-finetune (--to mistral) or of PEFT (--to hf); DST a folder that does not exist yet. Weights
+    stay the same bit for bit unless --dtype, --quant or --adapter is given, and are never all in memory.
     DST appears when it is complete, not before. A folder written with --quant loads at once, and only this library
     reads it. An adapter is merged in float32, and rounded once to the dtype of the weights.
 
@@ -33,14 +43,27 @@ def convert(
         dtype: of the weights written: float32, bfloat16 or float16; default: as they are
         quant: int8 or int4: write quantized weights; default: as they are
         adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
+        base: where SRC is an adapter: the folder of its base model, for its shape; default: the one that it names
         sliding_window: a number, or none, to be written; default: what SRC says
     """
+    from mistral.formats import inspect_adapter
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
     from mistral.formats.folder import with_window
     from mistral.loader.options import window_of
 
     window = window_of(sliding_window)
+    if inspect_adapter.is_one(src):
+        given = {"--dtype": dtype, "--quant": quant, "--adapter": adapter}
+        given["--sliding_window"] = None if window == "auto" else "given"
+        if extra := [flag for flag, value in given.items() if value is not None]:
+            raise UsageError(f"{src} is an adapter, whose numbers stay the same: omit {extra[0]}")
+        from mistral.formats.adapter_forms import convert_adapter
+
+        _report(convert_adapter(src, dst, to, base))
+        return
+    if base is not None:
+        raise UsageError("--base is the base model of an adapter, and SRC is none")
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
             if not isinstance(window, str):
@@ -48,6 +71,10 @@ def convert(
             written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter)
     else:
         written = convert_folder(src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window)
+    _report(written)
+
+
+def _report(written: Converted | ConvertedAdapter) -> None:
     terminal.echo_err(f"wrote {written.describe()}")
     for note in written.notes:
         terminal.echo_err(f"note: {note}")
@@ -69,8 +96,9 @@ def inspect_folder(folder: str | None = None, *, json: bool = False) -> None:
         json: print one JSON object instead of text
     """
     from mistral.formats import inspect_adapter
-    from mistral.formats.inspect import as_json, as_text
+    from mistral.formats.inspect import as_json
     from mistral.formats.inspect import inspect_folder as report_on
+    from mistral.formats.inspect_text import as_text
 
     chosen = prompts.default_folder(folder)
     if chosen is not None and inspect_adapter.is_one(chosen):

@@ -19,11 +19,12 @@ from mistral.cli.prompts import (
 )
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError
+from mistral.util.errors import UsageError, short_repr
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     from mistral.generate import Completion
+    from mistral.loader.load import Loaded
 
 
 SEPARATOR = "====================="
@@ -78,6 +79,7 @@ def complete(
     suffix: str | None = None,
     file: str | None = None,
     json: bool = False,
+    json_schema: str | None = None,
     chunk_size: int | None = None,
     params: SamplingParams,
     options: LoadOptions,
@@ -92,11 +94,11 @@ def complete(
     python -m main complete codestral-22B-v0.1 "def fibonacci(n):" --suffix "    return a"
 
     One word that is a folder is FOLDER, and the prompt is read from stdin. Each line of FILE is a
-    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens" and "suffix"; where
-    its name ends in .txt, each line is a prompt. A FILE that ends in .npy holds the ids of one prompt, of any length;
-    they are read piece by piece. With FILE, and with --n, each text is followed by a line of =====================.
-    --json prints one object each: index, prompt_tokens, tokens, text, logprobs, finish_reason, sample if --n is given,
-    and top_logprobs if requested.
+    JSON string, or an object with "prompt" (text, or a list of ids) and optionally "max_tokens", "suffix" and "adapter"
+    (the name of one); where its name ends in .txt, each line is a prompt. A FILE that ends in .npy holds the ids of one
+    prompt, of any length; they are read piece by piece. With FILE, and with --n, each text is followed by a line of
+    =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs, finish_reason,
+    sample if --n is given, and top_logprobs if requested.
 
     Args:
         instruct: each prompt is a question; it is asked with the template of the model
@@ -105,6 +107,7 @@ def complete(
         suffix: the text that follows the gap, for fill-in-the-middle (Codestral)
         file: prompts, one JSON value a line; one a line if it ends in .txt; ids if it ends in .npy; - is stdin
         json: print JSON lines instead of text
+        json_schema: a file with a JSON schema; each text is a value that fits it (needs llguidance)
         chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
         max_batch_size: the most prompts in one batch; the others wait
     """
@@ -118,8 +121,11 @@ def complete(
 
     if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
         raise UsageError(f"no such folder: {folder}")
+    schema = None if json_schema is None else _read_schema(json_schema)
     asked = read_prompts(prompt, suffix, file)
     loaded = open_model(folder, options)
+    if schema is not None:
+        params = _constrained(params, schema, loaded)
     if not instruct:
         note_if_instruct(loaded)
     prompts = as_ids(asked, loaded, instruct, system, template)
@@ -130,10 +136,41 @@ def complete(
     from mistral.generate import completions
 
     bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
-    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, progress=bar)
+    more = {"adapter": [one.adapter for one in asked], "progress": bar}
+    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
+
+
+def _read_schema(file: str) -> dict[str, Any]:
+    """The JSON schema in a file.
+
+    Raises:
+        UsageError: it cannot be read, or holds no object.
+    """
+    from pathlib import Path
+
+    from mistral.util.files import read_limited
+
+    try:
+        schema = json.loads(read_limited(Path(os.path.expanduser(file)), 1_000_000).decode("utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{file} holds no JSON") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{file} holds {short_repr(schema)}; a JSON schema is an object")
+    return schema
+
+
+def _constrained(params: SamplingParams, schema: dict[str, Any], loaded: Loaded) -> SamplingParams:
+    """Params of texts that fit a schema."""
+    from mistral.generate import eos_of
+    from mistral.grammar import Grammars
+
+    grammar = Grammars(loaded.tokenizer, eos_of(loaded.tokenizer)).json(schema)
+    return replace(params, logits_processor=grammar.constraint())
 
 
 def _in_order(ended: Iterable[tuple[int, Completion]], prompts: int, n: int) -> Iterator[tuple[Completion, int]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
 from mistral.cli.prompts import PromptLine, model_of, one_line, open_model, read_file, read_prompts
+from mistral.fast.layout import QUANTS
 from mistral.loader.options import DTYPE_NAMES, LoadOptions
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.tokenizer import TokenizerLike
 
+# What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
+AS_LOADED = ("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft")
 
-def verify(folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0) -> None:
+
+@flat(options=LoadOptions(), omit=AS_LOADED)
+def verify(
+    folder: str | None = None, *, full: bool = False, json: bool = False, seed: int = 0, options: LoadOptions
+) -> None:
     """Run every available way of computing a model, on its own weights, against float64.
 
     python -m main verify
@@ -38,13 +45,14 @@ def verify(folder: str | None = None, *, full: bool = False, json: bool = False,
     """
     from mistral.oracle import verify as verifying
 
-    with model_of(folder) as found:
+    with model_of(folder, options) as found:
         report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
     print(verifying.as_json(report) if json else verifying.as_text(report))
     if not report.passes:
         raise ChecksFailed
 
 
+@flat(options=LoadOptions(), omit=AS_LOADED)
 def pack(
     folder: str | None = None,
     *,
@@ -54,6 +62,7 @@ def pack(
     weights: bool = False,
     full: bool = False,
     seed: int = 0,
+    options: LoadOptions,
 ) -> None:
     """Write a golden pack: the outputs of a model for some prompts, in float64, to check other programs against.
 
@@ -78,7 +87,7 @@ def pack(
     from mistral.oracle import pack as packing
     from mistral.oracle.inputs import inside
 
-    with model_of(folder) as found:
+    with model_of(folder, options) as found:
         prompts = _prompts(found, file, full, seed)
         bar = terminal.Bar("packing", "step")
         written = packing.pack(found, output, prompts, top=top, weights=weights, progress=bar)
@@ -88,6 +97,7 @@ def pack(
         terminal.echo_err(f"note: {note}: --full uses longer ones")
 
 
+@flat(options=LoadOptions(), omit=AS_LOADED)
 def compare(
     a: str,
     b: str,
@@ -95,55 +105,69 @@ def compare(
     file: str | None = None,
     model: str | None = None,
     dtype: str = "float32",
+    quantized: str | None = None,
     full: bool = False,
     json: bool = False,
     seed: int = 0,
+    options: LoadOptions,
 ) -> None:
     """Compare two sides: whether they agree, where they first differ, and which mutant explains it.
 
     python -m main compare mistral-7B-v0.1 mistral-7B-v0.1-hf
     python -m main compare mistral-7B-v0.1 http://localhost:8000 --dtype bfloat16
     python -m main compare v0.1.safetensors logits.npz
+    python -m main compare mistral-7b-v0.1.Q4_K_M.gguf http://localhost:8080 --quantized int8
 
-    A and B are each a folder in either layout, a hub id, a pack, an .npz (prompt_ids, and logits or logprobs [T, V]), a
-    file that `trace` wrote, or the URL of an OpenAI-style server that returns log-probs of prompts (vLLM). Differences
-    beyond what rounding explains are named: the first activation and position that differ; and the mutants of our
-    model that give the other side's numbers. The exit code is 0 if the sides agree, else 1.
+    A and B are each a folder in either layout, a .gguf file, a hub id, a pack, an .npz (prompt_ids, and logits or
+    logprobs [T, V]), a file that `trace` wrote, or the URL of an OpenAI-style server that returns log-probs (vLLM,
+    llama-server). Differences beyond what rounding explains are named: the first activation and position that differ;
+    and the mutants of our model that give the other side's numbers. The exit code is 0 if the sides agree, else 1.
 
     Args:
         file: a file of prompts, as `complete` reads them; default: random prompts
         model: the server's name for the model; default: the first that it lists
         dtype: of the arithmetic of the side that is not the truth
+        quantized: int8 or int4: weights or inputs of a side are rounded to about as many bits, which is no mistake
         full: use prompts longer than the model's window, however wide it is
         json: print one JSON object instead of text
         seed: of the random prompts
+        adapter: a LoRA adapter of the first side that is a folder or a .gguf file, merged as it is read
     """
+    if quantized not in (*QUANTS, None):
+        raise UsageError(f"--quantized {quantized!r} is not one of {', '.join(QUANTS)}")
     if dtype not in DTYPE_NAMES:  # before torch is imported
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
         raise UsageError("--model is a server's name for it, and neither side is a server")
     from mistral.loader.runtime import DTYPES
-    from mistral.oracle import compare as comparing
+    from mistral.oracle import comparison
+    from mistral.oracle.compare import compare as compare_sides
     from mistral.oracle.sides import FolderSide, side
 
-    sides = [side(a, model), side(b, model)]
+    first = side(a, model, options)
+    adapted = bool(options.adapter) and isinstance(first, FolderSide)
+    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options)]
+    if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
+        raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
     prompts = None
     if file is not None:
         folders = [s for s in sides if isinstance(s, FolderSide)]
         prompts = _read_prompts(file, folders[0].found if folders else None)
-    report = comparing.compare(
+    report = compare_sides(
         *sides,
         compute=DTYPES[dtype],
+        quantized=quantized,
         prompts=prompts,
         full=full,
         seed=seed,
         progress=terminal.Bar("comparing", "mutant"),
     )
-    print(comparing.as_json(report) if json else comparing.as_text(report))
+    print(comparison.as_json(report) if json else comparison.as_text(report))
     if not report.same:
         raise ChecksFailed
 
 
+@flat(options=LoadOptions(), omit=AS_LOADED)
 def mutants(
     folder: str | None = None,
     *,
@@ -152,6 +176,7 @@ def mutants(
     file: str | None = None,
     full: bool = False,
     seed: int = 0,
+    options: LoadOptions,
 ) -> None:
     """List the mutants, or write what a model with one of them outputs, to prove that a test would catch it.
 
@@ -185,7 +210,7 @@ def mutants(
     from mistral.oracle import pack as packing
     from mistral.oracle.mutant_files import write
 
-    with model_of(folder) as found:
+    with model_of(folder, options) as found:
         if folder is not None and packing.is_pack(folder) and file is None:
             prompts = packing.read(folder).prompts
         else:
@@ -199,7 +224,7 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "quant", "threads", "max_batch_size"),
+    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft"),
 )
 def trace(
     folder: str | None = None,
@@ -289,6 +314,8 @@ def _ids(asked: Sequence[PromptLine], tokenizer: TokenizerLike | None, file: str
 
     if any(one.suffix is not None for one in asked):
         raise UsageError(f"{file} has prompts with a suffix: here each is one text, or a list of ids")
+    if any(one.adapter is not None for one in asked):
+        raise UsageError(f"{file} has prompts with an adapter of their own: here there is one, by --adapter")
     found = []
     for one in asked:
         if isinstance(one.prompt, str):

@@ -48,11 +48,17 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt, text or ids; the text that follows it, for fill-in-the-middle; and its own most tokens to generate."""
+    """A prompt, text or ids.
+
+    Args:
+        suffix: the text that follows it, for fill-in-the-middle.
+        max_tokens, adapter: its own, where it has any.
+    """
 
     prompt: Any
     suffix: str | None = None
     max_tokens: int | None = None
+    adapter: str | None = None
 
 
 def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
@@ -113,10 +119,10 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         raise UsageError(f"{where} is not JSON: {error}{plain}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
-    unknown = set(entry) - {"prompt", "suffix", "max_tokens"}
+    unknown = set(entry) - {"prompt", "suffix", "max_tokens", "adapter"}
     if unknown:
-        raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix and max_tokens")
-    prompt, suffix, limit = entry.get("prompt"), entry.get("suffix"), entry.get("max_tokens")
+        raise UsageError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, suffix, max_tokens and adapter")
+    prompt, suffix, limit, adapter = (entry.get(name) for name in ("prompt", "suffix", "max_tokens", "adapter"))
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
         raise UsageError(f"{where}: the prompt must be text or a list of ids")
@@ -126,7 +132,9 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         raise UsageError(f"{where}: a suffix must be text, and so must its prompt")
     if "max_tokens" in entry and (type(limit) is not int or limit < 0):
         raise UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
-    return PromptLine(prompt, suffix, limit)
+    if not isinstance(adapter, str | None):
+        raise UsageError(f"{where}: adapter must be the name of one")
+    return PromptLine(prompt, suffix, limit, adapter)
 
 
 def read_text(file: str | None) -> str:
@@ -230,25 +238,35 @@ def folder_or_text(word: str) -> str:
     """Whether a single word of `perplexity` is the folder, or the file with the text."""
     if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", word) and not os.path.exists(word)
-    return "folder" if is_hub_id and terminal.stdin_may_have_data() else "file"
+    from mistral.formats.hub import is_hub_id
+
+    an_id = is_hub_id(word) and not os.path.exists(word)
+    return "folder" if an_id and terminal.stdin_may_have_data() else "file"
 
 
 @contextlib.contextmanager
-def model_of(folder: str | None) -> Iterator[Folder]:
-    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model."""
+def model_of(folder: str | None, options: LoadOptions | None = None) -> Iterator[Folder]:
+    """A folder, a hub id, a pack with weights; else the folder of MISTRAL_MODEL, or the bundled model.
+
+    Args:
+        options: the window and the adapter that are asked for; see `load.as_read`.
+    """
     from mistral.formats.folder import BUNDLED, read_folder
     from mistral.formats.hub import locate
+    from mistral.loader.load import as_read
     from mistral.oracle.pack import folder_of, is_pack
+
+    def asked(found: Folder) -> Folder:
+        return found if options is None else as_read(found, options)
 
     folder = default_folder(folder)
     if folder is not None and (is_pack(folder) or (folder.endswith(".safetensors") and Path(folder).exists())):
         with tempfile.TemporaryDirectory() as nothing:
-            yield folder_of(folder, Path(nothing))
+            yield asked(folder_of(folder, Path(nothing)))
         return
     if folder is not None and Path(folder).is_file() and not is_gguf_name(folder):
         raise UsageError(f"{folder} is neither a folder nor a .gguf file nor a pack")
-    yield read_folder(BUNDLED if folder is None else locate(folder))
+    yield asked(read_folder(BUNDLED if folder is None else locate(folder)))
 
 
 def one_line(facts: dict[str, Any]) -> str:

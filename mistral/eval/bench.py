@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mistral.args import ModelArgs
+from mistral.args import ModelArgs, Moe
 from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
 from mistral.formats.random import random_folder
@@ -48,8 +48,20 @@ SHAPES = {
         sliding_window=4096,
         rope_theta=1e4,
     ),
+    "moe": ModelArgs(  # half of Mixtral 8x7B's widths: 1.6 B weights, of which a token goes through 0.5 B
+        dim=2048,
+        n_layers=4,
+        head_dim=128,
+        hidden_dim=7168,
+        n_heads=16,
+        n_kv_heads=4,
+        norm_eps=1e-5,
+        vocab_size=32000,
+        moe=Moe(8, 2),
+    ),
 }
 PROBE = 1 << 28  # bytes read to see how fast memory is
+EXPERTS = ".experts."  # in the names of experts' weights
 PRODUCT = 2048  # rows and columns of the product to see how fast arithmetic is
 
 
@@ -103,17 +115,26 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row."""
-    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name != EMBEDDINGS)
+def weight_bytes(model: Transformer, batch: int = 1) -> int:
+    """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row.
+
+    Of experts, those that tokens of a batch choose: on average, where each chooses on its own.
+    """
+    moe = model.args.moe
+    chosen = 1.0 if moe is None else 1 - (1 - moe.num_experts_per_tok / moe.num_experts) ** batch
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items() if name != EMBEDDINGS}
+    experts = sum(size for name, size in sizes.items() if EXPERTS in name)
+    return round(sum(sizes.values()) - experts + experts * chosen)
 
 
 def weights_in_products(model: Transformer) -> int:
     """Weights that each token is multiplied with, but for the output matrix, which only a prompt's last one is."""
-    products = (
-        m for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear | QuantizedLinear)
-    )
-    return sum(m.in_features * m.out_features for m in products)
+    moe, total = model.args.moe, 0.0
+    for name, module in model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear | QuantizedLinear):
+            share = 1.0 if moe is None or EXPERTS not in name else moe.num_experts_per_tok / moe.num_experts
+            total += share * module.in_features * module.out_features
+    return round(total)
 
 
 @torch.inference_mode()
@@ -182,7 +203,7 @@ def measure(
     for (context, batch), rates in taken.items():
         keys = batch * args.cache_bytes(context + 1, itemsize)
         rate = statistics.median(memory[context, batch])
-        yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model) + keys))
+        yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""A decode step in one call: each sequence contributes one token, and the kernels do all layers.
+"""A decode step in one call: a few tokens, one of each sequence or several that were guessed, and all layers.
 
 Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of the plain Transformer.
 """
@@ -83,7 +83,7 @@ class FastTransformer(Transformer):
         if model is None:
             return super().step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
-        rows = [row for row, n in enumerate(plan.seqlens) if n]
+        rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         cos, sin = self.rope.cos_sin(plan.positions)
         for i in range(len(self.layers)):
             cache.layer(i).written = True
@@ -93,8 +93,8 @@ class FastTransformer(Transformer):
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
         return (
             not torch.is_grad_enabled()
-            and max(plan.seqlens, default=0) == 1
-            and sum(plan.seqlens) <= FEW
+            and 0 < sum(plan.seqlens) <= FEW
+            and max(plan.seqlens) <= min(store.block for store in cache.layers)
             and self.device.type == "cpu"
             and self.dtype == torch.float32
             and cache.layer(0).k.dtype == torch.float32

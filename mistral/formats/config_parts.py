@@ -40,6 +40,7 @@ def parts_of_params(raw: dict[str, Any]) -> dict[str, Any]:
         found["yarn"] = _made(Yarn, "params.json", given["factor"], given[ORIGINAL], **named)
     if (given := raw.get("llama_4_scaling")) is not None:
         _check("params.json: llama_4_scaling", given, needed=(ORIGINAL, "beta"), known=())
+    if given is not None and not _is_zero(given["beta"]):
         found["llama_4_scaling"] = _made(QueryScaling, "params.json", given[ORIGINAL], given["beta"])
     if (given := raw.get("moe")) is not None:
         needed = ("num_experts", "num_experts_per_tok")
@@ -123,10 +124,15 @@ def _scalings(key: str, given: object, may_grow: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if kind == "yarn":
         found["yarn"] = _yarn(key, given)
-    if (beta := given.get(SCALED)) is not None:
+    if (beta := given.get(SCALED)) is not None and not _is_zero(beta):
         _check(f"config.json: {key}", given, needed=(ORIGINAL,), known=known)
         found["llama_4_scaling"] = _made(QueryScaling, "config.json", given[ORIGINAL], beta)
     return found
+
+
+def _is_zero(beta: object) -> bool:
+    """Whether queries do not grow after all: Medium 3.5 says so."""
+    return not isinstance(beta, bool) and isinstance(beta, int | float) and beta == 0
 
 
 def _yarn(key: str, given: dict[str, Any]) -> Yarn:

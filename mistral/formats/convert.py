@@ -22,17 +22,19 @@ import torch
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import Folder, read_folder, with_window
+from mistral.formats.hf_template import to_chat_template
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
-from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.releases import identify
+from mistral.formats.tokenizers import TEMPLATE, chat_templates, load_tokenizer
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
-from mistral.tokenizer import TokenizerError
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
@@ -143,7 +145,7 @@ def write_folder(
         )
     if adapter is not None:
         folder = merge_into(folder, read_adapter(adapter))
-    place = _destination(folder.path, Path(dst))
+    place = destination(folder.path, Path(dst))
     notes = list(folder.notes)
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
@@ -202,7 +204,7 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
 # --- where to
 
 
-def _destination(src: Path, dst: Path) -> Path:
+def destination(src: Path, dst: Path) -> Path:
     """Where the folder will be, without links, once it is sure that nothing is there."""
     try:
         origin, place = src.resolve(), dst.resolve()
@@ -319,7 +321,20 @@ def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
     if not (folder.path / TOKENIZER_CONFIG).is_file():
         texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
     notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
-    return texts
+    return texts | _chat_template(folder, tokenizer, notes)
+
+
+def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str]) -> dict[str, str]:
+    """chat_template.jinja, where the source has no template but its tokenizer says how conversations are written."""
+    release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
+    of_its_own = release is not None and release.template == "mistrallite"
+    if chat_templates(folder.path) or of_its_own or (made := to_chat_template(tokenizer)) is None:
+        return {}
+    notes.append(
+        f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: "
+        "it is for instruct models"
+    )
+    return {TEMPLATE: made}
 
 
 def _ids(value: Any) -> list[int]:

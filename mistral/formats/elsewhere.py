@@ -10,8 +10,8 @@ ADAPTER = "give its base model, and the adapter with --adapter"
 KINDS = {
     r"adapter_(model|config)\..*": f"a PEFT adapter, not a model: {ADAPTER}",
     r"lora\.safetensors": f"a LoRA adapter of mistral-finetune, not a model: {ADAPTER}",
-    r".*\.gguf": "GGUF files: fetch one of them, and give its path",
-    r"consolidated\.01\.pth": ".pth files in several parts: they must be joined first",
+    r".*\.gguf": "GGUF files: give the path of one of them",
+    r"consolidated\.01\.pth?": ".pth files in several parts: download the folder, and give its path",
     r"pytorch_model.*\.bin": "pytorch_model.bin: it must be saved as safetensors first",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
     r".*\.onnx": "ONNX files: give the folder that they were made from",

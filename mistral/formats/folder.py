@@ -14,6 +14,7 @@ from mistral.formats.adapter import base_of
 from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
+from mistral.formats.quantized import ACTIVATIONS
 from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import OUTPUT, parameters
@@ -76,7 +77,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         if what := _what_else(path):
             raise type(error)(f"{error}; there is {what}") from None
         raise
-    weights, seeing = _without_vision(weights, layout)
+    weights, aside = _without(weights, layout)
     args, tied = _untied(args, weights, layout)
     quant = layout.quantization(raw)
     try:
@@ -85,7 +86,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         _, mistakes = identify(args)
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
-    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *seeing, *tied), quant)
+    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied), quant)
 
 
 def with_window(folder: Folder, window: int | None) -> Folder:
@@ -110,16 +111,21 @@ def _what_else(path: Path) -> str | None:
     return found if found is None or base is None else f"{found}; its base is {base}"
 
 
-def _without_vision(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[str]]:
-    """The weights without those of the part that reads images, and a note where there are any."""
-    left = [name for name in weights.tensors if layout.vision is not None and layout.vision.fullmatch(name)]
-    if not left:
-        return weights, []
-    gone = set(left)
+def _without(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[str]]:
+    """The weights without those of the part that reads images and scales of activations; a note on each kind."""
+    seeing = [name for name in weights.tensors if layout.vision is not None and layout.vision.fullmatch(name)]
+    scales = [name for name in weights.tensors if name not in set(seeing) and ACTIVATIONS.fullmatch(name)]
+    notes = []
+    if seeing:
+        what = f"{len(seeing)} tensors that read images ({some_names(seeing)})"
+        notes.append(f"{what} are left aside: this is the text model alone")
+    if scales:
+        what = f"{len(scales)} tensors that scale activations ({some_names(scales)})"
+        notes.append(f"{what} are left aside: activations, keys and values are not quantized here")
+    gone = {*seeing, *scales}
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in gone}
     readers = {name: reader for name, reader in weights.readers.items() if name not in gone}
-    note = f"{len(left)} tensors that read images ({some_names(left)}) are left aside: this is the text model alone"
-    return WeightFiles(weights.files, tensors, readers), [note]
+    return WeightFiles(weights.files, tensors, readers), notes
 
 
 def _untied(args: ModelArgs, weights: WeightFiles, layout: Layout) -> tuple[ModelArgs, list[str]]:

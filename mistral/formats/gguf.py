@@ -293,7 +293,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     for name, tensor in gguf.tensors.items():
         kind = tensor.kind.name
         dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
-        tensors[name] = StoredBlocks(tensor.shape, dtype, kind, kind not in MAPPED, tensor.nbytes)
+        tensors[name] = StoredBlocks(tensor.shape, dtype, kind, kind not in MAPPED, block_bytes=tensor.nbytes)
         if not dtype:
             continue  # refused by name before anything is read
         if tensor.path != part.path or tensor.end - part.begin > PART:

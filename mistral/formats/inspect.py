@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import bytes_of
+from mistral.fast.layout import QUANTS, bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.hub import locate
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
-from mistral.formats.releases import COMPARED, RELEASES, Release, identify
+from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
     is_gguf_file,
@@ -30,7 +31,7 @@ from mistral.formats.tokenizers import (
     tokenizer_notes,
 )
 from mistral.formats.weights import Stored, file_names
-from mistral.parameters import parameters
+from mistral.parameters import EMBEDDINGS, active, parameters
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
@@ -38,7 +39,6 @@ from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 # Ends of the names of weights that are not read, and of downloads that have not ended.
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 UNFINISHED = (".part", ".partial", ".incomplete", ".tmp", ".crdownload", ".aria2", ".download")
@@ -65,7 +65,9 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
-        *_about_files(path, files, dtypes, found.quant is not None or any(t.widened for t in found.tensors.values())),
+        *_about_files(
+            path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
+        ),
     ]
     return {
         "folder": str(path),
@@ -76,13 +78,19 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "parameters": found.parameters,
         "dtypes": dtypes,
         "shape": {name: getattr(args, name) for name in COMPARED if name not in ("rope_theta", "sliding_window")},
+        "parts": {
+            **{name: None if (part := getattr(args, name)) is None else asdict(part) for name in PARTS},
+            "tied_embeddings": args.tied_embeddings,
+        },
+        "active_parameters": active(args),
         "window": {"text": args.window_text, "layers": list(args.windows), "rule": found.layout.window_rule(found.raw)},
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
         "template": _template(path, tokenizer, release),
         "memory": {
-            "weights": {dtype: _weight_bytes(found, n) for dtype, n in ITEMSIZE.items()},
+            "weights": {dtype: _weight_bytes(found, found.quant, n) for dtype, n in ITEMSIZE.items()},
+            "quantized": _quantized_bytes(found),
             "cache": [
                 {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
                 for n in POSITIONS
@@ -93,8 +101,17 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     }
 
 
-def _weight_bytes(found: Folder, itemsize: int) -> int:
-    return sum(bytes_of(parameter, found.quant, itemsize) for parameter in parameters(found.args).values())
+def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:
+    return sum(bytes_of(parameter, quant, itemsize) for parameter in parameters(found.args).values())
+
+
+def _quantized_bytes(found: Folder) -> dict[str, int]:
+    """What the weights take with --quant, which leaves embeddings and norms as they are stored."""
+    if found.quant is not None:
+        return {}
+    embeddings = found.weights.tensors[EMBEDDINGS]
+    itemsize = embeddings.nbytes // embeddings.parameters if not embeddings.widened else 4
+    return {quant: _weight_bytes(found, quant, itemsize) for quant in QUANTS}
 
 
 def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
@@ -110,12 +127,11 @@ def _release(release: Release, tokenizer_version: str | None) -> dict[str, Any]:
 
 
 def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
-    """Tensors and parameters of each dtype, or type of blocks."""
+    """Tensors and parameters of each dtype, type of blocks, or way of being quantized."""
     found: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
-        count = found.setdefault(
-            tensor.dtype_name if tensor.widened else str(tensor.dtype), {"tensors": 0, "parameters": 0}
-        )
+        kind = tensor.computed or (tensor.dtype_name if tensor.widened else str(tensor.dtype))
+        count = found.setdefault(kind, {"tensors": 0, "parameters": 0})
         count["tensors"] += 1
         count["parameters"] += tensor.parameters
     return found
@@ -283,80 +299,3 @@ def _word(path: str) -> str:
 def as_json(report: dict[str, Any]) -> str:
     """The report as one object, on one line, in ASCII whatever the names of files."""
     return json.dumps(report)
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """The report human-readable: one fact a line, aligned."""
-    lines = [*_facts(report), "", *_table(report), "", "files"]
-    width = max(len(_printable(f["name"])) for f in report["files"])
-    lines += [
-        f"  {_printable(f['name']):{width}}  {memory.as_text(f['bytes']):>9}  {f['role']}" for f in report["files"]
-    ]
-    lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
-    first = report["serve"]["convert_first"]
-    if report["serve"]["commands"]:
-        lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
-        lines += [f"  {command}" for command in report["serve"]["commands"]]
-    else:
-        reason = (
-            "until it has a tokenizer"
-            if report["tokenizer"]["error"]
-            else "which does not read the quantized weights of this library"
-        )
-        lines += ["", f"not served by vLLM {reason}"]
-    return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
-
-
-def _facts(report: dict[str, Any]) -> list[str]:
-    shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
-    layout = LAYOUTS[report["layout"]]
-    weights = tuple(Path(f["name"]) for f in report["files"] if f["role"] == "weights")
-    shape_files = [f["name"] for f in report["files"] if f["role"] == "shape"]
-    each = "" if report["window"]["text"].endswith("layers") else " in every layer"
-    words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
-    facts = {
-        "folder": report["folder"],
-        "release": "none that is known" if release is None else " or ".join(release["variants"]),
-        "layout": f"{layout.title}: " + ", ".join((*shape_files, file_names(weights))),
-        "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {_counted(report['dtypes'])}",
-        "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
-        f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
-        f"vocabulary {shape['vocab_size']}",
-        "window": f"{report['window']['text']}{each} ({report['window']['rule']})",
-        "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
-        "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
-    }
-    if report["trained_length"] is not None:
-        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
-    if report["template"] is not None:
-        facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
-    return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]
-
-
-def _counted(dtypes: dict[str, dict[str, int]]) -> str:
-    """Dtypes, with the number of tensors of each where there are several."""
-    if len(dtypes) == 1:
-        return next(iter(dtypes))
-    return " and ".join(f"{name} x{count['tensors']}" for name, count in dtypes.items())
-
-
-def _kind(tokenizer: dict[str, Any]) -> str:
-    if tokenizer["kind"] == "tokenizers" and not tokenizer["file"].endswith(".json"):
-        return "byte-level BPE"
-    return KINDS[tokenizer["kind"]]
-
-
-def _table(report: dict[str, Any]) -> list[str]:
-    needs = report["memory"]
-    columns = {"float32": "float32", "bfloat16": "bfloat16, float16"}
-    rows = {"weights": needs["weights"]}
-    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in needs["cache"]}
-    width = max(map(len, rows))
-    lines = [f"{'memory':{width + 2}}" + "".join(f"  {title:>17}" for title in columns.values())]
-    for name, sizes in rows.items():
-        lines.append(f"  {name:{width}}" + "".join(f"  {memory.as_text(sizes[dtype]):>17}" for dtype in columns))
-    return lines
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)

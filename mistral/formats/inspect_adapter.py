@@ -31,6 +31,7 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         "folder": str(path),
         "kind": "DoRA" if found.dora else "LoRA",
         "form": FORMS[found.form],
+        "other_layout": "mistral" if found.form == "peft" else "hf",
         "base": found.base,
         "ranks": sorted({pair.rank for pair in pairs}),
         "scales": sorted({pair.scale for pair in pairs}),
@@ -66,5 +67,6 @@ def as_text(told: dict[str, Any]) -> str:
             "used with its base",
             f"  python -m main complete BASE PROMPT --adapter {folder}",
             f"  python -m main convert BASE MERGED --to hf --adapter {folder}",
+            f"  python -m main convert {folder} OTHER --to {told['other_layout']} --base BASE",
         ]
     )

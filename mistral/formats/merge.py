@@ -38,24 +38,24 @@ class Update:
     scale: float
 
     def merged(self, weight: Tensor, name: str) -> Tensor:
-        """A weight [out, in] with the adapter in it: computed in fp32 (fp64 for fp64), rounded once to its own dtype.
+        """A weight [out, in] with the adapter in it, in fp32 (fp64 for fp64): whoever keeps it rounds it, once.
 
         Raises:
-            AdapterError: a value became infinite or NaN.
+            AdapterError: a value is infinite or NaN in the weight's own dtype.
         """
         import torch
 
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = self.a().to(wide), self.b().to(wide)
         lengths = None if self.magnitude is None else self.magnitude().to(wide).flatten()
-        out = torch.empty_like(weight)
+        out = torch.empty_like(weight, dtype=wide)
         rows = max(1, PIECE // weight.shape[1])
         for at in range(0, len(weight), rows):
             piece = weight[at : at + rows].to(wide) + self.scale * (b[at : at + rows] @ a)
             if lengths is not None:
                 piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
             out[at : at + rows] = piece
-            if not torch.isfinite(out[at : at + rows]).all():
+            if not torch.isfinite(piece.to(weight.dtype)).all():
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
         return out
 
@@ -138,6 +138,11 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
     dtypes = sorted({folder.weights.tensors[name].dtype for name in found})
     notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}"))
     return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
+
+
+def has_adapter(folder: Folder) -> bool:
+    """Whether an adapter is merged into a folder's weights while they are read."""
+    return any(isinstance(reader, _Merged) for reader in folder.weights.readers.values())
 
 
 def about(adapter: Adapter, how: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import QUANTS
 from mistral.formats.config_parts import parts_of_params
+from mistral.formats.experts import first_release
+from mistral.formats.fp8 import mistrals_fp8
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
-from mistral.formats.pth import open_pth
+from mistral.formats.pth import open_archives
+from mistral.formats.quantized import Method, dequantized
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
 from mistral.util.errors import short_repr
 
@@ -24,9 +27,11 @@ __all__ = ["MistralLayout", "ParamsError", "find_weights", "params_json", "read_
 REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 OPTIONAL = ("sliding_window", "rope_theta", "tied_embeddings")
 PARTS = ("yarn", "llama_4_scaling", "moe")  # objects of their own
-# Ours alone, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. Mistral's own releases
-# have an object there. The second is what this library wrote before 0.1.
+# Ours, with a word of QUANTS: the matrices are stored quantized as `fast.layout` has it. The second is what this
+# library wrote before 0.1. Mistral's own releases have an object there: see `_method`.
 QUANTIZATION = ("quantization", "few_bits")
+FP8 = "fp8_e4m3"
+ARCHIVE = re.compile(r"consolidated\.\d\d\.pth?")
 
 # Seen in releases; they change no number of a dense text model.
 HARMLESS = {
@@ -48,7 +53,6 @@ REFUSED = {
     "kv_lora_rank": "latent attention (Mistral Large 3): use vLLM",
     "qk_nope_head_dim": "latent attention (Mistral Large 3): use vLLM",
     "rope_scaling": "scaled rotary positions: use transformers or vLLM",
-    "quantization": "a quantized checkpoint: use vLLM",
     "quantization_config": "a quantized checkpoint: use vLLM",
     "ssm_config": "a Mamba model (Codestral Mamba): use transformers or mamba-ssm",
 }
@@ -77,9 +81,10 @@ def to_args(raw: dict[str, Any], max_batch_size: int = 0) -> ModelArgs:
     # A dense model of a family that has others: null and -1 mean that it has no such part.
     raw = {key: value for key, value in raw.items() if not (key in REFUSED and value == -1)}
     for key, reason in REFUSED.items():
-        if raw.get(key) is not None and not (key in QUANTIZATION and not isinstance(raw[key], dict)):
+        if raw.get(key) is not None:
             raise ParamsError(f"params.json has {key!r}: {reason}")
     _quantization(raw)
+    _method(raw)
     if raw.get("model_type") == "mamba":
         raise ParamsError(f"params.json describes {REFUSED['ssm_config']}")
     for key, value in raw.items():
@@ -132,7 +137,8 @@ def _window_from_text(window: str) -> int | None:
 
 def has_mistral_weights(folder: Path) -> bool:
     """Whether any file is named as weights in Mistral's layout are."""
-    return any(folder.glob("consolidated*.safetensors")) or any(folder.glob("consolidated.*.pth"))
+    names = (path.name for path in folder.glob("consolidated.*.pt*"))
+    return any(folder.glob("consolidated*.safetensors")) or any(map(ARCHIVE.fullmatch, names))
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -147,15 +153,20 @@ def find_weights(folder: Path) -> WeightFiles:
     parts = numbered_parts(folder, "consolidated")
     if parts:
         return open_safetensors(parts)
-    pth = folder / "consolidated.00.pth"
-    if pth.is_file():
-        if (folder / "consolidated.01.pth").exists():
-            raise WeightsError(f"{folder} holds a model split over several .pth files, which is not supported")
-        return open_pth(pth)
+    parts = _archives(path.name for path in folder.glob("consolidated.*.pt*"))
+    if parts:
+        return open_archives(tuple(folder / part for part in parts))
     raise WeightsError(
         f"no weights in {folder}: expected consolidated.safetensors, "
         "consolidated-00001-of-0000N.safetensors or consolidated.00.pth"
     )
+
+
+def _archives(names: Iterable[str]) -> tuple[str, ...]:
+    """The files that torch.save wrote, as the releases name them; () where the first is missing."""
+    found = {name for name in names if ARCHIVE.fullmatch(name)}
+    ends = [end for end in ("pth", "pt") if f"consolidated.00.{end}" in found]
+    return tuple(sorted(name for name in found if name.endswith(f".{ends[0]}"))) if ends else ()
 
 
 def _quantization(raw: dict[str, Any]) -> str | None:
@@ -164,13 +175,30 @@ def _quantization(raw: dict[str, Any]) -> str | None:
     Raises:
         ParamsError: another word, or two that differ.
     """
-    given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None}
+    given = {key: raw[key] for key in QUANTIZATION if raw.get(key) is not None and not isinstance(raw[key], dict)}
     for key, value in given.items():
         if value not in QUANTS:
             raise ParamsError(f"params.json has {key} = {short_repr(value)}; it must be {' or '.join(QUANTS)}")
     if len(set(given.values())) > 1:
         raise ParamsError(f"params.json has both {' and '.join(f'{key} = {value!r}' for key, value in given.items())}")
     return next(iter(given.values()), None)
+
+
+def _method(raw: dict[str, Any]) -> Method | None:
+    """How Mistral's own quantized releases store the matrices; None where they are not quantized so.
+
+    Raises:
+        ParamsError: in another way than in fp8.
+    """
+    given = raw.get(QUANTIZATION[0])
+    if not isinstance(given, dict):
+        return None
+    known = {"qformat_weight": (FP8,), "qscheme_act": ("TENSOR", "NO_SCALES", None)}
+    for key, value in {"qformat_weight": None, **given}.items():
+        if value not in known.get(key, ()):
+            what = f"with {short_repr(key)} = {short_repr(value)}"
+            raise ParamsError(f"params.json has 'quantization' {what}, not {FP8}: a quantized checkpoint: use vLLM")
+    return mistrals_fp8()
 
 
 def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -> dict[str, Any]:
@@ -191,14 +219,17 @@ class MistralLayout(Layout):
         return has_mistral_weights(path)
 
     def weight_sets(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        # Those of several such files have Hugging Face's beside them, in a safer form.
         pth = ("consolidated.00.pth",) if "consolidated.01.pth" not in names else ()
         return [("consolidated.safetensors",), parts_among(names, "consolidated"), pth]
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
-        return to_args(raw, max_batch_size), []
+        method = _method(raw)
+        return to_args(raw, max_batch_size), [] if method is None else [method.note]
 
     def find_weights(self, path: Path) -> WeightFiles:
-        return find_weights(path)
+        weights, method = first_release(find_weights(path)), _method(self.read_config(path))
+        return weights if method is None else dequantized(weights, method, self.config)
 
     def unused(self, raw: dict[str, Any]) -> list[str]:
         return [key for key in raw if key in HARMLESS and key not in LABELS]
@@ -226,6 +257,6 @@ class MistralLayout(Layout):
         return ["params.json spells it _sliding_window, which vLLM does not read: rename it, or vLLM has no window"]
 
     def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
-        pth = any(file.suffix == ".pth" for file in files)
+        pth = any(file.suffix in (".pth", ".pt") for file in files)
         flags = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
         return Serving(flags, "vLLM does not read .pth files" if pth else None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.formats.mapped_tensors import Progress, touch
-from mistral.formats.weights import ITEMSIZE, Stored, WeightFiles, WeightsError
+from mistral.formats.weights import ITEMSIZE, Reader, Stored, WeightFiles, WeightsError
 from mistral.util.errors import FormatError, printable
 from mistral.util.files import LFS, POINTER
 
@@ -75,6 +75,28 @@ def _check_pickle(pickled: bytes) -> None:
             raise ArchiveError(
                 f"it asks for {printable(str(argument).replace(' ', '.'))}, which is code and was not run"
             )
+
+
+def open_archives(paths: tuple[Path, ...]) -> WeightFiles:
+    """The tensors of one file, or of several that hold different ones (Mixtral's first release).
+
+    Raises:
+        WeightsError: a file cannot be read, holds something else than tensors, or part of a tensor.
+    """
+    tensors: dict[str, Stored] = {}
+    readers: dict[str, Reader] = {}
+    place: dict[str, Path] = {}
+    for path in paths:
+        part = open_pth(path)
+        if twice := [name for name in part.tensors if name in tensors]:
+            raise WeightsError(
+                f"{path.parent} holds a model split over several .pth files, which is not supported: "
+                f"{printable(twice[0])} is in {place[twice[0]].name} and in {path.name}"
+            )
+        tensors |= part.tensors
+        readers |= part.readers
+        place |= dict.fromkeys(part.tensors, path)
+    return WeightFiles(paths, tensors, readers)
 
 
 def open_pth(path: Path) -> WeightFiles:

@@ -1,54 +1,30 @@
-"""Quantized checkpoints of Hugging Face's layout, dequantized while they are read, tensor by tensor.
+"""The methods of quantized checkpoints in Hugging Face's layout, by `quantization_config`.
 
-AWQ (gemm), GPTQ, compressed-tensors (packed, int8, fp8) and bitsandbytes (nf4, int8). A weight becomes (q - zero) *
-scale, computed in fp32 and rounded once to the dtype of its scales; what is computed with is another matter. Several
-tensors of a file stand for one weight: they are known by the ends of their names, and checked before any is read.
+AWQ (gemm), GPTQ, compressed-tensors (packed, int8, fp8), fp8 (Hugging Face's and vLLM's) and bitsandbytes (nf4, int8).
+A weight becomes (q - zero) * scale in fp32; what is computed with is another matter.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mistral.formats.fp8 import block_of, fp8
 from mistral.formats.layout import ParamsError
-from mistral.formats.weights import FLOATS, Reader, Stored, WeightFiles, WeightsError
+from mistral.formats.quantized import Get, Method, Parts
+from mistral.formats.quantized import require as _require
+from mistral.formats.weights import FLOATS, Stored, WeightsError
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mistral.formats.mapped_tensors import Progress
-
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")  # scales of scales
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 # A column of eight is in this nibble of its word in AWQ's files.
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-Parts = dict[str, Stored]
-Get = Callable[[str], "Tensor"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How weights are stored.
-
-    Args:
-        title: human-readable.
-        key: the end of a name that only quantized weights have.
-        needed, optional: ends of the names of what else stands for a weight.
-        header: shape [out, in] and dtype from the parts' headers; ValueError where they do not fit together. What is
-            small and says more, it may read.
-        read: the weight in fp32 from its parts.
-    """
-
-    title: str
-    key: str
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
-    header: Callable[[Parts, Get], Stored]
-    read: Callable[[dict[str, Tensor]], Tensor]
 
 
 def method_of(config: Any) -> Method:
@@ -58,70 +34,17 @@ def method_of(config: Any) -> Method:
         ParamsError: in a way that is not read here.
     """
     kind = config.get("quant_method") if isinstance(config, dict) else None
-    known = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes}
+    known = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes, "fp8": _fp8}
     if not isinstance(kind, str) or kind not in known:
         what = f"a checkpoint quantized by {printable(kind)}" if isinstance(kind, str) else "a quantized checkpoint"
         raise _refused(what)
     return known[kind](config)
 
 
-def dequantized(weights: WeightFiles, method: Method) -> WeightFiles:
-    """The weights with one tensor, `X.weight`, in the place of those that stand for it.
-
-    Raises:
-        WeightsError: a part is missing, or has a shape or dtype that cannot be.
-    """
-    ends = (method.key, *method.needed, *method.optional)
-    modules = [name.removesuffix(f".{method.key}") for name in weights.tensors if name.endswith(f".{method.key}")]
-    if not modules:
-        raise WeightsError(f"the files hold no {method.key}, which {method.title} has: config.json is another model's")
-    groups = {m: {end: f"{m}.{end}" for end in ends if f"{m}.{end}" in weights.tensors} for m in modules}
-    used = {name for group in groups.values() for name in group.values()}
-    tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
-    readers: dict[str, Reader] = {name: reader for name, reader in weights.readers.items() if name not in used}
-    for module, group in groups.items():
-        tensors[f"{module}.weight"] = stored = _header(weights, module, group, method)
-        readers[f"{module}.weight"] = _Dequantized(weights, group, method, stored.dtype)
-    return WeightFiles(weights.files, tensors, readers)
-
-
-def _header(weights: WeightFiles, module: str, group: dict[str, str], method: Method) -> Stored:
-    """Shape and dtype of a weight, once its parts are known to fit together."""
-    if lacking := [end for end in (method.key, *method.needed) if end not in group]:
-        raise WeightsError(f"{printable(module)} has no {lacking[0]} beside the rest: the files are incomplete")
-    parts = {end: weights.tensors[name] for end, name in group.items()}
-    try:
-        found = method.header(parts, lambda end: weights.get(group[end]))
-        _require(found.dtype in FLOATS)
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-        told = ", ".join(f"{end} {part.dtype_name} {short_repr(list(part.shape))}" for end, part in parts.items())
-        raise WeightsError(f"the parts of {printable(module)} do not fit together as {method.title}: {told}") from None
-    return found
-
-
-@dataclass(frozen=True)
-class _Dequantized:
-    weights: WeightFiles
-    group: dict[str, str]
-    method: Method
-    dtype: str
-
-    def __call__(self, progress: Progress = None) -> Tensor:
-        import torch
-
-        parts = {end: self.weights.get(name, progress) for end, name in self.group.items()}
-        return self.method.read(parts).to(getattr(torch, self.dtype))
-
-
 def _refused(what: str) -> ParamsError:
     return ParamsError(
         f"config.json has 'quantization_config': {what}, which is not read here: give the one it was made from"
     )
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError
 
 
 def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -161,7 +84,7 @@ def _awq(config: dict[str, Any]) -> Method:
         each = len(q) // len(scales)
         return ((q.view(len(scales), each, -1) - zeros[:, None]) * scales[:, None]).flatten(0, 1).T.contiguous()
 
-    return Method("AWQ", "qweight", ("qzeros", "scales"), (), header, read)
+    return Method("AWQ", ("qweight",), ("qzeros", "scales"), (), header, read)
 
 
 # --- GPTQ
@@ -197,7 +120,7 @@ def _gptq(config: dict[str, Any]) -> Method:
             raise WeightsError("g_idx names a group that has no scale: the weights are broken")
         return (scales[group] * (q - zeros[group])).T.contiguous()
 
-    return Method("GPTQ", "qweight", ("qzeros", "scales"), ("g_idx", "bias"), header, read)
+    return Method("GPTQ", ("qweight",), ("qzeros", "scales"), ("g_idx", "bias"), header, read)
 
 
 # --- compressed-tensors
@@ -212,8 +135,16 @@ def _compressed(config: dict[str, Any]) -> Method:
     bits, kind = kinds[0].get("num_bits"), kinds[0].get("type")
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
         return _packed(bits)
-    if (form, kind, bits) in (("float-quantized", "float", 8), ("int-quantized", "int", 8)):
-        return _whole_bytes("fp8" if kind == "float" else "int8")
+    if form == "naive-quantized":  # the name of both before they were told apart
+        form = f"{kind}-quantized"
+    if (form, kind, bits) == ("float-quantized", "float", 8):
+        structure = kinds[0].get("block_structure")
+        try:
+            return fp8("compressed-tensors in fp8", ("weight_scale",), block_of(structure))
+        except ValueError:
+            raise _refused(f"compressed-tensors in fp8, in blocks of {short_repr(structure)}") from None
+    if (form, kind, bits) == ("int-quantized", "int", 8):
+        return _int8()
     raise _refused(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
 
 
@@ -249,15 +180,13 @@ def _packed(bits: int) -> Method:
 
     optional = ("weight_zero_point", "weight_g_idx")
     needed = ("weight_scale", "weight_shape")
-    return Method("compressed-tensors", "weight_packed", needed, optional, header, read)
+    return Method("compressed-tensors", ("weight_packed",), needed, optional, header, read)
 
 
-def _whole_bytes(kind: str) -> Method:
-    dtype = {"fp8": "float8_e4m3fn", "int8": "int8"}[kind]
-
+def _int8() -> Method:
     def header(parts: Parts, get: Get) -> Stored:
         out, inner = parts["weight"].shape
-        _require(parts["weight"].dtype == dtype and parts["weight_scale"].shape in ((), (1,), (1, 1), (out, 1)))
+        _require(parts["weight"].dtype == "int8" and parts["weight_scale"].shape in ((), (1,), (1, 1), (out, 1)))
         zero = parts.get("weight_zero_point")
         _require(zero is None or zero.shape == parts["weight_scale"].shape)
         return replace(parts["weight_scale"], shape=(out, inner))
@@ -268,8 +197,20 @@ def _whole_bytes(kind: str) -> Method:
             q -= parts["weight_zero_point"].float()
         return q * parts["weight_scale"].float()
 
-    optional = ("weight_zero_point", "input_scale", "input_zero_point")
-    return Method(f"compressed-tensors in {kind}", "weight_scale", ("weight",), optional, header, read)
+    return Method("compressed-tensors in int8", ("weight_scale",), ("weight",), ("weight_zero_point",), header, read)
+
+
+# --- fp8
+
+
+def _fp8(config: dict[str, Any]) -> Method:
+    block, form = config.get("weight_block_size"), config.get("fmt") or "e4m3"
+    try:
+        if form == "e4m3":
+            return fp8("fp8", ("weight_scale_inv", "weight_scale"), block_of(block))
+    except ValueError:
+        raise _refused(f"a checkpoint in fp8, in blocks of {short_repr(block)}") from None
+    raise _refused(f"a checkpoint in fp8, format {short_repr(form)}")
 
 
 # --- bitsandbytes
@@ -295,7 +236,7 @@ def _rows_of_int8() -> Method:
             raise WeightsError("the int8 weights of bitsandbytes are in an order of one GPU: save them on another")
         return parts["weight"].float() * parts["SCB"].float()[:, None] / 127
 
-    return Method("bitsandbytes in int8", "SCB", ("weight",), ("weight_format",), header, read)
+    return Method("bitsandbytes in int8", ("SCB",), ("weight",), ("weight_format",), header, read)
 
 
 def _nf4() -> Method:
@@ -327,7 +268,7 @@ def _nf4() -> Method:
         return (parts["weight.quant_map"].float()[q] * scale).view(state["shape"])
 
     needed = ("weight", "weight.quant_map", NF4_STATE)
-    return Method("bitsandbytes in nf4", "weight.absmax", needed, NESTED, header, read)
+    return Method("bitsandbytes in nf4", ("weight.absmax",), needed, NESTED, header, read)
 
 
 def _nf4_state(stored: Stored, get: Get) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def _weight(block: Tensor, place: int, parameter: Parameter, progress: Progress 
     if parameter.role == "norm":
         return block.new_ones(parameter.shape)
     numbers = parameter.numel
-    weight = block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].view(parameter.shape)
+    # A copy: a view would keep the rest of the last block in memory too.
+    weight = block.roll(-place).repeat(-(-numbers // len(block)))[:numbers].clone().view(parameter.shape)
     if progress is not None:
         progress(weight.nbytes)
     return weight

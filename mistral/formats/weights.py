@@ -45,12 +45,15 @@ class Stored:
         dtype: PyTorch's name of it, one of ITEMSIZE; "" if weights cannot have it.
         dtype_name: the file's name of it.
         widened: whether the file holds blocks of few bits, from which a reader computes numbers of `dtype`.
+        computed: how the file holds it, human-readable, where a reader computes the numbers, in fp32, from other
+            tensors; "": they are there as they are.
     """
 
     shape: tuple[int, ...]
     dtype: str
     dtype_name: str
     widened: bool = False
+    computed: str = ""
 
     @property
     def parameters(self) -> int:
@@ -64,7 +67,7 @@ class Stored:
 
 
 class Reader(Protocol):
-    """A tensor that can be had: on the CPU, in its file's dtype."""
+    """A tensor that can be had: on the CPU, in its file's dtype; in at least fp32 where it is computed."""
 
     def __call__(self, progress: Progress = None) -> Tensor: ...
 
@@ -88,16 +91,23 @@ class WeightFiles:
         """Bytes on disk."""
         return sum(f.stat().st_size for f in self.files)
 
-    def get(self, name: str, progress: Progress = None) -> Tensor:
+    def get(self, name: str, progress: Progress = None, exact: bool = False) -> Tensor:
         """One tensor, on the CPU, backed by the file's pages; with `progress` all of it is in memory already.
+
+        Args:
+            exact: as the reader computes it. False: rounded to the dtype that its header gives, if it is computed.
+                Whoever rounds a weight to something else wants the exact one, so that it is rounded once.
 
         Raises:
             WeightsError: the file cannot be read, or has changed since its header was.
         """
+        import torch
+
         try:
-            return self.readers[name](progress)
+            tensor = self.readers[name](progress)
         except (RuntimeError, OSError) as error:
             raise WeightsError(f"{name} cannot be read: {error}") from None
+        return tensor if exact else tensor.to(getattr(torch, self.tensors[name].dtype))
 
 
 def file_names(files: tuple[Path, ...]) -> str:

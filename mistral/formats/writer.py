@@ -74,7 +74,7 @@ def write_weights(folder: Folder, work: Path, files: dict[str, list[PlannedTenso
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = folder.weights.get(tensor.source.name)
+    weight = folder.weights.get(tensor.source.name, exact=True)
     if tensor.quant is not None:
         rounded = quant.quantize(tensor.source, weight, tensor.quant).get_buffer(tensor.name.rpartition(".")[2])
         file.write(rounded.view(torch.uint8).numpy().data)

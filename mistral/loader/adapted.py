@@ -1,41 +1,97 @@
-"""A kind of `Linear` with an adapter beside it at run time: the weights stay as they are, quantized ones included."""
+"""The adapters that are asked for: one merged into the weights as they are read, or several beside them at run time."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mistral.formats.merge import Update
-from mistral.model import Transformer
+from mistral.formats.adapter import Adapter, join, read_adapter
+from mistral.formats.folder import Folder
+from mistral.formats.merge import Update, about, merge_into, updates
+from mistral.loader.options import LoadOptions, OptionError, adapter_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from mistral.model import Transformer
 
 
-class AdaptedLinear(nn.Module):
-    """`of(x) + B(A(x) * scale)`: [..., in] to [..., out], in x's dtype; the sum is of two products, each rounded.
+@dataclass(frozen=True)
+class Adapted:
+    """A folder with its adapters.
 
     Args:
-        of: any kind of `Linear`.
-        a, b: [rank, in] and [out, rank], in the dtype of activations.
-        scale: what B @ A is multiplied by.
+        folder: where one is merged, its weights are read so.
+        beside: for each adapter at run time, by name, what it adds to which weight.
+        text: which are in use and how, human-readable; "" for none.
+        notes: a sentence each.
     """
 
-    a: Tensor
-    b: Tensor
+    folder: Folder
+    beside: dict[str, dict[str, Update]] = field(default_factory=dict)
+    text: str = ""
+    notes: tuple[str, ...] = ()
 
-    def __init__(self, of: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
-        super().__init__()
-        self.of, self.scale = of, scale
-        self.register_buffer("a", a)
-        self.register_buffer("b", b)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.of(x)
-        return y + F.linear(F.linear(x, self.a) * self.scale, self.b)
+    @property
+    def changed(self) -> list[str]:
+        """The weights beside which something is added."""
+        return list(dict.fromkeys(name for added in self.beside.values() for name in added))
 
 
-def put_adapted(model: Transformer, found: dict[str, Update], device: torch.device, dtype: torch.dtype) -> None:
-    """Put an adapter, not one with DoRA, beside the weights of a model that is in memory."""
-    for name, update in found.items():
+def with_adapters(found: Folder, options: LoadOptions) -> Adapted:
+    """A folder with the adapters of the options.
+
+    Raises:
+        OptionError: several, or one with DoRA, that cannot be had so.
+        AdapterError: one is broken, or belongs to another model.
+    """
+    places = adapter_names(options.adapter)
+    if not places:
+        if options.adapter_mode is not None:
+            raise OptionError("adapter_mode is given without an adapter: add --adapter FOLDER")
+        return Adapted(found)
+    if options.adapter_mode == "merge" and len(places) > 1:
+        raise OptionError(f"merge takes one adapter, and {len(places)} are given: use --adapter_mode runtime")
+    if (options.adapter_mode or ("merge" if len(places) == 1 else "runtime")) == "merge":
+        (place,) = places.values()
+        merged = merge_into(found, read_adapter(place))
+        return Adapted(merged, text=f"adapter {place} merged", notes=merged.notes[len(found.notes) :])
+    return _beside(found, {name: read_adapter(place) for name, place in places.items()})
+
+
+def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
+    for adapter in adapters.values():
+        if adapter.dora:
+            why = "DoRA, which scales whole rows of the weights"
+            raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
+    beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}
+    notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time")]
+    if len(adapters) == 1:
+        (adapter,) = adapters.values()
+        return Adapted(found, beside, f"adapter {adapter.path} at run time", tuple(notes))
+    if expert := next((n for added in beside.values() for n in added if _of_expert(n)), None):
+        raise OptionError(f"an adapter changes {expert}, of an expert: such a one must be the only one")
+    notes.append(f"{len(beside)} adapters: a prompt that names none of them is continued by the base alone")
+    return Adapted(found, beside, f"adapters {join(beside)} at run time", tuple(notes))
+
+
+def _of_expert(weight: str) -> bool:
+    return ".experts." in weight
+
+
+def put_adapters(
+    model: Transformer, beside: dict[str, dict[str, Update]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put adapters beside the weights of a model that is in memory."""
+    from mistral.adapters import AdaptedLinear, Adapters, LoraPair
+
+    names = list(dict.fromkeys(name for added in beside.values() for name in added))
+    model.adapters = Adapters(list(beside), mixes=not any(map(_of_expert, names)))
+    for name in names:
         path = name.removesuffix(".weight")
-        a, b = (reader().to(device, dtype, copy=True) for reader in (update.a, update.b))
-        model.set_submodule(path, AdaptedLinear(model.get_submodule(path), a, b, update.scale))
+        pairs = {}
+        for adapter, added in beside.items():
+            if (update := added.get(name)) is not None:
+                a, b = (reader().to(device, dtype, copy=True) for reader in (update.a, update.b))
+                pairs[adapter] = LoraPair(a, b, update.scale)
+        model.set_submodule(path, AdaptedLinear(model.get_submodule(path), model.adapters, pairs))

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import bytes_of, stored_as
-from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
 from mistral.formats.hub import locate
-from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer, missing_tokens, tokenizer_notes
 from mistral.formats.weights import Stored, file_names, some_names
+from mistral.loader.adapted import put_adapters, with_adapters
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
@@ -44,6 +43,7 @@ class Loaded:
         parameters: how many weights there are.
         release: the release that it is, as far as its shape tells; None if it is none that is known.
         notes: what was assumed or left aside and what is odd, a sentence each.
+        draft: what guesses its tokens, for people; "" for nothing.
     """
 
     model: Transformer
@@ -55,6 +55,7 @@ class Loaded:
     parameters: int
     release: Release | None = None
     notes: tuple[str, ...] = ()
+    draft: str = ""
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -63,7 +64,7 @@ class Loaded:
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
             f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
-            f"tokenizer {self._tokenizer_text()}"
+            f"tokenizer {self._tokenizer_text()}{f'; drafts by {self.draft}' if self.draft else ''}"
         )
 
     def _tokenizer_text(self) -> str:
@@ -130,13 +131,60 @@ def load(
     padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
-    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes)
+    draft = _put_draft(model, own, options)
+    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes, draft)
+
+
+def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: LoadOptions) -> str:
+    """Give a model what guesses its tokens, and say what that is; "" for nothing.
+
+    Raises:
+        OptionError: the smaller model has another vocabulary.
+    """
+    if options.draft is None:
+        return ""
+    from mistral.fast.draft import Costs, NgramDraft
+
+    costs = Costs()
+    if options.draft == "ngram":
+        model.draft = lambda: NgramDraft(costs)
+        return "n-grams"
+    from mistral.fast.draft_model import ModelDraft
+
+    execution = "auto" if options.execution == "bitwise" else options.execution
+    its = LoadOptions(device=options.device, dtype=options.dtype, execution=execution, threads=options.threads)
+    small = load(options.draft, options=its)
+    if small.args.vocab_size != model.args.vocab_size or not _same_words(small.tokenizer, tokenizer):
+        raise OptionError(
+            f"{options.draft} cannot guess for this model: its vocabulary is another one "
+            f"({small.args.vocab_size:,} ids against {model.args.vocab_size:,}, or other words)"
+        )
+    model.draft = lambda: ModelDraft(small.model, costs)
+    return f"{short(small.folder)}, {small.parameters / 1e6:.1f} M parameters"
+
+
+def _same_words(one: TokenizerLike | None, other: TokenizerLike | None) -> bool:
+    """Whether two tokenizers mean the same by each id; where one is missing, nothing says that they do not."""
+    if not isinstance(one, Tokenizer) or not isinstance(other, Tokenizer):
+        return True
+    return one.n_words == other.n_words and all(one.decode([i]) == other.decode([i]) for i in range(one.n_words))
 
 
 def windowed(found: Folder, options: LoadOptions) -> Folder:
     """A folder with the window that the options ask for, if they do."""
     window = options.sliding_window
     return found if isinstance(window, str) else with_window(found, window)
+
+
+def as_read(found: Folder, options: LoadOptions) -> Folder:
+    """A folder with the window that the options ask for, and their adapter merged into what is read of it.
+
+    Raises:
+        OptionError: several adapters.
+        AdapterError: an adapter that is broken, or belongs to another model.
+    """
+    merged = replace(options, adapter_mode="merge") if options.adapter else options
+    return with_adapters(windowed(found, options), merged).folder
 
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
@@ -163,7 +211,8 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found, beside, notes = _with_adapter(found, options)
+    adapted = with_adapters(found, options)
+    found = adapted.folder
     args = found.args
     (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
     if found.quant is not None and options.quant not in (None, found.quant):
@@ -182,7 +231,7 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
         found = _narrower(found)
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
-    run = replace(run, notes=(*run.notes, *notes), adapter=_adapter_text(options))
+    run = replace(run, notes=(*run.notes, *adapted.notes), adapter=adapted.text)
     _require_memory(found, run)
 
     def build(run: Runtime) -> Transformer:
@@ -192,40 +241,19 @@ def assemble(found: Folder, *, options: LoadOptions) -> tuple[Transformer, Runti
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    module = f"{next(iter(beside)).removesuffix('.weight')} (AdaptedLinear)" if beside else unknown_module(model)
+    beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
+    module = beside[0] if beside else unknown_module(model)
     if run.how.whole_steps and module is not None:
         run = run.standing_aside(module)
         model = build(run)
     _fill(model, found, run)
     if beside:
-        from mistral.loader.adapted import put_adapted
-
-        put_adapted(model, beside, run.device, run.compute)
+        put_adapters(model, adapted.beside, run.device, run.compute)
     if run.execution == "bitwise":
         from mistral.fast import bitwise
 
         bitwise.self_test(model)
     return model, run
-
-
-def _with_adapter(found: Folder, options: LoadOptions) -> tuple[Folder, dict[str, Update], tuple[str, ...]]:
-    """The folder with its adapter merged into what is read; else what an adapter adds at run time; and notes."""
-    if options.adapter is None:
-        if options.adapter_mode != "merge":
-            raise OptionError("adapter_mode is given without an adapter: add --adapter FOLDER")
-        return found, {}, ()
-    adapter = read_adapter(options.adapter)
-    if options.adapter_mode == "merge":
-        merged = merge_into(found, adapter)
-        return merged, {}, merged.notes[len(found.notes) :]
-    if adapter.dora:
-        raise OptionError(f"{options.adapter} has DoRA, which scales whole rows of the weights: omit --adapter_mode")
-    return found, updates(adapter, found.args), about(adapter, "beside the weights at run time")
-
-
-def _adapter_text(options: LoadOptions) -> str:
-    how = "merged" if options.adapter_mode == "merge" else "at run time"
-    return "" if options.adapter is None else f"adapter {options.adapter} {how}"
 
 
 def _too_wide(found: Folder, run: Runtime) -> str | None:
@@ -280,6 +308,13 @@ def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
     return own if fits else run.compute
 
 
+def _is_narrower(dtype: torch.dtype, tensor: Stored) -> bool:
+    """Whether a dtype rounds what a tensor's own has: the tensor is then wanted before it is rounded to its own."""
+    import torch
+
+    return torch.promote_types(getattr(torch, str(tensor.dtype)), dtype) != dtype
+
+
 def _narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
     """A note where some tensors, not all, are wider than the arithmetic: nobody chose to round those."""
     import torch
@@ -315,14 +350,15 @@ def _fill(model: Transformer, found: Folder, run: Runtime) -> None:
                 stored = [found.weights.get(part, bar.update) for part in parts]
                 quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
             elif run.quant is not None and expected[name].quantized:
-                weight = found.weights.get(name, bar.update)
+                weight = found.weights.get(name, bar.update, exact=True)
                 quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
                 # whole part of the file in memory.
                 own = run.quant is not None and found.quant is None
                 dtype = _kept(found.weights.tensors[name], run)
-                tensors[name] = found.weights.get(name, bar.update).to(run.device, dtype, copy=own)
+                exact = _is_narrower(dtype, found.weights.tensors[name])
+                tensors[name] = found.weights.get(name, bar.update, exact).to(run.device, dtype, copy=own)
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

@@ -5,8 +5,11 @@ Flags, help texts and defaults derive from this class. What is left open is deci
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 from mistral.fast.layout import QUANTS
 from mistral.util.errors import UsageError, short_repr
@@ -43,9 +46,11 @@ class LoadOptions:
         quant: int8 or int4: round the weights at load (less memory, faster; changes numbers)
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
-        adapter: a LoRA adapter to use: a folder of PEFT's or of mistral-finetune's
-        adapter_mode: merge (into the weights, at load) or runtime (beside them, also quantized ones); default: merge
+        adapter: a LoRA adapter: a folder of PEFT's or of mistral-finetune's, or NAME=FOLDER; may be repeated
+        adapter_mode: merge (one, into the weights, at load) or runtime (beside them, also quantized ones); default:
+            merge for one adapter, runtime for several
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
+        draft: guess tokens ahead: ngram (from the text so far), or the folder of a smaller model; changes no token
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.
@@ -58,13 +63,16 @@ class LoadOptions:
     quant: str | None = None
     threads: int | None = None
     max_batch_size: int = 0
-    adapter: str | None = None
-    adapter_mode: str = "merge"
+    adapter: tuple[str, ...] = ()
+    adapter_mode: str | None = None
     sliding_window: str | int | None = "auto"
+    draft: str | None = None
 
     def __post_init__(self) -> None:
-        if self.adapter is not None:  # a Path is accepted too
-            object.__setattr__(self, "adapter", str(self.adapter))
+        object.__setattr__(self, "adapter", _words(self.adapter))
+        adapter_names(self.adapter)
+        if self.draft is not None:  # a Path is accepted too
+            object.__setattr__(self, "draft", str(self.draft))
         for name in ("device", "dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
@@ -77,7 +85,7 @@ class LoadOptions:
             ("adapter_mode", ADAPTER_MODES),
         ):
             value = getattr(self, name)
-            if value not in (*known, None) or (value is None and name in ("execution", "adapter_mode")):
+            if value not in (*known, None) or (value is None and name == "execution"):
                 raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}")
         for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1)):
             value = getattr(self, name)
@@ -88,6 +96,37 @@ class LoadOptions:
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
         object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
+
+
+def _words(given: object) -> tuple[str, ...]:
+    """Adapters as they are typed: one path or several, or paths by name, are accepted too; so is None."""
+    if isinstance(given, str | PathLike):
+        return (str(given),)
+    if isinstance(given, Mapping):
+        return tuple(f"{name}={place}" for name, place in given.items())
+    if not isinstance(given, Iterable | None):
+        raise OptionError(f"adapter is {short_repr(given)}; it must be a folder, or several")
+    return tuple(str(one) for one in given or ())
+
+
+def adapter_names(words: Sequence[str]) -> dict[str, str]:
+    """The place of each adapter by its name: of NAME=FOLDER, or else the folder's own.
+
+    Raises:
+        OptionError: two have the same name, or one has none.
+    """
+    places: dict[str, str] = {}
+    for word in words:
+        named = None if os.path.exists(word) else re.fullmatch(r"([^/=]*)=(.*)", word)
+        place = named[2] if named else word
+        folder = os.path.dirname(place) if place.endswith(".safetensors") else place
+        name = named[1] if named else os.path.basename(os.path.abspath(os.path.expanduser(folder)))
+        if not name or not place:
+            raise OptionError(f"adapter {short_repr(word)} has no {'name' if place else 'folder'}: give NAME=FOLDER")
+        if name in places:
+            raise OptionError(f"two adapters are called {short_repr(name)}: give them names, as NAME=FOLDER")
+        places[name] = place
+    return places
 
 
 def window_of(value: object) -> str | int | None:

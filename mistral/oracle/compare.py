@@ -1,7 +1,7 @@
-"""Two sides, where they part, and which mistake explains it: `python -m main compare A B`.
+"""Two sides, where they differ, and which mutant explains it: `python -m main compare A B`.
 
 Differences count from where rounding no longer explains them. Where both sides tell activations, the first layer,
-position and operation that part are named. Where one side's model is available, it is run again with each
+position and operation that differ are named. Where one side's model is available, it is run again with each
 mistake, and those that give the other side's numbers are named.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mistral.logprobs import logprobs
-from mistral.oracle import arrays, mutants
+from mistral.oracle import mutants
+from mistral.oracle.comparison import Causes, Comparison, Differences, Divergence, Limits
 from mistral.oracle.inputs import inside, prompts_for
 from mistral.oracle.metrics import LIMITS, Progress, place, short
 from mistral.oracle.outputs import ErrorBudget, Outputs
 from mistral.oracle.pack import PackError, folder_of
-from mistral.oracle.sides import FolderSide, PackSide, Side, known
+from mistral.oracle.sides import FolderSide, PackSide, ServerSide, Side, known
 from mistral.util.errors import UsageError
 
 # Where no model and no budget is available: what is rounding in sums of ordinary length, and no mistake.
@@ -29,63 +29,12 @@ UNKNOWN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch
 # Each position is judged by the largest error of the budget, of which it may have this many times the limit.
 SINGLE = 1.5
 
+# What others' quantized weights of so many bits may differ by: times what ours do. Types of as many bits differ among
+# themselves, and what they change at the worst of few positions is a matter of luck.
+DECLARED = 3.0
+
 # A mistake explains a difference if it leaves at most this share of it, and at most so many times the limit.
 SHARE, SLACK = 0.02, 8.0
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where two sides part: an activation (None: the log-probs), the prompt and the position."""
-
-    activation: str | None
-    prompt: int
-    position: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was found.
-
-    Args:
-        a, b: the sides.
-        lens: of the prompts.
-        compared: positions at which both sides told log-probs of some token.
-        tokens: the most of which both told at a position.
-        largest: difference of log-probs, in nats.
-        limit: the most that rounding explains.
-        budget: the error budget of which it is a multiple; None where nothing is available to measure that on.
-        agreement: share of positions whose most likely token is the same; None where it is not known.
-        first: where log-probs part.
-        activation: the first activation that parts; None where none does, or a side tells none.
-        activations: how many were compared.
-        mistakes: mutants that give the other side's numbers, with the largest difference that is left.
-        nearest: the one that comes closest, where none does.
-        tried: how many mutants were tried; 0 where no model is available.
-        mutated_side: the side whose model made them, "A" or "B".
-        notes: what could not be told, a sentence each.
-    """
-
-    a: str
-    b: str
-    lens: tuple[int, ...]
-    compared: int
-    tokens: int
-    largest: float
-    limit: float
-    budget: ErrorBudget | None
-    agreement: float | None
-    first: Divergence | None
-    activation: Divergence | None
-    activations: int
-    mistakes: dict[str, float] = field(default_factory=dict)
-    nearest: tuple[str, float] | None = None
-    tried: int = 0
-    mutated_side: str = ""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def same(self) -> bool:
-        return self.first is None and self.activation is None
 
 
 def compare(
@@ -93,6 +42,7 @@ def compare(
     b: Side,
     *,
     compute: torch.dtype = torch.float32,
+    quantized: str | None = None,
     prompts: Sequence[Tensor] | None = None,
     full: bool = False,
     seed: int = 0,
@@ -102,6 +52,8 @@ def compare(
 
     Args:
         compute: dtype of the arithmetic of the side that is not the truth, or of the weights that were rounded to it.
+        quantized: "int8" or "int4", if the weights of a side are rounded to so few bits, in whatever way: differences
+            count from what such a rounding does not explain.
         prompts: what to ask where neither side is bound to prompts of its own; None takes random ones.
         full: see `reading.prompts_for`.
         seed: of random prompts.
@@ -111,61 +63,23 @@ def compare(
         UsageError: the sides speak of different prompts, or have no shape in common.
         ValueError: another subclass: a side cannot be had.
     """
-    notes: list[str] = []
     asked = _prompts(a, b, prompts, full, seed)
     _check_vocabularies(a, b, asked)
+    _lend_tokenizer(a, b)
     lens = [len(p) for p in asked]
     found_a, found_b = a.evidence(asked), b.evidence(asked)
-    ours, mutated_side = _ours(a, b)
-    other = found_b if mutated_side == "A" else found_a
-    if ours is not None and (note := inside(ours.found.args, lens)):
-        notes.append(note)
-    budget = _budget(a, b, ours, asked, compute)
-    difference = differences(found_a, found_b)
-    args = a.args or b.args
-    times = SINGLE * LIMITS[compute]
-    limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
-    if not limit < torch.inf:
-        raise UsageError(
-            f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
-        )
-    beyond = (difference > limit).nonzero().flatten().tolist()
-    first = Divergence(None, *place(beyond[0], lens)) if beyond else None
-    if difference.isnan().all():
-        raise UsageError(f"{a.name} and {b.name} tell log-probs of no token in common")
-    shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
-    most = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
-    parted = _first_activation(shared, found_a, found_b, most, limit, lens)
-    largest = float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max())
-    left: dict[str, float] = {}
-    if (first or parted) and ours is not None:
-        left = _explained(ours, other, asked, progress)
-    # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
-    near = max(limit, min(SLACK * limit, SHARE * largest))
-    mistakes = {name: error for name, error in left.items() if error <= near}
-    nearest = min(left.items(), key=lambda pair: pair[1]) if left and not mistakes else None
-    if first or parted:
-        in_reverse = mutated_side == "B" and isinstance(a, PackSide)
-        notes += _advice(ours is not None, in_reverse, not mistakes and compute == torch.float32)
-    return Comparison(
-        a.name,
-        b.name,
-        tuple(lens),
-        int((~difference.isnan()).sum()),
-        min(len(e.logprobs[0]) for e in (found_a, found_b)),
-        largest,
-        limit,
-        budget,
-        _agreement(found_a, found_b),
-        first,
-        parted,
-        len(shared),
-        mistakes,
-        nearest,
-        len(left),
-        mutated_side if left else "",
-        tuple(notes),
-    )
+    ours, side = _ours(a, b)
+    limits = _limits(a, b, ours, found_a if side == "A" else found_b, asked, compute, quantized)
+    apart = _differences(a, b, found_a, found_b, limits, lens)
+    causes, notes = Causes(), [] if ours is None else [note for note in [inside(ours.found.args, lens)] if note]
+    if apart.first or apart.activation:
+        if ours is not None:
+            left = _explained(ours, found_b if side == "A" else found_a, asked, progress)
+            causes = _causes(left, apart.largest, limits.logprobs, side)
+        in_reverse = side == "B" and isinstance(a, PackSide)
+        unexplained = not causes.mistakes and compute == torch.float32 and quantized is None
+        notes += _advice(ours is not None, in_reverse, unexplained)
+    return Comparison(a.name, b.name, tuple(lens), apart, limits, causes, tuple(notes))
 
 
 def _check_vocabularies(a: Side, b: Side, prompts: Sequence[Tensor]) -> None:
@@ -177,6 +91,13 @@ def _check_vocabularies(a: Side, b: Side, prompts: Sequence[Tensor]) -> None:
         raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
 
 
+def _lend_tokenizer(a: Side, b: Side) -> None:
+    """A server may take texts only: it is asked with the texts that the other side's tokenizer has for ids."""
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one, ServerSide) and isinstance(other, FolderSide):
+            one.server.tokenizer = other.tokenizer
+
+
 def _advice(mutable: bool, in_reverse: bool, unexplained_in_fp32: bool) -> Iterator[str]:
     """Notes on a difference, for whoever looks for its cause."""
     if not mutable:
@@ -185,7 +106,7 @@ def _advice(mutable: bool, in_reverse: bool, unexplained_in_fp32: bool) -> Itera
     if in_reverse:
         yield "the mutants are those of B, because A has no weights: what B does wrong is reported in reverse"
     if unexplained_in_fp32:
-        yield "if a side computes in 16 bits, say so: --dtype bfloat16"
+        yield "if a side computes in 16 bits, say so: --dtype bfloat16; if its weights are quantized: --quantized int4"
 
 
 def _prompts(a: Side, b: Side, given: Sequence[Tensor] | None, full: bool, seed: int) -> list[Tensor]:
@@ -215,6 +136,41 @@ def _ours(a: Side, b: Side) -> tuple[FolderSide | None, str]:
             with contextlib.suppress(PackError):  # it has no weights
                 return FolderSide(folder_of(one.pack.path, one.pack.path.parent), one.name), which
     return None, ""
+
+
+def _limits(
+    a: Side,
+    b: Side,
+    ours: FolderSide | None,
+    true: Outputs,
+    prompts: Sequence[Tensor],
+    compute: torch.dtype,
+    quantized: str | None,
+) -> Limits:
+    """The most that is no mistake's; `true` is what ours says, if there is one."""
+    budget = _budget(a, b, ours, prompts, compute)
+    times = SINGLE * LIMITS[compute]
+    limit = UNKNOWN[compute] if budget is None else max(times * budget.logprobs, _told(compute))
+    if not limit < torch.inf:
+        raise UsageError(
+            f"rounding to {short(compute)} makes numbers of this model infinite, so nothing can be told apart from it"
+        )
+    prints = {} if budget is None else {name: times * x for name, x in budget.prints.items()}
+    if quantized is None:
+        return Limits(limit, prints, budget)
+    if ours is None:
+        raise UsageError("what quantized weights change is measured on a model: give a folder, or a pack with weights")
+    few = _in_few_bits(ours, true, prompts, quantized)
+    prints = {name: prints.get(name, 0.0) + DECLARED * x for name, x in few.prints.items()}
+    return Limits(limit + DECLARED * few.logprobs, prints, few, quantized)
+
+
+def _in_few_bits(ours: FolderSide, true: Outputs, prompts: Sequence[Tensor], kind: str) -> ErrorBudget:
+    """What rounding the weights to so few bits changes."""
+    rounded = ours.in_few_bits(prompts, kind)
+    apart = (rounded.logprobs - true.logprobs).abs()
+    prints = {name: float((x - true.prints[name]).abs().max()) for name, x in rounded.prints.items()}
+    return ErrorBudget(kind, float(apart.square().mean()) ** 0.5, float(apart.max()), prints)
 
 
 def _budget(
@@ -282,14 +238,41 @@ def _agreement(a: Outputs, b: Outputs) -> float | None:
     return float((_top_tokens(a) == _top_tokens(b))[rows].double().mean())
 
 
+def _differences(
+    a: Side, b: Side, found_a: Outputs, found_b: Outputs, limits: Limits, lens: Sequence[int]
+) -> Differences:
+    """How far apart what the sides said is.
+
+    Raises:
+        UsageError: they said nothing of the same token.
+    """
+    difference = differences(found_a, found_b)
+    if difference.isnan().all():
+        raise UsageError(f"{a.name} and {b.name} tell log-probs of no token in common")
+    beyond = (difference > limits.logprobs).nonzero().flatten().tolist()
+    first = Divergence(None, *place(beyond[0], lens), float(difference[beyond[0]]), limits.logprobs) if beyond else None
+    args = a.args or b.args
+    shared = [name for name in (known(args, found_a.prints) if args else found_a.prints) if name in found_b.prints]
+    return Differences(
+        compared=int((~difference.isnan()).sum()),
+        tokens=min(len(e.logprobs[0]) for e in (found_a, found_b)),
+        largest=float(difference.nan_to_num(nan=0.0, posinf=torch.inf).max()),
+        agreement=_agreement(found_a, found_b),
+        first=first,
+        activation=_first_activation(shared, found_a, found_b, limits, lens),
+        activations=len(shared),
+    )
+
+
 def _first_activation(
-    shared: Sequence[str], a: Outputs, b: Outputs, most: dict[str, float], otherwise: float, lens: Sequence[int]
+    shared: Sequence[str], a: Outputs, b: Outputs, limits: Limits, lens: Sequence[int]
 ) -> Divergence | None:
     for name in shared:
         apart = (a.prints[name] - b.prints[name]).abs().amax(-1)
-        beyond = (~(apart <= most.get(name, otherwise))).nonzero().flatten().tolist()
+        most = limits.prints.get(name, limits.logprobs)
+        beyond = (~(apart <= most)).nonzero().flatten().tolist()
         if beyond:
-            return Divergence(name, *place(beyond[0], lens))
+            return Divergence(name, *place(beyond[0], lens), float(apart[beyond[0]]), most)
     return None
 
 
@@ -299,10 +282,11 @@ def _explained(
     """For each mistake that matters here, the largest difference that is left when ours makes it too."""
     args, lens = ours.found.args, [len(p) for p in prompts]
     model = ours.model()
-    tried = [name for name in mutants.MUTANTS if mutants.applies(name, args, lens)]
+    tried = [name for name in mutants.MUTANTS if mutants.applies(name, args, lens, ours.adapted)]
     left: dict[str, float] = {}
     for done, name in enumerate(tried, 1):
-        mistaken = torch.cat(mutants.logits_with(model, list(prompts), name))
+        making = ours.model(name) if mutants.MUTANTS[name].loads else model
+        mistaken = torch.cat(mutants.logits_with(making, list(prompts), name))
         told = ~mistaken.isnan().all(-1)  # a mistake may leave out a prompt's first row
         difference = differences(Outputs(None, logprobs(mistaken), {}, told), other)
         if not difference.isnan().all():
@@ -312,67 +296,10 @@ def _explained(
     return left
 
 
-def as_json(c: Comparison) -> str:
-    """One object."""
-    return arrays.as_json(
-        {
-            "a": c.a,
-            "b": c.b,
-            "prompts": c.lens,
-            "positions_compared": c.compared,
-            "tokens_compared": c.tokens,
-            "max_delta_logprob": c.largest,
-            "limit": c.limit,
-            "error_budget": None if c.budget is None else c.budget.logprobs,
-            "dtypes": None if c.budget is None else c.budget.of,
-            "top1_agreement": c.agreement,
-            "first_position": None if c.first is None else [c.first.prompt, c.first.position],
-            "activations_compared": c.activations,
-            "first_activation": None
-            if c.activation is None
-            else {"name": c.activation.activation, "prompt": c.activation.prompt, "position": c.activation.position},
-            "mistakes": c.mistakes,
-            "nearest": c.nearest,
-            "mistakes_tried": c.tried,
-            "mutated_side": c.mutated_side or None,
-            "notes": c.notes,
-            "same": c.same,
-        },
-        indent=2,
-    )
-
-
-def as_text(c: Comparison) -> str:
-    """A few lines."""
-    lines = [
-        f"A: {c.a}",
-        f"B: {c.b}",
-        f"{len(c.lens)} {'prompt' if len(c.lens) == 1 else 'prompts'} of {', '.join(map(str, c.lens))} ids",
-    ]
-    told = f"log-probs: {c.compared} positions of up to {c.tokens} tokens compared, largest difference {c.largest:.2e}"
-    if c.budget is not None and c.budget.logprobs > 0:
-        u = c.budget
-        told += f": {c.largest / u.logprobs:.3g} times the error budget of {u.of} ({u.logprobs:.1e}; "
-        told += f"limit {c.limit / u.logprobs:.3g} times)"
-    else:
-        why = "rounding changes nothing" if c.budget else "no model is available to measure an error budget"
-        told += f" (limit {c.limit:.0e}: {why})"
-    lines.append(told)
-    if c.agreement is not None:
-        lines.append(f"most likely token the same at {c.agreement:.1%} of the positions")
-    if c.first is not None:
-        lines.append(f"log-probs part first in prompt {c.first.prompt} at position {c.first.position}")
-    if c.activation is not None:
-        d = c.activation
-        lines.append(f"activations part first at {d.activation}, prompt {d.prompt}, position {d.position}")
-    elif c.activations:
-        lines.append(f"activations: {c.activations} compared, none parts")
-    other = "B" if c.mutated_side == "A" else "A"
-    for name, error in sorted(c.mistakes.items(), key=lambda pair: pair[1]):
-        lines.append(f"{other} is {c.mutated_side} with {name}: {mutants.MUTANTS[name].what} ({error:.1e} is left)")
-    if c.nearest is not None:
-        near = f"the nearest, {c.nearest[0]}, leaves {c.nearest[1]:.1e} of {c.largest:.1e}"
-        lines.append(f"none of {c.tried} mutants of {c.mutated_side} gives {other}'s numbers; {near}")
-    lines += [f"note: {note}" for note in c.notes]
-    lines.append("the same" if c.same else "DIFFERENT")
-    return "\n".join(lines)
+def _causes(left: dict[str, float], largest: float, limit: float, side: str) -> Causes:
+    """Which mutants explain a difference, by what each leaves of it."""
+    # A model that makes a mistake may round more coarsely than the right one, for which the limit was measured.
+    near = max(limit, min(SLACK * limit, SHARE * largest))
+    mistakes = {name: error for name, error in left.items() if error <= near}
+    nearest = min(left.items(), key=lambda pair: pair[1]) if left and not mistakes else None
+    return Causes(mistakes, nearest, len(left), side if left else "")

@@ -1,19 +1,22 @@
-"""Planted mistakes that only newer members can make: in scaled positions, in queries that grow, in experts."""
+"""Mistakes that only other members can make: in scaled positions, growing queries, experts, ties, and adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import mistral.formats.merge
 import mistral.moe
 from mistral.args import ModelArgs
-from mistral.model import Attention, widen
+from mistral.linear import widened_product
+from mistral.model import Attention, Transformer, widen
 from mistral.moe import MixtureOfExperts
-from mistral.oracle.mutation import As, Mutant, angles, looks_back, turns_unevenly
+from mistral.oracle.mutation import As, Mutant, angles, looks_back, turns_unevenly, weight_of
 from mistral.plan import Plan
 from mistral.rope import Rope, inverse_frequencies, yarn_ramp
 
@@ -79,6 +82,22 @@ def experts_swapped(right: Callable[..., Tensor], self: MixtureOfExperts, x: Ten
     return right(As(self, experts=swapped), x)
 
 
+def w2_as_stored(right: Callable[..., Tensor], self: MixtureOfExperts, x: Tensor) -> Tensor:
+    """The first release stores w2 of an expert turned round, [hidden, dim]: read as [dim, hidden] it has as many."""
+
+    def made(expert: Any, x: Tensor) -> Tensor:
+        w2 = weight_of(expert.w2)
+        return widened_product(F.silu(expert.w1(x)) * expert.w3(x), w2.T.reshape(w2.shape))
+
+    return right(As(self, experts=[partial(made, expert) for expert in self.experts]), x)
+
+
+def no_output(right: Callable[..., Tensor], self: Transformer, h: Tensor) -> Tensor:
+    if not self.args.tied_embeddings:
+        return right(self, h)
+    return right(As(self, output=lambda h: h.new_zeros(len(h), self.args.vocab_size)), h)
+
+
 def some_not_chosen(args: ModelArgs, lens: Sequence[int]) -> bool:
     return args.moe is not None and args.moe.num_experts_per_tok < args.moe.num_experts and any(lens)
 
@@ -127,5 +146,24 @@ FAMILY = (
         "w1 and w3 are swapped in every expert: the gate is on the other one",
         ((MixtureOfExperts, "forward", experts_swapped),),
         lambda args, lens: args.moe is not None and any(lens),
+    ),
+    Mutant(
+        "experts_w2_not_transposed",
+        "w2 of the experts, which the first release's files hold turned round, is read as if it were not",
+        ((MixtureOfExperts, "forward", w2_as_stored),),
+        lambda args, lens: args.moe is not None and any(lens),
+    ),
+    Mutant(
+        "output_not_tied",
+        "the output matrix is not the embeddings but what it was before loading: zeros",
+        ((Transformer, "logits", no_output),),
+        lambda args, lens: args.tied_embeddings and any(lens),
+    ),
+    Mutant(
+        "adapter_rows_not_permuted",
+        "rows of q and k in an adapter of Hugging Face's order are added to Mistral's as they are",
+        ((mistral.formats.merge, "rows_to_mistral", lambda right, w, heads: w),),
+        turns_unevenly,
+        loads=True,
     ),
 )

@@ -95,6 +95,21 @@ class WeightReader:
         return {p.name.removeprefix(at): self.get(p.name) for p in self._parameters.values() if p.layer == i}
 
 
+class QuantizedReader(WeightReader):
+    """The weights as they would be after `--quant`: those of products rounded to few bits, and meant so."""
+
+    def __init__(self, found: Folder, kind: str) -> None:
+        super().__init__(found)
+        self._kind = kind
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, rounded where it is a product's."""
+        weight, parameter = super().get(name), self._parameters.get(name)
+        if parameter is None or not parameter.quantized:
+            return weight
+        return quant.quantize(parameter, weight, self._kind).rows(0, len(weight))
+
+
 def through(
     reading: WeightReader, streams: Sequence[tuple[LayerwiseRunner, torch.dtype | None]], n_layers: int
 ) -> Iterator[None]:

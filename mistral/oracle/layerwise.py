@@ -182,8 +182,8 @@ class DecodeRunner(LibraryRunner):
             alone = FastTransformer(args)
         alone.layers[0] = block
         alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
-        described = alone.described(keys)
-        if described is None:  # a kind of model that the kernels leave to the plain path
+        # A kind of model that the kernels leave to the plain path; asked first, because `described` logs why.
+        if alone.stands_aside() is not None or (described := alone.described(keys)) is None:
             return super()._step(block, h, angles, plan, keys)
         described.norm = None
         h = h.clone()
@@ -215,12 +215,10 @@ class OneFileRunner:
         self.ids = torch.cat(list(prompts))
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
-        self._where = [*module.rope_angles(positions, args.head_dim, args.rope_theta), positions]
+        self._where = [*module.rope_angles(positions, self._args(None)), positions]
 
     def _args(self, window: int | None) -> Any:
-        names = ("dim", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta")
-        known = {name: getattr(self.args, name) for name in names}
-        return self.module.ModelArgs(**known, n_layers=1, sliding_window=window)
+        return self.module.ModelArgs(**{**self.args.to_params(), "n_layers": 1, "sliding_window": window})
 
     def embed(self, weight: Tensor) -> None:
         self._h = weight[self.ids].to(self._compute)
@@ -232,7 +230,7 @@ class OneFileRunner:
             block = self.module.TransformerBlock(args, 0)
         block.load_state_dict({name: w.to(self._compute) for name, w in weights.items()}, assign=True)
         cache = self.module.Cache(args, len(self.lens), max(self.lens), dtype=self._compute)
-        self._h = block(self._h, *self._where, self.lens, cache)
+        self._h = block(self._h, self._where, self.lens, cache)
 
     @torch.inference_mode()
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:

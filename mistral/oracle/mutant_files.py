@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral.formats.folder import Folder
+from mistral.formats.merge import has_adapter
 from mistral.loader.load import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import mutants
@@ -50,13 +51,17 @@ def write(
         raise FormatError(f"{place} cannot be written: {error.strerror}") from None
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
-    wanted = [name for name in mistakes if mutants.applies(name, found.args, lens)]
+    wanted = [name for name in mistakes if mutants.applies(name, found.args, lens, has_adapter(found))]
     model, _ = assemble(found, device="cpu", dtype="float64", execution="eager")
     made = []
     for done, name in enumerate(("right", *wanted), 1):
         scores = model.forward(torch.cat(list(prompts)), lens) if name == "right" else None
         if scores is None:
-            scores = torch.cat(mutants.logits_with(model, prompts, name))
+            making = model
+            if mutants.find_mutant(name).loads:
+                with mutants.mutated(name):
+                    making, _ = assemble(found, device="cpu", dtype="float64", execution="eager")
+            scores = torch.cat(mutants.logits_with(making, prompts, name))
         with write_atomic(place / f"{name}.npz") as beside, beside.open("wb") as file:
             np.savez(file, prompt_ids=torch.cat(list(prompts)), prompt_lens=lens, logprobs=logprobs(scores))
         made.append(f"{name}.npz")

@@ -31,9 +31,8 @@ from mistral.cache import NoCache, RollingBufferCache
 from mistral.linear import widened_product
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock, widen
 from mistral.oracle.family_mutants import FAMILY
-from mistral.oracle.mutation import As, Change, Mutant, angles, looks_back, several_ids, turns_unevenly
+from mistral.oracle.mutation import As, Change, Mutant, angles, looks_back, several_ids, turns_unevenly, weight_of
 from mistral.plan import Plan, make_plan
-from mistral.quant.linear import QuantizedLinear
 from mistral.rope import Rope, inverse_frequencies, rotate
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import UsageError
@@ -62,9 +61,14 @@ def find_mutant(name: str) -> Mutant:
     return MUTANTS[name]
 
 
-def applies(name: str, args: ModelArgs, lens: Sequence[int]) -> bool:
-    """Whether a model of this shape, asked for prompts of these lengths, can give other numbers by the mistake."""
-    return find_mutant(name).matters(args, lens)
+def applies(name: str, args: ModelArgs, lens: Sequence[int], adapted: bool = False) -> bool:
+    """Whether a model of this shape, asked for prompts of these lengths, can give other numbers by the mistake.
+
+    Args:
+        adapted: whether the model is loaded with an adapter, which some mistakes need.
+    """
+    mistake = find_mutant(name)
+    return (adapted or not mistake.loads) and mistake.matters(args, lens)
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
     """Logits [n, V] of each prompt [n], packed into one forward without a cache, by a model that makes the mistake.
 
     Args:
-        model: any that does not make it.
+        model: any that does not make it; for one that is made while a model is loaded, one loaded so.
         prompts: ids on the model's device, each begun by BOS. It is what is left out or doubled; the rows of the other
             ids stay at their places, and a row for which there is no id is nan.
         name: of the mistake.
@@ -93,6 +97,11 @@ def logits_with(model: Transformer, prompts: Sequence[Tensor], name: str) -> lis
 
 def always(args: ModelArgs, lens: Sequence[int]) -> bool:
     return any(lens)
+
+
+def of_all_tokens(args: ModelArgs, lens: Sequence[int]) -> bool:
+    """Some token goes through the one feed-forward of a layer; of several, see `family_mutants`."""
+    return args.moe is None and any(lens)
 
 
 def not_tied(args: ModelArgs, lens: Sequence[int]) -> bool:
@@ -225,10 +234,7 @@ def values_turned(
 def read_as(linear: Any, other: Any) -> Callable[[Tensor], Tensor]:
     """The product with one matrix's numbers in the other's shape, as a loader that goes by size has them."""
 
-    def weight(of: Any) -> Tensor:
-        return of.rows(0, of.out_features) if isinstance(of, QuantizedLinear) else of.weight
-
-    return lambda x: widened_product(x, weight(linear).reshape(weight(other).shape))
+    return lambda x: widened_product(x, weight_of(linear).reshape(weight_of(other).shape))
 
 
 def w2_is_w3(right: Callable[..., Tensor], self: FeedForward, x: Tensor) -> Tensor:
@@ -351,7 +357,7 @@ ALL = (
         "w1_w3_swapped",
         "w1 and w3 are swapped: the gate is on the other one",
         ((FeedForward, "forward", lambda right, self, x: right(As(self, w1=self.w3, w3=self.w1), x)),),
-        always,
+        of_all_tokens,
     ),
     Mutant(
         "gelu_for_silu",

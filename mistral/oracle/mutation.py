@@ -18,6 +18,7 @@ from mistral.fast.bitwise import BitwiseTransformer
 from mistral.fast.cuda_graph import CudaGraphTransformer
 from mistral.fast.decode import FastTransformer
 from mistral.model import Transformer
+from mistral.quant.linear import QuantizedLinear
 from mistral.rope import Rope
 
 # Functions are replaced for all threads, so only one of them may do it at a time; it may do it again inside.
@@ -37,6 +38,7 @@ class Mutant:
         changes: functions to replace.
         matters: whether a model of this shape, asked for prompts of these lengths, can give other numbers by it.
         bos: how many more ids of BOS (less, if negative) a prompt begins with.
+        loads: whether it is made while a model with an adapter is loaded, and stays in that model.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Mutant:
     changes: tuple[Change, ...]
     matters: Matters
     bos: int = 0
+    loads: bool = False
 
     @contextmanager
     def patch(self) -> Iterator[None]:
@@ -90,6 +93,12 @@ PLAIN: tuple[Change, ...] = (
     (BitwiseTransformer, "logits", lambda right, *given: Transformer.logits(*given)),
     (VarlenAttention, "_parts", lambda right, *given: None),
 )
+
+
+def weight_of(linear: Any) -> Tensor:
+    """The weights of a product [out, in], quantized ones as they are meant."""
+    weight: Tensor = linear.rows(0, linear.out_features) if isinstance(linear, QuantizedLinear) else linear.weight
+    return weight
 
 
 # When a mistake can matter.

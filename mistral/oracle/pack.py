@@ -131,13 +131,13 @@ def next_logprobs(scores: Tensor, prompts: Sequence[Tensor]) -> Tensor:
 
 
 def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[ErrorBudget]) -> dict[str, Any]:
-    args = dataclasses.asdict(found.args)
+    args, (layout, config) = dataclasses.asdict(found.args), _config(found)
     files = [found.path / found.source, *found.weights.files, *tokenizer_files(found.path)]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "layout": found.layout.name,
-        "config": found.layout.plain(found.raw),
+        "layout": layout,
+        "config": config,
         "args": {name: args[name] for name in args if name not in ("max_batch_size", "theta_rule")},
         "rules": {
             "rope_theta": found.args.theta_rule,
@@ -162,6 +162,14 @@ def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[E
             },
         },
     }
+
+
+def _config(found: Folder) -> tuple[str, dict[str, Any]]:
+    """A layout, and what says the shape in it: as the folder does, unless another window was asked for."""
+    config = found.layout.plain(found.raw)
+    if found.layout.to_args(config)[0] == found.args:
+        return found.layout.name, config
+    return NATIVE.name, found.args.to_params()
 
 
 def _sha256(path: Path) -> str:

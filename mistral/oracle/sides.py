@@ -5,14 +5,10 @@ Knows nothing about what comparing is.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import torch
@@ -21,20 +17,25 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
+from mistral.formats.merge import has_adapter
+from mistral.formats.tokenizers import has_tokenizer, load_tokenizer
+from mistral.loader.load import as_read, assemble
+from mistral.loader.options import LoadOptions
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
-from mistral.oracle.inputs import WeightReader
+from mistral.oracle.inputs import QuantizedReader, WeightReader
+from mistral.oracle.mutants import mutated
 from mistral.oracle.outputs import ErrorBudget, Outputs, fingerprint, reference_outputs
+from mistral.oracle.servers import Server
 from mistral.oracle.trace import names
 from mistral.parameters import OUTPUT
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
 
-LARGEST = 2**28  # bytes of an answer that are read
-PATIENCE = 300  # seconds a server has for one prompt
+AS_IT_IS = LoadOptions()
 # What is read of an .npz, besides activations, whose names have dots.
 NAMES = ("prompt_ids", "prompt_lens", "logits", "logprobs", "tok_embeddings", "norm", "output")
-TOP = 20  # most likely tokens asked of a server
 
 
 class Side:
@@ -61,11 +62,23 @@ class FolderSide(Side):
         super().__init__(name, args=found.args)
         self.found = found
         self.reading = WeightReader(found)
+        self._tokenizer: Tokenizer | None = None
 
     @property
     def stored(self) -> torch.dtype:
         """Dtype of the weights on disk."""
         return self.reading.get(OUTPUT).dtype
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is merged into the weights while they are read."""
+        return has_adapter(self.found)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the folder, if it has one; read once."""
+        if self._tokenizer is None and has_tokenizer(self.found.path):
+            self._tokenizer = load_tokenizer(self.found.path, self.found.args.vocab_size)
+        return self._tokenizer
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return reference_outputs(self.reading, self.found.args, prompts)[0]
@@ -74,11 +87,18 @@ class FolderSide(Side):
         """The error budget of these dtypes."""
         return reference_outputs(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
 
-    def model(self) -> Transformer:
-        """The library's own, on its plain path, in float64."""
-        from mistral.loader.load import assemble
+    def in_few_bits(self, prompts: Sequence[Tensor], kind: str) -> Outputs:
+        """What would be true if the weights of products were rounded as `--quant` rounds them."""
+        return reference_outputs(QuantizedReader(self.found, kind), self.found.args, prompts)[0]
 
-        return assemble(self.found, device="cpu", dtype="float64", execution="eager")[0]
+    def model(self, mutant: str | None = None) -> Transformer:
+        """The library's own, on its plain path, in float64.
+
+        Args:
+            mutant: a mistake to be made while weights are read.
+        """
+        with nullcontext() if mutant is None else mutated(mutant):
+            return assemble(self.found, device="cpu", dtype="float64", execution="eager")[0]
 
 
 class PackSide(Side):
@@ -156,76 +176,22 @@ def _some(found: Mapping[str, object]) -> str:
 
 
 class ServerSide(Side):
-    """An OpenAI-style server: log-probs of prompts given as ids, from /v1/completions.
-
-    vLLM is asked for `prompt_logprobs`. A server that knows nothing of them is asked to echo: then only the
-    log-probs of the prompts' own tokens are known.
-    """
+    """An OpenAI-style server; see `servers.Server`."""
 
     def __init__(self, url: str, model: str | None = None) -> None:
-        self.url = re.sub(r"/v1/?$", "", url).rstrip("/")
-        super().__init__(self.url)
-        self._model = model
+        super().__init__(re.sub(r"/v1/?$", "", url).rstrip("/"))
+        self.server = Server(self.name, model)
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
-        if self._model is None:
-            listed = self._ask("/v1/models", None)
-            try:
-                self._model = str(listed["data"][0]["id"])
-            except (KeyError, IndexError, TypeError):
-                raise FormatError(f"{self.url}/v1/models lists no model: name one with --model") from None
-        rows = [row for prompt in prompts for row in self._one(prompt.tolist())]
-        width = max(1, *(len(row) for row in rows))
-        ids = torch.full((len(rows), width), -1)
-        values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
-        for i, row in enumerate(rows):
-            if any(not 0 <= token < 2**31 for token in row):
-                raise FormatError(f"{self.url} tells of tokens with impossible ids")
-            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
-            values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
-        return Outputs(ids, values)
-
-    def _one(self, ids: list[int]) -> list[dict[int, float]]:
-        """For each position the tokens after it whose log-probs are told."""
-        asked = {"model": self._model, "prompt": ids, "max_tokens": 1, "temperature": 0}
-        try:
-            answer = self._ask("/v1/completions", {**asked, "prompt_logprobs": TOP, "logprobs": TOP})
-            told = answer["choices"][0].get("prompt_logprobs")
-            if told is None:
-                answer = self._ask("/v1/completions", {**asked, "echo": True, "logprobs": 1})
-                own = answer["choices"][0]["logprobs"]["token_logprobs"]
-                told = [None, *({str(i): {"logprob": lp}} for i, lp in zip(ids[1:], own[1:], strict=False))]
-            rows = [{int(i): float(entry["logprob"]) for i, entry in (row or {}).items()} for row in told]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"{self.url} gives no log-probs of prompts: {type(error).__name__} {error}") from None
-        if len(rows) != len(ids):
-            raise FormatError(f"{self.url} gave log-probs of {len(rows)} positions for a prompt of {len(ids)} ids")
-        return [*rows[1:], {}]  # of the token at a position, from the one before
-
-    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = Request(self.url + path, data, {"Content-Type": "application/json"})
-            # A proxy that leads to the world does not know this machine's own servers.
-            near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
-            opener = build_opener(*([ProxyHandler({})] if near else []))
-            with opener.open(request, timeout=PATIENCE) as answer:
-                return json.loads(answer.read(LARGEST))
-        except HTTPError as error:
-            told = error.read(400).decode("utf-8", "replace")
-            raise FormatError(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
-        except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
-            why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
-            raise FormatError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
+        return self.server.evidence(prompts)
 
 
-def side(what: str, model: str | None = None) -> Side:
+def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS) -> Side:
     """The side that a word means: a URL, a file, a folder or a hub id.
 
     Args:
         model: the name that a server has for the model; None takes the first it lists.
+        options: the window and the adapter of a folder or a GGUF file; see `load.as_read`.
 
     Raises:
         ValueError: a subclass that says what is wrong with it.
@@ -239,11 +205,17 @@ def side(what: str, model: str | None = None) -> Side:
         if path.suffix in (".npz", ".safetensors"):
             return ArraysSide(path)
         if path.suffix == ".gguf":
-            return FolderSide(read_folder(path), what)
+            return _folder_side(read_folder(path), what, options)
         raise FormatError(f"{what} is none of: a folder, a .gguf file, a pack, a server's URL, an .npz, a trace")
     if path.suffix in (".npz", ".safetensors") and not path.exists():
         raise FormatError(f"no such file: {what}")
-    return FolderSide(read_folder(locate(what)), what)
+    return _folder_side(read_folder(locate(what)), what, options)
+
+
+def _folder_side(found: Folder, name: str, options: LoadOptions) -> FolderSide:
+    asked = [] if options.sliding_window == "auto" else [f"window {options.sliding_window or 'none'}"]
+    asked += [f"adapter {word}" for word in options.adapter]
+    return FolderSide(as_read(found, options), f"{name} ({', '.join(asked)})" if asked else name)
 
 
 def known(args: ModelArgs, prints: Mapping[str, Tensor]) -> list[str]:

@@ -68,7 +68,7 @@ class Truth:
         if args.yarn is not None:
             cos, sin = cos * args.yarn.attention_factor, sin * args.yarn.attention_factor
         grown = _query_scale(args, positions)[:, None]
-        # [T, 1, D/2] each, of keys and of queries
+        # [T, 1, D/2] each, of keys and of queries: fp32 values, also those that grew
         self._turns_k = cos.double()[:, None], sin.double()[:, None]
         self._turns_q = (cos * grown).double()[:, None], (sin * grown).double()[:, None]
 

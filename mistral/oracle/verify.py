@@ -231,8 +231,7 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
     narrow = min(stored, torch.float32, key=lambda dtype: dtype.itemsize)
     fp32 = (torch.float32, torch.float32)
     made: list[Variant] = []
-    plain = args.yarn is None and args.llama_4_scaling is None and args.moe is None  # all that one_file_ref.py has
-    if plain and (module := one_file_ref()) is not None:
+    if args.moe is None and (module := one_file_ref()) is not None:  # it has dense models alone
         made.append(Variant("one_file_ref", "its own", fp32, OneFileRunner(module, args, prompts, torch.float32)))
     if args.moe is None and importlib.util.find_spec("transformers") is not None:
         made.append(Variant("transformers", "eager", fp32, TransformersRunner(args, prompts, torch.float32)))

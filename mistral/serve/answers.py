@@ -9,10 +9,14 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mistral.chat.messages import ToolCall
+from mistral.chat.tools import Part, ToolReader, Unread
 from mistral.detokenizer import Detokenizer
+from mistral.grammar import Constraint
+from mistral.sampling_params import SamplingParams
 from mistral.serve.protocol import Asked, Served
 from mistral.serve.words import Words
 from mistral.serve.worker import Event, Job
@@ -42,6 +46,19 @@ class Piece:
     ids: list[int] = field(default_factory=list)  # generated ones
     finish: str | None = None
     offsets: list[int] = field(default_factory=list)  # of the tokens, in the choice's text
+    calls: list[ToolCall] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # why text that began as a call is none
+    problem: str | None = None  # why a text does not fit the format that it must
+
+    def add(self, part: Part) -> None:
+        """Put a part of an answer with functions behind what there is."""
+        if isinstance(part, ToolCall):
+            self.calls.append(part)
+        elif isinstance(part, Unread):
+            self.text += part.text
+            self.errors.append(part.reason)
+        else:
+            self.text += part
 
 
 class Choice:
@@ -58,8 +75,11 @@ class Choice:
         self.index, self.job = index, job
         self._asked, self._served, self._prompt = asked, served, text
         self._begun = False
+        self._told = 0  # calls in deltas so far
         self._length = 0  # of the text so far
         self.generated = 0
+        tools = asked.tools
+        self._reader = ToolReader(tools.form, tools.tools, tools.most) if tools else None
 
     def take(self, event: Event) -> Piece:
         """What an event adds; the first one brings the echo of the prompt along."""
@@ -74,9 +94,27 @@ class Choice:
             piece.offsets.append(self._length)
             piece.ids.append(token.id)
             self.generated += 1
-        piece.text += event.text
+        processor, request = self.job.params.logits_processor, self.job.request
+        if event.last and request is not None and isinstance(processor, Constraint):
+            piece.problem = processor.problem(request.output_ids)
+        if self._reader is None:
+            piece.text += event.text
+        else:
+            self._read(self._reader, event, piece)
         self._length += len(event.text)
         return piece
+
+    def _read(self, reader: ToolReader, event: Event, piece: Piece) -> None:
+        """Text and calls of an answer that may call functions."""
+        assert self._asked.tools is not None
+        marker = self._asked.tools.markers.get(event.token.id) if event.token is not None else None
+        parts = reader.push(event.text, marker)
+        if event.last:
+            parts += reader.end()
+        for part in parts:
+            piece.add(part)
+        if piece.finish == "stop" and reader.calls:
+            piece.finish = "tool_calls"
 
     def _echo(self, piece: Piece) -> None:
         tokenizer, ids, request = self._served.tokenizer, self.job.prompt_ids, self.job.request
@@ -91,6 +129,14 @@ class Choice:
             piece.tokens.append(Scored(token, logprob, top))
             piece.offsets.append(at)
             at += len(decoder.push(token))
+
+    def called(self, piece: Piece) -> dict[str, Any]:
+        """The fields of a delta that has calls; each is whole."""
+        begin, self._told = self._told, self._told + len(piece.calls)
+        fields = {name: value for name, value in _said(piece).items() if name != "content"}
+        if "tool_calls" in fields:
+            fields["tool_calls"] = [{"index": begin + i, **call} for i, call in enumerate(fields["tool_calls"])]
+        return fields
 
     def prompt_logprobs(self) -> list[Any] | None:
         """As vLLM has them: for each token of the prompt the likeliest ones and itself, by id; None for the first."""
@@ -129,14 +175,13 @@ class Answer:
         for ids, text in zip(asked.prompts, asked.texts, strict=True):
             for sample in range(asked.params.n):
                 index = len(self.choices)
-                job = Job(
-                    ids, asked.params, asked.eos_ids, tell(index), sample=sample, score=asked.score, trim=asked.chat
-                )
+                job = Job(ids, _params(asked), asked.eos_ids, tell(index), sample, asked.score, trim=asked.chat)
+                job.markers = asked.tools.markers if asked.tools else ()
                 self.choices.append(Choice(index, job, asked, served, text))
         self._head = {
             "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
-            "model": served.name,
+            "model": asked.adapter or served.name,
         }
 
     def usage(self) -> dict[str, Any]:
@@ -156,16 +201,10 @@ class Answer:
         """The document of an answer that is not streamed, from all pieces of each choice."""
         choices = []
         for choice, its in zip(self.choices, pieces, strict=True):
-            joined = Piece(
-                "".join(p.text for p in its),
-                [t for p in its for t in p.tokens],
-                [i for p in its for i in p.ids],
-                its[-1].finish,
-                [at for p in its for at in p.offsets],
-            )
+            joined = _joined(its)
             one = self._choice(choice, joined)
             if self.asked.chat:
-                one["message"] = {"role": "assistant", "content": joined.text, "refusal": None}
+                one["message"] = {"role": "assistant", "refusal": None, **_said(joined)}
             else:
                 one["text"] = joined.text
             choices.append(one | self._ids(choice, joined) | self._of_prompt(choice))
@@ -180,12 +219,12 @@ class Answer:
     def chunk(self, choice: Choice, piece: Piece, first: bool) -> dict[str, Any] | None:
         """The document of a piece, where answers are streamed; None if it has nothing to say yet."""
         told = piece.tokens and (self.asked.logprobs is not None or self.asked.return_token_ids)
-        if not (piece.text or piece.finish or told or first):
+        if not (piece.text or piece.calls or piece.finish or told or first):
             return None
         one = self._choice(choice, piece)
         if self.asked.chat:
             role = {"role": "assistant"} if first else {}
-            one["delta"] = role | ({"content": piece.text} if piece.text or first else {})
+            one["delta"] = role | ({"content": piece.text} if piece.text or first else {}) | choice.called(piece)
         else:
             one["text"] = piece.text
         one |= self._ids(choice, piece, first) | (self._of_prompt(choice) if first else {})
@@ -205,7 +244,7 @@ class Answer:
         if self.asked.logprobs is not None and piece.tokens:
             shape = _chat_logprobs if self.asked.chat else _completion_logprobs
             one["logprobs"] = shape(piece, self.asked.logprobs, self.served.words)
-        return one
+        return one if piece.problem is None else {**one, "format_error": piece.problem}
 
     def _ids(self, choice: Choice, piece: Piece, first: bool = True) -> dict[str, Any]:
         if not self.asked.return_token_ids:
@@ -217,6 +256,37 @@ class Answer:
         if self.asked.chat or self.asked.prompt_logprobs is None:
             return {}
         return {"prompt_logprobs": choice.prompt_logprobs()}
+
+
+def _params(asked: Asked) -> SamplingParams:
+    """How one sample is continued: a grammar's constraint is its own."""
+    return asked.params if asked.grammar is None else replace(asked.params, logits_processor=asked.grammar.constraint())
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    return Piece(
+        "".join(p.text for p in pieces),
+        [t for p in pieces for t in p.tokens],
+        [i for p in pieces for i in p.ids],
+        pieces[-1].finish,
+        [at for p in pieces for at in p.offsets],
+        [call for p in pieces for call in p.calls],
+        [error for p in pieces for error in p.errors],
+        pieces[-1].problem,
+    )
+
+
+def _said(piece: Piece) -> dict[str, Any]:
+    """Content and calls of a message."""
+    said: dict[str, Any] = {"content": piece.text if piece.text or not piece.calls else None}
+    if piece.calls:
+        functions = [{"name": call.name, "arguments": call.arguments} for call in piece.calls]
+        said["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": function}
+            for call, function in zip(piece.calls, functions, strict=True)
+        ]
+    return said | ({"tool_call_error": "; ".join(piece.errors)} if piece.errors else {})
 
 
 def _completion_logprobs(piece: Piece, most: int, words: Words) -> dict[str, Any]:

@@ -67,16 +67,18 @@ class Server:
         return Json({"status": "the engine has died" if dead else "ok"}, status_code=503 if dead else 200)
 
     async def models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._model()]})
+        names = (self.served.name, *self.served.adapters)
+        return Json({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["name"] != self.served.name:
-            raise ApiError(f"only {self.served.name} is here", "model", status=404, code="model_not_found")
-        return Json(self._model())
+        name = request.path_params["name"]
+        return Json(self._model(self.served.adapter_of(name) or self.served.name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        """The model, or, by its name, an adapter of it."""
         served = self.served
-        about = {"id": served.name, "object": "model", "created": self._began, "owned_by": "mistral"}
+        about = {"id": name, "object": "model", "created": self._began, "owned_by": "mistral"}
+        about |= {"root": name, "parent": None if name == served.name else served.name}
         chat = served.template is not None
         return {**about, "max_model_len": served.context, "windows": served.windows, "chat": chat}
 
@@ -93,6 +95,14 @@ class Server:
 
     async def detokenize(self, request: Request) -> Response:
         return Json({"prompt": await self._read(request, read_detokenize)})
+
+    async def embeddings(self, request: Request) -> Response:
+        raise ApiError(
+            "this model continues text and was not trained to embed it: vectors of its hidden states would compare "
+            "badly, so there are none; use an embedding model",
+            status=404,
+            code="no_embeddings",
+        )
 
     async def _read(self, request: Request, read: Callable[[Any, Served], R]) -> R:
         """What a body asks for; a long prompt is encoded beside the event loop."""
@@ -120,6 +130,8 @@ class Server:
 
         answer = Answer(asked, self.served, tell)
         jobs = [choice.job for choice in answer.choices]
+        for job in jobs:
+            job.adapter = asked.adapter
         if len(jobs) > self.worker.rows + self.worker.max_queue:
             raise ApiError(f"{len(jobs)} continuations are more than this server queues: ask for fewer", "n")
         self.worker.submit(jobs)
@@ -236,7 +248,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.detail, status=error.status_code, code="http")
+        return ApiError(error.detail, status=error.status_code, code="http", headers=error.headers)
     return ApiError("the server failed; its log has more", status=500, kind="server_error", code="internal")
 
 
@@ -278,6 +290,7 @@ def make_app(
         Route("/v1/models/{name:path}", server.model),
         Route("/v1/completions", server.completions, methods=["POST"]),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/embeddings", server.embeddings, methods=["POST"]),
         Route("/tokenize", server.tokenize, methods=["POST"]),
         Route("/detokenize", server.detokenize, methods=["POST"]),
     ]

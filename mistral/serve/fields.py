@@ -89,6 +89,20 @@ OBJECTS = Kind(
     _list_of({"type": "object"}),
     lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
 )
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [_TEXT, _list_of({"type": "object"}), {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+MESSAGES = Kind(OBJECTS.name, {**_list_of(_MESSAGE), "minItems": 1}, OBJECTS.test)
+CHOICE = Kind(
+    "text or an object",
+    {"anyOf": [_TEXT, {"type": "object"}]},
+    lambda value: isinstance(value, str | dict),
+)
 STOP = Kind(
     "text or a list of texts",
     {"anyOf": [_TEXT, _list_of(_TEXT)]},
@@ -106,17 +120,18 @@ _BOTH = {
     **SAMPLING,
     **{"model": STRING, "max_tokens": INT, "stop": STOP, "logit_bias": OBJECT, "prompt_logprobs": INT},
     **{"stream": BOOL, "stream_options": OBJECT, "return_token_ids": BOOL, "ignore_eos": BOOL, "user": STRING},
+    **{"response_format": OBJECT, "structured_outputs": OBJECT},
 }
 COMPLETION = {**_BOTH, "prompt": PROMPT, "suffix": STRING, "echo": BOOL, "logprobs": INT, "best_of": INT}
-CHAT = {**_BOTH, "messages": OBJECTS, "max_completion_tokens": INT, "logprobs": BOOL, "top_logprobs": INT}
-TOKENIZE = {"model": STRING, "prompt": STRING, "messages": OBJECTS, "add_special_tokens": BOOL}
-TOKENIZE |= {"add_generation_prompt": BOOL}
+CHAT = {**_BOTH, "messages": MESSAGES, "max_completion_tokens": INT, "logprobs": BOOL, "top_logprobs": INT}
+CHAT |= {"tools": OBJECTS, "tool_choice": CHOICE, "parallel_tool_calls": BOOL}
+TOKENIZE = {"model": STRING, "prompt": STRING, "messages": MESSAGES, "add_special_tokens": BOOL}
+TOKENIZE |= {"add_generation_prompt": BOOL, "tools": OBJECTS}
 DETOKENIZE = {"model": STRING, "tokens": IDS}
 
 # Fields of OpenAI's that mean something which is not done here; each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    **{"tools": ([],), "functions": ([],), "tool_choice": ("none",), "function_call": ("none",)},
-    **{"response_format": ({"type": "text"},), "modalities": (["text"],), "parallel_tool_calls": ()},
+    **{"functions": ([],), "function_call": ("none",), "modalities": (["text"],)},
     **{"audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (), "store": (False,)},
     **{"service_tier": ("auto", "default"), "metadata": ({},), "verbosity": ()},
 }

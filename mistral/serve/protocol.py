@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from mistral.chat.messages import Message
 from mistral.chat.templates import Template
+from mistral.chat.tools import Tool
 from mistral.generate import eos_of
+from mistral.grammar import Grammar, Grammars
 from mistral.sampling_params import SamplingParams
 from mistral.serve.fields import (
     CHAT,
@@ -23,6 +25,8 @@ from mistral.serve.fields import (
     is_int,
     is_number,
 )
+from mistral.serve.formats import read_format
+from mistral.serve.tools import ToolUse, read_messages, read_tools
 from mistral.serve.words import Words
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import short_repr
@@ -38,6 +42,7 @@ class Served:
 
     Args:
         name: what clients call it.
+        adapters: what they call it with each of the adapters beside its weights.
         tokenizer, words: of the model.
         template: of conversations; None where it has none.
         no_template: why not.
@@ -47,6 +52,7 @@ class Served:
     """
 
     name: str
+    adapters: tuple[str, ...]
     tokenizer: Tokenizer
     words: Words
     template: Template | None
@@ -54,6 +60,36 @@ class Served:
     windows: tuple[int | None, ...]
     vocab_size: int
     context: int
+    _grammars: dict[frozenset[int], Grammars] = field(default_factory=dict, repr=False)
+
+    def ends(self, chat: bool) -> frozenset[int]:
+        """Ids that end a continuation."""
+        return eos_of(self.tokenizer) | (self.chats().ends if chat else frozenset())
+
+    def grammars(self, chat: bool) -> Grammars:
+        """What makes grammars of answers.
+
+        Raises:
+            MistralError: llguidance is missing.
+        """
+        ends = self.ends(chat)
+        if ends not in self._grammars:
+            self._grammars[ends] = Grammars(self.tokenizer, ends)
+        return self._grammars[ends]
+
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a model id means; "" for none. Without an id it is the only one, or none of several.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if model is None:
+            return self.adapters[0] if len(self.adapters) == 1 else ""
+        if model in (self.name, *self.adapters):
+            return "" if model == self.name else model
+        here = ", ".join((self.name, *self.adapters))
+        message = f"the model {short_repr(model)} is not here: {here} {'are' if self.adapters else 'is'}"
+        raise ApiError(message, "model", status=404, code="model_not_found")
 
     def chats(self) -> Template:
         """The template.
@@ -74,9 +110,12 @@ class Asked:
         chat: whether it is a conversation.
         prompts, texts: ids of each prompt, and its text as it is echoed; None: what the ids decode to.
         params: how each is continued.
+        adapter: the one that it is computed with; "" for none.
         eos_ids: ids that end a continuation.
         logprobs: alternatives to report at each token; None: no log-probabilities at all.
         prompt_logprobs: as vLLM has it, for the prompt; None: none.
+        tools: what is said of functions; None: none is offered.
+        grammar: what the answer must fit.
     """
 
     chat: bool
@@ -87,9 +126,12 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    adapter: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    tools: ToolUse | None = None
+    grammar: Grammar | None = None
 
     @property
     def score(self) -> bool:
@@ -100,9 +142,7 @@ class Asked:
 def _given(body: Any, known: Mapping[str, Kind], served: Served) -> dict[str, Any]:
     """The fields of a body, for the model that is served."""
     given = fields_of(body, known)
-    if given.get("model", served.name) != served.name:
-        message = f"the model {short_repr(given['model'])} is not here: {served.name} is"
-        raise ApiError(message, "model", status=404, code="model_not_found")
+    served.adapter_of(given.get("model"))
     return given
 
 
@@ -135,7 +175,11 @@ def read_chat(body: Any, served: Served) -> Asked:
         raise ApiError("messages is missing", "messages")
     if "top_logprobs" in given and not given.get("logprobs"):
         raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
-    ids = _conversation(given["messages"], served)
+    grammars = partial(served.grammars, True)
+    tools = read_tools(given, served.chats(), served.tokenizer, grammars)
+    if tools and given.get("response_format", {}).get("type", "text") != "text":
+        raise ApiError("response_format and tools: give one of them", "response_format")
+    ids = _conversation(given["messages"], served, tools.tools if tools else ())
     if given["messages"][-1].get("role") == "assistant":
         raise ApiError("the last message is an answer already: end with the user's", "messages")
     if "max_tokens" in given and given.get("max_completion_tokens", given["max_tokens"]) != given["max_tokens"]:
@@ -143,7 +187,7 @@ def read_chat(body: Any, served: Served) -> Asked:
     most = given.get("max_completion_tokens", given.get("max_tokens"))
     most = max(0, min(CHAT_TOKENS, served.context - len(ids))) if most is None else most
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    return _asked(given, served, [ids], [None], logprobs, most, chat=True)
+    return _asked(given, served, [ids], [None], logprobs, most, chat=True, tools=tools)
 
 
 def read_tokenize(body: Any, served: Served) -> list[int]:
@@ -156,12 +200,12 @@ def read_tokenize(body: Any, served: Served) -> list[int]:
     if ("prompt" in given) == ("messages" in given):
         raise ApiError("give prompt or messages", "prompt")
     if "prompt" in given:
-        if "add_generation_prompt" in given:
-            raise ApiError("add_generation_prompt goes with messages", "add_generation_prompt")
+        for name in {"add_generation_prompt", "tools"} & given.keys():
+            raise ApiError(f"{name} goes with messages", name)
         return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
     if given.get("add_special_tokens"):
         raise ApiError("add_special_tokens goes with prompt: the template has its own", "add_special_tokens")
-    ids = _conversation(given["messages"], served)
+    ids = _conversation(given["messages"], served, [Tool(tool) for tool in given.get("tools", [])])
     answered = given["messages"][-1].get("role") == "assistant"
     if given.get("add_generation_prompt", not answered) == answered:
         ends = "an answer, after which nothing is to be generated" if answered else "a question, which asks for one"
@@ -205,31 +249,11 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
     return prompts, texts
 
 
-def _conversation(messages: list[dict[str, Any]], served: Served) -> list[int]:
-    found = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        given = {name: value for name, value in message.items() if value is not None and value != []}
-        for name in given:
-            if name not in ("role", "content"):
-                raise ApiError(f"{where} has {short_repr(name)}, which is not supported: leave it out", "messages")
-        role, content = given.get("role"), given.get("content", "")
-        if isinstance(content, list):
-            content = "".join(_part(part, where) for part in content)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ApiError(f"{where} must have a role and a content, both text", "messages")
-        found.append(Message("system" if role == "developer" else role, content))
-    if not found:
-        raise ApiError("a conversation has at least one message", "messages")
-    return served.chats().encode_chat(found)
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
-        text = part["text"]
-        if isinstance(text, str):
-            return text
-    raise ApiError(f'{where} has a part that is not {{"type": "text", "text": ..}}: only text is supported', "messages")
+def _conversation(messages: list[dict[str, Any]], served: Served, tools: Sequence[Tool]) -> list[int]:
+    try:
+        return served.chats().encode_chat(read_messages(messages), tools)
+    except RecursionError:
+        raise ApiError("the messages are nested too deep", "messages") from None
 
 
 def _asked(
@@ -241,6 +265,7 @@ def _asked(
     most: int,
     *,
     chat: bool,
+    tools: ToolUse | None = None,
 ) -> Asked:
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         if is_int(given.get(name)):
@@ -270,19 +295,24 @@ def _asked(
             "max_tokens" if longest <= served.context else "messages" if chat else "prompt",
             code="context_length_exceeded",
         )
-    ends = eos_of(served.tokenizer) | (served.chats().ends if chat else frozenset())
+    grammar = read_format(given, partial(served.grammars, chat))
+    if tools and tools.grammar:
+        grammar = tools.grammar
     return Asked(
         chat,
         prompts,
         texts,
         params,
-        frozenset() if given.get("ignore_eos") else ends,
+        frozenset() if given.get("ignore_eos") else served.ends(chat),
         stream=given.get("stream", False),
         include_usage=usage,
         echo=given.get("echo", False),
+        adapter=served.adapter_of(given.get("model")),
         logprobs=logprobs,
         prompt_logprobs=given.get("prompt_logprobs"),
         return_token_ids=given.get("return_token_ids", False),
+        tools=tools,
+        grammar=grammar,
     )
 
 

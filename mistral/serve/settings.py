@@ -107,8 +107,13 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
         if template is not None:
             raise
         why = str(error)
+    called = name or model_name(loaded.folder)
+    adapters = () if loaded.model.adapters is None else loaded.model.adapters.names
+    if called in adapters:
+        raise UsageError(f"the model and an adapter are both called {called}: give --name, or --adapter NAME=FOLDER")
     return Served(
-        name or model_name(loaded.folder),
+        called,
+        adapters,
         loaded.tokenizer,
         Words(loaded.tokenizer),
         found,

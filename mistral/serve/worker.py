@@ -63,8 +63,11 @@ class Job:
         prompt_ids, params, sample, eos_ids: as `Engine.add` takes them.
         score: whether log-probabilities of the prompt are wanted: then nothing of it is reused.
         trim: whether its text is an answer, which begins without the space that some tokenizers put first.
+        markers: control ids at which a text ends and another begins, such as [TOOL_CALLS].
         tell: called in the worker's thread with each event.
+        adapter: as `Engine.add` takes it.
         cached: tokens of the prompt that a row held already.
+        taken: tokens that its text has, of those that were generated.
         request: the engine's, once it has a row.
     """
 
@@ -75,12 +78,16 @@ class Job:
     sample: int = 0
     score: bool = False
     trim: bool = False
+    markers: Collection[int] = ()
     cached: int = 0
     cancelled: bool = False
+    stopped: bool = False
+    taken: int = 0
     row: int = -1
     began: float = field(default_factory=time.monotonic)
     request: Request | None = None
     text: StopStrings | None = None
+    adapter: str | None = None
 
 
 @dataclass
@@ -128,6 +135,7 @@ class Worker:
         self._cache = RollingBufferCache(model.args, rows, device=model.device, dtype=model.dtype)
         self._engine = self._new_engine()
         self._held: list[list[int]] = [[] for _ in range(rows)]  # ids whose keys a free row holds
+        self._held_by: list[str | None] = [None] * rows  # the adapter that they were computed with
         self._used = [0] * rows  # when a row was last given away, in jobs
         self._running: list[Job] = []
         self._admitted: deque[Job] = deque()  # no longer waiting, and not yet running
@@ -240,11 +248,11 @@ class Worker:
         taken = {other.row for other in self._running}
         ids = [] if job.score else job.prompt_ids[:-1]
         free = [row for row in range(self.rows) if row not in taken]
-        common = {row: _common(self._held[row], ids) for row in free}
+        common = {row: _common(self._held[row], ids) if self._held_by[row] == job.adapter else 0 for row in free}
         row = max(free, key=lambda row: (common[row], -self._used[row]))
         try:
             job.cached = self._cache.rewind(row, common[row])
-            self._held[row] = self._held[row][: job.cached]
+            self._held[row], self._held_by[row] = self._held[row][: job.cached], job.adapter
             job.text = StopStrings(self._tokenizer, job.prompt_ids, job.params.stop)
             job.request = self._engine.add(
                 job.prompt_ids,
@@ -254,6 +262,7 @@ class Worker:
                 index=0,
                 sample=job.sample,
                 score=job.score,
+                adapter=job.adapter,
             )
         except Exception as error:
             if not isinstance(error, MistralError):
@@ -280,12 +289,21 @@ class Worker:
 
     def _take(self, job: Job, token: Token) -> None:
         assert job.text is not None
+        if job.stopped:
+            return  # the same step gave more, behind the stop string
         if len(token.request.output_ids) == 1:
             self.counts.first_tokens += 1
             self.counts.first_token_seconds += time.monotonic() - job.began
         self.counts.generated_tokens += 1
-        text = self._trimmed(job, job.text.push(token.id))
-        if job.text.stopped and token.request.finish is None:
+        job.taken += 1
+        if token.id in job.markers:
+            text = self._trimmed(job, job.text.flush())
+            before = job.prompt_ids + token.request.output_ids[: job.taken]
+            job.text = StopStrings(self._tokenizer, before, job.params.stop)
+        else:
+            text = self._trimmed(job, job.text.push(token.id))
+        if job.text.stopped:
+            job.stopped = True
             self._engine.stop(token.request)
         self._tell(job, Event(text, token))
 

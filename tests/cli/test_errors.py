@@ -380,7 +380,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(cli: Command, folder: Path) -> N
         ("17", "the prompt must be text or a list of ids"),
         ("{}", "the prompt must be text or a list of ids"),
         ('{"prompt": null}', "the prompt must be text or a list of ids"),
-        ('{"prompt": "a", "max_token": 3}', "line 1 has max_token; known are prompt, suffix and max_tokens"),
+        ('{"prompt": "a", "max_token": 3}', "line 1 has max_token; known are prompt, suffix, max_tokens and adapter"),
         ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens must be a whole number, at least 0, not 1.5"),
         ('{"prompt": "a", "max_tokens": -1}', "max_tokens must be a whole number, at least 0, not -1"),
         ('{"prompt": "a", "max_tokens": true}', "max_tokens must be a whole number, at least 0, not True"),

@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from mistral.eval.perplexity import perplexity
+from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.loader.load import load
 from tests.support.commands import Command, in_process
@@ -64,3 +67,28 @@ def test_greedy_ids_are_those_of_the_reference() -> None:
     for result, ids in zip(results, wanted, strict=True):
         assert result.tokens == ids[: len(result.tokens)]
         assert len(result.tokens) == len(ids) or result.finish_reason == "stop"
+
+
+@pytest.fixture(scope="module")
+def windowed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "smollm2"
+    convert(FILE, folder, "hf", sliding_window=128)
+    return folder
+
+
+@pytest.mark.parametrize("window", [None, 128, 256])
+def test_200_greedy_tokens_are_those_of_transformers(windowed_folder: Path, window: int | None) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    text = (ROOT / "tests" / "data" / "dwarf_long_nose.txt").read_text(encoding="utf-8")
+    loaded = load(FILE, device="cpu", sliding_window=window)
+    ids = loaded.tokenizer.encode(text)[:150]
+    (ours,) = complete([ids], loaded.model, loaded.tokenizer, max_tokens=200, temperature=0, eos_ids=())
+    config = transformers.AutoConfig.from_pretrained(windowed_folder)
+    assert config.sliding_window == 128
+    config.sliding_window = window
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(windowed_folder, config=config, dtype=torch.float32)
+    with torch.no_grad():
+        found = theirs.generate(
+            torch.tensor([ids]), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert ours.tokens == found[0, len(ids) :].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -12,29 +12,35 @@ from hypothesis import strategies as st
 
 import main
 import one_file_ref
+from mistral.args import QueryScaling, Yarn
 from mistral.formats.folder import BUNDLED
 from mistral.generate import generate
 from mistral.model import Transformer
 from test_generate import DebugTokenizer
 from tests.support.tiny import ragged, tiny_args, tiny_model, whole
 
+FAMILY = st.sampled_from(
+    [
+        {},
+        {"tied_embeddings": True},
+        {"yarn": Yarn(16, 8, 8, 1), "head_dim": 16},
+        {"yarn": Yarn(4, 8, attention_factor=1.0), "llama_4_scaling": QueryScaling(8, 0.4), "tied_embeddings": True},
+        {"llama_4_scaling": QueryScaling(5, 0.7)},
+    ]
+)
 WINDOWS = st.sampled_from([1, 3, 7, 100, None, (None, 3), (2, 5)])
 
 
 def twin(model: Transformer) -> one_file_ref.Transformer:
     """one_file_ref's model with the same weights."""
-    names = {f.name for f in fields(one_file_ref.ModelArgs) if f.init}
-    shape = {name: getattr(model.args, name) for name in names}
-    if isinstance(shape["sliding_window"], tuple):
-        shape["sliding_window"] = list(shape["sliding_window"])
-    other = one_file_ref.Transformer(one_file_ref.ModelArgs(**shape))
+    other = one_file_ref.Transformer(one_file_ref.ModelArgs(**model.args.to_params()))
     other.load_state_dict(model.state_dict(), strict=True)
     return other.eval()
 
 
-@given(WINDOWS, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
-def test_logits_of_packed_sequences(window: object, lens: list[int], seed: int) -> None:
-    model = tiny_model(tiny_args(sliding_window=window), seed=seed)
+@given(WINDOWS, FAMILY, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
+def test_logits_of_packed_sequences(window: object, member: dict[str, Any], lens: list[int], seed: int) -> None:
+    model = tiny_model(tiny_args(sliding_window=window, **member), seed=seed)
     prompts = ragged(lens, model.args.vocab_size, seed)
     with torch.inference_mode():
         other = twin(model)(torch.cat(prompts), lens)
@@ -42,9 +48,11 @@ def test_logits_of_packed_sequences(window: object, lens: list[int], seed: int) 
     assert (ours.log_softmax(-1) - other.log_softmax(-1)).abs().max() < 1e-5
 
 
-@given(WINDOWS, st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 1000))
-def test_greedy_generation_in_chunks(window: object, lens: list[int], chunk: int, seed: int) -> None:
-    model = tiny_model(tiny_args(sliding_window=window), seed=seed)
+@given(WINDOWS, FAMILY, st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 1000))
+def test_greedy_generation_in_chunks(
+    window: object, member: dict[str, Any], lens: list[int], chunk: int, seed: int
+) -> None:
+    model = tiny_model(tiny_args(sliding_window=window, **member), seed=seed)
     ids = [p.tolist() for p in ragged(lens, model.args.vocab_size, seed)]
     texts, logprobs = generate(ids, model, DebugTokenizer(), max_tokens=12, temperature=0, chunk_size=chunk)
     made, scores = one_file_ref.generate(ids, twin(model), 12, DebugTokenizer.eos_id, chunk_size=chunk + 1)

@@ -4,6 +4,7 @@ line. The file is the specification for the library, so nothing of mistral/ is u
 
 import ast
 import cmath
+import dataclasses
 import json
 import math
 import os
@@ -21,10 +22,12 @@ from safetensors.torch import save_file
 
 import one_file_ref
 from mistral.formats.folder import read_folder
+from mistral.formats.tokenizers import tokenizer_files
 from one_file_ref import Cache, ModelArgs, RMSNorm, Transformer, generate, load, rope_angles, rotate, visible
 
 FILE = Path(one_file_ref.__file__)
 LENGTHS = [1, 9, 14, 4]
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 WINDOWS = [1, 3, 100, None, [None, 3], [2, 5, None]]
 SHAPE = {"dim": 20, "n_layers": 3, "head_dim": 6, "hidden_dim": 28, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
 
@@ -178,7 +181,8 @@ def test_mask_rows_see_w_keys():
 
 def test_angles_and_rotation_are_the_originals():
     positions = torch.tensor([0, 1, 4095, 130_000, 2_000_000])
-    cos, sin = rope_angles(positions, 128, 1e6)
+    cos, sin, growth = rope_angles(positions, dataclasses.replace(make_args(), head_dim=128, rope_theta=1e6))
+    assert torch.equal(growth, torch.ones(5, 1))
     frequencies = 1.0 / 1e6 ** (torch.arange(0, 128, 2).float() / 128)
     polar = torch.polar(torch.ones(5, 64), torch.outer(positions.float(), frequencies))
     assert cos.dtype == sin.dtype == torch.float32
@@ -209,6 +213,42 @@ def test_gradients_reach_every_weight():
     model = make_model(make_args(3)).requires_grad_(True)
     model(torch.arange(9), [4, 5]).logsumexp(-1).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# The rest of the family
+
+YARN = {"factor": 16, ORIGINAL_LENGTH: 16384, "beta": 32, "alpha": 1, "apply_scale": False}  # Ministral 3's
+
+
+def test_stretched_frequencies_are_the_published_ones():
+    """Values that transformers 5 has for Ministral 3 and Medium 3.5, which equal the formula in float64."""
+    args = ModelArgs(**{**SHAPE, "head_dim": 128}, vocab_size=9, rope_theta=1e6, yarn=YARN)
+    found, factor = one_file_ref.frequencies(args)
+    golden = {0: 1, 1: 0.8058422, 20: 0.01333521, 21: 0.010153464, 28: 0.00132517959}
+    golden |= {36: 4.961135e-5, 37: 2.1238802e-5, 63: 7.755861e-8}
+    assert factor == 1.0
+    assert [float(found[i]) for i in golden] == pytest.approx(list(golden.values()), rel=5e-7)
+    medium = dataclasses.replace(args, yarn={"factor": 64, ORIGINAL_LENGTH: 4096, "beta": 4, "apply_scale": True})
+    assert one_file_ref.frequencies(medium)[1] == pytest.approx(1.4158883)
+
+
+def test_queries_grow_in_steps():
+    args = dataclasses.replace(make_args(), llama_4_scaling={ORIGINAL_LENGTH: 16384, "beta": 0.1})
+    *_, growth = rope_angles(torch.tensor([0, 16383, 16384, 32768, 262143]), args)
+    assert growth[:, 0].tolist() == pytest.approx([1, 1, 1.0693147, 1.1098612, 1.2772589])
+
+
+def test_a_tied_output_is_the_embeddings(folder):
+    tensors = {name: tensor for name, tensor in weights().items() if name != "output.weight"}
+    save_file(tensors, folder / "consolidated.safetensors")
+    set_params(folder, tied_embeddings=True)
+    model = load(folder, dtype=torch.bfloat16)
+    assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+    assert torch.equal(model.output.weight, tensors["tok_embeddings.weight"])
+    images = {"vision_encoder.x.weight": torch.ones(2), "patch_merger.merging_layer.weight": torch.ones(2)}
+    save_file(weights() | images, folder / "consolidated.safetensors")  # an output of its own is what was meant
+    own = load(folder, dtype=torch.bfloat16).output.weight
+    assert torch.equal(own, weights()["output.weight"])
 
 
 # The cache
@@ -258,10 +298,12 @@ def test_chunks_bound_the_masks(monkeypatch):
 
 def test_eos_ends_its_row_only():
     model, prompts = make_model(make_args(3)), make_prompts()
-    eos = generate(prompts, model, 8, None)[0][1][4]
-    prompts[2][3] = eos  # in a prompt it stops nothing
-    free_ids, free_logprobs = generate(prompts, model, 8, None)
-    cut = [row.index(eos) if eos in row else 8 for row in free_ids]
+    for eos in generate(prompts, model, 8, None)[0][1]:
+        prompts[2][3] = eos  # in a prompt it stops nothing
+        free_ids, free_logprobs = generate(prompts, model, 8, None)
+        cut = [row.index(eos) if eos in row else 8 for row in free_ids]
+        if 0 < min(cut) < max(cut) == 8:
+            break
     assert 0 < min(cut) < max(cut) == 8
     stopped_ids, stopped = generate(prompts, model, 8, eos)
     assert stopped_ids == [row[:n] for row, n in zip(free_ids, cut, strict=True)]
@@ -403,6 +445,12 @@ def test_theta_and_window_rules(folder, changes, theta, windows):
         *({key: False} for key in ("tied_embeddings", "use_biases", "attn_bias", "qk_norm")),
         {"causal": True, "activation": "silu", "model_type": "transformer", "dtype": "bfloat16"},
         {"lora": {"enable": True, "rank": 16, "dropout": 0.0, "scaling": 2.0}, "moe": None},
+        {"kv_lora_rank": -1, "qk_nope_head_dim": -1, "tied_embeddings": None},
+        {"vision_encoder": {"hidden_size": 1024}, "multimodal": None},
+        {"yarn": {"factor": 16, ORIGINAL_LENGTH: 16384, "beta": 32, "alpha": 1, "apply_scale": False}},
+        {"yarn": {"factor": 64.0, ORIGINAL_LENGTH: 4096, "beta": 4, "apply_scale": None}},
+        {"yarn": {"factor": 2, ORIGINAL_LENGTH: 9, "attention_factor": 1.5}, "llama_4_scaling": None},
+        {"llama_4_scaling": {ORIGINAL_LENGTH: 16384, "beta": 0.1}},
     ],
     ids=str,
 )
@@ -412,6 +460,10 @@ def test_it_accepts_what_the_library_accepts(folder, changes):
     if changes.get("sliding_window", 0) is not None or "_sliding_window" not in changes:  # the library says they differ
         theirs = read_folder(folder).args
         assert (ours.windows, ours.rope_theta) == (list(theirs.windows), theirs.rope_theta)
+        known = theirs.to_params()
+        assert bool(ours.tied_embeddings) == theirs.tied_embeddings
+        for name in ("yarn", "llama_4_scaling"):
+            assert (getattr(ours, name) is None) == (name not in known)
     path = folder / "params.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors write UTF-8
     assert one_file_ref.ModelArgs.from_folder(folder) == ours
@@ -528,6 +580,21 @@ def test_tekken_tokenizers_are_read(folder):
     assert (decode(ids), n_words, eos) == ("This is a test", 2000, 2)
 
 
+def test_a_backup_is_no_tokenizer(folder, sp):
+    """Known names only, the newest kind first, as the library has them."""
+    for name in ("tokenizer.model.bak", "tokenizer.model.v3.old", "tekken_old.json", "tokenizer.model.sha256"):
+        (folder / name).write_bytes(b"nothing")
+    assert one_file_ref.load_tokenizer(folder)[2] == PIECES
+    assert [p.name for p in tokenizer_files(folder)] == ["tokenizer.model"]
+    for name in ("tokenizer.model.v3", "tokenizer.model.v1", "tokenizer.model.v7", "tokenizer.model.v7m1"):
+        shutil.copy(sp, folder / name)
+    known = [name for name in one_file_ref.TOKENIZERS if (folder / name).is_file()]
+    assert known == [p.name for p in tokenizer_files(folder)]
+    (folder / known[0]).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"tokenizer\.model\.v7m1 cannot be read"):
+        one_file_ref.load_tokenizer(folder)
+
+
 class Mischief:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -554,7 +621,13 @@ BREAK = {
     "no params.json": lambda f: (f / "params.json").unlink(),
     "params.json: Expecting": lambda f: (f / "params.json").write_text("{"),
     "params.json: 'list'": lambda f: (f / "params.json").write_text("[1]"),
-    "unknown keys: ['moe', 'yarn']": lambda f: set_params(f, yarn={}, moe={"num_experts": 8}),
+    "a mixture of experts (Mixtral) is more than this file has": lambda f: set_params(f, moe={"num_experts": 8}),
+    "unknown keys: ['quantization', 'rope_scaling']": lambda f: set_params(f, quantization={}, rope_scaling={}),
+    "{} must have factor and original_max_position_embeddings": lambda f: set_params(f, yarn={}),
+    "must have beta and original_max_position_embeddings": lambda f: set_params(f, llama_4_scaling={"beta": 0.1}),
+    "'mscale'": lambda f: set_params(f, yarn={"factor": 2, "original_max_position_embeddings": 9, "mscale": 1}),
+    "all above 0": lambda f: set_params(f, yarn={"factor": 0, "original_max_position_embeddings": 9}),
+    "params.json: '>' not supported": lambda f: set_params(f, llama_4_scaling={ORIGINAL_LENGTH: 9, "beta": "x"}),
     "missing keys: ['dim', 'norm_eps']": lambda f: set_params(f, dim="drop", norm_eps="drop"),
     "unknown keys: ['_sliding_window']": lambda f: set_params(f, _sliding_window=3),
     "n_layers must be a positive integer, not '3'": lambda f: set_params(f, n_layers="3"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mistral.args import Moe
 from mistral.eval import bench
 from mistral.loader.load import load
+from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
@@ -68,16 +70,32 @@ def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
         (("--shape", "7b"), "FOLDER and --shape: give one of them"),
     ):
         assert cli("bench", folder, *words).error.startswith(message)
-    assert cli("bench", "--shape", "8b").error == "no shape is called '8b': 7b, 1b"
+    assert cli("bench", "--shape", "8b").error == "no shape is called '8b': 7b, 1b, moe"
 
 
 def test_the_shapes_are_those_they_are_called() -> None:
     sizes = {}
     for name, args in bench.SHAPES.items():
+        if args.moe is not None:
+            sizes[name] = sum(parameter.numel for parameter in parameters(args).values())
+            continue
         layer = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads) + 3 * args.dim * args.hidden_dim
         sizes[name] = args.n_layers * (layer + 2 * args.dim) + 2 * args.vocab_size * args.dim + args.dim
     assert sizes["7b"] == 7_241_732_096
     assert 0.95e9 < sizes["1b"] < 1.05e9
+    assert 1.5e9 < sizes["moe"] < 1.6e9
+
+
+def test_of_experts_the_chosen_ones_count() -> None:
+    args = tiny_args(moe=Moe(4, 2))
+    model, dense = tiny_model(args), tiny_model(tiny_args())
+    expert = 3 * args.dim * args.hidden_dim
+    router = 4 * args.dim
+    more = args.n_layers * 4 * (expert + router)  # two experts for one
+    assert bench.weight_bytes(model) == bench.weight_bytes(dense) + more
+    assert bench.weight_bytes(model, 2) == bench.weight_bytes(dense) + more + args.n_layers * 4 * expert
+    assert bench.weights_in_products(model) == bench.weights_in_products(dense) + more // 4
+    assert bench.weight_bytes(dense, 8) == bench.weight_bytes(dense)
 
 
 def test_what_limits_are_made_of(tmp_path: Path) -> None:

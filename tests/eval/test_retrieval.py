@@ -311,6 +311,8 @@ def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
     assert report["filler"] == str(text)
     assert "<svg" in picture.read_text()
     assert "the first topic" in cli("eval", folder, "--task", "topics", *short).text
+    asked = json.loads(cli("eval", folder, "--task", "needle", *short, "--instruct", "--json").text)
+    assert (asked["template"], report["template"]) == ("v1", None)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mistral.cache import CacheError
 from mistral.eval.shared_prefix import SharedPrefixes, branches
 from mistral.generate import completions
 from tests.support.tiny import distance, make_cache, tiny_args, tiny_model, whole
@@ -104,3 +105,13 @@ def test_a_copied_row_goes_on_like_its_source(length: int, rewound: int, window:
     source = model.forward(rest, [0, len(rest), 0], cache)
     copied = model.forward(rest, [0, 0, len(rest)], cache)
     assert distance([copied], [source]) < 1e-6
+
+
+def test_rows_that_cannot_be_copied() -> None:
+    cache = make_cache(MODEL, 2)
+    for source, target in ((2, 0), (0, 2), (-1, 0)):
+        with pytest.raises(CacheError, match="in a cache of 2 rows"):
+            cache.copy(source, target)
+    cache.layers[0].written = True
+    with pytest.raises(CacheError, match="did not finish"):
+        cache.copy(0, 1)

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mistral.chat.messages import Message
+from mistral.chat.templates import find_template
 from mistral.formats import huggingface, writer
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
@@ -265,21 +267,22 @@ def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -
 TEXTS = ("Hello world", "  two  spaces ", "Once upon a time", "na\u00efve \U0001f642\n\tx", "<s>[INST] hi </s>", "")
 
 
-@pytest.mark.parametrize("kind", ["bundled", "v3", "tekken"])
+@pytest.mark.parametrize("kind", ["bundled", "v2", "v3", "v7", "tekken"])
 def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
     """A folder without tokenizer.json: AutoTokenizer gives our ids, bos and the first word included."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("tokenizers", reason="needs tokenizers")
     common = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
-    vocab = {"bundled": 4096, "v3": 32768, "tekken": 131072}[kind]
+    vocab = {"bundled": 4096, "tekken": 131072}.get(kind, 32768)
     src = make_folder(tmp_path / "a", tokenizer=kind == "bundled", vocab_size=vocab)
-    if kind == "v3":
-        shutil.copy(common / "mistral_instruct_tokenizer_240323.model.v3", src / "tokenizer.model.v3")
+    if kind.startswith("v"):
+        (file,) = common.glob(f"mistral_instruct_tokenizer_2*.model.{kind}")
+        shutil.copy(file, src / f"tokenizer.model.{kind}")
     elif kind == "tekken":
         shutil.copy(common / "tekken_240718.json", src / "tekken.json")
     made = "tokenizer.json and tokenizer_config.json were made from "
     assert any(note.startswith(made) for note in convert(src, tmp_path / "b", "hf").notes)
-    for name in ("tokenizer.model", "tokenizer.model.v3", "tekken.json"):
+    for name in ("tokenizer.model", f"tokenizer.model.{kind}", "tekken.json"):
         (tmp_path / "b" / name).unlink(missing_ok=True)  # what is written is enough
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     ours = load(src, device="cpu").tokenizer
@@ -290,6 +293,17 @@ def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
             assert theirs(text)["input_ids"] == ids
             assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    chat = [("user", "Hi [INST]"), ("assistant", "Hello."), ("user", "Bye\n")]
+    for said in (chat, [("system", "Be brief."), *chat], chat[:1]):
+        if kind == "bundled" and said[0][0] == "system":
+            continue  # its version has no place for one: mistral-common puts it into the first question
+        dicts = [{"role": role, "content": text.replace("[INST]", "there")} for role, text in said]
+        messages = [Message(one["role"], one["content"]) for one in dicts]
+        ids = find_template(ours).encode_chat(messages)
+        theirs_ids = theirs.apply_chat_template(dicts, tokenize=True, return_dict=False)
+        assert theirs_ids == ids
+        own = load(tmp_path / "b", device="cpu").tokenizer  # the folder's own template, here
+        assert find_template(own, folder=tmp_path / "b").encode_chat(messages) == ids
 
 
 def _no_window(shape: str) -> dict[str, Any]:
@@ -303,7 +317,11 @@ def test_config(tmp_path: Path) -> None:
     src = make_folder(tmp_path / "a", random_state(dtype=torch.bfloat16), max_seq_len=777)
     written = convert(src, tmp_path / "b", "hf")
     made = "tokenizer.json and tokenizer_config.json were made from tokenizer.model"
-    assert written.notes == (f"{made}, so that transformers gives the same ids",)
+    template = "chat_template.jinja was made by mistral-common for v1, the version of tokenizer.model"
+    assert written.notes == (
+        f"{made}, so that transformers gives the same ids",
+        f"{template}: it is for instruct models",
+    )
     assert config_of(tmp_path / "b") == {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",

@@ -12,17 +12,33 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mistral import load
-from mistral.args import QueryScaling, Yarn
+from mistral.args import ModelArgs, QueryScaling, Yarn
 from mistral.cache import RollingBufferCache
+from mistral.chat.conversation import Chat
+from mistral.chat.messages import Message
+from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.folder import BUNDLED, read_folder
 from mistral.formats.layout import ParamsError
 from mistral.formats.mistral import to_args
+from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.rope import Rope, yarn_frequencies, yarn_ramp
-from tests.support.folders import PARAMS
-from tests.support.tiny import TOLERANCE, distance, play, prefill_then_decode, ragged, whole
+from tests.chat.test_templates import LATER, later
+from tests.formats.test_releases import assert_quantized
+from tests.support.folders import PARAMS, make_folder
+from tests.support.tiny import (
+    TOLERANCE,
+    distance,
+    play,
+    prefill_then_decode,
+    ragged,
+    tiny_args,
+    tiny_model,
+    whole,
+)
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -61,6 +77,9 @@ YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
+# As Medium 3.5 spells it: no query grows, and the attention factor is the usual one.
+MEDIUM = {**YARN, "type": "yarn", "factor": 64.0, "beta_fast": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+MEDIUM |= {"llama_4_scaling_beta": 0}
 NO_FACTOR = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
 GROWS = {**NO_FACTOR, "llama_4_scaling_beta": 0.5}
 
@@ -69,7 +88,10 @@ KINDS: dict[str, tuple[str, bool, bool, dict[str, Any]]] = {
     "small-3.1": ("mistral", True, False, PLAIN),
     "ministral-3-3b": ("ministral3", True, True, GROWS),
     "ministral-3-8b": ("ministral3", True, False, GROWS),
-    "medium-3.5": ("mistral", True, False, {**YARN, "beta_fast": 4.0, "factor": 64.0}),
+    "ministral-3-14b": ("ministral3", True, False, {**GROWS, "rope_theta": 1e9}),
+    "devstral-small-2": ("ministral3", True, False, {**GROWS, "rope_theta": 1e8, "factor": 48.0}),
+    "devstral-2": ("ministral3", False, False, MEDIUM),
+    "medium-3.5": ("ministral3", True, False, MEDIUM),
     "text-alone": ("ministral3", False, False, GROWS),
     "yarn-alone": ("mistral", False, False, YARN),
     "another-factor": ("mistral", False, True, {**YARN, "factor": 10.0, "attention_factor": 1.3}),
@@ -147,6 +169,7 @@ def test_a_kind_loads_and_is_transformers(tmp_path: Path, kind: str) -> None:
     assert greedy(found[0].model, prompts[0]) == greedy(found[1].model, prompts[0]) == want_ids
     classes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert distance(theirs(classes, prompts), want) < TOLERANCE
+    assert (found[0].args.llama_4_scaling is None) == (not KINDS[kind][3].get("llama_4_scaling_beta"))
     seen = [note for note in found[0].notes if "read images" in note]
     assert len(seen) == KINDS[kind][1]
     assert found[0].args.tied_embeddings == KINDS[kind][2]
@@ -170,6 +193,93 @@ def test_the_scaling_matters(tmp_path: Path, kind: str) -> None:
         assert distance(got, want) > 1e-3
         if drop == "llama_4_scaling_beta":
             assert distance([x[:ORIGINAL] for x in got], [x[:ORIGINAL] for x in want]) < TOLERANCE
+
+
+# --- in fp8
+
+
+def in_fp8(folder: Path) -> None:
+    """The text model's layers as the releases store them: a scale for each matrix, and one for its inputs."""
+    state = load_file(folder / "model.safetensors")
+    for name in [n for n in state if "_proj" in n and "language_model" in n]:
+        weight, path = state.pop(name).float(), name.removesuffix(".weight")
+        scale = (weight.abs().max() / 448).bfloat16()
+        state[name] = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        state |= {f"{path}.weight_scale_inv": scale, f"{path}.activation_scale": torch.tensor(0.02).bfloat16()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    raw["quantization_config"] = {
+        **{"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False},
+        "modules_to_not_convert": skipped,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("kind", ["ministral-3-3b", "medium-3.5"])
+def test_a_member_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
+    """Which dequantizes to bf16 where there is no GPU; and both ways out of it."""
+    pytest.importorskip("accelerate", reason="needs accelerate, without which transformers reads no fp8")
+    written_by_transformers(tmp_path / "fp8", kind, torch.bfloat16)
+    in_fp8(tmp_path / "fp8")
+    classes = transformers.Mistral3ForConditionalGeneration
+    other = classes.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16).eval().float()
+    prompts = ragged(LENS, TEXT["vocab_size"], seed=3)
+    want = theirs(other, prompts)
+    convert(tmp_path / "fp8", tmp_path / "mistral", "mistral")
+    convert(tmp_path / "mistral", tmp_path / "back", "hf")
+    for name in ("fp8", "mistral", "back"):
+        found = load(tmp_path / name, device="cpu")
+        with torch.inference_mode():
+            assert distance(whole(found.model, prompts), want) < TOLERANCE
+        for said in ("the weights are quantized (fp8)", "14 tensors that scale activations"):
+            assert any(said in note for note in found.notes) == (name == "fp8")
+
+
+# --- in conversation
+
+CHATS = {release.name: release.template for release in RELEASES if release.template.partition("-")[0] in LATER}
+
+
+def scaled_down(release: str, folder: Path) -> Path:
+    """A tiny random folder with what a release's row says of positions and output, and a tekken file of its version."""
+    row = next(r for r in RELEASES if r.name == release)
+    assert identify(row_args(row), "tekken", row.tokenizer_version)[0] is row
+    changes: dict[str, Any] = {"yarn": row.yarn, "llama_4_scaling": row.llama_4_scaling, "sliding_window": None}
+    changes |= {"tied_embeddings": row.tied_embeddings, "vocab_size": row.vocab_size}
+    args = tiny_args(**changes)
+    state = {n: w for n, w in tiny_model(args).state_dict().items() if n != "output.weight" or not row.tied_embeddings}
+    make_folder(folder, state, tokenizer=False, **args.to_params())
+    later(CHATS[release].partition("-")[0], folder)
+    return folder
+
+
+@pytest.mark.parametrize("release", CHATS)
+def test_a_member_chats(tmp_path: Path, release: str) -> None:
+    """In the template of its version; the second turn takes in what is new."""
+    pytest.importorskip("mistral_common")
+    folder = scaled_down(release, tmp_path / "model")
+    loaded = load(folder, device="cpu")
+    template = find_template(loaded.tokenizer, folder=folder)
+    assert template.name == CHATS[release]
+    chat = Chat(loaded.model, loaded.tokenizer, template, system="Be brief.", temperature=0, max_tokens=5)
+    for question in ("Hi", "Bye"):
+        text = "".join(piece.text for piece in chat.answer(question))
+        assert text == chat.messages[-1].content
+    before = template.encode_chat([Message("system", "Be brief."), *chat.messages[:2], Message("user", "Bye")])
+    assert chat.prefilled_tokens + chat.cached_tokens == len(before)
+    assert chat.prefilled_tokens < len(before) / 2 + 2
+
+
+@pytest.mark.parametrize("release", CHATS)
+def test_a_member_is_quantized(tmp_path: Path, release: str) -> None:
+    """int8 and int4 of --quant: close to what they were made from, and the same when they were converted before."""
+    folder = scaled_down(release, tmp_path / "model")
+    assert_quantized(folder, tmp_path)
+
+
+def row_args(row: Release) -> ModelArgs:
+    return ModelArgs(**{n: getattr(row, n) for n in (*COMPARED, *PARTS, "tied_embeddings")})
 
 
 # --- the formulas, against what the releases have
@@ -227,7 +337,7 @@ YARN_PARAMS = {"factor": 16, "original_max_position_embeddings": 32}
         ({"yarn": {**YARN_PARAMS, "apply_scale": 1}}, "apply_scale 1; it must be true or false"),
         ({"yarn": 16}, "yarn must be an object"),
         ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling lacks original_max_position_embeddings"),
-        ({"llama_4_scaling": {"beta": 0, "original_max_position_embeddings": 8}}, "llama_4_scaling.beta is 0"),
+        ({"llama_4_scaling": {"beta": -1, "original_max_position_embeddings": 8}}, "llama_4_scaling.beta is -1"),
     ],
 )
 def test_params_that_cannot_be(given: dict[str, Any], said: str) -> None:

@@ -188,10 +188,10 @@ touch(formats.load(sys.argv[1], device="cpu").model)  # a tiny one: whatever is 
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before, most = status("VmHWM"), 0
 
-def watched(self, name, progress):
+def watched(self, name, *more, **named):
     global most
     most = max(most, status("RssAnon"))
-    return get(self, name, progress)
+    return get(self, name, *more, **named)
 
 get = WeightFiles.get
 WeightFiles.get = watched
@@ -351,7 +351,7 @@ def test_refused_keys_are_named_with_where_to_go(key: str) -> None:
         to_args({**PARAMS, key: value})
 
 
-@pytest.mark.parametrize("key", ["ssm_config", "rope_scaling", "kv_lora_rank", "quantization"])
+@pytest.mark.parametrize("key", ["ssm_config", "rope_scaling", "kv_lora_rank", "quantization_config"])
 def test_keys_that_change_the_model_are_known(key: str) -> None:
     assert key in REFUSED
     with pytest.raises(ParamsError, match=f"'{key}'"):
@@ -368,13 +368,14 @@ def test_later_releases_are_refused_by_what_they_are() -> None:
         ({"causal": True, "multimodal": {"whisper_model_args": {}}}, "other inputs than text (Voxtral)"),
         ({"multimodal": {"vision_encoder_args": {}, "whisper_model_args": {}}}, "other inputs than text (Voxtral)"),
         ({"n_groups": 8, "rms_norm": True, "model_type": "mamba"}, "describes a Mamba model (Codestral Mamba): use"),
-        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "a quantized checkpoint: use vLLM"),
+        ({"quantization": {"qformat_weight": "nvfp4"}}, "a quantized checkpoint: use vLLM"),
     ]
     for more, said in releases:
         with pytest.raises(ParamsError, match=re.escape(said)):
             to_args({**more, **PARAMS})
     assert to_args({**PARAMS, **dict.fromkeys(REFUSED), "model_type": "transformer"}) == to_args(PARAMS)
     assert to_args({**PARAMS, **dict.fromkeys(REFUSED, -1)}) == to_args(PARAMS)
+    assert to_args({**PARAMS, "quantization": {"qformat_weight": "fp8_e4m3"}}) == to_args(PARAMS)
     for seeing in ({"vision_encoder": {"hidden_size": 1024}}, {"multimodal": {"vision_encoder_args": {}}}):
         assert to_args({**PARAMS, **seeing}) == to_args(PARAMS)
 

@@ -17,7 +17,8 @@ from mistral.cli.prompts import folder_or_prompt, folder_or_text
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import read_folder
-from mistral.formats.inspect import as_text, inspect_folder
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.formats.tokenizers import eos_ids, load_tokenizer
 from mistral.loader.load import load
 from mistral.loader.options import LoadOptions, OptionError

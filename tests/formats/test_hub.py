@@ -80,7 +80,18 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["a/b", "mistralai/Mistral-7B-v0.1", "own_er/na.me", "a/b@main", "a/b@refs/pr/1", "a/b@x--y", "1/2"]
+    "word",
+    [
+        "a/b",
+        "mistralai/Mistral-7B-v0.1",
+        "own_er/na.me",
+        "a/b@main",
+        "a/b@refs/pr/1",
+        "a/b@x--y",
+        "1/2",
+        "a/b:Q4_K_M",
+        "a/b@main:q4_0",
+    ],
 )
 def test_ids(word: str) -> None:
     assert is_hub_id(word)
@@ -329,8 +340,6 @@ def test_forbidden(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ("README.md q4.gguf", "GGUF files: fetch one of them, and give its path"),
-        ("config.json sub/q4.gguf", "GGUF files"),
         ("config.json pytorch_model.bin", "pytorch_model.bin: it must be saved as safetensors first"),
         ("config.json pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),
         (
@@ -349,6 +358,52 @@ def test_a_repository_without_a_model(hub: Hub, files: str, said: str) -> None:
     message = refused("owner/name")
     assert said in message
     assert "expected consolidated.safetensors with params.json, or model.safetensors with config.json" in message
+    assert hub.sent() == set()
+
+
+# --- GGUF files
+
+
+PARTS = ("b/a-F16-00001-of-00002.gguf", "b/a-F16-00002-of-00002.gguf")
+GGUFS = ("a.Q4_K_M.gguf", "a.Q8_0.gguf", "mmproj-a-f16.gguf", *PARTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [("Q4_K_M", ("a.Q4_K_M.gguf",)), ("q8_0", ("a.Q8_0.gguf",)), ("f16", PARTS)],
+)
+def test_a_gguf_file_by_its_type(
+    hub: Hub, kind: str, files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.repos["owner/name"] = {"main": {name: name.encode() * 9 for name in (*GGUFS, "README.md", "config.json")}}
+    found = locate(f"owner/name:{kind}")
+    assert found.as_posix().endswith(files[0])
+    assert hub.sent() == set(files)
+    assert found.read_bytes() == files[0].encode() * 9
+    assert caplog.messages[0].startswith(f"fetching owner/name: {len(files)} file")
+    offline(monkeypatch)
+    assert locate(f"owner/name:{kind}") == found
+    assert locate("owner/name") == found  # the only one that is here
+    assert "no GGUF file of type Q2_K" in refused("owner/name:Q2_K")
+
+
+def test_the_only_gguf_file_needs_no_type(hub: Hub) -> None:
+    hub.repos["owner/name"] = {"main": {"model.gguf": b"GGUF", "README.md": b""}, "old": {"m-Q4_0.gguf": b"old"}}
+    assert locate("owner/name").name == "model.gguf"
+    assert locate("owner/name@old").read_bytes() == b"old"
+    assert locate("owner/name@old:Q4_0").read_bytes() == b"old"
+
+
+def test_which_gguf_file_is_meant_must_be_clear(hub: Hub, model: Path) -> None:
+    hub.repos["owner/name"] = {"main": dict.fromkeys(GGUFS, b"x")}
+    said = refused("owner/name")
+    assert said == "owner/name has several GGUF files: say which, as in owner/name:Q4_K_M (it has F16, Q4_K_M, Q8_0)"
+    assert "no GGUF file of type Q3_K_S: say which, as in owner/name:" in refused("owner/name:Q3_K_S")
+    hub.repos["owner/name"]["main"] = dict.fromkeys([*GGUFS[:4], "c-Q8_0.gguf"], b"x")
+    assert "has 1 of the 2 parts of b/a-F16.gguf" in refused("owner/name:F16")
+    assert "several GGUF files" in refused("owner/name:Q8_0")
+    hub.add("owner/plain", model)
+    assert "it has" in refused("owner/plain:Q8_0")
     assert hub.sent() == set()
 
 

@@ -23,7 +23,8 @@ from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
-from mistral.formats.inspect import ITEMSIZE, POSITIONS, as_text, inspect_folder
+from mistral.formats.inspect import ITEMSIZE, POSITIONS, inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, WrongCopy, identify
 from mistral.loader.load import load
 from mistral.tekken import PATTERN
@@ -307,6 +308,8 @@ KEYS = {
     "parameters": int,
     "dtypes": dict,
     "shape": dict,
+    "parts": dict,
+    "active_parameters": int,
     "window": dict,
     "rope_theta": dict,
     "trained_length": (int, type(None)),
@@ -331,7 +334,9 @@ def test_json_has_the_same_keys_always(cli: Command, tmp_path: Path) -> None:
         assert len(report["window"]["layers"]) == report["shape"]["n_layers"]
         assert set(report["rope_theta"]) == {"value", "rule"}
         assert set(report["tokenizer"]) == {"file", "kind", "version", "words", "error"}
-        assert set(report["memory"]) == {"weights", "cache"}
+        assert set(report["memory"]) == {"weights", "quantized", "cache"}
+        assert set(report["memory"]["quantized"]) == {"int8", "int4"}
+        assert set(report["parts"]) == {"yarn", "llama_4_scaling", "moe", "tied_embeddings"}
         assert set(report["memory"]["weights"]) == set(ITEMSIZE)
         assert set(report["serve"]) == {"commands", "convert_first"}
         if folder:

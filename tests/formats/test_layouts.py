@@ -16,7 +16,8 @@ import mistral
 from mistral.args import ModelArgs
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
-from mistral.formats.inspect import as_text, inspect_folder
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.formats.layout import Layout, ParamsError, Serving
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE, find_layout
 from mistral.formats.mistral import to_args

@@ -16,8 +16,14 @@ from torch import Tensor
 from mistral import load
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.fp8 import scaled
+from mistral.formats.huggingface import heads_of, rows_to_mistral
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_text import as_text
+from mistral.quant import KINDS as KINDS_OF_LINEAR
 from mistral.util.errors import MistralError
-from tests.support.folders import PARAMS, make_folder, random_state
+from tests.support.folders import PARAMS, make_folder, random_state, write_params
+from tests.support.tiny import TOLERANCE, distance
 
 # Wider than other tests': columns of whole words.
 SHAPE = {"dim": 32, "hidden_dim": 64}
@@ -92,6 +98,35 @@ def whole_bytes(made: Made, kind: torch.dtype) -> tuple[Files, Tensor]:
     return {"weight": q, "weight_scale": scale}, q.double() * scale.double()
 
 
+def fp8(made: Made, scale: Tensor, name: str, block: tuple[int, int] = (1, 1), **more: Tensor) -> tuple[Files, Tensor]:
+    """Weights in fp8 and scales of any shape; what they mean is worked out number by number."""
+    q = torch.from_numpy(made.q.T * 9 - 70).float().to(torch.float8_e4m3fn).contiguous()
+    wide, meant = scale.double(), q.double()
+    for i in range(made.out):
+        for j in range(made.inner):
+            at = {0: (), 1: (i % len(wide),) if scale.dim() else ()}.get(scale.dim(), (i // block[0], j // block[1]))
+            meant[i, j] *= float(wide[at])
+    return {"weight": q, name: scale, **more}, meant
+
+
+def random_scales(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) * 0.02 + 0.005).to(dtype)
+
+
+def one_scale(made: Made) -> tuple[Files, Tensor]:
+    return fp8(made, random_scales(), "weight_scale_inv", (10**6, 10**6), activation_scale=torch.tensor(0.5))
+
+
+def in_blocks(made: Made, name: str, *block: int) -> tuple[Files, Tensor]:
+    grid = -(-made.out // block[0]), -(-made.inner // block[1])
+    return fp8(made, random_scales(*grid), name, (block[0], block[1]))
+
+
+def of_rows(made: Made) -> tuple[Files, Tensor]:
+    scale = random_scales(made.out, 1, dtype=torch.float32)
+    return fp8(made, scale, "weight_scale", (1, 10**6), input_scale=torch.ones(1))
+
+
 # The 16 values of nf4: quantiles of a normal distribution, as the files hold them.
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105, 0.0]
 NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -130,13 +165,15 @@ def int8_rows(made: Made) -> tuple[Files, Tensor]:
     return files, q.double() * scb.double()[:, None] / 127
 
 
-def compressed(form: str, bits: int = 4, kind: str = "int") -> dict[str, Any]:
-    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, "type": kind, "group_size": GROUP}}}
+def compressed(form: str, bits: int = 4, kind: str = "int", **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "group_size": GROUP, **more}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
+FP8 = {"quant_method": "fp8", "activation_scheme": "static", "dequantize": False, "modules_to_not_convert": ["lm_head"]}
 BNB = {"quant_method": "bitsandbytes"}
 NF4_CONFIG = BNB | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Files, Tensor]]]] = {
@@ -149,6 +186,20 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Fi
     "packed, zero points": (compressed("pack-quantized"), lambda shape, seed: packed(Made(shape, seed), True)),
     "int8": (compressed("int-quantized", 8), lambda shape, seed: whole_bytes(Made(shape, seed), torch.int8)),
     "fp8": (compressed("float-quantized", 8, "float"), lambda s, seed: whole_bytes(Made(s, seed), torch.float8_e4m3fn)),
+    "fp8 in blocks of compressed-tensors": (
+        compressed("float-quantized", 8, "float", strategy="block", block_structure=[16, 16]),
+        lambda s, seed: in_blocks(Made(s, seed), "weight_scale", 16, 16),
+    ),
+    "fp8, one scale": (FP8 | {"weight_block_size": None}, lambda shape, seed: one_scale(Made(shape, seed))),
+    "fp8, rows": (FP8 | {"ignored_layers": ["lm_head"]}, lambda shape, seed: of_rows(Made(shape, seed))),
+    "fp8, even blocks": (
+        FP8 | {"weight_block_size": [16, 16]},
+        lambda s, seed: in_blocks(Made(s, seed), "weight_scale_inv", 16, 16),
+    ),
+    "fp8, blocks": (  # the last of each line is smaller
+        FP8 | {"weight_block_size": [12, 20]},
+        lambda s, seed: in_blocks(Made(s, seed), "weight_scale_inv", 12, 20),
+    ),
     "nf4": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, False)),
     "nf4, nested": (NF4_CONFIG, lambda shape, seed: nf4(shape, seed, True)),
     "int8 of bitsandbytes": (BNB | {"load_in_8bit": True}, lambda shape, seed: int8_rows(Made(shape, seed))),
@@ -175,16 +226,22 @@ def write(folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
 def test_they_are_read_as_what_is_meant(tmp_path: Path, kind: str) -> None:
     folder, meant = write(tmp_path / "quantized", kind)
     found = read_folder(folder)
-    assert any("dequantized while they are read" in note for note in found.notes)
+    assert any("computed in fp32 while they are read" in note for note in found.notes)
+    aside = [note for note in found.notes if "scale activations" in note]
+    assert len(aside) == (kind in ("fp8, one scale", "fp8, rows"))
     hf = found.layout
     for name in found.tensors:
         got = hf.unfix(name, found.args, found.weights.get(name))
+        exact = hf.unfix(name, found.args, found.weights.get(name, exact=True))
         want = meant[hf.name_of(name)]
-        assert got.shape == found.weights.tensors[name].shape
-        assert torch.equal(got, want.to(got.dtype)), name
+        assert got.shape == exact.shape == found.weights.tensors[name].shape
+        assert str(got.dtype) == f"torch.{found.weights.tensors[name].dtype}"
+        assert got.dtype in (torch.float16, torch.bfloat16)
+        assert torch.equal(got, want.float().to(got.dtype)), name
+        assert torch.equal(exact, want.float()) or exact.dtype == got.dtype == want.half().dtype, name
 
 
-@pytest.mark.parametrize("kind", ["AWQ", "fp8", "nf4, nested"])
+@pytest.mark.parametrize("kind", ["AWQ", "fp8", "fp8, blocks", "nf4, nested"])
 def test_a_model_of_them_runs_and_converts(tmp_path: Path, kind: str) -> None:
     folder, _ = write(tmp_path / "quantized", kind)
     convert(folder, tmp_path / "again", "mistral")
@@ -194,6 +251,154 @@ def test_a_model_of_them_runs_and_converts(tmp_path: Path, kind: str) -> None:
     assert one.isfinite().all()
     assert torch.equal(one, other)
     assert one.shape == (11, PARAMS["vocab_size"])
+
+
+# --- one rounding
+
+
+def once(want: Tensor, quant: str) -> Tensor:
+    """What a quantized weight stands for, rounded from fp32."""
+    module = KINDS_OF_LINEAR[quant].of(want.float())
+    return module.rows(0, len(want))
+
+
+@pytest.mark.parametrize("kind", ["GPTQ, act order", "fp8, rows", "nf4"])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_they_are_rounded_once(tmp_path: Path, kind: str, quant: str) -> None:
+    """From fp32 to 8 or 4 bits, when loaded and when converted; a stop at 16 bits would move some weights."""
+    folder, meant = write(tmp_path / "quantized", kind)
+    found = read_folder(folder)
+    convert(folder, tmp_path / "converted", "mistral", quant=quant)
+    models = [load(folder, device="cpu", quant=quant).model, load(tmp_path / "converted", device="cpu").model]
+    moved = 0
+    for name in (n for n in found.tensors if "feed_forward" in n or "attention.w" in n):
+        want = meant[found.layout.name_of(name)]
+        if (heads := heads_of(name, found.args)) is not None:
+            want = rows_to_mistral(want, heads)
+        for model in models:
+            module: Any = model.get_submodule(name.removesuffix(".weight"))
+            assert torch.equal(module.rows(0, len(want)), once(want, quant)), name
+        moved += int((once(want.to(getattr(torch, found.tensors[name].dtype)), quant) != once(want, quant)).sum())
+    assert moved
+
+
+@pytest.mark.parametrize("kind", ["AWQ", "fp8, rows", "nf4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_requested_dtype_is_the_only_rounding(tmp_path: Path, kind: str, dtype: str) -> None:
+    folder, meant = write(tmp_path / "quantized", kind)
+    convert(folder, tmp_path / "converted", "hf", dtype=dtype)
+    state, kinds = load_file(tmp_path / "converted" / "model.safetensors"), set()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, meant[name].float().to(tensor.dtype)), name
+        kinds.add(str(tensor.dtype))
+    assert kinds == {f"torch.{dtype}"}
+    if dtype != "float32":
+        model = load(folder, device="cpu", dtype=dtype, execution="eager").model
+        want = meant["model.layers.1.mlp.up_proj.weight"]
+        assert torch.equal(
+            model.get_parameter("layers.1.feed_forward.w3.weight"), want.float().to(getattr(torch, dtype))
+        )
+
+
+def test_several_dtypes_in_one_folder(tmp_path: Path) -> None:
+    """Weights in fp16, norms in fp32 and an output in bf16: each as it is, and the numbers are right."""
+    folder, meant = write(tmp_path / "quantized", "AWQ")
+    state = load_file(folder / "model.safetensors")
+    state = {n: t.float() if "norm" in n else t.bfloat16() if "lm_head" in n else t for n, t in state.items()}
+    meant["lm_head.weight"] = state["lm_head.weight"].double()
+    save_file(state, folder / "model.safetensors")
+    plain = tmp_path / "meant"
+    convert(folder, plain, "hf", dtype="float32")
+    ids = torch.arange(5, 16)
+    with torch.inference_mode():
+        one, other = (load(f, device="cpu").model.forward(ids, [11]) for f in (folder, plain))
+    assert (one - other).abs().max() < 5e-3  # fp16 against fp32 weights
+    for execution in ("kernels", "eager"):
+        kept = load(folder, device="cpu", execution=execution).model.state_dict()
+        assert torch.equal(kept["norm.weight"].double(), meant["model.norm.weight"])
+        assert torch.equal(kept["output.weight"].double(), meant["lm_head.weight"])
+
+
+# --- Mistral's own fp8
+
+
+def mistrals(folder: Path, rows: bool) -> tuple[Path, dict[str, Tensor]]:
+    """A folder as Mistral writes them: matrices in fp8 with a scale for each or its rows, and scales of activations."""
+    state = random_state(dtype=torch.bfloat16, **SHAPE)
+    meant = {name: tensor.double() for name, tensor in state.items()}
+    for i, name in enumerate(n for n in list(state) if n.startswith("layers") and "norm" not in n):
+        made, path = Made(tuple(state.pop(name).shape), i), name.removesuffix(".weight")
+        scale = random_scales(made.out, dtype=torch.float32) if rows else random_scales(dtype=torch.float32)
+        parts, meant[name] = fp8(made, scale, "qscale_weight", (1, 10**6), qscale_act=torch.tensor(0.1))
+        state |= {f"{path}.{end}": part for end, part in parts.items()}
+    for i in range(2):
+        state[f"layers.{i}.attention.k_fake_quantizer.qscale_act"] = torch.ones(1)
+    quantization = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    return make_folder(folder, state, quantization=quantization, **SHAPE), meant
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_mistrals_own_fp8(tmp_path: Path, rows: bool) -> None:
+    folder, meant = mistrals(tmp_path / "fp8", rows)
+    found = read_folder(folder)
+    assert any("fp8 of Mistral's" in note for note in found.notes)
+    assert any("16 tensors that scale activations" in note for note in found.notes)
+    assert set(found.tensors) == set(meant)
+    for name, want in meant.items():
+        assert torch.equal(found.weights.get(name, exact=True).double(), want.float().double()), name
+    to_hf = convert(folder, tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "back", "mistral")
+    assert any("fp8 of Mistral's" in note for note in to_hf.notes)
+    params = json.loads((tmp_path / "back" / "params.json").read_text())
+    assert "quantization" not in params
+    for name, tensor in load_file(tmp_path / "back" / "consolidated.safetensors").items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, meant[name].float().bfloat16()), name
+    report = inspect_folder(folder)
+    assert report["dtypes"] == {
+        "bfloat16": {"tensors": 7, "parameters": report["dtypes"]["bfloat16"]["parameters"]},
+        "fp8 of Mistral's": {"tensors": 14, "parameters": report["dtypes"]["fp8 of Mistral's"]["parameters"]},
+    }
+    assert "fp8 of Mistral's x14" in as_text(report)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"qformat_weight": "nvfp4"}, {"qscheme_act": "TENSOR"}, {"qformat_weight": "fp8_e4m3", "group": 2}, {}],
+)
+def test_other_quantization_of_mistrals_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
+    folder, _ = mistrals(tmp_path / "fp8", False)
+    write_params(folder, json.loads((folder / "params.json").read_text()) | {"quantization": given})
+    with pytest.raises(MistralError, match="params.json has 'quantization' with"):
+        read_folder(folder)
+
+
+# --- transformers
+
+
+@pytest.mark.parametrize("shape", [(), (2, 4)])
+def test_fp8_is_transformers(shape: tuple[int, ...]) -> None:
+    """Its own function, which runs on a CPU: the same bits."""
+    theirs = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    q = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scale = random_scales(*shape)
+    want = theirs.Fp8Dequantize(None)._dequantize_one(q, scale)
+    got = scaled(q.float(), scale.float(), (16, 16) if shape else None)
+    assert torch.equal(got.to(want.dtype), want)
+
+
+@pytest.mark.parametrize("kind", ["fp8, one scale", "fp8, even blocks"])
+def test_a_model_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
+    """transformers dequantizes to bf16 where there is no GPU, as its config asks for."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("accelerate", reason="needs accelerate, without which transformers reads no fp8")
+    folder, _ = write(tmp_path / "quantized", kind)
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().float()
+    ids = torch.arange(5, 36)
+    with torch.inference_mode():
+        want = other(input_ids=ids[None], use_cache=False).logits[0]
+        got = load(folder, device="cpu").model.forward(ids, [len(ids)])
+    assert distance([got], [want]) < TOLERANCE
 
 
 def damage(folder: Path, change: Callable[[Files], Any]) -> None:
@@ -227,7 +432,19 @@ BROKEN: dict[str, tuple[str, Callable[[Files], Any], str]] = {
     "words": ("AWQ", lambda s: s.update({f"{Q}.qweight": s[f"{Q}.qweight"].float()}), "do not fit together as AWQ"),
     "absmax": ("nf4", lambda s: s.update({f"{Q}.weight.absmax": torch.ones(1)}), "do not fit together"),
     "order": ("int8 of bitsandbytes", lambda s: s[f"{Q}.weight_format"].fill_(1), "in an order of one GPU"),
-    "unknown": ("fp8", lambda s: s.update({f"{Q}.k_scale": torch.ones(1)}), "hold unknown"),
+    "unknown": ("fp8", lambda s: s.update({f"{Q}.weight_scale_2": torch.ones(1)}), "hold unknown"),
+    "grid": (
+        "fp8, blocks",
+        lambda s: s.update({f"{Q}.weight_scale_inv": torch.ones(2, 2)}),
+        "do not fit together as fp8: weight_scale_inv F32 [2, 2], weight F8_E4M3",
+    ),
+    "no weight": ("fp8, one scale", lambda s: s.pop(f"{Q}.weight"), "has no weight beside the rest"),
+    "another float": (
+        "fp8, rows",
+        lambda s: s.update({f"{Q}.weight": s[f"{Q}.weight"].to(torch.float8_e5m2)}),
+        "do not fit together as fp8: weight_scale F32 [32, 1], weight F8_E5M2",
+    ),
+    "scale": ("fp8, one scale", lambda s: s.update({f"{Q}.weight_scale_inv": torch.ones(1).int()}), "do not fit"),
 }
 
 
@@ -251,6 +468,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quantized by hqq": {"quant_method": "hqq"},
     "format 'marlin-24'": compressed("marlin-24"),
     "several kinds of weights": compressed("pack-quantized") | {"config_groups": {}},
+    "a checkpoint in fp8, in blocks of [128]": FP8 | {"weight_block_size": [128]},
+    "a checkpoint in fp8, format 'e5m2'": FP8 | {"fmt": "e5m2"},
     "a quantized checkpoint": {},
 }
 

@@ -120,6 +120,64 @@ def test_a_release_chats(tmp_path: Path, release: str) -> None:
     assert ids[: len(before)] == before
 
 
+def assert_quantized(folder: Path, scratch: Path) -> None:
+    """A folder runs in int8 and int4, close to what it was made from, and as it does when it was converted before."""
+    ids = torch.arange(5, 25)
+    with torch.inference_mode():
+        want = load(folder, device="cpu").model.forward(ids, [20])
+        for quant, limit in (("int8", 0.2), ("int4", 3.0)):
+            got = load(folder, device="cpu", quant=quant).model.forward(ids, [20])
+            assert 0 < (got - want).abs().max() < limit * want.std()
+            convert(folder, scratch / quant, "mistral", quant=quant)
+            assert torch.equal(load(scratch / quant, device="cpu").model.forward(ids, [20]), got)
+
+
+@pytest.mark.parametrize("release", NAMES)
+def test_a_release_is_quantized(tmp_path: Path, release: str) -> None:
+    raw, form = RELEASES[release]
+    state = random_state(seed=8, **{k: v for k, v in raw.items() if k in PARAMS})
+    folder = make_folder(tmp_path / "model", state, form, **{"sliding_window": None, **raw})
+    assert_quantized(folder, tmp_path)
+
+
+# --- the table in docs/
+
+
+def rows_of_table() -> list[list[str]]:
+    """Cells of each line of each table, without heads."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    heads = {i - 1 for i, line in enumerate(lines) if set(line) <= set("|- ")}
+    body = [line for i, line in enumerate(lines) if i not in heads and not set(line) <= set("|- ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+
+
+def test_every_release_has_a_row() -> None:
+    first = [row[0] for row in rows_of_table()]
+    known = {name for row in first for name in re.split(r", | and ", row)}
+    missing = [release.name for release in REGISTRY if release.name not in known]
+    assert missing == ["Large 2407"]  # but for its tokenizer that of Large 2411
+
+
+def test_every_cell_names_a_test_that_is_there() -> None:
+    """Functions by name, their parameters as they are spelled in the tests, and files."""
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    tests: dict[str, str] = {}
+    for path, source in sources.items():
+        for name in re.findall(r"^def (test_\w+)\(", source, re.MULTILINE):
+            tests[name] = tests.get(name, "") + str(path)
+    text = TABLE.read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)(?:\[([^\]`]+)\])?`", text)
+    assert len(named) > 60
+    spelled = "".join(sources.values()) + "".join(f'"{release.name}"' for release in REGISTRY)
+    for name, parameter in named:
+        assert name in tests, name
+        if parameter:
+            parts = [parameter, *parameter.split("-")]
+            assert any(f'"{part}"' in spelled for part in parts), f"{name}[{parameter}]"
+    for path in re.findall(r"tests/[\w/]+\.py", text):
+        assert (ROOT / path).is_file(), path
+
+
 def test_the_table_names_tests_that_are_there() -> None:
     """docs/releases.md: a row for each release, and each cell's test exists for it."""
     rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
@@ -127,7 +185,7 @@ def test_the_table_names_tests_that_are_there() -> None:
     assert [row[0] for row in body] == list(NAMES.values())
     for key, row in zip(NAMES, body, strict=True):
         cells: dict[str, Any] = dict(zip(head, row, strict=True))
-        assert len(cells) == len(head) == 6
+        assert len(cells) == len(head) == 7
         for cell in row[1:]:
             name, parameter = re.fullmatch(r"`(\w+)\[([\w.-]+)\]`", cell).groups()  # type: ignore[union-attr]
             assert parameter == key

@@ -16,7 +16,8 @@ from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.elsewhere import KINDS, kind_of
 from mistral.formats.folder import read_folder
-from mistral.formats.inspect import as_text, inspect_folder
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.formats.releases import identify
 from mistral.generate import generate
 from mistral.loader.load import load

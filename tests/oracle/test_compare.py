@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +135,10 @@ def test_a_trace_is_a_side(folder, tmp_path, capsys):
     told = ask(capsys, whole, out)
     assert told["first_activation"] == {"name": "layers.1.attention.heads", "prompt": 0, "position": 3}
     assert told["first_position"] is None
+    assert told["max_delta_logprob"] < told["limit"]
+    assert told["verdict"].startswith(
+        "DIFFERENT: log-probs agree within what rounding explains, but the activation layers.1.attention.heads differs"
+    )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -217,6 +219,7 @@ def test_a_folder_with_a_mistake_is_diagnosed(folder, tmp_path, capsys, mistake)
     params, state, activation, position = IN_FOLDERS[mistake]
     told = ask(capsys, folder, spoilt(folder, tmp_path, params, state))
     assert not told["same"]
+    assert told["verdict"] == "DIFFERENT: log-probs differ by more than what rounding explains"
     assert list(told["mistakes"]) == [mistake]
     assert told["first_activation"] == {"name": activation, "prompt": 0, "position": position}
 
@@ -281,8 +284,9 @@ def leaky(ref):
     """The mask of one long sequence, angles as they should be."""
     right = ref.Attention.forward
 
-    def forward(self, x, cos, sin, positions, seqlens, cache):
-        return right(self, x, cos, sin, torch.arange(len(positions)), [sum(seqlens)], cache)
+    def forward(self, x, where, seqlens, cache):
+        *angles, positions = where
+        return right(self, x, [*angles, torch.arange(len(positions))], [sum(seqlens)], cache)
 
     return forward
 
@@ -298,89 +302,6 @@ def test_a_mistake_that_has_no_name_is_not_given_one(folder, tmp_path, capsys):
     assert told["mistakes_tried"] > 8
     assert told["nearest"][0] in mutants.MUTANTS
     assert told["first_activation"]["name"] == "layers.1.feed_forward.w2"
-
-
-# --- servers
-
-
-class Server(BaseHTTPRequestHandler):
-    """As much of an OpenAI-style server as tells log-probs of prompts."""
-
-    model = None
-    style = "vllm"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, code, body):
-        data = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        self.answer(200, {"data": [{"id": "tiny"}]})
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        ids = torch.tensor(asked["prompt"])
-        with torch.inference_mode():
-            scores = self.model.forward(ids, [len(ids)]).double().log_softmax(-1)
-        if self.style == "none":
-            return self.answer(400, {"error": "no such thing"})
-        own = [None, *(float(row[i]) for row, i in zip(scores, ids[1:], strict=False))]
-        if self.style == "echo":
-            wanted = {"logprobs": {"token_logprobs": own}} if asked.get("echo") else {"logprobs": None}
-            return self.answer(200, {"choices": [wanted]})
-        told = [None]
-        for row, i in zip(scores, ids[1:].tolist(), strict=False):
-            best = {int(j): float(row[j]) for j in row.topk(asked["prompt_logprobs"]).indices} | {i: float(row[i])}
-            told.append({str(j): {"logprob": lp, "rank": 1} for j, lp in best.items()})
-        return self.answer(200, {"choices": [{"prompt_logprobs": told}]})
-
-
-@pytest.fixture
-def serve(folder):
-    servers = []
-
-    def start(model_folder, style="vllm"):
-        model, _ = assemble(read_folder(model_folder), device="cpu", execution="eager")
-        handler = type("Handler", (Server,), {"model": model, "style": style})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("style", ["vllm", "echo"])
-def test_a_server(folder, packed, serve, capsys, style):
-    url = serve(folder, style)
-    for sides in ((folder, url), (url + "/v1", packed)):
-        told = ask(capsys, *sides)
-        assert told["same"]
-        assert told["positions_compared"] == 40 + 9 + 23 - 3  # the token after a prompt's last is not told
-        assert (told["top1_agreement"] is None) is (style == "echo")
-
-
-@pytest.mark.parametrize("style", ["vllm", "echo"])
-def test_a_server_with_a_mistake(folder, serve, tmp_path, capsys, style):
-    told = ask(capsys, folder, serve(spoilt(folder, tmp_path, {"sliding_window": 6}), style))
-    assert list(told["mistakes"]) == ["window_one_more"]
-
-
-def test_servers_that_cannot_be_asked(folder, serve, capsys):
-    for url, said in (
-        (serve(folder, "none"), "answered 400"),
-        ("http://127.0.0.1:9", "cannot be asked"),
-    ):
-        assert cli.main(["compare", str(folder), url]) == 2
-        assert said in capsys.readouterr().err
 
 
 # --- what cannot be compared
@@ -444,3 +365,69 @@ def test_a_model_that_rounding_does_not_change(tmp_path, capsys):
     assert "rounding changes nothing" in capsys.readouterr().out
     np.savez(tmp_path / "flat.npz", prompt_ids=np.array([1, 5, 9]), logprobs=scores * 1.00001)
     assert cli.main(["compare", str(folder), str(tmp_path / "flat.npz")]) == 1
+
+
+# --- a side that is declared quantized, and a window that is given
+
+
+def test_a_side_may_be_declared_quantized(folder, tmp_path, capsys):
+    assert cli.main(["convert", str(folder), str(tmp_path / "int8"), "--to", "mistral", "--quant", "int8"]) == 0
+    plain = ask(capsys, folder, tmp_path / "int8")
+    assert not plain["same"]
+    assert any("--quantized int4" in note for note in plain["notes"])
+    told = ask(capsys, folder, tmp_path / "int8", "--quantized", "int8")
+    assert told["same"]
+    assert told["verdict"] == "the same, within what rounding the weights to int8 explains"
+    assert told["quantized"] == told["dtypes"] == "int8"
+    assert plain["limit"] < told["max_delta_logprob"] < told["limit"]
+    coarse = ask(capsys, folder, tmp_path / "int8", "--quantized", "int4")
+    assert coarse["limit"] > 5 * told["limit"]
+    capsys.readouterr()
+    assert cli.main(["compare", str(folder), str(tmp_path / "int8"), "--quantized", "int8"]) == 0
+    assert "rounding the weights to int8 changes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mistake", ["window_one_more", "rows_not_permuted", "w2_w3_swapped"])
+def test_a_mistake_shows_in_a_quantized_side_too(folder, tmp_path, capsys, mistake):
+    params, state, *_ = IN_FOLDERS[mistake]
+    wrong = spoilt(folder, tmp_path, params, state)
+    assert cli.main(["convert", str(wrong), str(tmp_path / "int8"), "--to", "mistral", "--quant", "int8"]) == 0
+    told = ask(capsys, folder, tmp_path / "int8", "--quantized", "int8")
+    assert not told["same"]
+    assert list(told["mistakes"]) == [mistake]
+    assert told["verdict"] == "DIFFERENT: log-probs differ by more than what rounding the weights to int8 explains"
+
+
+def test_what_quantized_cannot_mean(folder, tmp_path, capsys):
+    assert cli.main(["compare", "a", "b", "--quantized", "int3"]) == 2
+    assert "--quantized 'int3' is not one of int8, int4" in capsys.readouterr().err
+    bare = tmp_path / "bare.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(bare)]) == 0
+    assert cli.main(["compare", str(bare), str(bare), "--quantized", "int8"]) == 2
+    assert "what quantized weights change is measured on a model" in capsys.readouterr().err
+
+
+def test_a_window_that_is_given(folder, tmp_path, capsys):
+    """For folders and files that do not say theirs: in compare, verify, pack and mutants."""
+    silent = spoilt(folder, tmp_path, {"sliding_window": None})
+    assert not ask(capsys, folder, silent)["same"]
+    told = ask(capsys, folder, silent, "--sliding_window", "5")
+    assert told["same"]
+    assert told["b"] == f"{silent} (window 5)"
+    packed = tmp_path / "x.safetensors"
+    assert cli.main(["pack", str(silent), "-o", str(packed), "--sliding_window", "5", "--weights"]) == 0
+    assert pack.read(packed).args.sliding_window == 5
+    assert ask(capsys, folder, packed)["same"]
+    words = ["mutants", str(silent), "-o", str(tmp_path / "m"), "--sliding_window", "5", "--mutant", "window_one_more"]
+    assert cli.main(words) == 0
+    made = np.load(tmp_path / "m" / "window_one_more.npz")["logprobs"]
+    assert np.abs(made - np.load(tmp_path / "m" / "right.npz")["logprobs"]).max() > 1e-3
+    capsys.readouterr()
+    assert cli.main(["verify", str(silent), "--sliding_window", "5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["window"] for row in rows} == {"5"}
+
+
+def test_an_adapter_needs_a_folder(packed, capsys):
+    assert cli.main(["compare", str(packed), str(packed), "--adapter", "x"]) == 2
+    assert "neither side is one" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def test_every_mutant_is_far_beyond_the_error_budget(path, tmp_path):
 
 
 def test_the_tool_prints_them(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["mutant_margins", str(SHIPPED[-1])])
+    monkeypatch.setattr("sys.argv", ["mutant_margins", str(pack.SHIPPED / "window.safetensors")])
     assert mutant_margins.main() == 0
     assert "window_one_more" in capsys.readouterr().out
     monkeypatch.setattr("mistral.oracle.mutants.applies", lambda name, *rest: name == "theta_1e4")  # its own theta

@@ -20,15 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 IGNORED = {"__pycache__", "site", "build", "dist", "out"}
-WHOLE = {
-    "tests",
-    "tools",
-    "benchmarks",
-    "docs",
-    "notebooks",
-    "mistral/bundled",
-    "mistral/oracle/packs",
-}  # folders named, not listed
+# Folders that are named, and not listed.
+WHOLE = {"tests", "tools", "benchmarks", "docs", "deploy", "notebooks"}
+WHOLE |= {"mistral/bundled", "mistral/oracle/packs", "mistral/deploy/templates"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -182,7 +176,8 @@ def test_commands_and_flags_exist(page: Path) -> None:
         assert flags <= parameters(command), command
 
 
-OTHERS = {"plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}  # of pytest, tools and vLLM
+OTHERS = {"generation_config", "plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}
+OTHERS |= {"apply_chat_template"}  # of lm-eval
 
 
 def test_flags_in_sentences_exist() -> None:

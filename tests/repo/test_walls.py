@@ -34,11 +34,13 @@ MAY = {
     "loader": {"util", "core", "backends", "fast", "quant", "formats"},
     "parallel": SITS_ON_LOADER,
     "chat": SITS_ON_LOADER,
-    "eval": SITS_ON_LOADER,
+    "eval": SITS_ON_LOADER | {"chat"},
     "train": SITS_ON_LOADER | {"chat"},
     "oracle": SITS_ON_LOADER,
     "serve": SITS_ON_LOADER | {"chat"},
-    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve"},
+    "batch": SITS_ON_LOADER | {"chat", "serve"},
+    "deploy": {"util", "core", "fast", "quant", "formats"},
+    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
 }
 FREE_OF_TORCH = [
     *("args", "window", "parameters", "sampling_params"),

@@ -11,14 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
-from mistral import complete
 from mistral.cache import RollingBufferCache
 from mistral.engine import Engine
 from mistral.model import Transformer
@@ -29,21 +27,7 @@ from tests.support.commands import ENVIRONMENT
 from tests.support.folders import BUNDLED, ROOT, make_folder
 from tests.support.serving import Running, serving
 from tests.support.tiny import tiny_args, tiny_model
-
-
-def ask(running: Running, body: dict[str, object], leaves_after: int | None) -> list[int]:
-    """The ids of a streamed completion; a client that leaves takes only some."""
-    ids: list[int] = []
-    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=120) as answer:
-        for line in answer.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            assert "error" not in event, event
-            ids += [i for choice in event["choices"] for i in choice["token_ids"]]
-            if leaves_after is not None and len(ids) >= leaves_after:
-                break
-    return ids
+from tools.many_clients import Asked, ask, ask_at_once, differences, make_requests
 
 
 def idle(running: Running) -> bool:
@@ -57,36 +41,16 @@ def idle(running: Running) -> bool:
 
 
 def test_fifty_at_once_get_what_they_get_alone(tmp_path: Path) -> None:
-    rng = random.Random(1)
-    shared = [rng.randrange(3, 4096) for _ in range(9)]
-    bodies: list[dict[str, object]] = [
-        {
-            "prompt": [
-                1,
-                *shared[: rng.choice((0, 4, 9))],
-                *(rng.randrange(3, 4096) for _ in range(rng.randint(1, 30))),
-            ],
-            "max_tokens": rng.randint(1, 25),
-            "temperature": rng.choice((0, 1.0)),
-            "seed": rng.randrange(9),
-            "return_token_ids": True,
-            "ignore_eos": True,
-        }
-        for _ in range(50)
-    ]
-    leaves = [rng.choice((None, None, 1, 3)) for _ in bodies]
     folder = make_folder(tmp_path / "model")
-    with serving(folder, execution="bitwise", rows=5) as running, ThreadPoolExecutor(50) as pool:
-        got = list(pool.map(ask, [running] * 50, bodies, leaves))
+    requests = make_requests(random.Random(1), 50, longest=25)
+    with serving(folder, execution="bitwise", rows=5) as running:
+        got = ask_at_once(running.url, requests)
         assert idle(running)
-        model, tokenizer = running.loaded.model, running.loaded.tokenizer
         assert running.worker.counts.cached_tokens > 0
-    for body, ids, left in zip(bodies, got, leaves, strict=True):
-        names = ("max_tokens", "temperature", "seed")
-        settings = {name: body[name] for name in names}
-        (want,) = complete([body["prompt"]], model, tokenizer, eos_ids=(), top_p=1.0, **settings)
-        assert ids == (want.tokens if left is None else want.tokens[: len(ids)])
-        assert left is None or ids
+        assert differences(requests, got, running.loaded) == []
+    left = [ids for request, ids in zip(requests, got, strict=True) if request.leaves_after is not None]
+    assert len(left) > 10
+    assert all(left)
 
 
 def test_a_client_that_vanishes_frees_its_row(tmp_path: Path) -> None:
@@ -95,7 +59,7 @@ def test_a_client_that_vanishes_frees_its_row(tmp_path: Path) -> None:
         with pytest.raises(httpx.ReadTimeout):  # not streamed
             httpx.post(f"{running.url}/v1/completions", json=long, timeout=0.5)
         assert idle(running)
-        ask(running, {**long, "return_token_ids": True}, 2)
+        assert ask(running.url, Asked({**long, "return_token_ids": True}, 2))
         assert idle(running)
         assert running.worker.counts.cancelled == 2
 

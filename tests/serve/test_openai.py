@@ -202,14 +202,10 @@ def test_metrics_health_and_document(running: Running) -> None:
         ("completions", {"prompt": "a", "suffix": "b"}, None),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
         ("chat/completions", {"messages": []}, "messages"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),
-        (
-            "chat/completions",
-            {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
-            "response_format",
-        ),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, None),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "functions": [{}]}, "functions"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, None),
+        ("chat/completions", {"messages": [{"role": "chef", "content": "a"}]}, None),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs"),
     ],
@@ -224,3 +220,8 @@ def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: ob
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="mistral-bundled is"):
         client.completions.create(model="gpt-4", prompt="a")
+
+
+def test_embeddings_are_refused_in_one_line(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="was not trained to embed"):
+        client.embeddings.create(model="mistral-bundled", input="a")

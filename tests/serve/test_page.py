@@ -85,6 +85,29 @@ def test_escape_stops_and_retry_answers_again(page: Page, running: Running) -> N
     assert page.run("turns.length") == 0
 
 
+def test_with_the_mouse_and_a_system_prompt(page: Page) -> None:
+    page.run("$('clear').click(); $('question').value = ''")
+    ask(page, "Who is there?", 5)
+    page.wait("!running && turns.length === 2")
+    plain = page.run("Number(/(\\d+) prompt tokens/.exec($('status').textContent)[1])")
+    page.click("$('clear')")
+    page.click("document.querySelector('summary')")
+    page.click("$('system')")
+    page.type("Answer as a king would.")
+    page.run("$('max_tokens').value = 100000; $('question').focus()")
+    page.type("Who is there?")
+    page.click("$('send')")
+    page.wait("document.querySelectorAll('.token').length > 3")
+    page.point("document.querySelectorAll('.token')[1]")
+    page.wait("!$('tip').hidden && $('tip').textContent.includes('(chosen)')")
+    page.click("$('stop')")
+    page.wait("!running && $('status').textContent.includes('stopped')")
+    page.run("$('max_tokens').value = 5; document.querySelector('.assistant button').click()")
+    page.wait("!running && turns[1].tokens.length === 5")
+    assert page.run("Number(/(\\d+) prompt tokens/.exec($('status').textContent)[1])") > plain + 5
+    page.run("$('system').value = ''; document.querySelector('details').open = false")
+
+
 @pytest.mark.parametrize(("width", "height", "dark"), [(1200, 800, False), (390, 844, True)])
 def test_it_fits(asked: Page, tmp_path: Path, width: int, height: int, dark: bool) -> None:
     asked.size(width, height, dark=dark)

@@ -80,6 +80,18 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
+    def point(self, element: str) -> tuple[float, float]:
+        """Move the mouse to the middle of what a JavaScript expression names."""
+        x, y = self.run(f"(r => [r.left + r.width / 2, r.top + r.height / 2])({element}.getBoundingClientRect())")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def click(self, element: str) -> None:
+        """Press and release the mouse there."""
+        x, y = self.point(element)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def type(self, text: str) -> None:
         """Text into what has the focus."""
         self.call("Input.insertText", text=text)

@@ -31,11 +31,11 @@ def angles(positions: torch.Tensor, head_dim: int, theta: float, yarn: Any = Non
         )
         low, high = max(np.floor(low), 0), min(np.ceil(high), head_dim - 1)
         for i in range(head_dim // 2):
-            slowed = min(max((i - low) / (high - low), 0), 1)
+            slowed = torch.tensor(min(max((i - low) / (high - low), 0), 1)).float()
             frequencies[i] = frequencies[i] / yarn.factor * slowed + frequencies[i] * (1 - slowed)
     angle = positions.float()[:, None] * frequencies[None, :]
     factor = 1.0 if yarn is None else yarn.attention_factor
-    return angle.cos().double().numpy() * factor, angle.sin().double().numpy() * factor
+    return (angle.cos() * factor).double().numpy(), (angle.sin() * factor).double().numpy()
 
 
 def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -103,9 +103,11 @@ def truth(
     group = args.n_heads // args.n_kv_heads
     cos, sin = angles(torch.arange(start, start + n), D, args.rope_theta, getattr(args, "yarn", None))
     grows = getattr(args, "llama_4_scaling", None)
-    grown = np.ones((n, 1))
-    if grows is not None:  # rule 16
-        grown = 1 + grows.beta * np.log(1 + np.arange(start, start + n)[:, None] // grows.original_length)
+    cos_q, sin_q = cos, sin
+    if grows is not None:  # rule 16, in fp32 as the angles are
+        behind = torch.arange(start, start + n)[:, None] // grows.original_length
+        grown = (1 + grows.beta * (1 + behind).float().log()).numpy()
+        cos_q, sin_q = ((x.astype(np.float32) * grown).astype(np.float64) for x in (cos, sin))
     h = w["tok_embeddings.weight"][ids.numpy()]
     hidden = []
     for i, window in enumerate(layer_windows(args)):
@@ -116,7 +118,7 @@ def truth(
         heads = []
         for head in range(args.n_heads):
             kv = head // group
-            q_h = turn(q[:, head * D : (head + 1) * D], cos, sin) * grown
+            q_h = turn(q[:, head * D : (head + 1) * D], cos_q, sin_q)
             k_h = turn(k[:, kv * D : (kv + 1) * D], cos, sin)
             scores = np.where(seen, q_h @ k_h.T / np.sqrt(D), -np.inf)
             heads.append(softmax(scores) @ v[:, kv * D : (kv + 1) * D])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -169,6 +170,66 @@ def test_any_order_of_joins_and_leaves_gives_each_request_what_it_gets_alone(
     assert engine.done
     assert engine.step() == []
     assert rows is None or engine.cache is None or len(engine.cache.lengths) <= rows
+
+
+class Foresight:
+    """A draft that knows what each request will generate, and errs where it is told to."""
+
+    def __init__(self, right: Sequence[int], wrong: bool) -> None:
+        self.right, self.wrong, self.step = right, wrong, 0
+        self.truth: dict[Request, list[int]] = {}
+        self.heard: list[tuple[int, int]] = []
+
+    def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[list[int]]:
+        self.step += 1
+        right = self.right[self.step % len(self.right)]
+        proposed = []
+        for request in requests:
+            assert not request.guesses
+            done = len(request.output_ids)
+            ids = self.truth[request][done : done + right]
+            proposed.append(ids + [(request.output_ids[-1] + 1) % VOCAB] * 5 * self.wrong)
+        return proposed
+
+    def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
+        assert seconds > 0
+        self.heard += zip(guessed, right, strict=True)
+
+
+@pytest.mark.parametrize("window", [5, (None, 4), None])
+@given(
+    jobs=some_jobs,
+    rows=st.sampled_from([1, 2, 3]),
+    right=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    wrong=st.booleans(),
+)
+def test_a_draft_changes_no_token(window: Any, jobs: list[Job], rows: int, right: list[int], wrong: bool) -> None:
+    model, draft = copy.copy(model_of(window)), Foresight(right, wrong)
+    model.draft = lambda: draft
+    engine = Engine(model, eos_ids=(), rows=rows)
+    wants: dict[Request, tuple[list[int], str]] = {}
+    for job in jobs:
+        request = engine.add(job.prompt, job.params, eos_ids=job.eos_ids, sample=job.sample)
+        processed = job.params.logits_processor is not None
+        wants[request] = alone(window, job.prompt, job.params, processed, job.eos_ids, job.sample)
+        draft.truth[request] = wants[request][0]
+    got: dict[Request, list[int]] = {request: [] for request in wants}
+    steps = 0
+    while not engine.done:
+        running = {request: row for row, request in enumerate(engine._rows) if request is not None}
+        for token in engine.step():
+            got[token.request].append(token.id)
+        steps += 1
+        for request, row in running.items():  # as after plain steps: all but the last token generated, or the end
+            held = len(request.prompt_ids) + len(request.output_ids) - (request.finish != "stop")
+            assert request.prefilling or request.num_computed == engine.cache.lengths[row] == held
+    for request, (want, finish) in wants.items():
+        assert got[request] == request.output_ids == want
+        assert request.finish == finish
+    if not wrong and draft.heard:
+        assert all(guessed == right for guessed, right in draft.heard)
+    if window is None and len(jobs) == 1 and right == [6] and not wrong:
+        assert steps <= 1 + -(-len(got[request]) // 7) + (request.finish == "stop")
 
 
 GREEDY = SamplingParams(max_tokens=4, temperature=0)

@@ -25,7 +25,8 @@ from mistral.chat.templates import find_template
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import BUNDLED
-from mistral.formats.inspect import as_json, as_text, inspect_folder
+from mistral.formats.inspect import as_json, inspect_folder
+from mistral.formats.inspect_text import as_text
 from mistral.formats.mistral import to_args
 from mistral.generate import stream
 from mistral.loader.load import Loaded, load

@@ -1,0 +1,191 @@
+"""The output file of a batch job: what an earlier run has left in it, and lines appended whole or not at all.
+
+Runs without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from mistral.batch.lines import Answered
+from mistral.util.errors import FormatError, UsageError, short_repr
+from mistral.util.files import write_atomic
+
+SYNC = 1.0  # seconds after which what was written is made to survive a power cut
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the output file holds.
+
+    Args:
+        ok: ids of lines that were answered, each with its custom_id.
+        failed: ids of lines that were not.
+        model: which answered the first of them.
+        length: bytes of whole lines; what follows is half a line.
+    """
+
+    ok: dict[str, str]
+    failed: frozenset[str]
+    model: str | None
+    length: int
+
+
+class Output:
+    """The output file, locked: nobody else's batch writes to it meanwhile.
+
+    Args:
+        path: of the file.
+        file: opened for appending.
+        earlier: what it holds.
+    """
+
+    def __init__(self, path: str, file: BinaryIO, earlier: Earlier) -> None:
+        self.path, self.earlier = path, earlier
+        self.done = set(earlier.ok) | earlier.failed
+        self._file, self._synced = file, time.monotonic()
+
+    def append(self, answered: Answered) -> bool:
+        """Write a line, unless there is one for its request; return whether there was none.
+
+        A process that is killed leaves all of it, nothing, or half a line, which the next run cuts off.
+
+        Raises:
+            FormatError: the disk is full, or the like. What was written of the line is taken back.
+        """
+        if answered.id in self.done:
+            return False
+        line = answered.as_json()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("only a part of a line could be written")
+            if time.monotonic() - self._synced > SYNC:
+                self.sync()
+        except OSError as error:
+            self._file.truncate(end)
+            raise FormatError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        self.done.add(answered.id)
+        return True
+
+    def sync(self) -> None:
+        """Have what was written survive a power cut."""
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Output]:
+    """The output file, made if there is none; half a line at its end is cut off. One that stays empty is removed.
+
+    Raises:
+        FormatError: it cannot be written, or holds something else than answers of a batch.
+        UsageError: another batch writes to it.
+    """
+    new = not os.path.lexists(path)
+    with _locked(path) as file:
+        earlier = _read(path)
+        file.truncate(earlier.length)
+        output = Output(path, file, earlier)
+        try:
+            yield output
+        finally:
+            output.sync()
+            if new and not output.done:
+                with suppress(OSError):
+                    os.unlink(path)
+
+
+def drop_failed(path: str) -> int:
+    """Take the lines out of the output file that are errors, so that they are asked again; return how many.
+
+    The file is replaced in one step.
+    """
+    if not os.path.exists(path):
+        return 0
+    with _locked(path):
+        earlier = _read(path)
+        if not earlier.failed:
+            return 0
+        with open(path, "rb") as old, write_atomic(path) as beside, open(beside, "wb") as new:
+            for line in old:
+                if line.endswith(b"\n") and json.loads(line)["id"] in earlier.ok:
+                    new.write(line)
+    return len(earlier.failed)
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[BinaryIO]:
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed below)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FormatError(f"{path} cannot be written: it is there, and no file that a batch could be continued in")
+        _lock(file, path)
+        yield file
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing keeps two batches from one file there
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{path}: another batch writes to it") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _read(path: str) -> Earlier:
+    """What the output file holds.
+
+    Raises:
+        FormatError: a whole line is no answer of a batch.
+    """
+    ok: dict[str, str] = {}
+    failed: set[str] = set()
+    model, length = None, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            answered = _answered(line)
+            if answered is None:
+                raise FormatError(
+                    f"{path} line {number} is no answer of a batch ({short_repr(line[:40])}): give the output a file "
+                    "of its own"
+                )
+            if answered.ok:
+                ok[answered.id] = answered.custom_id or ""
+                model = model or _model_of(answered)
+            else:
+                failed.add(answered.id)
+            length += len(line)
+    return Earlier(ok, frozenset(failed), model, length)
+
+
+def _answered(line: bytes) -> Answered | None:
+    try:
+        fields: Any = json.loads(line)
+        found = Answered(fields["id"], fields["custom_id"], fields["response"], fields["error"])
+        whole = isinstance(found.id, str) and found.id.startswith("batch_req_")
+        return found if whole and isinstance(found.ok, bool) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _model_of(answered: Answered) -> str | None:
+    body = answered.response["body"] if answered.response is not None else None
+    model = body.get("model") if isinstance(body, dict) else None
+    return model if isinstance(model, str) else None

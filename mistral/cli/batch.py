@@ -1,0 +1,180 @@
+"""`batch`: files of requests answered, by our engine, a server or a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mistral.cli import flags
+from mistral.cli.prompts import default_folder, open_model
+from mistral.cli.terminal import Bar, echo_err
+from mistral.loader.options import LoadOptions
+from mistral.util.errors import ChecksFailed, UsageError
+from mistral.util.flat import flat
+
+if TYPE_CHECKING:
+    from mistral.batch.job import Job, Progress, Runner
+    from mistral.batch.on_ray import EngineSettings
+    from mistral.batch.output import Output
+
+EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
+
+
+@flat(options=LoadOptions(), omit=("max_batch_size",))
+def batch(
+    input: str,
+    output: str,
+    *,
+    also: list[str] | None = None,
+    retry: bool = False,
+    model: str | None = None,
+    rows: int = 16,
+    max_positions: int | None = None,
+    name: str | None = None,
+    template: str | None = None,
+    chunk_size: int | None = None,
+    engine: str | None = None,
+    key_env: str = "MISTRAL_API_KEY",
+    concurrency: int = 32,
+    attempts: int = 6,
+    timeout: int = 600,
+    ray: bool = False,
+    workers: int = 2,
+    options: LoadOptions,
+) -> None:
+    """Answer files of requests, in OpenAI's batch format; whatever ends it, the same command goes on from there.
+
+    python -m main batch requests.jsonl answers.jsonl
+    python -m main batch "in/*.jsonl" answers.jsonl --model mistral-7B-Instruct-v0.3 --dtype bfloat16
+    python -m main batch requests.jsonl answers.jsonl --engine http://localhost:8000 --concurrency 64
+    python -m main batch requests.jsonl answers.jsonl --ray --workers 4
+
+    A line of INPUT is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {..}}, or has the
+    url /v1/completions; a body means what `serve` makes of it. OUTPUT gets one line for each, in the order in which
+    they are done. A line that cannot be answered gets a line that says why, and the others go on; the exit code is 1
+    then. INPUT may be a pattern, in quotes.
+
+    Args:
+        also: another input file, or a pattern; may be repeated
+        retry: answer lines again that OUTPUT has an error for
+        model: the model folder; default: MISTRAL_MODEL, else the bundled model
+        rows: the most sequences in a step, for each engine
+        max_positions: the most tokens of a prompt and its answer; default: the training length, or what memory holds
+        name: what bodies call the model; default: the name of its folder
+        template: of conversations: v1, v2, v3, v7 or mistrallite; default: the one that goes with the model
+        chunk_size: the most prompt tokens of a sequence in one step; default: 2048, shared; changes no number
+        engine: the address of a server that speaks OpenAI's protocol: it answers, and no model is loaded here
+        key_env: the variable that holds the server's key, if it wants one
+        concurrency: the most requests at once to the server
+        attempts: how often a line is sent to the server, where it is busy or fails
+        timeout: seconds that an answer of the server may take
+        ray: answer on a Ray cluster, that of RAY_ADDRESS, or one on this machine
+        workers: engines on the Ray cluster, each with --threads CPUs (1), and a GPU with --device cuda
+    """
+    flags.require_at_least(
+        1, rows=rows, max_positions=max_positions, chunk_size=chunk_size, workers=workers, attempts=attempts
+    )
+    flags.require_at_least(1, concurrency=concurrency, timeout=timeout)
+    if engine is not None:
+        ours = {"model": model, "max_positions": max_positions, "name": name, "template": template, "ray": ray or None}
+        given = [f"--{flag}" for flag, value in {**ours, "chunk_size": chunk_size}.items() if value is not None]
+        if given or options != LoadOptions():
+            what = ", ".join(given) or "options of how a model is loaded"
+            raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
+    from mistral.batch import inputs
+    from mistral.batch.job import Job
+    from mistral.batch.on_ray import EngineSettings
+    from mistral.batch.output import drop_failed, opened
+
+    files = inputs.find_inputs([input, *(also or [])], output)
+    if retry and (dropped := drop_failed(output)):
+        echo_err(f"{dropped} errors of {output} are tried again")
+    with opened(output) as out:
+        job = Job(files, out, Report())
+        if job.left:
+            if job.progress.earlier:
+                echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
+            folder = default_folder(model)
+            if folder is not None and os.path.exists(folder):
+                folder = os.path.abspath(folder)  # workers may be elsewhere
+            settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
+            if engine is not None:
+                run(job, output, remote(engine, key_env, concurrency, attempts, timeout))
+            elif ray:
+                run(job, output, on_ray(settings, workers))
+            else:
+                with local(settings, model, out) as runner:
+                    run(job, output, runner)
+        conclude(job.progress, output)
+
+
+def run(job: Job, output: str, runner: Runner) -> None:
+    """Answer; what ends it early leaves a word about how to go on."""
+    try:
+        job.run(runner)
+    except BaseException:
+        echo_err(f"{output}: {job.progress.describe()}; the same command goes on from there")
+        raise
+
+
+def conclude(progress: Progress, output: str) -> None:
+    """The last word, and the exit code.
+
+    Raises:
+        ChecksFailed: some lines are errors.
+    """
+    echo_err(f"{output}: {progress.describe()}")
+    if progress.failed:
+        if progress.first_error is not None:
+            echo_err(f"the first of this run's errors: {progress.first_error}")
+        raise ChecksFailed(f"{progress.failed} errors in {output}")
+
+
+class Report:
+    """The progress on stderr: a bar at a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar = Bar("batch", "line")
+        self._told = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar(progress.done, progress.total)
+        now = time.monotonic()
+        if not sys.stderr.isatty() and now - self._told > EVERY and progress.done < progress.total:
+            self._told = now
+            echo_err(progress.describe())
+
+
+def remote(url: str, key_env: str, concurrency: int, attempts: int, timeout: int) -> Runner:
+    from mistral.batch.remote import Remote
+
+    key = os.environ.get(key_env) or None
+    return Remote(url, key, concurrency=concurrency, attempts=attempts, timeout=timeout)
+
+
+def on_ray(settings: EngineSettings, workers: int) -> Runner:
+    from mistral.batch.on_ray import OnRay
+
+    return OnRay(settings, workers=workers)
+
+
+@contextmanager
+def local(settings: EngineSettings, model: str | None, output: Output) -> Iterator[Runner]:
+    """Our engine, its model loaded; refused where another model has answered before."""
+    loaded = open_model(model, replace(settings.options, max_batch_size=settings.rows))
+    made = settings.make(loaded)
+    try:
+        before = output.earlier.model
+        if before not in (None, made.served.name):
+            what = f"{output.path} has answers of {before}, and this is {made.served.name}"
+            raise UsageError(f"{what}: give another output, or the name that it had with --name")
+        if made.served.template is None:
+            echo_err(f"note: no chat completions: {made.served.no_template}")
+        yield made
+    finally:
+        made.close()

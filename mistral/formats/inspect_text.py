@@ -1,0 +1,114 @@
+"""A report of `inspect` human-readable. Runs without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mistral.formats.layouts import LAYOUTS
+from mistral.formats.weights import file_names
+from mistral.util import memory
+
+KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report human-readable: one fact a line, aligned."""
+    lines = [*_facts(report), "", *_table(report), "", "files"]
+    width = max(len(_printable(f["name"])) for f in report["files"])
+    lines += [
+        f"  {_printable(f['name']):{width}}  {memory.as_text(f['bytes']):>9}  {f['role']}" for f in report["files"]
+    ]
+    lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
+    first = report["serve"]["convert_first"]
+    if report["serve"]["commands"]:
+        lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
+        lines += [f"  {command}" for command in report["serve"]["commands"]]
+    else:
+        reason = (
+            "until it has a tokenizer"
+            if report["tokenizer"]["error"]
+            else "which does not read the quantized weights of this library"
+        )
+        lines += ["", f"not served by vLLM {reason}"]
+    return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    shape, tokenizer, release = report["shape"], report["tokenizer"], report["release"]
+    layout = LAYOUTS[report["layout"]]
+    weights = tuple(Path(f["name"]) for f in report["files"] if f["role"] == "weights")
+    shape_files = [f["name"] for f in report["files"] if f["role"] == "shape"]
+    each = "" if report["window"]["text"].endswith("layers") else " in every layer"
+    words = "" if tokenizer["words"] is None else f", {tokenizer['words']} words"
+    facts = {
+        "folder": report["folder"],
+        "release": "none that is known" if release is None else " or ".join(release["variants"]),
+        "layout": f"{layout.title}: " + ", ".join((*shape_files, file_names(weights))),
+        "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {_counted(report['dtypes'])}",
+        "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
+        f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
+        f"vocabulary {shape['vocab_size']}",
+        **_parts(report),
+        "window": f"{report['window']['text']}{each} ({report['window']['rule']})",
+        "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
+        "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
+    }
+    if report["trained_length"] is not None:
+        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
+    if report["template"] is not None:
+        facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
+    return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]
+
+
+def _parts(report: dict[str, Any]) -> dict[str, str]:
+    """What not every release has: experts, stretched positions, a tied output."""
+    facts, parts = {}, report["parts"]
+    if moe := parts["moe"]:
+        facts["experts"] = (
+            f"{moe['num_experts']} in each layer, {moe['num_experts_per_tok']} for each token, "
+            f"which goes through {report['active_parameters'] / 1e6:,.1f} M parameters"
+        )
+    positions = []
+    if yarn := parts["yarn"]:
+        positions.append(
+            f"stretched {yarn['factor']:g} times from {yarn['original_length']:,} (YaRN), "
+            f"cosines and sines times {yarn['attention_factor']:.7g}"
+        )
+    if grows := parts["llama_4_scaling"]:
+        positions.append(f"queries grow beyond {grows['original_length']:,} (beta {grows['beta']:g})")
+    if positions:
+        facts["positions"] = "; ".join(positions)
+    if parts["tied_embeddings"]:
+        facts["output"] = "tied to the embeddings"
+    return facts
+
+
+def _counted(dtypes: dict[str, dict[str, int]]) -> str:
+    """Dtypes, with the number of tensors of each where there are several."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return " and ".join(f"{name} x{count['tensors']}" for name, count in dtypes.items())
+
+
+def _kind(tokenizer: dict[str, Any]) -> str:
+    if tokenizer["kind"] == "tokenizers" and not tokenizer["file"].endswith(".json"):
+        return "byte-level BPE"
+    return KINDS[tokenizer["kind"]]
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    needs = report["memory"]
+    columns = {"float32": "float32", "bfloat16": "bfloat16, float16"}
+    rows = {"weights": needs["weights"]}
+    rows |= {f"weights, --quant {quant}": dict.fromkeys(columns, size) for quant, size in needs["quantized"].items()}
+    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in needs["cache"]}
+    width = max(map(len, rows))
+    lines = [f"{'memory':{width + 2}}" + "".join(f"  {title:>17}" for title in columns.values())]
+    for name, sizes in rows.items():
+        lines.append(f"  {name:{width}}" + "".join(f"  {memory.as_text(sizes[dtype]):>17}" for dtype in columns))
+    return lines
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,182 @@
+"""An OpenAI-style server as a side of a comparison: what it tells of prompts, in whichever of three ways it knows.
+
+Knows nothing about what comparing is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+import torch
+from torch import Tensor
+
+from mistral.oracle.outputs import Outputs
+from mistral.tokenizer import TokenizerLike, encode
+from mistral.util.errors import FormatError
+
+LARGEST = 2**28  # bytes of an answer that are read
+PATIENCE = 300  # seconds a server has for one prompt
+TOP = 20  # most likely tokens asked of a server
+
+Rows = list[dict[int, float]]  # for each position of a prompt, the tokens after it whose log-probs are told
+
+
+class Refused(FormatError):
+    """A server's answer that tells nothing; another way to ask may."""
+
+
+class Server:
+    """Asks for log-probs of prompts given as ids, from /v1/completions.
+
+    vLLM has `prompt_logprobs`. A server that knows nothing of them is asked to echo: then only log-probs of the
+    prompts' own tokens are known. One that does not echo either (llama-server) is asked for the token after each
+    beginning of a prompt, a request for each.
+
+    Args:
+        url: where it is.
+        model: the name that it has for the model; None takes the first it lists.
+
+    Attributes:
+        tokenizer: gives that of the model, if there is one, for servers that take texts only.
+    """
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        self.url, self._model = url, model
+        self.tokenizer: Callable[[], TokenizerLike | None] = lambda: None
+        self._ways: list[Callable[[list[int]], Rows]] = [self._reported, self._echoed, self._echoed_text, self._by_step]
+
+    def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
+        """What it says of these prompts.
+
+        Raises:
+            FormatError: it cannot be asked, or tells nothing.
+        """
+        if self._model is None:
+            listed = self._ask("/v1/models", None)
+            try:
+                self._model = str(listed["data"][0]["id"])
+            except (KeyError, IndexError, TypeError):
+                raise FormatError(f"{self.url}/v1/models lists no model: name one with --model") from None
+        rows = [row for prompt in prompts for row in self._one(prompt.tolist())]
+        width = max(1, *(len(row) for row in rows))
+        ids = torch.full((len(rows), width), -1)
+        values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            if any(not 0 <= token < 2**31 for token in row):
+                raise FormatError(f"{self.url} tells of tokens with impossible ids")
+            ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+            values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+        return Outputs(ids, values)
+
+    def _one(self, ids: list[int]) -> Rows:
+        """By the first way that the server knows, which is then the only one tried."""
+        said = []
+        for way in list(self._ways):
+            try:
+                rows = way(ids)
+            except Refused as error:
+                said.append(str(error))
+                continue
+            self._ways = [way]
+            if len(rows) != len(ids):
+                raise FormatError(f"{self.url} gave log-probs of {len(rows)} positions for a prompt of {len(ids)} ids")
+            return rows
+        raise FormatError(f"{self.url} gives no log-probs of prompts: {'; '.join(dict.fromkeys(said))}")
+
+    # Ways to ask. Each gives the rows of a prompt, or raises Refused.
+
+    def _reported(self, ids: list[int]) -> Rows:
+        choice = self._choice(ids, prompt_logprobs=TOP, logprobs=TOP)
+        if (told := choice.get("prompt_logprobs")) is None:
+            raise Refused("it has no prompt_logprobs")
+        rows = self._parsed(lambda: [{int(i): _number(e["logprob"]) for i, e in (row or {}).items()} for row in told])
+        return [*rows[1:], {}]  # of the token at a position, from the one before
+
+    def _echoed(self, ids: list[int]) -> Rows:
+        return self._own(ids, self._choice(ids, echo=True, logprobs=1), 0)
+
+    def _echoed_text(self, ids: list[int]) -> Rows:
+        """For a server that takes no ids: the text that they are, if they are that of any."""
+        if (tokenizer := self.tokenizer()) is None:
+            raise Refused("it may take texts only, for which the other side must have a tokenizer")
+        text = tokenizer.decode(ids)
+        if encode(tokenizer, text) != ids:
+            raise Refused("it may take texts only, and a prompt has ids that are not those of a text: use --file")
+        # llama-cpp-python leaves BOS out.
+        return self._own(ids, self._choice(text, echo=True, logprobs=1), int(ids[0] == tokenizer.bos_id))
+
+    def _own(self, ids: list[int], choice: dict[str, Any], missing: int) -> Rows:
+        """The log-probs of a prompt's own tokens, as an echo has them but for so many at its beginning."""
+
+        def rows() -> Rows:
+            own = [None] * missing + choice["logprobs"]["token_logprobs"]
+            if len(own) < len(ids):
+                raise ValueError(f"{len(own)} token_logprobs for {len(ids)} ids")
+            told = [{i: _number(lp)} if lp is not None else {} for i, lp in zip(ids[1:], own[1:], strict=False)]
+            if not any(told) and len(ids) > 2:
+                raise KeyError("token_logprobs")
+            return [*told, {}]
+
+        return self._parsed(rows)
+
+    def _by_step(self, ids: list[int]) -> Rows:
+        """The most likely tokens after each beginning of the prompt."""
+        rows = []
+        for n in range(1, len(ids) + 1):
+            choice = self._choice(ids[:n], logprobs=TOP)
+            rows.append(self._parsed(partial(_next_tokens, choice)))
+        return rows
+
+    def _parsed(self, parse: Callable[[], Any]) -> Any:
+        try:
+            return parse()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise Refused(f"its answer lacks log-probs ({type(error).__name__} {error})") from None
+
+    def _choice(self, prompt: list[int] | str, **more: Any) -> dict[str, Any]:
+        asked = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        answer = self._ask("/v1/completions", {**asked, **more, "return_tokens_as_token_ids": True})
+        found: dict[str, Any] = self._parsed(lambda: dict(answer["choices"][0]))
+        return found
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = Request(self.url + path, data, {"Content-Type": "application/json"})
+            # A proxy that leads to the world does not know this machine's own servers.
+            near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
+            opener = build_opener(*([ProxyHandler({})] if near else []))
+            with opener.open(request, timeout=PATIENCE) as answer:
+                return json.loads(answer.read(LARGEST))
+        except HTTPError as error:
+            told = error.read(200).decode("utf-8", "replace")
+            raise Refused(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
+        except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
+            raise FormatError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+def _next_tokens(choice: dict[str, Any]) -> dict[int, float]:
+    """The alternatives to the one token that was generated, in any of the forms that servers have."""
+    told = choice["logprobs"]
+    if "content" in told:  # as for chats; llama-server adds ids
+        entry = told["content"][0]
+        return {int(e["id"]): _number(e["logprob"]) for e in (entry, *entry["top_logprobs"])}
+    found = {}
+    for text, logprob in told["top_logprobs"][0].items():
+        match = re.fullmatch(r"token_id:(\d{1,9})", text)
+        if match is None:
+            raise ValueError("its tokens have texts and no ids")
+        found[int(match[1])] = _number(logprob)
+    return found

@@ -1,0 +1,197 @@
+"""Servers as sides of compare: each way in which they tell log-probs, and a plain reason where they tell none."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistral import cli
+from mistral.formats.folder import read_folder
+from mistral.formats.tokenizers import load_tokenizer
+from mistral.loader.load import assemble
+from mistral.oracle import pack
+from tests.support.folders import make_folder
+
+WINDOW = 5
+TEXTS = ["Once upon a time there was a king", "The wolf"]
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of an OpenAI-style server as tells log-probs, in the style of one of them."""
+
+    model: Any = None
+    style = "vllm"
+    tokenizer: Any = None
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, code: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.answer(200, {"data": [{"id": "tiny"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        given = asked["prompt"]
+        if self.style == "none" or (self.style == "texts" and isinstance(given, list)):
+            return self.answer(422, {"error": "no such thing"})
+        if isinstance(given, str):
+            given = self.tokenizer.encode(given)
+        ids = torch.tensor(given)
+        with torch.inference_mode():
+            scores = self.model.forward(ids, [len(ids)]).double().log_softmax(-1)
+        code, choice = getattr(self, self.style.replace("-", "_"))(asked, ids, scores)
+        self.answer(code, {"choices": [choice], "usage": {"completion_tokens": 1}} if code == 200 else choice)
+        return None
+
+    # What the choice is, by style.
+
+    def vllm(self, asked: dict[str, Any], ids: Tensor, scores: Tensor) -> tuple[int, Any]:
+        told: list[Any] = [None]
+        for row, i in zip(scores, ids[1:].tolist(), strict=False):
+            best = {int(j): float(row[j]) for j in row.topk(asked["prompt_logprobs"]).indices} | {i: float(row[i])}
+            told.append({str(j): {"logprob": lp, "rank": 1} for j, lp in best.items()})
+        return 200, {"prompt_logprobs": told}
+
+    def echo(self, asked: dict[str, Any], ids: Tensor, scores: Tensor) -> tuple[int, Any]:
+        own = [None, *(float(row[i]) for row, i in zip(scores, ids[1:], strict=False)), -1.0]
+        return 200, {"logprobs": {"token_logprobs": own} if asked.get("echo") else None}
+
+    def texts(self, asked: dict[str, Any], ids: Tensor, scores: Tensor) -> tuple[int, Any]:
+        """llama-cpp-python: BOS has no entry, and the first token after it no number."""
+        _, choice = self.echo(asked, ids, scores)
+        if choice["logprobs"]:
+            choice["logprobs"]["token_logprobs"] = [None, *choice["logprobs"]["token_logprobs"][2:]]
+        return 200, choice
+
+    def llama_server(self, asked: dict[str, Any], ids: Tensor, scores: Tensor) -> tuple[int, Any]:
+        if asked.get("echo"):
+            return 400, {"error": {"message": "Only no echo is supported"}}
+        if "logprobs" not in asked:
+            return 200, {"logprobs": None}
+        best = [{"id": int(i), "logprob": float(scores[-1][i])} for i in scores[-1].topk(asked["logprobs"]).indices]
+        return 200, {"logprobs": {"content": [{**best[0], "token": "x", "top_logprobs": best}]}}
+
+    def by_number(self, asked: dict[str, Any], ids: Tensor, scores: Tensor) -> tuple[int, Any]:
+        if asked.get("echo"):
+            return 400, {}
+        names = "token_id:{}" if self.style == "by_number" else "word {}"
+        best = {names.format(int(i)): float(scores[-1][i]) for i in scores[-1].topk(asked.get("logprobs", 1)).indices}
+        return 200, {"logprobs": {"top_logprobs": [best]}}
+
+    by_word = by_number
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("right") / "model", sliding_window=WINDOW)
+
+
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Start]:
+    servers = []
+
+    def start(folder: Path, style: str = "vllm") -> str:
+        model, _ = assemble(read_folder(folder), device="cpu", execution="eager")
+        words = load_tokenizer(folder, model.args.vocab_size)
+        handler = type("Handler", (Server,), {"model": model, "style": style, "tokenizer": words})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    capsys.readouterr()
+    code = cli.main(["compare", *map(str, words), "--json"])
+    captured = capsys.readouterr()
+    assert code in (0, 1), captured.err
+    found: dict[str, Any] = json.loads(captured.out)
+    assert (code == 0) is found["same"]
+    return found
+
+
+POSITIONS = 40 + 1 + 9 + 23
+STYLES = {
+    "vllm": POSITIONS - 4,  # the token after a prompt's last is not told
+    "echo": POSITIONS - 4,
+    "llama-server": POSITIONS,
+    "by_number": POSITIONS,
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_server(folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str) -> None:
+    url, packed = serve(folder, style), tmp_path / "x.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(packed), "--weights"]) == 0
+    for sides in ((folder, url), (url + "/v1", packed)):
+        told = ask(capsys, *sides)
+        assert told["same"]
+        assert told["positions_compared"] == STYLES[style]
+        assert (told["top1_agreement"] is None) is (style == "echo")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_server_with_a_mistake(
+    folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str
+) -> None:
+    wrong = make_folder(tmp_path / "wrong", sliding_window=WINDOW + 1)
+    told = ask(capsys, folder, serve(wrong, style))
+    assert list(told["mistakes"]) == ["window_one_more"]
+
+
+def test_a_server_that_takes_texts_only(
+    folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, file = serve(folder, "texts"), tmp_path / "prompts.txt"
+    file.write_text("\n".join(TEXTS), encoding="utf-8")
+    told = ask(capsys, folder, url, "--file", file)
+    assert told["same"]
+    assert told["positions_compared"] == sum(told["prompts"]) - 2 * len(TEXTS)
+    wrong = make_folder(tmp_path / "wrong", sliding_window=WINDOW + 1)
+    told = ask(capsys, folder, serve(wrong, "texts"), "--file", file)
+    assert list(told["mistakes"]) == ["window_one_more"]
+    assert cli.main(["compare", str(folder), url]) == 2
+    assert "a prompt has ids that are not those of a text: use --file" in capsys.readouterr().err
+
+
+def test_servers_that_cannot_be_asked(folder: Path, serve: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    for url, said in (
+        (serve(folder, "none"), "answered 422"),
+        (serve(folder, "by_word"), "its tokens have texts and no ids"),
+        ("http://127.0.0.1:9", "cannot be asked"),
+    ):
+        assert cli.main(["compare", str(folder), url]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert said in error
+
+
+def test_a_pack_has_no_texts(folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / "x.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(packed)]) == 0
+    assert pack.is_pack(packed)
+    assert cli.main(["compare", str(packed), serve(folder, "texts")]) == 2
+    assert "for which the other side must have a tokenizer" in capsys.readouterr().err
