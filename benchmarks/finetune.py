@@ -48,7 +48,7 @@ def rows_of(model: Path, text: Path, length: int, count: int) -> list[Tensor]:
 
 
 def ours(model: Path, adapter: Path, options: TrainOptions) -> Step:
-    load = LoadOptions(device="cpu", dtype="float32", adapter=None if options.full else str(adapter))
+    load = LoadOptions(device="cpu", dtype="float32", adapter=() if options.full else (str(adapter),))
     tuned, weights = Setup(model, options, load).model()
     optimizer = adamw(weights, options)
 
