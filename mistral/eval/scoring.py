@@ -144,7 +144,7 @@ class Scorer:
         assert request is not None
         if request.error is not None:
             raise request.error
-        row.held = request.prompt_ids[:length]
+        row.held = list(request.prompt_ids[:length])
         if row.context:
             return
         number = row.left.popleft()

@@ -153,9 +153,9 @@ def find_weights(folder: Path) -> WeightFiles:
     parts = numbered_parts(folder, "consolidated")
     if parts:
         return open_safetensors(parts)
-    parts = _archives(path.name for path in folder.glob("consolidated.*.pt*"))
-    if parts:
-        return open_archives(tuple(folder / part for part in parts))
+    archives = _archives(path.name for path in folder.glob("consolidated.*.pt*"))
+    if archives:
+        return open_archives(tuple(folder / name for name in archives))
     raise WeightsError(
         f"no weights in {folder}: expected consolidated.safetensors, "
         "consolidated-00001-of-0000N.safetensors or consolidated.00.pth"
