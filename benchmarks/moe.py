@@ -8,8 +8,8 @@ dense model's feed-forward is as wide as the experts that a token goes through.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,9 @@ ROUNDS, STEPS, CONTEXT = 7, 12, 32
 
 
 def main() -> None:
-    quant = sys.argv[1] if len(sys.argv) > 1 else None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("quant", nargs="?", choices=("int8", "int4"))
+    quant = parser.parse_args().quant
     shape = replace(SHAPES["moe"], n_layers=2)
     assert shape.moe is not None
     wide = replace(shape, moe=None, hidden_dim=shape.hidden_dim * shape.moe.num_experts_per_tok)

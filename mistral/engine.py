@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral.adapters import BASE
 from mistral.cache import RollingBufferCache
-from mistral.logprobs import logprobs
+from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token, check_request
 from mistral.sampling import LogitChanges, RequestRng, sample_each
@@ -343,7 +343,7 @@ class Engine:
                 return self._fail(request, _nan_logits(request.index))
             request.prompt_logprobs += found
             if request.params.top_logprobs:
-                request.prompt_top += _most_likely(logits, [request.params.top_logprobs] * len(found))
+                request.prompt_top += most_likely(logits, [request.params.top_logprobs] * len(found))
 
     def _match(self, logits: Tensor, ready: list[Request]) -> list[Token]:
         """Choose as if token by token, for as long as a request's token is the one that was guessed.
@@ -381,7 +381,7 @@ class Engine:
             ready,
             chosen.tolist(),
             of_chosen.tolist(),
-            _most_likely(logits, [request.params.top_logprobs for request in ready]),
+            most_likely(logits, [request.params.top_logprobs for request in ready]),
             strict=True,
         ):
             if logprob != logprob:
@@ -409,17 +409,6 @@ def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
             request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
         changed[row] = request.changes(logits[row], request.output_ids)
     return changed
-
-
-def _most_likely(logits: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
-    """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
-    most = max(counts)
-    if not most:
-        return [{} for _ in counts]
-    # A stable sort, because topk breaks ties anyhow.
-    ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :most]
-    values = logprobs(logits, ids).tolist()
-    return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]
 
 
 def _nan_logits(index: int) -> GenerationError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,14 @@ def logprobs(logits: Tensor, ids: Tensor | None = None) -> Tensor:
         found = logits[block].double().log_softmax(-1)
         wide[block] = found if ids is None else found.gather(-1, ids[block])
     return wide
+
+
+def most_likely(logits: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
+    """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
+    most = max(counts)
+    if not most:
+        return [{} for _ in counts]
+    # A stable sort, because topk breaks ties anyhow.
+    ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :most]
+    values = logprobs(logits, ids).tolist()
+    return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import replace
@@ -70,7 +71,7 @@ def train(base: Path | None, data: Path, out: Path, options: TrainOptions, **cha
 
 
 def ask(folder: Path, tokenizer: Tokenizer, options: LoadOptions, cases: int, seed: int) -> dict[str, dict[str, float]]:
-    """The share of right answers of each task by length."""
+    """By task and length: the share of right answers, and of digits that are right and in their place."""
     loaded = load(folder, options=options)
     found: dict[str, dict[str, float]] = {}
     for task in TASKS:
@@ -81,12 +82,23 @@ def ask(folder: Path, tokenizer: Tokenizer, options: LoadOptions, cases: int, se
             fitted = [fit(task, case, length, tokenizer.encode) for case in made]
             prompts = [one.ids for one in fitted]
             results = complete(prompts, loaded.model, loaded.tokenizer, max_tokens=8, temperature=0)
-            right = sum(task.score(r.text, one.answer) for r, one in zip(results, fitted, strict=True))
-            found.setdefault(task.name, {})[str(length)] = right / cases
+            pairs = [(result.text, one.answer) for result, one in zip(results, fitted, strict=True)]
+            right = sum(task.score(text, answer) for text, answer in pairs) / cases
+            places = sum(digits(text, answer) for text, answer in pairs) / cases
+            found.setdefault(task.name, {})[str(length)] = right
+            found.setdefault(f"{task.name}, digits", {})[str(length)] = places
+            window = loaded.args.window_text
             print(
-                f"{folder.name}, window {loaded.args.window_text}: {task.name} at {length}: {right}/{cases}", flush=True
+                f"{folder.name}, window {window}: {task.name} at {length}: {right:.0%}, digits {places:.0%}", flush=True
             )
     return found
+
+
+def digits(text: str, answer: str) -> float:
+    """The share of the answer's digits that the first number of a text has in the same places; 10% is chance."""
+    number = re.search(r"[0-9]+", text)
+    told = number[0] if number else ""
+    return sum(a == b for a, b in zip(told, answer, strict=False)) / len(answer)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -109,15 +121,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
-        for (name, found), style in zip(results.items(), ("s--", "^:", "o-"), strict=False):
+        for (name, found), style, colour in zip(results.items(), ("s--", "^:", "o-"), ("C0", "C2", "C1"), strict=False):
             points = [(int(n), 100 * share) for n, share in found.get(task.name, {}).items()]
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, color=colour)
+            points = [(int(n), 100 * share) for n, share in found.get(f"{task.name}, digits", {}).items()]
+            axes.plot(*zip(*points, strict=True), style[1:], linewidth=0.8, color=colour, alpha=0.6)
         axes.set_xscale("log", base=2)
         axes.set(title=task.name, xlabel="tokens of the prompt", ylim=(-3, 103), xticks=LENGTHS)
         axes.set_xticklabels([str(n) for n in LENGTHS], fontsize=7)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("right answers, %")
+    figure.axes[0].set_ylabel("right answers, % (thin: digits)")
     figure.axes[-1].legend(fontsize=8)
     with write_atomic(path) as beside:
         figure.savefig(beside, format="svg", metadata={"Date": None})

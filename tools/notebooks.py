@@ -8,12 +8,12 @@ Cells are plain Python, run one after the other in one namespace, as Jupyter doe
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def as_text(notebook: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    for path in [Path(word) for word in sys.argv[1:]] or NOTEBOOKS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
+    for path in parser.parse_args().notebooks or NOTEBOOKS:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         execute(notebook)
         with write_atomic(path) as beside:

@@ -10,6 +10,7 @@ import json
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -331,7 +332,7 @@ def require_plotting(path: str) -> None:
 
 
 def plot(report: dict[str, Any], path: str) -> None:
-    """Both rates against the context, as a picture.
+    """Measured rates as bars, with their spread, below the limits of the machine; titled with model and machine.
 
     Raises:
         FormatError: the file cannot be written.
@@ -339,12 +340,27 @@ def plot(report: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
     rows = [Row(**row) for row in report["rows"]]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(report["model"], 110)), fontsize=9)
+    figure.supxlabel(f"{report['processor']}, {report['threads']} threads, torch {report['torch']}", fontsize=8)
     for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
-        mine = sorted((r for r in rows if r.what == what and r.batch == 1), key=lambda r: r.context)
-        axes.plot([r.context for r in mine], [r.rate for r in mine], "o-", label="measured")
-        axes.plot([r.context for r in mine], [r.limit for r in mine], "--", label="limit")
-        axes.set(title=what, xlabel="positions", ylabel="tokens/s", xscale="log", ylim=(0, None))
-        axes.legend()
+        mine = sorted((r for r in rows if r.what == what), key=lambda r: (r.batch, r.context))
+        places = list(range(len(mine)))
+        spread = [[r.rate - r.low for r in mine], [r.high - r.rate for r in mine]]
+        label = "measured, slowest to fastest"
+        axes.bar(places, [r.rate for r in mine], 0.6, yerr=spread, capsize=3, label=label)
+        ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
+        axes.hlines([r.limit for r in mine], *ends, color="black", label="limit of this machine")
+        axes.set_xticks(places, [_case(r) for r in mine])
+        highest = max((max(r.limit, r.high) for r in mine), default=1)
+        axes.set(title=what, ylabel="tokens/s", ylim=(0, 1.4 * highest))  # room for the legend
+        axes.legend(fontsize=8)
     with write_atomic(path) as beside:
         figure.savefig(beside, format=Path(path).suffix[1:].lower())
+
+
+def _case(row: Row) -> str:
+    """What was measured, and how fast it was, below its bar."""
+    where = f"prompt of {row.context:,}" if row.what == "prefill" else f"at {row.context:,}"
+    several = f", {row.batch} sequences" if row.batch > 1 else ""
+    return f"{where}{several}\n{row.rate:,.1f}/s\n{row.rate / row.limit:.0%} of the limit"

@@ -30,7 +30,8 @@ SHAPE = {
     "rms_norm_eps": "norm_eps",
     "vocab_size": "vocab_size",
 }
-MODEL_TYPES = ("mistral", "ministral", "ministral3", "mixtral")
+# Llama is this model without a window; many exports of the family say so.
+MODEL_TYPES = ("mistral", "ministral", "ministral3", "mixtral", "llama")
 # Keys that mixtral alone has: how many experts, and what only training uses.
 MIXTRAL = (
     "num_local_experts",
@@ -53,6 +54,7 @@ HARMLESS = {
     "eos_token_id": "the tokenizer's",
     "id2label": "a classifier's",
     "initializer_range": "training",
+    "is_llama_config": "where it was exported",
     "label2id": "a classifier's",
     "max_position_embeddings": "how long the training sequences were",
     "max_sequence_length": "how long the training sequences were",
@@ -96,6 +98,7 @@ ONLY = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
     "pretraining_tp": (1,),
+    "rope_interleaved": (False, None),
     "use_sliding_window": (True, None),
 }
 # Keys of quantized checkpoints: the one that is read, and those that are not.
@@ -126,6 +129,8 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     """
     raw = text_config(raw)
     kind = raw.get("model_type")
+    if kind == "llama" and "num_attention_heads" in raw:  # before grouped heads there was no key for them
+        raw = {"num_key_value_heads": raw["num_attention_heads"], **raw}
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
@@ -181,6 +186,10 @@ def in_their_words(text: str) -> str:
 
 
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
+    if kind == "llama":
+        ignored = "; transformers ignores its sliding_window" if raw.get("sliding_window") is not None else ""
+        notes.append(f"model_type is llama: this model without a sliding window{ignored}")
+        return None
     default = None if kind in ("ministral3", "mixtral") else DEFAULT_WINDOW
     if "sliding_window" not in raw and default is not None:
         notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")

@@ -17,11 +17,11 @@ class Division(Protocol):
     def notes(self, args: ModelArgs, quant: str | None) -> tuple[str, ...]:
         """Sentences on it for people: `args` is the whole model's shape, `quant` what its weights are rounded to."""
 
-    def check(self, found: Folder, options: LoadOptions) -> None:
-        """Refuse what cannot be divided.
+    def options(self, found: Folder, options: LoadOptions) -> LoadOptions:
+        """The options of this process: those given, on a device of its own.
 
         Raises:
-            OptionError: names it.
+            OptionError: names what cannot be divided.
         """
 
     def part(self, found: Folder) -> Folder:

@@ -216,7 +216,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if division is not None:
-        division.check(found, options)
+        options = division.options(found, options)
     elif options.parallel > 1:
         raise OptionError(f"parallel {options.parallel} is for complete, demo and perplexity: omit it")
     adapted = with_adapters(found, options)

@@ -61,6 +61,7 @@ def run(ranks: int, target: Callable[..., R], *args: Any) -> R:
     store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     others = _start(ranks, store.port, target, args)
     try:
+        _require_started(others)
         with _member(0, ranks, store):
             result = target(*args)
         for process, _ in others:
@@ -74,11 +75,6 @@ def run(ranks: int, target: Callable[..., R], *args: Any) -> R:
         for process, _ in others:
             process.join(1)  # its next exchange fails, and it tidies up
             process.kill()
-
-
-def local_rank() -> int:
-    """This rank's number among those on its machine: that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
 
 
 def from_first(value: R) -> R:
@@ -96,6 +92,7 @@ def _member(rank: int, ranks: int, store: dist.Store | None) -> Iterator[None]:
     threads, agree = torch.get_num_threads(), memory.agree
     here = ranks if store is not None else int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    os.environ.setdefault("LOCAL_RANK", str(rank))  # on this machine, as torchrun calls it: the number of its GPU
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     try:
         torch.set_num_threads(max(1, threads // here))
@@ -121,8 +118,9 @@ def _start(ranks: int, port: int, target: Callable[..., Any], args: Any) -> list
     """The other ranks, started, each with the pipe on which it says why it failed."""
     context = multiprocessing.get_context("spawn")
     others: list[tuple[BaseProcess, Connection]] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()  # which alone may do this
     # Ctrl-C reaches every process of a terminal; it is the first rank's to act on.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
     try:
         for rank in range(1, ranks):
             receiving, sending = context.Pipe(duplex=False)
@@ -136,10 +134,6 @@ def _start(ranks: int, port: int, target: Callable[..., Any], args: Any) -> list
     return others
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
 def _other(
     rank: int, ranks: int, port: int, failure: Connection, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
@@ -147,7 +141,9 @@ def _other(
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as we run)
     try:
-        with _member(rank, ranks, dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=TIMEOUT)):
+        store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=TIMEOUT)
+        failure.send("")
+        with _member(rank, ranks, store):
             target(*args)
     except Exception as error:
         if not _of_exchange(error):  # or else another rank has gone, and says why
@@ -161,6 +157,22 @@ def _end_with_the_first() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _require_started(others: list[tuple[BaseProcess, Connection]]) -> None:
+    """Wait until every other rank has said that it is there: who meets nobody in the first exchange waits for long.
+
+    Raises:
+        RankFailed: one has ended.
+    """
+    for rank, (process, failure) in enumerate(others, 1):
+        multiprocessing.connection.wait([process.sentinel, failure])
+        try:
+            said = failure.recv()
+        except EOFError:
+            raise _reason(others) or RankFailed(f"rank {rank} did not start") from None
+        if said:
+            raise RankFailed(f"rank {rank}: {said}")
 
 
 def _of_exchange(error: Exception) -> bool:

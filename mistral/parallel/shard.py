@@ -7,6 +7,7 @@ Embeddings, norms and routers are whole on every rank. `parameters(args)` says w
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -107,11 +108,11 @@ class Shard:
     rank: int
     ranks: int
 
-    def check(self, found: Folder, options: LoadOptions) -> None:
-        """Refuse what cannot be divided.
+    def options(self, found: Folder, options: LoadOptions) -> LoadOptions:
+        """The options of this rank: those given, and a GPU of its own where there are GPUs, or else the CPU.
 
         Raises:
-            OptionError: a size that the ranks do not divide, groups of weights that would be cut, weights that are
+            OptionError: one GPU or an Apple GPU was asked for; a size that the ranks do not divide, groups of weights that would be cut, weights that are
                 stored quantized, or an option that goes with a whole model only.
         """
         what = f"parallel {self.ranks}"
@@ -124,11 +125,20 @@ class Shard:
             raise OptionError(f"{what} has no drafts: omit draft")
         if options.adapter_mode == "runtime" or len(options.adapter) > 1:
             raise OptionError(f"{what} takes one adapter, merged into the weights: omit adapter_mode")
-        args = found.args
+        self._check_sizes(found.args, options.quant)
+        device = options.device
+        if device in (None, "auto"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cpu", "cuda"):
+            raise OptionError(f"{what} is for cpu or cuda, where each rank takes a GPU of its own, not for {device}")
+        return replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if device == "cuda" else device)
+
+    def _check_sizes(self, args: ModelArgs, quant: str | None) -> None:
+        what = f"parallel {self.ranks}"
         sizes = ("n_kv_heads", "hidden_dim", "vocab_size")
         if wrong := [f"{name} {getattr(args, name)}" for name in sizes if getattr(args, name) % self.ranks]:
             raise OptionError(f"{what} does not divide {' and '.join(wrong)}: every rank takes as much as the others")
-        if options.quant == "int4":
+        if quant == "int4":
             local = self.args(args)
             for name, columns in (("wo", local.n_heads * local.head_dim), ("w2", local.hidden_dim)):
                 if columns % GROUP:

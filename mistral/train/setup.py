@@ -21,7 +21,7 @@ from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.loader.load import assemble, windowed
-from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
 from mistral.loader.runtime import WIDEN_SHARE, pick_device
 from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
@@ -169,11 +169,10 @@ class Setup:
     @property
     def adapter(self) -> str | None:
         """The adapter to go on from."""
-        given: Any = self.load.adapter
-        words = (given,) if isinstance(given, str) else tuple(given or ())
-        if len(words) > 1:
-            raise OptionError(f"training goes on from one adapter, and {len(words)} are given")
-        return words[0] if words else None
+        places = list(adapter_names(self.load.adapter).values())
+        if len(places) > 1:
+            raise OptionError(f"training goes on from one adapter, and {len(places)} are given")
+        return str(places[0]) if places else None
 
     @property
     def count(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats import huggingface as hf
+from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import INDEX, find_hf_weights
 from mistral.formats.inspect import inspect_folder
@@ -416,7 +417,7 @@ def test_a_window_that_is_not_there_is_4096() -> None:
         ({"layer_types": ["full_attention", "full_attention"], "sliding_window": None}, (None, None)),
     ],
 )
-@pytest.mark.parametrize("kind", hf.MODEL_TYPES)
+@pytest.mark.parametrize("kind", [kind for kind in hf.MODEL_TYPES if kind != "llama"])
 def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
     args, notes = hf.config_to_args(config(model_type=kind, **experts, **changes))
@@ -468,7 +469,9 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
         ({"model_type": "voxtral"}, "an audio model (Voxtral): use transformers or vLLM"),
         ({"model_type": "mamba"}, "a Mamba model: use transformers or vLLM"),
         ({"model_type": "mamba2"}, "a Mamba model (Codestral Mamba): use transformers or vLLM"),
-        ({"model_type": "llama"}, "a model of type 'llama': use transformers or vLLM"),
+        ({"model_type": "gemma"}, "a model of type 'gemma': use transformers or vLLM"),
+        ({"model_type": "llama", "rope_interleaved": True}, "rope_interleaved = True, which this model does not have"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
         ({"model_type": ...}, "no model_type"),
         ({"model_type": ["mistral"]}, "no model_type"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling lacks original_max_position_embeddings"),
@@ -932,3 +935,32 @@ def test_other_models_are_refused_in_one_line(tmp_path: Path, capfd: pytest.Capt
     error = in_process(capfd)("demo", tmp_path).error
     assert ("small 4" if kind == "mistral4" else kind) in error.lower()
     assert "use transformers or vLLM" in error
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_llama_is_this_model_without_a_window(tmp_path: Path, old: bool) -> None:
+    """Exports of the family say llama, with keys of its time; transformers' Llama has the same logits."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    heads = {} if old else {"num_key_value_heads": 1, "head_dim": 10}
+    config = transformers.LlamaConfig(**shape, **heads, vocab_size=61, rms_norm_eps=1e-5)
+    torch.manual_seed(3)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    raw = json.loads(path.read_text())
+    if old:
+        for key in ("num_key_value_heads", "head_dim"):
+            del raw[key]
+        raw |= {"sliding_window": 4, "is_llama_config": True, "rope_interleaved": False}
+    path.write_text(json.dumps(raw))
+    loaded = load(tmp_path / "a", device="cpu")
+    assert loaded.args.sliding_window is None
+    said = "model_type is llama: this model without a sliding window"
+    assert said + ("; transformers ignores its sliding_window" if old else "") in loaded.notes
+    ids = torch.randint(61, (23,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids, [23]), theirs(ids[None]).logits[0], rtol=1e-4, atol=1e-5)
+    convert(tmp_path / "a", tmp_path / "b", "hf")
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (written["model_type"], written["sliding_window"]) == ("mistral", None)

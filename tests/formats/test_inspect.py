@@ -40,7 +40,7 @@ TOKENIZERS = {
     "v7": ("mistral_instruct_tokenizer_241114.model.v7", 32768),
     "v3-tekken": ("tekken_240718.json", 131072),
     "v7-tekken": ("tekken_240911.json", 131072),
-    "v13-tekken": ("tekken_240911.json", 131072),  # mistral-common has none of this version
+    **dict.fromkeys(("v11-tekken", "v13-tekken", "v15-tekken"), ("tekken_240911.json", 131072)),
     "mistrallite": ("tokenizer.model.v1", 32000),
 }
 NESTED = (*PARTS, "tied_embeddings")
@@ -114,34 +114,18 @@ def make_release(folder: Path, release: Release, tokenizer: bool = True) -> Path
         hollow(folder / f"{stem}-{i:05}-of-{len(pieces):05}.safetensors", piece)
     if tokenizer:
         file, _ = TOKENIZERS[release.template]
-        shutil.copy(str(files("mistral_common") / "data" / file), folder / release.tokenizer_file)
+        source = Path(str(files("mistral_common") / "data" / file))
+        if release.template in ("v11-tekken", "v13-tekken", "v15-tekken"):  # mistral-common has none of these
+            told = source.read_text(encoding="utf-8")
+            renamed = told.replace('"version": "v3"', f'"version": "{release.tokenizer_version}"')
+            assert renamed != told
+            (folder / release.tokenizer_file).write_text(renamed, encoding="utf-8")
+        else:
+            shutil.copy(source, folder / release.tokenizer_file)
     return folder
 
 
 # --- releases
-
-
-def test_the_table_holds_the_releases() -> None:
-    assert [r.name for r in RELEASES] == [
-        "7B v0.1",
-        "7B v0.2",
-        "7B v0.3",
-        "Nemo 12B 2407",
-        "Codestral 22B v0.1",
-        "Small 3 24B",
-        "Large 2411",
-        "Large 2407",
-        "Ministral 8B 2410",
-        "MistralLite",
-        "Small 3.1 24B",
-        "Ministral 3 3B",
-        "Ministral 3 8B",
-        "Mixtral 8x7B v0.1",
-    ]
-    for release in RELEASES:
-        assert set(release.md5) <= set(release.variants)
-        assert all(len(md5) == 32 for md5 in release.md5.values())
-        assert release.tokenizer_file in release.files
 
 
 BILLIONS = {
@@ -156,10 +140,26 @@ BILLIONS = {
     "Ministral 8B 2410": 8.0,
     "MistralLite": 7.2,
     "Small 3.1 24B": 23.6,
+    "Small 3.2 24B": 23.6,
+    "Magistral Small 2509": 23.6,
     "Ministral 3 3B": 3.4,
     "Ministral 3 8B": 8.5,
+    "Ministral 3 14B": 13.5,
+    "Devstral Small 2 24B": 23.6,
+    "Devstral 2 123B": 125.0,
+    "Medium 3.5 128B": 125.0,
     "Mixtral 8x7B v0.1": 46.7,
+    "Mixtral 8x22B v0.1": 140.6,
+    "Mixtral 8x22B v0.3": 140.6,
 }
+
+
+def test_the_table_holds_the_releases() -> None:
+    assert [r.name for r in RELEASES] == list(BILLIONS)
+    for release in RELEASES:
+        assert set(release.md5) <= set(release.variants)
+        assert all(len(md5) == 32 for md5 in release.md5.values())
+        assert release.tokenizer_file in release.files
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
@@ -640,7 +640,7 @@ def test_the_docs_show_what_is_printed(cli: Command, monkeypatch: pytest.MonkeyP
 def test_columns_are_aligned(cli: Command, tmp_path: Path) -> None:
     lines = cli("inspect", make_release(tmp_path, RELEASES[2])).text.splitlines()
     table = lines[lines.index("") + 1 : lines.index("files") - 1]
-    assert len(table) == 2 + len(POSITIONS)
+    assert len(table) == 4 + len(POSITIONS)
     assert len({len(line) for line in table}) == 1
     listed = lines[lines.index("files") + 1 : lines.index("suspicious") - 1]
     assert len({line.rindex("B  ") for line in listed}) == 1

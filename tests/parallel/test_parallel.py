@@ -190,6 +190,7 @@ def test_a_slice_wants_nothing_else_in_memory() -> None:
         ({}, {"draft": "ngram"}, "parallel 2 has no drafts"),
         ({}, {"adapter": ("a",), "adapter_mode": "runtime"}, "one adapter, merged"),
         ({}, {"adapter": ("a", "b")}, "one adapter, merged"),
+        ({}, {"device": "cuda:1"}, "parallel 2 is for cpu or cuda, where each rank takes a GPU of its own, not for cuda:1"),
         ({}, {"execution": "bitwise"}, "execution bitwise is not possible"),
     ],
 )
@@ -237,6 +238,17 @@ def fail(how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         raise OptionError("no room here")
     dist.barrier()
+
+
+def unstarted(*args: object) -> None:
+    """A rank that ends before it has met the others."""
+    os._exit(5)
+
+
+def test_a_rank_that_does_not_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_other", unstarted)
+    with pytest.raises(launch.RankFailed, match="rank 1 ended with exit code 5"):
+        launch.run(2, fail, "not at all")
 
 
 @pytest.mark.parametrize(
