@@ -131,7 +131,9 @@ class Shard:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda"):
             raise OptionError(f"{what} is for cpu or cuda, where each rank takes a GPU of its own, not for {device}")
-        return replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if device == "cuda" else device)
+        return replace(
+            options, device=f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if device == "cuda" else device
+        )
 
     def _check_sizes(self, args: ModelArgs, quant: str | None) -> None:
         what = f"parallel {self.ranks}"

@@ -190,7 +190,11 @@ def test_a_slice_wants_nothing_else_in_memory() -> None:
         ({}, {"draft": "ngram"}, "parallel 2 has no drafts"),
         ({}, {"adapter": ("a",), "adapter_mode": "runtime"}, "one adapter, merged"),
         ({}, {"adapter": ("a", "b")}, "one adapter, merged"),
-        ({}, {"device": "cuda:1"}, "parallel 2 is for cpu or cuda, where each rank takes a GPU of its own, not for cuda:1"),
+        (
+            {},
+            {"device": "cuda:1"},
+            "parallel 2 is for cpu or cuda, where each rank takes a GPU of its own, not for cuda:1",
+        ),
         ({}, {"execution": "bitwise"}, "execution bitwise is not possible"),
     ],
 )
