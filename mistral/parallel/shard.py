@@ -112,8 +112,8 @@ class Shard:
         """The options of this rank: those given, and a GPU of its own where there are GPUs, or else the CPU.
 
         Raises:
-            OptionError: one GPU or an Apple GPU was asked for; a size that the ranks do not divide, groups of weights that would be cut, weights that are
-                stored quantized, or an option that goes with a whole model only.
+            OptionError: one GPU or an Apple GPU was asked for; a size that the ranks do not divide, groups of weights
+                that would be cut, weights that are stored quantized, or an option that goes with a whole model only.
         """
         what = f"parallel {self.ranks}"
         if found.quant is not None:

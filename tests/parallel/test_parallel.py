@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 import mistral
 from mistral.args import ModelArgs, Moe, QueryScaling, Yarn
+from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.merge import merge_into
 from mistral.loader.load import assemble
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
@@ -25,7 +28,10 @@ from mistral.parallel.shard import Shard, Slice, shard_of_this_process
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
+from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
+from tests.support.folders import make_folder
+from tests.support.gguf_files import write_gguf
 from tests.support.tiny import (
     TOLERANCE,
     Schedule,
@@ -55,9 +61,8 @@ SHAPES: dict[str, ModelArgs] = {
     "mixtral": tiny_args(vocab_size=62, moe=Moe(4, 2)),
     "tied": tiny_args(vocab_size=62, tied_embeddings=True, llama_4_scaling=QueryScaling(4, 0.3)),
     "yarn": tiny_args(vocab_size=62, yarn=Yarn(4.0, 8), sliding_window=[None, 5]),
-    "int8": tiny_args(**WIDE),
     "int4": tiny_args(**WIDE),
-    "mixtral int8": tiny_args(**WIDE, moe=Moe(3, 2)),
+    "mixtral int8": tiny_args(**WIDE, moe=Moe(2, 1)),
 }
 OPTIONS = LoadOptions(device="cpu", execution="eager")
 
@@ -94,10 +99,13 @@ def played(model: Transformer, quantized: bool) -> dict[str, list[Tensor]]:
 
 
 def divided(folders: dict[str, str]) -> dict[str, Any]:
-    """On every rank: each model's logits, the bytes that each rank read of it, and whether the logits were equal."""
+    """On every rank: each model's logits and weights, the bytes read of it, and whether all ranks had the same."""
     shard = shard_of_this_process()
     assert shard is not None
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "seed": torch.initial_seed()}
+    found: dict[str, Any] = {"left": [None, None]}
+    left = {0: 100, 1: 60}[shard.rank]  # bytes that this rank sees
+    with mock.patch.object(memory, "_available", return_value=left):
+        dist.all_gather_object(found["left"], memory.available("cpu"))
     for name, folder in folders.items():
         model, run = assemble(read_folder(folder), shard, options=replace(options_for(name), parallel=2))
         read: list[int] = []
@@ -126,9 +134,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in SHAPES:
         made[name] = str(place / name.replace(" ", "-"))
         mistral.save(model_of(name), made[name])
-    for name in ("dense", "mixtral"):  # another order of rows, and experts under other names
-        made[f"{name} hf"] = str(place / f"{name}-hf")
-        convert(made[name], made[f"{name} hf"], to="hf")
+    made["mixtral hf"] = str(place / "hf")  # another order of rows, and experts under other names
+    convert(made["mixtral"], made["mixtral hf"], to="hf")
     return made
 
 
@@ -137,7 +144,7 @@ def results(folders: dict[str, str]) -> dict[str, Any]:
     return launch.run(2, divided, folders)
 
 
-@pytest.mark.parametrize("name", [*SHAPES, "dense hf", "mixtral hf"])
+@pytest.mark.parametrize("name", [*SHAPES, "mixtral hf"])
 def test_two_ranks_are_one_model(name: str, folders: dict[str, str], results: dict[str, Any]) -> None:
     alone, _ = assemble(read_folder(folders[name]), options=options_for(name))
     logits, (first, second), equal_bits, weights, notes = results[name]
@@ -162,6 +169,29 @@ def test_all_but_the_embeddings_is_halved() -> None:
     total = sum(p.numel for p in parameters(args).values())
     part = sum(p.numel // (1 if p.split is None else 2) for p in parameters(args).values())
     assert 0.5 < part / total < 0.51
+
+
+@pytest.mark.parametrize("form", ["parts", "pth", "hf", "adapter", "gguf"])
+def test_the_parts_are_the_whole(form: str, tmp_path: Path) -> None:
+    """Also of tensors in several files, of Hugging Face's order, of merged ones and of blocks of few bits."""
+    if form == "gguf":
+        write_gguf(tmp_path / "m.gguf", "Q4_0")
+        found = read_folder(tmp_path / "m.gguf")
+    else:
+        found = read_folder(make_folder(tmp_path / "m", form="pth" if form == "pth" else "parts"))
+    if form == "hf":
+        convert(str(found.path), tmp_path / "hf", to="hf")
+        found = read_folder(tmp_path / "hf")
+    if form == "adapter":
+        found = merge_into(found, read_adapter(write_peft(tmp_path / "lora")))
+    parts = [Shard(rank, 2).part(found) for rank in range(2)]
+    for name, parameter in parameters(found.args).items():
+        each = [part.weights.get(name) for part in parts]
+        whole_weight = found.weights.get(name)
+        assert [list(t.shape) for t in each] == [list(part.tensors[name].shape) for part in parts]
+        if parameter.split is not None:
+            each = [torch.cat(each, 0 if parameter.split == "rows" else 1)]
+        assert all(torch.equal(one, whole_weight) for one in each), name
 
 
 def test_a_slice_wants_nothing_else_in_memory() -> None:
@@ -208,29 +238,14 @@ def test_what_cannot_be_divided_is_refused(
 
 
 def test_stored_quantized_weights_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
-    convert(folders["int8"], tmp_path / "q", to="mistral", quant="int8")
+    convert(folders["dense"], tmp_path / "q", to="mistral", quant="int8")
     with pytest.raises(OptionError, match="stored in int8"):
         assemble(read_folder(tmp_path / "q"), Shard(0, 2), options=OPTIONS)
 
 
-def agreed() -> tuple[int | None, int | None]:
-    """What the two ranks, which see 100 and 60 bytes, take as left."""
-    shard = shard_of_this_process()
-    assert shard is not None
-    left = {0: 100, 1: 60}[shard.rank]
-    memory._available = lambda device: left  # type: ignore[assignment]
-    mine = memory.available("cpu")
-    everyones: list[Any] = [None, None]
-    dist.all_gather_object(everyones, mine)
-    return everyones[0], everyones[1]
-
-
-def test_ranks_see_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available", memory._available)  # put back after
-    threads = torch.get_num_threads()
-    assert launch.run(2, agreed) == (30, 30)
+def test_ranks_see_the_same_memory(results: dict[str, Any]) -> None:
+    assert results["left"] == [30, 30]
     assert memory.agree is None
-    assert torch.get_num_threads() == threads
     assert not dist.is_initialized()
 
 
