@@ -31,7 +31,7 @@ from mistral.util import memory
 from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import gguf_args, write_gguf
 from tests.support.tiny import (
     TOLERANCE,
     Schedule,
@@ -175,7 +175,7 @@ def test_all_but_the_embeddings_is_halved() -> None:
 def test_the_parts_are_the_whole(form: str, tmp_path: Path) -> None:
     """Also of tensors in several files, of Hugging Face's order, of merged ones and of blocks of few bits."""
     if form == "gguf":
-        write_gguf(tmp_path / "m.gguf", "Q4_0")
+        write_gguf(tmp_path / "m.gguf", "Q4_0", gguf_args(vocab_size=64))
         found = read_folder(tmp_path / "m.gguf")
     else:
         found = read_folder(make_folder(tmp_path / "m", form="pth" if form == "pth" else "parts"))
