@@ -20,7 +20,7 @@ from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.merge import merge_into
-from mistral.loader.load import assemble
+from mistral.loader.load import assemble, load
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
 from mistral.parallel import launch
@@ -296,7 +296,9 @@ def test_commands_give_the_same(command: Command) -> None:
 
 def test_other_commands_refuse(command: Command) -> None:
     for words in (("interactive",), ("eval", "--task", "reach"), ("serve", "--port", 1)):
-        assert "parallel 2 is for complete, demo and perplexity: omit it" in command(*words, "--parallel", 2).error
+        assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
+    with pytest.raises(OptionError, match="parallel 2 is for complete, demo and perplexity: omit it"):
+        load(device="cpu", parallel=2)
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 
 
