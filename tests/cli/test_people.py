@@ -124,7 +124,7 @@ def test_a_default_folder(cli: Command, folder: Path, monkeypatch: pytest.Monkey
 def test_a_default_folder_that_is_not_there(cli: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str]) -> None:
     monkeypatch.setenv("MISTRAL_MODEL", "/tmp/nowhere")
     said = "no such folder: /tmp/nowhere, which the variable MISTRAL_MODEL names: mend it, or unset it"
-    assert cli(*words).error == said
+    assert cli(*words).err.splitlines()[-1] == f"error: {said}"
 
 
 @pytest.mark.parametrize(
