@@ -23,7 +23,6 @@ from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors,
 from mistral.train.step import add_gradients, nats_of
 from mistral.util.errors import MistralError
 
-
 AT_FAULT = "the weights are broken, or too large for the dtype (try --dtype float32)"
 
 

@@ -158,13 +158,14 @@ def _require_sound(model: Transformer) -> None:
     """
     for name, tensor in model.state_dict().items():
         # Numbers of one byte are not looked at: those that quantized weights consist of are finite.
-        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-            if not all(math.isfinite(end) for end in tensor.aminmax()):  # in which a NaN shows; takes no memory
-                count = int((~tensor.isfinite()).sum())
-                raise WeightsError(
-                    f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {name} are NaN or "
-                    "infinite: fetch or convert the model again"
-                )
+        if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()):
+            continue
+        if not all(math.isfinite(end) for end in tensor.aminmax()):  # in which a NaN shows; takes no memory
+            count = int((~tensor.isfinite()).sum())
+            raise WeightsError(
+                f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {name} are NaN or infinite: "
+                "fetch or convert the model again"
+            )
 
 
 def _identity(setup: Setup, found: Samples, steps: int) -> dict[str, Any]:
