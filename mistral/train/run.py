@@ -161,9 +161,9 @@ def _require_sound(model: Transformer) -> None:
         if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()):
             continue
         if not all(math.isfinite(end) for end in tensor.aminmax()):  # in which a NaN shows; takes no memory
-            count = int((~tensor.isfinite()).sum())
+            count, where = int((~tensor.isfinite()).sum()), name.replace(".of.", ".")  # beside an adapter
             raise WeightsError(
-                f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {name} are NaN or infinite: "
+                f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {where} are NaN or infinite: "
                 "fetch or convert the model again"
             )
 
