@@ -41,10 +41,13 @@ class LocalEngine:
         loaded, served: the model, and how requests see it.
         rows: the most sequences in a step.
         chunk_size: see `Engine`.
+        fingerprint: put into answers as their system_fingerprint.
     """
 
-    def __init__(self, loaded: Loaded, served: Served, *, rows: int, chunk_size: int | None = None) -> None:
-        self.served, self._rows = served, rows
+    def __init__(
+        self, loaded: Loaded, served: Served, *, rows: int, chunk_size: int | None = None, fingerprint: str
+    ) -> None:
+        self.served, self._rows, self._fingerprint = served, rows, fingerprint
         self._worker = Worker(loaded.model, loaded.tokenizer, rows=rows, max_queue=1 << 20, chunk_size=chunk_size)
         self._worker.start()
 
@@ -105,7 +108,7 @@ class LocalEngine:
         running.pieces[index].append(running.answer.choices[index].take(event))
         if running.left:
             return None
-        body = running.answer.whole(running.pieces)
+        body = {**running.answer.whole(running.pieces), "system_fingerprint": self._fingerprint}
         return answer(running.line, 200, body["id"], body)
 
     def _cancel(self, running: Collection[_Running]) -> None:

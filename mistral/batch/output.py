@@ -18,6 +18,7 @@ from mistral.batch.lines import Answered
 from mistral.util.errors import FormatError, UsageError, short_repr
 from mistral.util.files import write_atomic
 
+OURS = "fp_mistral_"  # begins a system_fingerprint that this library's engine has put into an answer
 SYNC = 1.0  # seconds after which what was written is made to survive a power cut
 
 
@@ -28,13 +29,15 @@ class Earlier:
     Args:
         ok: ids of lines that were answered, each with its custom_id.
         failed: ids of lines that were not.
-        model: which answered the first of them.
+        model: which answered the first of them, by its name.
+        fingerprint: of that model, where this library's engine ran it; see `settings.EngineSettings.fingerprint`.
         length: bytes of whole lines; what follows is half a line.
     """
 
     ok: dict[str, str]
     failed: frozenset[str]
     model: str | None
+    fingerprint: str | None
     length: int
 
 
@@ -59,9 +62,13 @@ class Output:
 
         Raises:
             FormatError: the disk is full, or the like. What was written of the line is taken back.
+            UsageError: another model has answered than before: on a cluster only its answers tell.
         """
         if answered.id in self.done:
             return False
+        mark, before = _fingerprint_of(answered), self.earlier.fingerprint
+        if mark is not None and before not in (None, mark):
+            raise UsageError(f"{self.path} has answers of another model: give another output")
         line = answered.as_json()
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -155,7 +162,7 @@ def _read(path: str) -> Earlier:
     """
     ok: dict[str, str] = {}
     failed: set[str] = set()
-    model, length = None, 0
+    model, fingerprint, length = None, None, 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -169,10 +176,11 @@ def _read(path: str) -> Earlier:
             if answered.ok:
                 ok[answered.id] = answered.custom_id or ""
                 model = model or _model_of(answered)
+                fingerprint = fingerprint or _fingerprint_of(answered)
             else:
                 failed.add(answered.id)
             length += len(line)
-    return Earlier(ok, frozenset(failed), model, length)
+    return Earlier(ok, frozenset(failed), model, fingerprint, length)
 
 
 def _answered(line: bytes) -> Answered | None:
@@ -186,6 +194,15 @@ def _answered(line: bytes) -> Answered | None:
 
 
 def _model_of(answered: Answered) -> str | None:
+    return _told(answered, "model")
+
+
+def _fingerprint_of(answered: Answered) -> str | None:
+    mark = _told(answered, "system_fingerprint")
+    return mark if mark is not None and mark.startswith(OURS) else None  # a service changes its own as it likes
+
+
+def _told(answered: Answered, key: str) -> str | None:
     body = answered.response["body"] if answered.response is not None else None
-    model = body.get("model") if isinstance(body, dict) else None
-    return model if isinstance(model, str) else None
+    value = body.get(key) if isinstance(body, dict) else None
+    return value if isinstance(value, str) else None

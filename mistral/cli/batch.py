@@ -19,7 +19,6 @@ from mistral.util.flat import flat
 
 if TYPE_CHECKING:
     from mistral.batch.job import Job, Progress, Runner
-    from mistral.batch.output import Output
     from mistral.batch.settings import EngineSettings
 
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
@@ -92,23 +91,34 @@ def batch(
     from mistral.batch.settings import EngineSettings
 
     files = inputs.find_inputs([input, *(also or [])], output)
+    settings = None
+    if engine is None:
+        folder = default_folder(model)
+        if folder is not None and os.path.exists(folder):
+            folder = os.path.abspath(folder)  # workers may be elsewhere
+        settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
+    # Where only the workers of a cluster have the folder, the first of their answers shows which model it is.
+    known = settings if settings is not None and not (ray and settings.is_elsewhere) else None
+    if retry and known is not None and os.path.isfile(output):
+        with opened(output) as out:
+            known.require_same(out, going_on=True)
     if retry and (dropped := drop_failed(output)):
         echo_err(f"{dropped} errors of {output} are tried again")
     with opened(output) as out:
         job = Job(files, out, Report())
+        if known is not None:
+            known.require_same(out, going_on=job.left > 0)
         if job.left:
             if job.progress.earlier:
                 echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
-            folder = default_folder(model)
-            if folder is not None and os.path.exists(folder):
-                folder = os.path.abspath(folder)  # workers may be elsewhere
-            settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
-            if engine is not None:
-                run(job, output, remote(engine, key_env, concurrency, attempts, timeout))
+            if settings is None:
+                if out.earlier.fingerprint is not None:
+                    echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
+                run(job, output, remote(str(engine), key_env, concurrency, attempts, timeout))
             elif ray:
                 run(job, output, on_ray(settings, workers))
             else:
-                with local(settings, model, out) as runner:
+                with local(settings, model) as runner:
                     run(job, output, runner)
         conclude(job.progress, output)
 
@@ -164,15 +174,11 @@ def on_ray(settings: EngineSettings, workers: int) -> Runner:
 
 
 @contextmanager
-def local(settings: EngineSettings, model: str | None, output: Output) -> Iterator[Runner]:
-    """Our engine, its model loaded; refused where another model has answered before."""
+def local(settings: EngineSettings, model: str | None) -> Iterator[Runner]:
+    """Our engine, its model loaded."""
     loaded = open_model(model, replace(settings.options, max_batch_size=settings.rows))
     made = settings.make(loaded)
     try:
-        before = output.earlier.model
-        if before not in (None, made.served.name):
-            what = f"{output.path} has answers of {before}, and this is {made.served.name}"
-            raise UsageError(f"{what}: give another output, or the name that it had with --name")
         if made.served.template is None:
             echo_err(f"note: no chat completions: {made.served.no_template}")
         yield made

@@ -29,8 +29,19 @@ if TYPE_CHECKING:
 
 
 def default_folder(folder: str | None) -> str | None:
-    """The folder, or the one that MISTRAL_MODEL names, or None for the bundled model."""
-    return folder if folder is not None else os.environ.get("MISTRAL_MODEL") or None
+    """The folder, or the one that MISTRAL_MODEL names, or None for the bundled model.
+
+    Raises:
+        UsageError: the variable names nothing that is there, and no hub id.
+    """
+    named = os.environ.get("MISTRAL_MODEL")
+    if folder is not None or not named:
+        return folder
+    from mistral.formats.hub import is_hub_id
+
+    if not os.path.lexists(named) and not is_hub_id(named):
+        raise UsageError(f"no such folder: {named}, which the variable MISTRAL_MODEL names: mend it, or unset it")
+    return named
 
 
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:

@@ -11,7 +11,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,11 +29,15 @@ REFUSED = {
     "functions": "give tools",
     "function_call": "give tool_calls",
 }
-SHOWN = 5  # wrong lines that an error names
+SHOWN = 5  # different mistakes that an error names, and lines that have the same one
 
 
 class DataError(FormatError):
     """Samples that cannot be used; the message names the file and the line."""
+
+
+class NoTemplate(FormatError):
+    """Conversations cannot be written at all, whatever the line."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,11 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
 
     Raises:
         DataError: the file cannot be read, a line is wrong (the first few are named), or nothing is left to learn.
+        NoTemplate: of `mark_turns`, for the first conversation.
     """
     found = Samples(path, "")
-    digest, errors, ignored, cut = hashlib.sha256(), list[str](), Counter[str](), Counter[str]()
+    digest, ignored, cut = hashlib.sha256(), Counter[str](), Counter[str]()
+    wrong: dict[str, list[int]] = {}  # lines by what is wrong with them
     for number, line in _lines(path):
         digest.update(line)
         if not line.strip():
@@ -90,16 +96,28 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
         try:
             marked, splits = _marked(line, mark_text, mark_turns, ignored)
             found.samples += _pieces(number, marked, seq_len, splits, cut)
+        except NoTemplate:
+            raise
         except MistralError as error:
-            errors.append(f"{path}:{number}: {error}")
-    if errors:
-        more = f" (and {len(errors) - SHOWN} more wrong lines)" if len(errors) > SHOWN else ""
-        raise DataError("; ".join(errors[:SHOWN]) + more)
+            wrong.setdefault(str(error), []).append(number)
+    if wrong:
+        raise DataError(_mistakes(path, wrong))
     found.sha256 = digest.hexdigest()
     found.notes = _notes(path, ignored, cut, seq_len)
     if not found.samples:
         raise DataError(f"{path} has nothing to learn from: " + ("; ".join(found.notes) or "it has no lines"))
     return found
+
+
+def _mistakes(path: Path, wrong: Mapping[str, Sequence[int]]) -> str:
+    """The first few mistakes, each once, with the first few lines that have it."""
+    told = []
+    for message, (first, *others) in list(wrong.items())[:SHOWN]:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        also = f" (also line{'s' * (len(others) > 1)} {', '.join(map(str, others[:SHOWN]))}{more})" if others else ""
+        told.append(f"{path}:{first}: {message}{also}")
+    left = sum(len(numbers) for numbers in list(wrong.values())[SHOWN:])
+    return "; ".join(told) + (f" (and {left} more wrong lines)" if left else "")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -131,7 +149,10 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
         kind for kind in ("messages", "text", "completion") if (messages if kind == "messages" else entry.get(kind))
     ]
     if len(kinds) != 1:
-        raise DataError('it must have one of "messages", "text", and "prompt" with "completion", and it not empty')
+        unknown = _unknown(entry)
+        raise DataError(
+            f'it must have one of "messages", "text", and "prompt" with "completion", and it not empty{unknown}'
+        )
     if kinds == ["text"]:
         return mark_text("", _text(entry, "text")), True
     if kinds == ["completion"]:
@@ -145,7 +166,15 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
     return mark_turns(_weighed(turns, messages, bool(tools)), tools), False
 
 
+def _unknown(entry: dict[str, Any]) -> str:
+    """The keys of a line that mean nothing here, to go behind what it lacks: one of them may be misspelt."""
+    keys = [short_repr(key) for key in entry if key not in OF_A_LINE]
+    return f"; not known: {', '.join(keys[:SHOWN])}{', ..' if len(keys) > SHOWN else ''}" if keys else ""
+
+
 def _text(entry: dict[str, Any], key: str) -> str:
+    if key not in entry:
+        raise DataError(f"it has no {key}{_unknown(entry)}")
     if not isinstance(entry.get(key), str):
         raise DataError(f"{key} must be a text, not {short_repr(entry.get(key))}")
     return valid(entry[key])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
 from mistral.train.data import Sample
 from mistral.train.log import Log
@@ -21,6 +22,8 @@ from mistral.train.packing import Schedule, batch_of
 from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
 from mistral.train.step import add_gradients, nats_of
 from mistral.util.errors import MistralError
+
+AT_FAULT = "the weights are broken, or too large for the dtype (try --dtype float32)"
 
 
 class Diverged(MistralError):
@@ -79,6 +82,18 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     eval_loss: float | None = None
 
+    def require_a_loss(self) -> None:
+        """Compute a loss with the model as it is, before anything is written.
+
+        Raises:
+            WeightsError: it is NaN or infinite.
+        """
+        batch = batch_of([self.samples[i] for i in self.schedule.forwards(0)[0]])
+        self.model.eval()
+        nats = nats_of(self.model, batch.to(self.model.device))
+        if not math.isfinite(nats):
+            raise WeightsError(f"the loss before the first step is {nats}: {AT_FAULT}")
+
     def go(self, resume: bool = False) -> Log:
         """Train to the end; or to where it is stopped, which is saved.
 
@@ -130,10 +145,12 @@ class Loop:
                 torch.manual_seed(hash((self.options.seed, progress.step, i)) % 2**63)
             nats += add_gradients(self.model, batch.to(self.model.device), total)
         if not math.isfinite(nats):
-            raise Diverged(
-                f"the loss of step {progress.step + 1} is {nats}: the learning rate {self.options.peak_lr:g} may be "
-                f"too high (--lr); {self.out / STATE}, if it is there, is of an earlier step"
+            too_fast = (
+                f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is "
+                "there, is of an earlier step"
             )
+            reason = too_fast if progress.step else AT_FAULT  # nothing has been learned before the first step
+            raise Diverged(f"the loss of step {progress.step + 1} is {nats}: {reason}")
         lr = learning_rate(progress.step, self.steps, self.options)
         norm = change(self.weights, optimizer, lr, self.options.clip)
         tokens, seconds = sum(len(batch.ids) for batch in batches), time.perf_counter() - began

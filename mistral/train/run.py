@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mistral.formats.weights import WeightsError
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.model import Transformer
 from mistral.train import needs
 from mistral.train.data import Sample, Samples
 from mistral.train.finish import Finished, finish
@@ -68,11 +71,13 @@ def finetune(
     steps = options.steps or max(1, round(options.epochs * schedule.steps_per_epoch))
     _tell(setup, found, samples, held, schedule, steps)
     _require(setup, place, schedule, samples, merge)
-    _make(place)
     model, weights = setup.model()
+    _require_sound(model)
     names = {"folder": setup.base_name, "eval_data": None if eval_data is None else str(eval_data)}
     identity = {**_identity(setup, found, steps), **names}
     loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop)
+    loop.require_a_loss()
+    _make(place)
     history = loop.go(resume)
     return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
 
@@ -143,6 +148,24 @@ def _require(setup: Setup, out: Path, schedule: Schedule, samples: Sequence[Samp
     written = 4 * setup.base.parameters if setup.options.full or merge else 0
     written += 0 if setup.options.full else 2 * 4 * setup.count  # in two forms
     needs.require_disk(out if out.is_dir() else out.absolute().parent, setup.count, written, setup.options)
+
+
+def _require_sound(model: Transformer) -> None:
+    """Refuse weights of which some are no numbers: no learning rate mends them.
+
+    Raises:
+        WeightsError: it names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        # Numbers of one byte are not looked at: those that quantized weights consist of are finite.
+        if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()):
+            continue
+        if not all(math.isfinite(end) for end in tensor.aminmax()):  # in which a NaN shows; takes no memory
+            count, where = int((~tensor.isfinite()).sum()), name.replace(".of.", ".")  # beside an adapter
+            raise WeightsError(
+                f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {where} are NaN or infinite: "
+                "fetch or convert the model again"
+            )
 
 
 def _identity(setup: Setup, found: Samples, steps: int) -> dict[str, Any]:

@@ -30,11 +30,12 @@ from mistral.tokenizer import Tokenizer
 from mistral.train import needs
 from mistral.train.attention import shared_masks
 from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
-from mistral.train.data import Samples, read_samples
+from mistral.train.data import NoTemplate, Samples, read_samples
 from mistral.train.lora import freeze, fresh, put_lora
 from mistral.train.options import TrainOptions
 from mistral.train.recompute import recompute
 from mistral.util import memory
+from mistral.util.errors import MistralError
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B, by the name of the weight that they change
 
@@ -93,13 +94,22 @@ class Setup:
         return pick_device(self.load.device)
 
     def samples(self, path: Path) -> Samples:
-        """The samples of a file; see `data.read_samples`."""
+        """The samples of a file; see `data.read_samples`.
+
+        Raises:
+            TokenizerError: the model has no tokenizer, or a broken one.
+        """
+        tokenizer = self.tokenizer  # what is wrong with it is no line's fault
 
         def text(prompt: str, value: str) -> Marked:
-            return mark_text(self.tokenizer, prompt, value)
+            return mark_text(tokenizer, prompt, value)
 
         def turns(value: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
-            return mark_turns(self.template, value, tools, self.tokenizer.eos_ids)
+            try:
+                template = self.template
+            except MistralError as error:
+                raise NoTemplate(str(error)) from None
+            return mark_turns(template, value, tools, tokenizer.eos_ids)
 
         return read_samples(path, text, turns, self.options.seq_len)
 

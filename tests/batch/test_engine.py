@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.adapters import peft_tensors, write_peft
 from tests.support.batches import answers, by_name, request, write_lines
 from tests.support.commands import ENVIRONMENT, Command, in_process
-from tests.support.folders import ROOT, make_folder
+from tests.support.folders import ROOT, make_folder, random_state
 from tests.support.serving import serving
 
 
@@ -26,8 +27,9 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Command:
 
 
 def apart_from_chance(body: dict[str, Any]) -> dict[str, Any]:
-    """A body without what differs from run to run: its id, its time, and what a row happened to hold."""
-    kept = {name: value for name, value in body.items() if name not in ("id", "created")}
+    """A body without what differs from run to run, its id, its time, and what a row happened to hold; and without the
+    mark of the model, which files alone have."""
+    kept = {name: value for name, value in body.items() if name not in ("id", "created", "system_fingerprint")}
     if "usage" in kept:
         kept["usage"] = {name: value for name, value in kept["usage"].items() if name != "prompt_tokens_details"}
     return kept
@@ -84,6 +86,34 @@ def test_another_model_does_not_go_on(tmp_path: Path, cli: Command) -> None:
     )
     assert cli("batch", path, out, "--model", tmp_path / "two", "--name", "one").code == 0
     assert set(by_name(out)) == {"a", "b", "c"}
+
+
+def test_another_model_of_the_same_name_does_not_go_on(tmp_path: Path, cli: Command) -> None:
+    """Folders have the same name, or are the same with other weights or another adapter."""
+    path, out = write_lines(tmp_path / "in", request("a", max_tokens=1)), tmp_path / "out"
+    one, two = make_folder(tmp_path / "1" / "m"), make_folder(tmp_path / "2" / "m", random_state(seed=1))
+    plain = ("batch", path, out, "--model", one)
+    lora, other = (write_peft(tmp_path / name, peft_tensors(seed=seed)) for seed, name in enumerate("xy"))
+    assert cli(*plain).code == 0
+    (mark,) = {one["response"]["body"]["system_fingerprint"] for one in answers(out)}
+    assert mark.startswith("fp_mistral_")
+    said = "has answers of another model, or with other adapters (m), than m as it is now: give another output"
+    for left in (0, 1):
+        write_lines(path, request("a", max_tokens=1), *[request("b", max_tokens=1)] * left)
+        before = out.read_bytes()
+        for more in (("--model", two), ("--model", one, "--adapter", lora)):
+            for retry in ((), ("--retry",)):
+                assert said in cli("batch", path, out, *more, *retry).error
+        assert out.read_bytes() == before
+    assert cli(*plain).code == 0
+    assert set(by_name(out)) == {"a", "b"}
+    one.rename(tmp_path / "moved")
+    assert cli("batch", path, out, "--model", tmp_path / "moved").code == 0  # nothing is left, and it is the same one
+    adapted = ("batch", path, tmp_path / "adapted", "--model", tmp_path / "moved", "--adapter")
+    assert cli(*adapted, lora).code == 0
+    assert cli(*adapted, lora).code == 0
+    assert "or with other adapters" in cli(*adapted, other).error
+    assert "or with other adapters" in cli(*adapted, lora, "--adapter", other).error
 
 
 def test_flags_of_one_way_do_not_go_with_another(tmp_path: Path, cli: Command) -> None:

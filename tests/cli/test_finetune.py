@@ -60,7 +60,13 @@ def test_mistakes_are_one_line(run: Command, data: Path, tmp_path: Path) -> None
     assert run("finetune", folder, "--data", tmp_path / "none", "--out", out).error.endswith(
         "No such file or directory"
     )
-    assert run(*base, out, "--template", "v9").error.startswith(f"{data}:1: no template is called 'v9'")
+    error = run(*base, out, "--template", "v9").error
+    assert error.startswith("no template is called 'v9'")
+    assert error.count("no template") == 1
+    bare = make_folder(tmp_path / "bare", tokenizer=False)
+    error = run("finetune", bare, "--data", data, "--out", out).error
+    assert error.startswith(f"no tokenizer in {bare}")
+    assert error.count("no tokenizer") == 1
     data.write_text('{"text": "a"}\n{"text": 1}\n', encoding="utf-8")
     assert run(*base, out).error == f"{data}:2: text must be a text, not 1"
     assert not out.exists()

@@ -120,6 +120,13 @@ def test_a_default_folder(cli: Command, folder: Path, monkeypatch: pytest.Monkey
     assert "the bundled model" in cli("complete", "Hello", *SHORT).err
 
 
+@pytest.mark.parametrize("words", [("inspect",), ("complete", "Hello"), ("finetune", "--data", "x", "--out", "y")])
+def test_a_default_folder_that_is_not_there(cli: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str]) -> None:
+    monkeypatch.setenv("MISTRAL_MODEL", "/tmp/nowhere")
+    said = "no such folder: /tmp/nowhere, which the variable MISTRAL_MODEL names: mend it, or unset it"
+    assert cli(*words).err.splitlines()[-1] == f"error: {said}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

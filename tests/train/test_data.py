@@ -79,7 +79,10 @@ WRONG = [
     ({"text": ""}, 'one of "messages", "text"'),
     ({"text": "a", "messages": [ASK, ANSWER]}, 'one of "messages", "text"'),
     ({"text": 3}, "text must be a text, not 3"),
-    ({"completion": "a"}, "prompt must be a text, not None"),
+    ({"completion": "a"}, "it has no prompt"),
+    ({"completion": "a", "prompt": None}, "prompt must be a text, not None"),
+    ({"promt": "a", "completion": "b"}, "it has no prompt; not known: 'promt'"),
+    ({"promt": "a"}, "and it not empty; not known: 'promt'"),
     ({"messages": "a"}, "messages must be a list"),
     ({"messages": [3]}, "messages[0] must be an object"),
     ({"messages": [{"role": "king", "content": "a"}]}, "the role 'king'"),
@@ -111,9 +114,20 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
 def test_all_wrong_lines_are_counted_and_some_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with pytest.raises(DataError) as error:
-        read(path, *["[]"] * 12)
+        read(path, *({"text": i} for i in range(12)))
     assert str(error.value).count(f"{path}:") == 5
     assert str(error.value).endswith("(and 7 more wrong lines)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "also"),
+    [(1, ""), (2, " (also line 2)"), (6, " (also lines 2, 3, 4, 5, 6)"), (9, " (also lines 2, 3, 4, 5, 6 and 3 more)")],
+)
+def test_a_mistake_of_many_lines_is_told_once(tmp_path: Path, lines: int, also: str) -> None:
+    path = tmp_path / "x.jsonl"
+    with pytest.raises(DataError) as error:
+        read(path, *["[]"] * lines)
+    assert str(error.value) == f"{path}:1: it must be an object, not []{also}"
 
 
 @pytest.mark.parametrize(

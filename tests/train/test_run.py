@@ -20,6 +20,7 @@ from torch import Tensor
 from mistral import load
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.weights import WeightsError
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.train import needs, run
 from mistral.train.finish import Finished
@@ -32,7 +33,7 @@ from mistral.util.errors import MistralError, Unavailable, UsageError
 from mistral.util.memory import OutOfMemory
 from tests.formats.test_adapter import merged_state
 from tests.support.commands import ENVIRONMENT
-from tests.support.folders import PARAMS, ROOT, make_folder
+from tests.support.folders import PARAMS, ROOT, make_folder, random_state
 from tests.support.tiny import ragged
 
 IDS = ragged([11], PARAMS["vocab_size"])[0]  # longer than the window
@@ -373,9 +374,36 @@ def test_memory_and_disk_are_asked_for_first(
 def test_a_loss_that_is_no_number_ends_the_run(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mistral.train.loop.add_gradients", lambda *_: float("nan"))
-    with pytest.raises(Diverged, match="the loss of step 1 is nan: the learning rate 0.01 may be too high"):
+    nats = iter([1.0, float("nan")])
+    monkeypatch.setattr("mistral.train.loop.add_gradients", lambda *_: next(nats))
+    monkeypatch.setattr("mistral.train.loop.change", lambda *_: 1.0)
+    with pytest.raises(Diverged, match="the loss of step 2 is nan: the learning rate 0.01 may be too high"):
         tune(folder, data, tmp_path / "out")
+    nats = iter([float("nan")])
+    with pytest.raises(Diverged, match="the loss of step 1 is nan: the weights are broken, or too large for the dtype"):
+        tune(folder, data, tmp_path / "again")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("more", [{}, {"full": True}], ids=str)
+def test_broken_weights_are_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, number: float, more: dict[str, Any]
+) -> None:
+    state = random_state()
+    state["layers.1.feed_forward.w2.weight"][2, 3] = number
+    broken = make_folder(tmp_path / "broken", state)
+    with pytest.raises(WeightsError, match=r"broken: 1 of the .* of layers.1.feed_forward.w2.weight are NaN or inf"):
+        tune(broken, data, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_too_large_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    state = random_state()
+    state["layers.1.feed_forward.w1.weight"] *= 1e30
+    state["layers.1.feed_forward.w3.weight"] *= 1e30
+    with pytest.raises(WeightsError, match="the loss before the first step is nan: .* too large for the dtype"):
+        tune(make_folder(tmp_path / "large", state), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_samples_cost_no_loading(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
