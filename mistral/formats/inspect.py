@@ -152,7 +152,7 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
+    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "ids": None, "error": None}
     if is_gguf_file(path):
         return facts | _tokenizer_of_gguf(path)
     paths = tokenizer_files(path)
@@ -161,8 +161,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         return facts | {"error": f"no tokenizer in {path}: expected {expected}"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
-        words, version = _words_and_version(paths[0])
-        return facts | {"words": words, "version": version}
+        return facts | _words(paths[0])
     except TokenizerError as error:
         return facts | {"error": str(error)}
 
@@ -172,7 +171,7 @@ def _tokenizer_of_gguf(path: Path) -> dict[str, Any]:
         made = read_tokenizer(path)
     except TokenizerError as error:
         return {"error": str(error)}
-    return {"file": made.path.name, "kind": made.kind, "version": made.version, "words": made.n_words}
+    return {"file": made.path.name, "kind": made.kind, **_counted(made)}
 
 
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
@@ -193,13 +192,17 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
     return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
 
 
-def _words_and_version(path: Path) -> tuple[int, str | None]:
+def _counted(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"version": tokenizer.version, "words": tokenizer.n_words, "ids": tokenizer.n_ids}
+
+
+def _words(path: Path) -> dict[str, Any]:
+    """Its version, its words, and its ids, which are those and the tokens that were added."""
     if tokenizer_kind(path) != "tekken":
-        tokenizer = Tokenizer(path)
-        return tokenizer.n_words, tokenizer.version
+        return _counted(Tokenizer(path))
     words = tekken_words(path)  # looks at the file first
     version = json.loads(read_limited(path))["config"].get("version")
-    return words, version if isinstance(version, str) else None
+    return {"version": version if isinstance(version, str) else None, "words": words, "ids": words}
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
@@ -246,11 +249,12 @@ def _differences(args: ModelArgs, theirs: ModelArgs, source: str, other: str) ->
 
 def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, release: Release | None) -> list[str]:
     said = [] if tokenizer["error"] is None else [tokenizer["error"]]
-    words, name = tokenizer["words"], tokenizer["file"]
+    words, ids, name = tokenizer["words"], tokenizer["ids"], tokenizer["file"]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
-    elif words is not None and missing_tokens(args, words, release):
-        said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
+    elif words is not None and missing_tokens(args, ids, release):
+        has = f"{words} words" + (f" and tokens added up to id {ids - 1}" if ids > words else "")
+        said.append(f"{name} has {has}, but the model knows {args.vocab_size}: the ids above have no text")
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
         said += tokenizer_notes(path, read_tokenizer(path), args.vocab_size)
     elif path.is_dir() and (others := other_tokenizers(path)):
