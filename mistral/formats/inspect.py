@@ -18,6 +18,7 @@ from mistral.fast.layout import BLOCKS, QUANTS, bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
+from mistral.formats.jinja import NotJinja, compile_template
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
@@ -36,6 +37,7 @@ from mistral.parameters import EMBEDDINGS, active, parameters
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
+from mistral.util.errors import Unavailable
 from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
@@ -66,6 +68,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
+        *_about_templates(path),
         *_about_files(
             path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
         ),
@@ -98,7 +101,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
                 for n in POSITIONS
             ],
         },
-        "suspicious": suspicious,
+        "suspicious": list(dict.fromkeys(suspicious)),
         "serve": _serve(found, tokenizer),
     }
 
@@ -152,7 +155,7 @@ def _dtypes(tensors: dict[str, Stored]) -> dict[str, dict[str, int]]:
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "ids": None, "error": None}
+    facts: dict[str, Any] = {"file": None, "kind": None, "version": None, "words": None, "error": None}
     if is_gguf_file(path):
         return facts | _tokenizer_of_gguf(path)
     paths = tokenizer_files(path)
@@ -161,7 +164,8 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         return facts | {"error": f"no tokenizer in {path}: expected {expected}"}
     facts |= {"file": paths[0].name, "kind": tokenizer_kind(paths[0])}
     try:
-        return facts | _words(paths[0])
+        words, version = _words_and_version(paths[0])
+        return facts | {"words": words, "version": version}
     except TokenizerError as error:
         return facts | {"error": str(error)}
 
@@ -171,7 +175,7 @@ def _tokenizer_of_gguf(path: Path) -> dict[str, Any]:
         made = read_tokenizer(path)
     except TokenizerError as error:
         return {"error": str(error)}
-    return {"file": made.path.name, "kind": made.kind, **_counted(made)}
+    return {"file": made.path.name, "kind": made.kind, "version": made.version, "words": made.n_words}
 
 
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
@@ -192,17 +196,13 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
     return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
 
 
-def _counted(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"version": tokenizer.version, "words": tokenizer.n_words, "ids": tokenizer.n_ids}
-
-
-def _words(path: Path) -> dict[str, Any]:
-    """Its version, its words, and its ids, which are those and the tokens that were added."""
+def _words_and_version(path: Path) -> tuple[int, str | None]:
     if tokenizer_kind(path) != "tekken":
-        return _counted(Tokenizer(path))
+        tokenizer = Tokenizer(path)
+        return tokenizer.n_words, tokenizer.version
     words = tekken_words(path)  # looks at the file first
     version = json.loads(read_limited(path))["config"].get("version")
-    return {"version": version if isinstance(version, str) else None, "words": words, "ids": words}
+    return words, version if isinstance(version, str) else None
 
 
 def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
@@ -249,16 +249,34 @@ def _differences(args: ModelArgs, theirs: ModelArgs, source: str, other: str) ->
 
 def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, release: Release | None) -> list[str]:
     said = [] if tokenizer["error"] is None else [tokenizer["error"]]
-    words, ids, name = tokenizer["words"], tokenizer["ids"], tokenizer["file"]
+    words, name, notes = tokenizer["words"], tokenizer["file"], list[str]()
+    ids = words  # of words and of tokens that were added
+    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
+        own = read_tokenizer(path)
+        ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
+    elif path.is_dir() and (others := other_tokenizers(path)):
+        notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
     elif words is not None and missing_tokens(args, ids, release):
         has = f"{words} words" + (f" and tokens added up to id {ids - 1}" if ids > words else "")
         said.append(f"{name} has {has}, but the model knows {args.vocab_size}: the ids above have no text")
-    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
-        said += tokenizer_notes(path, read_tokenizer(path), args.vocab_size)
-    elif path.is_dir() and (others := other_tokenizers(path)):
-        said.append(f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored")
+    return said + notes
+
+
+def _about_templates(path: Path) -> list[str]:
+    """What is no template, of those that the model brings; nothing where jinja2 is missing, which alone can tell."""
+    said = []
+    try:
+        for template in chat_templates(path).values():
+            try:
+                compile_template(template.text, template.file)
+            except NotJinja as error:
+                said.append(str(error))
+    except TokenizerError as error:
+        said.append(str(error))
+    except Unavailable:
+        pass
     return said
 
 

@@ -354,8 +354,8 @@ def test_no_tokenizer(cli: Command, folder: Path) -> None:
     [
         ("complete", "FOLDER", "Hello", "--instruct"),
         ("interactive", "FOLDER", "--instruct"),
-        ("serve", "FOLDER", "--port", 0),
-        ("batch", "FOLDER", "IN", "-o", "OUT"),
+        ("serve", "FOLDER"),
+        ("batch", "IN", "OUT", "--model", "FOLDER"),
     ],
 )
 def test_no_tokenizer_but_a_template(cli: Command, folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:

@@ -458,12 +458,23 @@ def test_a_tokenizer_smaller_than_the_model(tmp_path: Path) -> None:
     )
 
 
+def test_a_template_that_is_none(tiny: Path) -> None:
+    pytest.importorskip("jinja2")
+    (tiny / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+    )
+    assert suspicious(tiny) == ""
+    (tiny / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }")
+    assert suspicious(tiny).startswith("the template of chat_template.jinja is no Jinja: ")
+    (tiny / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
+    assert suspicious(tiny) == f"{tiny}/chat_template.jinja cannot be read: it is not UTF-8"
+
+
 def test_added_tokens_have_text(tmp_path: Path) -> None:
     make_folder(tmp_path, random_state(dtype=torch.bfloat16, vocab_size=4100), rope_theta=1e4, vocab_size=4100)
     added = {f"<|extra_{i}|>": 4096 + i for i in range(4)}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     assert "have no text" not in suspicious(tmp_path)
-    assert inspect_folder(tmp_path)["tokenizer"]["ids"] == 4100
     del added["<|extra_3|>"]
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     said = "tokenizer.model has 4096 words and tokens added up to id 4098, but the model knows 4100: the ids above"
