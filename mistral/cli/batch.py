@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size",))
+@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
 def batch(
     input: str,
     output: str,

@@ -9,7 +9,7 @@ from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size", "draft"))
+@flat(options=LoadOptions(), omit=("max_batch_size", "draft", "parallel"))
 def bench(
     folder: str | None = None,
     *,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /quit or Ctrl-D leaves."
 
 
-UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor")
+UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor", "parallel")
 
 
 @flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)

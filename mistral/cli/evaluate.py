@@ -82,7 +82,7 @@ def perplexity(
     print(one_line(facts) if json else line)
 
 
-@flat(options=LoadOptions(max_batch_size=8), omit=("draft",))
+@flat(options=LoadOptions(max_batch_size=8), omit=("draft", "parallel"))
 def evaluate(
     folder: str | None = None,
     *,

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from mistral.tokenizer import TokenizerLike
 
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
-AS_LOADED = ("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft")
+AS_LOADED = (
+    *("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft"),
+    "parallel",
+)
 
 
 @flat(options=LoadOptions(), omit=AS_LOADED)
@@ -224,7 +227,7 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft"),
+    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft", "parallel"),
 )
 def trace(
     folder: str | None = None,

@@ -11,7 +11,7 @@ from mistral.loader.options import LoadOptions
 from mistral.util.flat import flat
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size",))
+@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
 def serve(
     folder: str | None = None,
     *,

@@ -19,6 +19,7 @@ from mistral.util.files import read_limited
 JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -134,7 +135,19 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
         notes.append(
             f"the model has no weights for {len(beyond)} added tokens of its tokenizer ({named}): they are not used"
         )
-    return notes + eos_ids(folder, tokenizer, vocab_size)[1]
+    return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1], *_suggested_sampling(folder)]
+
+
+def _suggested_sampling(folder: Path) -> list[str]:
+    """A note where generation_config.json says how to sample, which is for whoever asks to say."""
+    try:
+        told = {} if folder.is_file() else read_json(folder / ENDS[0])
+    except TokenizerError:
+        return []  # a note says so already
+    values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
+    if not values:
+        return []
+    return [f"{ENDS[0]} suggests {', '.join(values)}, which is not used: give what you want of it"]
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:

@@ -43,8 +43,7 @@ class LoadOptions:
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
-        quant: int8 or int4: round the weights at load (less memory, faster; changes numbers); none: dequantize a GGUF
-            file's blocks of few bits; default: on a CPU they stay as they are
+        quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks
         threads: CPU threads; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
         adapter: a LoRA adapter: a folder of PEFT's or of mistral-finetune's, or NAME=FOLDER; may be repeated

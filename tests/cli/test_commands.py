@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -136,6 +137,8 @@ def test_help_and_version_import_no_torch() -> None:
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
     takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT", "completion": "SHELL"}
+    takes |= {"batch": "INPUT OUTPUT", "deploy": "[FOLDER] --target TARGET"}
+    takes["finetune"] = "[FOLDER] --data DATA --out OUT"
     assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
     if name != "completion":
         assert text.count(f"python -m main {name}") >= 3  # examples
@@ -146,6 +149,10 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
         "inspect": {"--json"},
         "bench": {"--shape", "--quant"},
         "perplexity": of_all - {"--max_tokens"},
+        "eval": of_all - {"--max_tokens", "--chunk_size"} | {"--task", "--lengths", "--json"},
+        "batch": {"--model", "--engine", "--ray", "--device"},
+        "deploy": {"--target", "--output", "--accept"},
+        "finetune": {"--data", "--out", "--lora", "--full", "--device"},
         "serve": of_all - {"--max_tokens"} | {"--host", "--port", "--api_key"},
         "verify": {"--full", "--json", "--seed"},
         "pack": {"--output", "--file", "--top", "--weights", "--full"},
@@ -161,7 +168,7 @@ def test_help_of_a_command(cli: Command, name: str) -> None:
     for line in text.splitlines():
         _, found, words = line.partition(f"python -m main {name} ")
         if found and "usage" not in line:
-            parse(COMMANDS[name], shlex.split(words.partition(">")[0]))
+            parse(COMMANDS[name], shlex.split(re.split("[>|]", words)[0]))
 
 
 def test_overview_and_version(cli: Command) -> None:
@@ -189,6 +196,7 @@ def test_every_flag_has_help_and_every_number_is_checked(cli: Command) -> None:
                 assert len(texts[p.name]) > 5, (name, p.name)
                 if flags.kind_of(p) in (int, float) and p.name != "seed":
                     words = {"a": "x", "b": "y", "output": "/nowhere/z", "src": "x", "dst": "y", "to": "hf"}
+                    words |= {"data": "x", "out": "/nowhere/z", "input": "x", "target": "vllm", "task": "reach"}
                     needed = [q for q in inspect.signature(command).parameters.values() if q.default is q.empty]
                     given = [f"--{q.name}={words[q.name]}" for q in needed]
                     assert f"{p.name} is -7" in cli(name, *given, f"--{p.name}=-7").error

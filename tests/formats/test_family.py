@@ -276,7 +276,9 @@ def test_a_member_chats(tmp_path: Path, release: str) -> None:
     assert chat.prefilled_tokens < len(before) / 2 + 2
 
 
-@pytest.mark.parametrize("release", CHATS)
+@pytest.mark.parametrize(
+    "release", [pytest.param(name, marks=[pytest.mark.slow] if i > 1 else []) for i, name in enumerate(CHATS)]
+)
 def test_a_member_is_quantized(tmp_path: Path, release: str) -> None:
     """int8 and int4 of --quant: close to what they were made from, and the same when they were converted before."""
     folder = scaled_down(release, tmp_path / "model", words=False)

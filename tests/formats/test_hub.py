@@ -161,6 +161,7 @@ def test_hugging_faces_layout(hub: Hub, model_hf: Path) -> None:
         "tokenizer.model",
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
     }
     assert names(locate("owner/name")) == small | parts
 

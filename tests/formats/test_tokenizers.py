@@ -221,3 +221,13 @@ def test_a_tokenizer_that_no_tokenizer_json_equals(tmp_path: Path) -> None:
     )
     (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
     assert to_tokenizer_json(Tokenizer(tmp_path / "tokenizer.model")) is None
+
+
+def test_what_a_folder_suggests_for_sampling_is_said(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    suggested = {"eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": "high", "top_k": 20}
+    (folder / "generation_config.json").write_text(json.dumps(suggested))
+    said = "generation_config.json suggests temperature 0.6, top_k 20, which is not used: give what you want of it"
+    assert said in load(folder, device="cpu").notes
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert not any("suggests" in note for note in load(folder, device="cpu").notes)

@@ -33,7 +33,7 @@ from mistral.oracle.mutation import PLAIN, Mutant
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import UsageError
+from mistral.util.errors import Unavailable, UsageError
 from tests.core.test_deep import LENS, deep_model
 from tests.support import truth
 from tests.support.tiny import (
@@ -133,7 +133,7 @@ def test_models_that_step_in_their_own_way_are_known() -> None:
     for module in pkgutil.walk_packages(mistral.__path__, "mistral."):
         try:
             importlib.import_module(module.name)
-        except ImportError:
+        except (ImportError, Unavailable):
             continue  # an optional library's part
     led_back = {(owner, name) for owner, name, _ in PLAIN}
     kinds, found = [Transformer], set()

@@ -20,7 +20,7 @@ from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.merge import merge_into
-from mistral.loader.load import assemble
+from mistral.loader.load import assemble, load
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
 from mistral.parallel import launch
@@ -31,7 +31,7 @@ from mistral.util import memory
 from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import gguf_args, write_gguf
 from tests.support.tiny import (
     TOLERANCE,
     Schedule,
@@ -175,7 +175,7 @@ def test_all_but_the_embeddings_is_halved() -> None:
 def test_the_parts_are_the_whole(form: str, tmp_path: Path) -> None:
     """Also of tensors in several files, of Hugging Face's order, of merged ones and of blocks of few bits."""
     if form == "gguf":
-        write_gguf(tmp_path / "m.gguf", "Q4_0")
+        write_gguf(tmp_path / "m.gguf", "Q4_0", gguf_args(vocab_size=64))
         found = read_folder(tmp_path / "m.gguf")
     else:
         found = read_folder(make_folder(tmp_path / "m", form="pth" if form == "pth" else "parts"))
@@ -296,7 +296,9 @@ def test_commands_give_the_same(command: Command) -> None:
 
 def test_other_commands_refuse(command: Command) -> None:
     for words in (("interactive",), ("eval", "--task", "reach"), ("serve", "--port", 1)):
-        assert "parallel 2 is for complete, demo and perplexity: omit it" in command(*words, "--parallel", 2).error
+        assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
+    with pytest.raises(OptionError, match="parallel 2 is for complete, demo and perplexity: omit it"):
+        load(device="cpu", parallel=2)
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 
 

@@ -40,7 +40,7 @@ MAY = {
     "serve": SITS_ON_LOADER | {"chat"},
     "batch": SITS_ON_LOADER | {"chat", "serve"},
     "deploy": {"util", "core", "fast", "quant", "formats"},
-    "cli": SITS_ON_LOADER | {"chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
+    "cli": SITS_ON_LOADER | {"parallel", "chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
 }
 FREE_OF_TORCH = [
     *("args", "window", "parameters", "sampling_params"),
