@@ -15,7 +15,7 @@ from mistral.adapters import BASE
 from mistral.cache import RollingBufferCache
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
-from mistral.request import Finish, GenerationError, Request, Token, check_request
+from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request
 from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
@@ -411,9 +411,9 @@ def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
     return changed
 
 
-def _nan_logits(index: int) -> GenerationError:
+def _nan_logits(index: int) -> BrokenLogits:
     """What ends a request whose logits are NaN."""
-    return GenerationError(
+    return BrokenLogits(
         f"the model's logits for prompt {index} are NaN: "
         "the weights are broken, or too large for the dtype (try --dtype float32)"
     )

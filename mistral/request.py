@@ -17,6 +17,10 @@ class GenerationError(UsageError):
     """A prompt or a number that cannot be generated from."""
 
 
+class BrokenLogits(GenerationError):
+    """The model gave logits that are NaN: the weights or the dtype are at fault, not what was asked."""
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt on its way through the model, and what was generated from it so far.

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from mistral.chat.messages import TOOL, Message, TemplateError, ToolCall, checked, joined
 from mistral.chat.tools import ARGS, CALLS, OPEN, Form, Tool
+from mistral.formats.jinja import NotJinja, compile_template
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import printable
+from mistral.util.errors import Unavailable, printable
 
 Fim = Callable[[str, str], list[int]]
 
@@ -172,61 +172,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-@lru_cache(maxsize=16)
 def _compile(text: str, source: str) -> Any:
     try:
-        import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise TemplateError(f"the template of {source} needs jinja2: pip install jinja2") from None
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks what the model writes, for training; here it is just its content."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """A namespace that keeps no names of Python's insides."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            for name in dict(*args, **kwargs):
-                _refuse_private(name)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _refuse_private(name)
-            super().__setitem__(name, value)
-
-    def _refuse_private(name: object) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace has no {name}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-        "namespace": Namespace,
-    }
-    try:
-        return environment.from_string(text)
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        reason = printable(error.message or "a syntax error", 300)
-        raise TemplateError(f"the template of {source} is no Jinja: {reason} in line {error.lineno}") from None
-    except (RecursionError, ValueError, OverflowError) as error:
-        raise TemplateError(f"the template of {source} is no Jinja: {type(error).__name__}") from None
+        return compile_template(text, source)
+    except (NotJinja, Unavailable) as error:
+        raise TemplateError(str(error)) from None

@@ -16,7 +16,7 @@ from mistral.chat.jinja import JinjaTemplate
 from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
 from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import Tokenizer, require_tokenizer
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
@@ -86,8 +86,9 @@ def find_template(
 
     Raises:
         TemplateError: an unknown name, one the tokenizer has no control tokens for, or a version of later releases.
-        TokenizerError: a broken file in the folder.
+        TokenizerError: a broken file in the folder, or no tokenizer.
     """
+    require_tokenizer(tokenizer)
     if name in NAMES:
         return _of_mistral(tokenizer, name, "--template")
     own = {} if folder is None else chat_templates(Path(folder))

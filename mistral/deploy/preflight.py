@@ -17,6 +17,8 @@ from mistral.formats.layouts import LAYOUTS, NATIVE
 VLLM_THETA = 1e4  # what vLLM takes where params.json has no rope_theta
 OTHER_TEMPLATE = "mistrallite"  # the one among ours that mistral-common has not
 
+OWN_TOKENIZER = "--tokenizer_mode mistral"  # what has vLLM use mistral-common
+
 ACCEPTABLE = ("window", "theta", "dtype", "template")  # words of findings that --accept takes
 
 
@@ -121,7 +123,7 @@ def _other_args(found: Folder) -> ModelArgs | None:
 
 def _text(report: dict[str, Any]) -> Iterator[Finding]:
     template = report["template"]
-    if template is None or "--tokenizer_mode mistral" not in flags_of(report):
+    if template is None or OWN_TOKENIZER not in flags_of(report):
         return
     if template["rule"].startswith("the model's own"):
         yield Finding(
@@ -142,7 +144,7 @@ def notes(found: Folder, report: dict[str, Any]) -> Iterator[str]:
     """What is as it should be, and still worth a word."""
     yield from report["suspicious"]
     flags = flags_of(report)
-    if report["template"] is None or ("mistral" not in flags and report["template"]["rule"].startswith("by ")):
+    if report["template"] is None or (OWN_TOKENIZER not in flags and report["template"]["rule"].startswith("by ")):
         yield "vLLM finds no chat template here: it refuses /v1/chat/completions, unless --chat-template names one"
     if found.layout.vision is not None and any("left aside" in note for note in found.notes):
         yield "vLLM reads images with it too; memory is counted for the text model alone"

@@ -30,6 +30,7 @@ from mistral.formats.folder import read_folder
 from mistral.formats.hub import locate
 from mistral.formats.huggingface import rows_to_hf, rows_to_mistral, to_hf
 from mistral.formats.layout import ParamsError, read_object
+from mistral.formats.layouts import WRITABLE
 from mistral.formats.merge import updates
 from mistral.formats.mistral import to_args
 from mistral.formats.weights import some_names
@@ -41,7 +42,8 @@ from mistral.util.files import folder_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-TO = {"hf": "peft", "mistral": "finetune"}  # forms by the layout that they go with
+# Forms by what --to calls the layout that they go with.
+TO = {to: layout.adapter for to, layout in WRITABLE.items() if layout.adapter is not None}
 
 
 @dataclass(frozen=True)

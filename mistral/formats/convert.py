@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -30,12 +30,12 @@ from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import TEMPLATE, chat_templates, load_tokenizer
+from mistral.formats.tokenizers import TEMPLATE, chat_templates, has_tokenizer, load_tokenizer, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
@@ -45,11 +45,8 @@ Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# What is carried along, as it is, into either layout.
+# What is carried along, as it is, into either layout, besides tokenizers.
 CARRIED = (
-    "tokenizer.model*",
-    "tekken.json",
-    TOKENIZER_JSON,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
@@ -121,6 +118,8 @@ def convert(
     found = read_folder(locate(src))
     if not isinstance(sliding_window, str):
         found = with_window(found, sliding_window)
+    if not has_tokenizer(found.path):
+        found = replace(found, notes=(*found.notes, NO_TOKENIZER))
     return write_folder(
         found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size, calibrate=calibrate
     )
@@ -166,6 +165,7 @@ def write_folder(
     if layout is not NATIVE and TOKENIZER_JSON not in unpack:
         described = _for_transformers(folder, notes) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
+    found.update(tokenizer_files(folder.path))
     carried = sorted(path for path in found if path.name not in described)
     notes += _not_carried(folder, carried, set(described))
     rest = sum(path.stat().st_size for path in carried)

@@ -185,12 +185,17 @@ def in_their_words(text: str) -> str:
     return re.sub(rf"(?<!['\"])\b({'|'.join(ours)})\b", lambda found: ours[found[1]], text)
 
 
+def default_window(kind: object) -> int | None:
+    """The window of a config.json that names none, by its model_type."""
+    return None if kind in ("llama", "ministral3", "mixtral") else DEFAULT_WINDOW
+
+
 def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
     if kind == "llama":
         ignored = "; transformers ignores its sliding_window" if raw.get("sliding_window") is not None else ""
         notes.append(f"model_type is llama: this model without a sliding window{ignored}")
         return None
-    default = None if kind in ("ministral3", "mixtral") else DEFAULT_WINDOW
+    default = default_window(kind)
     if "sliding_window" not in raw and default is not None:
         notes.append(f"config.json has no sliding_window, which means {DEFAULT_WINDOW} to transformers")
     window = raw.get("sliding_window", default)

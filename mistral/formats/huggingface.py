@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from mistral.args import ModelArgs
 from mistral.formats.experts import fused
 from mistral.formats.hf_config import (
-    DEFAULT_WINDOW,
     HARMLESS,
     HF_KEYS,
     LABELS,
@@ -24,6 +23,7 @@ from mistral.formats.hf_config import (
     SHAPE,
     config_json,
     config_to_args,
+    default_window,
     in_their_words,
 )
 from mistral.formats.hf_files import INDEX, find_hf_weights, has_hf_weights
@@ -121,13 +121,12 @@ def heads_of(name: str, args: ModelArgs) -> int | None:
 class HuggingFaceLayout(Layout):
     """The layout of transformers: config.json and model*.safetensors, other names, another order of rows in q and k."""
 
-    name, to = "huggingface", "hf"
+    name, to, adapter = "huggingface", "hf", "peft"
     title = "Hugging Face's"
     config = "config.json"
     vision = VISION
     index = INDEX
     shards = True
-    absent_window = str(DEFAULT_WINDOW)
 
     def has_weights(self, path: Path) -> bool:
         return has_hf_weights(path)
@@ -191,7 +190,13 @@ class HuggingFaceLayout(Layout):
         return config_json(args, length, dtype, kept), notes
 
     def window_rule(self, raw: dict[str, Any]) -> str:
-        return "given by layer_types in config.json" if raw.get("layer_types") is not None else super().window_rule(raw)
+        if raw.get("model_type") == "llama":
+            return f"model_type is llama in {self.config}, which has none"
+        if raw.get("layer_types") is not None:
+            return f"given by layer_types in {self.config}"
+        if "sliding_window" not in raw:
+            return f"absent from {self.config}, which means {default_window(raw.get('model_type')) or 'none'}"
+        return super().window_rule(raw)
 
     def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
         flags = "--config_format hf --load_format safetensors"

@@ -18,6 +18,7 @@ from mistral.fast.layout import BLOCKS, QUANTS, bytes_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
+from mistral.formats.jinja import NotJinja, compile_template
 from mistral.formats.layout import ParamsError, trained_length
 from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
@@ -36,6 +37,7 @@ from mistral.parameters import EMBEDDINGS, active, parameters
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
+from mistral.util.errors import Unavailable
 from mistral.util.files import read_limited
 
 POSITIONS = (2048, 8192, 32768, 131072)
@@ -66,6 +68,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
+        *_about_templates(path),
         *_about_files(
             path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
         ),
@@ -98,7 +101,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
                 for n in POSITIONS
             ],
         },
-        "suspicious": suspicious,
+        "suspicious": list(dict.fromkeys(suspicious)),
         "serve": _serve(found, tokenizer),
     }
 
@@ -246,15 +249,34 @@ def _differences(args: ModelArgs, theirs: ModelArgs, source: str, other: str) ->
 
 def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, release: Release | None) -> list[str]:
     said = [] if tokenizer["error"] is None else [tokenizer["error"]]
-    words, name = tokenizer["words"], tokenizer["file"]
+    words, name, notes = tokenizer["words"], tokenizer["file"], list[str]()
+    ids = words  # of words and of tokens that were added
+    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
+        own = read_tokenizer(path)
+        ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
+    elif path.is_dir() and (others := other_tokenizers(path)):
+        notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
-    elif words is not None and missing_tokens(args, words, release):
-        said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: the ids above have no text")
-    if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
-        said += tokenizer_notes(path, read_tokenizer(path), args.vocab_size)
-    elif path.is_dir() and (others := other_tokenizers(path)):
-        said.append(f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored")
+    elif words is not None and missing_tokens(args, ids, release):
+        has = f"{words} words" + (f" and tokens added up to id {ids - 1}" if ids > words else "")
+        said.append(f"{name} has {has}, but the model knows {args.vocab_size}: the ids above have no text")
+    return said + notes
+
+
+def _about_templates(path: Path) -> list[str]:
+    """What is no template, of those that the model brings; nothing where jinja2 is missing, which alone can tell."""
+    said = []
+    try:
+        for template in chat_templates(path).values():
+            try:
+                compile_template(template.text, template.file)
+            except NotJinja as error:
+                said.append(str(error))
+    except TokenizerError as error:
+        said.append(str(error))
+    except Unavailable:
+        pass
     return said
 
 

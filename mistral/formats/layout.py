@@ -47,7 +47,7 @@ class Layout(ABC):
         index: the file that says which file holds which tensor, where there are several; None: there is none.
         shards: whether large models are written as several files.
         vision: names of tensors of the part that reads images; None: it has none.
-        absent_window: what it means if the file that gives the shape has no sliding window.
+        adapter: the form of adapters that goes with it, a key of `adapter.FORMS`; None: there is none.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Layout(ABC):
     index: str | None = None
     shards = False
     vision: re.Pattern[str] | None = None
-    absent_window = "none"
+    adapter: str | None = None
 
     # --- what is there
 
@@ -167,7 +167,7 @@ class Layout(ABC):
         for key in ("sliding_window", "_sliding_window"):
             if key in raw:
                 return f"given {'' if key == 'sliding_window' else f'as {key} '}in {self.config}"
-        return f"absent from {self.config}, which means {self.absent_window}"
+        return f"absent from {self.config}, which means none"
 
     def odd(self, raw: dict[str, Any]) -> list[str]:
         """What is odd about the file that gives the shape, a sentence each."""

@@ -213,7 +213,7 @@ def params_json(args: ModelArgs, length: int | None, quant: str | None = None) -
 class MistralLayout(Layout):
     """The layout of Mistral's own downloads: params.json and consolidated weights."""
 
-    name, to = "mistral", "mistral"
+    name, to, adapter = "mistral", "mistral", "finetune"
     title = "Mistral's"
     config = "params.json"
     vision = VISION

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from http.client import HTTPException
@@ -22,6 +23,8 @@ from mistral.tokenizer import TokenizerLike, encode
 from mistral.util.errors import FormatError
 
 LARGEST = 2**28  # bytes of an answer that are read
+READ = 2**16  # bytes of a refusal that are read
+MESSAGE = 1000  # characters of it that are shown: advice comes last
 PATIENCE = 300  # seconds a server has for one prompt
 TOP = 20  # most likely tokens asked of a server
 
@@ -130,7 +133,8 @@ class Server:
         """The most likely tokens after each beginning of the prompt."""
         rows = []
         for n in range(1, len(ids) + 1):
-            choice = self._choice(ids[:n], logprobs=TOP)
+            # So that vLLM and its like name tokens by ids; only asked where needed, as a strict server may refuse it.
+            choice = self._choice(ids[:n], logprobs=TOP, return_tokens_as_token_ids=True)
             rows.append(self._parsed(partial(_next_tokens, choice)))
         return rows
 
@@ -142,7 +146,7 @@ class Server:
 
     def _choice(self, prompt: list[int] | str, **more: Any) -> dict[str, Any]:
         asked = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        answer = self._ask("/v1/completions", {**asked, **more, "return_tokens_as_token_ids": True})
+        answer = self._ask("/v1/completions", {**asked, **more})
         found: dict[str, Any] = self._parsed(lambda: dict(answer["choices"][0]))
         return found
 
@@ -156,11 +160,30 @@ class Server:
             with opener.open(request, timeout=PATIENCE) as answer:
                 return json.loads(answer.read(LARGEST))
         except HTTPError as error:
-            told = error.read(200).decode("utf-8", "replace")
-            raise Refused(f"{self.url}{path} answered {error.code}: {' '.join(told.split())}") from None
+            raise Refused(f"{self.url}{path} answered {error.code}: {_reason(error)}") from None
         except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
             why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
-            raise FormatError(f"{self.url}{path} cannot be asked: {' '.join(str(why).split())[:200]}") from None
+            raise FormatError(f"{self.url}{path} cannot be asked: {_short(str(why))}") from None
+
+
+def _reason(error: HTTPError) -> str:
+    """What a refusal says: the message in it, in any of the forms that servers have, else its text."""
+    try:
+        text = error.read(READ).decode("utf-8", "replace")
+    except (HTTPException, OSError) as broken:
+        return f"and then nothing more ({type(broken).__name__})"
+    try:
+        told = json.loads(text)
+        told = told.get("error") or told
+        message = told if isinstance(told, str) else told.get("message") or told.get("detail")
+    except (ValueError, AttributeError, RecursionError):
+        message = None
+    return _short(message if isinstance(message, str) else text)
+
+
+def _short(text: str) -> str:
+    """On one line; what is long ends after a whole word."""
+    return textwrap.shorten(text, MESSAGE, placeholder=" ...")
 
 
 def _number(value: Any) -> float:

@@ -18,7 +18,7 @@ from mistral.detokenizer import Detokenizer
 from mistral.grammar import Constraint
 from mistral.sampling_params import SamplingParams
 from mistral.serve.protocol import Asked, Served
-from mistral.serve.words import Words
+from mistral.serve.words import Numbers, Words
 from mistral.serve.worker import Event, Job
 
 LEAST = -9999.0  # for a log-probability of minus infinity, which JSON has no word for
@@ -178,6 +178,7 @@ class Answer:
                 job = Job(ids, _params(asked), asked.eos_ids, tell(index), sample, asked.score, trim=asked.chat)
                 job.markers = asked.tools.markers if asked.tools else ()
                 self.choices.append(Choice(index, job, asked, served, text))
+        self._words = Numbers(served.words) if asked.return_tokens_as_token_ids else served.words
         self._head = {
             "id": ("chatcmpl-" if asked.chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
@@ -243,7 +244,7 @@ class Answer:
         one: dict[str, Any] = {"index": choice.index, "finish_reason": piece.finish, "logprobs": None}
         if self.asked.logprobs is not None and piece.tokens:
             shape = _chat_logprobs if self.asked.chat else _completion_logprobs
-            one["logprobs"] = shape(piece, self.asked.logprobs, self.served.words)
+            one["logprobs"] = shape(piece, self.asked.logprobs, self._words)
         return one if piece.problem is None else {**one, "format_error": piece.problem}
 
     def _ids(self, choice: Choice, piece: Piece, first: bool = True) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def _said(piece: Piece) -> dict[str, Any]:
     return said | ({"tool_call_error": "; ".join(piece.errors)} if piece.errors else {})
 
 
-def _completion_logprobs(piece: Piece, most: int, words: Words) -> dict[str, Any]:
+def _completion_logprobs(piece: Piece, most: int, words: Words | Numbers) -> dict[str, Any]:
     tops: list[dict[str, float] | None] = []
     for token in piece.tokens:
         if token.logprob is None:
@@ -307,7 +308,7 @@ def _completion_logprobs(piece: Piece, most: int, words: Words) -> dict[str, Any
     }
 
 
-def _chat_logprobs(piece: Piece, most: int, words: Words) -> dict[str, Any]:
+def _chat_logprobs(piece: Piece, most: int, words: Words | Numbers) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, encoded = words.of(token)
         return {"token": text, "logprob": _plain(logprob), "bytes": encoded}

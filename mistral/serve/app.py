@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from mistral.request import BrokenLogits
 from mistral.serve.answers import Answer, Piece
 from mistral.serve.document import document
 from mistral.serve.fields import ApiError
@@ -245,6 +246,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=429, kind="rate_limit_error", code="busy", headers={"Retry-After": "1"})
     if isinstance(error, Ended):
         return ApiError(str(error), status=503, kind="server_error", code="ended")
+    if isinstance(error, BrokenLogits):  # the same request may do well with a model in order
+        return ApiError(str(error), status=500, kind="server_error", code="broken_logits")
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):

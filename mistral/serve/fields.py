@@ -120,6 +120,7 @@ _BOTH = {
     **SAMPLING,
     **{"model": STRING, "max_tokens": INT, "stop": STOP, "logit_bias": OBJECT, "prompt_logprobs": INT},
     **{"stream": BOOL, "stream_options": OBJECT, "return_token_ids": BOOL, "ignore_eos": BOOL, "user": STRING},
+    "return_tokens_as_token_ids": BOOL,
     **{"response_format": OBJECT, "structured_outputs": OBJECT},
 }
 COMPLETION = {**_BOTH, "prompt": PROMPT, "suffix": STRING, "echo": BOOL, "logprobs": INT, "best_of": INT}

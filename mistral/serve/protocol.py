@@ -130,6 +130,7 @@ class Asked:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     tools: ToolUse | None = None
     grammar: Grammar | None = None
 
@@ -311,6 +312,7 @@ def _asked(
         logprobs=logprobs,
         prompt_logprobs=given.get("prompt_logprobs"),
         return_token_ids=given.get("return_token_ids", False),
+        return_tokens_as_token_ids=given.get("return_tokens_as_token_ids", False),
         tools=tools,
         grammar=grammar,
     )

@@ -19,6 +19,7 @@ from mistral.formats.layout import trained_length
 from mistral.loader.load import Loaded
 from mistral.serve.protocol import Served
 from mistral.serve.words import Words
+from mistral.tokenizer import require_tokenizer
 from mistral.util import memory
 from mistral.util.errors import MistralError, Unavailable, UsageError, printable, short_repr
 
@@ -97,8 +98,10 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
         template: of conversations, by name; None: the model's own.
 
     Raises:
-        MistralError: not even one position fits, or a template that was named does not go with the model.
+        MistralError: not even one position fits, there is no tokenizer, or a template that was named does not go with
+            the model.
     """
+    require_tokenizer(loaded.tokenizer)
     release = None if loaded.release is None else loaded.release.template
     found, why = None, ""
     try:

@@ -41,3 +41,22 @@ class Words:
     def text(self, token: int) -> str:
         """A token's text."""
         return self.of(token)[0]
+
+
+class Numbers:
+    """Tokens by their ids, as vLLM's `return_tokens_as_token_ids` has them.
+
+    Args:
+        words: gives their bytes.
+    """
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+
+    def of(self, token: int) -> tuple[str, list[int] | None]:
+        """A token's name, and the bytes of its text."""
+        return self.text(token), self._words.of(token)[1]
+
+    def text(self, token: int) -> str:
+        """A token's name."""
+        return f"token_id:{token}"

@@ -19,6 +19,7 @@ import torch
 
 from mistral.formats.mistral import to_args
 from mistral.loader.load import load
+from mistral.tokenizer import NO_TOKENIZER
 from mistral.util import memory
 from mistral.util.memory import OutOfMemory, available_on_host
 from tests.support.commands import ENVIRONMENT, Command, in_process
@@ -346,6 +347,27 @@ def test_no_tokenizer(cli: Command, folder: Path) -> None:
     assert outcome.err.splitlines()[-1].startswith(
         "error: the folder has no tokenizer, so prompts must be lists of ids"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("complete", "FOLDER", "Hello", "--instruct"),
+        ("interactive", "FOLDER", "--instruct"),
+        ("serve", "FOLDER"),
+        ("batch", "IN", "OUT", "--model", "FOLDER"),
+    ],
+)
+def test_no_tokenizer_but_a_template(cli: Command, folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (folder / "tokenizer.model").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    places = {"FOLDER": folder, "IN": tmp_path / "in.jsonl", "OUT": tmp_path / "out.jsonl"}
+    outcome = cli(*(places.get(word, word) for word in words))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.splitlines()[-1] == f"error: {NO_TOKENIZER}"
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 99, b"<!DOCTYPE html>" * 99, "half"])

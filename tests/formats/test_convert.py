@@ -30,7 +30,7 @@ from mistral.formats.huggingface import INDEX
 from mistral.formats.mistral import ParamsError
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import load
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer
 from mistral.util import memory
 from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
@@ -403,10 +403,21 @@ def test_tokenizer_files_are_carried_along(tmp_path: Path, to: str) -> None:
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     written = convert(make_folder(tmp_path / "a", random_state(), tokenizer=False, max_seq_len=9), tmp_path / "b", "hf")
-    assert len(written.notes) == 1
-    assert "no tokenizer in" in written.notes[0]
+    assert len(written.notes) == 2
+    assert written.notes[0] == NO_TOKENIZER
+    assert "no tokenizer in" in written.notes[1]
     config = config_of(tmp_path / "b")
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+
+@pytest.mark.parametrize("to", ["mistral", "hf"])
+def test_what_only_begins_like_a_tokenizer_is_none(tmp_path: Path, to: str) -> None:
+    src = make_folder(tmp_path / "a", random_state(), max_seq_len=9)
+    (src / "tokenizer.model").rename(src / "tokenizer.model.bak")
+    written = convert(src, tmp_path / "b", to)
+    assert written.notes[0] == NO_TOKENIZER
+    assert "not carried along: tokenizer.model.bak" in written.notes
+    assert not list((tmp_path / "b").glob("tokenizer*"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

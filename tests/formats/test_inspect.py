@@ -458,6 +458,49 @@ def test_a_tokenizer_smaller_than_the_model(tmp_path: Path) -> None:
     )
 
 
+def test_a_template_that_is_none(tiny: Path) -> None:
+    pytest.importorskip("jinja2")
+    (tiny / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+    )
+    assert suspicious(tiny) == ""
+    (tiny / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }")
+    assert suspicious(tiny).startswith("the template of chat_template.jinja is no Jinja: ")
+    (tiny / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
+    assert suspicious(tiny) == f"{tiny}/chat_template.jinja cannot be read: it is not UTF-8"
+
+
+def test_added_tokens_have_text(tmp_path: Path) -> None:
+    make_folder(tmp_path, random_state(dtype=torch.bfloat16, vocab_size=4100), rope_theta=1e4, vocab_size=4100)
+    added = {f"<|extra_{i}|>": 4096 + i for i in range(4)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    assert "have no text" not in suspicious(tmp_path)
+    del added["<|extra_3|>"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    said = "tokenizer.model has 4096 words and tokens added up to id 4098, but the model knows 4100: the ids above"
+    assert said in suspicious(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"model_type": "llama"}, "model_type is llama in config.json, which has none"),
+        ({"model_type": "llama", "sliding_window": 4}, "model_type is llama in config.json, which has none"),
+        ({"model_type": "ministral3"}, "absent from config.json, which means none"),
+        ({"model_type": "mistral"}, "absent from config.json, which means 4096"),
+        ({"model_type": "mistral", "sliding_window": 4}, "given in config.json"),
+    ],
+)
+def test_the_rule_of_a_window_that_a_config_does_not_give(changes: dict[str, Any], rule: str) -> None:
+    config = {theirs: PARAMS.get(ours, 0) for theirs, ours in hf.SHAPE.items()}
+    layout = hf.HuggingFaceLayout()
+    raw = {**config, "head_dim": 8, "rope_theta": 1e4, **changes}
+    assert layout.window_rule(raw) == rule
+    args, notes = layout.to_args(raw)
+    assert args.window_text == {"4096": "4096", "none": "none"}.get(rule.split()[-1], "4")
+    assert any("model_type is llama" in note for note in notes) == (changes["model_type"] == "llama")
+
+
 def tekken(**changes: Any) -> dict[str, Any]:
     config = {"default_vocab_size": 4096, "default_num_special_tokens": 1000, "pattern": PATTERN}
     return {"config": {**config, **changes}, "vocab": [{"rank": i} for i in range(3096)]}

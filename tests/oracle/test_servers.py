@@ -199,6 +199,23 @@ def test_servers_that_cannot_be_asked(folder: Path, serve: Start, capsys: pytest
         assert said in error
 
 
+@pytest.mark.parametrize("form", [{"error": {"message": "{}"}}, {"message": "{}"}, {"error": "{}"}, None])
+def test_a_refusal_is_told_in_whole_words(
+    folder: Path, serve: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    short, long = "no such field: " + "misunderstanding, " * 40 + "leave it out", "misunderstanding " * 200
+    for message in (short, long):
+        body = message if form is None else json.loads(json.dumps(form).replace("{}", message))
+        monkeypatch.setattr(Server, "vllm", lambda *_, body=body: (400, body))
+        assert cli.main(["compare", str(folder), serve(folder, "vllm")]) == 2
+        told = capsys.readouterr().err.splitlines()[-1].partition("answered 400: ")[2].partition("; it may")[0]
+        if message is short:
+            assert told.strip('"') == short
+        else:
+            assert set(told.strip('"').split()) == {"misunderstanding", "..."}
+            assert len(told) < 1010
+
+
 def test_a_pack_has_no_texts(folder: Path, serve: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = tmp_path / "x.safetensors"
     assert cli.main(["pack", str(folder), "-o", str(packed)]) == 0

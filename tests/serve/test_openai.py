@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from mistral import complete
+from mistral import cli, complete
 from mistral.engine import Engine
 from mistral.sampling_params import SamplingParams
+from tests.support.folders import make_folder, random_state
 from tests.support.serving import Running, serving
 
 
@@ -225,3 +229,44 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
 def test_embeddings_are_refused_in_one_line(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="was not trained to embed"):
         client.embeddings.create(model="mistral-bundled", input="a")
+
+
+def test_tokens_by_their_ids(client: openai.OpenAI, running: Running) -> None:
+    more = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+    got = client.completions.create(
+        model="mistral-bundled", prompt="The king", max_tokens=3, temperature=0, logprobs=2, extra_body=more
+    )
+    (choice,) = got.choices
+    assert choice.logprobs.tokens == [f"token_id:{i}" for i in choice.model_extra["token_ids"]]
+    for token, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True):
+        assert max(top, key=top.get) == token
+        assert all(name.startswith("token_id:") for name in top)
+    messages = [{"role": "user", "content": "The king"}]
+    asked = {"messages": messages, "max_tokens": 3, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    plain, numbered = (
+        client.chat.completions.create(model="mistral-bundled", **asked, extra_body=body).choices[0]
+        for body in ({}, more)
+    )
+    ids = numbered.model_extra["token_ids"]
+    assert [one.token for one in numbered.logprobs.content] == [f"token_id:{i}" for i in ids]
+    assert [one.bytes for one in numbered.logprobs.content] == [one.bytes for one in plain.logprobs.content]
+    assert [one.token for one in numbered.logprobs.content] != [one.token for one in plain.logprobs.content]
+
+
+def test_compared_with_its_own_folder_it_is_the_same(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", str(running.loaded.folder), running.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"]
+
+
+def test_weights_that_are_broken_are_the_servers_fault(tmp_path: Path) -> None:
+    state = random_state()
+    state["tok_embeddings.weight"][9] = math.nan
+    with serving(make_folder(tmp_path / "m", state)) as found:
+        prompts = [[3, 4, 5, 6], [5, 9, 6], [5, 6, 7]]
+        asked = [{"prompt": prompt, "max_tokens": 2, "temperature": 0, "logit_bias": {"9": -100}} for prompt in prompts]
+        with ThreadPoolExecutor(3) as pool:
+            got = list(pool.map(lambda one: httpx.post(f"{found.url}/v1/completions", json=one, timeout=60), asked))
+    assert [one.status_code for one in got] == [200, 500, 200]
+    error = got[1].json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "broken_logits")
+    assert "NaN" in error["message"]
