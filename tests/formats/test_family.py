@@ -238,7 +238,8 @@ def test_a_member_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
 
 # --- in conversation
 
-CHATS = {r.name: r.template for r in RELEASES if r.template.partition("-")[0] in LATER and r.tokenizer_file == "tekken.json"}
+WITH_TEKKEN = [r for r in RELEASES if r.tokenizer_file == "tekken.json"]
+CHATS = {r.name: r.template for r in WITH_TEKKEN if r.template.partition("-")[0] in LATER}
 
 
 def scaled_down(release: str, folder: Path, words: bool = True) -> Path:
