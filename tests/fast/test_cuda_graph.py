@@ -131,6 +131,7 @@ def test_a_cache_that_is_used_in_and_out_of_inference_mode():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@pytest.mark.long
 def test_a_layer_is_compiled_whole_and_once_for_all(bits, monkeypatch):
     """Traced by PyTorch's compiler and run without its code: whatever changes from bucket to bucket does so once."""
     graphs = []

@@ -267,7 +267,9 @@ def test_logprobs_in_transformers(tmp_path: Path, shape: str, shard_size: int) -
 TEXTS = ("Hello world", "  two  spaces ", "Once upon a time", "na\u00efve \U0001f642\n\tx", "<s>[INST] hi </s>", "")
 
 
-@pytest.mark.parametrize("kind", ["bundled", "v2", "v3", "v7", "tekken"])
+@pytest.mark.parametrize(
+    "kind", ["bundled", "v3", "tekken", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("v2", "v7"))]
+)
 def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
     """A folder without tokenizer.json: AutoTokenizer gives our ids, bos and the first word included."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")

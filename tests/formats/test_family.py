@@ -241,6 +241,8 @@ def test_a_member_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
 WITH_TEKKEN = [r for r in RELEASES if r.tokenizer_file == "tekken.json"]
 CHATS = {r.name: r.template for r in WITH_TEKKEN if r.template.partition("-")[0] in LATER}
 
+FEW = [pytest.param(name, marks=[pytest.mark.long] if i > 2 else []) for i, name in enumerate(CHATS)]
+
 
 def scaled_down(release: str, folder: Path, words: bool = True) -> Path:
     """A tiny random folder with what a release's row says of positions and output.
@@ -260,7 +262,7 @@ def scaled_down(release: str, folder: Path, words: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("release", CHATS)
+@pytest.mark.parametrize("release", FEW)
 def test_a_member_chats(tmp_path: Path, release: str) -> None:
     """In the template of its version; the second turn takes in what is new."""
     pytest.importorskip("mistral_common")
@@ -277,7 +279,7 @@ def test_a_member_chats(tmp_path: Path, release: str) -> None:
     assert chat.prefilled_tokens < len(before) / 2 + 2
 
 
-@pytest.mark.parametrize("release", CHATS)
+@pytest.mark.parametrize("release", FEW)
 def test_a_member_is_quantized(tmp_path: Path, release: str) -> None:
     """int8 and int4 of --quant: close to what they were made from, and the same when they were converted before."""
     folder = scaled_down(release, tmp_path / "model", words=False)

@@ -532,6 +532,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("names", "suite", "count"), [(DENSE, SUITE, 12), ([mistake.name for mistake in FAMILY], OF_THE_FAMILY, 9)]
 )
+@pytest.mark.long
 def test_our_own_tests_fail_on_each(names: list[str], suite: list[str], count: int) -> None:
     """A small part of them, by `pytest --mutant NAME`; with none, first and last, they pass."""
     root = Path(mistral.__file__).parents[1]

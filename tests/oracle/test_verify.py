@@ -210,6 +210,7 @@ def test_right_models_of_odd_shapes_pass(shape, scale, seed, tmp_path):
     assert report.passes, verify.as_text(report)
 
 
+@pytest.mark.long
 def test_the_tool_that_draws_odd_shapes(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["odd_shapes", "--models", "2"])
     assert odd_shapes.main() == 0

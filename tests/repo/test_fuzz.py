@@ -126,6 +126,7 @@ def plant() -> None:
     loading.read_folder = read_folder  # type: ignore[assignment]
 
 
+@pytest.mark.long
 def test_planted_mistakes_are_noticed(tmp_path: Path) -> None:
     cases = [("params", number) for number in range(len(MUTANTS))]
     for outcome, said in zip(watch(cases, tmp_path, 0, limit=12, plant=plant), MUTANTS.values(), strict=True):

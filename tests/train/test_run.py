@@ -267,6 +267,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(folder: Path, data: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, data: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "main", "finetune", str(folder), "--data", str(data), "--seq_len", "40"]
     words += ["--steps", "100000", "--device", "cpu", "--out", str(tmp_path / "out")]
