@@ -19,7 +19,7 @@ class Wrapped:
     """Text in lines of at most `width` columns; a word that is longer is left as it is.
 
     Only line ends are put in, each in the place of spaces (or between two wide characters, which have none). A word is
-    held back until it is known to be whole.
+    held back until it is known to be whole, or longer than a line.
 
     Args:
         width: columns of a line, above 0.
@@ -29,11 +29,14 @@ class Wrapped:
         self._width = width
         self._column, self._empty = 0, True  # the line as it was given out
         self._spaces = self._word = ""
+        self._long = False  # whether the line ends within a word that was given out already
 
     def push(self, text: str) -> str:
         """More text; what of it, and of what was held back, is certain."""
         out = []
         for part in _PARTS.findall(text):
+            if part[0] in " \n":
+                self._long = False
             if part == "\n":
                 out.append(self._take() + self._spaces + "\n")
                 self._column, self._empty, self._spaces = 0, True, ""
@@ -44,6 +47,9 @@ class Wrapped:
                 if self._word and (columns(part) == 2 or columns(self._word[-1]) == 2):
                     out.append(self._take())
                 self._word += part
+                if self._long or columns(self._word) > self._width:
+                    out.append(self._take())
+                    self._long = True  # what follows belongs to the same word
         return "".join(out)
 
     def flush(self) -> str:
@@ -57,7 +63,7 @@ class Wrapped:
         if not self._word:
             return ""
         size = columns(self._word)
-        goes_on = self._empty or self._column + len(self._spaces) + size <= self._width
+        goes_on = self._empty or self._long or self._column + len(self._spaces) + size <= self._width
         out = (self._spaces if goes_on else "\n") + self._word
         self._column = (self._column + len(self._spaces) if goes_on else 0) + size
         self._empty, self._spaces, self._word = False, "", ""

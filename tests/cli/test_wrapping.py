@@ -47,3 +47,11 @@ def test_nothing_is_lost_and_pieces_do_not_matter(text: str, width: int, cuts: l
     assert out.count("\n") >= text.count("\n")
     for line in out.split("\n"):
         assert columns(line.rstrip(" ")) <= width or not re.search(r"\S +\S", line)
+
+
+def test_a_word_without_end_is_not_held_back() -> None:
+    lines = Wrapped(10)
+    assert lines.push("so ") == "so"
+    out = "".join(lines.push("x") for _ in range(30))
+    assert out == "\n" + "x" * 30
+    assert lines.push("xx y") + lines.flush() == "xx\ny"
