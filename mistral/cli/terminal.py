@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -20,7 +19,6 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
-from mistral.cli.wrapping import Wrapped
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -314,11 +312,10 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
     """
     began = first = time.perf_counter()
     generated, reason, interrupt = 0, "", None
-    lines = Wrapped(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     try:
-        write(echo if lines is None else lines.push(echo))
+        write(echo)
         for piece in pieces:
-            write(piece.text if lines is None else lines.push(piece.text))
+            write(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()
@@ -326,7 +323,7 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
     seconds = time.perf_counter() - first
-    write("\n" if lines is None else f"{lines.flush()}\n")
+    write("\n")
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
     echo_err(f"[{generated} tokens{rate}{wait}{more()}; {reason}]")
