@@ -119,6 +119,11 @@ class Draft(Protocol):
         """What came of it: of each request the tokens guessed and those that were right, and how long the step took."""
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common at the beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
     """Refuse what cannot be generated from."""
     if not ids:

@@ -17,7 +17,7 @@ from mistral.chat.templates import Template
 from mistral.engine import Progress
 from mistral.generate import Piece, eos_of, stream
 from mistral.model import Transformer
-from mistral.request import GenerationError
+from mistral.request import GenerationError, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
 from mistral.util.flat import flat
@@ -96,7 +96,7 @@ class Chat:
 
     def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
         """Continue ids; what the cache holds of them already is not processed again."""
-        self.cached_tokens = self._cache.rewind(0, _common(self._held, ids[:-1]))
+        self.cached_tokens = self._cache.rewind(0, common_prefix(self._held, ids[:-1]))
         self.prefilled_tokens = len(ids) - self.cached_tokens
         self._held = ids[: self.cached_tokens]
         pieces = stream(
@@ -178,8 +178,3 @@ class Chat:
         """
         self.template.encode_chat([Message("system", system), Message("user", "")])
         self.system = system
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

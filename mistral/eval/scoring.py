@@ -14,7 +14,7 @@ from itertools import groupby
 from mistral.cache import RollingBufferCache
 from mistral.engine import Engine, rows_that_fit
 from mistral.model import Transformer
-from mistral.request import Request
+from mistral.request import Request, common_prefix
 from mistral.sampling_params import SamplingParams
 
 SHORT = 16  # tokens of a context that are rather scored along than processed by themselves
@@ -121,11 +121,7 @@ class Scorer:
     def _begin(self, engine: Engine, cache: RollingBufferCache, number: int, row: _Row, one: Continuation) -> None:
         """Have the context of a continuation processed, or the continuation scored behind it."""
         after_context, row.context = row.context, False
-        common = next(
-            (i for i, (a, b) in enumerate(zip(row.held, one.ids, strict=False)) if a != b),
-            min(len(row.held), len(one.ids)),
-        )
-        kept = cache.rewind(number, min(common, one.begin - 1))
+        kept = cache.rewind(number, min(common_prefix(row.held, one.ids), one.begin - 1))
         self.shared += 0 if after_context else kept
         row.context = not after_context and one.begin - 1 - kept > SHORT
         ids = one.ids[: one.begin] if row.context else one.ids

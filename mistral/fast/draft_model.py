@@ -17,7 +17,7 @@ from mistral.cache import RollingBufferCache
 from mistral.fast.draft import NEW, Costs, Rate, how_many
 from mistral.fast.linear import FEW
 from mistral.model import Transformer
-from mistral.request import Request
+from mistral.request import Request, common_prefix
 from mistral.sampling import sample
 
 CHUNK = 512  # tokens of a prompt that the small model takes in at once
@@ -125,8 +125,7 @@ class ModelDraft:
         else:
             known = follow.held - len(follow.guesses)  # of prompt and output
             generated = request.output_ids[known - begin :]
-            right = next((i for i, (a, b) in enumerate(zip(follow.guesses, generated, strict=False)) if a != b), None)
-            right = min(len(follow.guesses), len(generated)) if right is None else right
+            right = common_prefix(follow.guesses, generated)
             last = begin + len(request.output_ids) - 1
             follow.held = cache.rewind(follow.row, min(known + right, last))
         follow.guesses = []

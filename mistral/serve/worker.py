@@ -17,7 +17,7 @@ from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
 from mistral.engine import Engine
 from mistral.model import Transformer
-from mistral.request import Finish, Request, Token
+from mistral.request import Finish, Request, Token, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike
 from mistral.util.errors import MistralError, Unavailable
@@ -248,7 +248,7 @@ class Worker:
         taken = {other.row for other in self._running}
         ids = [] if job.score else job.prompt_ids[:-1]
         free = [row for row in range(self.rows) if row not in taken]
-        common = {row: _common(self._held[row], ids) if self._held_by[row] == job.adapter else 0 for row in free}
+        common = {row: common_prefix(self._held[row], ids) if self._held_by[row] == job.adapter else 0 for row in free}
         row = max(free, key=lambda row: (common[row], -self._used[row]))
         try:
             job.cached = self._cache.rewind(row, common[row])
@@ -350,8 +350,3 @@ class Worker:
             job.tell(event)
         except RuntimeError:  # its event loop has ended: nobody listens
             job.cancelled = True
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two lists have in common at the beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
