@@ -23,7 +23,7 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = tuple(SOURCE.with_name(name) for name in ("blocks.h", "repack.h", "affine.h"))  # which it includes
+PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 # The functions of torch's own OpenMP are used, so both share one set of threads. What is rounded is as it is written:
 # a compiler left to merge products and sums does it in one loop and not in the next.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-lm")

@@ -1,0 +1,130 @@
+/* Vectors, the kinds of weights, and how LANES of them are loaded. A part of kernels.c. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* How the weights of a matrix are stored. Rows are outputs. */
+enum { F32, BF16, F16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, AFFINE4, AFFINE5, Q6_K };
+
+enum {
+    ROWS = 16,  /* rows of weights that are worked on together, and interleaved in blocks of few bits */
+    LINE = 64,  /* bytes that come from memory together */
+    GROUP = 32, /* columns whose inputs share a scale */
+    AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
+    KEYS = 8,   /* keys, and VALUES values, of all heads that are worked on together */
+    VALUES = 16,
+    PART = 128, /* positions of a query that one thread takes, or a PARTS-th of all where that is more */
+    PARTS = 32,
+};
+
+typedef struct {
+    const void *data;  /* [n, k] of the kind; INT8 and after: see blocks.h */
+    const void *scale; /* INT8, AFFINE4, AFFINE5, Q6_K: what lies apart */
+    int64_t kind, n, k;
+} Matrix;
+
+typedef struct {
+    Matrix wq, wk, wv, wo, w1, w2, w3;
+    const float *attention_norm, *ffn_norm;
+    float *keys, *values; /* [B, capacity, K, D]: position p in slot p % capacity */
+    int64_t capacity, window; /* window 0: none */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const float *norm;
+    int64_t n_layers, dim, hidden_dim, n_heads, n_kv_heads, head_dim;
+    double eps;
+} Model;
+
+/* ---- loading LANES weights as floats */
+
+INLINE floats load_floats(const float *p) { return (floats) * (const floats_at *)p; }
+
+INLINE floats load_bf16(const uint16_t *p) {
+    words w = __builtin_convertvector((halves) * (const halves_at *)p, words) << 16;
+    return (floats)w;
+}
+
+INLINE floats load_f16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    floats out;
+    for (int i = 0; i < LANES; i++) {
+        uint32_t h = p[i], sign = (h & 0x8000) << 16, rest = h & 0x7fff, bits;
+        float f;
+        if (rest >= 0x7c00) /* inf and nan */
+            bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+        else if (rest >= 0x400)
+            bits = sign | ((rest << 13) + 0x38000000);
+        else { /* subnormal: rest * 2^-24 */
+            f = (float)rest * 5.9604644775390625e-8f;
+            memcpy(&bits, &f, 4);
+            bits |= sign;
+        }
+        memcpy(&f, &bits, 4);
+        out[i] = f;
+    }
+    return out;
+#endif
+}
+
+INLINE int64_t size_of(int kind) { return kind == F32 ? 4 : 2; }
+
+INLINE floats load(int kind, const char *p) {
+    switch (kind) {
+    case F32: return load_floats((const float *)p);
+    case BF16: return load_bf16((const uint16_t *)p);
+    default: return load_f16((const uint16_t *)p);
+    }
+}
+
+/* a * b + c, rounded once where the machine can. Said outright, and nowhere else (-ffp-contract=off): a compiler that is
+   free to choose chooses differently from loop to loop, and a row's bits would depend on its company. */
+INLINE floats multiply_add(floats a, floats b, floats c) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+    UNROLL for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(floats v) {
+    float s[LANES];
+    memcpy(s, &v, sizeof s);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+}
