@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -19,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
+from mistral.cli.wrapping import Wrapped
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -55,15 +57,33 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def is_screen(stream: Any) -> bool:
+    """Whether it is a terminal that can do more than print one line after the other."""
+    return bool(stream.isatty()) and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def has_colour(stream: Any) -> bool:
     """Whether colours may be used: at a terminal that knows them, unless NO_COLOR is set."""
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return is_screen(stream) and not os.environ.get("NO_COLOR")
 
 
 def write(text: str) -> None:
     """Text for stdout, at once: byte for byte where it is piped."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def writer() -> Callable[[str], None]:
+    """How to write one text that comes in pieces: at a terminal, in lines that end between words."""
+    if not is_screen(sys.stdout):
+        return write
+    lines = Wrapped()
+
+    def wrapped(text: str) -> None:
+        sys.stdout.write(lines.push(visible(text), shutil.get_terminal_size().columns))
+        sys.stdout.flush()
+
+    return wrapped
 
 
 def echo_err(line: str) -> None:
@@ -311,11 +331,11 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
         more: what else to report at the end.
     """
     began = first = time.perf_counter()
-    generated, reason, interrupt = 0, "", None
+    generated, reason, interrupt, show = 0, "", None, writer()
     try:
-        write(echo)
+        show(echo)
         for piece in pieces:
-            write(piece.text)
+            show(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()
