@@ -104,7 +104,7 @@ class FastTransformer(Transformer):
             self.decode(model, h, rows, plan.positions, origins, cos, sin)
             if not model.overflows:
                 return h
-            widen(model, cache)
+            widen_stores(model, cache)
             model = cast("Model", self.described(cache))
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
@@ -124,7 +124,7 @@ class FastTransformer(Transformer):
 
         Args:
             model: what `described` said; where its norm is None, the last norm is left out. Where it `overflows`
-                afterwards, a key or value does not fit the cache, and the step is to be done again: see `widen`.
+                afterwards, a key or value does not fit the cache, and the step is to be done again: see `widen_stores`.
             h: [n, dim] embeddings; becomes normalised hidden states.
             rows: the row of the cache that each token has, any number of times.
             positions, origins: where each is, [n] int64, and where its sequence began.
@@ -224,7 +224,7 @@ class FastTransformer(Transformer):
         return Kept(model, places, cache.layers, found, tensors, _where(tensors), hooks, wide, narrow)
 
 
-def widen(model: Model, cache: RollingBufferCache) -> None:
+def widen_stores(model: Model, cache: RollingBufferCache) -> None:
     """Have the layers whose keys or values of the last step did not fit float16 keep them in float32."""
     for i, store in enumerate(cache.layers):
         if model.layers[i].overflows and isinstance(store, HalfBuffer):
