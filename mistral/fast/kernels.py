@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
-    for name in ("scratch_floats", "inputs_bytes", "takes_many"):
+    for name in ("scratch_floats", "inputs_bytes", "takes_many", "keep"):
         getattr(loaded, name).restype = ctypes.c_int64
     for name in RETURN_NOTHING:
         getattr(loaded, name).restype = None
