@@ -149,7 +149,7 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
     def decode(tokens: int, batch: int, steps: int) -> float:
         forget()
         if tokens > 1024:
-            llama_state.load_state(L, context, state_file(folder, file.name.partition("-")[0], tokens))
+            llama_state.fill(L, context, SHAPES_HERE[file.name.partition("-")[0]], tokens)
         else:
             run(tokens)
         return 1 / statistics.median([run(1) for _ in range(steps + 1)][1:])
@@ -162,15 +162,6 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
 
 
 PROGRAMS = {"ours": ours, "transformers": transformers, "llama": llama}
-
-
-def state_file(folder: Path, shape: str, positions: int) -> Path:
-    """What llama.cpp's cache for a shape holds after so many positions; made when missing."""
-    path = folder / f"{shape}-{positions}.state"
-    if not path.exists():
-        small = gguf_file(folder, "F32", f"{shape}-narrow", llama_state.narrow(SHAPES_HERE[shape]))
-        llama_state.make_state(small, path, positions, 2)
-    return path
 
 
 def gguf_file(folder: Path, type_name: str, shape: str = "", args: ModelArgs = ARGS) -> Path:
@@ -381,8 +372,6 @@ class Bench:
         """Decoding behind long texts, without a window; ours with keys in 16 bits, as theirs, and in fp32 and int8."""
         for name in self.types:
             file = gguf_file(self.folder, name, self.shape, SHAPES_HERE[self.shape])
-            for tokens in CONTEXTS[1:]:
-                state_file(self.folder, self.shape, tokens)
             ours = [f"ours:{file}:context=long:cache={cache}" for cache in self.caches]
             names = [*ours, f"llama:{file}:{CONTEXTS[-1] + PROMPT}"]
             self.compare(f"{self.shape}, {name}", names, *(("decode", c, 1, STEPS) for c in CONTEXTS))
