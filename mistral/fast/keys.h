@@ -63,10 +63,12 @@ int keep(int64_t kind, const float *x, int64_t d, char *to, float *scale) {
         }
     if (kind == INT8) {
         float top = 0;
-        for (int64_t i = 0; i < d; i++) top = fabsf(x[i]) <= top ? top : fabsf(x[i]); /* a NaN takes its place */
-        const int finite = top < INFINITY;
-        for (int64_t i = 0; i < d && !finite; i++) top = NAN;
-        *scale = top / 127;
+        int finite = 1;
+        for (int64_t i = 0; i < d; i++) {
+            finite &= fabsf(x[i]) < INFINITY;
+            top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        }
+        *scale = finite ? top / 127 : NAN;
         const float step = *scale > 1e-30f ? *scale : 1e-30f;
         for (int64_t i = 0; i < d; i++) to[i] = finite ? (int8_t)rintf(x[i] / step) : 0;
     }
