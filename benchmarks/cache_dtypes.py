@@ -2,8 +2,8 @@
 
     python -m benchmarks.cache_dtypes [MODEL] [--text FILE] [--tokens N] [--random]
 
-MODEL is the bundled one if omitted, the text the story that was held out of its training. All is computed in fp32, but for
-the first row, which is in float64, cache and all; errors are differences to it. The text goes through the cache in
+MODEL is the bundled one if omitted, the text the story that was held out of its training. All is computed in fp32, but
+for the first row, which is in float64, cache and all; errors are differences to it. The text goes through the cache in
 chunks. --random measures a random model in its place (2 layers, heads of 64, weights as nn.Linear draws them, times 3).
 """
 

@@ -1,6 +1,7 @@
 """llama.cpp with many positions in its cache, without the minutes that a prompt of so many takes.
 
-Its cache is given a state as it saves them (llama-cpp-python 0.3.36), with numbers of no model in it: they take as long.
+Its cache is given a state as it saves them (llama-cpp-python 0.3.36), with numbers of no model in it: they take
+as long.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, gguf, files, context. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
-for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
-FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape takes 7b (four
-layers of it) for it, and --types some of the types.
+decode, prefill, flat, batch, gguf, files, context. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is
+built for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape takes 7b
+(four layers of it) for it, and --types some of the types.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -132,7 +132,7 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
 def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
     """`llama:WEIGHTS`, or `llama:FILE.gguf[:POSITIONS]`: of its context."""
     name, _, positions = name.partition(".gguf:")
-    file = Path(f"{name}.gguf") if positions else Path(name) if name.endswith(".gguf") else gguf_file(folder, GGUF[name])
+    file = gguf_file(folder, GGUF[name]) if name in GGUF else Path(name.removesuffix(".gguf") + ".gguf")
     L, model, context = llama_state.open_context(file, int(positions or 1024), threads)
 
     def run(tokens: int) -> float:

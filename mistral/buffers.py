@@ -1,7 +1,7 @@
 """One layer's keys and values: a rolling buffer, and how numbers are kept in it.
 
-Position i of a sequence lives in slot i % C. What is stored of a key depends on the buffer: the number itself, rounded to the
-storage's dtype; in float16, unless one does not fit; or whole numbers of 8 bits with a scale. Knows nothing about masks
+Position i of a sequence lives in slot i % C. What is stored of a key depends on the buffer: the number itself, rounded to
+the storage's dtype; in float16, unless one does not fit; or whole numbers of 8 bits with a scale. Knows nothing about masks
 or lengths.
 """
 
@@ -142,14 +142,16 @@ class HalfBuffer(RollingBuffer):
 
 
 def _overflowed(given: Sequence[Tensor], stored: Sequence[Tensor]) -> bool:
-    return any(bool(s.isinf().any()) and not torch.equal(s.isinf(), x.isinf()) for x, s in zip(given, stored, strict=True))
+    return any(
+        bool(s.isinf().any()) and not torch.equal(s.isinf(), x.isinf()) for x, s in zip(given, stored, strict=True)
+    )
 
 
 class Int8Buffer(RollingBuffer):
     """Keys and values as whole numbers of 8 bits, with an fp32 scale for each head and position.
 
-    A vector of D numbers x is kept as round(x / s), where s is its largest magnitude over 127. What is not finite makes the
-    whole vector NaN.
+    A vector of D numbers x is kept as round(x / s), where s is its largest magnitude over 127. What is not finite makes
+    the whole vector NaN.
     """
 
     names = ("k", "v", "k_scale", "v_scale")

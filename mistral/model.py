@@ -137,7 +137,7 @@ class Transformer(nn.Module):
 
     Attributes:
         adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
-        kept_in: what keys and values are kept in, by the dtype that is computed in; one that is not there keeps its own.
+        kept_in: what keys and values are kept in, by the dtype that is computed in; others keep their own.
         draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
     """
 

@@ -191,7 +191,7 @@ def measure(
         steps: decode steps in a repeat.
         repeats: of everything.
     """
-    args, device = model.args, model.device
+    device = model.device
     decode(model, contexts[0], 1, 1)  # the first step of a process is slower
     cases = [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]
     taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}

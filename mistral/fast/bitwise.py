@@ -63,7 +63,8 @@ class BitwiseTransformer(FastTransformer):
             self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self.rope))
             if model.overflows:  # moved to float32 it would change the bits of all that comes after it
                 raise NotDeterministic(
-                    "keys or values exceed 65,504, the most of a cache in float16: use --cache_dtype bfloat16 or float32"
+                    "keys or values exceed 65,504, the most of a cache in float16: "
+                    "use --cache_dtype bfloat16 or float32"
                 )
             h[tokens] = part
         return h

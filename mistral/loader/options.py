@@ -43,8 +43,8 @@ class LoadOptions:
     Args:
         device: cpu, cuda, cuda:1 or mps; default: the best one available
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
-        cache_dtype: of keys and values: float32, bfloat16, float16 or int8; default: float16 beside weights of 16 bits or
-            fewer on a CPU in float32, else that of the arithmetic
+        cache_dtype: of keys and values: float32, bfloat16, float16 or int8; default: float16 beside weights of 16 bits
+            or fewer on a CPU in float32, else that of the arithmetic
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks

@@ -106,7 +106,9 @@ def resolve(
     execution, notes = _execution(options.execution, place, compute, named)
     cache = pick_cache(options, place, compute, narrow or options.quant is not None or stored.itemsize <= 2)
     if cache == torch.int8 and execution == "cuda_graph":
-        raise OptionError("execution cuda_graph does not read keys and values in int8: omit --cache_dtype, or --execution")
+        raise OptionError(
+            "execution cuda_graph does not read keys and values in int8: omit --cache_dtype, or --execution"
+        )
     weights = compute
     if EXECUTIONS[execution].products and compute.itemsize > stored.itemsize:
         weights = stored  # the kernels read narrow weights as fast as memory gives them
@@ -204,7 +206,7 @@ def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: to
 
 
 def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype, narrow: bool) -> torch.dtype:
-    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU, else that of the arithmetic.
+    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU, else the arithmetic's.
 
     Raises:
         OptionError: float16 where a key that it cannot hold would become infinite.

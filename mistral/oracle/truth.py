@@ -245,8 +245,8 @@ def error_budget(
     compute: torch.dtype,
     cache: torch.dtype | None = None,
 ) -> list[Truth]:
-    """The truth with results rounded as `compute` rounds them, and keys as `cache` does, `num_draws` times; for float64,
-    which the truth is in itself, as float32 does: see `scale_of_rounding`."""
+    """The truth with results rounded as `compute` rounds them, and keys as `cache` does, `num_draws` times; for
+    float64, which the truth is in itself, as float32 does: see `scale_of_rounding`."""
     rounded = torch.float32 if compute == torch.float64 else compute
     draws = range(num_draws(prompts, cache))
     return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache) for draw in draws]

@@ -159,7 +159,9 @@ def verify(
         variants[:] = [v for v in variants if v.name not in ("whole", "batched")]
     # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
     keys = [{_rounding(reading, x) for x in v} for _, v in each]
-    streams = sum(len(v) + 1 + sum(num_draws(prompts, k[2]) for k in its) for (_, v), its in zip(each, keys, strict=True))
+    streams = sum(
+        len(v) + 1 + sum(num_draws(prompts, k[2]) for k in its) for (_, v), its in zip(each, keys, strict=True)
+    )
     total = streams * (found.args.n_layers + 2) - len(each)
     steps = itertools.count(1)
 
@@ -221,15 +223,18 @@ def _compare(
     for v, errors in zip(variants, errors_of[len(budgets) :], strict=True):
         key = _rounding(reading, v)
         budget = budget_of[key].scaled(scale_of_rounding(v.dtypes[1]))
-        limit = LIMITS[v.dtypes[1]] if key[2] is None else LIMITS[torch.bfloat16]  # in fewer bits the order is no matter
+        # Where keys are rounded more coarsely than sums, the order of sums is no matter: the limit is that of 16 bits.
+        limit = LIMITS[v.dtypes[1] if key[2] is None else torch.bfloat16]
         verdict = judge(errors, budget, limit, lens)
         rows.append(Row(v.name, v.attention, v.dtypes, v.device, v.cache, args.window_text, errors, budget, verdict))
     return rows
 
 
 def _rounding(reading: WeightReader, variant: Variant) -> Rounding:
-    """What an error budget of a variant rounds to: weights (None: not at all), results, and keys (None: as results). Those
-    that round alike share one: what is stored in bf16 is the same in fp32, and float64 is measured by fp32."""
+    """What an error budget of a variant rounds to: weights (None: not at all), results, and keys (None: as results).
+
+    Those that round alike share one: what is stored in bf16 is the same in fp32, and float64 is measured by fp32.
+    """
     weights, compute = variant.dtypes
     cache = None if variant.cache in (None, compute) else variant.cache
     return None if reading.fit(weights) else weights, torch.float32 if compute == torch.float64 else compute, cache
