@@ -1,8 +1,8 @@
 """One layer's keys and values: a rolling buffer, and how numbers are kept in it.
 
-Position i of a sequence lives in slot i % C. What is stored of a key depends on the buffer: the number itself, rounded to
-the storage's dtype; in float16, unless one does not fit; or whole numbers of 8 bits with a scale. Knows nothing about masks
-or lengths.
+Position i of a sequence lives in slot i % C. What is stored of a key depends on the buffer: the number itself, rounded
+to the storage's dtype; in float16, unless one does not fit; or whole numbers of 8 bits with a scale. Knows nothing
+about masks or lengths.
 """
 
 from __future__ import annotations

@@ -255,9 +255,9 @@ def trace(
     python -m main trace --plan 7,3 --chunk_size 4 --window 3
 
     Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), computed
-    eagerly and without a cache; `compare` accepts the file as a side. The prompts of --file are packed into one forward,
-    one after the other. --plan prints as JSON, for prompts of these lengths and a layer of that window: positions, slots and masks
-    of each step.
+    eagerly and without a cache; `compare` accepts the file as a side. The prompts of --file are packed into one
+    forward, one after the other. --plan prints as JSON, for prompts of these lengths and a layer of that window:
+    positions, slots and masks of each step.
 
     Args:
         output: the file to write
