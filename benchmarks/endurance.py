@@ -84,7 +84,7 @@ def stream(loaded: Loaded, exact: Transformer, tokens: int, places: int, block: 
         block: tokens between two measurements.
     """
     model = loaded.model
-    cache = RollingBufferCache(model.args, 2, dtype=model.dtype)  # row 1 is for comparing
+    cache = model.make_cache(2)  # row 1 is for comparing
     engine = Engine(model, eos_ids=(), cache=cache)
     request = engine.add([1], SamplingParams(max_tokens=tokens, temperature=1.0, seed=1), 0)
     log, drift, began = Log(block), list[dict[str, float]](), time.process_time()
@@ -131,7 +131,7 @@ def compare(
 
 def _fresh(model: Transformer, ids: Tensor, position: int) -> Tensor:
     """Log-probabilities after ids that begin at a position, by a cache of their own."""
-    cache = RollingBufferCache(model.args, 1, dtype=model.dtype)
+    cache = model.make_cache(1)
     cache.reset(position=position)
     return logprobs(model.logits(model.forward_partial(ids, [len(ids)], cache)[-1:]))
 

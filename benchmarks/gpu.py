@@ -186,8 +186,7 @@ def main() -> None:
 
     one, many = "bf16: decode 32 x 1", f"bf16: decode {short} x {wide}"
     first, second = f"bf16: prefill {long} x 1", f"bf16: prefill {longest} x 1"
-    itemsize = model.dtype.itemsize
-    step = {b: bench.weight_bytes(model) + b * args.cache_bytes(c + 1, itemsize) for c, b in ((32, 1), (short, wide))}
+    step = {b: bench.weight_bytes(model) + b * model.cache_bytes(c + 1) for c, b in ((32, 1), (short, wide))}
     costs = {n: prefill_operations(args, model, n) / n for n in (long, longest)}
     rows = [
         ("decode, one, share of the copy rate", 0.85, ratio(one, "copy", step[1])),

@@ -3,9 +3,10 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
-for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
-FOLDER/files, which are yours.
+decode, prefill, flat, batch, gguf, files, context. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is
+built for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape takes 7b
+(four layers of it) for it, and --types some of the types.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -27,9 +29,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import llama_state
+from mistral.args import ModelArgs
 from mistral.eval.bench import SHAPES
 
 ARGS = SHAPES["1b"]
+SHAPES_HERE = {"1b": ARGS, "7b": dataclasses.replace(SHAPES["7b"], n_layers=4)}
+CONTEXTS = (32, 4096, 16384)
 CONTEXT, STEPS, PROMPT = 32, 16, 512
 GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row `gguf`
@@ -39,19 +45,23 @@ FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row
 
 
 def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT]`."""
-    import dataclasses
-
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT][:cache=DTYPE]`."""
     import torch
 
     from mistral.formats.folder import read_folder
     from mistral.formats.random import random_folder
-    from mistral.loader.load import assemble
+    from mistral.loader.load import assemble, windowed
+    from mistral.loader.options import LoadOptions
 
     torch.set_num_threads(threads)
     if ".gguf" in name:
         file, _, quant = name.partition(".gguf")
-        model, run = assemble(read_folder(f"{file}.gguf"), device="cpu", quant=quant.removeprefix(":") or None)
+        more = dict(word.split("=") for word in quant.split(":")[1:] if "=" in word)
+        quant = next((word for word in quant.split(":")[1:] if "=" not in word), "")
+        window = {"sliding_window": "none"} if "context" in more else {}
+        options: dict[str, Any] = {"quant": quant or None, "cache_dtype": more.get("cache"), **window}
+        found = windowed(read_folder(f"{file}.gguf"), LoadOptions(**options))
+        model, run = assemble(found, device="cpu", **options)
         print(run.describe(), file=sys.stderr)
         return _questions(model)
     weights, dtype, window, layers = (*name.split(":"), "", "", "")[:4]
@@ -120,18 +130,10 @@ def transformers(name: str, threads: int, folder: Path) -> dict[str, Callable[..
 
 
 def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`llama:WEIGHTS`, or `llama:FILE.gguf`."""
-    L: Any = importlib.import_module("llama_cpp")
-
-    silent = L.llama_log_callback(lambda *_: None)
-    L.llama_log_set(silent, ctypes.c_void_p(0))
-    L.llama_backend_init()
-    file = name if name.endswith(".gguf") else str(gguf_file(folder, GGUF[name]))
-    model = L.llama_model_load_from_file(file.encode(), L.llama_model_default_params())
-    params = L.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 1024
-    params.n_threads = params.n_threads_batch = threads
-    context = L.llama_init_from_model(model, params)
+    """`llama:WEIGHTS`, or `llama:FILE.gguf[:POSITIONS]`: of its context."""
+    name, _, positions = name.partition(".gguf:")
+    file = gguf_file(folder, GGUF[name]) if name in GGUF else Path(name.removesuffix(".gguf") + ".gguf")
+    L, model, context = llama_state.open_context(file, int(positions or 1024), threads)
 
     def run(tokens: int) -> float:
         ids = (L.llama_token * tokens)(*[5 + i for i in range(tokens)])
@@ -146,23 +148,25 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
 
     def decode(tokens: int, batch: int, steps: int) -> float:
         forget()
-        run(tokens)
+        if tokens > 1024:
+            llama_state.fill(L, context, SHAPES_HERE[file.name.partition("-")[0]], tokens)
+        else:
+            run(tokens)
         return 1 / statistics.median([run(1) for _ in range(steps + 1)][1:])
 
     def prefill(tokens: int) -> float:
         forget()
         return tokens / run(tokens)
 
-    keep = (silent, model)
-    return {"decode": decode, "prefill": prefill, "keep": lambda: len(keep)}
+    return {"decode": decode, "prefill": prefill, "keep": lambda: id(model)}
 
 
 PROGRAMS = {"ours": ours, "transformers": transformers, "llama": llama}
 
 
-def gguf_file(folder: Path, type_name: str) -> Path:
+def gguf_file(folder: Path, type_name: str, shape: str = "", args: ModelArgs = ARGS) -> Path:
     """The model in llama.cpp's format: random weights, made when missing; a mixture of types from those in Q8_0."""
-    path = folder / f"{type_name}.gguf"
+    path = folder / f"{shape}{'-' if shape else ''}{type_name}.gguf"
     if path.exists():
         return path
     if type_name == "Q4_K_M":
@@ -174,21 +178,21 @@ def gguf_file(folder: Path, type_name: str) -> Path:
     part = path.with_suffix(".part")
     w = gguf.GGUFWriter(part, "llama")
     w.add_context_length(32768)
-    w.add_embedding_length(ARGS.dim)
-    w.add_block_count(ARGS.n_layers)
-    w.add_feed_forward_length(ARGS.hidden_dim)
-    w.add_head_count(ARGS.n_heads)
-    w.add_head_count_kv(ARGS.n_kv_heads)
-    w.add_key_length(ARGS.head_dim)
-    w.add_value_length(ARGS.head_dim)
-    w.add_layer_norm_rms_eps(ARGS.norm_eps)
-    w.add_rope_dimension_count(ARGS.head_dim)
+    w.add_embedding_length(args.dim)
+    w.add_block_count(args.n_layers)
+    w.add_feed_forward_length(args.hidden_dim)
+    w.add_head_count(args.n_heads)
+    w.add_head_count_kv(args.n_kv_heads)
+    w.add_key_length(args.head_dim)
+    w.add_value_length(args.head_dim)
+    w.add_layer_norm_rms_eps(args.norm_eps)
+    w.add_rope_dimension_count(args.head_dim)
     w.add_rope_freq_base(1e4)
-    w.add_vocab_size(ARGS.vocab_size)
+    w.add_vocab_size(args.vocab_size)
     w.add_tokenizer_model("llama")
-    w.add_token_list([f"t{i}".encode() for i in range(ARGS.vocab_size)])
-    w.add_token_scores([0.0] * ARGS.vocab_size)
-    w.add_token_types([1] * ARGS.vocab_size)
+    w.add_token_list([f"t{i}".encode() for i in range(args.vocab_size)])
+    w.add_token_scores([0.0] * args.vocab_size)
+    w.add_token_types([1] * args.vocab_size)
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
     block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float32)
@@ -200,21 +204,21 @@ def gguf_file(folder: Path, type_name: str) -> Path:
             made[n, k] = wide if type_name == "F32" else gguf.quants.quantize(wide, kind)
         w.add_tensor(name, made[n, k], raw_dtype=kind)
 
-    heads, keys = ARGS.n_heads * ARGS.head_dim, ARGS.n_kv_heads * ARGS.head_dim
-    matrix("token_embd.weight", ARGS.vocab_size, ARGS.dim)
-    matrix("output.weight", ARGS.vocab_size, ARGS.dim)
-    w.add_tensor("output_norm.weight", np.ones(ARGS.dim, np.float32))
-    for i in range(ARGS.n_layers):
+    heads, keys = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    matrix("token_embd.weight", args.vocab_size, args.dim)
+    matrix("output.weight", args.vocab_size, args.dim)
+    w.add_tensor("output_norm.weight", np.ones(args.dim, np.float32))
+    for i in range(args.n_layers):
         for norm in ("attn_norm", "ffn_norm"):
-            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(ARGS.dim, np.float32))
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(args.dim, np.float32))
         for name, n, k in (
-            ("attn_q", heads, ARGS.dim),
-            ("attn_k", keys, ARGS.dim),
-            ("attn_v", keys, ARGS.dim),
-            ("attn_output", ARGS.dim, heads),
-            ("ffn_gate", ARGS.hidden_dim, ARGS.dim),
-            ("ffn_up", ARGS.hidden_dim, ARGS.dim),
-            ("ffn_down", ARGS.dim, ARGS.hidden_dim),
+            ("attn_q", heads, args.dim),
+            ("attn_k", keys, args.dim),
+            ("attn_v", keys, args.dim),
+            ("attn_output", args.dim, heads),
+            ("ffn_gate", args.hidden_dim, args.dim),
+            ("ffn_up", args.hidden_dim, args.dim),
+            ("ffn_down", args.dim, args.hidden_dim),
         ):
             matrix(f"blk.{i}.{name}.weight", n, k)
     w.write_header_to_file()
@@ -286,8 +290,9 @@ def there(name: str) -> bool:
 class Bench:
     """Measurements, printed as they come, kept for a file."""
 
-    def __init__(self, threads: int, rounds: int, folder: Path) -> None:
-        self.threads, self.rounds, self.folder = threads, rounds, folder
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.threads, self.rounds, self.folder = options.threads, options.rounds, options.folder
+        self.shape, self.types, self.caches = options.shape, options.types, options.caches
         self.found: list[dict[str, Any]] = []
 
     def compare(self, title: str, names: Sequence[str], *questions: Any) -> None:
@@ -363,6 +368,14 @@ class Bench:
         """The same file for both: each in FOLDER/files, which are yours."""
         self.same(sorted((self.folder / "files").glob("*.gguf")))
 
+    def context(self) -> None:
+        """Decoding behind long texts, without a window; ours with keys in 16 bits, as theirs, and in fp32 and int8."""
+        for name in self.types:
+            file = gguf_file(self.folder, name, self.shape, SHAPES_HERE[self.shape])
+            ours = [f"ours:{file}:context=long:cache={cache}" for cache in self.caches]
+            names = [*ours, f"llama:{file}:{CONTEXTS[-1] + PROMPT}"]
+            self.compare(f"{self.shape}, {name}", names, *(("decode", c, 1, STEPS) for c in CONTEXTS))
+
     def same(self, files: Sequence[Path]) -> None:
         """Decode and prefill of files."""
         for file in files:
@@ -370,7 +383,7 @@ class Bench:
             self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
 
 
-ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files")
+ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files", "context")
 
 
 def main() -> None:
@@ -379,6 +392,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES_HERE, default="1b", help="of the row context")
+    parser.add_argument("--types", nargs="+", default=["BF16", "Q4_0"], help="of the row context")
+    parser.add_argument("--caches", nargs="+", default=["float16"], help="of ours in the row context")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -389,7 +405,7 @@ def main() -> None:
     if there("llama") and {"decode", "prefill"} & set(options.rows or ROWS):
         for weights in GGUF.values():
             gguf_file(options.folder, weights)
-    bench = Bench(options.threads, options.rounds, options.folder)
+    bench = Bench(options)
     for row in options.rows or ROWS:
         getattr(bench, row)()
     if options.json:

@@ -25,6 +25,9 @@ THETA_WITH_WINDOW = 1e4
 THETA_WITHOUT_WINDOW = 1e6
 
 LARGEST = 2**31 - 1  # of any size here: products of two stay inside 64 bits
+# Bytes of a number in a cache, by the name of its dtype; and of a scale, which int8 has beside them.
+CACHE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4
 SIZES = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size")
 
 
@@ -238,10 +241,15 @@ class ModelArgs:
             f"vocabulary {self.vocab_size}, window {self.sliding_window}, theta {self.rope_theta:g}{parts}{tied})"
         )
 
-    def cache_bytes(self, positions: int, itemsize: int) -> int:
-        """Bytes of keys and values of one sequence of `positions`, all layers, in numbers of `itemsize` bytes."""
+    def cache_bytes(self, positions: int, dtype: str) -> int:
+        """Bytes of keys and values of one sequence of `positions`, all layers.
+
+        Args:
+            dtype: that they are kept in, a name in CACHE_BYTES; int8 has a scale for each head and position.
+        """
         slots = sum(slots_for(window, positions) for window in self.windows)
-        return 2 * slots * self.n_kv_heads * self.head_dim * itemsize
+        scale = SCALE_BYTES if dtype == "int8" else 0
+        return 2 * slots * self.n_kv_heads * (self.head_dim * CACHE_BYTES[dtype] + scale)
 
     @property
     def window_text(self) -> str:

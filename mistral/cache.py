@@ -1,4 +1,4 @@
-"""Where keys and values live: the rolling buffer, and the plan of a step.
+"""Where keys and values of a batch are: a buffer for each layer, and the plan of a step.
 
 A step is `plan = cache.plan(seqlens)`, the layers (which write through `LayerStore.extend`), and
 `cache.commit(plan)`. Lengths are host ints and move only in commit. Knows nothing about weights,
@@ -17,92 +17,16 @@ import torch
 from torch import Tensor
 
 from mistral.args import ModelArgs
+from mistral.buffers import RollingBuffer, buffer_for
 from mistral.plan import LayerStore, Plan, Run, Tile, make_plan
 from mistral.util.errors import UsageError
-from mistral.window import block_for, slots_for
+from mistral.window import block_for
 
 GROWTH = 256  # capacity that nobody reserved grows to the next power of two, from here
 
 
 class CacheError(UsageError):
     """A step or a reset that the cache cannot take; nothing was written."""
-
-
-class RollingBuffer:
-    """One layer's keys and values: two zeroed [B, C, K, D] tensors, position i in slot i % C.
-
-    It holds numbers, not their history: gradients do not flow through it (train without a cache).
-
-    Args:
-        window: W, or None to keep every key.
-        rows: B, the number of sequences.
-        n_kv_heads, head_dim: K and D.
-        device, dtype: of the storage.
-    """
-
-    def __init__(
-        self,
-        window: int | None,
-        rows: int,
-        n_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        self.window = window
-        self.block = block_for(window)
-        self.written = False  # by a step that has not been committed
-        self.k = torch.zeros(rows, 0, n_kv_heads, head_dim, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
-
-    @property
-    def capacity(self) -> int:
-        """C, the slots of a sequence."""
-        return self.k.shape[1]
-
-    def capacity_for(self, length: int) -> int:
-        """Slots that a sequence of `length` positions needs: all of them, or enough to roll."""
-        return slots_for(self.window, length)
-
-    def holds(self, length: int, now: int, origin: int) -> bool:
-        """Whether a sequence that had reached `now` at most still has all that a token at `length` sees."""
-        first = origin if self.window is None else max(origin, length - self.window + 1)
-        # Slots whose newer position is forgotten are taken to hold the one before it, C earlier: out of the window.
-        return now - first <= self.capacity
-
-    @torch.inference_mode(False)  # storage outlives the block it was made in, and may be used outside
-    @torch.no_grad()
-    def grow(self, capacity: int, starts: Sequence[int], origins: Sequence[int]) -> None:
-        """Move to `capacity` slots of a row for each start; every position still held keeps its key."""
-        old, rows = self.k.shape[1], self.k.shape[0]
-        for name in ("k", "v"):
-            storage = getattr(self, name)
-            wider = storage.new_zeros(len(starts), capacity, *storage.shape[2:])
-            for row, (start, origin) in enumerate(zip(starts[:rows], origins[:rows], strict=True)):
-                held = torch.arange(max(origin, start - old), start, device=storage.device)
-                wider[row, held % capacity] = storage[row, held % old] if old else storage[row]
-            setattr(self, name, wider)
-
-    def tile(self, plan: Plan, run: Run, start: int, stop: int) -> Tile:
-        q_pos = run.pick(plan.device_positions)[:, start:stop]
-        last = q_pos[:, -1:]
-        rows = range(run.rows.start, run.rows.stop)
-        end = max(plan.starts[row] for row in rows) + stop
-        # Read only slots in use; a sequence that began further on may be anywhere in the buffer.
-        used = min(end, self.capacity)
-        # Slot s holds the newest position p up to the last one written with p % C = s; below 0 there is none.
-        k_pos = last - (last - torch.arange(used, device=last.device)) % self.capacity
-        k_pos = torch.where(k_pos >= plan.device_origins[run.rows, None], k_pos, -1)
-        return Tile(run, start, stop, q_pos, k_pos, q_pos % self.capacity)
-
-    def extend(self, tile: Tile, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.written = True
-        keys, values = self.k[tile.run.rows], self.v[tile.run.rows]
-        row = torch.arange(len(keys), device=keys.device)[:, None]
-        keys[row, tile.slots] = k[:, tile.start : tile.stop].detach().to(keys.dtype)
-        values[row, tile.slots] = v[:, tile.start : tile.stop].detach().to(values.dtype)
-        used = tile.k_pos.shape[1]
-        return keys[:, :used], values[:, :used]
 
 
 class StepKeys:
@@ -152,7 +76,7 @@ class RollingBufferCache:
     Args:
         args: the model's shape; each layer's window is its own.
         rows: B, sequences held.
-        device, dtype: of the storage.
+        device, dtype: of the storage; float16 and int8 have a kind of buffer of their own, see `buffers`.
         positions: positions each sequence is expected to reach; storage for them is allocated at
             once. Sequences may grow past it: the storage then moves to a larger one.
     """
@@ -174,14 +98,15 @@ class RollingBufferCache:
         self.lengths = [0] * rows  # positions each sequence has reached; the next token's position
         self.origins = [0] * rows
         self._reached = [0] * rows  # positions written, also those that were rewound: they took others' slots
-        self.layers = [RollingBuffer(w, rows, args.n_kv_heads, args.head_dim, device, dtype) for w in args.windows]
+        kind = buffer_for(dtype)
+        self.layers = [kind(w, rows, args.n_kv_heads, args.head_dim, device, dtype) for w in args.windows]
         for layer in self.layers:
             layer.grow(layer.capacity_for(positions), self.lengths, self.origins)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage."""
-        return sum(2 * layer.k.nbytes for layer in self.layers)
+        return sum(storage.nbytes for layer in self.layers for storage in layer.storage)
 
     def layer(self, i: int) -> RollingBuffer:
         """The store of layer i."""
@@ -225,8 +150,8 @@ class RollingBufferCache:
             used = min(self._reached[source] - self.origins[source], layer.capacity)
             # A sequence that began further on may be anywhere in the buffer.
             slots = slice(None) if self.origins[source] else slice(0, used)
-            layer.k[target, slots] = layer.k[source, slots]
-            layer.v[target, slots] = layer.v[source, slots]
+            for storage in layer.storage:
+                storage[target, slots] = storage[source, slots]
         for counts in (self.lengths, self.origins, self._reached):
             counts[target] = counts[source]
 
@@ -235,8 +160,8 @@ class RollingBufferCache:
         """Forget a sequence and zero its storage: a NaN or infinity left in it would harm the next one even unseen."""
         self.reset(row)
         for layer in self.layers:
-            layer.k[row] = 0
-            layer.v[row] = 0
+            for storage in layer.storage:
+                storage[row] = 0
 
     def rewind(self, row: int, length: int) -> int:
         """Forget a sequence's newest positions, to go on from an earlier one; return the length that is left.

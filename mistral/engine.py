@@ -214,7 +214,7 @@ class Engine:
         """Refuse a sequence that does not fit, alone or (where the cache is given) in a row of its own."""
         if positions <= self._fits:
             return
-        needed = self.model.args.cache_bytes(positions, self.model.dtype.itemsize)
+        needed = self.model.cache_bytes(positions)
         what = f"keys and values of one sequence of {positions} positions"
         if self._given:
             needed, what = needed * len(self._rows), f"{positions} positions in the cache"
@@ -243,11 +243,11 @@ class Engine:
         positions = max(self._least_positions, *(request.positions for request in self._waiting))
         if rows <= len(self._rows) and positions <= self._positions:
             return
-        args, itemsize, device = self.model.args, self.model.dtype.itemsize, self.model.device
+        device = self.model.device
         if not running:
             self.cache, self._rows, self._positions = None, [], 0  # its memory counts as left
             rows = rows_that_fit(self.model, rows, positions)
-            self.cache = RollingBufferCache(args, rows, device=device, dtype=self.model.dtype, positions=positions)
+            self.cache = self.model.make_cache(rows, positions)
             self._rows, self._positions = [None] * rows, positions
             return
         assert self.cache is not None
@@ -256,7 +256,7 @@ class Engine:
         # Twice as many rows at least: whoever joins one by one moves the storage seldom.
         roomy = min([max(rows, 2 * now), *self._limits]) if rows > now else now
         for rows in (roomy, now):
-            more, left = rows * args.cache_bytes(positions, itemsize) - self.cache.nbytes, memory.available(device)
+            more, left = rows * self.model.cache_bytes(positions) - self.cache.nbytes, memory.available(device)
             if left is None or more <= left:
                 self.cache.grow(rows, positions)
                 self._rows += [None] * (rows - now)
@@ -425,7 +425,7 @@ def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:
     Raises:
         OutOfMemory: not even one.
     """
-    needed = model.args.cache_bytes(positions, model.dtype.itemsize)
+    needed = model.cache_bytes(positions)
     memory.require(needed, model.device, f"keys and values of one sequence of {positions} positions", LESS)
     left = memory.available(model.device)
     return rows if left is None or not needed else max(1, min(rows, left // needed))

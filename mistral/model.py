@@ -137,6 +137,7 @@ class Transformer(nn.Module):
 
     Attributes:
         adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
+        kept_in: what keys and values are kept in, by the dtype that is computed in; others keep their own.
         draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
     """
 
@@ -147,6 +148,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.compute_dtype = compute_dtype
+        self.kept_in: dict[torch.dtype, torch.dtype] = {}
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -200,6 +202,26 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.norm.weight.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of keys and values in the caches that it makes."""
+        return self.kept_in.get(self.dtype, self.dtype)
+
+    def make_cache(self, rows: int, positions: int = 0, args: ModelArgs | None = None) -> RollingBufferCache:
+        """A cache for `rows` sequences of this model, on its device and in its `cache_dtype`.
+
+        Args:
+            positions: that each is expected to reach; see `RollingBufferCache`.
+            args: of a model that differs in its windows; None: this one's.
+        """
+        return RollingBufferCache(
+            args or self.args, rows, device=self.device, dtype=self.cache_dtype, positions=positions
+        )
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of keys and values of one sequence of `positions` in such a cache."""
+        return self.args.cache_bytes(positions, str(self.cache_dtype).removeprefix("torch."))
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""

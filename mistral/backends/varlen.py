@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mistral.attention import eager, sdpa, tiled
-from mistral.cache import RollingBuffer
+from mistral.buffers import RollingBuffer
 from mistral.plan import LayerStore, Plan, Run
 from mistral.window import visible
 
@@ -79,15 +79,15 @@ def exchange(store: LayerStore, pack: VarlenKeys, k: Tensor, v: Tensor) -> tuple
     if not isinstance(store, RollingBuffer):
         return k, v
     store.written = True
+    # Encoded also where it is not read back: numbers must not depend on the chunking.
+    encoded = store.encode(k.detach(), v.detach())
     packed = []
-    for storage, new in ((store.k, k), (store.v, v)):
+    for storage, new in zip(store.storage, encoded, strict=True):
         flat = storage.view(-1, *storage.shape[2:])
-        # Cast also what is not read back: numbers must not depend on the chunking.
-        new = new.detach().to(flat.dtype)
         # Read before anything is written: the new keys may land on the held ones.
         packed.append(new if pack.order is None else torch.cat([flat[pack.held], new])[pack.order])
         flat[pack.slots] = new[pack.kept]
-    return packed[0], packed[1]
+    return store.decode(packed, k.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from mistral.cache import RollingBufferCache
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template
 from mistral.engine import Progress
@@ -68,7 +67,7 @@ class Chat:
         self.answers = 0
         self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
-        self._cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype)
+        self._cache = model.make_cache(1)
         probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
         if max(probe) >= model.args.vocab_size:
             raise TemplateError(

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from mistral.tokenizer import TokenizerLike
 
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
-AS_LOADED = (
+WITHOUT_CACHE = (
     *("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft"),
     "parallel",
 )
+AS_LOADED = ("cache_dtype", *WITHOUT_CACHE)
 
 
 @flat(options=LoadOptions(), omit=AS_LOADED)
@@ -38,7 +39,8 @@ def verify(
 
     one_file_ref, transformers if it is installed, and ours: whole, batched, chunked, a token at a time, in each
     backend and dtype; rolled with windows of 64, or with --full the model's own. A layer at a time, in its memory.
-    Errors are multiples of the error budget: the rounding error that no implementation in that dtype can avoid.
+    Errors are multiples of the error budget: the rounding error that no implementation in that dtype can avoid. A row
+    says which weights, arithmetic and cache it tests: caches in fp32, fp16, bf16 and int8; whole and batched have none.
     FOLDER may also be a pack with weights. The exit code is 0 if all pass, else 1.
 
     Args:
@@ -73,6 +75,7 @@ def pack(
     python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --file prompts.jsonl
     python -m main pack mistral-7B-v0.1 -o v0.1.safetensors --full
 
+    No cache is tested here: every prompt is computed at once.
     Ids of the prompts, the top tokens after each position and their log-probs, fingerprints of all activations,
     the error budget, and where all of it comes from; docs/packs.md reads one in twenty lines. Prompts
     are random ids, or the lines of --file (as `complete` reads them). Packs with weights
@@ -100,7 +103,7 @@ def pack(
         terminal.echo_err(f"note: {note}: --full uses longer ones")
 
 
-@flat(options=LoadOptions(), omit=AS_LOADED)
+@flat(options=LoadOptions(), omit=WITHOUT_CACHE)
 def compare(
     a: str,
     b: str,
@@ -135,6 +138,8 @@ def compare(
         json: print one JSON object instead of text
         seed: of the random prompts
         adapter: a LoRA adapter of the first side that is a folder or a .gguf file, merged as it is read
+        cache_dtype: of keys and values of the side that is not the truth: float32, bfloat16, float16 or int8; default:
+            that of --dtype
     """
     if quantized not in (*QUANTS, None):
         raise UsageError(f"--quantized {quantized!r} is not one of {', '.join(QUANTS)}")
@@ -152,6 +157,8 @@ def compare(
     sides = [first, side(b, model, replace(options, adapter=()) if adapted else options)]
     if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
         raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
+    if options.cache_dtype not in (None, "auto") and not any(isinstance(s, FolderSide) for s in sides):
+        raise UsageError("--cache_dtype is measured on a folder or a .gguf file, and neither side is one")
     prompts = None
     if file is not None:
         folders = [s for s in sides if isinstance(s, FolderSide)]
@@ -227,7 +234,7 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft", "parallel"),
+    omit=("device", "execution", "cache_dtype", "quant", "threads", "max_batch_size", "draft", "parallel"),
 )
 def trace(
     folder: str | None = None,
@@ -248,9 +255,9 @@ def trace(
     python -m main trace --plan 7,3 --chunk_size 4 --window 3
 
     Activations are [T, width], under the names of the modules whose output they are (layers.0.attention.wq), computed
-    eagerly; `compare` accepts the file as a side. The prompts of --file are packed into one forward, one after the
-    other. --plan prints as JSON, for prompts of these lengths and a layer of that window: positions, slots and masks
-    of each step.
+    eagerly and without a cache; `compare` accepts the file as a side. The prompts of --file are packed into one
+    forward, one after the other. --plan prints as JSON, for prompts of these lengths and a layer of that window:
+    positions, slots and masks of each step.
 
     Args:
         output: the file to write

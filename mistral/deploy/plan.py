@@ -112,7 +112,7 @@ def plan(folder: str | None, wanted: Wanted) -> Deployment:
         raise UsageError(f"vLLM would not compute what {report['folder']} says: {what}{accept}")
     dtype, dtype_notes = _dtype(found, report, wanted.dtype)
     length, length_notes = _length(found, wanted.max_model_len)
-    weights, cache = _weights(found, report, dtype), found.args.cache_bytes(length, ITEMSIZE[dtype])
+    weights, cache = _weights(found, report, dtype), found.args.cache_bytes(length, dtype)
     gpu, gpus = _gpus(found.args, weights, cache, wanted)
     name, hub_id, revision = _name(report["folder"], wanted)
     flags = [*flags_of(report).replace("_", "-").split(), "--served-model-name", name, "--dtype", dtype]

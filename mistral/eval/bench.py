@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from mistral.args import ModelArgs, Moe
-from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
@@ -143,7 +142,7 @@ def weights_in_products(model: Transformer) -> int:
 def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
     """Seconds to process a prompt of random ids and make the first token's logits."""
     ids = torch.randint(3, model.args.vocab_size, (tokens,), device=model.device)
-    cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=tokens)
+    cache = model.make_cache(1, tokens)
 
     def work() -> None:
         for piece in ids.split(chunk):
@@ -156,11 +155,11 @@ def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
 @torch.inference_mode()
 def decode(model: Transformer, context: int, batch: int, steps: int) -> list[float]:
     """Seconds of each of `steps` greedy decode steps after `context` positions, the first left out."""
-    cache = RollingBufferCache(model.args, batch, device=model.device, dtype=model.dtype, positions=context + steps + 1)
+    cache = model.make_cache(batch, context + steps + 1)
     cache.lengths = [context] * batch
     for layer in cache.layers:  # memory that was never written is one page of zeros, whatever its size
-        layer.k.fill_(0.01)
-        layer.v.fill_(0.01)
+        for storage in layer.storage:
+            storage.fill_(1)
     ids = torch.randint(3, model.args.vocab_size, (batch,), device=model.device)
     times = []
 
@@ -192,8 +191,7 @@ def measure(
         steps: decode steps in a repeat.
         repeats: of everything.
     """
-    args, device = model.args, model.device
-    itemsize = model.dtype.itemsize
+    device = model.device
     decode(model, contexts[0], 1, 1)  # the first step of a process is slower
     cases = [*((contexts[0], b) for b in batches), *((c, 1) for c in contexts[1:])]
     taken: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
@@ -203,7 +201,7 @@ def measure(
             memory[context, batch].append(read_rate(device))
             taken[context, batch].append(batch / statistics.median(decode(model, context, batch, steps)))
     for (context, batch), rates in taken.items():
-        keys = batch * args.cache_bytes(context + 1, itemsize)
+        keys = batch * model.cache_bytes(context + 1)
         rate = statistics.median(memory[context, batch])
         yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
     for tokens in prompts:
@@ -251,7 +249,7 @@ def report(
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
-        keys = batch * model.args.cache_bytes(context + 1, model.dtype.itemsize)
+        keys = batch * model.cache_bytes(context + 1)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
     count = len(batches) + len(contexts) - 1 + len(prompts)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mistral.cache import RollingBufferCache
 from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
@@ -69,9 +68,9 @@ def perplexity(
     if wrong is not None:
         raise UsageError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
     total = len(ids) - 1
-    needed = model.args.cache_bytes(total, model.dtype.itemsize)
+    needed = model.cache_bytes(total)
     memory.require(needed, model.device, f"keys and values of {total} positions", "give a shorter text")
-    cache = RollingBufferCache(model.args, 1, device=model.device, dtype=model.dtype, positions=total)
+    cache = model.make_cache(1, total)
     rows = max(1, LOGIT_FLOATS // model.args.vocab_size)
     sums: list[float] = []
     for first in range(0, total, chunk_size):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from mistral.args import ModelArgs
-from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
@@ -110,7 +109,7 @@ def by_context(
 
 def _loss(model: Transformer, args: ModelArgs, ids: Sequence[int], context: int) -> float:
     """Mean nats of the tokens from `context` on."""
-    cache = RollingBufferCache(args, 1, device=model.device, dtype=model.dtype, positions=len(ids))
+    cache = model.make_cache(1, len(ids), args)
     inputs = list(ids[:-1])
     kept = []
     for first in range(0, len(inputs), STEP_TOKENS):

@@ -148,7 +148,7 @@ def _one_text(
     Row 1 of the cache does all the computing, so that every run has the same steps in the same places; row 0 keeps the
     text up to the step in which the change is.
     """
-    cache = RollingBufferCache(args, 2, device=model.device, dtype=model.dtype, positions=len(ids))
+    cache = model.make_cache(2, len(ids), args)
     plain, states = _run(model, cache, ids, 0)
     kept = 0
     for distance in distances:

@@ -103,7 +103,7 @@ class Scorer:
             return [found[i] for i in range(len(continuations))]
         longest = max(len(one.ids) for one in continuations)
         count = rows_that_fit(self._model, min(self._rows, len(groups)), longest)
-        cache = RollingBufferCache(self._model.args, count, device=self._model.device, dtype=self._model.dtype)
+        cache = self._model.make_cache(count)
         engine = Engine(self._model, eos_ids=(), cache=cache, chunk_size=self._chunk_size)
         rows = [_Row(deque(), []) for _ in range(count)]
         while True:

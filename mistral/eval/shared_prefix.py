@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from mistral.cache import RollingBufferCache
 from mistral.engine import STEP_TOKENS
 from mistral.model import Transformer
 
@@ -43,13 +42,7 @@ class SharedPrefixes:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model, self.prompts, self.rows = model, prompts, rows
-        self.cache = RollingBufferCache(
-            model.args,
-            rows + branches(prompts),
-            device=model.device,
-            dtype=model.dtype,
-            positions=max(map(len, prompts)) + more,
-        )
+        self.cache = model.make_cache(rows + branches(prompts), max(map(len, prompts)) + more)
         self.shared = self.saved = 0
         self._progress = progress
         self._ready: list[int] = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.decode import FastTransformer
+from mistral.fast.decode import KEPT, FastTransformer
 from mistral.fast.kernels import Matrix
 from mistral.fast.linear import HasMatrix, product, use_kernels
 from mistral.logprobs import logprobs
@@ -46,12 +46,12 @@ class BitwiseTransformer(FastTransformer):
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if isinstance(cache, NoCache):
             sequences = max(1, len(plan.seqlens))
-            cache = RollingBufferCache(self.args, sequences, positions=max(plan.seqlens, default=0))
-        model = self.described(cache) if cache.layer(0).k.dtype == torch.float32 else None
+            cache = self.make_cache(sequences, max(plan.seqlens, default=0))
+        model = self.described(cache) if cache.layer(0).k.dtype in KEPT else None
         if model is None:
             reason = self.stands_aside()
             raise NotDeterministic(
-                "deterministic is for weights on a CPU, as they were loaded, and a cache in float32"
+                "deterministic is for weights on a CPU, as they were loaded, and a cache that the kernels read"
                 f"{f' ({reason})' if reason else ''}; load without it to run another way"
             )
         h = self.tok_embeddings(input_ids).to(torch.float32)
@@ -61,6 +61,11 @@ class BitwiseTransformer(FastTransformer):
             positions, origins = plan.positions[tokens], [plan.origins[row] for row in rows]
             part = h[tokens]
             self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self.rope))
+            if model.overflows:  # moved to float32 it would change the bits of all that comes after it
+                raise NotDeterministic(
+                    "keys or values exceed 65,504, the most of a cache in float16: "
+                    "use --cache_dtype bfloat16 or float32"
+                )
             h[tokens] = part
         return h
 
@@ -176,6 +181,6 @@ def _small(args: ModelArgs, generator: torch.Generator) -> BitwiseTransformer:
 
 def _by_steps(model: BitwiseTransformer, ids: Tensor, count: int) -> Tensor:
     """Hidden states of a sequence that contributes `count` tokens and then the rest, beside one of one token a step."""
-    cache = RollingBufferCache(model.args, 2, positions=count)
+    cache = model.make_cache(2, count)
     steps = [(torch.cat([ids[:1], part]), [1, len(part)]) for part in ids.tensor_split([count])]
     return torch.cat([model.forward_partial(both, seqlens, cache)[1:] for both, seqlens in steps])

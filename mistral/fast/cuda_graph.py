@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mistral.attention import sdpa
-from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
+from mistral.buffers import RollingBuffer
+from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.known import report, unknown_module
 from mistral.model import Attention, Transformer
 from mistral.plan import Plan

@@ -9,20 +9,22 @@ import ctypes
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
-from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
+from mistral.buffers import HalfBuffer, Int8Buffer, RollingBuffer
+from mistral.cache import NoCache, RollingBufferCache
+from mistral.fast.kernels import INT8, KINDS, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
 from mistral.model import Transformer, widen
 from mistral.plan import Plan
 
+KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
@@ -61,7 +63,7 @@ class Kept:
 
 
 def _found(places: list[dict[str, Any]], stores: list[RollingBuffer]) -> list[object]:
-    keys: list[object] = [x for store in stores for x in (store.k, store.v)]
+    keys: list[object] = [x for store in stores for x in store.storage]
     return [*keys, *chain.from_iterable(map(dict.values, places))]
 
 
@@ -92,13 +94,18 @@ class FastTransformer(Transformer):
         model = self.described(cache)
         if model is None:
             return super().step(input_ids, plan, cache)
-        h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         cos, sin = self.rope.cos_sin(plan.positions)
         for i in range(len(self.layers)):
             cache.layer(i).written = True
-        self.decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
-        return h
+        origins = [plan.origins[row] for row in rows]
+        while True:
+            h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
+            self.decode(model, h, rows, plan.positions, origins, cos, sin)
+            if not model.overflows:
+                return h
+            widen_stores(model, cache)
+            model = cast("Model", self.described(cache))
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
         return (
@@ -107,7 +114,7 @@ class FastTransformer(Transformer):
             and max(plan.seqlens) <= min(store.block for store in cache.layers)
             and self.device.type == "cpu"
             and self.dtype == torch.float32
-            and cache.layer(0).k.dtype == torch.float32
+            and cache.layer(0).k.dtype in KEPT
         )
 
     def decode(
@@ -116,7 +123,8 @@ class FastTransformer(Transformer):
         """Take tokens through all layers, in place; their keys go into the cache that `model` describes.
 
         Args:
-            model: what `described` said; where its norm is None, the last norm is left out.
+            model: what `described` said; where its norm is None, the last norm is left out. Where it `overflows`
+                afterwards, a key or value does not fit the cache, and the step is to be done again: see `widen_stores`.
             h: [n, dim] embeddings; becomes normalised hidden states.
             rows: the row of the cache that each token has, any number of times.
             positions, origins: where each is, [n] int64, and where its sequence began.
@@ -195,6 +203,9 @@ class FastTransformer(Transformer):
             layer.ffn_norm = floats(block.get_parameter("ffn_norm.weight"))
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
             layer.capacity, layer.window = store.capacity, store.window or 0
+            layer.kept = KEPT[store.k.dtype]
+            if isinstance(store, Int8Buffer):
+                layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
         model = Model(
             layers,
             floats(self.norm.weight),
@@ -211,6 +222,13 @@ class FastTransformer(Transformer):
         found = _found(places, cache.layers)
         tensors = [x for x in found if isinstance(x, Tensor)]
         return Kept(model, places, cache.layers, found, tensors, _where(tensors), hooks, wide, narrow)
+
+
+def widen_stores(model: Model, cache: RollingBufferCache) -> None:
+    """Have the layers whose keys or values of the last step did not fit float16 keep them in float32."""
+    for i, store in enumerate(cache.layers):
+        if model.layers[i].overflows and isinstance(store, HalfBuffer):
+            store.widen()
 
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:

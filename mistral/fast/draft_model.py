@@ -150,7 +150,7 @@ class ModelDraft:
     def _cache_of(self, rows: int) -> RollingBufferCache:
         small = self._small
         if self._cache is None:
-            self._cache = RollingBufferCache(small.args, rows, device=small.device, dtype=small.dtype)
+            self._cache = small.make_cache(rows)
         elif len(self._cache.lengths) < rows:
             self._cache.grow(rows, 0)
         return self._cache

@@ -103,6 +103,8 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
 
 /* ---- a decode step */
 
+#include "keys.h"
+
 #include "attention.h"
 
 static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
@@ -138,7 +140,7 @@ static int inputs_for(const Layer *l) {
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
    rounded: room for the widest inputs, where weights are quantized. */
-void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
+void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
@@ -147,10 +149,12 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
     const int64_t most_parts = parts_of(most_keys);
     float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, most_keys);
     memset(scratch, 0, (all_scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
+    m->overflows = 0;
+    for (int64_t l = 0; l < m->n_layers; l++) m->layers[l].overflows = 0;
 
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < m->n_layers; l++) {
-        const Layer *layer = m->layers + l;
+        Layer *layer = m->layers + l;
         const int kind = inputs_for(layer), rounds = is_blocks(kind);
         float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
 
@@ -169,25 +173,33 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
             block(w, first, n, x, ldd, rounded, rows, out);
             for (int64_t r = 0; r < rows; r++) memcpy(to + r * ld + first, out + r * ROWS, n * 4);
         }
-        const int64_t row_floats = layer->capacity * kv_heads * d;
+        const int64_t slots = layer->capacity * kv_heads, size = kept_size(layer->kept);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * kv_heads; i++) { /* all keys are there before the first query looks */
             const int64_t r = i / kv_heads, g = i % kv_heads;
-            const int64_t at = which[r] * row_floats + (positions[r] % layer->capacity * kv_heads + g) * d;
+            const int64_t at = which[r] * slots + positions[r] % layer->capacity * kv_heads + g;
             float *mine = q + r * ldq + g * heads * d;
             for (int64_t j = 0; j < heads; j++) rotate(mine + j * d, cos + r * d / 2, sin + r * d / 2, d);
             rotate(k + r * ldkv + g * d, cos + r * d / 2, sin + r * d / 2, d);
-            memcpy(layer->keys + at, k + r * ldkv + g * d, d * 4);
-            memcpy(layer->values + at, v + r * ldkv + g * d, d * 4);
+            int lost = keep(layer->kept, k + r * ldkv + g * d, d, layer->keys + at * d * size, scale_at(layer->key_scales, at));
+            lost |= keep(layer->kept, v + r * ldkv + g * d, d, layer->values + at * d * size, scale_at(layer->value_scales, at));
+            if (lost) {
+#pragma omp atomic write
+                layer->overflows = 1;
+#pragma omp atomic write
+                m->overflows = 1;
+            }
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < rows * most_parts; i++) {
             const int64_t r = i / most_parts, n = seen(layer->window, origins[r], positions[r]);
             const int64_t from = i % most_parts * span_of(n), count = n - from < span_of(n) ? n - from : span_of(n);
+            const int64_t begin = which[r] * slots;
+            const Kept kept = {layer->keys + begin * d * size, layer->values + begin * d * size,
+                               scale_at(layer->key_scales, begin), scale_at(layer->value_scales, begin), layer->capacity};
             if (count > 0)
-                attend(q + r * ldq, kv_heads, heads, layer->keys + which[r] * row_floats,
-                       layer->values + which[r] * row_floats, layer->capacity, positions[r] - n + 1 + from, count, d,
-                       scores, said + i * part_floats(kv_heads, heads, d));
+                attend(layer->kept, q + r * ldq, kv_heads, heads, &kept, positions[r] - n + 1 + from, count, d, scores,
+                       said + i * part_floats(kv_heads, heads, d));
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * m->n_heads; i++) {

@@ -60,6 +60,8 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "keys", "values")),
         ("capacity", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
+        *((name, ctypes.c_int64) for name in ("kept", "overflows")),
     )
 
 
@@ -71,6 +73,7 @@ class Model(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
         ("eps", ctypes.c_double),
+        ("overflows", ctypes.c_int64),
     )
 
 
@@ -102,7 +105,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
-    for name in ("scratch_floats", "inputs_bytes", "takes_many"):
+    for name in ("scratch_floats", "inputs_bytes", "takes_many", "keep"):
         getattr(loaded, name).restype = ctypes.c_int64
     for name in RETURN_NOTHING:
         getattr(loaded, name).restype = None

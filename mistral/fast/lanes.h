@@ -50,15 +50,18 @@ typedef struct {
 typedef struct {
     Matrix wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
-    float *keys, *values; /* [B, capacity, K, D]: position p in slot p % capacity */
+    char *keys, *values; /* [B, capacity, K, D] of kind `kept`: position p in slot p % capacity */
     int64_t capacity, window; /* window 0: none */
+    float *key_scales, *value_scales; /* [B, capacity, K], where `kept` is INT8 */
+    int64_t kept, overflows; /* whether the last step had a key or value that is finite and does not fit */
 } Layer;
 
 typedef struct {
-    const Layer *layers;
+    Layer *layers;
     const float *norm;
     int64_t n_layers, dim, hidden_dim, n_heads, n_kv_heads, head_dim;
     double eps;
+    int64_t overflows; /* whether one of the layers has such a key */
 } Model;
 
 /* ---- loading LANES weights as floats */

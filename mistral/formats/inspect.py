@@ -97,7 +97,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             "quantized": _quantized_bytes(found),
             "blocks": _blocks(found),
             "cache": [
-                {"positions": n, "bytes": {dtype: args.cache_bytes(n, size) for dtype, size in ITEMSIZE.items()}}
+                {"positions": n, "bytes": {dtype: args.cache_bytes(n, dtype) for dtype in (*ITEMSIZE, "int8")}}
                 for n in POSITIONS
             ],
         },

@@ -105,7 +105,9 @@ def _table(report: dict[str, Any]) -> list[str]:
     columns = {"float32": "float32", "bfloat16": "bfloat16, float16"}
     rows = {"weights": needs["weights"]}
     rows |= {f"weights, --quant {quant}": dict.fromkeys(columns, size) for quant, size in needs["quantized"].items()}
-    rows |= {f"cache of {entry['positions']:,} positions": entry["bytes"] for entry in needs["cache"]}
+    for entry in needs["cache"]:
+        what = f"cache of {entry['positions']:,} positions"
+        rows |= {what: entry["bytes"], f"{what}, int8": dict.fromkeys(columns, entry["bytes"]["int8"])}
     width = max(map(len, rows))
     lines = [f"{'memory':{width + 2}}" + "".join(f"  {title:>17}" for title in columns.values())]
     for name, sizes in rows.items():

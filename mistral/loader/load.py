@@ -156,7 +156,8 @@ def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: Loa
     from mistral.fast.draft_model import ModelDraft
 
     execution = "auto" if options.execution == "bitwise" else options.execution
-    its = LoadOptions(device=options.device, dtype=options.dtype, execution=execution, threads=options.threads)
+    same = ("device", "dtype", "cache_dtype", "threads")
+    its = LoadOptions(execution=execution, **{name: getattr(options, name) for name in same})
     small = load(options.draft, options=its)
     if small.args.vocab_size != model.args.vocab_size or not _same_words(small.tokenizer, tokenizer):
         raise OptionError(
@@ -236,6 +237,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
             stored=getattr(torch, stored),
             parameters=found.parameters,
             head_dim=args.head_dim,
+            narrow=all(t.widened or t.computed for t in found.tensors.values() if len(t.shape) > 1),
         )
         return replace(run, quant=rounded if found.quant is None else found.quant)
 
@@ -266,6 +268,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     if division is not None:
         division.shape(model)
     _fill(model, found, run, kept)
+    model.kept_in = {run.compute: run.cache}
     if division is not None:
         division.connect(model)
     if beside:

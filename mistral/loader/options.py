@@ -28,6 +28,8 @@ DTYPE_NAMES = {
     "bf16": "bfloat16",
     "fp16": "float16",
 }
+# Of keys and values; in float64 they are where that is what is computed in.
+CACHE_NAMES = {**{name: full for name, full in DTYPE_NAMES.items() if full != "float64"}, "int8": "int8"}
 
 
 class OptionError(UsageError):
@@ -41,6 +43,8 @@ class LoadOptions:
     Args:
         device: cpu, cuda, cuda:1 or mps; default: the best one available
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
+        cache_dtype: of keys and values: float32, bfloat16, float16 or int8; default: float16 beside weights of 16 bits
+            or fewer on a CPU in float32, else that of the arithmetic
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks
@@ -58,6 +62,7 @@ class LoadOptions:
 
     device: str | None = None
     dtype: str | None = None
+    cache_dtype: str | None = None
     attention: str | None = None
     execution: str = "auto"
     quant: str | None = None
@@ -74,12 +79,13 @@ class LoadOptions:
         adapter_names(self.adapter)
         if self.draft is not None:  # a Path is accepted too
             object.__setattr__(self, "draft", str(self.draft))
-        for name in ("device", "dtype"):  # torch's own objects are accepted too
+        for name in ("device", "dtype", "cache_dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         _check_device(self.device)
         for name, known in (
             ("dtype", ("auto", *DTYPE_NAMES)),
+            ("cache_dtype", ("auto", *CACHE_NAMES)),
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),
             ("quant", (*QUANTS, "none")),

@@ -12,7 +12,7 @@ import torch
 from mistral import backends
 from mistral.attention import Attend
 from mistral.loader.executions import EXECUTIONS, Execution
-from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.options import CACHE_NAMES, DTYPE_NAMES, LoadOptions, OptionError
 from mistral.util import memory
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
@@ -78,7 +78,9 @@ class Runtime:
         return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
 
-def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:
+def resolve(
+    options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int, narrow: bool = False
+) -> Runtime:
     """Decide what the options left open.
 
     Args:
@@ -86,6 +88,7 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_
         stored: dtype of the weights in their file.
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
+        narrow: whether they take 16 bits or fewer there, although `stored` is wider: blocks that are dequantized.
 
     Raises:
         OptionError: the device is not there, or cannot do what was requested.
@@ -101,6 +104,11 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_
     name, attend = backends.resolve(options.attention, place, compute, head_dim)
     named = options.attention not in (None, "auto") and name == options.attention
     execution, notes = _execution(options.execution, place, compute, named)
+    cache = pick_cache(options, place, compute, narrow or options.quant is not None or stored.itemsize <= 2)
+    if cache == torch.int8 and execution == "cuda_graph":
+        raise OptionError(
+            "execution cuda_graph does not read keys and values in int8: omit --cache_dtype, or --execution"
+        )
     weights = compute
     if EXECUTIONS[execution].products and compute.itemsize > stored.itemsize:
         weights = stored  # the kernels read narrow weights as fast as memory gives them
@@ -108,7 +116,7 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_
         left = memory.available(place)
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
-    return Runtime(place, weights, compute, compute, name, attend, execution, options.quant, notes)
+    return Runtime(place, weights, compute, cache, name, attend, execution, options.quant, notes)
 
 
 def _check_bitwise(place: torch.device, compute: torch.dtype, attention: str | None) -> None:
@@ -195,6 +203,23 @@ def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: to
         return torch.float16
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else _bf16_on_mps()
     return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype, narrow: bool) -> torch.dtype:
+    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU, else the arithmetic's.
+
+    Raises:
+        OptionError: float16 where a key that it cannot hold would become infinite.
+    """
+    if options.cache_dtype in (None, "auto"):
+        return torch.float16 if device.type == "cpu" and compute == torch.float32 and narrow else compute
+    chosen: torch.dtype = getattr(torch, CACHE_NAMES[options.cache_dtype])
+    if chosen == torch.float16 and device.type != "cpu" and compute != torch.float16:
+        raise OptionError(
+            f"cache_dtype float16 holds no key beyond 65,504, which is not looked after on {device.type} in "
+            f"{_name(compute)}: use --cache_dtype bfloat16"
+        )
+    return chosen
 
 
 def _bf16_on_mps() -> bool:

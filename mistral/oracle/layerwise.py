@@ -77,6 +77,7 @@ class LibraryRunner:
         cached: whether steps go on from one another; without a cache each is a forward of its own.
         device: where.
         kernels: whether products of few rows are those of `fast`.
+        cache: dtype of keys and values; None: that of the arithmetic.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class LibraryRunner:
         cached: bool,
         device: torch.device | str = "cpu",
         kernels: bool = False,
+        cache: torch.dtype | None = None,
     ) -> None:
         self.args = args
         self.prompts = prompts
         self.schedule = [list(step) for step in schedule if any(step)]
         self._attend, self._cached, self._kernels = attend, cached, kernels
         self._weights, self._compute, self._device = weights, compute, torch.device(device)
+        self._cache = cache or compute
         self._longest = max(len(p) for p in prompts)
         self._h: list[Tensor] = []
         rope = Rope(args)
@@ -127,7 +130,7 @@ class LibraryRunner:
 
             linear.use_kernels(block)
         cache = RollingBufferCache(
-            args, len(self.prompts), device=self._device, dtype=self._compute, positions=self._longest
+            args, len(self.prompts), device=self._device, dtype=self._cache, positions=self._longest
         )
         for j, step in enumerate(self.schedule):
             keys: RollingBufferCache | NoCache = cache if self._cached else NoCache(args, self._device)
@@ -172,7 +175,7 @@ class DecodeRunner(LibraryRunner):
         plan: Plan,
         keys: RollingBufferCache | NoCache,
     ) -> Tensor:
-        from mistral.fast.decode import FastTransformer
+        from mistral.fast.decode import FastTransformer, widen_stores
 
         if max(plan.seqlens) > 1:
             return super()._step(block, h, angles, plan, keys)
@@ -182,14 +185,17 @@ class DecodeRunner(LibraryRunner):
             alone = FastTransformer(args)
         alone.layers[0] = block
         alone.norm.weight = block.ffn_norm.weight  # any: what comes out is not normalised
-        # A kind of model that the kernels leave to the plain path; asked first, because `described` logs why.
-        if alone.stands_aside() is not None or (described := alone.described(keys)) is None:
-            return super()._step(block, h, angles, plan, keys)
-        described.norm = None
-        h = h.clone()
         rows = [row for row, n in enumerate(plan.seqlens) if n]
-        alone.decode(described, h, rows, plan.positions, [plan.origins[row] for row in rows], *angles[:2])
-        return h
+        while True:
+            # A kind of model that the kernels leave to the plain path; asked first, because `described` logs why.
+            if alone.stands_aside() is not None or (described := alone.described(keys)) is None:
+                return super()._step(block, h, angles, plan, keys)
+            described.norm = None
+            out = h.clone()
+            alone.decode(described, out, rows, plan.positions, [plan.origins[row] for row in rows], *angles[:2])
+            if not described.overflows:
+                return out
+            widen_stores(described, keys)
 
 
 def one_file_ref() -> ModuleType | None:

@@ -156,6 +156,5 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
 
 def short(dtype: torch.dtype) -> str:
     """fp32, bf16: as people say it."""
-    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
-        str(dtype).removeprefix("torch.")
-    ]
+    name = str(dtype).removeprefix("torch.")
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)

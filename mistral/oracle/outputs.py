@@ -76,10 +76,11 @@ def reference_outputs(
     reading: WeightReader,
     args: ModelArgs,
     prompts: Sequence[Tensor],
-    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = (),
+    dtypes: Sequence[tuple[torch.dtype, ...]] = (),
     progress: Progress | None = None,
 ) -> tuple[Outputs, list[ErrorBudget]]:
-    """The truth about prompts, and the error budget of each pair of dtypes (of weights, of the arithmetic).
+    """The truth about prompts, and the error budget of each group of dtypes: of weights, of the arithmetic, and of a
+    cache that is coarser than it, if there is one.
 
     The weights are read once, a layer at a time. Log-probs are held for all positions: T x V float64.
 
@@ -112,7 +113,7 @@ def reference_outputs(
     outputs = [fingerprint(logits) for logits in blocks]
     del blocks
     told = []
-    for (weights, compute), (drawn, apart) in zip(dtypes, rounded, strict=True):
+    for pair, (drawn, apart) in zip(dtypes, rounded, strict=True):
         measure, apart["output"] = ErrorStats(), 0.0
         for stream in drawn:
             for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
@@ -121,10 +122,10 @@ def reference_outputs(
             done += 1
             if progress is not None:
                 progress(done, total)
-        scale = scale_of_rounding(compute)
+        scale = scale_of_rounding(pair[1])
         errors: Errors = measure.errors().scaled(scale)
         scaled = {name: x * scale for name, x in apart.items()}
-        told.append(ErrorBudget(f"{short(weights)}/{short(compute)}", errors.rms, errors.largest, scaled))
+        told.append(ErrorBudget("/".join(map(short, pair)), errors.rms, errors.largest, scaled))
     if progress is not None:
         progress(total, total)
     return Outputs(None, torch.cat(true), {**prints, "output": torch.cat(outputs)}), told

@@ -154,6 +154,7 @@ def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[E
             "stored": short(stored),
             "compute": "fp64",
             "backend": "mistral.oracle.truth",
+            "cache": "none",
             "versions": {
                 "mistral-oracle-ref": __version__,
                 "torch": torch.__version__,

@@ -20,7 +20,7 @@ from mistral.formats.hub import locate
 from mistral.formats.merge import has_adapter
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer
 from mistral.loader.load import as_read, assemble
-from mistral.loader.options import LoadOptions
+from mistral.loader.options import CACHE_NAMES, LoadOptions
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
@@ -56,11 +56,15 @@ class Side:
 
 
 class FolderSide(Side):
-    """A folder in either layout, or a pack's weights: the truth about them, and the model for mutants."""
+    """A folder in either layout, or a pack's weights: the truth about them, and the model for mutants.
 
-    def __init__(self, found: Folder, name: str) -> None:
+    Args:
+        cache: dtype in which the other side keeps keys and values, where it is coarser than its arithmetic.
+    """
+
+    def __init__(self, found: Folder, name: str, cache: torch.dtype | None = None) -> None:
         super().__init__(name, args=found.args)
-        self.found = found
+        self.found, self.cache = found, cache
         self.reading = WeightReader(found)
         self._tokenizer: Tokenizer | None = None
 
@@ -84,8 +88,9 @@ class FolderSide(Side):
         return reference_outputs(self.reading, self.found.args, prompts)[0]
 
     def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> ErrorBudget:
-        """The error budget of these dtypes."""
-        return reference_outputs(self.reading, self.found.args, prompts, [(weights, compute)])[1][0]
+        """The error budget of these dtypes, and of the cache."""
+        dtypes = (weights, compute) if self.cache in (None, compute) else (weights, compute, self.cache)
+        return reference_outputs(self.reading, self.found.args, prompts, [dtypes])[1][0]
 
     def in_few_bits(self, prompts: Sequence[Tensor], kind: str) -> Outputs:
         """What would be true if the weights of products were rounded as `--quant` rounds them."""
@@ -191,7 +196,7 @@ def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS) -
 
     Args:
         model: the name that a server has for the model; None takes the first it lists.
-        options: the window and the adapter of a folder or a GGUF file; see `load.as_read`.
+        options: the window and the adapter of a folder or a GGUF file, see `load.as_read`; and `cache_dtype`.
 
     Raises:
         ValueError: a subclass that says what is wrong with it.
@@ -215,7 +220,9 @@ def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS) -
 def _folder_side(found: Folder, name: str, options: LoadOptions) -> FolderSide:
     asked = [] if options.sliding_window == "auto" else [f"window {options.sliding_window or 'none'}"]
     asked += [f"adapter {word}" for word in options.adapter]
-    return FolderSide(as_read(found, options), f"{name} ({', '.join(asked)})" if asked else name)
+    cache = CACHE_NAMES.get(options.cache_dtype or "auto")
+    kept = None if cache is None else getattr(torch, cache)
+    return FolderSide(as_read(found, options), f"{name} ({', '.join(asked)})" if asked else name, kept)
 
 
 def known(args: ModelArgs, prints: Mapping[str, Tensor]) -> list[str]:

@@ -118,6 +118,7 @@ def write(loaded: Loaded, prompts: Sequence[Tensor], path: str | PathLike[str]) 
         "version": VERSION,
         "args": dataclasses.asdict(loaded.args),
         "runtime": loaded.runtime.describe(),
+        "cache": "none: one forward",
         "torch": torch.__version__,
     }
     tensors = {"prompt_ids": ids, "prompt_lens": torch.tensor(lens), **found}

@@ -42,6 +42,8 @@ class Truth:
         prompts: [n] int64 ids of each; they share nothing.
         weights: dtype to which weights are rounded first; None leaves them.
         compute: dtype to which each stored result is rounded; None rounds nothing, and sums are exact.
+        cache: dtype in which keys and values are kept until they are looked at; None keeps them as they are. In int8 a
+            head's key at a position has a scale. What is beyond float16 is not kept in it.
         note: told each activation.
         draw: seed of what is random about the rounding.
     """
@@ -54,11 +56,12 @@ class Truth:
         compute: torch.dtype | None = None,
         note: Note | None = None,
         draw: int = 0,
+        cache: torch.dtype | None = None,
     ) -> None:
         self.args = args
         self.ids = torch.cat(list(prompts))
         self.lens = [len(p) for p in prompts]
-        self._weights, self._compute = weights, compute
+        self._weights, self._compute, self._cache = weights, compute, cache
         self._random = torch.Generator().manual_seed(draw)
         self.note = note or (lambda name, value: None)
         self._h = torch.empty(0)
@@ -89,7 +92,7 @@ class Truth:
         )
         q = self._stored(at + "attention.q", self._turn(q, *self._turns_q).flatten(1)).view_as(q)
         k = self._stored(at + "attention.k", self._turn(k, *self._turns_k).flatten(1)).view_as(k)
-        per_prompt = zip(*(x.split(self.lens) for x in (q, k, v)), strict=True)
+        per_prompt = zip(*(x.split(self.lens) for x in (q, self._kept(k), self._kept(v))), strict=True)
         heads = torch.cat([self._attend(*one, window=self.args.windows[i]) for one in per_prompt])
         heads = self._stored(at + "attention.heads", heads.flatten(1))
         h = self._rounded(self._h + product("attention.wo", heads))
@@ -131,6 +134,16 @@ class Truth:
             return x
         most = SHAKEN * torch.finfo(self._compute).eps  # too little for what is exact to change
         return (x * (1 + most * self._uniform(x))).to(self._compute).double()
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """Keys or values [T, K, D] as the cache has them."""
+        if self._cache is None:
+            return x
+        if self._cache == torch.int8:
+            scale = (x.abs().amax(-1, keepdim=True) / 127).float().double()
+            return torch.where(scale > 0, (x / scale).round() * scale, 0.0)
+        kept = x.to(self._cache).double()
+        return x if self._cache == torch.float16 and kept.isinf().any() else kept
 
     def _uniform(self, x: Tensor) -> Tensor:
         """Random numbers in [-1, 1) in x's shape; `torch.rand`, which is the same on every machine."""
@@ -226,16 +239,27 @@ def _query_scale(args: ModelArgs, positions: Tensor) -> Tensor:
 
 
 def error_budget(
-    args: ModelArgs, prompts: Sequence[Tensor], weights: torch.dtype | None, compute: torch.dtype
+    args: ModelArgs,
+    prompts: Sequence[Tensor],
+    weights: torch.dtype | None,
+    compute: torch.dtype,
+    cache: torch.dtype | None = None,
 ) -> list[Truth]:
-    """The truth with results rounded as `compute` rounds them, `num_draws` times; for float64, which the truth is in
-    itself, as float32 does: see `scale_of_rounding`."""
+    """The truth with results rounded as `compute` rounds them, and keys as `cache` does, `num_draws` times; for
+    float64, which the truth is in itself, as float32 does: see `scale_of_rounding`."""
     rounded = torch.float32 if compute == torch.float64 else compute
-    return [Truth(args, prompts, weights, rounded, draw=draw) for draw in range(num_draws(prompts))]
+    draws = range(num_draws(prompts, cache))
+    return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache) for draw in draws]
 
 
-def num_draws(prompts: Sequence[Tensor]) -> int:
-    """How often rounding is tried, so that an error budget of these prompts is not a matter of luck."""
+def num_draws(prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:
+    """How often rounding is tried, so that an error budget of these prompts is not a matter of luck.
+
+    A cache that is coarser than the arithmetic rounds the same keys to the same numbers however they were computed, but
+    for the few that lie between two: once is enough.
+    """
+    if cache is not None:
+        return 1
     least, most = DRAWS
     return max(least, min(most, -(-ENOUGH // sum(map(len, prompts)))))
 

@@ -45,6 +45,8 @@ WINDOW = 64  # in place of wider ones, so that short prompts roll
 LENS = (136, 1, 9, 40)  # the longest rolls a buffer of that window, 64 + 63 slots
 CHUNK = 48
 Dtypes = tuple[torch.dtype, torch.dtype]  # of weights, of the arithmetic
+CACHES = (torch.float16, torch.bfloat16, torch.int8)  # that keys and values may be kept in beside fp32 arithmetic
+Rounding = tuple[torch.dtype | None, torch.dtype, torch.dtype | None]  # see `_rounding`
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Variant:
         dtypes: of weights and arithmetic.
         stream: the prompts on their way through it.
         device: where.
+        cache: dtype of its keys and values; None: it has no cache.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Variant:
     dtypes: Dtypes
     stream: LayerwiseRunner
     device: str = "cpu"
+    cache: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Row:
     attention: str
     dtypes: Dtypes
     device: str
+    cache: torch.dtype | None
     window: str
     errors: Errors
     budget: Errors
@@ -153,8 +158,10 @@ def verify(
     for _, variants in each[1:]:  # what has no buffer does not roll
         variants[:] = [v for v in variants if v.name not in ("whole", "batched")]
     # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
-    drawn = num_draws(prompts)
-    streams = sum(len(v) + 1 + drawn * len({_rounding(reading, x.dtypes) for x in v}) for _, v in each)
+    keys = [{_rounding(reading, x) for x in v} for _, v in each]
+    streams = sum(
+        len(v) + 1 + sum(num_draws(prompts, k[2]) for k in its) for (_, v), its in zip(each, keys, strict=True)
+    )
     total = streams * (found.args.n_layers + 2) - len(each)
     steps = itertools.count(1)
 
@@ -188,7 +195,7 @@ def _compare(
     reading: WeightReader, args: ModelArgs, prompts: Sequence[Tensor], variants: list[Variant], step: Callable[[], None]
 ) -> list[Row]:
     """Truth, budgets and variants through all layers together."""
-    budgets = list(dict.fromkeys(_rounding(reading, v.dtypes) for v in variants))
+    budgets = list(dict.fromkeys(_rounding(reading, v) for v in variants))
     truth = Truth(args, prompts)
     # What is measured together, and the dtype of the weights it is given; None: as they are stored.
     measured: list[tuple[Sequence[LayerwiseRunner], torch.dtype | None]] = [
@@ -214,17 +221,23 @@ def _compare(
     lens = [len(p) for p in prompts]
     rows = []
     for v, errors in zip(variants, errors_of[len(budgets) :], strict=True):
-        budget = budget_of[_rounding(reading, v.dtypes)].scaled(scale_of_rounding(v.dtypes[1]))
-        verdict = judge(errors, budget, LIMITS[v.dtypes[1]], lens)
-        rows.append(Row(v.name, v.attention, v.dtypes, v.device, args.window_text, errors, budget, verdict))
+        key = _rounding(reading, v)
+        budget = budget_of[key].scaled(scale_of_rounding(v.dtypes[1]))
+        # Where keys are rounded more coarsely than sums, the order of sums is no matter: the limit is that of 16 bits.
+        limit = LIMITS[v.dtypes[1] if key[2] is None else torch.bfloat16]
+        verdict = judge(errors, budget, limit, lens)
+        rows.append(Row(v.name, v.attention, v.dtypes, v.device, v.cache, args.window_text, errors, budget, verdict))
     return rows
 
 
-def _rounding(reading: WeightReader, dtypes: Dtypes) -> tuple[torch.dtype | None, torch.dtype]:
-    """What an error budget of these dtypes rounds to, weights (None: not at all) and results. Pairs that round alike
-    share one: what is stored in bf16 is the same in fp32, and float64 is measured by fp32."""
-    weights, compute = dtypes
-    return None if reading.fit(weights) else weights, torch.float32 if compute == torch.float64 else compute
+def _rounding(reading: WeightReader, variant: Variant) -> Rounding:
+    """What an error budget of a variant rounds to: weights (None: not at all), results, and keys (None: as results).
+
+    Those that round alike share one: what is stored in bf16 is the same in fp32, and float64 is measured by fp32.
+    """
+    weights, compute = variant.dtypes
+    cache = None if variant.cache in (None, compute) else variant.cache
+    return None if reading.fit(weights) else weights, torch.float32 if compute == torch.float64 else compute, cache
 
 
 def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
@@ -240,7 +253,13 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
         made.append(Variant("transformers", "eager", fp32, TransformersRunner(args, prompts, torch.float32)))
 
     def ours(
-        name: str, attention: str, attend: Attend, dtypes: Dtypes, device: str = "cpu", fast: bool = False
+        name: str,
+        attention: str,
+        attend: Attend,
+        dtypes: Dtypes,
+        device: str = "cpu",
+        fast: bool = False,
+        cache: torch.dtype | None = None,
     ) -> None:
         schedule, cached = {
             "whole": (whole(lens), False),
@@ -259,8 +278,10 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
             cached=cached,
             device=device,
             kernels=fast,
+            cache=cache,
         )
-        made.append(Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device))
+        kept = (cache or dtypes[1]) if cached else None
+        made.append(Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device, kept))
 
     sdpa, eager = BACKENDS["sdpa"](), BACKENDS["eager"]()
     for name in ("whole", "batched", "chunked", "stepwise"):
@@ -269,6 +290,10 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
     ours("stepwise", "eager", eager, fp32)
     if has_kernels():
         ours("stepwise", "sdpa", sdpa, (narrow, torch.float32), fast=True)
+    for cache in CACHES:
+        ours("stepwise", "sdpa", sdpa, fp32, cache=cache)
+        if has_kernels():
+            ours("stepwise", "sdpa", sdpa, (narrow, torch.float32), fast=True, cache=cache)
     ours("batched", "eager", eager, (torch.float64, torch.float64))
     half = stored if stored.itemsize == 2 else torch.bfloat16
     for name in ("batched", "stepwise"):
@@ -324,6 +349,7 @@ def as_json(report: Report) -> str:
             "device": row.device,
             "weights": short(row.dtypes[0]),
             "compute": short(row.dtypes[1]),
+            "cache": None if row.cache is None else short(row.cache),
             "window": row.window,
             "max_delta_logprob": row.errors.largest,
             "rms_delta_logprob": row.errors.rms,
@@ -349,7 +375,7 @@ def as_text(report: Report) -> str:
         f"prompts of {_listed(report.lens)} ids",
         "",
     ]
-    titles = ("", "window", "weights/compute", "attention", "max |dlogp|", "KL", "top-1", "x budget", "first", "")
+    titles = ("", "window", "weights/compute/cache", "attention", "max |dlogp|", "KL", "top-1", "x budget", "first", "")
     lines += table([titles, *map(_cells, report.rows)], right=(4, 5, 6, 7, 8))
     failed = sum(not row.verdict.passes for row in report.rows)
     lines += ["", *(f"note: {note}" for note in report.notes)]
@@ -362,7 +388,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name if row.device == "cpu" else f"{row.name}, {row.device}",
         row.window,
-        f"{short(row.dtypes[0])}/{short(row.dtypes[1])}",
+        f"{short(row.dtypes[0])}/{short(row.dtypes[1])}/{'none' if row.cache is None else short(row.cache)}",
         row.attention,
         f"{e.largest:.1e}",
         f"{e.kl:.1e}",

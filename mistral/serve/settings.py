@@ -131,16 +131,15 @@ def _context(loaded: Loaded, rows: int, most: int | None) -> int:
     """The most positions that each of `rows` sequences may have."""
     wanted = most or trained_length(read_folder(loaded.folder).raw) or LONGEST
     left = memory.available(loaded.model.device)
-    size = loaded.model.dtype.itemsize
     if left is None:
         return wanted
     low, high = 0, wanted
     while low < high:
         middle = (low + high + 1) // 2
-        fits = rows * loaded.args.cache_bytes(middle, size) <= SHARE * left
+        fits = rows * loaded.model.cache_bytes(middle) <= SHARE * left
         low, high = (middle, high) if fits else (low, middle - 1)
     if low < 1 or (most is not None and low < most):
-        needed = memory.as_text(rows * loaded.args.cache_bytes(wanted, size))
+        needed = memory.as_text(rows * loaded.model.cache_bytes(wanted))
         raise memory.OutOfMemory(
             f"keys and values of {rows} sequences of {wanted} positions need {needed}, and {memory.as_text(left)} "
             "are left: lower --rows or --max_positions"

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
 from mistral.engine import Engine
 from mistral.model import Transformer
@@ -132,7 +131,7 @@ class Worker:
         self.dead: BaseException | None = None
         self.rows, self.max_queue = rows, max_queue
         self._model, self._tokenizer, self._chunk_size = model, tokenizer, chunk_size
-        self._cache = RollingBufferCache(model.args, rows, device=model.device, dtype=model.dtype)
+        self._cache = model.make_cache(rows)
         self._engine = self._new_engine()
         self._held: list[list[int]] = [[] for _ in range(rows)]  # ids whose keys a free row holds
         self._held_by: list[str | None] = [None] * rows  # the adapter that they were computed with

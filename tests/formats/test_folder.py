@@ -97,7 +97,9 @@ def test_dtype_is_the_arithmetics(
 ) -> None:
     state = random_state(dtype=stored)
     loaded = load(make_folder(tmp_path, state), device=torch.device("cpu"), dtype=asked, kernels=False)
-    assert (loaded.runtime.compute, loaded.runtime.cache, loaded.model.dtype) == (compute,) * 3
+    assert (loaded.runtime.compute, loaded.model.dtype) == (compute, compute)
+    narrow = compute == torch.float32 and stored.itemsize == 2  # rule 14: a cache of its own
+    assert loaded.runtime.cache == loaded.model.cache_dtype == (torch.float16 if narrow else compute)
     assert loaded.runtime.weights == compute  # there is room to widen so few
     assert_same(loaded.model.state_dict(), {name: tensor.to(compute) for name, tensor in state.items()})
 
@@ -133,7 +135,7 @@ def test_weights_stay_narrow_where_memory_is_short(tmp_path: Path, monkeypatch: 
     narrow = load(tmp_path, device="cpu", kernels=False)
     assert (wide.runtime.weights, narrow.runtime.weights) == (torch.float32, torch.bfloat16)
     assert narrow.runtime.compute == torch.float32
-    assert "weights/compute/cache bfloat16/float32/float32" in narrow.describe()
+    assert "weights/compute/cache bfloat16/float32/float16" in narrow.describe()
     assert torch.equal(logits(narrow.model), logits(wide.model))
 
 
@@ -400,7 +402,7 @@ def test_describe(tmp_path: Path, form: str) -> None:
         f"from {files.get(form, 'consolidated.safetensors')};",
         "0.2 M parameters",
         "device cpu",
-        "weights/compute/cache float32/float32/float32",
+        "weights/compute/cache float32/float32/float16",
         "attention sdpa",
         "window 5",
         "rope_theta 10000 (absent, and a sliding window is declared)",

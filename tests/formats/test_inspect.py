@@ -286,6 +286,8 @@ def test_memory_is_what_the_model_and_its_cache_take(tmp_path: Path, window: Any
         for entry in report["memory"]["cache"]:
             cache = RollingBufferCache(loaded.args, 1, dtype=dtype, positions=entry["positions"])
             assert entry["bytes"][name] == cache.nbytes
+            few = RollingBufferCache(loaded.args, 1, dtype=torch.int8, positions=entry["positions"])
+            assert entry["bytes"]["int8"] == few.nbytes
 
 
 def test_sizes_add_up(tmp_path: Path) -> None:

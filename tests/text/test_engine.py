@@ -303,15 +303,15 @@ def test_positions_grow_for_longer_requests(window: int | None) -> None:
     long = engine.add([6] * 40, replace(GREEDY, max_tokens=9))
     while not engine.done:
         engine.step()
-    assert engine.cache.nbytes == 2 * model.args.cache_bytes(48, 8)
-    assert before == model.args.cache_bytes(32, 8)
+    assert engine.cache.nbytes == 2 * model.args.cache_bytes(48, "float64")
+    assert before == model.args.cache_bytes(32, "float64")
     for request in (short, long):
         assert request.output_ids == alone(window, tuple(request.prompt_ids), request.params, False, frozenset(), 0)[0]
 
 
 def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(None)
-    each = model.args.cache_bytes(1, 8)
+    each = model.args.cache_bytes(1, "float64")
     engine = Engine(model, eos_ids=())
 
     def left(device: object) -> int:
