@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from mistral.generate import Piece
     from mistral.loader.load import Loaded
     from mistral.sampling_params import SamplingParams
+    from mistral.thinking import ThoughtIds
 
 # What a terminal may obey: C0 and C1 controls but for tab and line feed, and what turns the order of letters round.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
+_RED, _BOLD, _DIM, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 QUOTES = '"""'
 _quiet = False
 
@@ -304,18 +305,64 @@ def keeping_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
+class Thoughts:
+    """What a model thinks before it answers, on stderr as it comes: dim where there are colours.
+
+    Args:
+        shown: whether it is; else one line says that there are thoughts. --quiet prints neither.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._began, self._open = shown, False, False
+        self.tokens = 0
+
+    def push(self, text: str, thought: bool) -> None:
+        """A piece of text; one that is no thought ends what was open."""
+        if thought and not _quiet:
+            self._write(text)
+        elif not thought:
+            self.end()
+
+    def _write(self, text: str) -> None:
+        if not self._shown:
+            if not self._began:
+                echo_err("(thinking ..)")
+        elif text:
+            if not self._open:
+                print(_DIM if has_colour(sys.stderr) else "", end="", file=sys.stderr)
+                self._open = True
+            print(visible(text), end="", file=sys.stderr, flush=True)
+        self._began = True
+
+    def end(self) -> None:
+        """End the line of what was shown."""
+        if self._open:
+            self._open = False
+            print(_PLAIN if has_colour(sys.stderr) else "", file=sys.stderr, flush=True)
+
+
+def print_stream(
+    pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str, *, thinking: bool = True
+) -> None:
     """Text on stdout as it is generated, `echo` first; then how fast, on stderr, also after Ctrl-C.
 
     Args:
         more: what else to report at the end.
+        thinking: whether thoughts are shown, on stderr.
     """
     began = first = time.perf_counter()
-    generated, reason, interrupt = 0, "", None
+    generated, reason, interrupt, within = 0, "", None, False
+    thoughts = Thoughts(thinking)
     try:
         write(echo)
         for piece in pieces:
-            write(piece.text)
+            within = piece.thought if piece.token or piece.text else within
+            if piece.thought:
+                thoughts.push(piece.text, True)
+                thoughts.tokens += piece.token is not None
+            elif piece.text:
+                thoughts.push(piece.text, False)
+                write(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()
@@ -323,10 +370,13 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
     seconds = time.perf_counter() - first
+    thoughts.end()
     write("\n")
+    thought = f", {thoughts.tokens} of them thought" if thoughts.tokens else ""
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
-    echo_err(f"[{generated} tokens{rate}{wait}{more()}; {reason}]")
+    where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
+    echo_err(f"[{generated} tokens{thought}{rate}{wait}{more()}; {reason}{where}]")
     if interrupt:
         raise interrupt
 
@@ -363,11 +413,22 @@ def stdin_may_have_data() -> bool:
 
 
 def stream_one(
-    loaded: Loaded, prompt: Any, params: SamplingParams, echo: str = "", chunk_size: int | None = None
+    loaded: Loaded,
+    prompt: Any,
+    params: SamplingParams,
+    echo: str = "",
+    chunk_size: int | None = None,
+    thoughts: ThoughtIds | None = None,
+    thinking: bool = True,
 ) -> None:
-    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C."""
+    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C.
+
+    Args:
+        thoughts: ids between which a model thinks.
+        thinking: whether that is shown, on stderr.
+    """
     from mistral.generate import stream
 
     bar = Bar("prompt", "token")
-    pieces = stream([prompt], loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size, progress=bar)
-    print_stream(pieces, echo)
+    more = {"params": params, "chunk_size": chunk_size, "progress": bar, "thoughts": thoughts}
+    print_stream(stream([prompt], loaded.model, loaded.tokenizer, **more), echo, thinking=thinking)
