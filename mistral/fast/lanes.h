@@ -48,10 +48,16 @@ typedef struct {
 } Matrix;
 
 typedef struct {
+    Matrix w1, w2, w3;
+} Expert;
+
+typedef struct {
     Matrix wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
     float *keys, *values; /* [B, capacity, K, D]: position p in slot p % capacity */
     int64_t capacity, window; /* window 0: none */
+    Matrix gate;              /* a mixture of experts: its router; w1, w2 and w3 are then those of the first expert */
+    const Expert *experts;    /* [gate.n]; NULL: no mixture */
 } Layer;
 
 typedef struct {
@@ -59,6 +65,7 @@ typedef struct {
     const float *norm;
     int64_t n_layers, dim, hidden_dim, n_heads, n_kv_heads, head_dim;
     double eps;
+    int64_t chosen; /* experts of a token; 0 without mixtures */
 } Model;
 
 /* ---- loading LANES weights as floats */

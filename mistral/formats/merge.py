@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.formats.mapped_tensors import Progress
 
-PIECE = 2**22  # weights merged at a time
+PIECE = 2**20  # weights merged at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Update:
         """A weight [out, in] with the adapter in it, in fp32 (fp64 for fp64): whoever keeps it rounds it, once.
 
         Raises:
+            AdapterError: as `stretches`.
+        """
+        import torch
+
+        out = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        at = 0
+        for piece in self.stretches(weight, name):
+            out[at : at + len(piece)] = piece
+            at += len(piece)
+        return out
+
+    def stretches(self, weight: Tensor, name: str) -> Iterator[Tensor]:
+        """The same in stretches of rows, each in memory of its own.
+
+        Raises:
             AdapterError: a value is infinite or NaN in the weight's own dtype.
         """
         import torch
@@ -48,16 +64,16 @@ class Update:
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = self.a().to(wide), self.b().to(wide)
         lengths = None if self.magnitude is None else self.magnitude().to(wide).flatten()
-        out = torch.empty_like(weight, dtype=wide)
         rows = max(1, PIECE // weight.shape[1])
         for at in range(0, len(weight), rows):
-            piece = weight[at : at + rows].to(wide) + self.scale * (b[at : at + rows] @ a)
+            piece = b[at : at + rows] @ a
+            piece *= self.scale
+            piece += weight[at : at + rows].to(wide)
             if lengths is not None:
                 piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
-            out[at : at + rows] = piece
             if not torch.isfinite(piece.to(weight.dtype)).all():
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
-        return out
+            yield piece
 
 
 def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
@@ -119,6 +135,9 @@ class _Merged:
 
     def __call__(self, progress: Progress = None) -> Tensor:
         return self.update.merged(self.reader(progress), self.name)
+
+    def stretches(self) -> Iterator[Tensor]:
+        return self.update.stretches(self.reader(), self.name)
 
 
 def merge_into(folder: Folder, adapter: Adapter) -> Folder:
