@@ -240,7 +240,7 @@ def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
 
 
 def products_of(block: nn.Module) -> dict[str, str]:
-    """The products of a layer: their paths in it, and the fields of `Layer`; those of all experts have the first one's."""
+    """The products of a layer: their paths in it, and the fields of `Layer`; all experts have those of the first."""
     mixture = block.get_submodule("feed_forward")
     if not isinstance(mixture, MixtureOfExperts):
         return {path: path.rpartition(".")[2] for path in PRODUCTS}
