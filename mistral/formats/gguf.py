@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mistral.args import ArgsError, ModelArgs
+from mistral.args import ArgsError, ModelArgs, Moe
 from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
 from mistral.formats.mapped_tensors import Part, Progress
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Windows = int | tuple[int | None, ...] | None
 
-# GGUF's name of each tensor, and Mistral's. N is a layer's number.
+# GGUF's name of each tensor, and Mistral's. N is a layer's number, E an expert's.
 NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
     "blk.N.attn_q.weight": "layers.N.attention.wq.weight",
@@ -37,11 +38,17 @@ NAMES = {
     "blk.N.ffn_gate.weight": "layers.N.feed_forward.w1.weight",
     "blk.N.ffn_down.weight": "layers.N.feed_forward.w2.weight",
     "blk.N.ffn_up.weight": "layers.N.feed_forward.w3.weight",
+    "blk.N.ffn_gate_inp.weight": "layers.N.feed_forward.gate.weight",
+    "blk.N.ffn_gate.E.weight": "layers.N.feed_forward.experts.E.w1.weight",
+    "blk.N.ffn_down.E.weight": "layers.N.feed_forward.experts.E.w2.weight",
+    "blk.N.ffn_up.E.weight": "layers.N.feed_forward.experts.E.w3.weight",
     "blk.N.attn_norm.weight": "layers.N.attention_norm.weight",
     "blk.N.ffn_norm.weight": "layers.N.ffn_norm.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "output.weight",
 }
+# Experts of a layer in one tensor [experts, out, in], as files have had them since 2024; older ones have one for each.
+STACK = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))_exps\.weight")
 GGUF_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Factors by which each rotary frequency is divided: 1 everywhere changes nothing, others are another model's.
 ROPE_FREQS = re.compile(r"(blk\.\d+\.)?rope_freqs\.weight")
@@ -78,6 +85,8 @@ HANDLED = {
     "rope.dimension_count",
     "rope.scaling.type",
     "vocab_size",
+    "expert_count",
+    "expert_used_count",
 }
 # Known keys that change no number of a forward.
 HARMLESS = {
@@ -89,8 +98,6 @@ HARMLESS = {
 }
 # Keys that are harmless with one of these values only.
 ONLY: dict[str, tuple[object, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
     "attention.causal": (True,),
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (1,),
@@ -111,11 +118,16 @@ def to_mistral(name: str) -> str | None:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    pattern = table.get(name if number is None else name.replace(number[0], ".N.", 1))
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    key = name
+    for number, letter in zip(numbers, "NE", strict=False):
+        key = key.replace(f".{number}.", f".{letter}.", 1)
+    pattern = table.get(key) if len(numbers) <= 2 else None
     if pattern is None:
         return name
-    return pattern if number is None else pattern.replace(".N.", number[0])
+    for number, letter in zip(numbers, "NE", strict=False):
+        pattern = pattern.replace(f".{letter}.", f".{number}.", 1)
+    return pattern
 
 
 # --- shape
@@ -159,8 +171,6 @@ def _check_kind(metadata: Metadata) -> None:
         raise GgufError(f"the file is {KINDS[kind]}")
     name = metadata.get("general.architecture")
     if name == "llama":
-        if metadata.get("llama.expert_count"):
-            raise GgufError("the file is a mixture of experts (Mixtral): use llama.cpp")
         return
     if not isinstance(name, str):
         raise GgufError("the file lacks general.architecture: it is no model")
@@ -188,9 +198,20 @@ def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:
     values["vocab_size"] = raw.get("vocab_size", tokens.count if isinstance(tokens, StringArray) else None)
     if values["vocab_size"] is None:
         raise GgufError("the file lacks llama.vocab_size, and has no tokenizer")
+    values["moe"] = _moe(raw)
     values["rope_theta"] = raw.get("rope.freq_base", DEFAULT_THETA)
     given = "rope.freq_base" in raw
     return values, "given in the file" if given else "absent from the file, which means llama.cpp's default"
+
+
+def _moe(raw: dict[str, object]) -> Moe | None:
+    """The mixture of experts, if there is one."""
+    count, used = raw.get("expert_count", 0), raw.get("expert_used_count", 0)
+    if not count and not used:
+        return None
+    if not (type(count) is int and type(used) is int and 1 <= used <= count):
+        raise GgufError(f"the file has {short_repr(used)} of {short_repr(count)} experts for a token")
+    return Moe(num_experts=count, num_experts_per_tok=used)
 
 
 def _one(key: str, value: object) -> object:
@@ -291,7 +312,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
     part = Part(gguf.files[0], 0, 0)
-    for name, tensor in gguf.tensors.items():
+    for name, tensor in experts_apart(gguf.tensors).items():
         kind = tensor.kind.name
         dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
         tensors[name] = StoredBlocks(tensor.shape, dtype, kind, kind not in MAPPED, block_bytes=tensor.nbytes)
@@ -312,6 +333,28 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
                 "use llama.cpp"
             )
     return weights
+
+
+def experts_apart(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
+    """The tensors of a file, each stack of experts as one for each, under the names of older files.
+
+    Raises:
+        WeightsError: a stack that is none of experts.
+    """
+    found: dict[str, GgufTensor] = {}
+    for name, tensor in tensors.items():
+        stack = STACK.fullmatch(name)
+        if stack is None:
+            found[name] = tensor
+            continue
+        if len(tensor.shape) != 3:
+            raise WeightsError(f"{short_repr(name)} {short_repr(list(tensor.shape))} is no stack of experts")
+        count, *shape = tensor.shape
+        size = tensor.nbytes // count  # whole rows of whole blocks
+        for e in range(count):
+            begin = tensor.begin + e * size
+            found[f"{stack[1]}.{e}.weight"] = replace(tensor, shape=tuple(shape), begin=begin, end=begin + size)
+    return found
 
 
 def raw_blocks(tensor: GgufTensor, progress: Progress = None) -> Tensor:
