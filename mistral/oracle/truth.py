@@ -31,9 +31,9 @@ ENOUGH = 500  # positions, over all draws
 SUMS = 1 / 8
 SHAKEN = 1 / 16  # of the dtype's epsilon: the most by which a number is shaken before it is rounded, as by other sums
 # Where two experts' logits are about as close as rounding moves them, the dtype does not decide between them: an
-# implementation may choose either, and be as right as another. So a budget chooses at random: what it orders experts by
-# is off by up to so many times the typical distance of its logits to the exact ones. By their own rounding alone its few
-# draws would meet too few of the ties that some implementation meets.
+# implementation may choose either, and be as right as another. So a budget chooses at random: what it orders experts
+# by is off by up to so many times the typical distance of its logits to the exact ones. By their own rounding alone its
+# few draws would meet too few of the ties that some implementation meets.
 UNDECIDED = 4
 QUERIES = 128  # whose scores are held at once
 WIDENED = 2**24  # weights in float64 held at once: 128 MB

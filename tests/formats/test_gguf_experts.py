@@ -1,4 +1,4 @@
-"""Mixtral as a GGUF file: experts of a layer in one tensor, or one for each as in older files; packed or dequantized."""
+"""Mixtral as a GGUF file: experts of a layer in one tensor, or apart as in older files; packed or dequantized."""
 
 from __future__ import annotations
 

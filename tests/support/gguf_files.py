@@ -40,7 +40,7 @@ def gguf_args(**changes: Any) -> ModelArgs:
 
 def shape_keys(args: ModelArgs) -> dict[str, Any]:
     """The metadata that gives a shape, as llama.cpp's converter writes it."""
-    return {
+    found = {
         "llama.block_count": args.n_layers,
         "llama.context_length": 512,
         "llama.embedding_length": args.dim,
@@ -53,11 +53,13 @@ def shape_keys(args: ModelArgs) -> dict[str, Any]:
         "llama.rope.freq_base": float(args.rope_theta),
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
-    } | (
-        {}
-        if args.moe is None
-        else {"llama.expert_count": args.moe.num_experts, "llama.expert_used_count": args.moe.num_experts_per_tok}
-    )
+    }
+    if args.moe is not None:
+        found |= {
+            "llama.expert_count": args.moe.num_experts,
+            "llama.expert_used_count": args.moe.num_experts_per_tok,
+        }
+    return found
 
 
 def write_gguf(
