@@ -203,7 +203,7 @@ class MistralCommon:
     @property
     def efforts(self) -> tuple[str, ...]:
         effort = self._inner.model_settings_builder.reasoning_effort if self._version == "v15" else None
-        return () if effort is None else tuple(value.value for value in effort.values)
+        return () if effort is None else tuple(map(str, effort.values))
 
     @property
     def tool_form(self) -> Form | None:
