@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mistral.args import ArgsError, ModelArgs, Moe
+from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
+from mistral.formats.gguf_parts import EXPERTS, SCALING, experts_of, positions_of
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
@@ -53,9 +54,11 @@ GGUF_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Factors by which each rotary frequency is divided: 1 everywhere changes nothing, others are another model's.
 ROPE_FREQS = re.compile(r"(blk\.\d+\.)?rope_freqs\.weight")
 
-# Other kinds of model, by general.architecture. Every other one is refused with its own name.
+# Kinds of model, by general.architecture: both are this one, and the second scales its positions.
+SCALED = "mistral3"
+ARCHITECTURES = ("llama", SCALED)
+# Others that are known. Every other one is refused with its own name.
 ELSEWHERE = {
-    "mistral3": "a model with YaRN positions and scaled attention (Ministral 3)",
     "mistral4": "a mixture of experts (Mistral Small 4)",
     "deepseek2": "latent attention (DeepSeek V2 and later, Mistral Large 3)",
     "mamba": "a Mamba model",
@@ -85,8 +88,7 @@ HANDLED = {
     "rope.dimension_count",
     "rope.scaling.type",
     "vocab_size",
-    "expert_count",
-    "expert_used_count",
+    *EXPERTS,
 }
 # Known keys that change no number of a forward.
 HARMLESS = {
@@ -150,7 +152,7 @@ def args_of(
     """
     _check_kind(metadata)
     values, rule = _shape(metadata)
-    found: Any = metadata.get("llama.attention.sliding_window")
+    found: Any = metadata.get(f"{metadata['general.architecture']}.attention.sliding_window")
     given = found if sliding_window == "auto" and found not in (None, 0) else sliding_window
     try:
         args = ModelArgs(**values, theta_rule=rule)
@@ -170,7 +172,7 @@ def _check_kind(metadata: Metadata) -> None:
     if isinstance(kind, str) and kind in KINDS:
         raise GgufError(f"the file is {KINDS[kind]}")
     name = metadata.get("general.architecture")
-    if name == "llama":
+    if name in ARCHITECTURES:
         return
     if not isinstance(name, str):
         raise GgufError("the file lacks general.architecture: it is no model")
@@ -180,38 +182,31 @@ def _check_kind(metadata: Metadata) -> None:
 
 def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:
     """ModelArgs' values without the window, and how rope_theta was found."""
-    raw = {key.removeprefix("llama."): _one(key, value) for key, value in metadata.items() if key.startswith("llama.")}
+    arch = str(metadata["general.architecture"])
+    raw = {key.removeprefix(f"{arch}."): _one(key, v) for key, v in metadata.items() if key.startswith(f"{arch}.")}
+    known = SHAPE.keys() | HANDLED | HARMLESS.keys() | (SCALING if arch == SCALED else set())
     for key, value in raw.items():
-        if key in ONLY:
+        if key in ONLY and not (arch == SCALED and key in SCALING):
             if value not in ONLY[key]:
-                raise GgufError(f"llama.{key} is {short_repr(value)}, which this model does not have: use llama.cpp")
-        elif key not in SHAPE and key not in HANDLED and key not in HARMLESS:
-            raise GgufError(f"the file has {short_repr('llama.' + key)}, which is not known here: use llama.cpp")
-    if raw.get("rope.scaling.type", "none") != "none":
+                raise GgufError(f"{arch}.{key} is {short_repr(value)}, which this model does not have: use llama.cpp")
+        elif key not in known:
+            raise GgufError(f"the file has {short_repr(f'{arch}.{key}')}, which is not known here: use llama.cpp")
+    if arch != SCALED and raw.get("rope.scaling.type", "none") != "none":
         raise GgufError(f"the file has scaled rotary positions ({short_repr(raw['rope.scaling.type'])}): use llama.cpp")
     if missing := [key for key in SHAPE if key not in raw]:
-        raise GgufError(f"the file lacks {', '.join(f'llama.{key}' for key in missing)}")
+        raise GgufError(f"the file lacks {', '.join(f'{arch}.{key}' for key in missing)}")
     values = {ours: raw[key] for key, ours in SHAPE.items()}
     values["n_kv_heads"] = raw.get("attention.head_count_kv", values["n_heads"])
-    values["head_dim"] = _head_dim(raw, values)
+    values["head_dim"] = _head_dim(raw, values, arch)
     tokens = metadata.get("tokenizer.ggml.tokens")
     values["vocab_size"] = raw.get("vocab_size", tokens.count if isinstance(tokens, StringArray) else None)
     if values["vocab_size"] is None:
-        raise GgufError("the file lacks llama.vocab_size, and has no tokenizer")
-    values["moe"] = _moe(raw)
+        raise GgufError(f"the file lacks {arch}.vocab_size, and has no tokenizer")
+    values["moe"] = experts_of(raw)
+    values |= positions_of(raw) if arch == SCALED else {}
     values["rope_theta"] = raw.get("rope.freq_base", DEFAULT_THETA)
     given = "rope.freq_base" in raw
     return values, "given in the file" if given else "absent from the file, which means llama.cpp's default"
-
-
-def _moe(raw: dict[str, object]) -> Moe | None:
-    """The mixture of experts, if there is one."""
-    count, used = raw.get("expert_count", 0), raw.get("expert_used_count", 0)
-    if not count and not used:
-        return None
-    if not (type(count) is int and type(used) is int and 1 <= used <= count):
-        raise GgufError(f"the file has {short_repr(used)} of {short_repr(count)} experts for a token")
-    return Moe(num_experts=count, num_experts_per_tok=used)
 
 
 def _one(key: str, value: object) -> object:
@@ -223,20 +218,20 @@ def _one(key: str, value: object) -> object:
     return value
 
 
-def _head_dim(raw: dict[str, object], values: dict[str, Any]) -> object:
+def _head_dim(raw: dict[str, object], values: dict[str, Any], arch: str) -> object:
     dim, heads = values["dim"], values["n_heads"]
     head_dim = raw.get("attention.key_length")
     if head_dim is None:
         if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
             raise GgufError(
-                f"the file lacks llama.attention.key_length, and {short_repr(heads)} heads do not divide "
+                f"the file lacks {arch}.attention.key_length, and {short_repr(heads)} heads do not divide "
                 f"{short_repr(dim)}"
             )
         head_dim = dim // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if raw.get(key, head_dim) != head_dim:
             raise GgufError(
-                f"llama.{key} is {short_repr(raw[key])}, but heads are {short_repr(head_dim)} wide: use llama.cpp"
+                f"{arch}.{key} is {short_repr(raw[key])}, but heads are {short_repr(head_dim)} wide: use llama.cpp"
             )
     return head_dim
 

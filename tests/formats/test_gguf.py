@@ -192,9 +192,6 @@ def keys(**changes: Any) -> dict[str, Any]:
 
 REFUSED = {
     "architecture 'qwen2'": keys(general__architecture="qwen2"),
-    "YaRN positions and scaled attention (Ministral 3) (architecture 'mistral3'): use llama.cpp": keys(
-        general__architecture="mistral3"
-    ),
     "lacks general.architecture": keys(general__architecture=None),
     "a LoRA adapter, not a model": keys(general__type="adapter"),
     "the file has 0 of 8 experts for a token": keys(expert_count=8),

@@ -38,7 +38,7 @@ def gguf_args(**changes: Any) -> ModelArgs:
     return tiny_args(**{**SHAPE, "sliding_window": None, **changes})
 
 
-def shape_keys(args: ModelArgs) -> dict[str, Any]:
+def shape_keys(args: ModelArgs, arch: str = "llama") -> dict[str, Any]:
     """The metadata that gives a shape, as llama.cpp's converter writes it."""
     found = {
         "llama.block_count": args.n_layers,
@@ -59,7 +59,19 @@ def shape_keys(args: ModelArgs) -> dict[str, Any]:
             "llama.expert_count": args.moe.num_experts,
             "llama.expert_used_count": args.moe.num_experts_per_tok,
         }
-    return found
+    if args.yarn is not None:
+        found |= {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": float(args.yarn.factor),
+            "llama.rope.scaling.yarn_beta_fast": float(args.yarn.beta_fast),
+            "llama.rope.scaling.yarn_beta_slow": float(args.yarn.beta_slow),
+            "llama.rope.scaling.original_context_length": args.yarn.original_length,
+        }
+        if args.yarn.attention_factor == 1:
+            found["llama.rope.scaling.yarn_log_multiplier"] = 1.0
+    if args.llama_4_scaling is not None:
+        found["llama.attention.temperature_scale"] = float(args.llama_4_scaling.beta)
+    return {key.replace("llama.", f"{arch}.", 1): value for key, value in found.items()}
 
 
 def write_gguf(
@@ -88,7 +100,7 @@ def write_gguf(
     args = args or gguf_args()
     state = tiny_model(args).state_dict() if state is None else state
     writer = GGUFWriter(path, arch, split_max_tensors=split)
-    for key, value in {**shape_keys(args), **(extra or {})}.items():
+    for key, value in {**shape_keys(args, arch), **(extra or {})}.items():
         add(writer, key, value)
     held, stacks = {}, dict[str, list[np.ndarray]]()
     for name, tensor in state.items():
