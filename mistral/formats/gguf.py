@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
-from mistral.formats.gguf_parts import EXPERTS, SCALING, experts_of, positions_of
+from mistral.formats.gguf_parts import EXPERTS, SCALING, experts_apart, experts_of, positions_of
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
@@ -48,8 +47,6 @@ NAMES = {
     "output_norm.weight": "norm.weight",
     "output.weight": "output.weight",
 }
-# Experts of a layer in one tensor [experts, out, in], as files have had them since 2024; older ones have one for each.
-STACK = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))_exps\.weight")
 GGUF_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Factors by which each rotary frequency is divided: 1 everywhere changes nothing, others are another model's.
 ROPE_FREQS = re.compile(r"(blk\.\d+\.)?rope_freqs\.weight")
@@ -328,28 +325,6 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
                 "use llama.cpp"
             )
     return weights
-
-
-def experts_apart(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
-    """The tensors of a file, each stack of experts as one for each, under the names of older files.
-
-    Raises:
-        WeightsError: a stack that is none of experts.
-    """
-    found: dict[str, GgufTensor] = {}
-    for name, tensor in tensors.items():
-        stack = STACK.fullmatch(name)
-        if stack is None:
-            found[name] = tensor
-            continue
-        if len(tensor.shape) != 3:
-            raise WeightsError(f"{short_repr(name)} {short_repr(list(tensor.shape))} is no stack of experts")
-        count, *shape = tensor.shape
-        size = tensor.nbytes // count  # whole rows of whole blocks
-        for e in range(count):
-            begin = tensor.begin + e * size
-            found[f"{stack[1]}.{e}.weight"] = replace(tensor, shape=tuple(shape), begin=begin, end=begin + size)
-    return found
 
 
 def raw_blocks(tensor: GgufTensor, progress: Progress = None) -> Tensor:

@@ -6,11 +6,14 @@ Without torch; source of the keys: llama.cpp's conversion and its `llama_context
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mistral.args import ArgsError, Moe, QueryScaling, Yarn
-from mistral.formats.gguf_header import GgufError
+from mistral.formats.gguf_header import GgufError, GgufTensor
+from mistral.formats.weights import WeightsError
 from mistral.util.errors import short_repr
 
 # Keys, without the architecture before them, that describe scaled positions.
@@ -20,6 +23,8 @@ SCALING = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
     *("rope.scaling.yarn_log_multiplier", ORIGINAL, GROWS),
 }
+# Experts of a layer in one tensor [experts, out, in], as files have had them since 2024; older ones have one for each.
+STACK = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))_exps\.weight")
 EXPERTS = {"expert_count", "expert_used_count"}
 
 
@@ -67,4 +72,26 @@ def positions_of(raw: Mapping[str, Any]) -> dict[str, Any]:
             found["llama_4_scaling"] = QueryScaling(raw.get(ORIGINAL), raw[GROWS])  # type: ignore[arg-type]
     except ArgsError as error:
         raise GgufError(f"the metadata gives scaled positions that cannot be: {error}") from None
+    return found
+
+
+def experts_apart(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
+    """The tensors of a file, each stack of experts as one for each, under the names of older files.
+
+    Raises:
+        WeightsError: a stack that is none of experts.
+    """
+    found: dict[str, GgufTensor] = {}
+    for name, tensor in tensors.items():
+        stack = STACK.fullmatch(name)
+        if stack is None:
+            found[name] = tensor
+            continue
+        if len(tensor.shape) != 3:
+            raise WeightsError(f"{short_repr(name)} {short_repr(list(tensor.shape))} is no stack of experts")
+        count, *shape = tensor.shape
+        size = tensor.nbytes // count  # whole rows of whole blocks
+        for e in range(count):
+            begin = tensor.begin + e * size
+            found[f"{stack[1]}.{e}.weight"] = replace(tensor, shape=tuple(shape), begin=begin, end=begin + size)
     return found
