@@ -158,13 +158,13 @@ def test_thoughts_are_learned_with_their_answers(version: str, tmp_path: Path) -
         {"content": "Hello.", "reasoning": "Hm"},
         {"content": [{"type": "thinking", "thinking": "Hm"}, {"type": "text", "text": "Hello."}]},
     ]
+    mark = partial(mark_turns, template, eos=words.eos_ids)
     want = template.encode_chat([Message("user", "Hi"), from_chunks("assistant", [Thought("Hm"), "Hello."])])
     for form in forms:
         file = tmp_path / "train.jsonl"
         line = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **form}]}
         file.write_text(json.dumps(line))
-        mark = partial(mark_turns, template, eos=words.eos_ids)
-        (sample,) = read_samples(file, partial(mark_text, words), lambda turns, tools: mark(turns, tools), 99).samples
+        (sample,) = read_samples(file, partial(mark_text, words), mark, 99).samples
         assert list(sample.ids) == want
         ((weight, learned),) = spans(sample.ids, sample.weights)
         think = words.control_tokens["[THINK]"]
