@@ -8,7 +8,7 @@ static int64_t mixture_floats(const Model *m, int64_t rows) {
 }
 
 /* The k largest of n logits, in the order of experts; of equal ones the lowest expert's. Weights are their softmax. */
-static void choose(const float *logits, int64_t n, int64_t k, int32_t *experts, float *weights) {
+static void choose_experts(const float *logits, int64_t n, int64_t k, int32_t *experts, float *weights) {
     char taken[n];
     float top = 0, total = 0;
     memset(taken, 0, n);
@@ -44,7 +44,7 @@ static void mixture(const Model *m, const Layer *l, int kind, int64_t rows, cons
         float logits[blocks_of(&l->gate) * ROWS];
         for (int64_t first = 0; first < n; first += ROWS)
             block(&l->gate, first, n - first < ROWS ? n - first : ROWS, x + r * ldx, ldx, NULL, 1, logits + first);
-        choose(logits, n, k, chosen + r * k, shares + r * k);
+        choose_experts(logits, n, k, chosen + r * k, shares + r * k);
         for (int64_t p = r * k; p < (r + 1) * k; p++) memset(wide + p * ldw + hidden, 0, (ldw - hidden) * sizeof *wide);
     }
     /* Pairs in the order of experts: those of the s-th one that has any are begin[s] .. begin[s + 1). Each thread counts. */
