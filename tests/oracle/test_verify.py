@@ -136,7 +136,7 @@ def test_bf16_is_what_rounding_makes_of_it(case):
 
 
 def test_near_ties_of_a_router_are_no_mistake(tmp_path):
-    """Where rounding alone decides between two experts, either choice is right, also one that no draw makes by chance."""
+    """Where rounding alone decides between two experts, either choice is right, also one that no draw makes."""
     half = torch.bfloat16
     model, _ = assemble(folder_of(SHIPPED / "mixtral.safetensors", tmp_path), device="cpu", execution="eager")
     prompts = random_prompts(model.args, verify.LENS, 0)
