@@ -180,7 +180,7 @@ class Conversation:
             if self._thinking:
                 thoughts = Thoughts(shown=True)
                 for thought in message.thinking:
-                    thoughts.push(thought.text, True)
+                    thoughts.push(thought.text)
                     thoughts.end()
             echo_err(f"> {message.content}" if message.role == "user" else message.content)
 

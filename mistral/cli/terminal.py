@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -19,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
+from mistral.cli.wrapping import Wrapped
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -56,15 +58,34 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def is_screen(stream: Any) -> bool:
+    """Whether it is a terminal that can do more than print one line after the other."""
+    return bool(stream.isatty()) and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def has_colour(stream: Any) -> bool:
     """Whether colours may be used: at a terminal that knows them, unless NO_COLOR is set."""
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return is_screen(stream) and not os.environ.get("NO_COLOR")
 
 
 def write(text: str) -> None:
     """Text for stdout, at once: byte for byte where it is piped."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def writer(stream: Any = None) -> Callable[[str], None]:
+    """How to write one text that comes in pieces, to stdout unless another stream is given: at a terminal, in lines that
+    end between words."""
+    to = sys.stdout if stream is None else stream
+    lines = Wrapped() if is_screen(to) else None
+
+    def put(text: str) -> None:
+        shown = visible(text) if to.isatty() else text
+        to.write(shown if lines is None else lines.push(shown, shutil.get_terminal_size().columns))
+        to.flush()
+
+    return put
 
 
 def echo_err(line: str) -> None:
@@ -309,35 +330,35 @@ class Thoughts:
     """What a model thinks before it answers, on stderr as it comes: dim where there are colours.
 
     Args:
-        shown: whether it is; else one line says that there are thoughts. --quiet prints neither.
+        shown: whether it is; else one line reports that there is a thought. --quiet prints neither.
+
+    Attributes:
+        tokens: how many were thought; whoever pushes counts.
     """
 
     def __init__(self, shown: bool) -> None:
-        self._shown, self._began, self._open = shown, False, False
+        self._shown, self._said = shown, False
+        self._put: Callable[[str], None] | None = None  # while one is open
         self.tokens = 0
 
-    def push(self, text: str, thought: bool) -> None:
-        """A piece of text; one that is no thought ends what was open."""
-        if thought and not _quiet:
-            self._write(text)
-        elif not thought:
-            self.end()
-
-    def _write(self, text: str) -> None:
+    def push(self, text: str) -> None:
+        """Show a piece of a thought."""
+        if _quiet:
+            return
         if not self._shown:
-            if not self._began:
+            if not self._said:
                 echo_err("(thinking ..)")
+            self._said = True
         elif text:
-            if not self._open:
+            if self._put is None:
+                self._put = writer(sys.stderr)
                 print(_DIM if has_colour(sys.stderr) else "", end="", file=sys.stderr)
-                self._open = True
-            print(visible(text), end="", file=sys.stderr, flush=True)
-        self._began = True
+            self._put(text)
 
     def end(self) -> None:
         """End the line of what was shown."""
-        if self._open:
-            self._open = False
+        if self._put is not None:
+            self._put = None
             print(_PLAIN if has_colour(sys.stderr) else "", file=sys.stderr, flush=True)
 
 
@@ -351,18 +372,18 @@ def print_stream(
         thinking: whether thoughts are shown, on stderr.
     """
     began = first = time.perf_counter()
-    generated, reason, interrupt, within = 0, "", None, False
-    thoughts = Thoughts(thinking)
+    generated, reason, interrupt, show = 0, "", None, writer()
+    thoughts, within = Thoughts(thinking), False
     try:
-        write(echo)
+        show(echo)
         for piece in pieces:
             within = piece.thought if piece.token or piece.text else within
             if piece.thought:
-                thoughts.push(piece.text, True)
+                thoughts.push(piece.text)
                 thoughts.tokens += piece.token is not None
             elif piece.text:
-                thoughts.push(piece.text, False)
-                write(piece.text)
+                thoughts.end()
+                show(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()
