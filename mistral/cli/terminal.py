@@ -75,8 +75,7 @@ def write(text: str) -> None:
 
 
 def writer(stream: Any = None) -> Callable[[str], None]:
-    """How to write one text that comes in pieces, to stdout unless another stream is given: at a terminal, in lines that
-    end between words."""
+    """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in lines of whole words."""
     to = sys.stdout if stream is None else stream
     lines = Wrapped() if is_screen(to) else None
 
@@ -331,15 +330,11 @@ class Thoughts:
 
     Args:
         shown: whether it is; else one line reports that there is a thought. --quiet prints neither.
-
-    Attributes:
-        tokens: how many were thought; whoever pushes counts.
     """
 
     def __init__(self, shown: bool) -> None:
         self._shown, self._said = shown, False
         self._put: Callable[[str], None] | None = None  # while one is open
-        self.tokens = 0
 
     def push(self, text: str) -> None:
         """Show a piece of a thought."""
@@ -373,14 +368,14 @@ def print_stream(
     """
     began = first = time.perf_counter()
     generated, reason, interrupt, show = 0, "", None, writer()
-    thoughts, within = Thoughts(thinking), False
+    thoughts, thought, within = Thoughts(thinking), 0, False
     try:
         show(echo)
         for piece in pieces:
             within = piece.thought if piece.token or piece.text else within
             if piece.thought:
                 thoughts.push(piece.text)
-                thoughts.tokens += piece.token is not None
+                thought += piece.token is not None
             elif piece.text:
                 thoughts.end()
                 show(piece.text)
@@ -393,11 +388,12 @@ def print_stream(
     seconds = time.perf_counter() - first
     thoughts.end()
     write("\n")
-    thought = f", {thoughts.tokens} of them thought" if thoughts.tokens else ""
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
     where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
-    echo_err(f"[{generated} tokens{thought}{rate}{wait}{more()}; {reason}{where}]")
+    echo_err(
+        f"[{generated} tokens{f', {thought} of them thought' if thought else ''}{rate}{wait}{more()}; {reason}{where}]"
+    )
     if interrupt:
         raise interrupt
 
