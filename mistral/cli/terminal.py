@@ -75,7 +75,7 @@ def write(text: str) -> None:
 
 
 def writer(stream: Any = None) -> Callable[[str], None]:
-    """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in lines of whole words."""
+    """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in whole words."""
     to = sys.stdout if stream is None else stream
     lines = Wrapped() if is_screen(to) else None
 
