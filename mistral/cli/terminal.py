@@ -338,11 +338,10 @@ class Thoughts:
 
     def push(self, text: str) -> None:
         """Show a piece of a thought."""
-        if _quiet:
+        if _quiet or self._said:
             return
         if not self._shown:
-            if not self._said:
-                echo_err("(thinking ..)")
+            echo_err("(thinking ..)")
             self._said = True
         elif text:
             if self._put is None:
