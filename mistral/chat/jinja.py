@@ -50,7 +50,7 @@ class JinjaTemplate:
     ) -> list[int]:
         """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts.
 
-        Thoughts are given to the template in the forms that it mentions; whether it writes them is its own affair, and
+        Thoughts are given to the template in the first form that it mentions (parts of the content, a field); whether it writes them is its own affair, and
         many leave out those of earlier answers.
         """
         if effort is not None and effort not in self.efforts:
@@ -79,10 +79,11 @@ class JinjaTemplate:
         if message.tool_calls:
             told["tool_calls"] = [_call(call) for call in message.tool_calls]
         if message.thinking:
-            thought = "\n".join(thought.text for thought in message.thinking)
-            told |= {name: thought for name in FIELDS if re.search(rf"\b{name}\b", self._text)}
             if re.search(r"""["']thinking["']""", self._text):  # the content in parts, as in Mistral's templates
                 told["content"] = [_part(chunk) for chunk in message.chunks]
+            else:
+                thought = "\n".join(thought.text for thought in message.thinking)
+                told |= {name: thought for name in FIELDS if re.search(rf"\b{name}\b", self._text)}
         given = {"tool_call_id": message.tool_call_id, "name": message.name}
         return told | {name: value for name, value in given.items() if value is not None}
 

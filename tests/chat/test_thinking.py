@@ -295,3 +295,23 @@ def test_a_folders_own_template_gets_the_thoughts(text: str, folders: dict[str, 
     else:
         with pytest.raises(TemplateError, match="has no place in the template"):
             template.encode_chat([Message("user", "Hi")], effort="high")
+
+
+@pytest.mark.parametrize("version", THINKS)
+def test_mistral_commons_own_template_in_jinja(version: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """What `convert --to hf` writes, and what such models are published with."""
+    from mistral.formats.hf_template import to_chat_template
+
+    words = later(version, tmp_path)
+    text = to_chat_template(words)
+    assert text is not None
+    direct = find_template(words)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    template = find_template(words, folder=tmp_path)
+    assert template.thought_ids == direct.thought_ids
+    answers = [from_chunks("assistant", [Thought("Hm [THINK]"), "Hello."]), from_chunks("assistant", [Thought("So")])]
+    system = Message("system", "Be brief.") if version == "v15" else split_system(SYSTEM_PROMPT)
+    talk = [system, Message("user", "Hi"), answers[0], Message("user", "And?"), answers[1], Message("user", "Bye")]
+    assert template.encode_chat(talk) == direct.encode_chat(talk)
+    if version == "v15":
+        assert template.encode_chat(talk, effort="high") == direct.encode_chat(talk, effort="high")
