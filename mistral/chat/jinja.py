@@ -50,8 +50,8 @@ class JinjaTemplate:
     ) -> list[int]:
         """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts.
 
-        Thoughts are given to the template in the first form that it mentions (parts of the content, a field). Whether it
-        writes them is its own affair: many leave out those of earlier answers.
+        Thoughts are given to the template in the first form that it mentions (parts of the content, a field). Whether
+        it writes them is its own affair: many leave out those of earlier answers.
         """
         if effort is not None and effort not in self.efforts:
             has = f"is one of {', '.join(EFFORTS)}" if self.efforts else "has no place in the template: leave it out"

@@ -108,8 +108,8 @@ def test_a_question_may_begin_with_a_slash(cli: Command, folder: Path) -> None:
 
 def test_words_that_are_refused(cli: Command, folder: Path) -> None:
     for words, error in (
-        (("--system", "x"), "--system and --template belong to a conversation: add --instruct"),
-        (("--template", "v3"), "--system and --template belong to a conversation: add --instruct"),
+        (("--system", "x"), "--system belongs to a conversation: add --instruct"),
+        (("--template", "v3"), "--template belongs to a conversation: add --instruct"),
         (
             ("--instruct", "--template", "v9"),
             "no template is called 'v9': v1, v2, v3, v7, v11, v13, v15, mistrallite, or a file that ends in .jinja",
