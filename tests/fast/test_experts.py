@@ -18,6 +18,7 @@ from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.linear import use_kernels
 from mistral.model import Transformer
 from mistral.moe import MixtureOfExperts
+from tests.fast.test_kernels import ROUNDED_TOLERANCE
 from tests.support.folders import make_folder
 from tests.support.tiny import TOLERANCE, distance, make_cache, play, prefill_then_decode, ragged, tiny_args, tiny_model
 
@@ -83,8 +84,8 @@ def test_loaded_models_step_in_the_kernels(tmp_path: Path, quant: str | None, mo
         monkeypatch.setattr(FastTransformer, "_is_for_kernels", lambda *_: False)
         want = play(model, prompts, prefill_then_decode(lens, 2), make_cache(model, 3))
     assert fast == len(calls) >= 2
-    # The plain path multiplies by the same kernels; inputs of quantized products are rounded alike.
-    assert distance(got, want) < TOLERANCE
+    # The plain path multiplies by the same kernels; what its norms give in other last bits may be rounded the other way.
+    assert distance(got, want) < (TOLERANCE if quant is None else ROUNDED_TOLERANCE)
 
 
 def test_ties_go_to_the_lowest_expert() -> None:
