@@ -84,7 +84,7 @@ def test_loaded_models_step_in_the_kernels(tmp_path: Path, quant: str | None, mo
         monkeypatch.setattr(FastTransformer, "_is_for_kernels", lambda *_: False)
         want = play(model, prompts, prefill_then_decode(lens, 2), make_cache(model, 3))
     assert fast == len(calls) >= 2
-    # The plain path multiplies by the same kernels; what its norms give in other last bits may be rounded the other way.
+    # The plain path multiplies by the same kernels; what its norms give in other last bits may be rounded otherwise.
     assert distance(got, want) < (TOLERANCE if quant is None else ROUNDED_TOLERANCE)
 
 
