@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.formats.mapped_tensors import Progress
 
-PIECE = 2**20  # weights merged at a time
+PIECE = 2**18  # weights merged at a time
 
 
 @dataclass(frozen=True)
