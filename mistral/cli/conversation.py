@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from mistral.cli import settings
 from mistral.cli.chat_options import THINKING
+from mistral.cli.interrupts import Interrupt
 from mistral.cli.terminal import (
     QUOTES,
     Bar,
-    Interrupt,
     Thoughts,
     confirm,
     echo_err,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
+from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
 from mistral.util.errors import MistralError, UsageError
 from mistral.util.files import decode_text, plain_ends
@@ -48,7 +49,7 @@ def default_folder(folder: str | None) -> str | None:
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
     chosen = default_folder(folder)
-    with terminal.keeping_interrupts():
+    with keeping_interrupts():
         from mistral.loader.load import load
 
         loaded = load(chosen, division=division(), options=options)

@@ -14,7 +14,8 @@ import pytest
 
 from mistral.chat.templates import find_template
 from mistral.cli.conversation import Conversation
-from mistral.cli.terminal import QUOTES, Interrupt
+from mistral.cli.interrupts import Interrupt
+from mistral.cli.terminal import QUOTES
 from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.tokenizer import Tokenizer
