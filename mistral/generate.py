@@ -19,6 +19,7 @@ from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
+from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat
 
@@ -37,6 +38,7 @@ class Piece:
         token: the token, None for text that was held back until the end.
         finish_reason: set on a sequence's last piece: "stop" (eos or a stop string) or "length".
         sample: which of the prompt's n samples it belongs to.
+        thought: whether the text is what a model thinks before it answers.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Piece:
     token: Token | None
     finish_reason: Finish | None = None
     sample: int = 0
+    thought: bool = False
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Completion:
         finish_reason: "stop" (eos or a stop string) or "length".
         prompt_tokens: ids of the prompt, bos included; the `StoredIds` that were given.
         sample: which of the prompt's n samples it is.
+        thinking: what the model thought, which is no part of the text; "" without `thoughts`.
     """
 
     text: str
@@ -67,6 +71,7 @@ class Completion:
     finish_reason: Finish
     prompt_tokens: Sequence[int]
     sample: int = 0
+    thinking: str = ""
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[Sequence[int]]:
@@ -192,6 +197,7 @@ def stream(
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
+    thoughts: ThoughtIds | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is generated.
 
@@ -207,6 +213,7 @@ def stream(
             raises ends the generation there, with the cache whole.
         adapter: which of the adapters beside the weights: a name for all prompts, or a list, one a prompt; "" is none
             of them. None: the only one, and none where there are several.
+        thoughts: ids between which the model thinks (`Template.thought_ids`); such pieces have `thought`.
 
     Yields:
         Pieces, at least one a request; a sequence's last one carries its finish reason.
@@ -217,12 +224,16 @@ def stream(
     ends = eos_of(tokenizer) if eos_ids is None else eos_ids
     engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
     batch = _start(prompts, tokenizer, engine, params, adapter)
-    return _pieces(batch, tokenizer, progress)
+    return _pieces(batch, tokenizer, progress, thoughts)
 
 
-def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) -> Iterator[Piece]:
+def _pieces(
+    batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None, thoughts: ThoughtIds | None
+) -> Iterator[Piece]:
     engine, requests = batch.engine, batch.requests
     texts = {r: StopStrings(tokenizer, r.prompt_ids, r.params.stop) for r in requests}
+    readers = {r: ThoughtReader(thoughts, r.prompt_ids) for r in requests}
+    marks = () if thoughts is None else (thoughts.begin, thoughts.end)
     stopped: set[Request] = set()
     running = list(requests)
     while running:
@@ -234,11 +245,12 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
             text = texts[request]
             if request in stopped:
                 continue  # the same step gave more, behind the stop string
-            shown = text.push(token.id)
+            shown = text.flush() if token.id in marks else text.push(token.id)
             if text.stopped:
                 stopped.add(request)
                 engine.stop(request)
-            yield Piece(request.index, shown, token, sample=request.sample)
+            thought = readers[request].take(token.id)
+            yield Piece(request.index, shown, token, sample=request.sample, thought=thought)
         ended = [r for r in running if r.finish]
         if ended:
             running = [r for r in running if not r.finish]
@@ -247,7 +259,8 @@ def _pieces(batch: _Batch, tokenizer: TokenizerLike, progress: Progress | None) 
                 raise request.error
             text = texts.pop(request)
             rest = text.flush()
-            yield Piece(request.index, rest, None, "stop" if text.stopped else request.finish, request.sample)
+            thought = readers.pop(request).inside
+            yield Piece(request.index, rest, None, "stop" if text.stopped else request.finish, request.sample, thought)
 
 
 @sampled
@@ -262,6 +275,7 @@ def completions(
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
+    thoughts: ThoughtIds | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
@@ -276,12 +290,16 @@ def completions(
         cache=cache,
         progress=progress,
         adapter=adapter,
+        thoughts=thoughts,
     ):
         key = piece.index, piece.sample
         if key not in results:
             results[key] = Completion("", [], [], [], "length", ids[piece.index], piece.sample)
         result = results[key]
-        result.text += piece.text
+        if piece.thought:
+            result.thinking += piece.text
+        else:
+            result.text += piece.text
         if piece.token:
             result.tokens.append(piece.token.id)
             result.logprobs.append(piece.token.logprob)
@@ -303,6 +321,7 @@ def complete(
     cache: RollingBufferCache | None = None,
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
+    thoughts: ThoughtIds | None = None,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
@@ -319,6 +338,7 @@ def complete(
         cache=cache,
         progress=progress,
         adapter=adapter,
+        thoughts=thoughts,
     )
     return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 

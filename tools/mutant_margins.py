@@ -39,7 +39,8 @@ def margins(found: Folder, prompts: Sequence[Tensor]) -> Iterator[tuple[str, Ver
     """
     args, lens = found.args, [len(p) for p in prompts]
     reading = WeightReader(found)
-    truth, budget = Truth(args, prompts), error_budget(args, prompts, None, torch.float32)
+    truth = Truth(args, prompts)
+    budget = error_budget(args, prompts, None, torch.float32, exact=truth)
     for _ in through(reading, [(stream, None) for stream in (truth, *budget)], args.n_layers):
         pass
     norm, output = reading.get("norm.weight"), reading.get(OUTPUT)

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 
 from mistral.chat.messages import Message, TemplateError
-from mistral.chat.templates import Template
+from mistral.chat.templates import Template, check_effort
+from mistral.chat.thinking import add_thought
 from mistral.engine import Progress
 from mistral.generate import Piece, eos_of, stream
 from mistral.model import Transformer
@@ -29,7 +30,9 @@ class Chat:
         model: the model.
         tokenizer: decodes.
         template: says what surrounds a turn.
-        system: the system prompt; "" is none.
+        system: the system prompt; "" is none. A `Message` may have thoughts in it.
+        effort: `reasoning_effort`, for templates that have a place for it.
+        adapter: the one that answers are computed with, as `stream` takes it.
         chunk_size: see `stream`.
         params: how questions are answered; its fields may also be given by name (`temperature=0`). Answer n draws
             with seed + n; without a seed, one is drawn for the conversation.
@@ -52,14 +55,18 @@ class Chat:
         tokenizer: Tokenizer,
         template: Template,
         *,
-        system: str = "",
+        system: str | Message = "",
+        effort: str | None = None,
+        adapter: str | None = None,
         chunk_size: int | None = None,
         params: SamplingParams,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
-        self.system = system
+        self._system = system if isinstance(system, Message) else Message("system", system)
+        self.effort, self._adapter = effort, adapter
+        self._thought_end = None if template.thought_ids is None else template.thought_ids.end
         self.params = params
         self.chunk_size = chunk_size
         self.seed = int(torch.randint(2**53, (), device="cpu")) if params.seed is None else params.seed
@@ -75,8 +82,38 @@ class Chat:
                 "it is for other models"
             )
 
+    @property
+    def system(self) -> str:
+        """The system prompt, without thoughts."""
+        return self._system.content
+
+    @property
+    def system_message(self) -> Message:
+        """The system prompt."""
+        return self._system
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers are computed with."""
+        return self._adapter
+
+    def set_adapter(self, name: str | None) -> None:
+        """Answer with another adapter from now on; what the cache holds was computed with the one before."""
+        if name != self._adapter:
+            self._adapter, self._held = name, []
+
+    def set_effort(self, effort: str | None) -> None:
+        """Change the effort, for the conversation so far too.
+
+        Raises:
+            TemplateError: the template has no place for it.
+        """
+        check_effort(self.template, effort)
+        self.effort = effort
+
     def answer(self, question: str, progress: Progress | None = None) -> Iterator[Piece]:
-        """Answer a question, handing out text as it is made, without the space that some tokenizers put first.
+        """Answer a question, handing out text as it is made, without the space that some tokenizers put first. Thoughts
+        are pieces with `thought`.
 
         Question and answer join the conversation when the iterator ends, is closed or is broken off; a question of
         whose answer no token was made does not.
@@ -107,13 +144,15 @@ class Chat:
             eos_ids=eos_of(self.tokenizer) | self.template.ends,
             cache=self._cache,
             progress=progress,
+            adapter=self._adapter,
+            thoughts=self.template.thought_ids,
         )
         self.answers += 1
         return pieces
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation behind the system prompt."""
-        return self.template.encode_chat([Message("system", self.system), *messages])
+        return self.template.encode_chat([self._system, *messages], effort=self.effort)
 
     def _answer(
         self, asked: list[Message], answer: Message, ids: list[int], pieces: Iterator[Piece]
@@ -126,9 +165,11 @@ class Chat:
                 if piece.token:
                     made.append(piece.token.id)
                 text = piece.text
-                if not answer.content and text[:1] == " " and self.tokenizer.decode(made)[:1] != " ":
+                if piece.thought:
+                    add_thought(answer, text, closed=piece.token is not None and piece.token.id == self._thought_end)
+                elif not answer.content and text[:1] == " " and self.tokenizer.decode(made)[:1] != " ":
                     text = text[1:]  # as decode has it: a SentencePiece text begins without its first space
-                answer.content += text
+                answer.content += "" if piece.thought else text
                 ended = ended or piece.finish_reason is not None
                 yield replace(piece, text=text)
         finally:
@@ -146,6 +187,8 @@ class Chat:
         if not self.messages or self.messages[-1].role != "assistant":
             raise GenerationError("there is no answer to go on with")
         last = self.messages[-1]
+        if last.ids is None and last.thinking:
+            raise GenerationError("an answer with a thought of which only the text is known cannot be gone on with")
         made = self.tokenizer.encode(last.content, bos=False) if last.ids is None else last.ids
         ids = [*self._encode(self.messages[:-1]), *made]
         pieces = self._stream(ids, progress)
@@ -169,11 +212,12 @@ class Chat:
         """Begin a new conversation, with the same system prompt."""
         self.messages.clear()
 
-    def set_system(self, system: str) -> None:
+    def set_system(self, system: str | Message) -> None:
         """Change the system prompt, for the conversation so far too; "" is none.
 
         Raises:
             TemplateError: the template has no place for one.
         """
-        self.template.encode_chat([Message("system", system), Message("user", "")])
-        self.system = system
+        message = system if isinstance(system, Message) else Message("system", system)
+        self.template.encode_chat([message, Message("user", "")])
+        self._system = message

@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mistral.chat.messages import TOOL, Message, TemplateError, ToolCall, checked, joined
+from mistral.chat.messages import TOOL, Message, TemplateError, Thought, ToolCall, checked, joined
+from mistral.chat.thinking import FIELDS, ids_of
 from mistral.chat.tools import ARGS, CALLS, OPEN, Form, Tool
 from mistral.formats.jinja import NotJinja, compile_template
+from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import Unavailable, printable
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # what servers take; a template may know fewer
 Fim = Callable[[str, str], list[int]]
 
 
@@ -42,17 +45,26 @@ class JinjaTemplate:
         self._text = text
         self._fim = fim
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts."""
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
+    ) -> list[int]:
+        """Ids of a conversation; see `templates.Template`. Answers are rendered from their texts.
+
+        Thoughts are given to the template in the first form that it mentions (parts of the content, a field). Whether
+        it writes them is its own affair: many leave out those of earlier answers.
+        """
+        if effort is not None and effort not in self.efforts:
+            has = f"is one of {', '.join(EFFORTS)}" if self.efforts else "has no place in the template: leave it out"
+            raise TemplateError(f"reasoning_effort {has}")
         found = joined(checked(messages))
         if self.tool_form is None and (tools or any(m.tool_calls or m.role == TOOL for m in found)):
             raise TemplateError(f"the template of {self.source} has no place for tools: leave them out")
-        told = [_told(message) for message in found]
+        told = [self._told(message) for message in found]
         definitions = [dict(tool.definition) for tool in tools]
         apart = self._unused(json.dumps([told, definitions], ensure_ascii=False))
         for message, one in zip(found, told, strict=True):
-            one.update(self._split(one, apart), role=one["role"], content=self._set_apart(message.content, apart))
-        rendered = self._render(told, self._split(definitions, apart) or None)
+            self._mark(one, message, apart)
+        rendered = self._render(told, self._split(definitions, apart) or None, effort)
         parts: list[str | int] = []
         done = 0
         for match in self._pattern.finditer(rendered):
@@ -60,6 +72,34 @@ class JinjaTemplate:
             done = match.end()
         parts.append(rendered[done:].replace(apart, ""))
         return self._tokenizer.encode_parts([p for p in parts if p != ""], self._control)
+
+    def _told(self, message: Message) -> dict[str, Any]:
+        """A message as templates are given it."""
+        told: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            told["tool_calls"] = [_call(call) for call in message.tool_calls]
+        if message.thinking:
+            if re.search(r"""["']thinking["']""", self._text):  # the content in parts, as in Mistral's templates
+                told["content"] = [_part(chunk) for chunk in message.chunks]
+            else:
+                thought = "\n".join(thought.text for thought in message.thinking)
+                told |= {name: thought for name in FIELDS if re.search(rf"\b{name}\b", self._text)}
+        given = {"tool_call_id": message.tool_call_id, "name": message.name}
+        return told | {name: value for name, value in given.items() if value is not None}
+
+    def _mark(self, told: dict[str, Any], message: Message, apart: str) -> None:
+        """Set apart what looks like control tokens in a message that the template will see."""
+        content = told["content"]
+        told.update(self._split(told, apart), role=told["role"])
+        if isinstance(content, str):
+            told["content"] = self._set_apart(message.content, apart)
+        else:
+            texts = {"text", "thinking"}
+            told["content"] = [
+                {k: self._set_apart(v, apart) if k in texts and k == part["type"] else v for k, v in part.items()}
+                for part in content
+            ]
+        told |= {name: self._set_apart(told[name], apart) for name in FIELDS if name in told}
 
     def encode_fim(self, prefix: str, suffix: str) -> list[int]:
         return self._fim(prefix, suffix)
@@ -88,11 +128,22 @@ class JinjaTemplate:
             return "args" if ARGS in self._text else "list"
         return "tags" if OPEN in self._text else None
 
-    def _render(self, told: list[dict[str, Any]], tools: Any = None) -> str:
+    @cached_property
+    def thought_ids(self) -> ThoughtIds | None:
+        """By what the template mentions."""
+        return ids_of(self._tokenizer.added_tokens, self._text)
+
+    @cached_property
+    def efforts(self) -> tuple[str, ...]:
+        """Those that servers know, where the template mentions the name."""
+        return EFFORTS if re.search(r"\breasoning_effort\b", self._text) else ()
+
+    def _render(self, told: list[dict[str, Any]], tools: Any = None, effort: str | None = None) -> str:
         try:
             return str(
                 self._compiled.render(
                     **self._tokenizer.named,
+                    **({} if effort is None else {"reasoning_effort": effort}),
                     messages=told,
                     tools=tools,
                     documents=None,
@@ -154,13 +205,10 @@ def _probe(answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
 
 
-def _told(message: Message) -> dict[str, Any]:
-    """A message as templates are given it."""
-    told: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        told["tool_calls"] = [_call(call) for call in message.tool_calls]
-    given = {"tool_call_id": message.tool_call_id, "name": message.name}
-    return told | {name: value for name, value in given.items() if value is not None}
+def _part(chunk: str | Thought) -> dict[str, Any]:
+    if isinstance(chunk, str):
+        return {"type": "text", "text": chunk}
+    return {"type": "thinking", "thinking": chunk.text, "closed": chunk.closed}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -32,13 +32,29 @@ class ToolCall:
     id: str
 
 
+@dataclass(frozen=True)
+class Thought:
+    """What a model thinks before it answers; in a system prompt, where thoughts go.
+
+    Args:
+        text: of it.
+        at: characters of the message's content that come before it.
+        closed: whether its end was written; not so where an answer was broken off within it.
+    """
+
+    text: str
+    at: int = 0
+    closed: bool = True
+
+
 @dataclass
 class Message:
     """What one side says.
 
     Args:
         role: one of ROLES, or TOOL.
-        content: the text.
+        content: the text, without thoughts.
+        thinking: of an answer or a system prompt, the thoughts in it, in their order.
         ids: of an answer, as the model generated it, without the end of sequence; None where only the text is known.
             Mistral's own templates use them as they are; a Jinja template is rendered from texts.
         tool_calls: of an answer, what it wants called.
@@ -51,6 +67,31 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+    thinking: tuple[Thought, ...] = ()
+
+    @property
+    def chunks(self) -> list[str | Thought]:
+        """Texts and thoughts, in their order."""
+        found: list[str | Thought] = []
+        done = 0
+        for thought in self.thinking:
+            if thought.at > done:
+                found.append(self.content[done : thought.at])
+            found.append(thought)
+            done = thought.at
+        return found + ([self.content[done:]] if self.content[done:] else [])
+
+
+def from_chunks(role: str, chunks: Sequence[str | Thought]) -> Message:
+    """A message of texts and thoughts; the places of the thoughts are counted here."""
+    content = ""
+    thinking: list[Thought] = []
+    for chunk in chunks:
+        if isinstance(chunk, Thought):
+            thinking.append(replace(chunk, at=len(content)))
+        else:
+            content += chunk
+    return Message(role, content, thinking=tuple(thinking))
 
 
 def checked(messages: Sequence[Message]) -> list[Message]:
@@ -66,10 +107,13 @@ def checked(messages: Sequence[Message]) -> list[Message]:
             raise TemplateError(f"no role is called {short_repr(message.role)}: {', '.join((*ROLES, TOOL))}")
         if message.tool_calls and message.role != "assistant":
             raise TemplateError(f"a message of the role {message.role} has tool calls: only answers have")
+        if message.thinking and message.role not in ("assistant", "system"):
+            raise TemplateError(f"a message of the role {message.role} has a thought: leave it out")
+        thoughts = (thought.text for thought in message.thinking)
         calls = (text for call in message.tool_calls for text in (call.name, call.arguments, call.id))
-        for text in (message.content, message.name or "", message.tool_call_id or "", *calls):
+        for text in (message.content, message.name or "", message.tool_call_id or "", *calls, *thoughts):
             valid(text)
-    return [m for m in messages if m.role != "system" or m.content]
+    return [m for m in messages if m.role != "system" or m.content or m.thinking]
 
 
 def joined(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[Message]:
@@ -85,6 +129,12 @@ def joined(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[Me
 
 def _as_one(one: Message, two: Message) -> Message:
     calls = one.tool_calls + two.tool_calls
+    if one.thinking or two.thinking:  # as mistral-common joins them: an empty line between two texts alone
+        before, after = one.chunks, two.chunks
+        if before and after and isinstance(before[-1], str) and isinstance(after[0], str):
+            before.append(BETWEEN)
+        made = from_chunks(one.role, before + after)
+        return replace(one, content=made.content, thinking=made.thinking, ids=None, tool_calls=calls)
     texts = [text for text in (one.content, two.content) if text or not calls]
     return replace(one, content=BETWEEN.join(texts), ids=None, tool_calls=calls)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
-from mistral.chat.messages import ROLES, Message, TemplateError
+from mistral.chat.messages import ROLES, Message, TemplateError, Thought
+from mistral.chat.templates import check_effort
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, write_atomic
@@ -51,6 +52,8 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "model": model,
         "template": chat.template.name,
         "system": chat.system,
+        **_thinking(chat.system_message),
+        **({} if chat.effort is None else {"reasoning_effort": chat.effort}),
         "seed": chat.seed,
         "answers": chat.answers,
         **{name: getattr(chat.params, name) for name in PARAMS},
@@ -86,14 +89,18 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
             f"{source} was written with template {short_repr(told.get('template'))}, and this is {chat.template.name}"
         )
     try:
-        system, seed, answers = _of(told, "system", str), _of(told, "seed", int), _of(told, "answers", int)
+        seed, answers = _of(told, "seed", int), _of(told, "answers", int)
+        system = Message("system", _of(told, "system", str), thinking=_thoughts(told))
+        effort = None if told.get("reasoning_effort") is None else _of(told, "reasoning_effort", str)
         messages = _messages(told, chat.model.args.vocab_size)
         params = _params(told, chat.params)
-        chat.template.encode_chat([Message("system", system), *messages, Message("user", "")])
+        check_effort(chat.template, effort)
+        chat.template.encode_chat([system, *messages, Message("user", "")], effort=effort)
+        chat.set_system(system)
     except (TypeError, SamplingError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
-    chat.system, chat.seed, chat.answers, chat.messages = system, seed, answers, messages
-    chat.params = params
+    chat.seed, chat.answers, chat.messages = seed, answers, messages
+    chat.params, chat.effort = params, effort
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -126,7 +133,25 @@ def _valid(text: str) -> bool:
 
 def _entry(message: Message) -> dict[str, Any]:
     ids = {} if message.ids is None else {"ids": message.ids}
-    return {"role": message.role, "content": message.content, **ids}
+    return {"role": message.role, "content": message.content, **_thinking(message), **ids}
+
+
+def _thinking(message: Message) -> dict[str, Any]:
+    """The thoughts of a message, if it has any."""
+    return {"thinking": [asdict(thought) for thought in message.thinking]} if message.thinking else {}
+
+
+def _thoughts(entry: dict[str, Any]) -> tuple[Thought, ...]:
+    """Thoughts of a message, whose content holds the places that they give."""
+    found = []
+    for one in _of(entry, "thinking", list) if "thinking" in entry else ():
+        if not isinstance(one, dict) or one.keys() != {"text", "at", "closed"}:
+            raise TypeError(f"a thought is {short_repr(one)}")
+        found.append(Thought(_of(one, "text", str), _of(one, "at", int), _of(one, "closed", bool)))
+    places = [0, *(thought.at for thought in found), len(entry["content" if "role" in entry else "system"])]
+    if places != sorted(places):
+        raise TypeError(f"thoughts are at {short_repr(places[1:-1])} of {places[-1]} characters")
+    return tuple(found)
 
 
 def _messages(told: dict[str, Any], vocab_size: int) -> list[Message]:
@@ -139,7 +164,7 @@ def _message(entry: Any, vocab_size: int) -> Message:
     if not isinstance(entry, dict) or entry.get("role") not in ROLES:
         raise TypeError(f"a message is {short_repr(entry)}")
     ids = None if entry.get("ids") is None else _ids(entry, "ids", vocab_size)
-    return Message(entry["role"], _of(entry, "content", str), ids)
+    return Message(entry["role"], _of(entry, "content", str), ids, thinking=_thoughts(entry))
 
 
 def _turn(entry: Any, vocab_size: int) -> tuple[Message, Message]:

@@ -14,8 +14,10 @@ from typing import Any, Protocol
 from mistral.chat import tool_messages
 from mistral.chat.jinja import JinjaTemplate
 from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
+from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
+from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
@@ -36,6 +38,8 @@ class Template(Protocol):
         source: what decided for it: "--template", the folder's file, "the release".
         ends: ids that it writes after an answer; they end one, beside those of `formats.tokenizers.eos_ids`.
         tool_form: how calls of functions are written; None where it has no place for them.
+        thought_ids: what begins and ends a thought; None where it has no place for them.
+        efforts: values of `reasoning_effort` that it has a place for.
     """
 
     name: str
@@ -45,17 +49,24 @@ class Template(Protocol):
     def ends(self) -> frozenset[int]: ...
     @property
     def tool_form(self) -> Form | None: ...
+    @property
+    def thought_ids(self) -> ThoughtIds | None: ...
+    @property
+    def efforts(self) -> tuple[str, ...]: ...
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
+    ) -> list[int]:
         """Ids of a conversation, bos included where it belongs, up to where the model writes the next answer (after
         an answer that comes last: up to its end). Neighbours of one role are joined by an empty line.
 
         Args:
             tools: functions that the model may call.
+            effort: one of `efforts`; None: the tokenizer's or the template's default.
 
         Raises:
-            TemplateError: no place for a system prompt or for tools, an unknown role, or text that is not valid
-                Unicode.
+            TemplateError: no place for a system prompt, for tools, for a thought or for an effort, an unknown role, or
+                text that is not valid Unicode.
         """
 
     def encode_fim(self, prefix: str, suffix: str) -> list[int]:
@@ -183,17 +194,29 @@ class MistralCommon:
             raise TemplateError(
                 f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
-        self._version = version
+        self._version, self._inner = version, inner
         self._system_in_place = version not in ("v1", "v2", "v3")
         self._settings = _settings(inner) if version == "v15" else {}
+        begin, end = (getattr(self._instruct, name, None) for name in ("BEGIN_THINK", "END_THINK"))  # v13 and later
+        self.thought_ids = None if begin is None or end is None else ThoughtIds(begin, end)
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        effort = self._inner.model_settings_builder.reasoning_effort if self._version == "v15" else None
+        return () if effort is None else tuple(map(str, effort.values))
 
     @property
     def tool_form(self) -> Form | None:
         return None if self._version == "v1" else "args" if self._version in OF_TEKKEN else "list"
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
+    ) -> list[int]:
         from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
 
+        check_effort(self, effort)
+        settings = self._settings if effort is None else _settings(self._inner, effort)
+        self.check_thoughts(messages)
         found, system = joined(checked(messages), ("user", "assistant")), None
         if not self._system_in_place:
             system = BETWEEN.join(m.content for m in found if m.role == "system") or None
@@ -209,7 +232,7 @@ class MistralCommon:
             if message.role == "user":
                 user = UserMessage(content=message.content)
                 last, first = i == users[-1], i == users[0]
-                more = {"system_prompt": system, **self._settings}
+                more = {"system_prompt": system, **settings}
                 ids += self._instruct.encode_user_message(user, offered, last, first, **more)[0]
             elif message.role == TOOL:
                 ids += self._instruct.encode_tool_message(tool_messages.result(message), i < users[-1])[0]
@@ -218,15 +241,28 @@ class MistralCommon:
             elif message.role == "assistant":
                 ids += [*self._answer(message), self._tokenizer.eos_id]
             else:
-                ids += self._instruct.encode_system_message(SystemMessage(content=message.content))[0]
+                ids += self._instruct.encode_system_message(SystemMessage(content=for_mistral_common(message)))[0]
         return ids
+
+    def check_thoughts(self, messages: Sequence[Message]) -> None:
+        """Refuse thoughts where the version has no place for them.
+
+        Raises:
+            TemplateError: it has none.
+        """
+        with_some = [message for message in messages if message.thinking]
+        if with_some and self.thought_ids is None:
+            raise TemplateError(f"template {self.name} has no place for thoughts: leave reasoning_content out")
+        if self._version == "v15" and any(message.role == "system" for message in with_some):
+            raise TemplateError("template v15 has no place for a thought in a system prompt: leave it out")
 
     def _answer(self, message: Message) -> list[int]:
         from mistral_common.protocol.instruct.messages import AssistantMessage
 
-        if message.ids is not None or not message.content:
+        content = for_mistral_common(message)
+        if message.ids is not None or not content:
             return message.ids or []
-        written = AssistantMessage(content=message.content, prefix=True)  # a prefix has no eos behind it
+        written = AssistantMessage(content=content, prefix=True)  # a prefix has no eos behind it
         return list(self._instruct.encode_assistant_message(written, False))
 
     @property
@@ -249,8 +285,19 @@ class MistralCommon:
         return list(self._instruct.encode_fim(request).tokens)
 
 
-def _settings(tokenizer: Any) -> dict[str, Any]:
-    """The settings of a conversation in which nothing is said of them, as an argument of mistral-common's.
+def check_effort(template: Template, effort: str | None) -> None:
+    """Refuse a `reasoning_effort` that a template has no place for.
+
+    Raises:
+        TemplateError: it has none, or another value.
+    """
+    if effort is not None and effort not in template.efforts:
+        has = f"has {', '.join(template.efforts)}" if template.efforts else "has no place for one: leave it out"
+        raise TemplateError(f"reasoning_effort is {short_repr(effort)}; template {template.name} {has}")
+
+
+def _settings(tokenizer: Any, effort: str | None = None) -> dict[str, Any]:
+    """The settings of a conversation, as an argument of mistral-common's; those of which nothing is said have defaults.
 
     Raises:
         TemplateError: the tokenizer file does not say what they are.
@@ -260,7 +307,8 @@ def _settings(tokenizer: Any) -> dict[str, Any]:
 
     if (builder := tokenizer.model_settings_builder) is None:
         raise TemplateError("the tokenizer file is of version v15, but has no model_settings_builder: fetch it again")
-    return {"settings": builder.build_settings(ChatCompletionRequest(messages=[UserMessage(content="")]))}
+    request: Any = ChatCompletionRequest(messages=[UserMessage(content="")], reasoning_effort=effort)
+    return {"settings": builder.build_settings(request)}
 
 
 class MistralLite:
@@ -272,6 +320,8 @@ class MistralLite:
 
     name = "mistrallite"
     tool_form: Form | None = None
+    thought_ids: ThoughtIds | None = None
+    efforts: tuple[str, ...] = ()
 
     def __init__(self, tokenizer: Tokenizer, source: str = "") -> None:
         if tokenizer.is_byte_level or tokenizer.n_words > ASSISTANT - 1:
@@ -282,8 +332,13 @@ class MistralLite:
         self.ends = frozenset({tokenizer.eos_id})
         self._tokenizer = tokenizer
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
+    ) -> list[int]:
+        check_effort(self, effort)
         ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
+        if any(message.thinking for message in messages):
+            raise TemplateError("MistralLite has no place for thoughts: leave them out")
         if tools or any(message.tool_calls or message.role == TOOL for message in messages):
             raise TemplateError("MistralLite has no place for tools: leave them out")
         for message in joined(checked(messages)):

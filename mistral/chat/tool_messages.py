@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from mistral.chat.messages import TOOL, Message, TemplateError
+from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import ID, Tool
 from mistral.util.errors import short_repr
 
@@ -111,7 +112,7 @@ def calls(message: Message) -> Any:
         ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=_normal(call.arguments)))
         for call in message.tool_calls
     ]
-    return AssistantMessage(content=message.content or None, tool_calls=made)
+    return AssistantMessage(content=for_mistral_common(message), tool_calls=made)
 
 
 def result(message: Message) -> Any:

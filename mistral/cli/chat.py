@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
+from mistral.cli.chat_options import ChatOptions
 from mistral.cli.conversation import Conversation
-from mistral.cli.prompts import note_if_instruct, open_model, require_instruct, template_of
+from mistral.cli.prompts import note_if_instruct, open_model, template_of
 from mistral.cli.terminal import echo_err, echo_error, is_interactive, read_lines
 from mistral.loader.options import LoadOptions, adapter_names
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -22,14 +22,12 @@ RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /
 UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor", "parallel")
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
+@flat(chat=ChatOptions(), params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
 def interactive(
     folder: str | None = None,
     *,
-    instruct: bool = False,
-    system: str | None = None,
-    template: str | None = None,
     chunk_size: int | None = None,
+    chat: ChatOptions,
     params: SamplingParams,
     options: LoadOptions,
 ) -> None:
@@ -42,25 +40,20 @@ def interactive(
 
     Text appears as it is generated. Ctrl-C stops the answer and asks for the next prompt; Ctrl-D or /quit leaves. A
     conversation keeps its turns, and prefills only what is new; /help lists its commands: /retry, /continue, /undo,
-    /reset, /system, /set, /show, /save and /load.
+    /reset, /system, /adapter, /set, /show, /save and /load. What a reasoning model thinks goes to stderr, and stays in
+    the conversation; /set thinking hide hides it.
 
     Args:
-        instruct: have a conversation, with the template of the model
-        system: with --instruct: the system prompt
-        template: with --instruct: v1, v2, v3, v7 or mistrallite; default: the one that goes with the tokenizer
         chunk_size: the most prompt tokens in one step; default: 2048; changes no number
     """
     flags.require_at_least(1, chunk_size=chunk_size)
-    require_instruct(instruct, system, template)
-    if len(options.adapter) > 1:
-        raise UsageError("a conversation is with one adapter: give one --adapter")
+    chat.require_instruct()
     loaded = open_model(folder, options)
-    if instruct:
-        places = adapter_names(options.adapter).values()
-        _converse(loaded, next(iter(places), None), template, system or "", params, chunk_size)
-        return
-    note_if_instruct(loaded)
-    _continue_lines(loaded, params, chunk_size)
+    note_if_instruct(loaded, chat)
+    if chat.instruct:
+        _converse(loaded, adapter_names(options.adapter), chat, params, chunk_size)
+    else:
+        _continue_lines(loaded, params, chunk_size)
 
 
 def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | None) -> None:
@@ -86,19 +79,20 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
 
 
 def _converse(
-    loaded: Loaded,
-    adapter: str | None,
-    name: str | None,
-    system: str,
-    params: SamplingParams,
-    chunk_size: int | None,
+    loaded: Loaded, adapters: dict[str, str], options: ChatOptions, params: SamplingParams, chunk_size: int | None
 ) -> None:
     from mistral.chat.conversation import Chat
     from mistral.formats.fingerprint import fingerprint
 
-    template = template_of(loaded, name)
+    template = template_of(loaded, options.template)
     echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
     if template.source == template.name:
         echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
-    chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
-    Conversation(chat, lambda: fingerprint(loaded.folder, adapter)).run()
+    more = {"params": params, "chunk_size": chunk_size, "effort": options.reasoning_effort}
+    chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message(), **more)
+    only = next(iter(adapters.values())) if len(adapters) == 1 else None
+
+    def of_model() -> str:
+        return fingerprint(loaded.folder, only if chat.adapter is None else adapters.get(chat.adapter))
+
+    Conversation(chat, of_model, thinking=options.shows_thoughts).run()

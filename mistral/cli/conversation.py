@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mistral.cli import settings
+from mistral.cli.chat_options import THINKING
+from mistral.cli.interrupts import Interrupt
 from mistral.cli.terminal import (
     QUOTES,
     Bar,
-    Interrupt,
+    Thoughts,
     confirm,
     echo_err,
     echo_error,
@@ -31,12 +33,14 @@ class Conversation:
 
     Args:
         chat: the conversation.
-        fingerprint: returns the model's, for files.
+        fingerprint: returns the model's, with the adapter of the chat, for files.
+        thinking: whether what the model thinks is shown.
     """
 
-    def __init__(self, chat: Chat, fingerprint: Callable[[], str]) -> None:
+    def __init__(self, chat: Chat, fingerprint: Callable[[], str], *, thinking: bool = True) -> None:
         self._chat = chat
         self._fingerprint = fingerprint
+        self._thinking = thinking
         # By name: what comes after it, what it does, and the function.
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/help": ("", "print this list", self._help),
@@ -45,7 +49,12 @@ class Conversation:
             "/undo": ("", "drop the last question and its answer", self._undo),
             "/reset": ("", "begin again, with the same system prompt", self._reset),
             "/system": ("TEXT", "set the system prompt; - removes it; without TEXT: print it", self._system),
-            "/set": ("NAME VALUE", "change a sampling parameter, such as temperature", self._set),
+            "/adapter": (
+                "NAME",
+                "answer with another adapter; - is none; without NAME: print them",
+                self._adapter,
+            ),
+            "/set": ("NAME VALUE", "change a sampling parameter, thinking (show, hide) or reasoning_effort", self._set),
             "/show": ("", "print the parameters and the turns", self._show),
             "/save": ("FILE", "keep the conversation in a file", self._save),
             "/load": ("FILE", "go on with a conversation from a file", self._load),
@@ -100,7 +109,7 @@ class Conversation:
                 interrupt.check()
                 bar(done, total)
 
-            print_stream(begin(between_steps), more=self._prefilled)
+            print_stream(begin(between_steps), more=self._prefilled, thinking=self._thinking)
 
     def _prefilled(self) -> str:
         cached = f", {self._chat.cached_tokens} cached" if self._chat.cached_tokens else ""
@@ -132,15 +141,47 @@ class Conversation:
             self._chat.set_system("" if rest == "-" else rest)
         echo_err(f"system prompt: {self._chat.system or 'none'}")
 
+    def _adapter(self, rest: str) -> None:
+        beside = self._chat.model.adapters
+        if beside is None:
+            raise UsageError("no adapters are beside the weights: --adapter and --adapter_mode runtime put them there")
+        if rest:
+            self._chat.set_adapter(beside.find("" if rest == "-" else rest))
+        now = beside.find(self._chat.adapter)
+        echo_err(f"adapter: {now or 'none'}, of {', '.join(beside.names)}")
+
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
-        settings.change(self._chat, name, value.strip())
-        echo_err(settings.describe(self._chat))
+        value = value.strip()
+        if name == "thinking":
+            if value not in THINKING:
+                raise UsageError(f"/set thinking takes {' or '.join(THINKING)}")
+            self._thinking = value == "show"
+        elif name == "reasoning_effort":
+            self._chat.set_effort(None if value == "-" else value)
+        else:
+            settings.change(self._chat, name, value)
+        echo_err(self._settings())
+
+    def _settings(self) -> str:
+        """Parameters, and what concerns thoughts where there are some."""
+        chat = self._chat
+        told = [settings.describe(chat)]
+        if chat.template.thought_ids is not None:
+            told.append(f"thinking {'show' if self._thinking else 'hide'}")
+        if chat.template.efforts:
+            told.append(f"reasoning_effort {chat.effort or 'as the model has it'}")
+        return ", ".join(told)
 
     def _show(self, rest: str) -> None:
-        echo_err(settings.describe(self._chat))
+        echo_err(self._settings())
         echo_err(f"system prompt: {self._chat.system or 'none'}")
         for message in self._chat.messages:
+            if self._thinking:
+                thoughts = Thoughts(shown=True)
+                for thought in message.thinking:
+                    thoughts.push(thought.text)
+                    thoughts.end()
             echo_err(f"> {message.content}" if message.role == "user" else message.content)
 
     def _save(self, rest: str) -> None:

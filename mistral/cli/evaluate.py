@@ -128,7 +128,7 @@ def evaluate(
         plot: a file for a picture (.svg, .png; needs matplotlib)
         max_batch_size: the most prompts in one batch; 0: as many as memory takes
     """
-    require_instruct(instruct, None, template)
+    require_instruct(instruct, template)
     asked = _asked(task, lengths, n, seed, questions, windows, output, filler)
     if task not in RETRIEVAL and instruct:
         raise UsageError(f"--instruct is for questions; {task} measures plain text")

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
+from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.prompts import default_folder
 from mistral.loader.options import LoadOptions
 from mistral.train.options import TrainOptions
@@ -56,7 +57,7 @@ def finetune(
         quant: int8 or int4: an adapter beside quantized weights
         adapter: a LoRA adapter to go on from; with --full it is merged first
     """
-    with terminal.keeping_interrupts():
+    with keeping_interrupts():
         from mistral.train.run import finetune as run
     with _Stop() as stop, _Line() as line:
         finished = run(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags, terminal
+from mistral.cli.chat_options import ChatOptions
 from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     as_ids,
@@ -16,7 +17,7 @@ from mistral.cli.prompts import (
     note_if_instruct,
     open_model,
     read_prompts,
-    require_instruct,
+    template_of,
 )
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
@@ -70,20 +71,18 @@ def demo(
         terminal.write(f"{loaded.tokenizer.decode([*result.prompt_tokens, *result.tokens])}\n{SEPARATOR}\n")
 
 
-@flat(params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
+@flat(chat=ChatOptions(), params=SamplingParams(), options=LoadOptions(max_batch_size=16), omit=("logits_processor",))
 @divisible
 def complete(
     folder: str | None = None,
     prompt: str | None = None,
     *,
-    instruct: bool = False,
-    system: str | None = None,
-    template: str | None = None,
     suffix: str | None = None,
     file: str | None = None,
     json: bool = False,
     json_schema: str | None = None,
     chunk_size: int | None = None,
+    chat: ChatOptions,
     params: SamplingParams,
     options: LoadOptions,
 ) -> None:
@@ -101,12 +100,10 @@ def complete(
     (the name of one); where its name ends in .txt, each line is a prompt. A FILE that ends in .npy holds the ids of one
     prompt, of any length; they are read piece by piece. With FILE, and with --n, each text is followed by a line of
     =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs, finish_reason,
-    sample if --n is given, and top_logprobs if requested.
+    sample if --n is given, and top_logprobs if requested. What a reasoning model thinks goes to stderr, or with --json
+    into reasoning_content; the text is the answer alone.
 
     Args:
-        instruct: each prompt is a question; it is asked with the template of the model
-        system: with --instruct: the system prompt
-        template: with --instruct: v1, v2, v3, v7 or mistrallite; default: the one that goes with the tokenizer
         suffix: the text that follows the gap, for fill-in-the-middle (Codestral)
         file: prompts, one JSON value a line; one a line if it ends in .txt; ids if it ends in .npy; - is stdin
         json: print JSON lines instead of text
@@ -117,8 +114,8 @@ def complete(
     flags.require_at_least(1, chunk_size=chunk_size)
     if params.top_logprobs and not json:
         raise UsageError("--top_logprobs are printed with --json only: give both")
-    require_instruct(instruct, system, template)
-    if instruct and suffix is not None:
+    chat.require_instruct()
+    if chat.instruct and suffix is not None:
         raise UsageError("--suffix and --instruct: give one of them")
     from mistral.formats.hub import is_hub_id
 
@@ -129,17 +126,19 @@ def complete(
     loaded = open_model(folder, options)
     if schema is not None:
         params = _constrained(params, schema, loaded)
-    if not instruct:
-        note_if_instruct(loaded)
-    prompts = as_ids(asked, loaded, instruct, system, template)
+    template = template_of(loaded, chat.template) if chat.instruct else None
+    note_if_instruct(loaded, chat)
+    prompts = as_ids(asked, loaded, template, chat)
+    thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if file is None and not json and params.n == 1:
-        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size)
+        shown = {"thoughts": thoughts, "thinking": chat.shows_thoughts}
+        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, **shown)
         return
     from mistral.generate import completions
 
     bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
-    more = {"adapter": [one.adapter for one in asked], "progress": bar}
+    more = {"adapter": [one.adapter for one in asked], "progress": bar, "thoughts": thoughts}
     ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
@@ -206,6 +205,8 @@ def _as_json(index: int, result: Completion, params: SamplingParams) -> str:
         "logprobs": result.logprobs,
         "finish_reason": result.finish_reason,
     }
+    if result.thinking:
+        entry["reasoning_content"] = result.thinking
     if params.n > 1:
         entry["sample"] = result.sample
     if params.top_logprobs:

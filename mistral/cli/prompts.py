@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
+from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
 from mistral.util.errors import MistralError, UsageError
 from mistral.util.files import decode_text, plain_ends
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
+    from mistral.cli.chat_options import ChatOptions
     from mistral.formats.folder import Folder
     from mistral.loader.load import Loaded
     from mistral.loader.options import LoadOptions
@@ -47,7 +49,7 @@ def default_folder(folder: str | None) -> str | None:
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
     chosen = default_folder(folder)
-    with terminal.keeping_interrupts():
+    with keeping_interrupts():
         from mistral.loader.load import load
 
         loaded = load(chosen, division=division(), options=options)
@@ -173,42 +175,44 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     return find_template(loaded.tokenizer, name=name, release=release, folder=loaded.folder)
 
 
-def require_instruct(instruct: bool, system: str | None, template: str | None) -> None:
-    """Refuse flags that only a conversation has.
+def require_instruct(instruct: bool, template: str | None) -> None:
+    """Refuse a template that only a conversation has.
 
     Raises:
         UsageError: there is one, without --instruct.
     """
-    if not instruct and (system is not None or template is not None):
-        raise UsageError("--system and --template belong to a conversation: add --instruct")
+    if not instruct and template is not None:
+        raise UsageError("--template belongs to a conversation: add --instruct")
 
 
-def as_ids(
-    asked: list[PromptLine], loaded: Loaded, instruct: bool = False, system: str | None = None, name: str | None = None
-) -> list[Any]:
+def as_ids(asked: list[PromptLine], loaded: Loaded, template: Template | None, chat: ChatOptions) -> list[Any]:
     """The prompts; as ids where a template writes them: questions, and fill-in-the-middle.
 
     Args:
-        name: of the template; None takes the model's.
+        template: of questions; None without --instruct.
 
     Raises:
         UsageError: --instruct with ids or a suffix.
     """
-    if not instruct and all(one.suffix is None for one in asked):
+    if template is None and all(one.suffix is None for one in asked):
         return [one.prompt for one in asked]
-    template = template_of(loaded, name)
-    if not instruct:
-        return [one.prompt if one.suffix is None else template.encode_fim(one.prompt, one.suffix) for one in asked]
+    if template is None:
+        of_suffix = template_of(loaded, None)
+        return [one.prompt if one.suffix is None else of_suffix.encode_fim(one.prompt, one.suffix) for one in asked]
     if any(one.suffix is not None or not isinstance(one.prompt, str) for one in asked):
         raise UsageError("--instruct takes questions: each prompt must be text, without a suffix")
     from mistral.chat.messages import Message
 
-    return [template.encode_chat([Message("system", system or ""), Message("user", one.prompt)]) for one in asked]
+    system, effort = chat.system_message(), chat.reasoning_effort
+    return [template.encode_chat([system, Message("user", one.prompt)], effort=effort) for one in asked]
 
 
-def note_if_instruct(loaded: Loaded) -> None:
-    """Print a note if raw text goes to a model that was tuned on conversations."""
-    if is_instruct(loaded.folder):
+def note_if_instruct(loaded: Loaded, chat: ChatOptions) -> None:
+    """Print a note if raw text goes to a model that was tuned on conversations, or its system prompt goes unused."""
+    if chat.instruct:
+        if told := chat.note_of(loaded.folder):
+            terminal.echo_err(f"note: {told}")
+    elif is_instruct(loaded.folder):
         terminal.echo_err("note: this is an instruct model, and the prompt is continued as raw text: see --instruct")
 
 

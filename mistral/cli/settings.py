@@ -34,7 +34,7 @@ def change(chat: Chat, name: str, text: str) -> None:
     """
     kinds = _kinds()
     if name not in kinds or not text:
-        raise UsageError(f"/set needs a name and a value: {', '.join(kinds)}")
+        raise UsageError(f"/set needs a name and a value: {', '.join(kinds)}, thinking, reasoning_effort")
     value: Any = () if kinds[name] in flags.REPEATED and text == "-" else flags.convert(name, text, kinds[name])
     if kinds[name] in flags.REPEATED and value:
         value = (value,)

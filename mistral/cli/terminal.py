@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import stat
 import sys
 import time
@@ -16,7 +15,6 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
@@ -28,10 +26,11 @@ if TYPE_CHECKING:
     from mistral.generate import Piece
     from mistral.loader.load import Loaded
     from mistral.sampling_params import SamplingParams
+    from mistral.thinking import ThoughtIds
 
 # What a terminal may obey: C0 and C1 controls but for tab and line feed, and what turns the order of letters round.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
+_RED, _BOLD, _DIM, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 QUOTES = '"""'
 _quiet = False
 
@@ -73,17 +72,17 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def writer() -> Callable[[str], None]:
-    """How to write one text that comes in pieces: at a terminal, in lines that end between words."""
-    if not is_screen(sys.stdout):
-        return write
-    lines = Wrapped()
+def writer(stream: Any = None) -> Callable[[str], None]:
+    """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in whole words."""
+    to = sys.stdout if stream is None else stream
+    lines = Wrapped() if is_screen(to) else None
 
-    def wrapped(text: str) -> None:
-        sys.stdout.write(lines.push(visible(text), shutil.get_terminal_size().columns))
-        sys.stdout.flush()
+    def put(text: str) -> None:
+        shown = visible(text) if to.isatty() else text
+        to.write(shown if lines is None else lines.push(shown, shutil.get_terminal_size().columns))
+        to.flush()
 
-    return wrapped
+    return put
 
 
 def echo_err(line: str) -> None:
@@ -277,84 +276,59 @@ class Bar:
             self._bar.close()
 
 
-class Interrupt:
-    """Ctrl-C while an answer is generated: the first ends it between two steps, a second one at once.
+class Thoughts:
+    """What a model thinks before it answers, on stderr as it comes: dim where there are colours.
 
-    One that comes after the last step is raised at the end.
+    Args:
+        shown: whether it is; else one line reports that there is a thought. --quiet prints neither.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: Any = None
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._said = shown, False
+        self._put: Callable[[str], None] | None = None  # while one is open
 
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._hit)
-        return self
+    def push(self, text: str) -> None:
+        """Show a piece of a thought."""
+        if _quiet or self._said:
+            return
+        if not self._shown:
+            echo_err("(thinking ..)")
+            self._said = True
+        elif text:
+            if self._put is None:
+                self._put = writer(sys.stderr)
+                print(_DIM if has_colour(sys.stderr) else "", end="", file=sys.stderr)
+            self._put(text)
 
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        if kind is None:
-            self.check()
-
-    def _hit(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def check(self) -> None:
-        """End the answer if Ctrl-C was pressed.
-
-        Raises:
-            KeyboardInterrupt: it was.
-        """
-        if self._asked:
-            raise KeyboardInterrupt
+    def end(self) -> None:
+        """End the line of what was shown."""
+        if self._put is not None:
+            self._put = None
+            print(_PLAIN if has_colour(sys.stderr) else "", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def keeping_interrupts() -> Iterator[None]:
-    """Have a Ctrl-C that came while this was open raise at its end at the latest.
-
-    PyTorch's first import runs Python in callbacks, where an exception is printed and lost.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
-        yield
-        return
-    hits: list[int] = []
-
-    def hit(number: int, frame: FrameType | None) -> None:
-        hits.append(number)
-        raise KeyboardInterrupt
-
-    try:
-        signal.signal(signal.SIGINT, hit)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield
-        return
-    try:
-        yield
-    except Exception:
-        if not hits:
-            raise
-        # A library that was interrupted while it set itself up failed in its own way later on.
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hits:
-        raise KeyboardInterrupt
-
-
-def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
+def print_stream(
+    pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str, *, thinking: bool = True
+) -> None:
     """Text on stdout as it is generated, `echo` first; then how fast, on stderr, also after Ctrl-C.
 
     Args:
         more: what else to report at the end.
+        thinking: whether thoughts are shown, on stderr.
     """
     began = first = time.perf_counter()
     generated, reason, interrupt, show = 0, "", None, writer()
+    thoughts, thought, within = Thoughts(thinking), 0, False
     try:
         show(echo)
         for piece in pieces:
-            show(piece.text)
+            within = piece.thought if piece.token or piece.text else within
+            if piece.thought:
+                thoughts.push(piece.text)
+                thought += piece.token is not None
+            elif piece.text:
+                thoughts.end()
+                show(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()
@@ -362,10 +336,14 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
     seconds = time.perf_counter() - first
+    thoughts.end()
     write("\n")
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
-    echo_err(f"[{generated} tokens{rate}{wait}{more()}; {reason}]")
+    where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
+    echo_err(
+        f"[{generated} tokens{f', {thought} of them thought' if thought else ''}{rate}{wait}{more()}; {reason}{where}]"
+    )
     if interrupt:
         raise interrupt
 
@@ -402,11 +380,22 @@ def stdin_may_have_data() -> bool:
 
 
 def stream_one(
-    loaded: Loaded, prompt: Any, params: SamplingParams, echo: str = "", chunk_size: int | None = None
+    loaded: Loaded,
+    prompt: Any,
+    params: SamplingParams,
+    echo: str = "",
+    chunk_size: int | None = None,
+    thoughts: ThoughtIds | None = None,
+    thinking: bool = True,
 ) -> None:
-    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C."""
+    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C.
+
+    Args:
+        thoughts: ids between which a model thinks.
+        thinking: whether that is shown, on stderr.
+    """
     from mistral.generate import stream
 
     bar = Bar("prompt", "token")
-    pieces = stream([prompt], loaded.model, loaded.tokenizer, params=params, chunk_size=chunk_size, progress=bar)
-    print_stream(pieces, echo)
+    more = {"params": params, "chunk_size": chunk_size, "progress": bar, "thoughts": thoughts}
+    print_stream(stream([prompt], loaded.model, loaded.tokenizer, **more), echo, thinking=thinking)

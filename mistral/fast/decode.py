@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mistral.buffers import HalfBuffer, Int8Buffer, RollingBuffer
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.kernels import INT8, KINDS, Layer, Matrix, Model, library, pointer
+from mistral.fast.kernels import INT8, KINDS, Expert, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
 from mistral.fast.threads import Threads
 from mistral.model import Transformer, widen
+from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
 
 KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
@@ -135,13 +136,14 @@ class FastTransformer(Transformer):
         seen = int((positions - begins).max()) + 1
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
-        rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
+        most = len(rows) * (1 + model.chosen)  # inputs of layers, and of each token's experts
+        rounded = room_for_inputs(most, max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
         with self.threads_for(len(rows)).step() as chosen:
-            count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
-            scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
+            count, keys, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
+            scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, keys, threads))
             given = (pointer(x) for x in (which, positions, begins, cos, sin))
             used = (pointer(x) for x in (h, scratch, rounded))
-            library().decode(ctypes.byref(model), count, *given, most, *used, threads)
+            library().decode(ctypes.byref(model), count, *given, keys, *used, threads)
 
     def logits(self, h: Tensor) -> Tensor:
         matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
@@ -199,6 +201,8 @@ class FastTransformer(Transformer):
             layer, store = layers[i], cache.layer(i)
             for name, matrix in matrices[i].items():
                 setattr(layer, name, matrix)
+            if experts := experts_of(block):
+                layer.experts = (Expert * len(experts))(*experts)
             layer.attention_norm = floats(block.get_parameter("attention_norm.weight"))
             layer.ffn_norm = floats(block.get_parameter("ffn_norm.weight"))
             layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
@@ -216,6 +220,7 @@ class FastTransformer(Transformer):
             args.n_kv_heads,
             args.head_dim,
             args.norm_eps,
+            args.moe.num_experts_per_tok if args.moe is not None else 0,
         )
         kinds = "_modules", "_parameters", "_buffers"
         places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
@@ -233,19 +238,38 @@ def widen_stores(model: Model, cache: RollingBufferCache) -> None:
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
     """The products of each layer as the kernels have them, by the fields of `Layer`; or why they cannot have them."""
-    if (module := unknown_module(model)) is not None:
+    if (module := unknown_module(model, mixtures=True)) is not None:
         return f"the fast path kernels does not know the module {module}"
     layers = []
     for i, block in enumerate(model.layers):
         matrices: dict[str, Matrix] = {}
-        for path in PRODUCTS:
+        quantized: set[int] = set()
+        for path, field in products_of(block).items():
             linear = block.get_submodule(path)
             matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
-            if matrix is None:
+            if matrix is None or (field == "gate" and matrix.kind >= INT8):
                 return f"the kernels cannot read the weights of layers.{i}.{path} ({type(linear).__name__})"
-            matrices[path.rpartition(".")[2]] = matrix
-        kinds = {matrix.kind for matrix in matrices.values() if matrix.kind >= INT8}
-        if len(kinds) > 1 and INT8 in kinds:  # whose inputs are rounded in another way
+            quantized |= {matrix.kind} if matrix.kind >= INT8 else set()
+            matrices.setdefault(field, matrix)
+        if len(quantized) > 1 and INT8 in quantized:  # whose inputs are rounded in another way
             return f"the kernels do not know a layer with int8 and other kinds of quantized products (layers.{i})"
         layers.append(matrices)
     return layers
+
+
+def products_of(block: nn.Module) -> dict[str, str]:
+    """The products of a layer: their paths in it, and the fields of `Layer`; all experts have those of the first."""
+    mixture = block.get_submodule("feed_forward")
+    if not isinstance(mixture, MixtureOfExperts):
+        return {path: path.rpartition(".")[2] for path in PRODUCTS}
+    found = {path: path.rpartition(".")[2] for path in PRODUCTS if path.startswith("attention.")}
+    names = [f"feed_forward.experts.{e}.{name}" for e in range(len(mixture.experts)) for name in ("w1", "w2", "w3")]
+    return found | {"feed_forward.gate": "gate"} | {path: path.rpartition(".")[2] for path in names}
+
+
+def experts_of(block: nn.Module) -> list[Expert]:
+    """The experts of a layer as the kernels have them; none where it has no mixture."""
+    mixture = block.get_submodule("feed_forward")
+    if not isinstance(mixture, MixtureOfExperts):
+        return []
+    return [Expert(*(getattr(expert, name).matrix() for name in ("w1", "w2", "w3"))) for expert in mixture.experts]

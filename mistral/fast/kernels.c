@@ -107,7 +107,7 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
 
 #include "attention.h"
 
-static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
+#include "experts.h"
 
 /* Floats for the scores of all heads in a part, and what decode wants as scratch: for `rows` tokens, each of which sees up
    to `keys` positions. */
@@ -119,7 +119,8 @@ static int64_t scores_of(const Model *m, int64_t keys) {
 int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
     const int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
     return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim)) + threads * scores_of(m, keys) +
-           rows * parts_of(keys) * part_floats(m->n_kv_heads, m->n_heads / m->n_kv_heads, m->head_dim);
+           rows * parts_of(keys) * part_floats(m->n_kv_heads, m->n_heads / m->n_kv_heads, m->head_dim) +
+           mixture_floats(m, rows);
 }
 
 /* How many positions the one at `last` sees. */
@@ -139,7 +140,7 @@ static int inputs_for(const Layer *l) {
    takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
    cos, sin: [rows, D / 2]; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
-   rounded: room for the widest inputs, where weights are quantized. */
+   rounded: room for the widest inputs, where weights are quantized; with mixtures for those of all chosen experts too. */
 void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
@@ -148,6 +149,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
     const int64_t most_parts = parts_of(most_keys);
     float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, most_keys);
+    float *mixed = said + rows * most_parts * part_floats(kv_heads, heads, d);
     memset(scratch, 0, (all_scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
     m->overflows = 0;
     for (int64_t l = 0; l < m->n_layers; l++) m->layers[l].overflows = 0;
@@ -221,6 +223,10 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
             if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+        }
+        if (layer->experts) {
+            mixture(m, layer, kind, rows, x, rounded, mixed, h);
+            continue;
         }
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w1); b++) {

@@ -52,6 +52,12 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Expert(ctypes.Structure):
+    """An expert of a mixture as kernels.c has it."""
+
+    _fields_ = tuple((name, Matrix) for name in ("w1", "w2", "w3"))
+
+
 class Layer(ctypes.Structure):
     """A layer as kernels.c has it."""
 
@@ -62,6 +68,8 @@ class Layer(ctypes.Structure):
         ("window", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
         *((name, ctypes.c_int64) for name in ("kept", "overflows")),
+        ("gate", Matrix),
+        ("experts", ctypes.POINTER(Expert)),
     )
 
 
@@ -73,6 +81,7 @@ class Model(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
         ("eps", ctypes.c_double),
+        ("chosen", ctypes.c_int64),
         ("overflows", ctypes.c_int64),
     )
 

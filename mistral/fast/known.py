@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
+from mistral.moe import MixtureOfExperts
 
 PARTS: dict[str, type[nn.Module]] = {
     "attention": Attention,
@@ -17,8 +18,11 @@ PARTS: dict[str, type[nn.Module]] = {
 }
 
 
-def unknown_module(model: Transformer) -> str | None:
+def unknown_module(model: Transformer, *, mixtures: bool = False) -> str | None:
     """The name and class of the first module that the fast paths do not know; None if they know all.
+
+    Args:
+        mixtures: whether they know mixtures of experts.
 
     Queries that grow with their position are among what they do not know: they rotate q and k alike.
 
@@ -32,7 +36,11 @@ def unknown_module(model: Transformer) -> str | None:
             return _unknown(f"layers.{i}", block)
         for name, kind in PARTS.items():
             part = block.get_submodule(name)
-            if type(part) is not kind:
+            if mixtures and name == "feed_forward" and type(part) is MixtureOfExperts:
+                for e, expert in enumerate(part.experts):
+                    if type(expert) is not FeedForward:
+                        return _unknown(f"layers.{i}.{name}.experts.{e}", expert)
+            elif type(part) is not kind:
                 return _unknown(f"layers.{i}.{name}", part)
     return None if type(model.norm) is RMSNorm else _unknown("norm", model.norm)
 

@@ -48,12 +48,18 @@ typedef struct {
 } Matrix;
 
 typedef struct {
+    Matrix w1, w2, w3;
+} Expert;
+
+typedef struct {
     Matrix wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
     char *keys, *values; /* [B, capacity, K, D] of kind `kept`: position p in slot p % capacity */
     int64_t capacity, window; /* window 0: none */
     float *key_scales, *value_scales; /* [B, capacity, K], where `kept` is INT8 */
     int64_t kept, overflows; /* whether the last step had a key or value that is finite and does not fit */
+    Matrix gate;              /* a mixture of experts: its router; w1, w2 and w3 are then those of the first expert */
+    const Expert *experts;    /* [gate.n]; NULL: no mixture */
 } Layer;
 
 typedef struct {
@@ -61,6 +67,7 @@ typedef struct {
     const float *norm;
     int64_t n_layers, dim, hidden_dim, n_heads, n_kv_heads, head_dim;
     double eps;
+    int64_t chosen; /* experts of a token; 0 without mixtures */
     int64_t overflows; /* whether one of the layers has such a key */
 } Model;
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mistral.formats.huggingface import NAMES, to_hf, to_mistral
 from mistral.formats.layout import ParamsError, read_object
+from mistral.formats.text_inside import VISION, alone
 from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
 from mistral.util.errors import FormatError, printable, short_repr
 
@@ -160,17 +161,28 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
     weights = open_safetensors((folder / WEIGHTS,))
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
     found = _grouped(weights, pattern, folder / WEIGHTS)
-    pairs = {}
+    pairs: dict[str, Pair] = {}
+    seeing = [module for module in found if VISION.fullmatch(module)]
+    if seeing:
+        what = f"{len(seeing)} matrices that read images ({some_names(seeing)})"
+        notes.append(f"what it changes in {what} is left aside: this is the text model alone")
     for module, names in found.items():
-        name = to_mistral(f"{module}.weight")
-        if name is None or to_hf(name) != f"{module}.weight" or name == f"{module}.weight":
+        if module in seeing:
+            continue
+        inside = alone(f"{module}.weight")  # the text model may be inside one that reads images
+        name = to_mistral(inside)
+        if name is None or to_hf(name) != inside or name == inside:
             raise AdapterError(f"{folder / WEIGHTS} changes {printable(module)}, which is no matrix of this model")
+        if name in pairs:
+            raise AdapterError(f"{folder / WEIGHTS} changes {name} twice, under two names")
         rank, scale = _rank_and_scale(config, module)
         if (magnitude := names.get("magnitude_vector")) is None and config.get("use_dora"):
             raise AdapterError(f"{CONFIG} has use_dora, but {WEIGHTS} lacks the magnitude of {printable(module)}")
         if magnitude is not None and not config.get("use_dora"):
             raise AdapterError(f"{WEIGHTS} has {printable(magnitude)}, but {CONFIG} has no use_dora")
         pairs[name] = _pair(weights, names, module, rank, scale)
+    if not pairs:
+        raise AdapterError(f"{folder / WEIGHTS} changes nothing of the text model")
     base = config.get("base_model_name_or_path")
     return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, tuple(notes))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
+from mistral.formats.gguf_parts import EXPERTS, SCALING, experts_apart, experts_of, positions_of
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Windows = int | tuple[int | None, ...] | None
 
-# GGUF's name of each tensor, and Mistral's. N is a layer's number.
+# GGUF's name of each tensor, and Mistral's. N is a layer's number, E an expert's.
 NAMES = {
     "token_embd.weight": "tok_embeddings.weight",
     "blk.N.attn_q.weight": "layers.N.attention.wq.weight",
@@ -37,6 +38,10 @@ NAMES = {
     "blk.N.ffn_gate.weight": "layers.N.feed_forward.w1.weight",
     "blk.N.ffn_down.weight": "layers.N.feed_forward.w2.weight",
     "blk.N.ffn_up.weight": "layers.N.feed_forward.w3.weight",
+    "blk.N.ffn_gate_inp.weight": "layers.N.feed_forward.gate.weight",
+    "blk.N.ffn_gate.E.weight": "layers.N.feed_forward.experts.E.w1.weight",
+    "blk.N.ffn_down.E.weight": "layers.N.feed_forward.experts.E.w2.weight",
+    "blk.N.ffn_up.E.weight": "layers.N.feed_forward.experts.E.w3.weight",
     "blk.N.attn_norm.weight": "layers.N.attention_norm.weight",
     "blk.N.ffn_norm.weight": "layers.N.ffn_norm.weight",
     "output_norm.weight": "norm.weight",
@@ -46,9 +51,11 @@ GGUF_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Factors by which each rotary frequency is divided: 1 everywhere changes nothing, others are another model's.
 ROPE_FREQS = re.compile(r"(blk\.\d+\.)?rope_freqs\.weight")
 
-# Other kinds of model, by general.architecture. Every other one is refused with its own name.
+# Kinds of model, by general.architecture: both are this one, and the second scales its positions.
+SCALED = "mistral3"
+ARCHITECTURES = ("llama", SCALED)
+# Others that are known. Every other one is refused with its own name.
 ELSEWHERE = {
-    "mistral3": "a model with YaRN positions and scaled attention (Ministral 3)",
     "mistral4": "a mixture of experts (Mistral Small 4)",
     "deepseek2": "latent attention (DeepSeek V2 and later, Mistral Large 3)",
     "mamba": "a Mamba model",
@@ -78,6 +85,7 @@ HANDLED = {
     "rope.dimension_count",
     "rope.scaling.type",
     "vocab_size",
+    *EXPERTS,
 }
 # Known keys that change no number of a forward.
 HARMLESS = {
@@ -89,8 +97,6 @@ HARMLESS = {
 }
 # Keys that are harmless with one of these values only.
 ONLY: dict[str, tuple[object, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
     "attention.causal": (True,),
     "rope.scaling.factor": (0, 1),
     "rope.scale_linear": (1,),
@@ -111,11 +117,16 @@ def to_mistral(name: str) -> str | None:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    pattern = table.get(name if number is None else name.replace(number[0], ".N.", 1))
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    key = name
+    for number, letter in zip(numbers, "NE", strict=False):
+        key = key.replace(f".{number}.", f".{letter}.", 1)
+    pattern = table.get(key) if len(numbers) <= 2 else None
     if pattern is None:
         return name
-    return pattern if number is None else pattern.replace(".N.", number[0])
+    for number, letter in zip(numbers, "NE", strict=False):
+        pattern = pattern.replace(f".{letter}.", f".{number}.", 1)
+    return pattern
 
 
 # --- shape
@@ -138,7 +149,7 @@ def args_of(
     """
     _check_kind(metadata)
     values, rule = _shape(metadata)
-    found: Any = metadata.get("llama.attention.sliding_window")
+    found: Any = metadata.get(f"{metadata['general.architecture']}.attention.sliding_window")
     given = found if sliding_window == "auto" and found not in (None, 0) else sliding_window
     try:
         args = ModelArgs(**values, theta_rule=rule)
@@ -158,9 +169,7 @@ def _check_kind(metadata: Metadata) -> None:
     if isinstance(kind, str) and kind in KINDS:
         raise GgufError(f"the file is {KINDS[kind]}")
     name = metadata.get("general.architecture")
-    if name == "llama":
-        if metadata.get("llama.expert_count"):
-            raise GgufError("the file is a mixture of experts (Mixtral): use llama.cpp")
+    if name in ARCHITECTURES:
         return
     if not isinstance(name, str):
         raise GgufError("the file lacks general.architecture: it is no model")
@@ -170,24 +179,28 @@ def _check_kind(metadata: Metadata) -> None:
 
 def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:
     """ModelArgs' values without the window, and how rope_theta was found."""
-    raw = {key.removeprefix("llama."): _one(key, value) for key, value in metadata.items() if key.startswith("llama.")}
+    arch = str(metadata["general.architecture"])
+    raw = {key.removeprefix(f"{arch}."): _one(key, v) for key, v in metadata.items() if key.startswith(f"{arch}.")}
+    known = SHAPE.keys() | HANDLED | HARMLESS.keys() | (SCALING if arch == SCALED else set())
     for key, value in raw.items():
-        if key in ONLY:
+        if key in ONLY and not (arch == SCALED and key in SCALING):
             if value not in ONLY[key]:
-                raise GgufError(f"llama.{key} is {short_repr(value)}, which this model does not have: use llama.cpp")
-        elif key not in SHAPE and key not in HANDLED and key not in HARMLESS:
-            raise GgufError(f"the file has {short_repr('llama.' + key)}, which is not known here: use llama.cpp")
-    if raw.get("rope.scaling.type", "none") != "none":
+                raise GgufError(f"{arch}.{key} is {short_repr(value)}, which this model does not have: use llama.cpp")
+        elif key not in known:
+            raise GgufError(f"the file has {short_repr(f'{arch}.{key}')}, which is not known here: use llama.cpp")
+    if arch != SCALED and raw.get("rope.scaling.type", "none") != "none":
         raise GgufError(f"the file has scaled rotary positions ({short_repr(raw['rope.scaling.type'])}): use llama.cpp")
     if missing := [key for key in SHAPE if key not in raw]:
-        raise GgufError(f"the file lacks {', '.join(f'llama.{key}' for key in missing)}")
+        raise GgufError(f"the file lacks {', '.join(f'{arch}.{key}' for key in missing)}")
     values = {ours: raw[key] for key, ours in SHAPE.items()}
     values["n_kv_heads"] = raw.get("attention.head_count_kv", values["n_heads"])
-    values["head_dim"] = _head_dim(raw, values)
+    values["head_dim"] = _head_dim(raw, values, arch)
     tokens = metadata.get("tokenizer.ggml.tokens")
     values["vocab_size"] = raw.get("vocab_size", tokens.count if isinstance(tokens, StringArray) else None)
     if values["vocab_size"] is None:
-        raise GgufError("the file lacks llama.vocab_size, and has no tokenizer")
+        raise GgufError(f"the file lacks {arch}.vocab_size, and has no tokenizer")
+    values["moe"] = experts_of(raw)
+    values |= positions_of(raw) if arch == SCALED else {}
     values["rope_theta"] = raw.get("rope.freq_base", DEFAULT_THETA)
     given = "rope.freq_base" in raw
     return values, "given in the file" if given else "absent from the file, which means llama.cpp's default"
@@ -202,20 +215,20 @@ def _one(key: str, value: object) -> object:
     return value
 
 
-def _head_dim(raw: dict[str, object], values: dict[str, Any]) -> object:
+def _head_dim(raw: dict[str, object], values: dict[str, Any], arch: str) -> object:
     dim, heads = values["dim"], values["n_heads"]
     head_dim = raw.get("attention.key_length")
     if head_dim is None:
         if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
             raise GgufError(
-                f"the file lacks llama.attention.key_length, and {short_repr(heads)} heads do not divide "
+                f"the file lacks {arch}.attention.key_length, and {short_repr(heads)} heads do not divide "
                 f"{short_repr(dim)}"
             )
         head_dim = dim // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if raw.get(key, head_dim) != head_dim:
             raise GgufError(
-                f"llama.{key} is {short_repr(raw[key])}, but heads are {short_repr(head_dim)} wide: use llama.cpp"
+                f"{arch}.{key} is {short_repr(raw[key])}, but heads are {short_repr(head_dim)} wide: use llama.cpp"
             )
     return head_dim
 
@@ -291,7 +304,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
     part = Part(gguf.files[0], 0, 0)
-    for name, tensor in gguf.tensors.items():
+    for name, tensor in experts_apart(gguf.tensors).items():
         kind = tensor.kind.name
         dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
         tensors[name] = StoredBlocks(tensor.shape, dtype, kind, kind not in MAPPED, block_bytes=tensor.nbytes)

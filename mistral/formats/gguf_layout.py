@@ -44,7 +44,8 @@ class GgufLayout(Layout):
         found = _read(path)
         tied = gguf.name_of(gguf.OUTPUT) not in found.tensors
         words = found.metadata.get("tokenizer.ggml.tokens")
-        size = {"llama.vocab_size": words.count} if isinstance(words, StringArray) else {}
+        key = f"{found.metadata.get('general.architecture')}.vocab_size"
+        size = {key: words.count} if isinstance(words, StringArray) else {}
         return {**size, **found.metadata, **_ids(found.metadata), TIED: tied, NOTES: gguf.ignored(found)}
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
@@ -69,7 +70,8 @@ class GgufLayout(Layout):
 
     def plain(self, raw: dict[str, Any]) -> dict[str, Any]:
         # An array of the shape repeats one value for every layer, or the shape would have been refused.
-        shape = {key: v[0] for key, v in raw.items() if key.startswith("llama.") and isinstance(v, array) and v}
+        own = tuple(f"{arch}." for arch in gguf.ARCHITECTURES)
+        shape = {key: v[0] for key, v in raw.items() if key.startswith(own) and isinstance(v, array) and v}
         return {key: value for key, value in raw.items() if isinstance(value, str | int | float)} | shape
 
     def window_rule(self, raw: dict[str, Any]) -> str:

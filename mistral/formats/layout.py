@@ -199,5 +199,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def trained_length(raw: dict[str, Any]) -> int | None:
     """How long the training sequences were, by any layout's key; None where it is not given."""
-    given = (raw.get(key) for key in ("max_position_embeddings", "max_seq_len", "llama.context_length"))
+    given = (
+        raw.get(key)
+        for key in ("max_position_embeddings", "max_seq_len", "llama.context_length", "mistral3.context_length")
+    )
     return next((n for n in given if type(n) is int and n > 0), None)

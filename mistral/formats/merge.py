@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import Adapter, AdapterError, Pair, join
 from mistral.formats.huggingface import rows_to_mistral
+from mistral.formats.release import Release
+from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
 from mistral.parameters import Parameter, parameters
 from mistral.util.errors import printable, short_repr
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from mistral.formats.folder import Folder
     from mistral.formats.mapped_tensors import Progress
 
-PIECE = 2**22  # weights merged at a time
+PIECE = 2**18  # weights merged at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,21 @@ class Update:
         """A weight [out, in] with the adapter in it, in fp32 (fp64 for fp64): whoever keeps it rounds it, once.
 
         Raises:
+            AdapterError: as `stretches`.
+        """
+        import torch
+
+        out = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        at = 0
+        for piece in self.stretches(weight, name):
+            out[at : at + len(piece)] = piece
+            at += len(piece)
+        return out
+
+    def stretches(self, weight: Tensor, name: str) -> Iterator[Tensor]:
+        """The same in stretches of rows, each in memory of its own.
+
+        Raises:
             AdapterError: a value is infinite or NaN in the weight's own dtype.
         """
         import torch
@@ -48,16 +67,16 @@ class Update:
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = self.a().to(wide), self.b().to(wide)
         lengths = None if self.magnitude is None else self.magnitude().to(wide).flatten()
-        out = torch.empty_like(weight, dtype=wide)
         rows = max(1, PIECE // weight.shape[1])
         for at in range(0, len(weight), rows):
-            piece = weight[at : at + rows].to(wide) + self.scale * (b[at : at + rows] @ a)
+            piece = b[at : at + rows] @ a
+            piece *= self.scale
+            piece += weight[at : at + rows].to(wide)
             if lengths is not None:
                 piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
-            out[at : at + rows] = piece
             if not torch.isfinite(piece.to(weight.dtype)).all():
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
-        return out
+            yield piece
 
 
 def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
@@ -120,6 +139,9 @@ class _Merged:
     def __call__(self, progress: Progress = None) -> Tensor:
         return self.update.merged(self.reader(progress), self.name)
 
+    def stretches(self) -> Iterator[Tensor]:
+        return self.update.stretches(self.reader(), self.name)
+
 
 def merge_into(folder: Folder, adapter: Adapter) -> Folder:
     """A folder whose weights are read with an adapter in them, tensor by tensor, each in the dtype that it has.
@@ -136,7 +158,7 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
     old = folder.weights.readers
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
     dtypes = sorted({folder.weights.tensors[name].dtype for name in found})
-    notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}"))
+    notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}", folder))
     return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
 
 
@@ -145,7 +167,36 @@ def has_adapter(folder: Folder) -> bool:
     return any(isinstance(reader, _Merged) for reader in folder.weights.readers.values())
 
 
-def about(adapter: Adapter, how: str) -> tuple[str, ...]:
-    """Notes on an adapter in use, a sentence each."""
+def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
+    """Notes on an adapter in use, a sentence each.
+
+    Args:
+        folder: the model that it is used with.
+    """
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
-    return (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
+    notes = (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
+    return notes + tuple(_doubts(adapter, folder))
+
+
+def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
+    """What speaks against this model being the one that an adapter was trained on, though all sizes fit."""
+    named, (here, _) = _release_named(adapter.base or ""), identify(folder.args)
+    if named is not None and here is not None and named.shape != here.shape:
+        yield (
+            f"the adapter was trained on {printable(adapter.base or '')}, which is {named.name}, and this model is "
+            f"{here.name}: it fits by its sizes, but the weights are others"
+        )
+    layers = {name.split(".")[1] for name in adapter.pairs if name.startswith("layers.")}
+    if 0 < len(layers) < folder.args.n_layers:
+        yield f"the adapter changes {len(layers)} of {folder.args.n_layers} layers: its base may have had no more"
+    if not adapter.base and adapter.form == "peft":
+        yield "the adapter does not name its base: its sizes fit this model, and nothing else is known"
+
+
+def _release_named(base: str) -> Release | None:
+    """The release that the name of a base means, such as mistralai/Mistral-7B-Instruct-v0.3."""
+    words = set(re.split(r"[^a-z0-9.]+", base.lower()))
+    if not any(word.endswith("stral") or word == "mixtral" for word in words):
+        return None
+    found = [release for release in RELEASES if words >= set(release.name.lower().split())]
+    return max(found, key=lambda release: len(release.name.split()), default=None)

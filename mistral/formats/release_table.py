@@ -273,9 +273,9 @@ RELEASES = (
         hidden_dim=32768,
         n_heads=32,
         sliding_window=None,
-        rope_theta=1e8,  # not seen: that of Small 3
+        rope_theta=1e8,  # all of this by llama.cpp's log of the file: danbev/learning-ai, devstral2-conversion.md
         template="v13-tekken",
-        yarn=Yarn(48, 8192, 32, 1, 1.0),  # the factor is that of 393,216 positions
+        yarn=Yarn(48, 8192, 32, 1, 1.0),
         llama_4_scaling=QueryScaling(8192, 0.1),
         **TEKKEN,
     ),

@@ -47,12 +47,13 @@ INSIDE = (
 )
 
 
+def alone(name: str) -> str:
+    """The name that a tensor or module of the text model has where there is nothing around it."""
+    return next((name.replace(was, now, 1) for was, now in INSIDE if name.startswith(was)), name)
+
+
 def text_names(weights: WeightFiles) -> WeightFiles:
     """Weights whose text model is inside another model, under the names that it has alone."""
-
-    def alone(name: str) -> str:
-        return next((name.replace(was, now, 1) for was, now in INSIDE if name.startswith(was)), name)
-
     tensors = {alone(name): stored for name, stored in weights.tensors.items()}
     if len(tensors) < len(weights.tensors):
         raise WeightsError(f"the weights in {file_names(weights.files)} hold a text model twice")

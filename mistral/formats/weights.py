@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
@@ -72,6 +72,13 @@ class Reader(Protocol):
     def __call__(self, progress: Progress = None) -> Tensor: ...
 
 
+@runtime_checkable
+class RowReader(Protocol):
+    """A reader that can also give its tensor in stretches of rows, so that the whole of it is never in memory."""
+
+    def stretches(self) -> Iterator[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The weights of a folder.
@@ -105,6 +112,21 @@ class WeightFiles:
 
         tensor = self.read(lambda: self.readers[name](progress), name)
         return tensor if exact else tensor.to(getattr(torch, self.tensors[name].dtype))
+
+    def stretches(self, name: str) -> Iterator[Tensor]:
+        """One tensor as its reader computes it, in stretches of rows where it can give those, else whole.
+
+        Raises:
+            WeightsError: as `get`.
+        """
+        reader = self.readers[name]
+        if not isinstance(reader, RowReader):
+            yield self.get(name, exact=True)
+            return
+        try:
+            yield from reader.stretches()
+        except (RuntimeError, OSError) as error:
+            raise WeightsError(f"{name} cannot be read: {error}") from None
 
     def read(self, reader: Callable[[], Tensor], name: str) -> Tensor:
         """What a reader of the tensor gives.

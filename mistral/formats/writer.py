@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,15 +105,23 @@ class Quantized:
 def _write_tensor(
     file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
 ) -> None:
-    weight = to.unfix(tensor.source.name, folder.args, folder.weights.get(tensor.source.name, exact=True))
-    rows = max(1, PIECE // math.prod(weight.shape[1:]))
-    for piece in weight.split(rows):
+    rows = max(1, PIECE // math.prod(tensor.shape[1:]))
+    for piece in (piece for stretch in _stretches(tensor, folder, to) for piece in stretch.split(rows)):
         written = piece.to(tensor.dtype).contiguous()
         if written.dtype != piece.dtype:
             rounding.compare(tensor, piece, written)
         if not rounding.infinite:  # else only counting goes on
             file.write(written.view(torch.uint8).numpy().data)
         bar.update(written.nbytes)
+
+
+def _stretches(tensor: PlannedTensor, folder: Folder, to: Layout) -> Iterator[Tensor]:
+    """A weight in the order of its layout, in stretches of rows; whole where the layout may move rows."""
+    name = tensor.source.name
+    if tensor.source.heads is None:
+        yield from folder.weights.stretches(name)
+    else:
+        yield to.unfix(name, folder.args, folder.weights.get(name, exact=True))
 
 
 class Rounding:

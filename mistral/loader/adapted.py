@@ -65,7 +65,7 @@ def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
             why = "DoRA, which scales whole rows of the weights"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
     beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}
-    notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time")]
+    notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time", found)]
     if len(adapters) == 1:
         (adapter,) = adapters.values()
         return Adapted(found, beside, f"adapter {adapter.path} at run time", tuple(notes))

@@ -259,7 +259,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
 
     model = build(run)
     beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
-    module = beside[0] if beside else unknown_module(model)
+    module = beside[0] if beside else unknown_module(model, mixtures=run.how.products)
     if division is not None:
         module = "layers.0.attention.wo (Summed)"
     if run.how.whole_steps and module is not None:

@@ -97,7 +97,7 @@ def reference_outputs(
             # The truth goes through each layer first, so what it made is there.
             apart[name] = max(apart.get(name, 0.0), float((fingerprint(x) - prints[name]).abs().max()))
 
-        rounded.append((error_budget(args, prompts, *pair), apart))
+        rounded.append((error_budget(args, prompts, *pair, exact=streams[0]), apart))
         for stream in rounded[-1][0]:
             stream.note = differs
         streams += rounded[-1][0]

@@ -30,6 +30,11 @@ ENOUGH = 500  # positions, over all draws
 # blocks, as kernels do, has about a quarter of it.
 SUMS = 1 / 8
 SHAKEN = 1 / 16  # of the dtype's epsilon: the most by which a number is shaken before it is rounded, as by other sums
+# Where two experts' logits are about as close as rounding moves them, the dtype does not decide between them: an
+# implementation may choose either, and be as right as another. So a budget chooses at random: what it orders experts
+# by is off by up to so many times the typical distance of its logits to the exact ones. By their own rounding alone its
+# few draws would meet too few of the ties that some implementation meets.
+UNDECIDED = 4
 QUERIES = 128  # whose scores are held at once
 WIDENED = 2**24  # weights in float64 held at once: 128 MB
 
@@ -46,6 +51,7 @@ class Truth:
             head's key at a position has a scale. What is beyond float16 is not kept in it.
         note: told each activation.
         draw: seed of what is random about the rounding.
+        exact: the same prompts without rounding, which go through each layer first: what a router's logits are off by.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Truth:
         note: Note | None = None,
         draw: int = 0,
         cache: torch.dtype | None = None,
+        exact: Truth | None = None,
     ) -> None:
         self.args = args
         self.ids = torch.cat(list(prompts))
@@ -64,6 +71,8 @@ class Truth:
         self._weights, self._compute, self._cache = weights, compute, cache
         self._random = torch.Generator().manual_seed(draw)
         self.note = note or (lambda name, value: None)
+        self._exact = exact
+        self._router = torch.empty(0)  # [T, experts], logits of the last layer
         self._h = torch.empty(0)
         positions = torch.cat([torch.arange(n) for n in self.lens])
         angles = positions.float()[:, None] * _frequencies(args)
@@ -114,7 +123,8 @@ class Truth:
         """Rule 17: every expert for every token, of which those that were not chosen count nothing."""
         assert self.args.moe is not None
         logits = self._stored(f"{at}feed_forward.gate", self._product(x, weights["feed_forward.gate.weight"]))
-        chosen = (-logits).argsort(dim=-1, stable=True)[:, : self.args.moe.num_experts_per_tok]
+        self._router = logits
+        chosen = (-self._order(logits)).argsort(dim=-1, stable=True)[:, : self.args.moe.num_experts_per_tok]
         shares = self._rounded(self._in_fp32(logits.gather(-1, chosen)).softmax(-1))
         share, out = torch.zeros_like(logits).scatter(-1, chosen, shares), torch.zeros_like(x)
         for expert in range(self.args.moe.num_experts):
@@ -122,6 +132,13 @@ class Truth:
             made = self._swiglu(path, x, weights, lambda name, x: self._rounded(x))
             out = self._rounded(out + self._rounded(share[:, expert, None] * made))
         return out
+
+    def _order(self, logits: Tensor) -> Tensor:
+        """What experts are chosen by: their logits, which in a budget are off once more, see UNDECIDED."""
+        if self._exact is None:
+            return logits
+        off = (logits - self._exact._router).square().mean(-1).sqrt().median()
+        return logits + UNDECIDED * off * self._uniform(logits)
 
     def head(self, norm: Tensor, output: Tensor, rows: int) -> Iterator[Tensor]:
         """Logits [at most `rows`, V] in float64, block after block."""
@@ -244,12 +261,17 @@ def error_budget(
     weights: torch.dtype | None,
     compute: torch.dtype,
     cache: torch.dtype | None = None,
+    exact: Truth | None = None,
 ) -> list[Truth]:
     """The truth with results rounded as `compute` rounds them, and keys as `cache` does, `num_draws` times; for
-    float64, which the truth is in itself, as float32 does: see `scale_of_rounding`."""
+    float64, which the truth is in itself, as float32 does: see `scale_of_rounding`.
+
+    Args:
+        exact: the truth, which must go through each layer first; None chooses experts by rounded logits alone.
+    """
     rounded = torch.float32 if compute == torch.float64 else compute
     draws = range(num_draws(prompts, cache))
-    return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache) for draw in draws]
+    return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache, exact=exact) for draw in draws]
 
 
 def num_draws(prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:

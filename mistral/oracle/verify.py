@@ -199,7 +199,7 @@ def _compare(
     truth = Truth(args, prompts)
     # What is measured together, and the dtype of the weights it is given; None: as they are stored.
     measured: list[tuple[Sequence[LayerwiseRunner], torch.dtype | None]] = [
-        *((error_budget(args, prompts, *key), None) for key in budgets),
+        *((error_budget(args, prompts, *key, exact=truth), None) for key in budgets),
         *(([v.stream], v.dtypes[0]) for v in variants),
     ]
     streams = [(truth, None), *((stream, dtype) for group, dtype in measured for stream in group)]

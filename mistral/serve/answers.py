@@ -20,6 +20,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.serve.protocol import Asked, Served
 from mistral.serve.words import Numbers, Words
 from mistral.serve.worker import Event, Job
+from mistral.thinking import ThoughtReader
 
 LEAST = -9999.0  # for a log-probability of minus infinity, which JSON has no word for
 
@@ -42,6 +43,7 @@ class Piece:
     """What an event adds to a choice."""
 
     text: str = ""
+    thought: str = ""  # what the model thinks before it answers
     tokens: list[Scored] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # generated ones
     finish: str | None = None
@@ -77,7 +79,9 @@ class Choice:
         self._begun = False
         self._told = 0  # calls in deltas so far
         self._length = 0  # of the text so far
-        self.generated = 0
+        self.generated = self.thought_tokens = 0
+        ids = served.chats().thought_ids if asked.chat else None
+        self._thoughts = ThoughtReader(ids, job.prompt_ids)
         tools = asked.tools
         self._reader = ToolReader(tools.form, tools.tools, tools.most) if tools else None
 
@@ -97,12 +101,23 @@ class Choice:
         processor, request = self.job.params.logits_processor, self.job.request
         if event.last and request is not None and isinstance(processor, Constraint):
             piece.problem = processor.problem(request.output_ids)
+        if self._is_thought(event):
+            piece.thought = event.text
+            self.thought_tokens += event.token is not None
+            event = replace(event, text="")
         if self._reader is None:
             piece.text += event.text
         else:
             self._read(self._reader, event, piece)
         self._length += len(event.text)
         return piece
+
+    def _is_thought(self, event: Event) -> bool:
+        """Whether an event's text is thought. A thought ends where a call begins, whether it says so or not."""
+        if event.token is None:
+            return self._thoughts.take(None)
+        calls = self._asked.tools is not None and event.token.id in self._asked.tools.markers
+        return self._thoughts.take(event.token.id, ends=calls)
 
     def _read(self, reader: ToolReader, event: Event, piece: Piece) -> None:
         """Text and calls of an answer that may call functions."""
@@ -131,7 +146,7 @@ class Choice:
             at += len(decoder.push(token))
 
     def called(self, piece: Piece) -> dict[str, Any]:
-        """The fields of a delta that has calls; each is whole."""
+        """The fields of a delta beside its content: a thought, and calls, of which each is whole."""
         begin, self._told = self._told, self._told + len(piece.calls)
         fields = {name: value for name, value in _said(piece).items() if name != "content"}
         if "tool_calls" in fields:
@@ -176,7 +191,9 @@ class Answer:
             for sample in range(asked.params.n):
                 index = len(self.choices)
                 job = Job(ids, _params(asked), asked.eos_ids, tell(index), sample, asked.score, trim=asked.chat)
-                job.markers = asked.tools.markers if asked.tools else ()
+                thoughts = served.chats().thought_ids if asked.chat else None
+                job.markers = {*(asked.tools.markers if asked.tools else ())}
+                job.markers |= set() if thoughts is None else {thoughts.begin, thoughts.end}
                 self.choices.append(Choice(index, job, asked, served, text))
         self._words = Numbers(served.words) if asked.return_tokens_as_token_ids else served.words
         self._head = {
@@ -189,6 +206,7 @@ class Answer:
         """Tokens: of each prompt once, of every sample."""
         n = self.asked.params.n
         prompt, made = sum(map(len, self.asked.prompts)), sum(choice.generated for choice in self.choices)
+        thought = sum(choice.thought_tokens for choice in self.choices)
         firsts = range(0, len(self.choices), n)
         cached = sum(max(choice.job.cached for choice in self.choices[i : i + n]) for i in firsts)
         return {
@@ -196,6 +214,7 @@ class Answer:
             "completion_tokens": made,
             "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}),
         }
 
     def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
@@ -220,7 +239,7 @@ class Answer:
     def chunk(self, choice: Choice, piece: Piece, first: bool) -> dict[str, Any] | None:
         """The document of a piece, where answers are streamed; None if it has nothing to say yet."""
         told = piece.tokens and (self.asked.logprobs is not None or self.asked.return_token_ids)
-        if not (piece.text or piece.calls or piece.finish or told or first):
+        if not (piece.text or piece.thought or piece.calls or piece.finish or told or first):
             return None
         one = self._choice(choice, piece)
         if self.asked.chat:
@@ -268,6 +287,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     """All pieces of a choice as one."""
     return Piece(
         "".join(p.text for p in pieces),
+        "".join(p.thought for p in pieces),
         [t for p in pieces for t in p.tokens],
         [i for p in pieces for i in p.ids],
         pieces[-1].finish,
@@ -279,8 +299,10 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 
 
 def _said(piece: Piece) -> dict[str, Any]:
-    """Content and calls of a message."""
+    """Content, thought and calls of a message."""
     said: dict[str, Any] = {"content": piece.text if piece.text or not piece.calls else None}
+    if piece.thought:
+        said["reasoning_content"] = piece.thought
     if piece.calls:
         functions = [{"name": call.name, "arguments": call.arguments} for call in piece.calls]
         said["tool_calls"] = [

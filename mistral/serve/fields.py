@@ -125,15 +125,15 @@ _BOTH = {
 }
 COMPLETION = {**_BOTH, "prompt": PROMPT, "suffix": STRING, "echo": BOOL, "logprobs": INT, "best_of": INT}
 CHAT = {**_BOTH, "messages": MESSAGES, "max_completion_tokens": INT, "logprobs": BOOL, "top_logprobs": INT}
-CHAT |= {"tools": OBJECTS, "tool_choice": CHOICE, "parallel_tool_calls": BOOL}
+CHAT |= {"reasoning_effort": STRING, "tools": OBJECTS, "tool_choice": CHOICE, "parallel_tool_calls": BOOL}
 TOKENIZE = {"model": STRING, "prompt": STRING, "messages": MESSAGES, "add_special_tokens": BOOL}
-TOKENIZE |= {"add_generation_prompt": BOOL, "tools": OBJECTS}
+TOKENIZE |= {"add_generation_prompt": BOOL, "tools": OBJECTS, "reasoning_effort": STRING}
 DETOKENIZE = {"model": STRING, "tokens": IDS}
 
 # Fields of OpenAI's that mean something which is not done here; each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **{"functions": ([],), "function_call": ("none",), "modalities": (["text"],)},
-    **{"audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (), "store": (False,)},
+    **{"audio": (), "prediction": (), "web_search_options": (), "store": (False,)},
     **{"service_tier": ("auto", "default"), "metadata": ({},), "verbosity": ()},
 }
 

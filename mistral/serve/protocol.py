@@ -180,7 +180,7 @@ def read_chat(body: Any, served: Served) -> Asked:
     tools = read_tools(given, served.chats(), served.tokenizer, grammars)
     if tools and given.get("response_format", {}).get("type", "text") != "text":
         raise ApiError("response_format and tools: give one of them", "response_format")
-    ids = _conversation(given["messages"], served, tools.tools if tools else ())
+    ids = _conversation(given, served, tools.tools if tools else ())
     if given["messages"][-1].get("role") == "assistant":
         raise ApiError("the last message is an answer already: end with the user's", "messages")
     if "max_tokens" in given and given.get("max_completion_tokens", given["max_tokens"]) != given["max_tokens"]:
@@ -201,12 +201,12 @@ def read_tokenize(body: Any, served: Served) -> list[int]:
     if ("prompt" in given) == ("messages" in given):
         raise ApiError("give prompt or messages", "prompt")
     if "prompt" in given:
-        for name in {"add_generation_prompt", "tools"} & given.keys():
+        for name in sorted({"add_generation_prompt", "tools", "reasoning_effort"} & given.keys()):
             raise ApiError(f"{name} goes with messages", name)
         return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
     if given.get("add_special_tokens"):
         raise ApiError("add_special_tokens goes with prompt: the template has its own", "add_special_tokens")
-    ids = _conversation(given["messages"], served, [Tool(tool) for tool in given.get("tools", [])])
+    ids = _conversation(given, served, [Tool(tool) for tool in given.get("tools", [])])
     answered = given["messages"][-1].get("role") == "assistant"
     if given.get("add_generation_prompt", not answered) == answered:
         ends = "an answer, after which nothing is to be generated" if answered else "a question, which asks for one"
@@ -250,9 +250,9 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
     return prompts, texts
 
 
-def _conversation(messages: list[dict[str, Any]], served: Served, tools: Sequence[Tool]) -> list[int]:
+def _conversation(given: Mapping[str, Any], served: Served, tools: Sequence[Tool]) -> list[int]:
     try:
-        return served.chats().encode_chat(read_messages(messages), tools)
+        return served.chats().encode_chat(read_messages(given["messages"]), tools, given.get("reasoning_effort"))
     except RecursionError:
         raise ApiError("the messages are nested too deep", "messages") from None
 

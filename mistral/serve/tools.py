@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mistral.chat.messages import TOOL, Message, ToolCall
+from mistral.chat.messages import TOOL, Message, Thought, ToolCall, from_chunks
 from mistral.chat.templates import Template
+from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.chat.tools import ARGS, CALL_ID, CALLS, CLOSE, MARKERS, OPEN, Form, Tool
 from mistral.grammar import SPACE, Grammar, Grammars, as_text
 from mistral.serve.fields import ApiError
@@ -143,21 +144,29 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         where = f"messages[{i}]"
         given = {name: value for name, value in message.items() if value is not None and value != []}
         role, content = given.get("role"), given.get("content", "")
-        known = {"assistant": ("tool_calls", "tool_call_error"), TOOL: ("tool_call_id", "name")}
+        known = {"assistant": ("tool_calls", "tool_call_error", *FIELDS), TOOL: ("tool_call_id", "name")}
         for name in given:
             if name not in ("role", "content", *(known.get(role, ()) if isinstance(role, str) else ())):
                 raise ApiError(f"{where} has {short_repr(name)}, which is not supported: leave it out", "messages")
-        if isinstance(content, list):
-            content = "".join(_part(part, where) for part in content)
-        texts = (role, content, given.get("tool_call_id", ""), given.get("name", ""))
+        chunks = [_part(part, where, role) for part in content] if isinstance(content, list) else [content]
+        thought = of_field(given)
+        if thought is not None and any(isinstance(chunk, Thought) for chunk in chunks):
+            raise ApiError(f"{where} has thoughts in its content and beside it: give one of them", "messages")
+        texts = (
+            role,
+            *(c for c in chunks if not isinstance(c, Thought)),
+            given.get("tool_call_id", ""),
+            given.get("name", ""),
+        )
         if not all(isinstance(text, str) for text in texts) or role is None:
             raise ApiError(f"{where} must have a role and a content, both text", "messages")
         if role == TOOL and not given.get("tool_call_id"):
             raise ApiError(f"{where} must have the tool_call_id of the call that it is the result of", "messages")
         calls = _calls(given.get("tool_calls", []), where)
-        made = Message("system" if role == "developer" else role, content, tool_calls=calls)
-        made.tool_call_id, made.name = given.get("tool_call_id"), given.get("name")
-        found.append(made)
+        first = [] if thought is None else [Thought(thought)]
+        made = from_chunks("system" if role == "developer" else role, first + chunks)
+        more = {"tool_calls": calls, "tool_call_id": given.get("tool_call_id"), "name": given.get("name")}
+        found.append(replace(made, **more))
     if not found:
         raise ApiError("a conversation has at least one message", "messages")
     return found
@@ -177,7 +186,10 @@ def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, role: Any) -> str | Thought:
+    thought = of_part(part) if isinstance(part, dict) and role in ("assistant", "system", "developer") else None
+    if thought is not None:
+        return thought
     if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
         text = part["text"]
         if isinstance(text, str):

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mistral.chat.messages import BETWEEN, Message, TemplateError
+from mistral.chat.messages import BETWEEN, Message, TemplateError, Thought
 from mistral.chat.templates import MistralCommon, Template
+from mistral.chat.thinking import for_mistral_common
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import printable
 
@@ -26,6 +27,7 @@ class Turn:
         weight: of an answer in the loss.
         tool_calls: of an answer: id, name and arguments (JSON as text) of each.
         tool_call_id, name: of a tool's result.
+        thinking: of an answer or a system prompt; learned as the rest of an answer is.
     """
 
     role: str
@@ -34,6 +36,12 @@ class Turn:
     tool_calls: tuple[tuple[str, str, str], ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+    thinking: tuple[Thought, ...] = ()
+
+    @property
+    def message(self) -> Message:
+        """Its text and thoughts as a message."""
+        return Message(self.role, self.content, thinking=self.thinking)
 
 
 @dataclass
@@ -85,11 +93,12 @@ def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence
     from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
 
     instruct, in_place, settings = template.parts
+    template.check_thoughts([turn.message for turn in turns])
     system = None
     if not in_place:
         system = BETWEEN.join(turn.content for turn in turns if turn.role == "system" and turn.content) or None
         turns = [turn for turn in turns if turn.role != "system"]
-    turns = _joined([turn for turn in turns if turn.role != "system" or turn.content])
+    turns = _joined([turn for turn in turns if turn.role != "system" or turn.content or turn.thinking])
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if not users:
         raise TemplateError("a conversation needs a message of the user")
@@ -103,7 +112,7 @@ def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence
             said = UserMessage(content=turn.content)
             marked.add(instruct.encode_user_message(said, offered, *where, system_prompt=system, **settings)[0])
         elif turn.role == "system":
-            marked.add(instruct.encode_system_message(SystemMessage(content=turn.content))[0])
+            marked.add(instruct.encode_system_message(SystemMessage(content=for_mistral_common(turn.message)))[0])
         elif turn.role == "tool":
             marked.add(instruct.encode_tool_message(_result(turn), before)[0])
         else:
@@ -145,11 +154,11 @@ def _answer(turn: Turn) -> Any:
         ToolCall(id=id, function=FunctionCall(name=name, arguments=arguments))
         for id, name, arguments in turn.tool_calls
     ]
-    return AssistantMessage(content=turn.content or None, tool_calls=calls or None)
+    return AssistantMessage(content=for_mistral_common(turn.message), tool_calls=calls or None)
 
 
 def _by_beginnings(template: Template, turns: Sequence[Turn], ends: frozenset[int]) -> Marked:
-    messages = [Message(turn.role, turn.content) for turn in turns]
+    messages = [turn.message for turn in turns]
     marked = Marked()
     for i, turn in enumerate(turns):
         if turn.role != "assistant":

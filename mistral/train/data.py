@@ -12,19 +12,20 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mistral.chat.messages import valid
+from mistral.chat.messages import BETWEEN, Message, Thought, from_chunks, valid
+from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.train.conversations import Marked, Turn
 from mistral.util.errors import FormatError, MistralError, printable, short_repr
 from mistral.util.files import LFS, POINTER
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 OF_A_LINE = {"text", "messages", "interactions", "tools", "prompt", "completion"}
-OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "name"}
+OF_A_MESSAGE = {"role", "content", "weight", "tool_calls", "tool_call_id", "name", *FIELDS}
 REFUSED = {
     "functions": "give tools",
     "function_call": "give tool_calls",
@@ -204,26 +205,39 @@ def _turn(message: Any, where: str, ignored: Counter[str]) -> Turn:
     calls = tuple(_call(call, where) for call in message.get("tool_calls") or ())
     if calls and role != "assistant":
         raise DataError(f"{where} has tool_calls, but is no answer")
-    content = _content(message.get("content"), where)
-    if not content and not calls and role == "assistant":
+    said = _content(message, role, where)
+    content = said.content
+    if not content and not said.thinking and not calls and role == "assistant":
         raise DataError(f"{where} is an answer without content")
     ids = [message.get(key) for key in ("tool_call_id", "name")]
     if any(not isinstance(value, str | None) for value in ids) or (role == "tool" and ids[0] is None):
         raise DataError(f"{where} needs tool_call_id and name as texts")
-    return Turn(role, content, 1.0 if weight is None else float(weight), calls, *ids)
+    return Turn(role, content, 1.0 if weight is None else float(weight), calls, *ids, said.thinking)
 
 
-def _content(content: Any, where: str) -> str:
-    """The text of a message, which may be given in parts."""
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+def _content(message: dict[str, Any], role: str, where: str) -> Message:
+    """The text of a message, which may be given in parts, and the thoughts in it or beside it."""
+    content = "" if message.get("content") is None else message["content"]
+    thought = of_field(message)
+    chunks: list[str | Thought] = []
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        chunk = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        chunk = of_part(part) if chunk is None and isinstance(part, dict) else chunk
+        if not isinstance(chunk, str | Thought):
+            if not isinstance(content, list):
+                raise DataError(f"{where} has the content {short_repr(content)}; it must be a text")
             raise DataError(f"{where} has content that is no text: images and sound cannot be learned here")
-        content = "\n\n".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{where} has the content {short_repr(content)}; it must be a text")
-    return valid(content)
+        if chunks and isinstance(chunks[-1], str) and isinstance(chunk, str):
+            chunks.append(BETWEEN)
+        chunks.append(chunk)
+    if thought is not None and any(isinstance(chunk, Thought) for chunk in chunks):
+        raise DataError(f"{where} has thoughts in its content and beside it: give one of them")
+    said = from_chunks(role, ([] if thought is None else [Thought(thought)]) + chunks)
+    if said.thinking and role not in ("assistant", "system"):
+        raise DataError(f"{where} has a thought, but is no answer and no system prompt")
+    for text in (said.content, *(one.text for one in said.thinking)):
+        valid(text)
+    return said
 
 
 def _call(call: Any, where: str) -> tuple[str, str, str]:
@@ -249,10 +263,7 @@ def _weighed(turns: list[Turn], messages: list[Any], tools: bool) -> list[Turn]:
     if not tools or any("weight" in message for message in messages):
         return turns
     last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
-    return [
-        Turn(t.role, t.content, 0.0 if i < last else t.weight, t.tool_calls, t.tool_call_id, t.name)
-        for i, t in enumerate(turns)
-    ]
+    return [replace(t, weight=0.0 if i < last else t.weight) for i, t in enumerate(turns)]
 
 
 def _pieces(line: int, marked: Marked, seq_len: int, splits: bool, cut: Counter[str]) -> Iterator[Sample]:

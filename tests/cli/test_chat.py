@@ -14,12 +14,15 @@ import pytest
 
 from mistral.chat.templates import find_template
 from mistral.cli.conversation import Conversation
-from mistral.cli.terminal import QUOTES, Interrupt
+from mistral.cli.interrupts import Interrupt
+from mistral.cli.terminal import QUOTES
 from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.tokenizer import Tokenizer
+from tests.support.adapters import write_native
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, random_state, write_weights
+from tests.support.thinker import ANSWER, SYSTEM_PROMPT, THOUGHT, make_thinker
 
 pexpect = pytest.importorskip("pexpect")
 if sys.platform == "win32":
@@ -106,8 +109,8 @@ def test_a_question_may_begin_with_a_slash(cli: Command, folder: Path) -> None:
 
 def test_words_that_are_refused(cli: Command, folder: Path) -> None:
     for words, error in (
-        (("--system", "x"), "--system and --template belong to a conversation: add --instruct"),
-        (("--template", "v3"), "--system and --template belong to a conversation: add --instruct"),
+        (("--system", "x"), "--system belongs to a conversation: add --instruct"),
+        (("--template", "v3"), "--template belongs to a conversation: add --instruct"),
         (
             ("--instruct", "--template", "v9"),
             "no template is called 'v9': v1, v2, v3, v7, v11, v13, v15, mistrallite, or a file that ends in .jinja",
@@ -308,3 +311,100 @@ def test_gaps_that_cannot_be(cli: Command, codestral: Path, folder: Path, tmp_pa
         ((codestral, "--file", lines), f"{lines} line 1: a suffix must be text, and so must its prompt"),
     ):
         assert cli("complete", *words).error.startswith(error)
+
+
+# --- thoughts, and adapters
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_thinker(tmp_path_factory.mktemp("models") / "thinker")
+
+
+def test_thoughts_go_to_stderr_and_answers_to_stdout(cli: Command, thinker: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "talk.json"
+    lines = ["Why?", "/set thinking hide", "And?", "/show", f"/save {kept}"]
+    done = cli("interactive", thinker, "--instruct", "--temperature", 0, "--execution", "eager", stdin="\n".join(lines))
+    assert done.text == f"{ANSWER}\n{ANSWER}\n"
+    said = done.err.splitlines()
+    assert said.count(THOUGHT) == 1
+    assert said.count("(thinking ..)") == 1
+    assert sum("of them thought" in line for line in said) == 2
+    assert any("thinking hide" in line for line in said)
+    (answer,) = json.loads(kept.read_text())["messages"][1:2]
+    assert (answer["content"], answer["thinking"][0]["text"]) == (ANSWER, THOUGHT)
+    assert (
+        "/set thinking takes show or hide"
+        in cli("interactive", thinker, "--instruct", stdin="/set thinking maybe").error
+    )
+
+
+def test_complete_prints_answers_alone(cli: Command, thinker: Path, tmp_path: Path) -> None:
+    words = ("complete", thinker, "Why?", "--instruct", "--temperature", 0, "--execution", "eager")
+    done = cli(*words)
+    assert done.text == f"{ANSWER}\n"
+    assert THOUGHT in done.err.splitlines()
+    assert THOUGHT not in cli(*words, "--thinking", "hide").err
+    assert "within a thought (--max_tokens)" in cli(*words, "--max_tokens", 2).err
+    told = json.loads(cli(*words, "--json").text)
+    assert (told["text"], told["reasoning_content"]) == (ANSWER, THOUGHT)
+    assert (
+        "--thinking belongs to a conversation: add --instruct"
+        in cli("complete", thinker, "a", "--thinking", "hide").error
+    )
+    assert "thinking is 'loud'; it must be show or hide" in cli(*words, "--thinking", "loud").error
+
+
+def test_the_system_prompt_that_a_model_is_published_with(cli: Command, thinker: Path) -> None:
+    words = ("complete", thinker, "Why?", "--instruct", "--temperature", 0, "--execution", "eager", "--json")
+    file = thinker / "SYSTEM_PROMPT.txt"
+    file.write_text(SYSTEM_PROMPT)
+    try:
+        without, used = cli(*words), cli(*words, "--system_file", file)
+        assert f"--system_file {file} uses it" in without.err
+        assert "--system_file" not in used.err
+        think = Tokenizer(thinker / "tekken.json").control_tokens["[THINK]"]
+        assert (
+            think in json.loads(used.text)["prompt_tokens"],
+            think in json.loads(without.text)["prompt_tokens"],
+        ) == (
+            True,
+            False,
+        )
+        assert (
+            "--system and --system_file: give one of them" in cli(*words, "--system", "a", "--system_file", file).error
+        )
+        file.write_text("[THINK] for ever")
+        assert "do not go together" in cli(*words, "--system_file", file).error
+    finally:
+        file.unlink()
+    assert "cannot be read: No such file" in cli(*words, "--system_file", file).error
+    assert "reasoning_effort is 'high'" in cli(*words, "--reasoning_effort", "high").error
+
+
+def test_a_conversation_changes_its_adapter(cli: Command, folder: Path, tmp_path: Path) -> None:
+    one, two = write_native(tmp_path / "one"), write_native(tmp_path / "two", seed=8)
+    chat = ("interactive", folder, "--instruct", *SHORT)
+    alone = [cli(*chat, *more, stdin="Hi").text for more in ((), ("--adapter", one), ("--adapter", two))]
+    assert len(set(alone)) == 3
+    lines = [
+        "Hi",
+        "/undo",
+        "/adapter one",
+        "Hi",
+        "/undo",
+        "/adapter two",
+        "Hi",
+        "/undo",
+        "/adapter -",
+        "Hi",
+        "/adapter",
+    ]
+    done = cli(*chat, "--adapter", one, "--adapter", two, stdin="\n".join(lines))
+    texts = done.text.splitlines()
+    assert [text + "\n" for text in texts] == [alone[0], alone[1], alone[2], alone[0]]
+    assert done.err.splitlines().count("adapter: none, of one, two") == 2
+    assert "adapter: two, of one, two" in done.err
+    wrong = cli(*chat, "--adapter", one, "--adapter", two, stdin="/adapter three")
+    assert "no adapter is called 'three'; there are one, two" in wrong.error
+    assert "no adapters are beside the weights" in cli(*chat, stdin="/adapter one").error

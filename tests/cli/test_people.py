@@ -18,7 +18,8 @@ from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
 from mistral.cli import main, prompts, terminal
 from mistral.cli.commands import COMMANDS
-from mistral.cli.terminal import keeping_interrupts, visible
+from mistral.cli.interrupts import keeping_interrupts
+from mistral.cli.terminal import visible
 from mistral.tokenizer import Tokenizer
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import BUNDLED, ROOT, make_folder, make_parrot

@@ -335,7 +335,7 @@ def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
         (("--task", "needle", "--questions", "x"), "--questions are for lines and topics, not for needle"),
         (("--task", "lines", "--questions", "x", "--n", "3"), "--questions have their own lengths and number"),
         (("--task", "topics", "--filler", "/none"), "/none cannot be read"),
-        (("--task", "passkey", "--template", "v1"), "--system and --template belong to a conversation"),
+        (("--task", "passkey", "--template", "v1"), "--template belongs to a conversation"),
         (("--task", "passkey", "--plot", "x.doc"), "--plot x.doc: the name must end in one of"),
         (("--task", "passkey", "--output", "/none/x"), "/none/x cannot be written"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ from mistral.formats.folder import read_folder
 from mistral.loader.options import OptionError
 from mistral.util.errors import MistralError
 from tests.support.adapters import SIZES, native_name, peft_tensors, place, write_native, write_peft
-from tests.support.commands import in_process
-from tests.support.folders import PARAMS, make_folder, random_state
+from tests.support.commands import ENVIRONMENT, in_process
+from tests.support.folders import PARAMS, ROOT, make_folder, random_state
 from tests.support.tiny import ragged
 
 IDS = ragged([11], PARAMS["vocab_size"])[0]  # longer than the window
@@ -374,3 +376,47 @@ def test_adapters_are_known_by_their_names(tmp_path: Path) -> None:
     told = "LoRA of mistral-finetune, rank 3, scale 2, of wq, wk, wv, wo, w1, w2, w3 in 2 layers"
     assert read_adapter(native).describe() == told
     assert read_adapter(peft).base == "mistralai/Mistral-7B-v0.1"
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from mistral.formats.convert import convert
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+small, small_adapter, src, adapter, out = sys.argv[1:]
+convert(small, out + "0", "hf", adapter=small_adapter)  # what libraries need for themselves
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = status("VmRSS")
+convert(src, out, "hf", adapter=adapter)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_a_merged_folder_is_written_in_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    """The pages of the largest tensor, as they are in its file, and stretches of it: not its fp32 form as well."""
+    params = {"dim": 1024, "hidden_dim": 8192, "n_layers": 2, "vocab_size": 64, "n_heads": 32, "n_kv_heads": 2}
+    state = random_state(dtype=torch.bfloat16, **params)
+    largest = max(t.nbytes for t in state.values())
+    src = make_folder(tmp_path / "a", state, tokenizer=False, **params)
+    names = {f"base_model.model.model.layers.{i}.mlp.{name}" for i in range(2) for name in ("gate_proj", "down_proj")}
+    a, b = torch.rand(2, 8, 1024), torch.rand(2, 8192, 8)
+    tensors: dict[str, Tensor] = {}
+    for at in names:
+        down = at.endswith("down_proj")
+        tensors[f"{at}.lora_A.weight"] = b[0].T.contiguous() if down else a[0].clone()
+        tensors[f"{at}.lora_B.weight"] = a[1].T.contiguous() if down else b[1].clone()
+    adapter = write_peft(tmp_path / "adapter", tensors, r=8, target_modules=["gate_proj", "down_proj"])
+    small = make_folder(tmp_path / "small", random_state(dtype=torch.bfloat16), tokenizer=False)
+    words = [small, write_peft(tmp_path / "its"), src, adapter, tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert largest <= int(done.stdout) < 1.75 * largest
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    name = "layers.1.feed_forward.w1.weight"
+    want = state[name].float() + 0.75 * (b[1] @ a[0])  # alpha 6, rank 8
+    assert torch.equal(written["model.layers.1.mlp.gate_proj.weight"], want.bfloat16())

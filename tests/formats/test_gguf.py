@@ -192,12 +192,10 @@ def keys(**changes: Any) -> dict[str, Any]:
 
 REFUSED = {
     "architecture 'qwen2'": keys(general__architecture="qwen2"),
-    "YaRN positions and scaled attention (Ministral 3) (architecture 'mistral3'): use llama.cpp": keys(
-        general__architecture="mistral3"
-    ),
     "lacks general.architecture": keys(general__architecture=None),
     "a LoRA adapter, not a model": keys(general__type="adapter"),
-    "a mixture of experts (Mixtral): use llama.cpp": keys(expert_count=8),
+    "the file has 0 of 8 experts for a token": keys(expert_count=8),
+    "the file has 9 of 8 experts for a token": keys(expert_count=8, expert_used_count=9),
     "lacks llama.block_count, llama.embedding_length": keys(block_count=None, embedding_length=None),
     "n_layers must be an integer": keys(block_count="2"),
     "n_kv_heads 3 does not divide n_heads 4": keys(attention__head_count_kv=3),

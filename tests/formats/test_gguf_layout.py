@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mistral.args import QueryScaling, Yarn
 from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
 from mistral.cli.prompts import folder_or_prompt, folder_or_text
@@ -28,6 +30,7 @@ from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
 from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
+from tests.support.tiny import TOLERANCE, distance, ragged, tiny_model, whole
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 TOKENIZER = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_keys(BUNDLED / "tokenizer.model").items()}
@@ -269,3 +272,43 @@ def test_a_file_that_is_none(tmp_path: Path, cli: Command) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(20))
     assert "is not a complete GGUF file" in cli("inspect", tmp_path / "m.gguf").error
     assert "no such" in cli("inspect", tmp_path / "n.gguf").error
+
+
+# --- scaled positions
+
+
+MINISTRAL = {"yarn": Yarn(16, 8, 32, 1, 1.0), "llama_4_scaling": QueryScaling(8, 0.1), "tied_embeddings": True}
+MEDIUM = {"yarn": Yarn(64, 8, 4, 1)}
+
+
+@pytest.mark.parametrize("parts", [MINISTRAL, MEDIUM], ids=["Ministral 3", "Medium 3.5"])
+def test_a_file_of_arch_mistral3(tmp_path: Path, parts: dict[str, Any]) -> None:
+    """Its keys give the shape that the same model has in Mistral's layout, and the same logits."""
+    args = gguf_args(vocab_size=4096, **parts)
+    held = write_gguf(tmp_path / "m.gguf", "F32", args, extra=TOKENIZER, arch="mistral3")
+    loaded = load(tmp_path / "m.gguf", device="cpu")
+    assert (loaded.args.yarn, loaded.args.llama_4_scaling) == (args.yarn, args.llama_4_scaling)
+    assert loaded.args.tied_embeddings == args.tied_embeddings
+    model = tiny_model(args)
+    model.load_state_dict({name: torch.from_numpy(w) for name, w in held.items()}, strict=False)
+    prompts = ragged([30, 3], 4096)
+    with torch.inference_mode():
+        assert distance(whole(loaded.model, prompts), whole(model, prompts)) < TOLERANCE
+    convert(tmp_path / "m.gguf", tmp_path / "out", "mistral")
+    assert read_folder(tmp_path / "out").args.yarn == args.yarn
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rope.scaling.type", "linear", "scaled rotary positions of the kind 'linear'"),
+        ("rope.scaling.factor", None, "scaled positions that cannot be"),
+        ("rope.scaling.yarn_log_multiplier", -1.0, "yarn_log_multiplier is -1.0"),
+        ("rope.scaling.attn_factor", 2.0, "'mistral3.rope.scaling.attn_factor', which is not known here"),
+    ],
+)
+def test_scaled_positions_that_cannot_be(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    args = gguf_args(vocab_size=4096, **MINISTRAL)
+    write_gguf(tmp_path / "m.gguf", "F32", args, extra={**TOKENIZER, f"mistral3.{key}": value}, arch="mistral3")
+    with pytest.raises(FormatError, match=re.escape(said)):
+        read_folder(tmp_path / "m.gguf")

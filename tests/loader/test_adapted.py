@@ -263,5 +263,5 @@ def test_the_command_line_takes_several(
     assert refused.err.endswith("error: no adapter is called 'y'; there are one, x\n")
     file.write_text('{"prompt": "a", "adapter": 1}', encoding="utf-8")
     assert "adapter must be the name of one" in cli(*words).error
-    talk = cli("interactive", folder, "--adapter", one, "--adapter", two)
-    assert "a conversation is with one adapter" in talk.error
+    talk = cli("interactive", folder, "--instruct", "--adapter", one, "--adapter", two, stdin="/adapter one")
+    assert "adapter: one, of one, two" in talk.err

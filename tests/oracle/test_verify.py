@@ -12,11 +12,13 @@ from torch import Tensor
 from mistral import cli
 from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
+from mistral.loader.load import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import layerwise, verify
-from mistral.oracle.inputs import WeightReader
+from mistral.oracle.inputs import WeightReader, random_prompts
 from mistral.oracle.layerwise import LibraryRunner, OneFileRunner, TransformersRunner
 from mistral.oracle.metrics import LARGEST, LIMITS, Errors, ErrorStats, judge, place
+from mistral.oracle.pack import SHIPPED, folder_of
 from mistral.oracle.truth import SUMS, Truth, error_budget, num_draws
 from tests.support.folders import make_folder, random_state
 from tests.support.tiny import ragged, tiny_args, tiny_model, true_logprobs
@@ -131,6 +133,38 @@ def test_bf16_is_what_rounding_makes_of_it(case):
     )
     verdict, _ = judged(model, prompts, stream, half)
     assert 0.5 < verdict.ratio < 1.5
+
+
+def test_near_ties_of_a_router_are_no_mistake(tmp_path):
+    """Where rounding alone decides between two experts, either choice is right, also one that no draw makes."""
+    half = torch.bfloat16
+    model, _ = assemble(folder_of(SHIPPED / "mixtral.safetensors", tmp_path), device="cpu", execution="eager")
+    prompts = random_prompts(model.args, verify.LENS, 0)
+    truth = Truth(model.args, prompts)
+    true = logprobs(run(truth, model))
+    schedule = layerwise.batched(verify.LENS)
+    right = LibraryRunner(model.args, prompts, schedule, tiled(sdpa), weights=half, compute=half, cached=False)
+    errors = measured(true, run(right, model))
+
+    def ratio(exact):
+        budget = error_budget(model.args, prompts, half, half, exact=exact)
+        routers = [layers_of(model, one, truth if exact else None) for one in budget]
+        return judge(errors, measured(true, *routers), LIMITS[half], verify.LENS)
+
+    assert ratio(None).ratio > LIMITS[half]  # one token of 186 goes to another expert, and to that in no draw
+    assert ratio(truth).passes
+
+
+def layers_of(model, stream, exact):
+    """`run`, with the truth one layer ahead where the stream looks at it."""
+    state = model.state_dict()
+    for one in (exact, stream) if exact else (stream,):
+        one.embed(state["tok_embeddings.weight"])
+    for i in range(model.args.n_layers):
+        at = f"layers.{i}."
+        for one in (exact, stream) if exact else (stream,):
+            one.layer(i, {name.removeprefix(at): w for name, w in state.items() if name.startswith(at)})
+    return torch.cat(list(stream.head(state["norm.weight"], state["output.weight"], 16)))
 
 
 def test_rounding_is_tried_several_times(case):

@@ -43,7 +43,7 @@ MAY = {
     "cli": SITS_ON_LOADER | {"parallel", "chat", "eval", "train", "oracle", "serve", "batch", "deploy"},
 }
 FREE_OF_TORCH = [
-    *("args", "window", "parameters", "sampling_params"),
+    *("args", "window", "parameters", "sampling_params", "thinking"),
     *("loader", "loader.options", "fast", "fast.layout", "train", "train.options"),
     *(name.removeprefix("mistral.") for name in MODULES if name.startswith(("mistral.util", "mistral.cli"))),
 ]

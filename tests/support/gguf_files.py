@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ def gguf_args(**changes: Any) -> ModelArgs:
     return tiny_args(**{**SHAPE, "sliding_window": None, **changes})
 
 
-def shape_keys(args: ModelArgs) -> dict[str, Any]:
+def shape_keys(args: ModelArgs, arch: str = "llama") -> dict[str, Any]:
     """The metadata that gives a shape, as llama.cpp's converter writes it."""
-    return {
+    found = {
         "llama.block_count": args.n_layers,
         "llama.context_length": 512,
         "llama.embedding_length": args.dim,
@@ -53,6 +54,24 @@ def shape_keys(args: ModelArgs) -> dict[str, Any]:
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
     }
+    if args.moe is not None:
+        found |= {
+            "llama.expert_count": args.moe.num_experts,
+            "llama.expert_used_count": args.moe.num_experts_per_tok,
+        }
+    if args.yarn is not None:
+        found |= {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": float(args.yarn.factor),
+            "llama.rope.scaling.yarn_beta_fast": float(args.yarn.beta_fast),
+            "llama.rope.scaling.yarn_beta_slow": float(args.yarn.beta_slow),
+            "llama.rope.scaling.original_context_length": args.yarn.original_length,
+        }
+        if args.yarn.attention_factor == 1:
+            found["llama.rope.scaling.yarn_log_multiplier"] = 1.0
+    if args.llama_4_scaling is not None:
+        found["llama.attention.temperature_scale"] = float(args.llama_4_scaling.beta)
+    return {key.replace("llama.", f"{arch}.", 1): value for key, value in found.items()}
 
 
 def write_gguf(
@@ -64,6 +83,7 @@ def write_gguf(
     arch: str = "llama",
     split: int = 0,
     without: tuple[str, ...] = (),
+    stacked: bool = True,
 ) -> dict[str, np.ndarray]:
     """Write a model; matrices in `kind`, norms in F32.
 
@@ -72,6 +92,7 @@ def write_gguf(
         extra: metadata besides; None as a value leaves the key out.
         split: most tensors in a file; the files are then named as parts.
         without: Mistral's names of tensors to leave out.
+        stacked: whether the experts of a layer lie in one tensor.
 
     Returns:
         the fp32 weights that the file holds, by Mistral's names, as the package reads its own blocks.
@@ -79,9 +100,9 @@ def write_gguf(
     args = args or gguf_args()
     state = tiny_model(args).state_dict() if state is None else state
     writer = GGUFWriter(path, arch, split_max_tensors=split)
-    for key, value in {**shape_keys(args), **(extra or {})}.items():
+    for key, value in {**shape_keys(args, arch), **(extra or {})}.items():
         add(writer, key, value)
-    held = {}
+    held, stacks = {}, dict[str, list[np.ndarray]]()
     for name, tensor in state.items():
         if name in without:
             continue
@@ -90,7 +111,15 @@ def write_gguf(
         written = quantized.name not in SCALES
         data = gguf.quants.quantize(array, quantized) if written else random_blocks(quantized, array.shape)
         held[name] = np.array(gguf.quants.dequantize(data, quantized)).reshape(array.shape)
+        if stacked and (expert := re.fullmatch(r"(blk\.\d+\.ffn_\w+)\.(\d+)\.weight", name_of(name))):
+            stack = stacks.setdefault(f"{expert[1]}_exps.weight", [])
+            assert len(stack) == int(expert[2])
+            stack.append(data)
+            continue
         writer.add_tensor(name_of(name), data, raw_dtype=None if kind in ("F32", "F16") else quantized)
+    for name, parts in stacks.items():
+        raw = None if kind in ("F32", "F16") else GGMLQuantizationType[kind]
+        writer.add_tensor(name, np.stack(parts), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

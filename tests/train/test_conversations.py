@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mistral.chat.messages import Message, TemplateError
+from mistral.chat.messages import Message, TemplateError, Thought, from_chunks
 from mistral.chat.templates import MistralCommon, Template, find_template
 from mistral.tokenizer import Tokenizer
-from mistral.train.conversations import Turn, mark_turns
+from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
+from mistral.train.data import DataError, read_samples
 from tests.chat.test_templates import DATA, FILES, later, tokenizer
 from tests.support.tokenizer_json import CHATML, KINDS, ZEPHYR, write_tokenizer
 
@@ -142,3 +146,41 @@ def test_a_template_that_writes_earlier_turns_again_is_refused(tmp_path: Path) -
 
 def test_data_files_are_there() -> None:
     assert all((DATA / name).is_file() for name in FILES.values())
+
+
+@pytest.mark.parametrize("version", ["v13", "v15"])
+def test_thoughts_are_learned_with_their_answers(version: str, tmp_path: Path) -> None:
+    """Read from lines of a file in each form, and written as a chat writes them."""
+    words = later(version, tmp_path)
+    template = find_template(words, folder=tmp_path)
+    forms: list[dict[str, Any]] = [
+        {"content": "Hello.", "reasoning_content": "Hm"},
+        {"content": "Hello.", "reasoning": "Hm"},
+        {"content": [{"type": "thinking", "thinking": "Hm"}, {"type": "text", "text": "Hello."}]},
+    ]
+    mark = partial(mark_turns, template, eos=words.eos_ids)
+    want = template.encode_chat([Message("user", "Hi"), from_chunks("assistant", [Thought("Hm"), "Hello."])])
+    for form in forms:
+        file = tmp_path / "train.jsonl"
+        line = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **form}]}
+        file.write_text(json.dumps(line))
+        (sample,) = read_samples(file, partial(mark_text, words), mark, 99).samples
+        assert list(sample.ids) == want
+        ((weight, learned),) = spans(sample.ids, sample.weights)
+        think = words.control_tokens["[THINK]"]
+        assert (weight, learned[0], learned[-1]) == (1.0, think, words.eos_id)
+
+
+def test_thoughts_without_a_place(tmp_path: Path) -> None:
+    turns = [Turn("user", "Hi"), Turn("assistant", "Hello.", 1.0, thinking=(Thought("Hm"),))]
+    with pytest.raises(TemplateError, match="no place for thoughts"):
+        mark_turns(find_template(tokenizer("v7")), turns, (), frozenset({2}))
+    file = tmp_path / "train.jsonl"
+    for message, said in (
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "a"}]}, "has a thought, but is no answer"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "images and sound cannot be learned"),
+    ):
+        answer = {"role": "assistant", "content": "b"}
+        file.write_text(json.dumps({"messages": [message, answer]}))
+        with pytest.raises(DataError, match=said):
+            read_samples(file, partial(mark_text, tokenizer("v7")), lambda *_: Marked(), 99)
