@@ -28,7 +28,7 @@ from mistral.formats.releases import COMPARED, RELEASES
 from mistral.loader.load import assemble, load, windowed
 from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
-from mistral.parameters import EMBEDDINGS
+from mistral.parameters import EMBEDDINGS, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
@@ -71,21 +71,34 @@ class Row:
     """One measurement.
 
     Args:
-        what: "prefill" or "decode".
-        context: positions in the cache (decode), or tokens of the prompt (prefill).
+        what: "prefill", "decode" (steps at a context), or "generate" (as many tokens from an empty cache).
+        context: positions in the cache (decode, generate), or tokens of the prompt (prefill).
         batch: sequences.
+        tokens: that a repeat processes or generates of each sequence.
         rate: tokens a second, the median over the repeats.
         low, high: the slowest and the fastest repeat.
+        mean, deviation: over the repeats; the standard deviation is that of a sample, 0 of one repeat.
         limit: tokens a second at the rates measured beside it: what memory (decode) or arithmetic (prefill) allow.
     """
 
     what: str
     context: int
     batch: int
+    tokens: int
     rate: float
     low: float
     high: float
+    mean: float
+    deviation: float
     limit: float
+
+    @property
+    def test(self) -> str:
+        """What llama-bench calls it: pp512, tg128, tg8 @ d4096; of several sequences, x 8."""
+        if self.what == "prefill":
+            return f"pp{self.tokens}"
+        depth = f" @ d{self.context}" if self.context else ""
+        return f"tg{self.tokens}{depth}{f' x {self.batch}' if self.batch > 1 else ''}"
 
 
 def read_rate(device: torch.device) -> float:
@@ -178,6 +191,7 @@ def measure(
     model: Transformer,
     *,
     prompts: Sequence[int] = (512,),
+    generate: Sequence[int] = (128,),
     contexts: Sequence[int] = (32, 4096),
     batches: Sequence[int] = (1, 8),
     steps: int = 8,
@@ -187,6 +201,7 @@ def measure(
 
     Args:
         prompts: lengths of prompts to prefill.
+        generate: tokens to generate, from an empty cache.
         contexts: positions in the cache when decoding.
         batches: sequences decoded together, at the first of the contexts; the other contexts have one.
         steps: decode steps in a repeat.
@@ -205,18 +220,26 @@ def measure(
     for (context, batch), rates in taken.items():
         keys = batch * args.cache_bytes(context + 1, itemsize)
         rate = statistics.median(memory[context, batch])
-        yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
+        yield _row("decode", context, batch, steps, rates, batch * rate / (weight_bytes(model, batch) + keys))
+    for tokens in generate:
+        rates, reading = [], []
+        for _ in range(repeats):
+            reading.append(read_rate(device))
+            rates.append(tokens / sum(decode(model, 0, 1, tokens)))
+        keys = args.cache_bytes(tokens // 2 + 1, itemsize)  # on average
+        yield _row("generate", 0, 1, tokens, rates, statistics.median(reading) / (weight_bytes(model) + keys))
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):
             arithmetic.append(product_rate(device, model.dtype))
             rates.append(tokens / prefill(model, tokens))
         limit = statistics.median(arithmetic) / (2 * weights_in_products(model))
-        yield _row("prefill", tokens, 1, rates, limit)
+        yield _row("prefill", tokens, 1, tokens, rates, limit)
 
 
-def _row(what: str, context: int, batch: int, rates: list[float], limit: float) -> Row:
-    return Row(what, context, batch, statistics.median(rates), min(rates), max(rates), limit)
+def _row(what: str, context: int, batch: int, tokens: int, rates: list[float], limit: float) -> Row:
+    found = statistics.median(rates), min(rates), max(rates), statistics.fmean(rates)
+    return Row(what, context, batch, tokens, *found, statistics.stdev(rates) if len(rates) > 1 else 0.0, limit)
 
 
 def report(
@@ -227,6 +250,7 @@ def report(
     contexts: Sequence[int],
     batches: Sequence[int],
     prompts: Sequence[int],
+    generate: Sequence[int],
     repeats: int,
 ) -> dict[str, Any]:
     """Load a model and measure it; everything there is to say, ready for JSON.
@@ -234,7 +258,7 @@ def report(
     Args:
         folder: see `mistral.load`; shape: one of SHAPES, for random weights instead.
         options: of loading.
-        contexts, batches, prompts, repeats: see `measure`.
+        contexts, batches, prompts, generate, repeats: see `measure`.
 
     Raises:
         ValueError: a subclass that names what cannot be.
@@ -245,20 +269,26 @@ def report(
     if shape is None:
         loaded = load(folder, options=options)
         model, run, what = loaded.model, loaded.runtime, loaded.describe()
+        name, count = Path(loaded.folder).name, loaded.parameters
     else:
         found = windowed(random_folder(SHAPES[shape.lower()], Path()), options)
         model, run = assemble(found, options=options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
+        name, count = shape.lower(), sum(parameter.numel for parameter in parameters(model.args).values())
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
         keys = batch * model.args.cache_bytes(context + 1, model.dtype.itemsize)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
-    count = len(batches) + len(contexts) - 1 + len(prompts)
-    measured = measure(model, contexts=contexts, batches=batches, prompts=prompts, repeats=repeats)
-    rows = list(tqdm(measured, total=count, desc="measuring", disable=None, leave=False))
+    asked = {"contexts": contexts, "batches": batches, "generate": generate, "prompts": prompts}
+    measured, total = measure(model, **asked, repeats=repeats), sum(map(len, asked.values())) - 1
+    rows = list(tqdm(measured, total=total, desc="measuring", disable=None, leave=False))
     return {
         "model": what,
+        "name": f"{name} {run.quant or '+'.join(run.blocks) or str(run.weights).removeprefix('torch.')}",
+        "parameters": count,
+        "size_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "backend": model.device.type.upper(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor(model.device),
@@ -305,12 +335,34 @@ def as_text(report: dict[str, Any]) -> str:
         f"{load_text}first token after {report['first_token_seconds']:.2f} s, "
         f"{memory.as_text(report['peak_bytes'])} at most beyond PyTorch",
         "",
+        *_as_llama_bench(report),
+        "",
         f"{'':8} {'context':>8} {'batch':>5} {'tokens/s':>10} {'slowest to fastest':>21} {'limit':>9} {'of it':>6}",
     ]
     for r in (Row(**row) for row in report["rows"]):
         spread, share = f"{r.low:.1f} to {r.high:.1f}", f"{r.rate / r.limit:.0%}"
         lines.append(f"{r.what:8} {r.context:8,} {r.batch:5} {r.rate:10.1f} {spread:>21} {r.limit:9.1f} {share:>6}")
     return "\n".join(lines)
+
+
+def _as_llama_bench(report: dict[str, Any]) -> Iterator[str]:
+    """The rows as llama-bench prints its own, means and standard deviations."""
+    about = [
+        report["name"],
+        f"{report['size_bytes'] / 2**30:.2f} GiB",
+        f"{report['parameters'] / 1e9:.2f} B",
+        report["backend"],
+        str(report["threads"]),
+    ]
+    heads = ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    rows = [Row(**row) for row in report["rows"]]
+    lines = [heads, *([*about, r.test, f"{r.mean:.2f} ± {r.deviation:.2f}"] for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    for n, line in enumerate(lines):
+        cells = [cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        yield f"| {' | '.join(cells)} |"
+        if n == 0:
+            yield "| " + " | ".join("-" * w if i in (0, 3) else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
 
 
 def require_plotting(path: str) -> None:
@@ -344,7 +396,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(report["model"], 110)), fontsize=9)
     figure.supxlabel(f"{report['processor']}, {report['threads']} threads, torch {report['torch']}", fontsize=8)
     for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
-        mine = sorted((r for r in rows if r.what == what), key=lambda r: (r.batch, r.context))
+        mine = sorted((r for r in rows if (r.what == "prefill") == (what == "prefill")), key=lambda r: (r.batch, r.context))
         places = list(range(len(mine)))
         spread = [[r.rate - r.low for r in mine], [r.high - r.rate for r in mine]]
         label = "measured, slowest to fastest"
@@ -361,6 +413,7 @@ def plot(report: dict[str, Any], path: str) -> None:
 
 def _case(row: Row) -> str:
     """What was measured, and how fast it was, below its bar."""
-    where = f"prompt of {row.context:,}" if row.what == "prefill" else f"at {row.context:,}"
+    where = {"prefill": "prompt of {0:,}", "decode": "at {1:,}", "generate": "{0:,} from 0"}[row.what]
+    where = where.format(row.tokens, row.context)
     several = f", {row.batch} sequences" if row.batch > 1 else ""
     return f"{where}{several}\n{row.rate:,.1f}/s\n{row.rate / row.limit:.0%} of the limit"
