@@ -31,12 +31,12 @@ def bench(
     python -m main bench --shape 1b --json > bench.json
     python -m main bench mistral-7B-v0.1 -p 512 -n 128 -d 32,4096 -r 5
 
-    The first table is that of llama-bench: pp512 is a prompt of 512 tokens, tg128 generates 128 from an empty cache, and
-    tg8 @ d4096 8 of them with 4096 positions in the cache (x 8: 8 sequences, all of their tokens counted). Means over
-    the repeats and their standard deviations; llama-bench's -p, -n, -d, -r and -t have its meanings.
+    The first table is that of llama-bench: pp512 is a prompt of 512 tokens, tg128 generates 128 from an empty cache,
+    tg8 @ d4096 generates 8 with 4096 positions in the cache (x 8: of 8 sequences each, all tokens counted). It has means
+    over the repeats and standard deviations. llama-bench's flags -p, -n, -d, -r and -t mean the same here.
 
-    The second has medians over the repeats, and the slowest and fastest of them. The limit of decoding is the rate at which memory
-    is read, measured between the repeats; that of prefill is the rate of one large product. Close other programs: on
+    The second table has medians over the repeats, and the slowest and fastest of them. The limit of decoding is the rate
+    at which memory is read, measured between the repeats; that of prefill is the rate of one large product. Close other programs: on
     a busy machine every figure is too low.
 
     Args:
@@ -60,11 +60,12 @@ def bench(
     if folder is not None and shape is not None:
         raise UsageError("FOLDER and --shape: give one of them")
     from mistral.eval import bench as measuring
+    from mistral.eval import bench_text
 
     if plot is not None:
-        measuring.require_plotting(plot)
+        bench_text.require_plotting(plot)
     chosen = folder if shape is not None else default_folder(folder)
     report = measuring.report(chosen, shape, options, repeats=repeats, **asked)
-    print(measuring.as_json(report) if json else measuring.as_text(report))
+    print(bench_text.as_json(report) if json else bench_text.as_text(report))
     if plot is not None:
-        measuring.plot(report, plot)
+        bench_text.plot(report, plot)

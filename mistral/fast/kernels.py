@@ -34,14 +34,16 @@ def _native(machine: str) -> str:
 
 
 def _openmp(system: str) -> tuple[str, ...]:
-    """The functions of torch's own OpenMP are used, so both share one set of threads. (On macOS a second OpenMP would end
-    the process, so Homebrew's must not be found first.)"""
+    """Flags for the functions of torch's own OpenMP, so that both share one set of threads.
+
+    On macOS a second OpenMP in a process ends it, so torch's is linked by name.
+    """
     if system == "darwin":
         return "-Xpreprocessor", "-fopenmp", f"-L{TORCH}", f"-Wl,-rpath,{TORCH}", "-lomp"
     return ("-fopenmp",)
 
 
-# What is rounded is as it is written: a compiler left to merge products and sums does it in one loop and not in the next.
+# What is rounded is as it is written: a compiler left to merge products and sums does so in one loop and not in another.
 ROUNDING = ("-fno-math-errno", "-ffp-contract=off")
 FLAGS = ("-O3", _native(platform.machine()), *_openmp(sys.platform), *ROUNDING, "-shared", "-fPIC", "-lm")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

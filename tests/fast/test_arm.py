@@ -1,7 +1,7 @@
 """The kernels built for Arm by a cross compiler, and for plainer x86-64, compute what they compute here.
 
-Whole numbers, and what is summed column by column, have the same bits. Sums of floats in LANES parts need not have: their
-difference is bounded by the roundings of both.
+Whole numbers, and what is summed column by column, have the same bits. Sums of floats in LANES parts need not have
+them: their difference is bounded by the roundings of both.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mistral.cache import RollingBufferCache
 from mistral.fast.kernels import KernelsUnavailable, library, pointer
 from mistral.fast.layout import BLOCKS
-from mistral.fast.linear import FastLinear
+from mistral.model import Transformer
 from mistral.quant import blocks, rounding
 from mistral.quant.affine import affine4
 from mistral.quant.blocks import BlockEmbedding
@@ -52,8 +53,8 @@ Check = Callable[[Tensor, Tensor, Build], None]
 class Recording:
     """Calls of the kernels, and how what they leave is compared: (what, call, tensor, check)."""
 
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = calls
         self.checks: list[tuple[str, int, Tensor, Check]] = []
         self.generator = torch.Generator().manual_seed(5)
 
@@ -62,10 +63,10 @@ class Recording:
 
     def add(self, what: str, function: Callable[[], tuple[Tensor, ...]], check: Check) -> None:
         """Call a function that calls the kernels; what it returns is compared after the last of these calls."""
-        with recorded() as calls, torch.inference_mode():
+        before = len(self.calls)
+        with torch.inference_mode():
             tensors = function()
-        assert calls, f"{what}: the kernels were not called"
-        self.calls += calls
+        assert len(self.calls) > before, f"{what}: the kernels were not called"
         self.checks += [(what, len(self.calls) - 1, tensor, check) for tensor in tensors]
 
     def exact(self, function: Callable[..., object], *given: object) -> None:
@@ -104,10 +105,11 @@ def record_rounding(record: Recording) -> None:
 
 
 def widen(linear: QuantizedLinear) -> None:
-    wide, x = torch.zeros(linear.in_features, N), torch.rand(2, linear.in_features)
-    first, count, two, columns = (ctypes.c_int64(n) for n in (0, N, 2, linear.in_features))
+    k = linear.in_features
+    x, seen, wide = torch.rand(2, k), torch.zeros(2, k), torch.zeros(k, N)
+    first, count, two, columns, span = (ctypes.c_int64(n) for n in (0, N, 2, k, linear.span))
     library().widen(ctypes.byref(linear.matrix()), first, count, pointer(wide), two)
-    library().through_16_bits(pointer(x), columns, two, ctypes.c_int64(linear.span), pointer(torch.zeros_like(x)), two)
+    library().through_16_bits(pointer(x), columns, two, span, pointer(seen), two)
 
 
 def record_products(record: Recording) -> None:
@@ -133,6 +135,12 @@ def record_products(record: Recording) -> None:
             record.exact(BlockEmbedding(linear), torch.arange(N).flip(0))
 
 
+def decode(fast: Transformer, lens: list[int], cache: RollingBufferCache) -> tuple[Tensor, ...]:
+    """Hidden states, and what is in the cache then."""
+    h = fast.forward_partial(torch.arange(sum(lens)), lens, cache)
+    return h, *(x for layer in cache.layers for x in (layer.k, layer.v))
+
+
 def record_decode(record: Recording) -> None:
     """Steps of one token and of several, in a window and without; two of the sequences are far beyond theirs."""
     args = tiny_args(sliding_window=(None, 9), n_heads=6, n_kv_heads=2, head_dim=18, hidden_dim=50)
@@ -141,22 +149,18 @@ def record_decode(record: Recording) -> None:
         cache = make_cache(fast, 3, positions=300)
         with torch.inference_mode():
             fast.forward(torch.arange(173) % args.vocab_size, [150, 3, 20], cache)
-        bound = 10 * (TOLERANCE if kind in DTYPES else ROUNDED_TOLERANCE)
+        check = within(TOLERANCE if kind in DTYPES else ROUNDED_TOLERANCE)
         for lens in ([1, 1, 1], [2, 0, 1]):
-
-            def step(lens: list[int] = lens) -> tuple[Tensor, ...]:
-                h = fast.forward_partial(torch.arange(sum(lens)), lens, cache)
-                return h, *(x for layer in cache.layers for x in (layer.k, layer.v))
-
-            record.add(f"decode {lens} with {kind}", step, within(bound))
+            record.add(f"decode {lens} with {kind}", functools.partial(decode, fast, lens, cache), check)
 
 
 @functools.cache
 def recording() -> Recording:
-    record = Recording()
-    record_rounding(record)
-    record_products(record)
-    record_decode(record)
+    with recorded() as calls:
+        record = Recording(calls)
+        record_rounding(record)
+        record_products(record)
+        record_decode(record)
     return record
 
 

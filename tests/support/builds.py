@@ -144,10 +144,12 @@ def here(calls: list[Call]) -> Results:
 def recorded() -> Iterator[list[Call]]:
     """Record what is called in a `with` block, by whoever it is."""
     library, calls = kernels.library(), []
+    there = _tensors(gc.get_objects())
+    gc.disable()  # so what is new stays in the youngest generation, and only that is looked through at each call
 
     def recorder(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> None:
-            memory = _Memory(arguments)
+            memory = _Memory(arguments, there + _tensors(gc.get_objects(0)))
             function(*arguments)
             calls.append(memory.call(name, arguments))
 
@@ -159,6 +161,7 @@ def recorded() -> Iterator[list[Call]]:
             setattr(library, name, recorder(name, function))
         yield calls
     finally:
+        gc.enable()
         for name, function in plain.items():
             setattr(library, name, function)
 
@@ -166,9 +169,9 @@ def recorded() -> Iterator[list[Call]]:
 class _Memory:
     """The memory that arguments lead to, before a call and after it."""
 
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        # By address: all storage of tensors, and what there is of structures.
-        self._sizes = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, _tensors()) if s.nbytes()}
+    def __init__(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        # By address: the storage of tensors, and structures.
+        self._sizes = {s.data_ptr(): s.nbytes() for s in map(Tensor.untyped_storage, tensors) if s.nbytes()}
         self._structures = {ctypes.addressof(x): ctypes.sizeof(x) for a in arguments for x in _structures(a)}
         self._starts = sorted(self._sizes | self._structures)
         self._used: dict[int, int] = {}  # address: number of the block
@@ -180,7 +183,9 @@ class _Memory:
         if isinstance(argument, ctypes.c_int64):
             return argument.value
         address = argument.value if isinstance(argument, ctypes.c_void_p) else ctypes.addressof(argument._obj)
-        found = self._place(address or 0)
+        if not address:  # of a tensor without numbers
+            return 0
+        found = self._place(address)
         assert found is not None, "a pointer to nothing that is known"
         return found
 
@@ -208,15 +213,15 @@ class _Memory:
         return Call(name, self.arguments, blocks, self._places)
 
 
-def _tensors() -> list[Tensor]:
-    return [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
+def _tensors(objects: list[Any]) -> list[Tensor]:
+    return [x for x in objects if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
 
 
 def _structures(value: Any) -> Iterator[Any]:
-    """A structure that an argument refers to, and what its pointers keep alive."""
+    """The structures that an argument refers to, and those that their pointers keep alive."""
     value = getattr(value, "_obj", value)
     if isinstance(value, ctypes.Structure | ctypes.Array):
         yield value
-    if isinstance(value, ctypes.Structure | ctypes.Array | ctypes._Pointer):
-        for kept in (value._objects or {}).values() if isinstance(value._objects, dict) else ():
-            yield from _structures(kept)
+    kept = value if isinstance(value, dict | tuple) else getattr(value, "_objects", None) or ()
+    for part in kept.values() if isinstance(kept, dict) else kept:
+        yield from _structures(part)
