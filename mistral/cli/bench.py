@@ -32,12 +32,12 @@ def bench(
     python -m main bench mistral-7B-v0.1 -p 512 -n 128 -d 32,4096 -r 5
 
     The first table is that of llama-bench: pp512 is a prompt of 512 tokens, tg128 generates 128 from an empty cache,
-    tg8 @ d4096 generates 8 with 4096 positions in the cache (x 8: of 8 sequences each, all tokens counted). It has means
-    over the repeats and standard deviations. llama-bench's flags -p, -n, -d, -r and -t mean the same here.
+    tg8 @ d4096 generates 8 with 4096 positions in the cache (x 8: in each of 8 sequences, all counted). It has means
+    and standard deviations over the repeats. llama-bench's flags -p, -n, -d, -r and -t mean the same here.
 
-    The second table has medians over the repeats, and the slowest and fastest of them. The limit of decoding is the rate
-    at which memory is read, measured between the repeats; that of prefill is the rate of one large product. Close other programs: on
-    a busy machine every figure is too low.
+    The second table has medians over the repeats, and the slowest and fastest of them. The limit of decoding is the
+    rate at which memory is read, measured between the repeats; that of prefill is the rate of one large product. Close
+    other programs: on a busy machine every figure is too low.
 
     Args:
         shape: random weights in the shape of a model: 7b, 1b or moe (1.6 B, a small Mixtral)

@@ -43,7 +43,7 @@ def _openmp(system: str) -> tuple[str, ...]:
     return ("-fopenmp",)
 
 
-# What is rounded is as it is written: a compiler left to merge products and sums does so in one loop and not in another.
+# What is rounded is what is written: a compiler left to merge products and sums does in one loop and not in the next.
 ROUNDING = ("-fno-math-errno", "-ffp-contract=off")
 FLAGS = ("-O3", _native(platform.machine()), *_openmp(sys.platform), *ROUNDING, "-shared", "-fPIC", "-lm")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
