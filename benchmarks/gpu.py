@@ -5,7 +5,8 @@
 benchmarks/gpu.sh runs each part with a limit of its own. Needs some 50 GB of the GPU's memory and, for the rows beside
 it, `pip install transformers`. Programs take turns within a round; a figure is the median over the rounds, a ratio the
 median of the ratios within rounds. The limits (rates of a copy and of a large product) are measured in the same rounds.
-Sizes that a program meets for the first time are compiled before the first round. `--device cpu` tries the script itself, with a small `--shape`.
+Sizes that a program meets for the first time are compiled before the first round. `--device cpu` tries the script
+itself, with a small `--shape`.
 """
 
 from __future__ import annotations

@@ -277,8 +277,8 @@ def report(
         keys = batch * model.args.cache_bytes(context + 1, model.dtype.itemsize)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
-    asked = {"contexts": contexts, "batches": batches, "generate": generate, "prompts": prompts}
-    measured, total = measure(model, **asked, repeats=repeats), sum(map(len, asked.values())) - 1
+    total = len(batches) + len(contexts) - 1 + len(generate) + len(prompts)
+    measured = measure(model, prompts=prompts, generate=generate, contexts=contexts, batches=batches, repeats=repeats)
     rows = list(tqdm(measured, total=total, desc="measuring", disable=None, leave=False))
     return {
         "model": what,
