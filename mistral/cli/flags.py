@@ -90,6 +90,8 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         short, equals, value = word.partition("=")
         if (long := long_of(short, parameters)) is not None:
             word = f"--{long}{equals}{value}"
+        elif (long := long_of(word[:2], parameters)) is not None and _is_number(word[2:], parameters[long]):
+            word = f"--{long}={word[2:]}"  # -n3
         if not word.startswith("--"):
             if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
                 raise UsageError(f"{word}: long flags begin with two dashes; for a prompt, put -- before it")
@@ -122,6 +124,11 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
 def long_of(short: str, names: Collection[str]) -> str | None:
     """The flag that a short one stands for, of those that a command has."""
     return next((long for flag, long in SHORT if flag == short and long in names), None)
+
+
+def _is_number(text: str, parameter: inspect.Parameter) -> bool:
+    pattern = NUMBERS.get(kind_of(parameter) or str)
+    return pattern is not None and re.fullmatch(pattern, text) is not None
 
 
 def _put(given: dict[str, Any], name: str, value: Any, flag: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -734,8 +735,11 @@ def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 @pytest.fixture
 def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine on which nothing has been built yet, and functions that do nothing, which take no time to build."""
-    stub = tmp_path / "kernels.c"
-    names = (*kernels.RETURN_NOTHING, "scratch_floats", "inputs_bytes", "takes_many")
+    stub, parts = (
+        tmp_path / "kernels.c",
+        [path.read_text(encoding="utf-8") for path in (kernels.SOURCE, *kernels.PARTS)],
+    )
+    names = re.findall(r"^(?:void|int64_t) (\w+)\(", "\n".join(parts), re.MULTILINE)
     stub.write_text("\n".join(f"void {name}(void) {{}}" for name in names))
     monkeypatch.setattr(kernels, "SOURCE", stub)
     monkeypatch.setattr(kernels, "PARTS", ())
