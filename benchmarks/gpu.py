@@ -1,11 +1,12 @@
 """Every row of docs/speed.md about a GPU, measured on the one that is there, at the shape of 7B with random weights.
 
-    python -m benchmarks.gpu [--rounds 5] [--shape 7b] [--json FILE]
+    python -m benchmarks.gpu [--part decode] [--rounds 5] [--shape 7b] [--json FILE]
 
-Wants some 50 GB of the GPU's memory and, for the rows beside it, `pip install transformers`. Programs take turns within
-a round; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The limits (rates of a
-copy and of a large product) are measured in the same rounds. Sizes that a program meets for the first time are compiled
-before the first round. `--device cpu` tries the script itself, with a small `--shape`.
+benchmarks/gpu.sh runs each part with a limit of its own. Needs some 50 GB of the GPU's memory and, for the rows beside
+it, `pip install transformers`. Programs take turns within a round; a figure is the median over the rounds, a ratio the
+median of the ratios within rounds. The limits (rates of a copy and of a large product) are measured in the same rounds.
+Sizes that a program meets for the first time are compiled before the first round. `--device cpu` tries the script
+itself, with a small `--shape`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from mistral.formats.random import random_folder
 from mistral.loader.load import assemble
 from mistral.model import Transformer
 from mistral.oracle.layerwise import their_config
+from mistral.util.files import write_atomic
 
 SHAPES = {
     **bench.SHAPES,
@@ -47,10 +50,14 @@ SHAPES = {
     ),
 }
 STEPS = 32  # decode steps that are timed
+SHALLOW = 8  # layers, where not all are needed
 COPY = 1 << 30  # bytes
 SIDE = 8192  # of the product
 
 Rates = dict[str, Callable[[], float]]
+Question = tuple[str, int, int]  # "prefill" or "decode", context, batch
+Ratio = Callable[..., float]  # of two rates by their names, times a factor: the median over the rounds
+Row = tuple[str, float | None, float]  # what it is, what is aimed at, what it is here
 
 
 class Limits:
@@ -75,15 +82,15 @@ class Limits:
         return 2 * len(self.x) ** 3 / statistics.median(times)
 
 
-def ours(args: ModelArgs, device: torch.device, quant: str | None) -> Transformer:
-    """Our model, its decode steps captured where there is a GPU."""
-    options: dict[str, Any] = {"quant": quant} if device.type == "cuda" or quant is None else {}
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    execution = "cuda_graph" if device.type == "cuda" else "auto"
-    return assemble(random_folder(args, Path()), device=device, dtype=dtype, execution=execution, **options)[0]
+def ours(args: ModelArgs, device: torch.device, **options: Any) -> Transformer:
+    """Our model: in bf16, its decode steps captured, unless options differ. On a CPU, for a trial, in fp32."""
+    if device.type != "cuda":
+        options = {"execution": "eager"} if options.get("execution") == "eager" else {}
+    standard = {"dtype": "bfloat16", "execution": "cuda_graph"} if device.type == "cuda" else {"dtype": "float32"}
+    return assemble(random_folder(args, Path()), device=device, **{**standard, **options})[0]
 
 
-def our_rates(model: Transformer, name: str, questions: list[tuple[str, int, int]]) -> Rates:
+def our_rates(model: Transformer, name: str, questions: list[Question]) -> Rates:
     """Tokens a second of ours, by what is asked."""
 
     def one(what: str, context: int, batch: int) -> float:
@@ -94,7 +101,7 @@ def our_rates(model: Transformer, name: str, questions: list[tuple[str, int, int
     return {f"{name}: {w} {c} x {b}": functools.partial(one, w, c, b) for w, c, b in questions}
 
 
-def their_rates(args: ModelArgs, device: torch.device, questions: list[tuple[str, int, int]]) -> Rates:
+def their_rates(args: ModelArgs, device: torch.device, questions: list[Question]) -> Rates:
     """The same of transformers, eager, and with a static cache and compiled steps."""
     from transformers import MistralForCausalLM
 
@@ -153,66 +160,181 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device, args, tiny = torch.device(options.device), SHAPES[options.shape], options.shape == "tiny"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no GPU here: `--device cpu --shape tiny` tries the script itself")
-    about = machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what the parts below are measured; sizes are smaller for the tiny shape."""
 
-    short, long, longest, wide = (32, 64, 128, 4) if tiny else (1024, 8192, 32768, 64)
-    model, small, limits = ours(args, device, None), ours(args, device, "int8"), Limits(device, tiny)
-    questions = [("decode", 32, 1), ("decode", short, wide), ("prefill", long, 1), ("prefill", longest, 1)]
-    rates: Rates = {"copy": limits.copy, "product": limits.product}
-    rates |= our_rates(model, "bf16", questions) | our_rates(small, "int8", questions[:1])
-    if importlib.util.find_spec("transformers") is not None:
-        rates |= their_rates(args, device, questions[:3])
+    args: ModelArgs
+    device: torch.device
+    tiny: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """A short context, a long prompt, the longest, and the sequences of a wide batch."""
+        return (32, 64, 128, 4) if self.tiny else (1024, 8192, 32768, 64)
+
+    def shallow(self) -> Setting:
+        """With fewer layers: for ratios between ways of computing one, some of which take long to get ready."""
+        layers, windows = min(self.args.n_layers, SHALLOW), self.args.sliding_window
+        fewer = windows[:layers] if isinstance(windows, tuple) else windows
+        args = replace(self.args, n_layers=layers, sliding_window=fewer)
+        return replace(self, args=args)
+
+
+def decode_part(at: Setting) -> tuple[Rates, Callable[[Ratio], list[Row]]]:
+    """Decoding, captured and eager, as a share of the rate of a copy."""
+    short, _, _, wide = at.sizes
+    questions = [("decode", 32, 1), ("decode", short, wide)]
+    model, limits = ours(at.args, at.device), Limits(at.device, at.tiny)
+    eager = ours(at.args, at.device, execution="eager")
+    rates = {"copy": limits.copy} | our_rates(model, "bf16", questions) | our_rates(eager, "eager", questions)
+    step = [bench.weight_bytes(model) + b * model.cache_bytes(c + 1) for _, c, b in questions]
+
+    def rows(ratio: Ratio) -> list[Row]:
+        one, many = (f"decode {c} x {b}" for _, c, b in questions)
+        return [
+            ("decode, one, share of the copy rate", 0.85, ratio(f"bf16: {one}", "copy", step[0])),
+            (f"decode, {wide} at {short}, share of the copy rate", 0.6, ratio(f"bf16: {many}", "copy", step[1] / wide)),
+            ("decode, one, captured over eager", None, ratio(f"bf16: {one}", f"eager: {one}")),
+        ]
+
+    return rates, rows
+
+
+def quant_part(at: Setting) -> tuple[Rates, Callable[[Ratio], list[Row]]]:
+    """Decoding with quantized weights over bf16, with few layers."""
+    at, asked = at.shallow(), [("decode", 32, 1)]
+    rates: Rates = our_rates(ours(at.args, at.device), "bf16", asked)
+    for quant in ("int8", "int4"):
+        rates |= our_rates(ours(at.args, at.device, quant=quant), quant, asked)
+
+    def rows(ratio: Ratio) -> list[Row]:
+        aims = {"int8": 1.6, "int4": None}
+        names = {quant: (f"{quant}: decode 32 x 1", "bf16: decode 32 x 1") for quant in aims}
+        return [(f"decode, one, {quant} over bf16", aim, ratio(*names[quant])) for quant, aim in aims.items()]
+
+    return rates, rows
+
+
+def prefill_part(at: Setting) -> tuple[Rates, Callable[[Ratio], list[Row]]]:
+    """Long prompts, as a share of the rate of a product."""
+    _, long, longest, _ = at.sizes
+    model = ours(at.args, at.device, execution="eager")
+    limits = Limits(at.device, at.tiny)
+    rates = {"product": limits.product} | our_rates(model, "bf16", [("prefill", long, 1), ("prefill", longest, 1)])
+    costs = {n: prefill_operations(at.args, model, n) / n for n in (long, longest)}
+
+    def rows(ratio: Ratio) -> list[Row]:
+        first, second = (f"bf16: prefill {n} x 1" for n in (long, longest))
+        return [
+            (f"prefill {long}, share of the product rate", 0.65, ratio(first, "product", costs[long])),
+            (f"prefill {longest}, share of the product rate", 0.65, ratio(second, "product", costs[longest])),
+            (f"seconds of prefill {longest} over {long}, at most", 4.3, ratio(first, second, longest / long)),
+        ]
+
+    return rates, rows
+
+
+def attention_part(at: Setting) -> tuple[Rates, Callable[[Ratio], list[Row]]]:
+    """Prompts by each attention that runs here over PyTorch's, with few layers."""
+    at, long = at.shallow(), at.sizes[1]
+    rates: Rates = {}
+    for attention in ("sdpa", "flash", "xformers") if at.device.type == "cuda" else ("sdpa",):
+        try:
+            model = ours(at.args, at.device, execution="eager", attention=attention)
+            bench.prefill(model, 3)
+        except (ValueError, RuntimeError, ImportError) as error:
+            print(f"{attention}: not here: {error}", flush=True)
+            continue
+        rates |= our_rates(model, attention, [("prefill", long, 1)])
+
+    def rows(ratio: Ratio) -> list[Row]:
+        others = [name for name in rates if not name.startswith("sdpa")]
+        return [(f"{name}, over sdpa", None, ratio(name, f"sdpa: prefill {long} x 1")) for name in others]
+
+    return rates, rows
+
+
+def transformers_part(at: Setting) -> tuple[Rates, Callable[[Ratio], list[Row]]]:
+    """Decoding and a prompt, over transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("transformers is not installed here: pip install transformers")
+    short, long, _, wide = at.sizes
+    questions = [("decode", 32, 1), ("decode", short, wide), ("prefill", long, 1)]
+    rates = our_rates(ours(at.args, at.device), "bf16", questions) | their_rates(at.args, at.device, questions)
+
+    def rows(ratio: Ratio) -> list[Row]:
+        asked = [f"{what} {context} x {batch}" for what, context, batch in questions]
+        theirs = [(what, name) for what in asked for name in rates if name.startswith("tr") and what in name]
+        return [(f"{what}, over {name}", 1.2, ratio(f"bf16: {what}", name)) for what, name in theirs]
+
+    return rates, rows
+
+
+PARTS = {
+    "decode": decode_part,
+    "prefill": prefill_part,
+    "quant": quant_part,
+    "attention": attention_part,
+    "transformers": transformers_part,
+}
+
+
+def measure(name: str, at: Setting, rounds: int, to: Path | None) -> dict[str, Any]:
+    """A part, round by round; what there is after each round is written, so that a later one may be cut off."""
+    rates, rows = PARTS[name](at)
     found: dict[str, list[float]] = {name: [] for name in rates}
-    for n in range(options.rounds + 1):
-        for name, rate in rates.items():
-            value = rate()
-            if n:  # the first round compiles and captures
-                found[name].append(value)
-        print(f"round {n} of {options.rounds}", file=sys.stderr, flush=True)
 
     def ratio(a: str, b: str, factor: float = 1.0) -> float:
         return statistics.median(factor * x / y for x, y in zip(found[a], found[b], strict=True))
 
-    one, many = "bf16: decode 32 x 1", f"bf16: decode {short} x {wide}"
-    first, second = f"bf16: prefill {long} x 1", f"bf16: prefill {longest} x 1"
-    step = {b: bench.weight_bytes(model) + b * model.cache_bytes(c + 1) for c, b in ((32, 1), (short, wide))}
-    costs = {n: prefill_operations(args, model, n) / n for n in (long, longest)}
-    rows = [
-        ("decode, one, share of the copy rate", 0.85, ratio(one, "copy", step[1])),
-        ("decode, one, int8 over bf16", 1.6, ratio("int8: decode 32 x 1", one)),
-        (f"decode, {wide} at {short}, share of the copy rate", 0.6, ratio(many, "copy", step[wide] / wide)),
-        (f"prefill {long}, share of the product rate", 0.65, ratio(first, "product", costs[long])),
-        (f"prefill {longest}, share of the product rate", 0.65, ratio(second, "product", costs[longest])),
-        (f"seconds of prefill {longest} over {long}, at most", 4.3, ratio(first, second, longest / long)),
-    ]
-    for what in ("decode 32 x 1", f"decode {short} x {wide}", f"prefill {long} x 1"):
-        rows += [
-            (f"{what}, over {t}", 1.2, ratio(f"bf16: {what}", t)) for t in found if t.startswith("tr") and what in t
-        ]
-    print()
-    for name, values in found.items():
+    told: dict[str, Any] = {}
+    for n in range(rounds + 1):
+        for what, rate in rates.items():
+            value = rate()
+            if n:  # the first round compiles and captures
+                found[what].append(value)
+        print(f"{name}: round {n} of {rounds}", file=sys.stderr, flush=True)
+        if n:
+            told = {
+                "machine": machine(at.device),
+                "rounds": n,
+                "rates": found,
+                "rows": [dict(zip(("row", "aim", "here"), row, strict=True)) for row in rows(ratio)],
+            }
+            if to is not None:
+                with write_atomic(to) as beside:
+                    beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return told
+
+
+def show(told: dict[str, Any]) -> None:
+    """A part's rates and rows."""
+    for name, values in told["rates"].items():
         print(f"{name:45} {statistics.median(values):16.1f}")
-    print()
-    for name, aim, value in rows:
-        print(f"{name:70} {value:6.2f}   aim {aim}")
-    if options.json:
-        told = {
-            "machine": about,
-            "rates": found,
-            "rows": [dict(zip(("row", "aim", "here"), r, strict=True)) for r in rows],
-        }
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    for row in told["rows"]:
+        aim = "" if row["aim"] is None else f"   aim {row['aim']}"
+        print(f"{row['row']:70} {row['here']:6.2f}{aim}")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="one part; default: all, one after the other")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="where the part's figures are written, after each round")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here: `--device cpu --shape tiny` tries the script itself")
+    if options.json and not options.part:
+        sys.exit("--json is for one part: benchmarks/gpu.sh measures all of them into one file")
+    at = Setting(SHAPES[options.shape], device, options.shape == "tiny")
+    print("\n".join(f"{name}: {value}" for name, value in machine(device).items()), flush=True)
+    for name in [options.part] if options.part else PARTS:
+        show(measure(name, at, options.rounds, options.json))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def evaluate(
     if task not in RETRIEVAL and instruct:
         raise UsageError(f"--instruct is for questions; {task} measures plain text")
     if plot is not None:
-        from mistral.eval.bench import require_plotting
+        from mistral.eval.bench_text import require_plotting
 
         require_plotting(plot)
     if output is not None and not os.path.exists(output):

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,11 @@ KINDS: dict[str, type] = {
 }
 # Kinds whose flag may be repeated: texts, and pairs ID:NUMBER.
 REPEATED = (list, dict)
-SHORT = {"-o": "output", "-n": "max_tokens", "-t": "temperature", "-s": "seed"}
+# A short flag stands for the first of its flags that a command has.
+SHORT = (
+    *(("-o", "output"), ("-n", "max_tokens"), ("-t", "temperature"), ("-s", "seed")),
+    *(("-p", "prompts"), ("-n", "generate"), ("-d", "contexts"), ("-r", "repeats"), ("-t", "threads")),  # llama-bench's
+)
 # Switches that stand for a value of another flag.
 SHORT_FORMS = {"deterministic": ("execution", "bitwise")}
 # Words that nobody puts after a switch as a prompt.
@@ -84,10 +88,10 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         if word == "--":
             return given, positionals + queue
         short, equals, value = word.partition("=")
-        if SHORT.get(short) in parameters:
-            word = f"--{SHORT[short]}{equals}{value}"
-        elif SHORT.get(word[:2]) in parameters and _is_number(word[2:], parameters[SHORT[word[:2]]]):
-            word = f"--{SHORT[word[:2]]}={word[2:]}"  # -n3
+        if (long := long_of(short, parameters)) is not None:
+            word = f"--{long}{equals}{value}"
+        elif (long := long_of(word[:2], parameters)) is not None and _is_number(word[2:], parameters[long]):
+            word = f"--{long}={word[2:]}"  # -n3
         if not word.startswith("--"):
             if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
                 raise UsageError(f"{word}: long flags begin with two dashes; for a prompt, put -- before it")
@@ -115,6 +119,11 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         else:
             _put(given, name, convert(f"--{flag}", value, kind), f"--{flag}")
     return given, positionals
+
+
+def long_of(short: str, names: Collection[str]) -> str | None:
+    """The flag that a short one stands for, of those that a command has."""
+    return next((long for flag, long in SHORT if flag == short and long in names), None)
 
 
 def _is_number(text: str, parameter: inspect.Parameter) -> bool:
@@ -235,13 +244,14 @@ def require_at_least(least: int, **values: int | None) -> None:
             raise UsageError(f"--{name} is {value}; it must be at least {least:,} and below 2**63")
 
 
-def numbers(name: str, text: str) -> list[int]:
-    """Whole numbers above 0 of at most nine digits, with commas between.
+def numbers(name: str, text: str, least: int = 1) -> list[int]:
+    """Whole numbers, 0 (if that is the least) or above, of at most nine digits, with commas between.
 
     Raises:
         UsageError: something else.
     """
-    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text):
+    one = "[1-9][0-9]{0,8}" if least else "(0|[1-9][0-9]{0,8})"
+    if not re.fullmatch(f"{one}(,{one})*", text):
         needed = "whole numbers of at most nine digits with commas between, such as 32,4096"
         raise UsageError(f"--{name} is {text!r}; it must be {needed}")
     return [int(n) for n in text.split(",")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from mistral import __version__
@@ -45,7 +45,7 @@ def of_command(name: str, command: Callable[..., None]) -> str:
     texts = help_texts(command)
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY:
-            lines.append(_flag(p, texts[p.name]))
+            lines.append(_flag(p, texts[p.name], [p.name for p in parameters]))
             lines += [
                 f"  --{short:18} short for --{p.name} {value} (the same bits in any batch; slower)"
                 for short, (long, value) in flags.SHORT_FORMS.items()
@@ -62,8 +62,8 @@ def help_texts(command: Callable[..., None]) -> dict[str, str]:
     return texts | dict(field_help(command))
 
 
-def _flag(p: inspect.Parameter, text: str) -> str:
-    short = next((f", {short}" for short, name in flags.SHORT.items() if name == p.name), "")
+def _flag(p: inspect.Parameter, text: str, names: Collection[str]) -> str:
+    short = next((f", {short}" for short, _ in flags.SHORT if flags.long_of(short, names) == p.name), "")
     kind = flags.kind_of(p)
     notes = [{list: "may be repeated", dict: "ID:NUMBER, may be repeated"}.get(kind, kind.__name__)]
     if p.default is p.empty:

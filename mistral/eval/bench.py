@@ -6,11 +6,9 @@ same run, before and after. Prefill is held against the rate of one large produc
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +25,10 @@ from mistral.formats.releases import COMPARED, RELEASES
 from mistral.loader.load import assemble, load, windowed
 from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
-from mistral.parameters import EMBEDDINGS
+from mistral.parameters import EMBEDDINGS, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
-from mistral.util.files import write_atomic
 
 # Shapes that can be measured without weights.
 SHAPES = {
@@ -70,21 +67,34 @@ class Row:
     """One measurement.
 
     Args:
-        what: "prefill" or "decode".
-        context: positions in the cache (decode), or tokens of the prompt (prefill).
+        what: "prefill", "decode" (steps at a context), or "generate" (as many tokens from an empty cache).
+        context: positions in the cache (decode, generate), or tokens of the prompt (prefill).
         batch: sequences.
+        tokens: that a repeat processes or generates of each sequence.
         rate: tokens a second, the median over the repeats.
         low, high: the slowest and the fastest repeat.
+        mean, deviation: over the repeats; the standard deviation is that of a sample, 0 of one repeat.
         limit: tokens a second at the rates measured beside it: what memory (decode) or arithmetic (prefill) allow.
     """
 
     what: str
     context: int
     batch: int
+    tokens: int
     rate: float
     low: float
     high: float
+    mean: float
+    deviation: float
     limit: float
+
+    @property
+    def test(self) -> str:
+        """What llama-bench calls it: pp512, tg128, tg8 @ d4096; of several sequences, x 8."""
+        if self.what == "prefill":
+            return f"pp{self.tokens}"
+        depth = f" @ d{self.context}" if self.context else ""
+        return f"tg{self.tokens}{depth}{f' x {self.batch}' if self.batch > 1 else ''}"
 
 
 def read_rate(device: torch.device) -> float:
@@ -177,6 +187,7 @@ def measure(
     model: Transformer,
     *,
     prompts: Sequence[int] = (512,),
+    generate: Sequence[int] = (128,),
     contexts: Sequence[int] = (32, 4096),
     batches: Sequence[int] = (1, 8),
     steps: int = 8,
@@ -186,6 +197,7 @@ def measure(
 
     Args:
         prompts: lengths of prompts to prefill.
+        generate: tokens to generate, from an empty cache.
         contexts: positions in the cache when decoding.
         batches: sequences decoded together, at the first of the contexts; the other contexts have one.
         steps: decode steps in a repeat.
@@ -203,18 +215,26 @@ def measure(
     for (context, batch), rates in taken.items():
         keys = batch * model.cache_bytes(context + 1)
         rate = statistics.median(memory[context, batch])
-        yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
+        yield _row("decode", context, batch, steps, rates, batch * rate / (weight_bytes(model, batch) + keys))
+    for tokens in generate:
+        rates, reading = [], []
+        for _ in range(repeats):
+            reading.append(read_rate(device))
+            rates.append(tokens / sum(decode(model, 0, 1, tokens)))
+        keys = model.cache_bytes(tokens // 2 + 1)  # on average
+        yield _row("generate", 0, 1, tokens, rates, statistics.median(reading) / (weight_bytes(model) + keys))
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):
             arithmetic.append(product_rate(device, model.dtype))
             rates.append(tokens / prefill(model, tokens))
         limit = statistics.median(arithmetic) / (2 * weights_in_products(model))
-        yield _row("prefill", tokens, 1, rates, limit)
+        yield _row("prefill", tokens, 1, tokens, rates, limit)
 
 
-def _row(what: str, context: int, batch: int, rates: list[float], limit: float) -> Row:
-    return Row(what, context, batch, statistics.median(rates), min(rates), max(rates), limit)
+def _row(what: str, context: int, batch: int, tokens: int, rates: list[float], limit: float) -> Row:
+    found = statistics.median(rates), min(rates), max(rates), statistics.fmean(rates)
+    return Row(what, context, batch, tokens, *found, statistics.stdev(rates) if len(rates) > 1 else 0.0, limit)
 
 
 def report(
@@ -225,6 +245,7 @@ def report(
     contexts: Sequence[int],
     batches: Sequence[int],
     prompts: Sequence[int],
+    generate: Sequence[int],
     repeats: int,
 ) -> dict[str, Any]:
     """Load a model and measure it; everything there is to say, ready for JSON.
@@ -232,7 +253,7 @@ def report(
     Args:
         folder: see `mistral.load`; shape: one of SHAPES, for random weights instead.
         options: of loading.
-        contexts, batches, prompts, repeats: see `measure`.
+        contexts, batches, prompts, generate, repeats: see `measure`.
 
     Raises:
         ValueError: a subclass that names what cannot be.
@@ -243,20 +264,26 @@ def report(
     if shape is None:
         loaded = load(folder, options=options)
         model, run, what = loaded.model, loaded.runtime, loaded.describe()
+        name, count = Path(loaded.folder).name, loaded.parameters
     else:
         found = windowed(random_folder(SHAPES[shape.lower()], Path()), options)
         model, run = assemble(found, options=options)
         what = f"random weights in the shape {shape.lower()}; {run.describe()}"
+        name, count = shape.lower(), sum(parameter.numel for parameter in parameters(model.args).values())
     loading = time.perf_counter() - began
     for context, batch in ((contexts[0], max(batches)), (max(contexts), 1)):
         keys = batch * model.cache_bytes(context + 1)
         memory.require(keys, model.device, f"keys and values of {batch:,} x {context:,} positions", "measure less")
     first = prefill(model, 8)
-    count = len(batches) + len(contexts) - 1 + len(prompts)
-    measured = measure(model, contexts=contexts, batches=batches, prompts=prompts, repeats=repeats)
-    rows = list(tqdm(measured, total=count, desc="measuring", disable=None, leave=False))
+    total = len(batches) + len(contexts) - 1 + len(generate) + len(prompts)
+    measured = measure(model, prompts=prompts, generate=generate, contexts=contexts, batches=batches, repeats=repeats)
+    rows = list(tqdm(measured, total=total, desc="measuring", disable=None, leave=False))
     return {
         "model": what,
+        "name": f"{name} {run.quant or '+'.join(run.blocks) or str(run.weights).removeprefix('torch.')}",
+        "parameters": count,
+        "size_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "backend": model.device.type.upper(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor(model.device),
@@ -287,78 +314,3 @@ def processor(device: torch.device) -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def as_json(report: dict[str, Any]) -> str:
-    """The report as one object on one line."""
-    return json.dumps(report)
-
-
-def as_text(report: dict[str, Any]) -> str:
-    """A table human-readable."""
-    load_text = "" if report["load_seconds"] is None else f"loaded in {report['load_seconds']:.2f} s, "
-    lines = [
-        report["model"],
-        f"{report['processor']}, {report['threads']} threads, torch {report['torch']}, medians of {report['repeats']}",
-        f"{load_text}first token after {report['first_token_seconds']:.2f} s, "
-        f"{memory.as_text(report['peak_bytes'])} at most beyond PyTorch",
-        "",
-        f"{'':8} {'context':>8} {'batch':>5} {'tokens/s':>10} {'slowest to fastest':>21} {'limit':>9} {'of it':>6}",
-    ]
-    for r in (Row(**row) for row in report["rows"]):
-        spread, share = f"{r.low:.1f} to {r.high:.1f}", f"{r.rate / r.limit:.0%}"
-        lines.append(f"{r.what:8} {r.context:8,} {r.batch:5} {r.rate:10.1f} {spread:>21} {r.limit:9.1f} {share:>6}")
-    return "\n".join(lines)
-
-
-def require_plotting(path: str) -> None:
-    """Refuse what `plot` could not draw or write, before anything is measured.
-
-    Raises:
-        UsageError: matplotlib is missing, knows no such kind of file, or the folder is not there.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
-    kinds = dict(Figure().canvas.get_supported_filetypes())
-    kinds.pop("pgf", None)  # wants LaTeX
-    if Path(path).suffix[1:].lower() not in kinds:
-        raise UsageError(f"--plot {path}: the name must end in one of .{', .'.join(sorted(kinds))}")
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"--plot {path}: that is a folder, or its folder is not there")
-
-
-def plot(report: dict[str, Any], path: str) -> None:
-    """Measured rates as bars, with their spread, below the limits of the machine; titled with model and machine.
-
-    Raises:
-        FormatError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [Row(**row) for row in report["rows"]]
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(report["model"], 110)), fontsize=9)
-    figure.supxlabel(f"{report['processor']}, {report['threads']} threads, torch {report['torch']}", fontsize=8)
-    for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
-        mine = sorted((r for r in rows if r.what == what), key=lambda r: (r.batch, r.context))
-        places = list(range(len(mine)))
-        spread = [[r.rate - r.low for r in mine], [r.high - r.rate for r in mine]]
-        label = "measured, slowest to fastest"
-        axes.bar(places, [r.rate for r in mine], 0.6, yerr=spread, capsize=3, label=label)
-        ends = [place - 0.4 for place in places], [place + 0.4 for place in places]
-        axes.hlines([r.limit for r in mine], *ends, color="black", label="limit of this machine")
-        axes.set_xticks(places, [_case(r) for r in mine])
-        highest = max((max(r.limit, r.high) for r in mine), default=1)
-        axes.set(title=what, ylabel="tokens/s", ylim=(0, 1.4 * highest))  # room for the legend
-        axes.legend(fontsize=8)
-    with write_atomic(path) as beside:
-        figure.savefig(beside, format=Path(path).suffix[1:].lower())
-
-
-def _case(row: Row) -> str:
-    """What was measured, and how fast it was, below its bar."""
-    where = f"prompt of {row.context:,}" if row.what == "prefill" else f"at {row.context:,}"
-    several = f", {row.batch} sequences" if row.batch > 1 else ""
-    return f"{where}{several}\n{row.rate:,.1f}/s\n{row.rate / row.limit:.0%} of the limit"

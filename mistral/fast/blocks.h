@@ -60,8 +60,21 @@ INLINE int offset_of(int kind) {
 #define VNNI 0
 #endif
 
+#if defined(__ARM_FEATURE_DOTPROD)
+#define DOTPROD 1
+#else
+#define DOTPROD 0
+#endif
+
+#if DOTPROD && defined(__ARM_FEATURE_MATMUL_INT8)
+#define MATRICES 1
+#else
+#define MATRICES 0
+#endif
+
 /* A group of inputs. For INT8 the numbers in their order. For other kinds, with VNNI: the high bytes of all, then the low
-   ones, in the order of units; without: the numbers, of each eight in the order 0 4 2 6 1 5 3 7, for products in 16 bits. */
+   ones, in the order of units; without: the numbers, of each eight in the order 0 4 2 6 1 5 3 7, for products in 16 bits.
+   On Arm with DOTPROD: bytes as with VNNI, for INT8 too, in their order. */
 typedef struct {
     int16_t q[GROUP];
     float scale, low;       /* low: scale times their sum, for what is taken off all of a group */
@@ -84,6 +97,13 @@ INLINE float largest(const float *x, int64_t n) {
     return out;
 }
 
+/* A number as byte i of the high ones, and of the low ones. */
+INLINE void place_bytes(int32_t q, int i, int16_t *to) {
+    int8_t *high = (int8_t *)to, *low = high + GROUP;
+    high[i] = (int8_t)((q + 128) >> 8);
+    low[i] = (int8_t)q;
+}
+
 /* A group of numbers in the order of `Inputs`, for all kinds but INT8. */
 INLINE void place_inputs(const int32_t *q, int16_t *to) {
 #if VNNI && defined(__AVX512VBMI__)
@@ -96,10 +116,8 @@ INLINE void place_inputs(const int32_t *q, int16_t *to) {
 #else
     for (int j = 0; j < GROUP; j += 8)
         for (int i = 0; i < 8; i++) {
-#if VNNI
-            int8_t *high = (int8_t *)to, *low = high + GROUP;
-            high[j + i] = (int8_t)((q[j + i % 4 * 2 + i / 4] + 128) >> 8);
-            low[j + i] = (int8_t)q[j + i % 4 * 2 + i / 4];
+#if VNNI || DOTPROD
+            place_bytes(q[j + i % 4 * 2 + i / 4], j + i, to);
 #else
             static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
             to[j + i] = (int16_t)q[j + order[i]];
@@ -122,7 +140,9 @@ static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) 
         for (int i = GROUP / 2; i < GROUP; i++) second += q[i];
         out->scale = scale, out->low = scale * (float)(first + second);
         out->sum = first + second, out->halves[0] = first, out->halves[1] = second;
-        if (kind == INT8)
+        if (kind == INT8 && DOTPROD)
+            for (int i = 0; i < GROUP; i++) place_bytes(q[i], i, out->q);
+        else if (kind == INT8)
             for (int i = 0; i < GROUP; i++) out->q[i] = (int16_t)q[i];
         else place_inputs(q, out->q);
     }
@@ -134,6 +154,8 @@ INLINE words load_halves(const int8_t *p) {
     return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__AVX2__) && LANES == 8
     return (words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    return neon_load_halves(p);
 #else
     int16_t wide[2 * LANES];
     words out;
@@ -184,6 +206,9 @@ INLINE words two_of(int kind, const char *w, int u, int o, int h) {
     return unit(kind, w, u, h) >> (o * 8) & 0x00ff00ffu;
 }
 
+#if defined(__aarch64__)
+#include "arm_blocks.h"
+#else
 /* The products of units first .. last with the group that each of R rows of inputs has at x, x + ld, .., added up: in
    several chains of additions, which need not wait for each other. */
 INLINE void whole(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, ints (*out)[HALVES]) {
@@ -216,6 +241,7 @@ INLINE void whole(int kind, int R, const char *w, const Inputs *x, int64_t ld, i
         }
     }
 }
+#endif
 
 /* LANES bytes as floats. */
 INLINE floats load_bytes(const char *p, int with_sign) {
@@ -225,6 +251,8 @@ INLINE floats load_bytes(const char *p, int with_sign) {
 #elif defined(__AVX2__)
     const __m128i b = _mm_loadl_epi64((const __m128i *)p);
     return (floats)_mm256_cvtepi32_ps(with_sign ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
+#elif defined(__aarch64__)
+    return neon_load_bytes(p, with_sign);
 #else
     floats out;
     for (int i = 0; i < LANES; i++) out[i] = with_sign ? ((const int8_t *)p)[i] : ((const uint8_t *)p)[i];
@@ -285,6 +313,7 @@ INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
 
+#if !defined(__aarch64__)
 /* The same with INT8, but for the scales of the rows. */
 INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
     enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
@@ -317,6 +346,7 @@ INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, flo
     }
     UNROLL for (int r = 0; r < R; r++) memcpy(out + r * ROWS, total[r], ROWS * 4);
 }
+#endif
 
 INLINE void tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
     if (kind == INT8) int8_tile(R, w, groups, x, out);
@@ -337,7 +367,7 @@ INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t
     const uint16_t *super = super_at(kind, m, b);
     const int64_t groups = groups_of(m->k);
     for (int64_t at = 0, done; at < rows; at += done) {
-#if defined(__AVX2__) /* without, there are too few registers, and a compiler takes a minute */
+#if defined(__AVX2__) || defined(__aarch64__) /* without, there are too few registers, and a compiler takes a minute */
         if (rows - at >= 4) tile(kind, done = 4, w, super, groups, x + at * groups, out + at * ROWS);
         else if (rows - at >= 2) tile(kind, done = 2, w, super, groups, x + at * groups, out + at * ROWS);
         else

@@ -57,7 +57,7 @@ INLINE void stripes(int kind, const char *w, int64_t n, int64_t k, const float *
                     float *out) {
     while (rows) {
         int64_t done;
-#if LANES == 16 /* 32 registers */
+#if LANES == 16 || defined(__aarch64__) /* 32 registers */
         if (rows >= 8) stripe(kind, 2, done = 8, 512, w, n, k, x, ldx, out);
         else if (rows >= 4) stripe(kind, 4, done = 4, 1024, w, n, k, x, ldx, out);
 #else /* 16 registers */

@@ -35,7 +35,7 @@ static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
 int64_t inputs_bytes(void) { return sizeof(Inputs); }
 
 /* Whether products of many rows with quantized weights are best made here too. */
-int64_t takes_many(void) { return VNNI; }
+int64_t takes_many(void) { return VNNI || DOTPROD; }
 
 /* y [rows, n] = x [rows, ldx] times a matrix. Quantized weights want columns padded to whole groups, and room for
    rounded inputs. A thread takes STRIP blocks at a time through all rows of inputs, some after the others: so the weights

@@ -1,7 +1,7 @@
 """kernels.c, compiled once for this machine and kept; called through ctypes.
 
-The compiler is the machine's own `cc` (or what CC names). Without one that knows OpenMP there are no kernels, which
-costs speed and nothing else.
+The compiler is the machine's own `cc` (or what CC names): GCC or Clang, on x86-64 or 64-bit Arm. Without one that knows
+OpenMP there are no kernels, which costs speed and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,9 +25,27 @@ from mistral.util.errors import Unavailable
 
 SOURCE = Path(__file__).with_name("kernels.c")
 PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
-# The functions of torch's own OpenMP are used, so both share one set of threads. What is rounded is as it is written:
-# a compiler left to merge products and sums does it in one loop and not in the next.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC", "-lm")
+TORCH = Path(torch.__file__).with_name("lib")
+
+
+def _native(machine: str) -> str:
+    """The flag for all instructions of this processor: on Arm, Apple's compiler and older ones know another."""
+    return "-mcpu=native" if machine in ("arm64", "aarch64") else "-march=native"
+
+
+def _openmp(system: str) -> tuple[str, ...]:
+    """Flags for the functions of torch's own OpenMP, so that both share one set of threads.
+
+    On macOS a second OpenMP in a process ends it, so torch's is linked by name.
+    """
+    if system == "darwin":
+        return "-Xpreprocessor", "-fopenmp", f"-L{TORCH}", f"-Wl,-rpath,{TORCH}", "-lomp"
+    return ("-fopenmp",)
+
+
+# What is rounded is what is written: a compiler left to merge products and sums does in one loop and not in the next.
+ROUNDING = ("-fno-math-errno", "-ffp-contract=off")
+FLAGS = ("-O3", _native(platform.machine()), *_openmp(sys.platform), *ROUNDING, "-shared", "-fPIC", "-lm")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
 RETURN_NOTHING = (
@@ -99,7 +118,7 @@ def library() -> ctypes.CDLL:
         KernelsUnavailable: no compiler, or one that cannot build them.
     """
     if ctypes.sizeof(ctypes.c_void_p) != 8 or os.name != "posix":
-        raise KernelsUnavailable("they want a 64-bit Unix")
+        raise KernelsUnavailable("they need a 64-bit Linux or macOS (on Windows: WSL)")
     asked = os.environ.get("CC", "")
     try:
         compiler = shlex.split(asked) or ["cc"]
@@ -135,6 +154,9 @@ def _place(compiler: list[str]) -> Path:
 
 def _processor() -> str:
     """What tells processors apart on which the same home may be used."""
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -142,13 +164,17 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+def _digest(library: Path) -> Path:
+    """Where a library's digest is: not in it, since macOS signs libraries as they are built."""
+    return library.with_suffix(".sha256")
+
+
 def _intact(library: Path) -> bool:
-    """Whether a library is there, and ends with the digest of the rest of it: a broken one may end the process."""
+    """Whether a library is there, and has the digest that it was built with: a broken one may end the process."""
     try:
-        content = library.read_bytes()
-    except OSError:
+        return _digest(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, ValueError):
         return False
-    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def _compile(compiler: list[str], library: Path) -> None:
@@ -170,9 +196,10 @@ def _compile(compiler: list[str], library: Path) -> None:
                 raise KernelsUnavailable(f"{compiler[0]} cannot build them: {reason.strip()}")
             if not built.exists():
                 raise KernelsUnavailable(f"{compiler[0]} made no library")
-            content = built.read_bytes()
-            built.write_bytes(content + hashlib.sha256(content).digest())
+            digest = _digest(built)
+            digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
             os.replace(built, library)
+            os.replace(digest, _digest(library))
     except subprocess.TimeoutExpired:
         raise KernelsUnavailable(f"{compiler[0]} did not end within {PATIENCE} s") from None
     except OSError as error:

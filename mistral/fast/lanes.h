@@ -1,16 +1,24 @@
 /* Vectors, the kinds of weights, and how LANES of them are loaded. A part of kernels.c. */
 
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__APPLE__) /* whose compiler comes without OpenMP's header */
+int omp_get_thread_num(void);
+#else
+#include <omp.h>
 #endif
 
 #if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__aarch64__)
+#define LANES 4
 #else
 #define LANES 8
 #endif
@@ -26,6 +34,10 @@ typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), ma
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__aarch64__)
+#include "arm.h"
+#endif
 
 /* How the weights of a matrix are stored. Rows are outputs. */
 enum { F32, BF16, F16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, AFFINE4, AFFINE5, Q6_K };
@@ -85,6 +97,8 @@ INLINE floats load_f16(const uint16_t *p) {
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    return neon_load_f16(p);
 #else
     floats out;
     for (int i = 0; i < LANES; i++) {
@@ -123,9 +137,8 @@ INLINE floats multiply_add(floats a, floats b, floats c) {
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_FEATURE_FMA)
-    UNROLL for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
+#elif defined(__aarch64__)
+    return neon_multiply_add(a, b, c);
 #else
     return a * b + c;
 #endif

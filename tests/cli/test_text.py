@@ -109,11 +109,14 @@ def process(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **how)
 
 
-def test_a_word_with_a_slash_is_a_prompt() -> None:
-    for word in ("and/or", "w/o", "either/or/both"):
-        done = process("complete", word, "-n", "1", "-t", "0", stdin=subprocess.DEVNULL)
-        assert (done.returncode, len(done.stdout) > 0) == (0, True), done.stderr
-        assert f"note: there is no folder '{word}' here, so it is the prompt" in done.stderr
+def test_a_word_with_a_slash_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = process("complete", "and/or", "-n", "1", "-t", "0", stdin=subprocess.DEVNULL)
+    assert (done.returncode, len(done.stdout) > 0) == (0, True), done.stderr
+    assert "note: there is no folder 'and/or' here, so it is the prompt" in done.stderr
+    monkeypatch.setattr("mistral.cli.terminal.stdin_may_have_data", lambda: False)
+    monkeypatch.setattr("mistral.cli.terminal.stdin_has_data", lambda: False)
+    for word in ("w/o", "either/or/both"):
+        assert prompts.folder_or_prompt(word) == "prompt"
 
 
 def test_a_word_with_a_slash_is_a_hub_id_where_stdin_brings_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mistral.args import Moe
-from mistral.eval import bench
+from mistral.eval import bench, bench_text
 from mistral.loader.load import load
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
@@ -18,7 +18,7 @@ from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
 from tests.support.tiny import tiny_args, tiny_model
 
-QUICK = ("--contexts", "3,9", "--batches", "1,2", "--prompts", "7", "--repeats", "1")
+QUICK = ("--contexts", "3,9", "--batches", "1,2", "--prompts", "7", "--generate", "4", "--repeats", "1")
 
 
 @pytest.fixture
@@ -32,15 +32,43 @@ def test_a_folder(cli: Command, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     report = json.loads(cli("bench", folder, *QUICK, "--json").text)
     rows = [(row["what"], row["context"], row["batch"]) for row in report["rows"]]
-    assert rows == [("decode", 3, 1), ("decode", 3, 2), ("decode", 9, 1), ("prefill", 7, 1)]
+    decodes = [("decode", 3, 1), ("decode", 3, 2), ("decode", 9, 1)]
+    assert rows == [*decodes, ("generate", 0, 1), ("prefill", 7, 1)]
     for row in report["rows"]:
-        assert 0 < row["low"] <= row["rate"] <= row["high"]
+        assert 0 < row["low"] <= row["rate"] == row["mean"] <= row["high"]
         assert row["limit"] > 0
+        assert row["deviation"] == 0
     assert report["load_seconds"] > 0
     assert report["repeats"] == 1
     text = cli("bench", folder, *QUICK).text
     assert f"{folder}: 0.2 M parameters" in text
-    assert len(text.splitlines()) == 5 + len(rows)
+    assert len(text.splitlines()) == 8 + 2 * len(rows)
+
+
+TESTS = ["tg8 @ d3", "tg8 @ d3 x 2", "tg8 @ d9", "tg4", "pp7"]
+
+
+def test_the_table_of_llama_bench(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.SHAPES, "1b", tiny_args())
+    words = ("-d", "3,9", "--batches", "1,2", "-p", "7", "-n", "4", "-r", "3", "-t", "2")
+    report = json.loads(cli("bench", "--shape", "1b", *words, "--json", "--quant", "int8").text)
+    for row in report["rows"]:
+        assert row["low"] <= row["mean"] <= row["high"]
+        assert 0 < row["deviation"] <= row["high"] - row["low"]
+    lines = [line for line in bench_text.as_text(report).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    assert [row[5] for row in cells[2:]] == TESTS
+    assert {tuple(row[:5]) for row in cells[2:]} == {("1b int8", "0.00 GiB", "0.00 B", "CPU", "2")}
+    for row, line in zip(report["rows"], cells[2:], strict=True):
+        assert line[6] == f"{row['mean']:.2f} ± {row['deviation']:.2f}"
+    assert report["parameters"] == sum(p.numel for p in parameters(tiny_args()).values())
+
+
+def test_none_to_generate(cli: Command, tmp_path: Path) -> None:
+    report = json.loads(cli("bench", make_folder(tmp_path / "model"), *QUICK[:-4], "-n", "0", "-r", "1", "--json").text)
+    assert [row["what"] for row in report["rows"]] == ["decode"] * 3 + ["prefill"]
 
 
 def test_a_shape(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +94,7 @@ def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
     for words, message in (
         (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers of at most nine digits"),
         (("--batches", "0"), "--batches is '0'"),
+        (("--generate", "-1"), "--generate is '-1'"),
         (("--prompts", "1e3"), "--prompts is '1e3'"),
         (("--shape", "7b"), "FOLDER and --shape: give one of them"),
     ):

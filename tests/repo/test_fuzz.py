@@ -26,15 +26,15 @@ from tools.fuzz.watch import Outcome, watch
 
 
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = command.main(["--mutations", "342", "--keep", str(tmp_path)])
+    code = command.main(["--mutations", "117", "--keep", str(tmp_path)])
     out = capsys.readouterr().out
     assert code == 0, out
     titles, *rows = (line.split() for line in out.splitlines())
     assert titles == ["kind", "mutations", "loaded", "refused", "violations", "slowest", "s", "peak", "memory"]
-    assert [row[:2] for row in rows] == [*([kind, "38"] for kind in KINDS), ["all", "342"]]
+    assert [row[:2] for row in rows] == [*([kind, "13"] for kind in KINDS), ["all", "117"]]
     for row in rows:
         assert int(row[2]) + int(row[3]) == int(row[1])
-    assert int(rows[-1][3]) > int(rows[-1][2]) > 20  # most are refused, but not what is sound
+    assert int(rows[-1][3]) > int(rows[-1][2]) > 5  # most are refused, but not what is sound
     assert not list(tmp_path.iterdir())
 
 

@@ -231,6 +231,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.long  # the test above stops a run within this process
 def test_a_run_that_was_killed_goes_on_bit_for_bit(folder: Path, data: Path, tmp_path: Path) -> None:
     """kill -9 wherever it is; what was logged after the last save is done again."""
     words = [
