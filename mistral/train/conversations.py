@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mistral.chat.messages import BETWEEN, Message, TemplateError
+from mistral.chat.messages import BETWEEN, Message, TemplateError, ToolCall
 from mistral.chat.templates import MistralCommon, Template
+from mistral.chat.tools import Tool
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import printable
+from mistral.util.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def mark_turns(
     """
     if isinstance(template, MistralCommon):
         return _by_messages(template, turns, tools)
-    if tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
-        raise TemplateError(f"tools are written by Mistral's own templates alone, not by {template.name}")
-    return _by_beginnings(template, turns, eos | template.ends)
+    return _by_beginnings(template, turns, tools, eos | template.ends)
 
 
 def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
@@ -148,13 +147,19 @@ def _answer(turn: Turn) -> Any:
     return AssistantMessage(content=turn.content or None, tool_calls=calls or None)
 
 
-def _by_beginnings(template: Template, turns: Sequence[Turn], ends: frozenset[int]) -> Marked:
-    messages = [Message(turn.role, turn.content) for turn in turns]
+def _by_beginnings(
+    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], ends: frozenset[int]
+) -> Marked:
+    messages = [_message(turn) for turn in turns]
+    try:
+        offered = [Tool(tool) for tool in tools]
+    except UsageError as error:
+        raise TemplateError(f"tools: {error}") from None
     marked = Marked()
     for i, turn in enumerate(turns):
-        if turn.role != "assistant":
+        if turn.role != "assistant" or not turn.weight:  # one that is not learned may be written in any way
             continue
-        asked, answered = template.encode_chat(messages[:i]), template.encode_chat(messages[: i + 1])
+        asked, answered = (template.encode_chat(messages[:n], offered) for n in (i, i + 1))
         at = len(asked)
         if answered[:at] != asked or asked[: len(marked.ids)] != marked.ids:
             raise TemplateError(
@@ -166,6 +171,11 @@ def _by_beginnings(template: Template, turns: Sequence[Turn], ends: frozenset[in
         marked.add(answered[at:stop], turn.weight)
         marked.add(answered[stop:])
     return marked
+
+
+def _message(turn: Turn) -> Message:
+    calls = tuple(ToolCall(name, arguments, id) for id, name, arguments in turn.tool_calls)
+    return Message(turn.role, turn.content, tool_calls=calls, tool_call_id=turn.tool_call_id, name=turn.name)
 
 
 def _brief(error: ValueError) -> str:
