@@ -99,9 +99,9 @@ def test_mistrallite() -> None:
 @pytest.mark.parametrize("version", ["v3", "tekken_240911"])
 def test_calls_of_tools_are_mistral_commons(version: str) -> None:
     """Against mistral-common's own encoding of the same request; the call and the answer count."""
+    from mistral_common.protocol.instruct import tool_calls as theirs
     from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
     from mistral_common.protocol.instruct.request import InstructRequest
-    from mistral_common.protocol.instruct import tool_calls as theirs
 
     own = tokenizer(version)
     template = find_template(own)
