@@ -435,6 +435,38 @@ def test_parse(words: list[str], want: list[str]) -> None:
     assert parse(a_command, words) == want
 
 
+def several(input: list[str], output: str, *, count: int = 1) -> None:
+    """For the tests."""
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["a", "out"], ['--input=["a"]', '--output="out"']),
+        (["a", "b", "--count", "2", "c", "out"], ["--count=2", '--input=["a", "b", "c"]', '--output="out"']),
+        (["a", "b", "--output=out"], ['--output="out"', '--input=["a", "b"]']),
+        (["--input", "a", "--input", "b", "out"], ['--input=["a", "b"]', '--output="out"']),
+        (["a", "--", "--b", "out"], ['--input=["a", "--b"]', '--output="out"']),
+    ],
+)
+def test_several_words_before_the_last_one(words: list[str], want: list[str]) -> None:
+    assert parse(several, words) == want
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "missing: INPUT, OUTPUT"),
+        (["a"], "missing: OUTPUT"),
+        (["--output", "out"], "missing: INPUT"),
+        (["--input=a", "b", "out"], "unexpected argument 'out'"),
+    ],
+)
+def test_several_words_that_are_too_few(words: list[str], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        parse(several, words)
+
+
 def test_what_fire_hands_over_is_what_was_typed() -> None:
     import fire
 
