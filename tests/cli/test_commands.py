@@ -25,6 +25,7 @@ from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.sampling_params import SamplingParams
+from mistral.util.errors import UsageError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
