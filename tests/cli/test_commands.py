@@ -138,7 +138,7 @@ def test_help_and_version_import_no_torch() -> None:
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
     takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT", "completion": "SHELL"}
-    takes |= {"batch": "INPUT OUTPUT", "deploy": "[FOLDER] --target TARGET"}
+    takes |= {"batch": "INPUT.. OUTPUT", "deploy": "[FOLDER] --target TARGET"}
     takes["finetune"] = "[FOLDER] --data DATA --out OUT"
     assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
     if name != "completion":

@@ -152,7 +152,13 @@ def test_calls_of_tools_by_a_folders_template(tmp_path: Path) -> None:
 
 def test_tools_with_the_last_question(tmp_path: Path) -> None:
     """A template that writes earlier turns again, as Mistral's do: answers behind the last question can be learned."""
-    text = HERMES.replace("{% if tools %}", "{% if tools and messages | length < 4 %}")
+    text = (
+        "{% set at = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set at.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}{% for message in messages %}"
+        "{% if tools and loop.index0 == at.last %}{{ tools | tojson }}{% endif %}"
+        "<|im_start|>{{ message.role }}\n{{ message.content }}{{ '<tool_call>' if message.tool_calls }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     template, own = hermes(tmp_path, text)
     turns = [Turn("user", "Hi"), Turn("assistant", "Yes?", 0.0), *CALLS[:1], Turn("assistant", "No.", 1.0)]
     marked = mark_turns(template, turns, TOOLS, own.eos_ids)
