@@ -59,18 +59,31 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return y
 
 
-def _feed_forward(part: FeedForward, x: Tensor) -> Tensor:
-    y: Tensor = part.w2(_Gate.apply(part.w1(x), part.w3(x)))
-    return y
+def _feed_forward(part: FeedForward, x: Tensor, again: bool = True) -> Tensor:
+    """The library's; where `again`, what w2 multiplies is not kept for its gradient, but computed again."""
+    a, b = part.w1(x), part.w3(x)
+    gated: Tensor = _Gate.apply(a, b)
+    if not again:
+        return part.w2(gated)  # type: ignore[no-any-return]
+    where = gated.data_ptr()
+
+    def keep(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == where and tensor.shape == a.shape else tensor
+
+    def give(kept: Tensor | None) -> Tensor:
+        return F.silu(a.detach()).mul_(b.detach()) if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        return part.w2(gated)  # type: ignore[no-any-return]
 
 
-def make_frugal(model: Transformer) -> None:
+def make_frugal(model: Transformer, again: bool) -> None:
     """Have every norm and every feed-forward of a model use the gradients above."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             use(module, partial(_norm, module))
         elif isinstance(module, FeedForward):
-            use(module, partial(_feed_forward, module))
+            use(module, partial(_feed_forward, module, again=again))
 
 
 def use(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -136,6 +136,27 @@ def test_norms_and_gates_have_the_gradients_of_their_operations(dtype: torch.dty
             assert (a - b).abs().max() <= (1e-12 if dtype == torch.float64 else 0.05) * a.abs().max()
 
 
+def test_what_a_gate_gave_is_not_kept() -> None:
+    """w2 multiplies it, and its gradient has the same bits without."""
+    args = tiny_args(hidden_dim=400)
+    x, part = torch.rand(50, 24), FeedForward(args)
+    found = []
+    for again in (False, True):
+        held: list[Tensor] = []
+
+        def keep(tensor: Tensor, held: list[Tensor] = held) -> Tensor:
+            held.append(tensor)
+            return tensor
+
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = _feed_forward(part, leaf, again=again)
+        gated = sum(t.shape == (50, 400) for t in held)
+        assert gated == (2 if again else 3)
+        found.append(torch.autograd.grad(out.square().sum(), [leaf, *part.parameters()]))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize(("what", "share"), [("cheap", 0.85), ("layers", 0.2)])
 def test_recomputing_keeps_less(what: str, share: float) -> None:
     assert kept_bytes(make_model(what)) < share * kept_bytes(make_model())
