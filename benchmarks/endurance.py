@@ -232,7 +232,7 @@ def prompt(model: Transformer, tokens: int, block: int, minutes: float, state: S
                 bar.update(request.num_computed - bar.n)
                 if log.at(request.num_computed) and not engine.done:
                     state.save({"row": of_row(cache, 0), "log": log.to_hold()})
-        few = min(tokens, 10 * block)
+        few = min(tokens, 10 * BLOCK)
         scored = perplexity(model, StoredIds(path)[:few]).perplexity if engine.done else None
     return {"tokens": request.num_computed, "before": before, "points": log.points, "perplexity": scored}
 
