@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from mistral.model import Transformer
@@ -57,8 +58,9 @@ def add_gradients(model: Transformer, batch: Batch, total: float) -> float:
     nats = 0.0
     for part in _parts(len(wanted), model.args.vocab_size):
         logits = model.logits(leaf[part])
+        edge = get_gradient_edge(logits)  # the gradient comes into the logits' own place, which no longer holds them
         loss, grad = _loss_and_gradient(logits.detach(), batch.targets[wanted[part]], batch.weights[wanted[part]])
-        logits.backward(grad.div_(total))  # type: ignore[no-untyped-call]
+        torch.autograd.backward(edge, grad.div_(total))
         nats += loss
     rows.backward(leaf.grad)  # type: ignore[no-untyped-call]
     return nats

@@ -100,6 +100,7 @@ def test_the_adapter_goes_with_the_file(tmp_path: Path) -> None:
     with torch.no_grad():
         for name, weight in trained.items():
             weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(name))) - 0.5)
+    (tmp_path / "out").mkdir()
     write_adapter(tmp_path / "out", dict(trained), setup.base.args, OPTIONS, setup.start[1], "m.gguf")
     assert len(read_adapter(tmp_path / "out").pairs) == 14
     loaded = load(path, device="cpu", adapter=tmp_path / "out", adapter_mode="runtime").model
