@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mistral.formats.adapter import read_adapter
-from mistral.loader.load import load
+from mistral.loader.load import assemble
 from mistral.loader.options import LoadOptions
 from mistral.quant.blocks import BlockEmbedding, BlockLinear
 from mistral.train.lora import FrozenLinear, LoraLinear
@@ -103,7 +103,8 @@ def test_the_adapter_goes_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_adapter(tmp_path / "out", dict(trained), setup.base.args, OPTIONS, setup.start[1], "m.gguf")
     assert len(read_adapter(tmp_path / "out").pairs) == 14
-    loaded = load(path, device="cpu", adapter=tmp_path / "out", adapter_mode="runtime").model
+    wanted = LoadOptions(device="cpu", adapter=(str(tmp_path / "out"),), adapter_mode="runtime")
+    loaded, _ = assemble(setup.found, options=wanted)
     ids = torch.cat(ragged((19,), 61, 5))
     with torch.inference_mode():
         a, b = (one.forward(ids, [19]) for one in (model, loaded))
