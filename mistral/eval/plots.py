@@ -76,7 +76,7 @@ def _draw_layers(axes: Any, one: Reach) -> None:
         axes.plot([d for d, _ in seen], [s for _, s in seen], "-", color=colour, linewidth=1.2, label=label)
         if edge is not None and few:
             axes.axvline(edge, color=colour, linestyle="--", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel=DISTANCE, ylabel="change of the last token's state, share of it")
+    axes.set(xscale="log", yscale="log", xlabel=DISTANCE, ylabel="change of the last state, relative")
     _whole_numbers(axes)
     axes.set_title(f"layer by layer, window {one.window}; dashed: reach of the layer, layers × (W − 1)", fontsize=8)
     axes.legend(fontsize=7)
