@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,24 @@ def test_questions_are_read_as_they_are(tmp_path: Path) -> None:
     ]
     topics = read_questions(str(write_questions(tmp_path / "t.jsonl", "topics", ["a b", "c"])), "topics")
     assert [q.answer for q in topics] == ["a b", "c"]
+
+
+@pytest.mark.skipif("LONGCHAT" not in os.environ, reason="LONGCHAT names a folder with LongChat's own question files")
+def test_longchats_own_files() -> None:
+    """200_lines.jsonl, 5_topics.jsonl and their like: the model gets the prompt of each line, to the character."""
+    files = (
+        sorted(Path(os.environ["LONGCHAT"]).rglob("*_lines.jsonl")),
+        sorted(Path(os.environ["LONGCHAT"]).rglob("*_topics.jsonl")),
+    )
+    assert any(files)
+    for task, paths in zip(("lines", "topics"), files, strict=True):
+        for path in paths:
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            found = read_questions(str(path), task)
+            assert [q.prompt for q in found] == [entry["prompt"] for entry in entries]
+            answers = [str(e["expected_number"]) if task == "lines" else e["topics"][0] for e in entries]
+            assert [q.answer for q in found] == answers
+            assert all(TASKS[task].score(f"It is {answer}.", answer) for answer in answers)
 
 
 @pytest.mark.parametrize(
