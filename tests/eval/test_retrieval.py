@@ -319,6 +319,21 @@ def test_a_run_that_was_cut_off_goes_on(cli: Command, tmp_path: Path, monkeypatc
     )
 
 
+def test_lengths_beyond_what_a_model_was_trained_on_are_noted(cli: Command, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    words = ("eval", folder, "--task", "passkey", "--lengths", "160", "--n", "1")
+    assert "trained on" not in cli(*words).err
+    params = json.loads((folder / "params.json").read_text())
+    for length, noted in ((100, True), (2000, False)):
+        (folder / "params.json").write_text(json.dumps({**params, "max_seq_len": length}))
+        assert ("trained on sequences of up to 100 tokens, and the longest here has 1" in cli(*words).err) == noted
+    (folder / "params.json").write_text(json.dumps({**params, "max_seq_len": 15}))
+    reach = ("eval", folder, "--task", "reach", "--lengths", "16", "--n", "1", "--json")
+    found = cli(*reach)
+    assert "up to 15 tokens, and the longest here has 16" in found.err
+    assert json.loads(found.text)["trained_length"] == 15
+
+
 def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
     folder, picture = make_folder(tmp_path / "model"), tmp_path / "n.svg"
     text = tmp_path / "zh.txt"
