@@ -73,8 +73,9 @@ def stream(
     engine = Engine(model, eos_ids=(), cache=cache)
     made = len(ids) - 1
     request = engine.add(ids, SamplingParams(max_tokens=max(0, tokens - made), temperature=1.0, seed=1), 0)
-    for _ in range(made if request.rng else 0):
-        request.rng()  # those that the tokens so far were drawn with
+    for _ in range(made):
+        if request.rng is not None:  # the numbers that the tokens so far were drawn with
+            request.rng()
     wanted = {tokens * (i + 1) // places - 1 for i in range(places)}
     with suppress(KeyboardInterrupt), tqdm(total=tokens, initial=made, disable=None, unit="token") as bar:
         while not engine.done and log.spent < minutes * 60:
