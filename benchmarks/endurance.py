@@ -5,8 +5,9 @@
     python -m benchmarks.endurance prompt --tokens 10000000 --out prompt.json
 
 `stream` generates one sequence with the bundled model. `chat` holds a conversation, in which `/undo` drops a turn now
-and then. `prompt` reads ids from a .npy file. Ctrl-C ends a run, and what it measured so far is printed. Rates are
-tokens a second of CPU time: other programs may run beside it.
+and then. `prompt` reads ids from a .npy file. Ctrl-C ends a run, and what it measured so far is printed. With
+`--state FILE` the same command goes on where it was, on another evening or after a kill: the file is replaced at every
+measurement. Rates are tokens a second of CPU time: other programs may run beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.resumable import BLOCK, Log, State, of_row, put_row, resident
 from mistral.cache import RollingBufferCache
+from mistral.chat import session
 from mistral.chat.conversation import Chat
 from mistral.chat.templates import find_template
 from mistral.engine import Engine
@@ -40,41 +43,17 @@ from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.util.files import write_atomic
 
-BLOCK = 10_000  # tokens between two measurements
 TIMES = 4  # contract, rule 11: an fp32 path may be this many times as far from float64 as another one
+ASKED = {"stream": ("places",), "chat": ("undo_every", "question", "answer"), "prompt": ()}  # what decides a run
 QUESTIONS = ("Who is there?", "And what did the king say?", "Tell me more of the wolf.", "Where did they go then?")
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
-class Log:
-    """Memory and CPU time at every BLOCK tokens."""
-
-    def __init__(self, block: int = BLOCK) -> None:
-        self.block, self.points = block, list[dict[str, float]]()
-        self._cpu, self._at = time.process_time(), 0
-
-    def at(self, tokens: int) -> None:
-        """Told after every token; what is measured between `pause` and `resume` does not count."""
-        if tokens // self.block > self._at // self.block:
-            now = time.process_time()
-            rate = (tokens - self._at) / max(now - self._cpu, 1e-9)
-            self.points.append({"tokens": tokens, "rate": rate, "bytes": resident()})
-            self._at, self._cpu = tokens, now
-
-    def skip(self, seconds: float) -> None:
-        """Leave CPU seconds out that were spent on something else."""
-        self._cpu += seconds
 
 
 # --- a stream
 
 
-def stream(loaded: Loaded, exact: Transformer, tokens: int, places: int, block: int, minutes: float) -> dict[str, Any]:
+def stream(
+    loaded: Loaded, exact: Transformer, tokens: int, places: int, block: int, minutes: float, state: State | None = None
+) -> dict[str, Any]:
     """Generate one sequence; at `places` positions compare the rolled cache with a fresh prefill.
 
     Args:
@@ -82,26 +61,36 @@ def stream(loaded: Loaded, exact: Transformer, tokens: int, places: int, block: 
         exact: the same weights in float64.
         tokens: to generate; fewer if `minutes` of CPU time are over.
         block: tokens between two measurements.
+        state: what to go on from, and where to keep it.
     """
-    model = loaded.model
-    cache = model.make_cache(2)  # row 1 is for comparing
+    model, state = loaded.model, state or State()
+    held = state.held
+    ids = held["ids"].tolist() if held else [1]
+    log, drift = Log(block, held.get("log")), list[dict[str, float]](held.get("drift", []))
+    cache = RollingBufferCache(model.args, 2, dtype=model.dtype, positions=len(ids))  # row 1 is for comparing
+    if held:
+        put_row(cache, 0, held["row"])
     engine = Engine(model, eos_ids=(), cache=cache)
-    request = engine.add([1], SamplingParams(max_tokens=tokens, temperature=1.0, seed=1), 0)
-    log, drift, began = Log(block), list[dict[str, float]](), time.process_time()
+    made = len(ids) - 1
+    request = engine.add(ids, SamplingParams(max_tokens=max(0, tokens - made), temperature=1.0, seed=1), 0)
+    for _ in range(made):
+        if request.rng is not None:  # the numbers that the tokens so far were drawn with
+            request.rng()
     wanted = {tokens * (i + 1) // places - 1 for i in range(places)}
-    with suppress(KeyboardInterrupt), tqdm(total=tokens, disable=None, unit="token") as bar:
-        while not engine.done and time.process_time() - began < minutes * 60:
-            made = len(engine.step())
-            bar.update(made)
-            count = len(request.output_ids)
-            log.at(count)
+    with suppress(KeyboardInterrupt), tqdm(total=tokens, initial=made, disable=None, unit="token") as bar:
+        while not engine.done and log.spent < minutes * 60:
+            bar.update(len(engine.step()))
+            count = made + len(request.output_ids)
+            measured = log.at(count)
+            stopped = time.process_time()
             if count in wanted:
-                stopped = time.process_time()
-                drift.append(
-                    compare(model, exact, cache, [1, *request.output_ids[: count - 1]], request.output_ids[-1])
-                )
-                log.skip(time.process_time() - stopped)
-    return {"tokens": len(request.output_ids), "points": log.points, "drift": drift}
+                before = [*ids, *request.output_ids]
+                drift.append(compare(model, exact, cache, before[:-1], before[-1]))
+            if measured:
+                done = torch.tensor([*ids, *request.output_ids], dtype=torch.int32)
+                state.save({"ids": done, "row": of_row(cache, 0), "log": log.to_hold(), "drift": drift})
+            log.skip(time.process_time() - stopped)
+    return {"tokens": made + len(request.output_ids), "points": log.points, "drift": drift}
 
 
 @torch.inference_mode()
@@ -140,39 +129,70 @@ def _fresh(model: Transformer, ids: Tensor, position: int) -> Tensor:
 
 
 def talk(
-    loaded: Loaded, tokens: int, *, undo_every: int, answer: int, question: int, block: int, minutes: float
+    loaded: Loaded,
+    tokens: int,
+    *,
+    undo_every: int,
+    answer: int,
+    question: int,
+    block: int,
+    minutes: float,
+    state: State | None = None,
 ) -> dict[str, Any]:
     """A conversation of `tokens` tokens, in which every `undo_every`th turn is dropped and another one asked.
 
     Args:
         answer: the most tokens of an answer.
         question: about so many characters of text that a question quotes.
+        state: what to go on from, and where to keep it.
     """
-    template = find_template(loaded.tokenizer)
-    chat = Chat(
-        loaded.model, loaded.tokenizer, template, params=SamplingParams(max_tokens=answer, temperature=1.0, seed=1)
-    )
-    log, undone, length, processed, began = Log(block), list[dict[str, float]](), 0, 0, time.process_time()
-    turn = 0
-    with suppress(KeyboardInterrupt), tqdm(total=tokens, disable=None, unit="token") as bar:
-        while length < tokens and time.process_time() - began < minutes * 60:
+    state = state or State()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    params = SamplingParams(max_tokens=answer, temperature=1.0, seed=1)
+    chat = Chat(model, tokenizer, find_template(tokenizer), params=params)
+    held: dict[str, Any] = {"turn": 0, "length": 0, "processed": 0, "undone": [], "log": None, **state.held}
+    log, undone = Log(block, held["log"]), list[dict[str, float]](held["undone"])
+    turn, length, processed = held["turn"], held["length"], held["processed"]
+    again = bool(state.held)  # the first answer of another process prefills the conversation again
+    if again:
+        _put_conversation(chat, held["conversation"])
+    with suppress(KeyboardInterrupt), tqdm(total=tokens, initial=length, disable=None, unit="token") as bar:
+        while length < tokens and log.spent < minutes * 60:
             turn += 1
             made = _ask(chat, turn, question)
             before, length = length, chat.cached_tokens + chat.prefilled_tokens + made
             processed += chat.prefilled_tokens + made
             bar.update(max(0, length - before))
-            log.at(length)
+            measured = not again and log.at(length)
+            if again:
+                log.resume(length)
+            again = False
+            stopped = time.process_time()
             if turn % undo_every == 0:
                 chat.undo()
-                stopped = time.process_time()
                 made = _ask(chat, turn + 1, 0)
                 length = chat.cached_tokens + chat.prefilled_tokens + made
                 processed += chat.prefilled_tokens + made
                 spent = time.process_time() - stopped
                 undone.append({"length": length, "prefilled": chat.prefilled_tokens, "seconds": spent})
-                log.skip(spent)
-    points = log.points
-    return {"tokens": length, "turns": turn, "processed": processed, "points": points, "undone": undone}
+            if measured and state.path is not None:
+                counted = {"turn": turn, "length": length, "processed": processed, "undone": undone}
+                state.save({**counted, "log": log.to_hold(), "conversation": _conversation(chat)})
+            log.skip(time.process_time() - stopped)
+    return {"tokens": length, "turns": turn, "processed": processed, "points": log.points, "undone": undone}
+
+
+def _conversation(chat: Chat) -> str:
+    """A conversation as `/save` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.save(chat, f"{folder}/chat.json", "endurance")
+        return Path(folder, "chat.json").read_text(encoding="utf-8")
+
+
+def _put_conversation(chat: Chat, text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "chat.json").write_text(text, encoding="utf-8")
+        session.load(chat, f"{folder}/chat.json", "endurance")
 
 
 def _ask(chat: Chat, turn: int, characters: int) -> int:
@@ -188,9 +208,10 @@ def _ask(chat: Chat, turn: int, characters: int) -> int:
 # --- a prompt in a file
 
 
-def prompt(model: Transformer, tokens: int, block: int, minutes: float) -> dict[str, Any]:
-    """Have an engine read a prompt of random ids from a file, and score it by perplexity too."""
-    log = Log(block)
+def prompt(model: Transformer, tokens: int, block: int, minutes: float, state: State | None = None) -> dict[str, Any]:
+    """Have an engine read a prompt of random ids from a file, and score the beginning by perplexity too."""
+    state = state or State()
+    log = Log(block, state.held.get("log"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids.npy"
         stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(tokens,))
@@ -198,17 +219,23 @@ def prompt(model: Transformer, tokens: int, block: int, minutes: float) -> dict[
         for first in range(0, tokens, 1 << 20):
             stored[first : first + (1 << 20)] = draw.integers(3, model.args.vocab_size, min(1 << 20, tokens - first))
         del stored
-        before, began = resident(), time.process_time()
-        engine = Engine(model, eos_ids=())
-        request = engine.add(StoredIds(path), SamplingParams(max_tokens=1, temperature=0))
-        with tqdm(total=tokens, disable=None, unit="token") as bar:
-            while not engine.done and time.process_time() - began < minutes * 60:
+        before = resident()
+        cache = RollingBufferCache(model.args, 1, dtype=model.dtype, positions=tokens)
+        if state.held:
+            put_row(cache, 0, state.held["row"])
+        engine = Engine(model, eos_ids=(), cache=cache)
+        request = engine.add(StoredIds(path), SamplingParams(max_tokens=1, temperature=0), 0)
+        began = request.num_computed
+        with suppress(KeyboardInterrupt), tqdm(total=tokens, initial=began, disable=None, unit="token") as bar:
+            log.resume(began)
+            while not engine.done and log.spent < minutes * 60:
                 engine.step()
                 bar.update(request.num_computed - bar.n)
-                log.at(request.num_computed)
-        few = min(tokens, 10 * block)
-        scored = perplexity(model, StoredIds(path)[:few])
-    return {"tokens": request.num_computed, "before": before, "points": log.points, "perplexity": scored.perplexity}
+                if log.at(request.num_computed) and not engine.done:
+                    state.save({"row": of_row(cache, 0), "log": log.to_hold()})
+        few = min(tokens, 10 * BLOCK)
+        scored = perplexity(model, StoredIds(path)[:few]).perplexity if engine.done else None
+    return {"tokens": request.num_computed, "before": before, "points": log.points, "perplexity": scored}
 
 
 # --- what is printed and drawn
@@ -223,7 +250,8 @@ def summary(what: str, found: dict[str, Any]) -> Iterator[str]:
     memory = [point["bytes"] / 1e6 for point in points]
     rates = [point["rate"] for point in points]
     middle = float(np.median(rates))
-    yield f"{what}: {found['tokens']:,} tokens"
+    sittings = int(points[-1]["sitting"])
+    yield f"{what}: {found['tokens']:,} tokens" + (f", in {sittings} processes one after the other" * (sittings > 1))
     yield (
         f"memory: {memory[0]:.1f} MB after the first {points[0]['tokens']:,.0f}, {memory[-1]:.1f} MB at the end, "
         f"{max(memory):.1f} MB at most"
@@ -287,15 +315,19 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=50, help="the most tokens of an answer")
     parser.add_argument("--block", type=int, default=BLOCK, help="tokens between two measurements")
     parser.add_argument("--minutes", type=float, default=30.0, help="of CPU time, after which it ends")
+    parser.add_argument("--state", help="a file that is kept at every measurement, from which the same command goes on")
     parser.add_argument("--out", help="a JSON file for every figure")
     parser.add_argument("--plot", help="a picture, .svg or .png")
     asked = parser.parse_args()
-    loaded = load(asked.folder, device="cpu", threads=1)
     from mistral.eval.bench import processor
 
+    loaded = load(asked.folder, device="cpu", threads=1)
+
+    wanted = {name: getattr(asked, name) for name in ("what", "tokens", *ASKED[asked.what])}
+    state = State(asked.state, {"model": loaded.describe(), **wanted})
     if asked.what == "stream":
         exact = load(asked.folder, device="cpu", dtype="float64", execution="eager", threads=1).model
-        found = stream(loaded, exact, asked.tokens, asked.places, asked.block, asked.minutes)
+        found = stream(loaded, exact, asked.tokens, asked.places, asked.block, asked.minutes, state)
     elif asked.what == "chat":
         found = talk(
             loaded,
@@ -305,9 +337,10 @@ def main() -> None:
             question=asked.question,
             block=asked.block,
             minutes=asked.minutes,
+            state=state,
         )
     else:
-        found = prompt(loaded.model, asked.tokens, asked.block, asked.minutes)
+        found = prompt(loaded.model, asked.tokens, asked.block, asked.minutes, state)
     found = {"model": loaded.describe(), "processor": processor(loaded.model.device), "command": sys.argv[1:], **found}
     print(*summary(asked.what, found), sep="\n")
     if asked.out:

@@ -11,6 +11,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.util.errors import UsageError
 
 Finish = Literal["stop", "length", "error"]
+PREFIX_BLOCK = 4096  # ids that are compared at once
 
 
 class GenerationError(UsageError):
@@ -121,7 +122,12 @@ class Draft(Protocol):
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two sequences have in common at the beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    most = min(len(a), len(b))
+    for first in range(0, most, PREFIX_BLOCK):  # lists are compared much faster as a whole than in a loop
+        one, two = (list(ids[first : min(first + PREFIX_BLOCK, most)]) for ids in (a, b))
+        if one != two:
+            return first + next(i for i, (x, y) in enumerate(zip(one, two, strict=True)) if x != y)
+    return most
 
 
 def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:

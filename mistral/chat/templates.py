@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.chat import tool_messages
+from mistral.chat import remembered, tool_messages
 from mistral.chat.jinja import JinjaTemplate
 from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
 from mistral.chat.thinking import for_mistral_common
@@ -173,7 +173,7 @@ class MistralCommon:
     """
 
     def __init__(self, tokenizer: Tokenizer, version: str, source: str = "") -> None:
-        inner = tokenizer.for_mistral_common(version)
+        inner = remembered.remember(tokenizer.for_mistral_common(version))
         from mistral_common.tokens.tokenizers import instruct
 
         self.name, self.source = _full_name(tokenizer, version), source

@@ -26,10 +26,9 @@ EVERY = 30.0  # seconds between lines about the progress, where stderr is no ter
 
 @flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
 def batch(
-    input: str,
+    input: list[str],
     output: str,
     *,
-    also: list[str] | None = None,
     retry: bool = False,
     model: str | None = None,
     rows: int = 16,
@@ -49,17 +48,16 @@ def batch(
     """Answer files of requests, in OpenAI's batch format; whatever ends it, the same command goes on from there.
 
     python -m main batch requests.jsonl answers.jsonl
-    python -m main batch "in/*.jsonl" answers.jsonl --model mistral-7B-Instruct-v0.3 --dtype bfloat16
+    python -m main batch in/*.jsonl answers.jsonl --model mistral-7B-Instruct-v0.3 --dtype bfloat16
     python -m main batch requests.jsonl answers.jsonl --engine http://localhost:8000 --concurrency 64
     python -m main batch requests.jsonl answers.jsonl --ray --workers 4
 
     A line of INPUT is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {..}}, or has the
     url /v1/completions; a body means what `serve` makes of it. OUTPUT gets one line for each, in the order in which
     they are done. A line that cannot be answered gets a line that says why, and the others go on; the exit code is 1
-    then. INPUT may be a pattern, in quotes.
+    then. There may be several INPUTs, patterns in quotes among them; OUTPUT is the last word.
 
     Args:
-        also: another input file, or a pattern; may be repeated
         retry: answer lines again that OUTPUT has an error for
         model: the model folder; default: MISTRAL_MODEL, else the bundled model
         rows: the most sequences in a step, for each engine
@@ -90,7 +88,7 @@ def batch(
     from mistral.batch.output import drop_failed, opened
     from mistral.batch.settings import EngineSettings
 
-    files = inputs.find_inputs([input, *(also or [])], output)
+    files = inputs.find_inputs(input, output)
     settings = None
     if engine is None:
         folder = default_folder(model)

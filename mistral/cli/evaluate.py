@@ -232,6 +232,7 @@ def _report(loaded: Loaded, asked: Asked, instruct: bool, template: str | None, 
             template=None if found is None else found.name,
             ends=frozenset() if found is None else found.ends,
             bar=bar,
+            say=lambda note: terminal.echo_err(f"note: {note}"),
         )
     except KeyboardInterrupt:
         if asked.output is not None:

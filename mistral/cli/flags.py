@@ -47,6 +47,7 @@ BOOLEANS = ("true", "false", "on", "off", "yes", "no", "0", "1")
 RENAMED = {
     "kernels": "--execution kernels, or --execution eager for --kernels=false",
     "mistake": "--mutant",
+    "also": "several INPUTs before OUTPUT",
 }
 # Understood by every command.
 COMMON = {"quiet": "print no notes and no statistics, only results and errors", "verbose": "print more about errors"}
@@ -161,9 +162,17 @@ def _place(
     free = [p for p in places if p.name not in given]
     if disambiguate and len(positionals) == 1 and len(free) == len(places):
         free = [parameters[disambiguate(positionals[0])]]
+    several = next((i for i, p in enumerate(free) if kind_of(p) is list), None)
+    if several is not None and len(positionals) > several:
+        # All words that the other places leave, as the files before the last word of cp.
+        end = several + max(1, len(positionals) - len(free) + 1)
+        found = {free[several].name: positionals[several:end]}
+        free, positionals = free[:several] + free[several + 1 :], positionals[:several] + positionals[end:]
+    else:
+        found = {}
     if len(positionals) > len(free):
         raise UsageError(f"unexpected argument {positionals[len(free)]!r} (quote a prompt that contains spaces)")
-    return {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
+    return found | {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
 
 
 def _check_parcels(command: Callable[..., None], given: dict[str, Any]) -> None:

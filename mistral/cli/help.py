@@ -34,11 +34,8 @@ def of_command(name: str, command: Callable[..., None]) -> str:
     """Usage, description and flags of a command."""
     parameters = [p for p in inspect.signature(command).parameters.values() if flags.kind_of(p)]
     required = [p for p in parameters if p.default is p.empty]
-    places = [
-        p.name.upper() if p in required else f"[{p.name.upper()}]"
-        for p in parameters
-        if p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    named = {p: p.name.upper() + ".." * (flags.kind_of(p) is list) for p in parameters}
+    places = [named[p] if p in required else f"[{named[p]}]" for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     places += [f"--{p.name} {p.name.upper()}" for p in required if p.kind is p.KEYWORD_ONLY]
     lines = [f"usage: {PROGRAM} {name} {' '.join(places)} [flags]".replace("  ", " "), ""]
     lines += [_text(command).replace("python -m main", PROGRAM), "", "flags:"]

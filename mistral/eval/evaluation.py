@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from mistral.eval.reach import NOTICEABLE, SHARE, Reach, edges, reach, samples, 
 from mistral.eval.results import ResultFile
 from mistral.eval.retrieval import TASKS, Item, answer, digest, items_of, make_items, report_rows
 from mistral.eval.tasks import Encode
+from mistral.formats.folder import read_folder
+from mistral.formats.layout import trained_length
 from mistral.generate import eos_of
 from mistral.loader.load import Loaded
 from mistral.tokenizer import encode
@@ -30,6 +33,7 @@ CONTEXTS = (16, 32, 64, 128, 256, 512, 1024)
 CASES = {"passkey": 50, "lines": 50, "topics": 50, "needle": 11, "reach": 8, "position": 64}  # where --n is not given
 LONGEST_REACH = 2048  # tokens of a text of `reach`, unless a length is given
 Bar = Callable[[str, str], Callable[[int, int], None]]  # what is done, and its unit, to a progress
+Within = Callable[[int], None]  # told the longest sequence before it is computed
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,14 @@ class Evaluation:
 
 
 def evaluate(
-    loaded: Loaded, asked: Asked, *, prompt: Encode, template: str | None, ends: frozenset[int], bar: Bar
+    loaded: Loaded,
+    asked: Asked,
+    *,
+    prompt: Encode,
+    template: str | None,
+    ends: frozenset[int],
+    bar: Bar,
+    say: Callable[[str], None] = lambda note: None,
 ) -> Evaluation:
     """Run a task on a model.
 
@@ -78,20 +89,31 @@ def evaluate(
         template: its name, for the report; None: prompts are continued as they are.
         ends: ids that a template writes after an answer.
         bar: progress.
+        say: called with what should be known before it begins, a sentence each.
 
     Raises:
         MistralError: a subclass that names what cannot be.
     """
     began = time.perf_counter()
     facts = _facts(loaded, asked, template)
+    within = partial(_note_length, facts["trained_length"], say)
     if asked.task == "reach":
-        done = _reach(loaded, asked, facts, bar)
+        done = _reach(loaded, asked, facts, bar, within)
     elif asked.task == "position":
-        done = _position(loaded, asked, facts, bar)
+        done = _position(loaded, asked, facts, bar, within)
     else:
-        done = _retrieval(loaded, asked, facts, prompt, ends, bar)
+        done = _retrieval(loaded, asked, facts, prompt, ends, bar, within)
     done.report["seconds"] = time.perf_counter() - began
     return done
+
+
+def _note_length(trained: int | None, say: Callable[[str], None], longest: int) -> None:
+    """A sentence, if sequences go beyond what the model was trained on."""
+    if trained is not None and longest > trained:
+        say(
+            f"the model was trained on sequences of up to {trained:,} tokens, and the longest here has {longest:,}: "
+            "beyond that it may fail for that reason alone"
+        )
 
 
 def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]:
@@ -109,6 +131,7 @@ def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]
         "version": __version__,
         "window": next(iter(windows)) if len(windows) == 1 else None,
         "reach": edges(args)[-1],
+        "trained_length": trained_length(read_folder(loaded.folder).raw),
         "template": template,
         "n": None if asked.questions else asked.n or CASES[asked.task],
         "seed": asked.seed,
@@ -119,7 +142,13 @@ def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]
 
 
 def _retrieval(
-    loaded: Loaded, asked: Asked, facts: dict[str, Any], prompt: Encode, ends: frozenset[int], bar: Bar
+    loaded: Loaded,
+    asked: Asked,
+    facts: dict[str, Any],
+    prompt: Encode,
+    ends: frozenset[int],
+    bar: Bar,
+    within: Within,
 ) -> Evaluation:
     task = TASKS[asked.task]
     items: list[Item]
@@ -134,6 +163,7 @@ def _retrieval(
         marks["filler"] = digest(filler)
         lengths = asked.lengths or LENGTHS
         items = make_items(task, lengths, facts["n"], asked.seed, filler, prompt, bar("making prompts", "prompt"))
+    within(max(len(item.ids) for item in items) + task.max_tokens)
     header = {key: facts[key] for key in ("task", "loaded", "template", "n", "seed")} | marks
     results = ResultFile(asked.output, header)
     try:
@@ -211,7 +241,7 @@ def _windows(loaded: Loaded, asked: Asked) -> list[Any]:
     return [window_args(loaded.args, window) for window in asked.windows]
 
 
-def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar) -> Evaluation:
+def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar, within: Within) -> Evaluation:
     every = _windows(loaded, asked)
     if asked.lengths is not None and len(asked.lengths) > 1:
         raise UsageError(
@@ -223,6 +253,7 @@ def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar) -> Eva
     ids, bos, source = _text_ids(loaded, asked, length)
     if len(ids) < length:
         raise UsageError(f"the text has {len(ids)} tokens, but {length} are needed: give a longer --filler")
+    within(length)
     texts = samples(ids, facts["n"], length, asked.seed, bos)
     found: list[Reach] = []
     for args in every:
@@ -264,11 +295,12 @@ def _reach_text(report: dict[str, Any], found: Sequence[Reach]) -> str:
     return "\n".join(lines)
 
 
-def _position(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar) -> Evaluation:
+def _position(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar, within: Within) -> Evaluation:
     contexts = sorted(set(asked.lengths or CONTEXTS))
     ids, bos, source = _text_ids(loaded, asked, 2 * contexts[-1] + 10 * SPAN)
     if asked.lengths is None:  # the usual ones, as far as the text goes
         contexts = [context for context in contexts if context + SPAN <= len(ids)] or contexts[:1]
+    within(contexts[-1] + SPAN)
     places = places_in(ids, facts["n"], contexts[-1], asked.seed)
     found: list[ByContext] = []
     for args in _windows(loaded, asked):

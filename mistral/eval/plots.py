@@ -10,6 +10,8 @@ from mistral.eval.position import ByContext
 from mistral.eval.reach import NOTICEABLE, Reach
 from mistral.util.files import write_atomic
 
+DISTANCE = "distance of the changed token, tokens"
+
 
 def draw_accuracy(report: dict[str, Any], path: str) -> None:
     """Accuracy against length with 95% confidence intervals, and how far the windows reach."""
@@ -46,15 +48,17 @@ def draw_reach(report: dict[str, Any], found: Sequence[Reach], path: str) -> Non
     figure, axes = _figure(report, 2, (10.0, 4.0))
     for number, one in enumerate(found):
         seen = [(d, kl) for d, kl in zip(one.distances, one.kl, strict=True) if kl > 0]
-        label = f"window {one.window}"
+        noticed = "nowhere" if one.noticeable is None else f"up to {one.noticeable:,}"
+        label = f"window {one.window}: noticed {noticed}"
         axes[0].plot([d for d, _ in seen], [kl for _, kl in seen], ".-", color=f"C{number}", label=label)
         if one.edge is not None:
             axes[0].axvline(one.edge, color=f"C{number}", linestyle="--", linewidth=1)
             axes[0].annotate(
                 f"reach {one.edge:,}", (one.edge, 0.5), xycoords=("data", "axes fraction"), rotation=90, fontsize=7
             )
-    axes[0].axhline(NOTICEABLE, color="grey", linestyle=":", linewidth=1, label=f"{NOTICEABLE:g} nats")
-    axes[0].set(xscale="log", yscale="log", xlabel="distance of the changed token", ylabel="KL of the next token, nats")
+    axes[0].axhline(NOTICEABLE, color="grey", linestyle=":", linewidth=1, label=f"noticed: {NOTICEABLE:g} nats")
+    axes[0].set(xscale="log", yscale="log", xlabel=DISTANCE, ylabel="change of the prediction (KL), nats")
+    _whole_numbers(axes[0])
     axes[0].legend(fontsize=7)
     axes[0].set_title("how far a changed token moves the prediction; beyond the dashed line: exactly 0", fontsize=8)
     _draw_layers(axes[1], found[0])
@@ -70,10 +74,11 @@ def _draw_layers(axes: Any, one: Reach) -> None:
         few = len(one.layers) <= 8 or layer in (0, len(one.layers) // 2, len(one.layers) - 1)
         label = f"behind layer {layer + 1}" if few else None
         axes.plot([d for d, _ in seen], [s for _, s in seen], "-", color=colour, linewidth=1.2, label=label)
-        if edge is not None:
-            axes.axvline(edge, color=colour, linestyle="--", linewidth=0.6)
-    axes.set(xscale="log", yscale="log", xlabel="distance of the changed token", ylabel="change of the last state")
-    axes.set_title(f"layer by layer, window {one.window}; dashed: layers × (W − 1)", fontsize=8)
+        if edge is not None and few:
+            axes.axvline(edge, color=colour, linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel=DISTANCE, ylabel="change of the last state, relative")
+    _whole_numbers(axes)
+    axes.set_title(f"layer by layer, window {one.window}; dashed: reach of the layer, layers × (W − 1)", fontsize=8)
     axes.legend(fontsize=7)
 
 
@@ -92,9 +97,17 @@ def draw_position(report: dict[str, Any], found: Sequence[ByContext], path: str)
         )
     axes[0].set(xscale="log", xlabel="tokens of context", ylabel="loss, nats a token")
     _limits(axes[0], report["window"], report["reach"])
+    contexts = sorted({context for one in found for context in one.contexts})
+    axes[0].set_xticks(contexts, [f"{context:,}" for context in contexts], minor=False)
+    axes[0].minorticks_off()
     axes[0].legend(fontsize=8)
     axes[0].set_title("the same tokens predicted; bars: standard error of the difference to the right end", fontsize=8)
     _save(figure, path)
+
+
+def _whole_numbers(axes: Any) -> None:
+    """A logarithmic axis of x with 1, 10, 100 in the place of powers."""
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _limits(axes: Any, window: int | None, reach: int | None) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mistral.chat.messages import BETWEEN, Message, TemplateError, Thought
+from mistral.chat.messages import BETWEEN, Message, TemplateError, Thought, ToolCall
 from mistral.chat.templates import MistralCommon, Template
 from mistral.chat.thinking import for_mistral_common
+from mistral.chat.tools import Tool
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import printable
+from mistral.util.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class Turn:
 
     @property
     def message(self) -> Message:
-        """Its text and thoughts as a message."""
-        return Message(self.role, self.content, thinking=self.thinking)
+        """The same as a message."""
+        calls = tuple(ToolCall(name, arguments, id) for id, name, arguments in self.tool_calls)
+        more = (self.tool_call_id, self.name)
+        return Message(self.role, self.content, calls, *more, thinking=self.thinking)
 
 
 @dataclass
@@ -84,9 +87,7 @@ def mark_turns(
     """
     if isinstance(template, MistralCommon):
         return _by_messages(template, turns, tools)
-    if tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
-        raise TemplateError(f"tools are written by Mistral's own templates alone, not by {template.name}")
-    return _by_beginnings(template, turns, eos | template.ends)
+    return _by_beginnings(template, turns, tools, eos | template.ends)
 
 
 def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
@@ -157,13 +158,19 @@ def _answer(turn: Turn) -> Any:
     return AssistantMessage(content=for_mistral_common(turn.message), tool_calls=calls or None)
 
 
-def _by_beginnings(template: Template, turns: Sequence[Turn], ends: frozenset[int]) -> Marked:
+def _by_beginnings(
+    template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], ends: frozenset[int]
+) -> Marked:
     messages = [turn.message for turn in turns]
+    try:
+        offered = [Tool(tool) for tool in tools]
+    except UsageError as error:
+        raise TemplateError(f"tools: {error}") from None
     marked = Marked()
     for i, turn in enumerate(turns):
-        if turn.role != "assistant":
+        if turn.role != "assistant" or not turn.weight:  # one that is not learned may be written in any way
             continue
-        asked, answered = template.encode_chat(messages[:i]), template.encode_chat(messages[: i + 1])
+        asked, answered = (template.encode_chat(messages[:n], offered) for n in (i, i + 1))
         at = len(asked)
         if answered[:at] != asked or asked[: len(marked.ids)] != marked.ids:
             raise TemplateError(

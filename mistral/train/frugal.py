@@ -1,4 +1,4 @@
-"""Norms and gates with gradients of their own: fewer passes over memory, and less kept, than operation by operation.
+"""Norms, gates and rotations with gradients of their own: fewer passes over memory, and less kept, than by operations.
 
 The forward is the library's, bit for bit. What the gradient needs beside the inputs is computed again.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mistral.model import FeedForward, RMSNorm, Transformer, widen
+from mistral.model import Attention, FeedForward, RMSNorm, Transformer, widen
+from mistral.plan import LayerStore, Plan
+from mistral.rope import rotate
 
 
 class _Norm(torch.autograd.Function):
@@ -54,23 +56,68 @@ class _Gate(torch.autograd.Function):
         return da, db
 
 
+class _Rotation(torch.autograd.Function):
+    """`rotate`, whose gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     y: Tensor = _Norm.apply(x, norm.weight, norm.eps)
     return y
 
 
-def _feed_forward(part: FeedForward, x: Tensor) -> Tensor:
-    y: Tensor = part.w2(_Gate.apply(part.w1(x), part.w3(x)))
+def _attention(
+    part: Attention,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    plan: Plan,
+    store: LayerStore,
+    q_scale: Tensor | float = 1.0,
+) -> Tensor:
+    q, k, v = (w(x).unflatten(-1, (-1, part.head_dim)) for w in (part.wq, part.wk, part.wv))
+    q = _Rotation.apply(q, cos * q_scale, sin * q_scale)
+    out = part.attend(q, _Rotation.apply(k, cos, sin), v, store, plan)
+    y: Tensor = part.wo(out.flatten(-2))
     return y
 
 
-def make_frugal(model: Transformer) -> None:
-    """Have every norm and every feed-forward of a model use the gradients above."""
+def _feed_forward(part: FeedForward, x: Tensor, again: bool = True) -> Tensor:
+    """The library's; where `again`, what w2 multiplies is not kept for its gradient, but computed again."""
+    a, b = part.w1(x), part.w3(x)
+    gated: Tensor = _Gate.apply(a, b)
+    if not again:
+        return part.w2(gated)  # type: ignore[no-any-return]
+    where = gated.data_ptr()
+
+    def keep(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == where and tensor.shape == a.shape else tensor
+
+    def give(kept: Tensor | None) -> Tensor:
+        return F.silu(a.detach()).mul_(b.detach()) if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        return part.w2(gated)  # type: ignore[no-any-return]
+
+
+def make_frugal(model: Transformer, again: bool) -> None:
+    """Have every norm, attention and feed-forward of a model use the gradients above."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             use(module, partial(_norm, module))
+        elif isinstance(module, Attention):
+            use(module, partial(_attention, module))
         elif isinstance(module, FeedForward):
-            use(module, partial(_feed_forward, module))
+            use(module, partial(_feed_forward, module, again=again))
 
 
 def use(module: nn.Module, forward: Callable[..., Any]) -> None:

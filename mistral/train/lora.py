@@ -39,6 +39,24 @@ class _FrozenProduct(torch.autograd.Function):
         return x, None, None
 
 
+class _Product(torch.autograd.Function):
+    """x W^T + s (x A^T) B^T, of which A and B get gradients: each part is added to the large product in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        low = F.linear(x, a).mul_(scale)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return F.linear(x, weight).addmm_(low, b.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, weight, a, b, low = ctx.saved_tensors
+        back = (grad @ b).mul_(ctx.scale)
+        dx = torch.mm(grad, weight).addmm_(back, a) if ctx.needs_input_grad[0] else None
+        return dx, None, back.t() @ x, grad.t() @ low, None
+
+
 def _tiles(out: int, grad: Tensor) -> Iterator[tuple[int, int]]:
     rows = max(ROWS, WIDEN // max(1, grad.shape[-1]) // ROWS * ROWS)
     for first in range(0, out, rows):
@@ -82,13 +100,14 @@ class LoraLinear(nn.Module):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        y: Tensor
+        if isinstance(self.of, Linear) and not self.dropout:
+            y = _Product.apply(x, self.of.weight, a, b, self.scale)
+            return y
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(dropped, self.a.to(x.dtype)) * self.scale
-        change = F.linear(low, self.b.to(x.dtype))
-        if isinstance(self.of, Linear):  # one pass over the result instead of two
-            return torch.addmm(change, x, self.of.weight.t())
-        y: Tensor = self.of(x)
-        return y + change
+        y = self.of(x)
+        return y + F.linear(F.linear(dropped, a) * self.scale, b)
 
 
 def freeze(model: Transformer) -> None:
@@ -98,7 +117,9 @@ def freeze(model: Transformer) -> None:
         UsageError: weights of a kind through which none can.
     """
     model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a tied output may be in the embeddings
+        if name.startswith("tok_embeddings."):
+            continue
         narrow = isinstance(module, Linear) and module.weight.dtype != model.dtype
         if isinstance(module, QuantizedLinear) or narrow:
             model.set_submodule(name, FrozenLinear(module))  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ def memory_parts(
         "gradients": trained * FP32,
         "AdamW": 2 * trained * FP32,
         f"activations of {tokens:,} tokens": tokens * activations(args, options.recompute) * itemsize,
-        "logits": 3 * rows * args.vocab_size * FP32,
+        "logits": rows * args.vocab_size * FP32,
     }
 
 
@@ -47,9 +47,9 @@ def activations(args: ModelArgs, recompute: str) -> int:
     """Numbers that a token leaves behind in all layers, and in the one whose gradient is being computed."""
     dim, q, kv = args.dim, args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     hidden = args.hidden_dim * (1 if args.moe is None else args.moe.num_experts_per_tok)
-    cheap = 4 * dim + 4 * q + 3 * kv + 3 * hidden
-    kept = {"none": cheap + 4 * dim + 2 * hidden, "cheap": cheap, "layers": dim}[recompute]
-    once = 4 * dim + 4 * hidden + (cheap if recompute == "layers" else 0)  # of the layer whose gradient is computed
+    cheap = 4 * dim + 4 * q + 3 * kv + 2 * hidden
+    kept = {"none": cheap + 4 * dim + 3 * hidden, "cheap": cheap, "layers": dim}[recompute]
+    once = 4 * dim + 5 * hidden + (cheap if recompute == "layers" else 0)  # of the layer whose gradient is computed
     return args.n_layers * kept + once
 
 

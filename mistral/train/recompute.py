@@ -23,7 +23,7 @@ def recompute(model: Transformer, what: str, dropout: bool) -> None:
     """
     if what == "none":
         return
-    make_frugal(model)
+    make_frugal(model, again=what == "cheap")  # a layer that is computed again keeps the rest for a moment only
     if what == "layers":
         for layer in model.layers:
             use(layer, partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=dropout))

@@ -16,10 +16,12 @@ from mistral.chat.templates import Template, find_template
 from mistral.fast.layout import bytes_of
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
+from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
+from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import assemble, windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
 from mistral.loader.runtime import WIDEN_SHARE, pick_device
@@ -37,6 +39,7 @@ from mistral.train.recompute import recompute
 from mistral.util import memory
 from mistral.util.errors import MistralError
 
+FP32 = 4  # bytes
 Pairs = dict[str, tuple[Tensor, Tensor]]  # A and B, by the name of the weight that they change
 
 
@@ -210,8 +213,20 @@ class Setup:
             itemsize=2 if half else 4,
         )
 
+    @property
+    def blocks(self) -> dict[str, str]:
+        """Weights of a GGUF file that an adapter is trained beside as they are: blocks of few bits, by the kernels."""
+        wide = DTYPE_NAMES.get(self.load.dtype or "auto") in (None, "float32")
+        if self.options.full or self.load.quant is not None or self.device.type != "cpu" or not wide:
+            return {}
+        return multiplied_as_they_are(self.base.weights, self.base.args)
+
     def _weights_in_memory(self, itemsize: int) -> int:
         """Bytes of the model's weights, as the loader keeps them for an arithmetic of so many bytes a number."""
+        if kept := self.blocks:
+            by_name = parameters(self.base.args)
+            rest = sum(FP32 * p.numel for name, p in by_name.items() if name not in kept)
+            return rest + sum(blocks_bytes(by_name[name], kind) for name, kind in kept.items())
         known = parameters(self.base.args).values()
         quant = self.load.quant or self.base.quant
         if quant not in (None, "none"):
@@ -224,7 +239,9 @@ class Setup:
     def model(self) -> tuple[Transformer, dict[str, Tensor]]:
         """The model with what is trained in place, and that by name, in fp32."""
         full = self.options.full
-        wanted = replace(self.load, execution="eager", attention="sdpa")
+        # With attention by name "auto" takes the kernels for products alone: those of blocks, which have no others.
+        execution = "auto" if self.blocks and self.load.execution == "auto" else "eager"
+        wanted = replace(self.load, execution=execution, attention="sdpa")
         asked = None if wanted.dtype in (None, "auto") else DTYPE_NAMES[wanted.dtype or ""]
         if full:  # weights are trained in fp32, whatever the arithmetic
             wanted = replace(wanted, dtype="float32")
@@ -252,7 +269,7 @@ class Setup:
             weights = dict(put_lora(model, start, scale, self.options.lora_dropout))
             what = f"LoRA of rank {self.rank}, scale {scale:g}"
         arithmetic = str(model.dtype).removeprefix("torch.")
-        held = run.quant or str(run.weights).removeprefix("torch.")
+        held = run.quant or " and ".join(run.blocks) or str(run.weights).removeprefix("torch.")
         self.say(
             f"training {what}: {self.count / 1e6:.2f} M numbers; device {run.device}; weights {held}, arithmetic "
             f"{arithmetic}, what is trained float32"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral.chat.messages import Message, TemplateError
+from mistral.chat.remembered import remember
 from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
 from mistral.tokenizer import Tokenizer
@@ -298,3 +299,25 @@ def test_models_that_do_not_fill_in_the_middle(version: str) -> None:
     template = find_template(tokenizer("v1" if version == "mistrallite" else version), release=version)
     with pytest.raises(TemplateError, match="Codestral"):
         template.encode_fim("def f(", "return x")
+
+
+def test_texts_are_not_encoded_again_and_the_oldest_are_forgotten() -> None:
+    asked: list[str] = []
+
+    class Inner:
+        def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+            asked.append(s)
+            return [int(bos), int(eos), *map(ord, s)]
+
+    inner = remember(Inner(), most=10)
+    first = inner.encode("abcde", bos=False, eos=True)
+    first.append(-1)  # the caller's own list
+    assert inner.encode("abcde", False, True) == [0, 1, *map(ord, "abcde")]
+    assert asked == ["abcde"]
+    assert inner.encode("abcde", True, True)[0] == 1  # another question
+    inner.encode("fgh", False, False)  # the oldest no longer fits
+    inner.encode("abcde", True, True)
+    inner.encode("x" * 11, False, False)  # longer than all that is kept
+    assert asked == ["abcde", "abcde", "fgh", "x" * 11]
+    inner.encode("abcde", False, True)
+    assert asked[-1] == "abcde"

@@ -25,6 +25,7 @@ from mistral.formats.folder import BUNDLED
 from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.sampling_params import SamplingParams
+from mistral.util.errors import UsageError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
@@ -137,7 +138,7 @@ def test_help_and_version_import_no_torch() -> None:
 def test_help_of_a_command(cli: Command, name: str) -> None:
     text = cli(name, "--help").text
     takes = {"convert": "SRC DST --to TO", "compare": "A B", "pack": "[FOLDER] --output OUTPUT", "completion": "SHELL"}
-    takes |= {"batch": "INPUT OUTPUT", "deploy": "[FOLDER] --target TARGET"}
+    takes |= {"batch": "INPUT.. OUTPUT", "deploy": "[FOLDER] --target TARGET"}
     takes["finetune"] = "[FOLDER] --data DATA --out OUT"
     assert f"usage: python -m main {name} {takes.get(name, '[FOLDER]')}" in text
     if name != "completion":
@@ -433,6 +434,38 @@ def a_command(
 )
 def test_parse(words: list[str], want: list[str]) -> None:
     assert parse(a_command, words) == want
+
+
+def several(input: list[str], output: str, *, count: int = 1) -> None:
+    """For the tests."""
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["a", "out"], ['--input=["a"]', '--output="out"']),
+        (["a", "b", "--count", "2", "c", "out"], ["--count=2", '--input=["a", "b", "c"]', '--output="out"']),
+        (["a", "b", "--output=out"], ['--output="out"', '--input=["a", "b"]']),
+        (["--input", "a", "--input", "b", "out"], ['--input=["a", "b"]', '--output="out"']),
+        (["a", "--", "--b", "out"], ['--input=["a", "--b"]', '--output="out"']),
+    ],
+)
+def test_several_words_before_the_last_one(words: list[str], want: list[str]) -> None:
+    assert parse(several, words) == want
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([], "missing: INPUT, OUTPUT"),
+        (["a"], "missing: OUTPUT"),
+        (["--output", "out"], "missing: INPUT"),
+        (["--input=a", "b", "out"], "unexpected argument 'out'"),
+    ],
+)
+def test_several_words_that_are_too_few(words: list[str], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        parse(several, words)
 
 
 def test_short_flags_with_their_number_in_one_word() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,24 @@ def test_questions_are_read_as_they_are(tmp_path: Path) -> None:
     assert [q.answer for q in topics] == ["a b", "c"]
 
 
+@pytest.mark.skipif("LONGCHAT" not in os.environ, reason="LONGCHAT names a folder with LongChat's own question files")
+def test_longchats_own_files() -> None:
+    """200_lines.jsonl, 5_topics.jsonl and their like: the model gets the prompt of each line, to the character."""
+    files = (
+        sorted(Path(os.environ["LONGCHAT"]).rglob("*_lines.jsonl")),
+        sorted(Path(os.environ["LONGCHAT"]).rglob("*_topics.jsonl")),
+    )
+    assert any(files)
+    for task, paths in zip(("lines", "topics"), files, strict=True):
+        for path in paths:
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            found = read_questions(str(path), task)
+            assert [q.prompt for q in found] == [entry["prompt"] for entry in entries]
+            answers = [str(e["expected_number"]) if task == "lines" else e["topics"][0] for e in entries]
+            assert [q.answer for q in found] == answers
+            assert all(TASKS[task].score(f"It is {answer}.", answer) for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("text", "task", "error"),
     [
@@ -298,6 +317,21 @@ def test_a_run_that_was_cut_off_goes_on(cli: Command, tmp_path: Path, monkeypatc
     assert other.error == f"{out} was made with another filler, seed: give the same, or another file to --output" or (
         other.error == f"{out} was made with another seed: give the same, or another file to --output"
     )
+
+
+def test_lengths_beyond_what_a_model_was_trained_on_are_noted(cli: Command, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    words = ("eval", folder, "--task", "passkey", "--lengths", "160", "--n", "1")
+    assert "trained on" not in cli(*words).err
+    params = json.loads((folder / "params.json").read_text())
+    for length, noted in ((100, True), (2000, False)):
+        (folder / "params.json").write_text(json.dumps({**params, "max_seq_len": length}))
+        assert ("trained on sequences of up to 100 tokens, and the longest here has 1" in cli(*words).err) == noted
+    (folder / "params.json").write_text(json.dumps({**params, "max_seq_len": 15}))
+    reach = ("eval", folder, "--task", "reach", "--lengths", "16", "--n", "1", "--json")
+    found = cli(*reach)
+    assert "up to 15 tokens, and the longest here has 16" in found.err
+    assert json.loads(found.text)["trained_length"] == 15
 
 
 def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import endurance
+from benchmarks.resumable import State
 from mistral.engine import Engine
 from mistral.loader.load import Loaded, load
 from mistral.sampling_params import SamplingParams
+from mistral.util.errors import FormatError
 from tests.support.folders import BUNDLED
 from tests.support.tiny import tiny_args, tiny_model
 
@@ -82,3 +86,73 @@ def test_a_prompt_in_a_file(loaded: Loaded, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     endurance.plot("prompt", {**found, "processor": "x"}, str(tmp_path / "p.svg"))
     assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+class Killed(State):
+    """Keeps a state, and the run ends right behind it."""
+
+    def save(self, held: dict[str, Any]) -> None:
+        super().save(held)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_a_stream_goes_on_in_another_process(tmp_path: Path, window: int | None) -> None:
+    """Token by token and key by key what a run that was never stopped generates."""
+    tiny = SimpleNamespace(model=tiny_model(tiny_args(sliding_window=window)))
+    exact = tiny_model(tiny_args(sliding_window=window)).double()
+
+    def run(state: State) -> dict[str, Any]:
+        return endurance.stream(tiny, exact, 90, places=2, block=20, minutes=5, state=state)  # type: ignore[arg-type]
+
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    whole = run(State(one))
+    for tokens in (20, 40):
+        assert run(Killed(two))["tokens"] == tokens
+    found = run(State(two))
+    assert found["tokens"] == whole["tokens"] == 90
+    assert [p["tokens"] for p in found["points"]] == [p["tokens"] for p in whole["points"]] == [20, 40, 60, 80]
+    assert [p["sitting"] for p in found["points"]] == [1, 2, 3, 3]
+    assert found["drift"] == whole["drift"]
+    assert len(whole["drift"]) == 2
+    a, b = State(one).held, State(two).held
+    assert torch.equal(a["ids"], b["ids"])
+    for x, y in zip(a["row"]["layers"], b["row"]["layers"], strict=True):
+        assert all(map(torch.equal, x, y))
+    assert "in 3 processes" in next(endurance.summary("stream", found))
+
+
+def test_a_prompt_goes_on_in_another_process(tmp_path: Path) -> None:
+    model = tiny_model(tiny_args())
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    endurance.prompt(model, 9000, 2000, 5, State(one))
+    assert endurance.prompt(model, 9000, 2000, 5, Killed(two))["perplexity"] is None
+    assert endurance.prompt(model, 9000, 2000, 5, State(two))["tokens"] == 9000
+    a, b = State(one).held["row"], State(two).held["row"]
+    assert a["length"] == b["length"] == 8192
+    for x, y in zip(a["layers"], b["layers"], strict=True):
+        assert all(map(torch.equal, x, y))
+
+
+def test_a_conversation_goes_on_in_another_process(loaded: Loaded, tmp_path: Path) -> None:
+    def run(state: State) -> dict[str, Any]:
+        return endurance.talk(loaded, 400, undo_every=3, answer=10, question=100, block=100, minutes=5, state=state)
+
+    whole = run(State())
+    file = str(tmp_path / "state")
+    assert run(Killed(file))["tokens"] < 200
+    found = run(State(file))
+    assert found["tokens"] == whole["tokens"]
+    assert found["turns"] == whole["turns"]
+    assert found["processed"] > whole["processed"]  # what there was is prefilled again
+    assert [u["length"] for u in found["undone"]] == [u["length"] for u in whole["undone"]]
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    State(str(file), {"what": "stream", "tokens": 5}).save({})
+    with pytest.raises(FormatError, match="a run with tokens 5, and this one has 6"):
+        State(str(file), {"what": "stream", "tokens": 6})
+    file.write_text("no state")
+    with pytest.raises(FormatError, match="holds no state"):
+        State(str(file))

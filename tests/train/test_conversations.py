@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from mistral.chat.messages import Message, TemplateError, Thought, from_chunks
+from mistral.chat.messages import Message, TemplateError, Thought, ToolCall, from_chunks
 from mistral.chat.templates import MistralCommon, Template, find_template
+from mistral.chat.tools import Tool
 from mistral.tokenizer import Tokenizer
 from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
 from mistral.train.data import DataError, read_samples
 from tests.chat.test_templates import DATA, FILES, later, tokenizer
+from tests.chat.test_tools import HERMES
 from tests.support.tokenizer_json import CHATML, KINDS, ZEPHYR, write_tokenizer
 
 ANSWERS = ("Hello there.", "one\n\ntwo  spaces and 永和", "[/INST] </s> <|im_end|>")
@@ -101,21 +103,21 @@ def test_mistrallite() -> None:
 @pytest.mark.parametrize("version", ["v3", "tekken_240911"])
 def test_calls_of_tools_are_mistral_commons(version: str) -> None:
     """Against mistral-common's own encoding of the same request; the call and the answer count."""
+    from mistral_common.protocol.instruct import tool_calls as theirs
     from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
     from mistral_common.protocol.instruct.request import InstructRequest
-    from mistral_common.protocol.instruct.tool_calls import FunctionCall, Tool, ToolCall
 
     own = tokenizer(version)
     template = find_template(own)
     assert isinstance(template, MistralCommon)
-    call = ToolCall(id="abcdefghi", function=FunctionCall(name="rain", arguments='{"city": "Oslo"}'))
+    call = theirs.ToolCall(id="abcdefghi", function=theirs.FunctionCall(name="rain", arguments='{"city": "Oslo"}'))
     messages = [
         UserMessage(content="Rain?"),
         AssistantMessage(tool_calls=[call]),
         ToolMessage(content="[true]", tool_call_id="abcdefghi", name="rain"),
         AssistantMessage(content="It rains."),
     ]
-    request = InstructRequest(messages=messages, available_tools=[Tool.model_validate(TOOLS[0])])
+    request = InstructRequest(messages=messages, available_tools=[theirs.Tool.model_validate(TOOLS[0])])
     want = template.parts[0].encode_instruct(request).tokens
     marked = mark_turns(template, CALLS, TOOLS, own.eos_ids)
     assert marked.ids == want
@@ -126,10 +128,60 @@ def test_calls_of_tools_are_mistral_commons(version: str) -> None:
     assert own.decode(said[:-1]).strip() == "It rains."
 
 
-def test_tools_elsewhere_are_refused() -> None:
+def hermes(tmp_path: Path, text: str = HERMES) -> tuple[Template, Tokenizer]:
+    added = ("<|im_start|>", "<|im_end|>")
+    folder = write_tokenizer(tmp_path / "folder", KINDS[2], tmp_path, text, added, bos_token="<|endoftext|>")
+    own = Tokenizer(folder / "tokenizer.json")
+    return find_template(own, folder=folder), own
+
+
+def test_calls_of_tools_by_a_folders_template(tmp_path: Path) -> None:
+    """The ids are those that a chat has; the call and the answer count, each with its end."""
+    template, own = hermes(tmp_path)
+    marked = mark_turns(template, CALLS, TOOLS, own.eos_ids)
+    call = ToolCall("rain", '{"city": "Oslo"}', "abcdefghi")
+    said = [
+        Message("user", "Rain?"),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "[true]", tool_call_id="abcdefghi", name="rain"),
+        Message("assistant", "It rains."),
+    ]
+    assert marked.ids == template.encode_chat(said, [Tool(TOOLS[0])])
+    (_, called), (_, answered) = spans(marked.ids, marked.weights)
+    text = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert own.decode(called[:-1]).strip() == text
+    assert own.decode(answered[:-1]).strip() == "It rains."
+    assert called[-1] == answered[-1] == own.control_tokens["<|im_end|>"]
+
+
+def test_tools_with_the_last_question(tmp_path: Path) -> None:
+    """A template that writes earlier turns again, as Mistral's do: answers behind the last question can be learned."""
+    text = (
+        "{% set at = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set at.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}{% for message in messages %}"
+        "{% if tools and loop.index0 == at.last %}{{ tools | tojson }}{% endif %}"
+        "<|im_start|>{{ message.role }}\n{{ message.content }}{{ '<tool_call>' if message.tool_calls }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template, own = hermes(tmp_path, text)
+    turns = [Turn("user", "Hi"), Turn("assistant", "Yes?", 0.0), *CALLS[:1], Turn("assistant", "No.", 1.0)]
+    marked = mark_turns(template, turns, TOOLS, own.eos_ids)
+    ((_, answered),) = spans(marked.ids, marked.weights)
+    assert own.decode(answered[:-1]).strip() == "No."
+    with pytest.raises(TemplateError, match="writes earlier turns again"):
+        mark_turns(template, [turns[0], Turn("assistant", "Yes?", 1.0), *turns[2:]], TOOLS, own.eos_ids)
+
+
+def test_tools_without_a_place_are_refused(tmp_path: Path) -> None:
     own = tokenizer("v1")
-    with pytest.raises(TemplateError, match="tools are written by Mistral's own templates alone"):
+    with pytest.raises(TemplateError, match="no place for tools"):
         mark_turns(find_template(own, name="mistrallite"), CALLS, TOOLS, own.eos_ids)
+    template, own = hermes(tmp_path, CHATML)
+    with pytest.raises(TemplateError, match="no place for tools"):
+        mark_turns(template, CALLS, (), own.eos_ids)
+    template, own = hermes(tmp_path)
+    with pytest.raises(TemplateError, match="tools: a tool must be"):
+        mark_turns(template, CALLS, [{"type": "function"}], own.eos_ids)
 
 
 def test_a_template_that_writes_earlier_turns_again_is_refused(tmp_path: Path) -> None:

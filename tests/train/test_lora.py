@@ -12,7 +12,7 @@ from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
 from mistral.quant.linear import QuantizedLinear
 from mistral.train.attention import shared_masks
-from mistral.train.lora import FrozenLinear, LoraLinear, freeze, fresh, put_lora
+from mistral.train.lora import FrozenLinear, LoraLinear, _Product, freeze, fresh, put_lora
 from mistral.train.recompute import recompute
 from mistral.train.step import Batch, add_gradients
 from tests.support.tiny import ragged, tiny_args, tiny_model
@@ -71,6 +71,19 @@ def test_gradients_are_those_through_merged_weights(what: str) -> None:
     trained = adapted(model, what)
     add_gradients(model, batch, batch.total)
     assert differences(trained, through_merged(tiny_model(ARGS), batch)) < 1e-4
+
+
+def test_one_product_has_the_gradients_of_its_parts() -> None:
+    """The product with an adapter in it, against numerical gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, a, b = (
+        torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5 for shape in ((6, 5), (4, 5), (2, 5), (4, 2))
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: _Product.apply(x, w, a, b, 1.5), [t.requires_grad_() for t in (x, a, b)]
+    )
+    with torch.no_grad():
+        assert torch.allclose(_Product.apply(x, w, a, b, 1.5), x @ (w + 1.5 * b @ a).T)
 
 
 def test_it_starts_as_the_model_that_it_is_beside() -> None:
