@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import default_folder, open_model
 from mistral.cli.terminal import Bar, echo_err
 from mistral.loader.options import LoadOptions
@@ -18,13 +20,17 @@ from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mistral.batch.job import Job, Progress, Runner
     from mistral.batch.settings import EngineSettings
+    from mistral.loader.load import Loaded
 
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
+@flat(options=LoadOptions(), omit=("max_batch_size",))
+@divisible
 def batch(
     input: str,
     output: str,
@@ -85,9 +91,9 @@ def batch(
         if given or options != LoadOptions():
             what = ", ".join(given) or "options of how a model is loaded"
             raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
+    if ray and options.parallel > 1:
+        raise UsageError("--ray gives each worker all of the model, and --parallel divides it: omit one of them")
     from mistral.batch import inputs
-    from mistral.batch.job import Job
-    from mistral.batch.output import drop_failed, opened
     from mistral.batch.settings import EngineSettings
 
     files = inputs.find_inputs([input, *(also or [])], output)
@@ -99,6 +105,37 @@ def batch(
         settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
     # Where only the workers of a cluster have the folder, the first of their answers shows which model it is.
     known = settings if settings is not None and not (ray and settings.is_elsewhere) else None
+
+    def runner(load: Callable[[], Loaded]) -> AbstractContextManager[Runner]:
+        if settings is None:
+            return nullcontext(remote(str(engine), key_env, concurrency, attempts, timeout))
+        return nullcontext(on_ray(settings, workers)) if ray else local(settings, load)
+
+    in_first(
+        partial(open_model, model, replace(options, max_batch_size=rows)),
+        lambda load: answer(files, output, retry, known, settings is None, partial(runner, load)),
+    )
+
+
+def answer(
+    files: Sequence[Path],
+    output: str,
+    retry: bool,
+    known: EngineSettings | None,
+    elsewhere: bool,
+    runner: Callable[[], AbstractContextManager[Runner]],
+) -> None:
+    """Answer the lines that have none yet.
+
+    Args:
+        retry: also those that have an error.
+        known: the engine, where it is known which model it has.
+        elsewhere: whether a server answers.
+        runner: makes what answers; not called where nothing is left.
+    """
+    from mistral.batch.job import Job
+    from mistral.batch.output import drop_failed, opened
+
     if retry and known is not None and os.path.isfile(output):
         with opened(output) as out:
             known.require_same(out, going_on=True)
@@ -111,15 +148,10 @@ def batch(
         if job.left:
             if job.progress.earlier:
                 echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
-            if settings is None:
-                if out.earlier.fingerprint is not None:
-                    echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
-                run(job, output, remote(str(engine), key_env, concurrency, attempts, timeout))
-            elif ray:
-                run(job, output, on_ray(settings, workers))
-            else:
-                with local(settings, model) as runner:
-                    run(job, output, runner)
+            if elsewhere and out.earlier.fingerprint is not None:
+                echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
+            with runner() as made:
+                run(job, output, made)
         conclude(job.progress, output)
 
 
@@ -174,10 +206,9 @@ def on_ray(settings: EngineSettings, workers: int) -> Runner:
 
 
 @contextmanager
-def local(settings: EngineSettings, model: str | None) -> Iterator[Runner]:
+def local(settings: EngineSettings, load: Callable[[], Loaded]) -> Iterator[Runner]:
     """Our engine, its model loaded."""
-    loaded = open_model(model, replace(settings.options, max_batch_size=settings.rows))
-    made = settings.make(loaded)
+    made = settings.make(load())
     try:
         if made.served.template is None:
             echo_err(f"note: no chat completions: {made.served.no_template}")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import open_model
 from mistral.cli.terminal import echo_err
 from mistral.loader.options import LoadOptions
 from mistral.util.flat import flat
 
+if TYPE_CHECKING:
+    from mistral.loader.load import Loaded
 
-@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
+
+@flat(options=LoadOptions(), omit=("max_batch_size",))
+@divisible
 def serve(
     folder: str | None = None,
     *,
@@ -56,8 +64,12 @@ def serve(
     from mistral.serve.settings import Listen, run, served_of
 
     listen = Listen.of(host, port, api_key, cors or [], allow_host or [])
-    loaded = open_model(folder, replace(options, max_batch_size=rows))
-    served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
-    if served.template is None:
-        echo_err(f"note: no chat completions: {served.no_template}")
-    run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
+
+    def in_front(load: Callable[[], Loaded]) -> None:
+        loaded = load()
+        served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
+        if served.template is None:
+            echo_err(f"note: no chat completions: {served.no_template}")
+        run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
+
+    in_first(partial(open_model, folder, replace(options, max_batch_size=rows)), in_front)

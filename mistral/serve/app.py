@@ -33,7 +33,7 @@ from mistral.serve.guard import HostGuard, Json, KeyGuard, error_answer, headers
 from mistral.serve.metrics import as_prometheus
 from mistral.serve.protocol import Asked, Served, read_chat, read_completion, read_detokenize, read_tokenize
 from mistral.serve.worker import Busy, Ended, Event, Worker
-from mistral.util.errors import MistralError
+from mistral.util.errors import Fatal, MistralError
 
 R = TypeVar("R")
 
@@ -244,7 +244,7 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Busy):
         return ApiError(str(error), status=429, kind="rate_limit_error", code="busy", headers={"Retry-After": "1"})
-    if isinstance(error, Ended):
+    if isinstance(error, Ended | Fatal):
         return ApiError(str(error), status=503, kind="server_error", code="ended")
     if isinstance(error, BrokenLogits):  # the same request may do well with a model in order
         return ApiError(str(error), status=500, kind="server_error", code="broken_logits")

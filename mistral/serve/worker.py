@@ -20,7 +20,7 @@ from mistral.model import Transformer
 from mistral.request import Finish, Request, Token, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike
-from mistral.util.errors import MistralError, Unavailable
+from mistral.util.errors import Fatal, MistralError, Unavailable
 
 log = logging.getLogger("mistral")
 
@@ -278,6 +278,8 @@ class Worker:
     def _step(self) -> None:
         try:
             tokens = self._engine.step()
+        except Fatal:
+            raise
         except Exception as error:
             return self._start_anew(error)
         self.counts.steps += 1
