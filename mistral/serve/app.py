@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from mistral.serve.fields import ApiError
 from mistral.serve.guard import HostGuard, Json, KeyGuard, error_answer, headers_of_page, read_json
 from mistral.serve.metrics import as_prometheus
 from mistral.serve.protocol import Asked, Served, read_chat, read_completion, read_detokenize, read_tokenize
-from mistral.serve.worker import Busy, Ended, Event, Worker
+from mistral.serve.worker import Busy, Ended, Event, Job, Worker, deliver
 from mistral.util.errors import Fatal, MistralError
 
 R = TypeVar("R")
@@ -124,10 +124,10 @@ class Server:
         return await self._generate(request, await self._read(request, read_chat))
 
     async def _generate(self, request: Request, asked: Asked) -> Response:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        events = asyncio.Queue[tuple[int, Event]]()
 
         def tell(index: int) -> Callable[[Event], None]:
-            return lambda event: _soon(loop, events, index, event)
+            return lambda event: events.put_nowait((index, event))
 
         answer = Answer(asked, self.served, tell)
         jobs = [choice.job for choice in answer.choices]
@@ -149,10 +149,6 @@ class Server:
         finally:
             if not handed_over:
                 self.worker.cancel(jobs)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
 
 async def _pieces(answer: Answer, events: asyncio.Queue[tuple[int, Event]]) -> AsyncIterator[tuple[int, Piece]]:
@@ -261,6 +257,10 @@ def _hash(page: str, tag: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
 
 
+def _soon(loop: asyncio.AbstractEventLoop, told: Sequence[tuple[Job, Event]]) -> None:
+    loop.call_soon_threadsafe(deliver, told)
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, Gone):
         return Response(status_code=499)  # nobody reads it
@@ -323,6 +323,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        worker.deliver = lambda told: _soon(loop, told)
         worker.start()
         yield
         await run_in_threadpool(worker.close)

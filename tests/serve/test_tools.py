@@ -230,7 +230,8 @@ def test_a_format_is_of_the_text_and_leaves_calls(
 ) -> None:
     """As OpenAI has it: either a call of one of the functions, or text that fits; a bias decides which begins."""
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    city = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    city: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    city["additionalProperties"] = False
     tools = [{"type": "function", "function": {"name": "weather", "parameters": city, "strict": True}}]
     wanted: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     if structured:
