@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -262,7 +262,7 @@ def _soon(loop: asyncio.AbstractEventLoop, told: Sequence[tuple[Job, Event]]) ->
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, Gone):
+    if isinstance(error, Gone | ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
     return error_answer(as_api_error(error))
 
@@ -329,7 +329,7 @@ def make_app(
         yield
         await run_in_threadpool(worker.close)
 
-    kinds: tuple[type[Exception], ...] = (ApiError, MistralError, HTTPException, Gone, Exception)
+    kinds: tuple[type[Exception], ...] = (ApiError, MistralError, HTTPException, Gone, ClientDisconnect, Exception)
     return Starlette(
         routes=routes,
         middleware=guards,
