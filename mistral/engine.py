@@ -15,7 +15,7 @@ from mistral.adapters import BASE
 from mistral.cache import RollingBufferCache
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
-from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request
+from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request, shares
 from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
@@ -40,11 +40,12 @@ class Engine:
     Args:
         model: the model.
         eos_ids: ids that end a sequence when they are generated, for requests that bring none of their own.
-        chunk_size: the most prompt tokens of a sequence in a step; None shares STEP_TOKENS among the rows.
+        chunk_size: the most prompt tokens of a sequence in a step; None: `step_tokens` of all of them.
         score_prompts: also keep the log-probabilities of the prompts' tokens, for requests that do not say.
         rows: the most sequences in a step; None: `args.max_batch_size`, or no limit.
         positions: length of a sequence to make room for from the start. The cache grows when longer ones join.
         cache: one to use; its rows are the batch. None makes one, as large as the requests need and memory allows.
+        step_tokens: the most prompt tokens of a step, over all rows, where there is no chunk_size.
 
     Attributes:
         cache: where keys and values are; None before the first step, unless one was given.
@@ -63,12 +64,15 @@ class Engine:
         rows: int | None = None,
         positions: int = 0,
         cache: RollingBufferCache | None = None,
+        step_tokens: int | None = None,
     ) -> None:
-        for name, number, least in (("chunk_size", chunk_size, 1), ("rows", rows, 1), ("positions", positions, 0)):
+        counts = ("chunk_size", chunk_size, 1), ("rows", rows, 1), ("positions", positions, 0)
+        for name, number, least in (*counts, ("step_tokens", step_tokens, 1)):
             _check_whole(name, number, least)
         self.model = model
         self.eos_ids = frozenset(eos_ids)
         self.chunk_size = chunk_size
+        self.step_tokens = step_tokens
         self.score_prompts = score_prompts
         self.cache = cache
         self._given = cache is not None
@@ -123,6 +127,7 @@ class Engine:
         ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         scored = self.score_prompts if score is None else score
         request = Request(index, ids, params, ends, None, sample, num_computed=held, score=scored, adapter=chosen)
+        request.arrived = self._added
         if not params.max_tokens and not scored:
             request.finish = "length"  # nothing to generate and nothing to score
         else:
@@ -325,9 +330,12 @@ class Engine:
 
     def _next_inputs(self) -> list[list[int]]:
         """The ids that each row contributes to this step."""
-        prefilling = sum(request is not None and request.prefilling for request in self._rows)
-        chunk = self.chunk_size or max(1, STEP_TOKENS // max(1, prefilling))
-        return [request.next_ids(chunk) if request is not None else [] for request in self._rows]
+        waiting = [request for request in self._rows if request is not None and request.prefilling]
+        if self.chunk_size is None:
+            chunks = shares(waiting, self.step_tokens or STEP_TOKENS)
+        else:
+            chunks = dict.fromkeys(waiting, self.chunk_size)
+        return [request.next_ids(chunks.get(request, 0)) if request is not None else [] for request in self._rows]
 
     def _score(self, request: Request, h: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the ones just processed."""

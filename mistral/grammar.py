@@ -51,17 +51,7 @@ class Grammars:
         Raises:
             SamplingError: it is none, or uses what llguidance does not know.
         """
-        return self.lark(f"start: {SPACE}? %json {as_text(schema)}")
-
-    def regex(self, pattern: str) -> Grammar:
-        """Texts that a regular expression matches as a whole; as above."""
-        import llguidance
-
-        return self._of(llguidance.LLMatcher.grammar_from_regex(_valid(pattern)))
-
-    def choice(self, texts: Sequence[str]) -> Grammar:
-        """One of some texts."""
-        return self.lark(f"start: {' | '.join(json.dumps(text, ensure_ascii=False) for text in texts)}")
+        return self.lark(f"start: {json_rule(schema)}")
 
     def lark(self, text: str, after: int | None = None) -> Grammar:
         """Texts of a grammar in llguidance's form of Lark.
@@ -103,6 +93,28 @@ def _valid(text: str) -> str:
     except UnicodeEncodeError:
         raise SamplingError("the grammar is not valid Unicode") from None
     return text
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Values that fit a JSON schema, as the right side of a rule in llguidance's form of Lark.
+
+    Raises:
+        SamplingError: nested too deep.
+    """
+    return f"{SPACE}? %json {as_text(schema)}"
+
+
+def regex_rule(pattern: str) -> str:
+    """Texts that a regular expression matches as a whole; as above, for whoever has made `Grammars`."""
+    import llguidance
+
+    (only,) = json.loads(llguidance.LLMatcher.grammar_from_regex(_valid(pattern)))["grammars"]
+    return str(only["lark_grammar"]).removeprefix("start: ")
+
+
+def choice_rule(texts: Sequence[str]) -> str:
+    """One of some texts; as above."""
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
 def as_text(schema: Mapping[str, Any]) -> str:

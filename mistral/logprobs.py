@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MORE = 64  # ids beyond those asked for, among which those are that are equal to the last of them
 BLOCK = 1 << 18  # logits widened to float64 at once: 2 MB, which stays in a core's cache
 
 
@@ -36,12 +37,28 @@ def logprobs(logits: Tensor, ids: Tensor | None = None) -> Tensor:
     return wide
 
 
+def _largest(logits: Tensor, count: int) -> Tensor:
+    """The ids of the largest of each row, of equal ones the lowest id first: as a stable sort has them, [R, count].
+
+    topk breaks ties anyhow, so it is asked for some more, and all are sorted where those are equal too.
+    """
+    some = count + MORE
+    if logits.shape[-1] < 4 * some:
+        return logits.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    top = logits.topk(some)
+    ids = top.indices.sort(dim=-1).values
+    ids = ids.gather(-1, logits.gather(-1, ids).argsort(dim=-1, descending=True, stable=True))[:, :count]
+    unsure = ~(top.values[:, count - 1] > top.values[:, -1])
+    if unsure.any():
+        ids[unsure] = logits[unsure].argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return ids
+
+
 def most_likely(logits: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
     """The most likely ids of each row and their log-probabilities, as many as its request asks for."""
     most = max(counts)
     if not most:
         return [{} for _ in counts]
-    # A stable sort, because topk breaks ties anyhow.
-    ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :most]
+    ids = _largest(logits, most)
     values = logprobs(logits, ids).tolist()
     return [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids.tolist(), values, counts, strict=True)]

@@ -43,6 +43,7 @@ class Request:
         finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
         error: why it could not go on.
         adapter: the name of the one that it is computed with; "" is none.
+        arrived: how many requests its engine had been given before.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Request:
     error: GenerationError | None = None
     changes: LogitChanges | None = field(default=None, repr=False)
     adapter: str = ""
+    arrived: int = 0
 
     @property
     def positions(self) -> int:
@@ -118,6 +120,22 @@ class Draft(Protocol):
 
     def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
         """What came of it: of each request the tokens guessed and those that were right, and how long the step took."""
+
+
+def shares(waiting: Sequence[Request], room: int) -> dict[Request, int]:
+    """How much of its prompt each request processes in a step that holds `room` tokens of them.
+
+    Where it does not hold all, those with the least left come first: a short prompt does not wait for a long one, and
+    of equal ones the first is soon through. The oldest has a quarter of the step in any case.
+    """
+    left = {request: len(request.prompt_ids) - request.num_computed for request in waiting}
+    found = dict.fromkeys(waiting, 0)
+    if waiting:
+        oldest = min(waiting, key=lambda request: request.arrived)
+        found[oldest] = min(left[oldest], max(1, room // 4))
+    for request in sorted(waiting, key=lambda request: (left[request], request.arrived)):
+        found[request] += min(left[request] - found[request], room - sum(found.values()))
+    return found
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -24,6 +24,9 @@ from torch import Tensor
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import short_repr
 
+HEAD = 256  # tokens among which one is looked for first
+MANY = 16  # times HEAD: a vocabulary that takes long to sort
+
 
 def sample(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
     """Choose a token for each row.
@@ -38,23 +41,37 @@ def sample(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
     """
     if params.greedy:
         return logits.argmax(-1)
-    probs, ids = distribution(logits, params)
-    cumulative = probs.cumsum(-1)
-    target = uniform[:, None].to(probs.dtype) * cumulative[:, -1:]
-    # Count what lies below the target; rounding must not carry it past the last token kept.
-    place = torch.minimum((cumulative <= target).sum(-1), (probs > 0).sum(-1) - 1)
-    place = place.clamp(min=0)  # logits that are NaN keep no token; the caller sees it in the log-probs
-    return ids.gather(-1, place[:, None]).squeeze(-1)
+    probs = _tempered(logits, params)
+    if probs.device.type != "cpu" or probs.shape[-1] < MANY * HEAD:
+        return _draw(*_filtered(*_sorted(probs), params), uniform)
+    chosen, known = _draw_from_head(probs, uniform, params)
+    if not known.all():
+        rest = ~known
+        chosen[rest] = _draw(*_filtered(*_sorted(probs[rest]), params), uniform[rest])
+    return chosen
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The filtered probabilities, most likely first and not renormalised, and their ids: two [R, V]."""
+    return _filtered(*_sorted(_tempered(logits, params)), params)
+
+
+def _tempered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities in the order of ids."""
     # Subtracting the maximum first keeps a tiny temperature from overflowing; one beyond the dtype
     # would become 0 or inf, and 0 / 0 and inf / inf are NaN.
     limits = torch.finfo(logits.dtype)
     temperature = float(min(max(params.temperature, limits.tiny), limits.max))
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probs, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+
+
+def _sorted(probs: Tensor) -> tuple[Tensor, Tensor]:
+    found = probs.sort(dim=-1, descending=True, stable=True)
+    return found.values, found.indices
+
+
+def _filtered(probs: Tensor, ids: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Sorted probabilities of which those that the filters leave out are 0."""
     if 0 < params.top_k < probs.shape[-1]:
         probs[:, params.top_k :] = 0
     if params.top_p < 1:
@@ -64,6 +81,59 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs[:, :1], 0)
     return probs, ids
+
+
+def _draw(probs: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+    """The token of each row that a uniform number falls on."""
+    cumulative = probs.cumsum(-1)
+    return ids.gather(-1, _place(probs, cumulative, cumulative[:, -1:], uniform)).squeeze(-1)
+
+
+def _place(probs: Tensor, cumulative: Tensor, total: Tensor, uniform: Tensor) -> Tensor:
+    """Where a uniform number falls among sorted probabilities: [R, 1]."""
+    target = uniform[:, None].to(probs.dtype) * total
+    # Count what lies below the target; rounding must not carry it past the last token kept.
+    place = torch.minimum((cumulative <= target).sum(-1, keepdim=True), (probs > 0).sum(-1, keepdim=True) - 1)
+    return place.clamp(min=0)  # logits that are NaN keep no token; the caller sees it in the log-probs
+
+
+def _draw_from_head(probs: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """As `_draw`, from the HEAD most likely tokens alone; to sort all of a vocabulary takes as long as a small model.
+
+    Returns:
+        The tokens, and of which rows they are what `_draw` would choose: [R] int64, [R] bool.
+    """
+    head, ids = _head(probs)
+    least = head[:, -1:].clone()  # no token that is not in the head is more likely
+    in_order = (head > least) | (least == 0)  # of equal ones some may not be in the head
+    cumulative = head.cumsum(-1)
+    total = probs.cumsum(-1)[:, -1:]  # in the order of ids, in float64 until it is rounded
+    ended = least == 0  # whether no other token can be chosen
+    if params.top_k:
+        if params.top_k > HEAD:
+            return ids[:, 0].clone(), torch.zeros(len(ids), dtype=torch.bool)
+        head[:, params.top_k :] = 0
+        total, ended = cumulative[:, params.top_k - 1 : params.top_k], torch.ones_like(ended)
+    out = torch.zeros_like(in_order)
+    if params.top_p < 1:
+        out |= head.cumsum(-1) - head > params.top_p * total
+    kept = head.masked_fill(out, 0)
+    if params.min_p > 0:
+        kept = kept.masked_fill(kept < params.min_p * kept[:, :1], 0)
+    ended |= kept[:, -1:] == 0
+    cumulative = kept.cumsum(-1)
+    whole = torch.where(ended, cumulative[:, -1:], total)
+    place = _place(kept, cumulative, whole, uniform)
+    if params.top_p == 1 and params.min_p == 0:  # else it is not known how many of the others are left
+        ended |= uniform[:, None].to(probs.dtype) * whole < cumulative[:, -1:]
+    return ids.gather(-1, place).squeeze(-1), (ended & in_order.gather(-1, place)).squeeze(-1)
+
+
+def _head(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """The HEAD largest of each row and their ids; of equal ones the lowest id comes first."""
+    ids = probs.topk(HEAD).indices.sort(dim=-1).values
+    found = probs.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return found.values, ids.gather(-1, found.indices)
 
 
 def sample_each(logits: Tensor, uniform: Tensor, params: Sequence[SamplingParams]) -> Tensor:

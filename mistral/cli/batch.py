@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import default_folder, open_model
 from mistral.cli.terminal import Bar, echo_err
 from mistral.loader.options import LoadOptions
@@ -18,13 +20,17 @@ from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mistral.batch.job import Job, Progress, Runner
     from mistral.batch.settings import EngineSettings
+    from mistral.loader.load import Loaded
 
 EVERY = 30.0  # seconds between lines about the progress, where stderr is no terminal
 
 
-@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
+@flat(options=LoadOptions(), omit=("max_batch_size",))
+@divisible
 def batch(
     input: list[str],
     output: str,
@@ -64,7 +70,7 @@ def batch(
         max_positions: the most tokens of a prompt and its answer; default: the training length, or what memory holds
         name: what bodies call the model; default: the name of its folder
         template: of conversations: v1, v2, v3, v7 or mistrallite; default: the one that goes with the model
-        chunk_size: the most prompt tokens of a sequence in one step; default: 2048, shared; changes no number
+        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, on a GPU 2048; changes no number
         engine: the address of a server that speaks OpenAI's protocol: it answers, and no model is loaded here
         key_env: the variable that holds the server's key, if it wants one
         concurrency: the most requests at once to the server
@@ -83,9 +89,9 @@ def batch(
         if given or options != LoadOptions():
             what = ", ".join(given) or "options of how a model is loaded"
             raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
+    if ray and options.parallel > 1:
+        raise UsageError("--ray gives each worker all of the model, and --parallel divides it: omit one of them")
     from mistral.batch import inputs
-    from mistral.batch.job import Job
-    from mistral.batch.output import drop_failed, opened
     from mistral.batch.settings import EngineSettings
 
     files = inputs.find_inputs(input, output)
@@ -97,6 +103,37 @@ def batch(
         settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
     # Where only the workers of a cluster have the folder, the first of their answers shows which model it is.
     known = settings if settings is not None and not (ray and settings.is_elsewhere) else None
+
+    def runner(load: Callable[[], Loaded]) -> AbstractContextManager[Runner]:
+        if settings is None:
+            return nullcontext(remote(str(engine), key_env, concurrency, attempts, timeout))
+        return nullcontext(on_ray(settings, workers)) if ray else local(settings, load)
+
+    in_first(
+        partial(open_model, model, replace(options, max_batch_size=rows)),
+        lambda load: answer(files, output, retry, known, settings is None, partial(runner, load)),
+    )
+
+
+def answer(
+    files: Sequence[Path],
+    output: str,
+    retry: bool,
+    known: EngineSettings | None,
+    elsewhere: bool,
+    runner: Callable[[], AbstractContextManager[Runner]],
+) -> None:
+    """Answer the lines that have none yet.
+
+    Args:
+        retry: also those that have an error.
+        known: the engine, where it is known which model it has.
+        elsewhere: whether a server answers.
+        runner: makes what answers; not called where nothing is left.
+    """
+    from mistral.batch.job import Job
+    from mistral.batch.output import drop_failed, opened
+
     if retry and known is not None and os.path.isfile(output):
         with opened(output) as out:
             known.require_same(out, going_on=True)
@@ -109,15 +146,10 @@ def batch(
         if job.left:
             if job.progress.earlier:
                 echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
-            if settings is None:
-                if out.earlier.fingerprint is not None:
-                    echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
-                run(job, output, remote(str(engine), key_env, concurrency, attempts, timeout))
-            elif ray:
-                run(job, output, on_ray(settings, workers))
-            else:
-                with local(settings, model) as runner:
-                    run(job, output, runner)
+            if elsewhere and out.earlier.fingerprint is not None:
+                echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
+            with runner() as made:
+                run(job, output, made)
         conclude(job.progress, output)
 
 
@@ -172,10 +204,9 @@ def on_ray(settings: EngineSettings, workers: int) -> Runner:
 
 
 @contextmanager
-def local(settings: EngineSettings, model: str | None) -> Iterator[Runner]:
+def local(settings: EngineSettings, load: Callable[[], Loaded]) -> Iterator[Runner]:
     """Our engine, its model loaded."""
-    loaded = open_model(model, replace(settings.options, max_batch_size=settings.rows))
-    made = settings.make(loaded)
+    made = settings.make(load())
     try:
         if made.served.template is None:
             echo_err(f"note: no chat completions: {made.served.no_template}")

@@ -14,6 +14,7 @@ from mistral.loader.options import LoadOptions
 
 if TYPE_CHECKING:
     from mistral.loader.division import Division
+    from mistral.loader.load import Loaded
 
 
 def divisible(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,6 +47,19 @@ def _again(module: str, name: str, given: tuple[Any, ...], named: dict[str, Any]
         contextlib.redirect_stderr(nowhere),
     ):
         command(*given, **named)
+
+
+def in_first(load: Callable[[], Loaded], command: Callable[[Callable[[], Loaded]], None]) -> None:
+    """Run a command that is given what loads its model: on the first rank alone, where there are several.
+
+    The others load when it does, and take each step of its model with it; see `parallel.lead`.
+    """
+    if not _in_a_group():
+        command(load)
+        return
+    from mistral.parallel import lead
+
+    lead.in_first(load, command)
 
 
 def _in_a_group() -> bool:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import open_model
 from mistral.cli.terminal import echo_err
 from mistral.loader.options import LoadOptions
 from mistral.util.flat import flat
 
+if TYPE_CHECKING:
+    from mistral.loader.load import Loaded
 
-@flat(options=LoadOptions(), omit=("max_batch_size", "parallel"))
+
+@flat(options=LoadOptions(), omit=("max_batch_size",))
+@divisible
 def serve(
     folder: str | None = None,
     *,
@@ -49,15 +57,19 @@ def serve(
         max_positions: the most tokens of a prompt and its answer; default: the training length, or what memory holds
         name: of the model, for clients; default: that of the folder
         template: of conversations: v1, v2, v3, v7 or mistrallite; default: the one that goes with the model
-        chunk_size: the most prompt tokens of a sequence in one step; default: 2048, shared; changes no number
+        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, on a GPU 2048; changes no number
     """
     flags.require_at_least(1, port=port, rows=rows, chunk_size=chunk_size, max_positions=max_positions)
     flags.require_at_least(0, max_queue=max_queue)
     from mistral.serve.settings import Listen, run, served_of
 
     listen = Listen.of(host, port, api_key, cors or [], allow_host or [])
-    loaded = open_model(folder, replace(options, max_batch_size=rows))
-    served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
-    if served.template is None:
-        echo_err(f"note: no chat completions: {served.no_template}")
-    run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
+
+    def in_front(load: Callable[[], Loaded]) -> None:
+        loaded = load()
+        served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
+        if served.template is None:
+            echo_err(f"note: no chat completions: {served.no_template}")
+        run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
+
+    in_first(partial(open_model, folder, replace(options, max_batch_size=rows)), in_front)

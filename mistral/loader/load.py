@@ -219,7 +219,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     if division is not None:
         options = division.options(found, options)
     elif options.parallel > 1:
-        raise OptionError(f"parallel {options.parallel} is for complete, demo and perplexity: omit it")
+        raise OptionError(f"parallel {options.parallel} is for complete, demo, perplexity, serve and batch: omit it")
     adapted = with_adapters(found, options)
     found = adapted.folder
     about = () if division is None else division.notes(found.args, options.quant)

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -32,8 +32,8 @@ from mistral.serve.fields import ApiError
 from mistral.serve.guard import HostGuard, Json, KeyGuard, error_answer, headers_of_page, read_json
 from mistral.serve.metrics import as_prometheus
 from mistral.serve.protocol import Asked, Served, read_chat, read_completion, read_detokenize, read_tokenize
-from mistral.serve.worker import Busy, Ended, Event, Worker
-from mistral.util.errors import MistralError
+from mistral.serve.worker import Busy, Ended, Event, Job, Worker, deliver
+from mistral.util.errors import Fatal, MistralError
 
 R = TypeVar("R")
 
@@ -124,10 +124,10 @@ class Server:
         return await self._generate(request, await self._read(request, read_chat))
 
     async def _generate(self, request: Request, asked: Asked) -> Response:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        events = asyncio.Queue[tuple[int, Event]]()
 
         def tell(index: int) -> Callable[[Event], None]:
-            return lambda event: _soon(loop, events, index, event)
+            return lambda event: events.put_nowait((index, event))
 
         answer = Answer(asked, self.served, tell)
         jobs = [choice.job for choice in answer.choices]
@@ -149,10 +149,6 @@ class Server:
         finally:
             if not handed_over:
                 self.worker.cancel(jobs)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[int, Event]], index: int, event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
 
 async def _pieces(answer: Answer, events: asyncio.Queue[tuple[int, Event]]) -> AsyncIterator[tuple[int, Piece]]:
@@ -244,7 +240,7 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Busy):
         return ApiError(str(error), status=429, kind="rate_limit_error", code="busy", headers={"Retry-After": "1"})
-    if isinstance(error, Ended):
+    if isinstance(error, Ended | Fatal):
         return ApiError(str(error), status=503, kind="server_error", code="ended")
     if isinstance(error, BrokenLogits):  # the same request may do well with a model in order
         return ApiError(str(error), status=500, kind="server_error", code="broken_logits")
@@ -261,8 +257,12 @@ def _hash(page: str, tag: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
 
 
+def _soon(loop: asyncio.AbstractEventLoop, told: Sequence[tuple[Job, Event]]) -> None:
+    loop.call_soon_threadsafe(deliver, told)
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, Gone):
+    if isinstance(error, Gone | ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
     return error_answer(as_api_error(error))
 
@@ -323,11 +323,13 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        worker.deliver = lambda told: _soon(loop, told)
         worker.start()
         yield
         await run_in_threadpool(worker.close)
 
-    kinds: tuple[type[Exception], ...] = (ApiError, MistralError, HTTPException, Gone, Exception)
+    kinds: tuple[type[Exception], ...] = (ApiError, MistralError, HTTPException, Gone, ClientDisconnect, Exception)
     return Starlette(
         routes=routes,
         middleware=guards,

@@ -25,7 +25,7 @@ from mistral.serve.fields import (
     is_int,
     is_number,
 )
-from mistral.serve.formats import read_format
+from mistral.serve.formats import read_format, whole
 from mistral.serve.tools import ToolUse, read_messages, read_tools
 from mistral.serve.words import Words
 from mistral.tokenizer import Tokenizer
@@ -162,7 +162,11 @@ def read_completion(body: Any, served: Served) -> Asked:
         raise ApiError("suffix and echo: give one of them", "suffix")
     prompts, texts = _prompts(given, served)
     logprobs = given.get("logprobs")
-    return _asked(given, served, prompts, texts, logprobs, given.get("max_tokens", COMPLETION_TOKENS), chat=False)
+    grammars = partial(served.grammars, False)
+    rule = read_format(given, grammars)
+    grammar = None if rule is None else whole(rule, grammars())
+    most = given.get("max_tokens", COMPLETION_TOKENS)
+    return _asked(given, served, prompts, texts, logprobs, most, chat=False, grammar=grammar)
 
 
 def read_chat(body: Any, served: Served) -> Asked:
@@ -177,9 +181,8 @@ def read_chat(body: Any, served: Served) -> Asked:
     if "top_logprobs" in given and not given.get("logprobs"):
         raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
     grammars = partial(served.grammars, True)
-    tools = read_tools(given, served.chats(), served.tokenizer, grammars)
-    if tools and given.get("response_format", {}).get("type", "text") != "text":
-        raise ApiError("response_format and tools: give one of them", "response_format")
+    rule = read_format(given, grammars)
+    tools = read_tools(given, served.chats(), served.tokenizer, grammars, rule)
     ids = _conversation(given, served, tools.tools if tools else ())
     if given["messages"][-1].get("role") == "assistant":
         raise ApiError("the last message is an answer already: end with the user's", "messages")
@@ -188,7 +191,8 @@ def read_chat(body: Any, served: Served) -> Asked:
     most = given.get("max_completion_tokens", given.get("max_tokens"))
     most = max(0, min(CHAT_TOKENS, served.context - len(ids))) if most is None else most
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    return _asked(given, served, [ids], [None], logprobs, most, chat=True, tools=tools)
+    grammar = tools.grammar if tools else None if rule is None else whole(rule, grammars())
+    return _asked(given, served, [ids], [None], logprobs, most, chat=True, tools=tools, grammar=grammar)
 
 
 def read_tokenize(body: Any, served: Served) -> list[int]:
@@ -267,6 +271,7 @@ def _asked(
     *,
     chat: bool,
     tools: ToolUse | None = None,
+    grammar: Grammar | None,
 ) -> Asked:
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         if is_int(given.get(name)):
@@ -296,9 +301,6 @@ def _asked(
             "max_tokens" if longest <= served.context else "messages" if chat else "prompt",
             code="context_length_exceeded",
         )
-    grammar = read_format(given, partial(served.grammars, chat))
-    if tools and tools.grammar:
-        grammar = tools.grammar
     return Asked(
         chat,
         prompts,

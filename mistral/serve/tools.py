@@ -13,6 +13,7 @@ from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.chat.tools import ARGS, CALL_ID, CALLS, CLOSE, MARKERS, OPEN, Form, Tool
 from mistral.grammar import SPACE, Grammar, Grammars, as_text
 from mistral.serve.fields import ApiError
+from mistral.serve.formats import whole
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import short_repr
 
@@ -28,7 +29,7 @@ class ToolUse:
         form: how calls are written.
         markers: control ids that are part of a call, and their names.
         most: the most calls of an answer; None: any number.
-        grammar: what the answer must fit, where a call is required or its arguments are strict.
+        grammar: what the answer must fit, where a call is required, its arguments are strict, or text has a format.
     """
 
     tools: tuple[Tool, ...]
@@ -39,9 +40,17 @@ class ToolUse:
 
 
 def read_tools(
-    given: Mapping[str, Any], template: Template, tokenizer: Tokenizer, grammars: Callable[[], Grammars]
+    given: Mapping[str, Any],
+    template: Template,
+    tokenizer: Tokenizer,
+    grammars: Callable[[], Grammars],
+    answer: str | None,
 ) -> ToolUse | None:
     """What a body says of functions; None where none is offered.
+
+    Args:
+        grammars: makes them.
+        answer: the rule that an answer without calls must fit; see `formats.read_format`.
 
     Raises:
         ApiError, MistralError: what it says cannot be.
@@ -69,8 +78,11 @@ def read_tools(
         raise ApiError(f"this model's tokenizer has no control token {CALLS}", "tools")
     most = None if given.get("parallel_tool_calls", True) else 1
     grammar = None
-    if wanted or any(tool.strict for tool in tools):
-        grammar = _grammar(form, wanted or tools, most, tokenizer, grammars(), required=bool(wanted))
+    if wanted or answer is not None or any(tool.strict for tool in tools):
+        text = None if wanted else answer
+        if wanted and answer is not None:
+            whole(answer, grammars())  # no text will come that must fit it, but what is no format is refused
+        grammar = _grammar(form, wanted or tools, most, tokenizer, grammars(), required=bool(wanted), text=text)
     return ToolUse(tools, form, markers, most, grammar)
 
 
@@ -91,9 +103,19 @@ def _wanted(choice: Any, tools: Sequence[Tool]) -> Sequence[Tool]:
 
 
 def _grammar(
-    form: Form, tools: Sequence[Tool], most: int | None, tokenizer: Tokenizer, grammars: Grammars, *, required: bool
+    form: Form,
+    tools: Sequence[Tool],
+    most: int | None,
+    tokenizer: Tokenizer,
+    grammars: Grammars,
+    *,
+    required: bool,
+    text: str | None,
 ) -> Grammar:
-    """Calls of some functions: at once, or from the first marker on, with schemas for those that are strict."""
+    """Calls of some functions: at once, or in place of a text that fits a rule, or from the first marker on.
+
+    Arguments fit their schemas where a call is required or the function is strict.
+    """
 
     def token(name: str) -> str:
         return f"<[{tokenizer.control_tokens[name]}]>" if name in tokenizer.control_tokens else json.dumps(name)
@@ -117,7 +139,12 @@ def _grammar(
     }[form]
     first = token(OPEN if form == "tags" else CALLS)
     lines = [
-        f"start: {first} rest" if required else "start: rest",
+        *(
+            ["start: calls | text", f"text: {text}"]
+            if text is not None
+            else ["start: calls" if required else "start: rest"]
+        ),
+        f"calls: {first} rest",
         f"rest: {rest}",
         f"one: SPACE? call SPACE? {token(CLOSE)}" if form == "tags" else "",
         "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
@@ -125,7 +152,7 @@ def _grammar(
         f"SPACE: {SPACE}",
     ]
     after = None
-    if not required:
+    if not required and text is None:
         marker = OPEN if form == "tags" else CALLS
         after = tokenizer.added_tokens.get(marker)
         if after is None:

@@ -19,9 +19,11 @@ from mistral.model import Transformer
 from mistral.request import Finish, Request, Token, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike
-from mistral.util.errors import MistralError, Unavailable
+from mistral.util.errors import Fatal, MistralError, Unavailable
 
 log = logging.getLogger("mistral")
+# Prompt tokens of a step on a CPU: others decode but once a step, and products of more rows are no faster there.
+CPU_STEP = 512
 
 
 class Busy(Unavailable):
@@ -63,7 +65,7 @@ class Job:
         score: whether log-probabilities of the prompt are wanted: then nothing of it is reused.
         trim: whether its text is an answer, which begins without the space that some tokenizers put first.
         markers: control ids at which a text ends and another begins, such as [TOOL_CALLS].
-        tell: called in the worker's thread with each event.
+        tell: called with each event, in the worker's thread unless `Worker.deliver` is another.
         adapter: as `Engine.add` takes it.
         cached: tokens of the prompt that a row held already.
         taken: tokens that its text has, of those that were generated.
@@ -116,6 +118,8 @@ class Worker:
     Attributes:
         counts: what it has done.
         dead: what ended the thread, if anything did.
+        deliver: called in the worker's thread, once a step, with the jobs that have events and those. To hand over one
+            by one costs a change of threads each, while the next step waits.
     """
 
     def __init__(
@@ -142,9 +146,12 @@ class Worker:
         self._changed = threading.Condition()  # guards what jobs wait, and how many do not
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._told: list[tuple[Job, Event]] = []  # since the last delivery
+        self.deliver: Callable[[Sequence[tuple[Job, Event]]], None] = deliver
 
     def _new_engine(self) -> Engine:
-        return Engine(self._model, eos_ids=(), cache=self._cache, chunk_size=self._chunk_size)
+        most = CPU_STEP if self._model.device.type == "cpu" else None
+        return Engine(self._model, eos_ids=(), cache=self._cache, chunk_size=self._chunk_size, step_tokens=most)
 
     # For any thread.
 
@@ -194,6 +201,7 @@ class Worker:
         try:
             while self._next():
                 self._step()
+                self._hand_over()
         except BaseException as error:
             self.dead = error
             log.exception("the engine has died")
@@ -202,6 +210,7 @@ class Worker:
                 self._waiting.clear()
             for job in jobs:
                 self._tell(job, Event(error=error if isinstance(error, Exception) else RuntimeError(repr(error))))
+            self._hand_over()
 
     def _next(self) -> bool:
         """Wait for something to do, and give rows to jobs; False at the end."""
@@ -277,6 +286,8 @@ class Worker:
     def _step(self) -> None:
         try:
             tokens = self._engine.step()
+        except Fatal:
+            raise
         except Exception as error:
             return self._start_anew(error)
         self.counts.steps += 1
@@ -345,7 +356,19 @@ class Worker:
             self._tell(job, Event(error=error))
 
     def _tell(self, job: Job, event: Event) -> None:
+        self._told.append((job, event))
+
+    def _hand_over(self) -> None:
+        told, self._told = self._told, []
         try:
-            job.tell(event)
+            if told:
+                self.deliver(told)
         except RuntimeError:  # its event loop has ended: nobody listens
-            job.cancelled = True
+            for job, _ in told:
+                job.cancelled = True
+
+
+def deliver(told: Sequence[tuple[Job, Event]]) -> None:
+    """Tell each job its event."""
+    for job, event in told:
+        job.tell(event)

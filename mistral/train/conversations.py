@@ -43,8 +43,8 @@ class Turn:
     def message(self) -> Message:
         """The same as a message."""
         calls = tuple(ToolCall(name, arguments, id) for id, name, arguments in self.tool_calls)
-        more = (self.tool_call_id, self.name)
-        return Message(self.role, self.content, calls, *more, thinking=self.thinking)
+        whose = (self.tool_call_id, self.name)
+        return Message(self.role, self.content, None, calls, *whose, self.thinking)
 
 
 @dataclass

@@ -32,6 +32,10 @@ class ChecksFailed(MistralError):
     exit_code = 1
 
 
+class Fatal(MistralError):
+    """What computes is lost, and all that was begun with it; nothing more can be asked of it."""
+
+
 class ConvertError(UsageError):
     """A conversion that cannot be done; the destination is as it was."""
 

@@ -28,6 +28,9 @@ from mistral.parallel.shard import Shard, Slice, shard_of_this_process
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
+from tests.formats.test_quantized_hf import KINDS as HF_KINDS
+from tests.formats.test_quantized_hf import mistrals
+from tests.formats.test_quantized_hf import write as write_quantized
 from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
@@ -65,6 +68,7 @@ SHAPES: dict[str, ModelArgs] = {
     "mixtral int8": tiny_args(**WIDE, moe=Moe(2, 1)),
 }
 OPTIONS = LoadOptions(device="cpu", execution="eager")
+QUANTIZED = ("AWQ", "GPTQ, act order", "fp8, blocks")
 
 
 def options_for(name: str) -> LoadOptions:
@@ -136,7 +140,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         mistral.save(model_of(name), made[name])
     made["mixtral hf"] = str(place / "hf")  # another order of rows, and experts under other names
     convert(made["mixtral"], made["mixtral hf"], to="hf")
-    return made
+    return made | {kind: str(write_quantized(place / kind / "m", kind)[0]) for kind in QUANTIZED}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,17 @@ def test_two_ranks_are_one_model(name: str, folders: dict[str, str], results: di
     assert any("each rank rounds its columns of wo and w2 alone" in note for note in notes) == ("int8" in name)
 
 
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_two_ranks_are_one_model_of_a_quantized_folder(
+    kind: str, folders: dict[str, str], results: dict[str, Any]
+) -> None:
+    alone, _ = assemble(read_folder(folders[kind]), options=OPTIONS)
+    logits, _, equal_bits, _, _ = results[kind]
+    for schedule, want in played(alone, False).items():
+        assert distance(logits[schedule], want) < TOLERANCE, schedule
+    assert equal_bits
+
+
 def test_all_but_the_embeddings_is_halved() -> None:
     """At the sizes of Mistral 7B a rank reads little more than half of the weights."""
     args = ModelArgs(
@@ -171,12 +186,16 @@ def test_all_but_the_embeddings_is_halved() -> None:
     assert 0.5 < part / total < 0.51
 
 
-@pytest.mark.parametrize("form", ["parts", "pth", "hf", "adapter", "gguf"])
+@pytest.mark.parametrize("form", ["parts", "pth", "hf", "adapter", "gguf", "fp8 of Mistral's", *HF_KINDS])
 def test_the_parts_are_the_whole(form: str, tmp_path: Path) -> None:
     """Also of tensors in several files, of Hugging Face's order, of merged ones and of blocks of few bits."""
     if form == "gguf":
         write_gguf(tmp_path / "m.gguf", "Q4_0", gguf_args(vocab_size=64))
         found = read_folder(tmp_path / "m.gguf")
+    elif form == "fp8 of Mistral's":
+        found = read_folder(mistrals(tmp_path / "m", rows=True)[0])
+    elif form in HF_KINDS:
+        found = read_folder(write_quantized(tmp_path / "m", form)[0])
     else:
         found = read_folder(make_folder(tmp_path / "m", form="pth" if form == "pth" else "parts"))
     if form == "hf":
@@ -192,6 +211,10 @@ def test_the_parts_are_the_whole(form: str, tmp_path: Path) -> None:
         if parameter.split is not None:
             each = [torch.cat(each, 0 if parameter.split == "rows" else 1)]
         assert all(torch.equal(one, whole_weight) for one in each), name
+        halves = [part.weights.get(name, exact=True) for part in parts]  # as what is quantized again is read
+        dim = 0 if parameter.split == "rows" else 1
+        exact = halves[0] if parameter.split is None else torch.cat(halves, dim)
+        assert torch.equal(exact, found.weights.get(name, exact=True)), name
 
 
 def test_a_slice_wants_nothing_else_in_memory() -> None:
@@ -295,9 +318,9 @@ def test_commands_give_the_same(command: Command) -> None:
 
 
 def test_other_commands_refuse(command: Command) -> None:
-    for words in (("interactive",), ("eval", "--task", "reach"), ("serve", "--port", 1)):
+    for words in (("interactive",), ("eval", "--task", "reach"), ("bench",)):
         assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
-    with pytest.raises(OptionError, match="parallel 2 is for complete, demo and perplexity: omit it"):
+    with pytest.raises(OptionError, match="parallel 2 is for complete, demo, perplexity, serve and batch: omit it"):
         load(device="cpu", parallel=2)
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 

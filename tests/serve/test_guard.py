@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -89,6 +91,31 @@ def test_a_body_that_does_not_come_is_not_waited_for(client: httpx.Client, monke
 
     headers = {"Content-Type": "application/json"}
     assert client.post("/v1/completions", content=slowly(), headers=headers).status_code == 408
+
+
+def test_a_body_that_is_broken_off_is_no_error_of_ours(
+    running: Running, client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = "/v1/completions", 499
+    server = urlsplit(running.url)
+    before = running_count(client, gone)
+    with socket.create_connection((server.hostname, server.port)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.netloc}\r\nAuthorization: Bearer {KEY}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(f'{head}{{"prompt": "a'.encode())
+    for _ in range(200):
+        if running_count(client, gone) > before:
+            break
+        time.sleep(0.02)
+    assert running_count(client, gone) == before + 1
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def running_count(client: httpx.Client, which: tuple[str, int]) -> int:
+    """How many answers of a path and a status /metrics counts."""
+    found = [line for line in client.get("/metrics").text.splitlines() if all(f'"{part}"' in line for part in which)]
+    return int(found[0].split()[-1]) if found else 0
 
 
 def test_what_is_no_json_is_refused(client: httpx.Client) -> None:

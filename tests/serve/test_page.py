@@ -48,7 +48,9 @@ def asked(page: Page) -> Page:
 
 def test_a_question_is_answered(asked: Page) -> None:
     assert asked.run("turns[1].content.length") > 20
-    assert "tokens/s" in asked.run("$('status').textContent")
+    status = asked.run("$('status').textContent")
+    assert "tokens/s" in status
+    assert status.endswith("ended at the most tokens (see Settings)")
     assert "window 64, 6 layers" in asked.run("$('window').textContent")
     assert asked.run("document.querySelectorAll('main b').length") == 0
     assert asked.said == []

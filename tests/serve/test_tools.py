@@ -223,6 +223,41 @@ def test_answers_fit_a_schema(client: openai.OpenAI, running: Running, stream: b
 
 
 @needs_grammar
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_format_is_of_the_text_and_leaves_calls(
+    client: openai.OpenAI, running: Running, stream: bool, structured: bool
+) -> None:
+    """As OpenAI has it: either a call of one of the functions, or text that fits; a bias decides which begins."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    city: dict[str, Any] = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    city["additionalProperties"] = False
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": city, "strict": True}}]
+    wanted: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    if structured:
+        wanted = {"extra_body": {"structured_outputs": {"regex": '\\{"a": [12]\\}'}}}
+    tokenizer = running.loaded.tokenizer
+    begins = {"call": ids_of(tokenizer, written(running, ("weather", "{}"))[0])[0], "text": ids_of(tokenizer, "{")[-1]}
+    for kind, token in begins.items():
+        more = {
+            "tools": tools,
+            "parallel_tool_calls": False,
+            "logit_bias": {str(token): 100},
+            "temperature": 1,
+            **wanted,
+        }
+        message, finish, _ = ask(client, running, stream, **more)
+        if kind == "text":
+            assert (finish, json.loads(message["content"])["a"] in (1, 2)) == ("stop", True), message
+            assert "tool_calls" not in message
+        else:
+            (call,) = message["tool_calls"]
+            assert (finish, json.loads(call["function"]["arguments"])["city"]) == ("tool_calls", "Rome")
+    message, finish, _ = ask(client, running, stream, tool_choice="required", **{**more, "logit_bias": {}})
+    assert finish == "tool_calls", message  # there is no text then
+
+
+@needs_grammar
 def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> None:
     base = {"model": running.served.name, "prompt": "A", "max_tokens": 50, "temperature": 1, "n": 4, "seed": 5}
     for structured, fits in (
@@ -253,7 +288,7 @@ def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> No
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
-        ({"response_format": {"type": "json_object"}, "tools": DEFINITIONS}, "response_format"),
+        ({"response_format": {"type": "xml"}, "tools": DEFINITIONS, "tool_choice": "required"}, "response_format"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "a"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs"),

@@ -263,6 +263,21 @@ def test_a_request_that_is_stopped_leaves_its_row_to_one_that_waits() -> None:
     assert [r.output_ids for r in requests] == [[3], [10, 11, 12, 13], [6, 7, 8, 9]]
 
 
+def test_short_prompts_do_not_wait_for_long_ones() -> None:
+    """And equal ones are processed one after the other; the oldest goes on in every step."""
+    engine = Engine(alphabet_model(5), eos_ids=(), step_tokens=8)
+    asked = [engine.add([2] * n, SamplingParams(max_tokens=2, temperature=0)) for n in (40, 6, 6, 6)]
+    firsts: dict[int, int] = {}
+    progress = []
+    for step in range(40):
+        firsts |= {token.index: step for token in engine.step() if token.index not in firsts}
+        progress.append(asked[0].prefill_progress[0])
+    assert [firsts[i] for i in (1, 2, 3)] == [0, 1, 2]
+    assert progress[:4] == [2, 4, 6, 14]
+    assert firsts[0] == 7
+    assert engine.done
+
+
 def test_progress_of_a_prompt() -> None:
     engine = Engine(alphabet_model(), eos_ids=(), chunk_size=4)
     request = engine.add([2] * 10, GREEDY)

@@ -16,6 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mistral import sampling
+from mistral.logprobs import most_likely
 from mistral.sampling import LogitChanges, RequestRng, distribution, sample, sample_each
 from mistral.sampling_params import SamplingError, SamplingParams
 
@@ -501,3 +503,48 @@ def test_greedy_needs_no_random_numbers_of_a_valid_type() -> None:
     assert SamplingParams(temperature=0).greedy
     with pytest.raises(SamplingError, match="temperature"):
         SamplingParams(temperature=True)
+
+
+# --- large vocabularies: a token is looked for among the most likely ones first
+
+LARGE = sampling.MANY * sampling.HEAD
+SHAPES = {
+    "ordinary": lambda g: torch.randn(4, LARGE, generator=g) * 4,
+    "flat": lambda g: torch.randn(4, LARGE, generator=g) * 0.3,
+    "ties": lambda g: (torch.randn(4, LARGE, generator=g) * 3).round(),
+    "all equal": lambda g: torch.zeros(4, LARGE),
+    "sharp": lambda g: torch.randn(4, LARGE, generator=g) * 60,
+    "two tokens": lambda g: torch.full((4, LARGE), -math.inf).index_fill(1, torch.tensor([5, 9]), 1.0),
+    "NaN": lambda g: torch.full((4, LARGE), math.nan),
+}
+FILTERS = [how(), how(top_p=0.8), how(top_k=40), how(top_k=1000), how(min_p=0.05), how(0.7, 0.9, 5, 0.1), how(top_p=0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_large_vocabulary_need_not_be_sorted(shape: str) -> None:
+    """The token is that of all of it, sorted: also of ties, and where the head is not enough."""
+    generator = torch.Generator().manual_seed(1)
+    for params in FILTERS:
+        for temperature in (0.1, 1.0, 3.0):
+            its = replace(params, temperature=temperature)
+            logits, uniform = SHAPES[shape](generator), torch.rand(4, generator=generator)
+            uniform[0], uniform[1] = 0.0, BELOW_ONE[1]
+            want = sampling._draw(*distribution(logits, its), uniform)
+            assert torch.equal(sample(logits, uniform, its), want), its
+
+
+def test_most_tokens_are_found_without_sorting() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits, uniform = torch.randn(200, LARGE, generator=generator) * 4, torch.rand(200, generator=generator)
+    for params in (how(), how(top_p=0.8), how(top_k=40)):
+        _, known = sampling._draw_from_head(sampling._tempered(logits, params), uniform, params)
+        assert known.float().mean() > 0.9, params
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_most_likely_are_those_of_a_stable_sort(shape: str) -> None:
+    logits = SHAPES[shape](torch.Generator().manual_seed(3))
+    want = logits.argsort(dim=-1, descending=True, stable=True)
+    for count in (1, 5, 20):
+        found = most_likely(logits, [count] * 4)
+        assert [list(top) for top in found] == want[:, :count].tolist()
