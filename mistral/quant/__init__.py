@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral.fast.layout import SYMMETRIC, bits_of
 from mistral.model import Transformer
-from mistral.parameters import Parameter
+from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter
 from mistral.quant.affine import LEAST, MOST, Affine4Linear
 from mistral.quant.cuda import CudaAffine4Linear, CudaInt4Linear, CudaInt8Linear, CudaLinear
-from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
+from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedEmbedding, QuantizedLinear
 from mistral.util.errors import FormatError
 
 Kind = Int8Linear | Affine4Linear | Int4Linear
@@ -79,7 +79,10 @@ def on_gpu(module: Kind, device: torch.device) -> CudaLinear:
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Put quantized weights in place, by the names of the tensors they were; return their state."""
     state: dict[str, Tensor] = {}
-    for name, module in modules.items():
+    placed: dict[str, nn.Module] = {**modules}
+    if (table := modules.get(EMBEDDINGS)) is not None:  # it is tied: one table for both
+        placed |= {EMBEDDINGS: QuantizedEmbedding(table), OUTPUT: table}
+    for name, module in placed.items():
         path = name.removesuffix(".weight")
         model.set_submodule(path, module)
         state |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}
