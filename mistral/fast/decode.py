@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,8 +38,8 @@ class Kept:
         model: the description.
         places: the dictionaries of the modules in which there are modules and tensors.
         stores: the cache's, of each layer.
-        found: all that was in both.
-        tensors, where: those among them, and where and how their numbers lay.
+        found, ids: all that was in both; kept, so that nothing else has their ids.
+        tensors, where: the modules' among them, and where and how their numbers lay. The stores' only move by being others.
         hooks: those of the modules, which only the plain way calls.
         wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
     """
@@ -48,6 +48,7 @@ class Kept:
     places: list[dict[str, Any]]
     stores: list[RollingBuffer]
     found: list[object]
+    ids: list[int]
     tensors: list[Tensor]
     where: list[list[object]]
     hooks: list[dict[int, Any]]
@@ -56,7 +57,7 @@ class Kept:
 
     def holds(self) -> bool:
         """Whether all is where it was. There are a thousand things to look at in each step: no loop of Python's."""
-        same = [*map(id, _found(self.places, self.stores))] == [*map(id, self.found)]
+        same = [*map(id, _found(self.places, self.stores))] == self.ids
         return same and _where(self.tensors) == self.where and not any(self.hooks)
 
 
@@ -66,8 +67,9 @@ def _found(places: list[dict[str, Any]], stores: list[RollingBuffer]) -> list[ob
 
 
 def _where(tensors: list[Tensor]) -> list[list[object]]:
-    looks = Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.is_contiguous
-    return [[*map(look, tensors)] for look in looks]
+    # No shapes: a thousand new tuples in each step wake the garbage collector. These say as much of a matrix.
+    looks = Tensor.data_ptr, attrgetter("dtype"), Tensor.numel, Tensor.is_contiguous
+    return [*([*map(look, tensors)] for look in looks), [*map(Tensor.size, tensors, repeat(0))]]
 
 
 # By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
@@ -209,8 +211,9 @@ class FastTransformer(Transformer):
         kinds = "_modules", "_parameters", "_buffers"
         places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
         found = _found(places, cache.layers)
-        tensors = [x for x in found if isinstance(x, Tensor)]
-        return Kept(model, places, cache.layers, found, tensors, _where(tensors), hooks, wide, narrow)
+        tensors = [x for x in found[2 * len(cache.layers) :] if isinstance(x, Tensor) and x.dim()]
+        ids = [*map(id, found)]
+        return Kept(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
 
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
