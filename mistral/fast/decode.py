@@ -19,9 +19,10 @@ from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
 from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
-from mistral.fast.threads import Threads
+from mistral.fast.threads import Threads, at_most
 from mistral.model import Transformer, widen
 from mistral.plan import Plan
+from mistral.util.cores import FreeCores
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
@@ -82,6 +83,7 @@ class FastTransformer(Transformer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._threads: dict[int, Threads] = {}  # by the tokens of a step
+        self.free_cores = FreeCores()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,10 +92,10 @@ class FastTransformer(Transformer):
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
-            return super().step(input_ids, plan, cache)
+            return self._plain_step(input_ids, plan, cache)
         model = self.described(cache)
         if model is None:
-            return super().step(input_ids, plan, cache)
+            return self._plain_step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         cos, sin = self.rope.cos_sin(plan.positions)
@@ -101,6 +103,10 @@ class FastTransformer(Transformer):
             cache.layer(i).written = True
         self.decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
         return h
+
+    def _plain_step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        with at_most(self.free_cores()):
+            return super().step(input_ids, plan, cache)
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
         return (
@@ -130,7 +136,7 @@ class FastTransformer(Transformer):
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
         rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
-        with self.threads_for(len(rows)).step() as chosen:
+        with self.threads_for(len(rows)).step(self.free_cores()) as chosen:
             count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
             scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
             given = (pointer(x) for x in (which, positions, begins, cos, sin))
@@ -141,7 +147,9 @@ class FastTransformer(Transformer):
         matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
         if matrix is None:
             return super().logits(h)
-        return widen(product(matrix, h, self.threads_for(len(h)).pick(torch.get_num_threads())))
+        most = torch.get_num_threads()
+        free = self.free_cores()
+        return widen(product(matrix, h, free if free < most else self.threads_for(len(h)).pick(most)))
 
     def threads_for(self, rows: int) -> Threads:
         """Chooses the number of threads for steps of so many tokens."""

@@ -1,7 +1,9 @@
-"""How many threads a decode step takes: as many as PyTorch has, or one where another program holds a core.
+"""How many threads a step takes: as many as PyTorch has, or fewer where another program holds a core.
 
 Threads wait for each other at every product of a step. Where one of them has to share its core, all wait for it, and
-a step takes many times as long as with one thread. No number depends on the choice.
+a step takes many times as long as with one thread. What the system counts says how many cores are free
+(util/cores.py); whether all threads are faster than one is tried as well, since not all that slows them is counted. No
+number depends on the choice.
 """
 
 from __future__ import annotations
@@ -62,8 +64,15 @@ class Threads:
             self._compare()
 
     @contextmanager
-    def step(self) -> Iterator[int]:
-        """Around a step: gives its number of threads, and takes its time."""
+    def step(self, free: int) -> Iterator[int]:
+        """Around a step: gives its number of threads, and takes its time.
+
+        Args:
+            free: cores that others leave; where they are too few for all threads there is nothing to be tried.
+        """
+        if free < torch.get_num_threads():
+            yield free
+            return
         threads = self.pick(torch.get_num_threads())
         began = time.perf_counter()
         yield threads
@@ -85,3 +94,17 @@ class Threads:
         self._patience = min(4 * self._patience, LONGEST) if hopeless and best == self._chosen else PATIENCE
         self._chosen, self._usual = best, fastest[best]
         self._tried, self._steps, self._slow = {}, 0, 0
+
+
+@contextmanager
+def at_most(free: int) -> Iterator[None]:
+    """PyTorch with no more threads than so many, within."""
+    before = torch.get_num_threads()
+    if free >= before:
+        yield
+        return
+    torch.set_num_threads(free)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
