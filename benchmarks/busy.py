@@ -54,6 +54,7 @@ def main() -> None:
                 one, rate = map(float, done.stdout.split())
                 first[name].append(one)
                 rates[name].append(rate)
+                print(f"{name}: {one:.2f} s, {rate:.1f} tokens/s", file=sys.stderr, flush=True)
     finally:
         for process in busy:
             process.kill()

@@ -125,6 +125,7 @@ def main() -> None:
             taken[name].append(whole)
             own[name].append(float(said.split()[1]))
         taken["import torch"].append(seconds([sys.executable, "-c", "import torch"])[0])
+        print(" ".join(f"{name} {times[-1]:.2f}" for name, times in taken.items()), file=sys.stderr, flush=True)
     for name, times in taken.items():
         text = f"{name:20} {statistics.median(times):6.2f} s   {' '.join(f'{t:.2f}' for t in times)}"
         if own[name]:

@@ -6,6 +6,7 @@ Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of t
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter
@@ -19,10 +20,9 @@ from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
 from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
-from mistral.fast.threads import Threads, at_most
+from mistral.fast.threads import Sharing, Threads
 from mistral.model import Transformer, widen
 from mistral.plan import Plan
-from mistral.util.cores import FreeCores
 
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
@@ -83,7 +83,7 @@ class FastTransformer(Transformer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._threads: dict[int, Threads] = {}  # by the tokens of a step
-        self.free_cores = FreeCores()
+        self._sharing = Sharing()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,11 +91,18 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        with self.share_cores():
+            return self._step(input_ids, plan, cache)
+
+    def share_cores(self) -> AbstractContextManager[None]:
+        return self._sharing()
+
+    def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
-            return self._plain_step(input_ids, plan, cache)
+            return super().step(input_ids, plan, cache)
         model = self.described(cache)
         if model is None:
-            return self._plain_step(input_ids, plan, cache)
+            return super().step(input_ids, plan, cache)
         h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         cos, sin = self.rope.cos_sin(plan.positions)
@@ -103,10 +110,6 @@ class FastTransformer(Transformer):
             cache.layer(i).written = True
         self.decode(model, h, rows, plan.positions, [plan.origins[row] for row in rows], cos, sin)
         return h
-
-    def _plain_step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        with at_most(self.free_cores()):
-            return super().step(input_ids, plan, cache)
 
     def _is_for_kernels(self, plan: Plan, cache: RollingBufferCache) -> bool:
         return (
@@ -136,7 +139,7 @@ class FastTransformer(Transformer):
         if None not in args.windows:
             seen = min(seen, max(w for w in args.windows if w is not None))
         rounded = room_for_inputs(len(rows), max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
-        with self.threads_for(len(rows)).step(self.free_cores()) as chosen:
+        with self._count(len(rows)) as chosen:
             count, most, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
             scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, most, threads))
             given = (pointer(x) for x in (which, positions, begins, cos, sin))
@@ -148,8 +151,11 @@ class FastTransformer(Transformer):
         if matrix is None:
             return super().logits(h)
         most = torch.get_num_threads()
-        free = self.free_cores()
-        return widen(product(matrix, h, free if free < most else self.threads_for(len(h)).pick(most)))
+        return widen(product(matrix, h, most if self._sharing.few else self.threads_for(len(h)).pick(most)))
+
+    def _count(self, rows: int) -> AbstractContextManager[int]:
+        """Around a step of so many tokens: its number of threads."""
+        return nullcontext(torch.get_num_threads()) if self._sharing.few else self.threads_for(rows).step()
 
     def threads_for(self, rows: int) -> Threads:
         """Chooses the number of threads for steps of so many tokens."""

@@ -9,10 +9,12 @@ number depends on the choice.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from mistral.util.cores import FreeCores
 
 SLOWER = 1.5  # times as long as steps took when the choice was made: another program has come, or one has gone
 IN_A_ROW = 3  # slow steps that are no accident
@@ -64,15 +66,8 @@ class Threads:
             self._compare()
 
     @contextmanager
-    def step(self, free: int) -> Iterator[int]:
-        """Around a step: gives its number of threads, and takes its time.
-
-        Args:
-            free: cores that others leave; where they are too few for all threads there is nothing to be tried.
-        """
-        if free < torch.get_num_threads():
-            yield free
-            return
+    def step(self) -> Iterator[int]:
+        """Around a step: gives its number of threads, and takes its time."""
         threads = self.pick(torch.get_num_threads())
         began = time.perf_counter()
         yield threads
@@ -96,15 +91,30 @@ class Threads:
         self._tried, self._steps, self._slow = {}, 0, 0
 
 
-@contextmanager
-def at_most(free: int) -> Iterator[None]:
-    """PyTorch with no more threads than so many, within."""
-    before = torch.get_num_threads()
-    if free >= before:
-        yield
-        return
-    torch.set_num_threads(free)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+class Sharing:
+    """Fewer threads of PyTorch where other programs leave too few cores for all.
+
+    Attributes:
+        few: whether there are fewer now, so that nothing is left to be tried.
+    """
+
+    def __init__(self, free_cores: Callable[[], int] | None = None) -> None:
+        self._free_cores = FreeCores() if free_cores is None else free_cores
+        self.few = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around work for which the number is decided once; within itself it changes nothing."""
+        before = torch.get_num_threads()
+        free = before if self.few else self._free_cores()
+        if free >= before:
+            yield
+            return
+        torch.set_num_threads(free)
+        self.few = True
+        try:
+            yield
+        finally:
+            self.few = False
+            torch.set_num_threads(before)
