@@ -3,10 +3,10 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, gguf, files, context. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is
-built for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
-FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape takes 7b
-(four layers of it) for it, and --types some of the types.
+decode, prefill, flat, batch, batched, gguf, files, context. Wants `pip install llama-cpp-python gguf transformers`
+(llama.cpp is built for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf
+files in FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape
+takes 7b (four layers of it) for it, and --types some of the types.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
@@ -90,8 +90,12 @@ def _questions(model: Any) -> dict[str, Callable[..., float]]:
         big.sum()
         return big.nbytes / (time.perf_counter() - began)
 
+    def decode(context: int, batch: int, steps: int) -> float:
+        return batch / statistics.median(bench.decode(model, context, batch, steps))
+
     return {
-        "decode": lambda context, batch, steps: batch / statistics.median(bench.decode(model, context, batch, steps)),
+        "decode": decode,
+        "batched": decode,
         "prefill": lambda tokens: tokens / bench.prefill(model, tokens),
         "read": lambda: statistics.median(read() for _ in range(7)),
         "bytes": lambda: bench.weight_bytes(model),
@@ -158,7 +162,46 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
         forget()
         return tokens / run(tokens)
 
-    return {"decode": decode, "prefill": prefill, "keep": lambda: id(model)}
+    def batched(tokens: int, batch: int, steps: int) -> float:
+        """The faster of its two ways to keep the keys of several sequences: in one buffer for all, or one for each."""
+        return max(_llama_batched(L, model, threads, unified, tokens, batch, steps) for unified in (False, True))
+
+    return {"decode": decode, "prefill": prefill, "batched": batched, "keep": lambda: id(model)}
+
+
+def _llama_batched(L: Any, model: Any, threads: int, unified: bool, tokens: int, batch: int, steps: int) -> float:
+    """Tokens a second of llama.cpp's steps in which each of `batch` sequences contributes one token."""
+    params = L.llama_context_default_params()
+    params.n_ctx = batch * (-(-(tokens + steps + 1) // 256) * 256)
+    params.n_seq_max, params.kv_unified = batch, unified
+    params.n_threads = params.n_threads_batch = threads
+    context = L.llama_init_from_model(model, params)
+    given = L.llama_batch_init(max(tokens, batch), 0, 1)
+
+    def put(i: int, position: int, sequence: int, logits: bool) -> None:
+        given.token[i], given.pos[i], given.logits[i] = 5 + i, position, logits
+        given.n_seq_id[i], given.seq_id[i][0] = 1, sequence
+
+    def run(count: int) -> float:
+        given.n_tokens = count
+        began = time.perf_counter()
+        if L.llama_decode(context, given):
+            raise RuntimeError("llama_decode failed")
+        L.llama_synchronize(context)
+        return time.perf_counter() - began
+
+    for sequence in range(batch):
+        for i in range(tokens):
+            put(i, i, sequence, i + 1 == tokens)
+        run(tokens)
+    times = []
+    for step in range(steps + 1):
+        for sequence in range(batch):
+            put(sequence, tokens + step, sequence, True)
+        times.append(run(batch))
+    L.llama_batch_free(given)
+    L.llama_free(context)
+    return batch / statistics.median(times[1:])
 
 
 PROGRAMS = {"ours": ours, "transformers": transformers, "llama": llama}
@@ -360,6 +403,12 @@ class Bench:
             questions = (("decode", CONTEXT, 8, STEPS), ("decode", CONTEXT, 1, STEPS))
             self.compare(f"decode, 8 sequences, {weights} weights", [f"ours:{weights}"], *questions)
 
+    def batched(self) -> None:
+        """Eight and 32 sequences together, beside the peer's batches."""
+        for weights in GGUF:
+            questions = [("batched", CONTEXT, count, STEPS) for count in (8, 32)]
+            self.compare(f"decode of several, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], *questions)
+
     def gguf(self) -> None:
         """The same file for both: the 1.0 B shape in several types."""
         self.same([gguf_file(self.folder, name) for name in FILES])
@@ -383,7 +432,7 @@ class Bench:
             self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
 
 
-ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files", "context")
+ROWS = ("decode", "prefill", "flat", "batch", "batched", "gguf", "files", "context")
 
 
 def main() -> None:
@@ -402,7 +451,7 @@ def main() -> None:
         serve(options.serve, options.threads, options.folder)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    if there("llama") and {"decode", "prefill"} & set(options.rows or ROWS):
+    if there("llama") and {"decode", "prefill", "batched"} & set(options.rows or ROWS):
         for weights in GGUF.values():
             gguf_file(options.folder, weights)
     bench = Bench(options)

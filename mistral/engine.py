@@ -166,7 +166,7 @@ class Engine:
             self._admit()
         if not any(self._rows):
             return []
-        with torch.inference_mode():
+        with torch.inference_mode(), self.model.share_cores():
             return self._forward()
 
     def _find_adapter(self, name: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,9 @@ class Transformer(nn.Module):
     def cache_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` in such a cache."""
         return self.args.cache_bytes(positions, str(self.cache_dtype).removeprefix("torch."))
+    def share_cores(self) -> AbstractContextManager[None]:
+        """Around a step and what is chosen from it: fewer threads where other programs need cores. Here it is nothing."""
+        return nullcontext()
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""

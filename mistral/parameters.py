@@ -32,6 +32,7 @@ class Parameter:
         split: how tensor parallelism divides it: "rows" or "columns" (then the partial products are added up); None:
             every device has all of it. The rows of q, k and v are divided by whole heads.
         expert: the number of the expert that it belongs to; None: every token goes through it.
+        tied: whether an embedding is the output matrix too.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Parameter:
     heads: int | None = None
     split: Literal["rows", "columns"] | None = None
     expert: int | None = None
+    tied: bool = False
 
     @property
     def numel(self) -> int:
@@ -50,7 +52,7 @@ class Parameter:
     @property
     def quantized(self) -> bool:
         """Whether it is stored quantized when a model is quantized: every weight of a large product is."""
-        return self.role in ("matrix", "output")
+        return self.role in ("matrix", "output") or self.tied
 
 
 def parameters(args: ModelArgs) -> dict[str, Parameter]:
@@ -70,7 +72,7 @@ def active(args: ModelArgs) -> int:
 
 @lru_cache(maxsize=16)
 def _parameters(args: ModelArgs) -> dict[str, Parameter]:
-    found = [Parameter(EMBEDDINGS, (args.vocab_size, args.dim), "embedding")]
+    found = [Parameter(EMBEDDINGS, (args.vocab_size, args.dim), "embedding", tied=args.tied_embeddings)]
     for i in range(args.n_layers):
         found += _layer(args, i)
     found.append(Parameter(NORM, (args.dim,), "norm"))

@@ -6,8 +6,9 @@ Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of t
 from __future__ import annotations
 
 import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import INT8, KINDS, Expert, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
-from mistral.fast.threads import Threads
+from mistral.fast.threads import Sharing, Threads
 from mistral.model import Transformer, widen
 from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
@@ -41,8 +42,8 @@ class Kept:
         model: the description.
         places: the dictionaries of the modules in which there are modules and tensors.
         stores: the cache's, of each layer.
-        found: all that was in both.
-        tensors, where: those among them, and where and how their numbers lay.
+        found, ids: all that was in both; kept, so that nothing else has their ids.
+        tensors, where: the modules' among them, and where and how their numbers lay. The stores' only move by being others.
         hooks: those of the modules, which only the plain way calls.
         wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
     """
@@ -51,6 +52,7 @@ class Kept:
     places: list[dict[str, Any]]
     stores: list[RollingBuffer]
     found: list[object]
+    ids: list[int]
     tensors: list[Tensor]
     where: list[list[object]]
     hooks: list[dict[int, Any]]
@@ -59,7 +61,7 @@ class Kept:
 
     def holds(self) -> bool:
         """Whether all is where it was. There are a thousand things to look at in each step: no loop of Python's."""
-        same = [*map(id, _found(self.places, self.stores))] == [*map(id, self.found)]
+        same = [*map(id, _found(self.places, self.stores))] == self.ids
         return same and _where(self.tensors) == self.where and not any(self.hooks)
 
 
@@ -69,8 +71,9 @@ def _found(places: list[dict[str, Any]], stores: list[RollingBuffer]) -> list[ob
 
 
 def _where(tensors: list[Tensor]) -> list[list[object]]:
-    looks = Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.is_contiguous
-    return [[*map(look, tensors)] for look in looks]
+    # No shapes: a thousand new tuples in each step wake the garbage collector. These say as much of a matrix.
+    looks = Tensor.data_ptr, attrgetter("dtype"), Tensor.numel, Tensor.is_contiguous
+    return [*([*map(look, tensors)] for look in looks), [*map(Tensor.size, tensors, repeat(0))]]
 
 
 # By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
@@ -83,6 +86,7 @@ class FastTransformer(Transformer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._threads: dict[int, Threads] = {}  # by the tokens of a step
+        self._sharing = Sharing()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +94,13 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
+        with self.share_cores():
+            return self._step(input_ids, plan, cache)
+
+    def share_cores(self) -> AbstractContextManager[None]:
+        return self._sharing()
+
+    def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
             return super().step(input_ids, plan, cache)
         model = self.described(cache)
@@ -138,7 +149,7 @@ class FastTransformer(Transformer):
             seen = min(seen, max(w for w in args.windows if w is not None))
         most = len(rows) * (1 + model.chosen)  # inputs of layers, and of each token's experts
         rounded = room_for_inputs(most, max(args.dim, args.hidden_dim, args.n_heads * args.head_dim))
-        with self.threads_for(len(rows)).step() as chosen:
+        with self._count(len(rows)) as chosen:
             count, keys, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
             scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, keys, threads))
             given = (pointer(x) for x in (which, positions, begins, cos, sin))
@@ -149,7 +160,12 @@ class FastTransformer(Transformer):
         matrix = self.output.matrix() if isinstance(self.output, HasMatrix) and few(h) else None
         if matrix is None:
             return super().logits(h)
-        return widen(product(matrix, h, self.threads_for(len(h)).pick(torch.get_num_threads())))
+        most = torch.get_num_threads()
+        return widen(product(matrix, h, most if self._sharing.few else self.threads_for(len(h)).pick(most)))
+
+    def _count(self, rows: int) -> AbstractContextManager[int]:
+        """Around a step of so many tokens: its number of threads."""
+        return nullcontext(torch.get_num_threads()) if self._sharing.few else self.threads_for(rows).step()
 
     def threads_for(self, rows: int) -> Threads:
         """Chooses the number of threads for steps of so many tokens."""
@@ -225,8 +241,10 @@ class FastTransformer(Transformer):
         kinds = "_modules", "_parameters", "_buffers"
         places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
         found = _found(places, cache.layers)
-        tensors = [x for x in found if isinstance(x, Tensor)]
-        return Kept(model, places, cache.layers, found, tensors, _where(tensors), hooks, wide, narrow)
+        kept = sum(len(store.storage) for store in cache.layers)
+        tensors = [x for x in found[kept:] if isinstance(x, Tensor) and x.dim()]
+        ids = [*map(id, found)]
+        return Kept(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
 
 
 def widen_stores(model: Model, cache: RollingBufferCache) -> None:

@@ -36,7 +36,7 @@ def int4_shape(n: int, columns: int) -> tuple[int, int, int]:
 
 def bits_of(weight: Parameter, quant: str) -> str:
     """ "int8", or `quant`: the output matrix has 8 at least, since it is small and every token's choice hangs on it."""
-    return "int8" if weight.role == "output" else quant
+    return "int8" if weight.role in ("output", "embedding") else quant
 
 
 def stored_as(weight: Parameter, quant: str) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -13,7 +13,7 @@ from mistral.fast import layout
 from mistral.fast.kernels import INT8, KINDS, Matrix, library, pointer
 from mistral.linear import Linear
 
-FEW = 16  # rows of activations up to which the kernels are faster than one large product
+FEW = 32  # rows of activations up to which the kernels are faster than one large product
 MANY = 512  # rows that a product with quantized weights rounds at once
 COMPUTE = (torch.float32, torch.bfloat16)  # dtypes of activations that the kernels take; they sum up in fp32
 

@@ -26,7 +26,8 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
     shape = {name: getattr(found.args, name) for name in COMPARED if name != "sliding_window"}
     digest.update(repr((sorted(shape.items()), found.args.windows)).encode())
     turning = {name for name, parameter in parameters(found.args).items() if parameter.heads is not None}
-    tied = {OUTPUT} if found.args.tied_embeddings else set()  # so that a tie that is written out changes nothing
+    # So that a tie that is written out changes nothing.
+    tied = {OUTPUT} if found.args.tied_embeddings and EMBEDDINGS in found.weights.tensors else set()
     for name in sorted(found.weights.tensors.keys() | tied):
         if name not in turning:
             tensor = found.weights.get(EMBEDDINGS if name in tied else name)

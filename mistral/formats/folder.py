@@ -17,7 +17,7 @@ from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.quantized import ACTIVATIONS
 from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
-from mistral.parameters import OUTPUT, parameters
+from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.errors import FormatError
 
 OLDER = "its 4-bit weights have no minima, as int4 was at first: convert the model that they were made from again"
@@ -34,7 +34,7 @@ class Folder:
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         quant: "int8", "int4" or `SYMMETRIC` where the matrices are stored quantized, under the names of
-            `fast.layout.stored_as`; else None.
+            `fast.layout.stored_as`; else None. Folders of before 2026-11-27 have a tied table as it was: see `has_quantized`.
         notes: what was assumed or ignored, a sentence each.
     """
 
@@ -51,6 +51,10 @@ class Folder:
     def tensors(self) -> dict[str, Stored]:
         """The tensors that there are, in the files' order."""
         return {name: self.weights.tensors[name] for name in self.weights.readers}
+
+    def has_quantized(self, parameter: Parameter) -> bool:
+        """Whether a weight is stored quantized here."""
+        return self.quant is not None and parameter.quantized and parameter.name not in self.weights.tensors
 
     @property
     def parameters(self) -> int:
@@ -150,7 +154,7 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str |
         raise WeightsError(
             f"{layout.config} makes n_layers {args.n_layers}, but {where} holds {len(weights.tensors)} tensors in all"
         )
-    shapes, dtypes = stored_shapes(args, quant)
+    shapes, dtypes = stored_shapes(args, quant, as_it_was=layout.name_of(EMBEDDINGS) in weights.tensors)
     names = {ours: layout.name_of(ours) for ours in shapes}
     stored = {name: t for name, t in weights.tensors.items() if not layout.ignores(name)}
     # Under the files' own names: they are what an error names, and Mistral's names mean another order of rows.
@@ -161,12 +165,18 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str |
     return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
 
 
-def stored_shapes(args: ModelArgs, quant: str | None) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names and shapes of the tensors in files, with the dtypes of those that are no weights of any float's size."""
+def stored_shapes(
+    args: ModelArgs, quant: str | None, as_it_was: bool = False
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names and shapes of the tensors in files, with the dtypes of those that are no weights of any float's size.
+
+    Args:
+        as_it_was: whether a table that is tied is not quantized, as in older folders.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for name, parameter in parameters(args).items():
-        if quant is None or not parameter.quantized:
+        if quant is None or not parameter.quantized or (parameter.tied and as_it_was):
             shapes[name] = parameter.shape
         else:
             for stored, (sizes, dtype) in stored_as(parameter, quant).items():

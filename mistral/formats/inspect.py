@@ -111,7 +111,7 @@ def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:
 
 
 def _quantized_bytes(found: Folder) -> dict[str, int]:
-    """What the weights take with --quant, which leaves embeddings and norms as they are stored."""
+    """What the weights take with --quant, which leaves norms, and embeddings that are not tied, as they are stored."""
     if found.quant is not None:
         return {}
     embeddings = found.weights.tensors[EMBEDDINGS]

@@ -11,6 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,7 @@ class Part:
         mapping, start = self._mapped()
         raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin - start, count=end - begin)
         if progress is not None:
+            _in_huge_pages(mapping, begin - start, end - start)
             for at in range(begin, end, PIECE):
                 stop = min(at + PIECE, end)
                 if not _populate(mapping, at - start, stop - start):
@@ -74,6 +76,14 @@ class Part:
                 mapping = mmap.mmap(file.fileno(), self.end - start, access=mmap.ACCESS_COPY, offset=start)
             self._mapping = weakref.ref(mapping)
         return mapping, start
+
+
+def _in_huge_pages(mapping: mmap.mmap, begin: int, end: int) -> None:
+    """Have what is not in memory yet of a range brought there in huge pages, where system and disk can do that."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        page = begin - begin % mmap.PAGESIZE
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE, page, end - page)
 
 
 def _populate(mapping: mmap.mmap, begin: int, end: int) -> bool:

@@ -93,7 +93,7 @@ def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
 
 
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
-    if not parameter.quantized:
+    if parameter.role not in ("matrix", "output"):
         raise AdapterError(f"{adapter.path} changes {parameter.name}, which is no matrix of a product")
     out, inner = parameter.shape
     expected: dict[str, tuple[int, ...]] = {pair.a: (pair.rank, inner), pair.b: (out, pair.rank)}

@@ -55,7 +55,8 @@ def blocks_bytes(parameter: Parameter, kind: str) -> int:
 
 def load_blocks(found: Folder, name: str, progress: Callable[[int], object] | None) -> dict[str, nn.Module]:
     """A weight as the modules that hold its blocks, by their paths in the model: an output that is tied is another."""
-    from mistral.quant.blocks import BlockEmbedding, BlockLinear, repack
+    from mistral.quant.blocks import BlockLinear, repack
+    from mistral.quant.linear import QuantizedEmbedding
 
     reader = found.weights.readers[name]
     assert isinstance(reader, BlockReader)
@@ -64,7 +65,7 @@ def load_blocks(found: Folder, name: str, progress: Callable[[int], object] | No
     linear = BlockLinear(BLOCKS[reader.kind], columns, n, *repack(reader.kind, raw, n, columns))
     if name != EMBEDDINGS:
         return {name: linear}
-    return {name: BlockEmbedding(linear)} | ({OUTPUT: linear} if found.args.tied_embeddings else {})
+    return {name: QuantizedEmbedding(linear)} | ({OUTPUT: linear} if found.args.tied_embeddings else {})
 
 
 def put_blocks(model: Transformer, modules: dict[str, nn.Module]) -> None:

@@ -323,7 +323,8 @@ def _size_in_memory(found: Folder, run: Runtime, kept: dict[str, str]) -> int:
             n: tensor.parameters * _kept(tensor, run).itemsize for n, tensor in found.tensors.items() if n not in kept
         }
         return sum(wide.values()) + sum(blocks_bytes(known[name], kind) for name, kind in kept.items())
-    return sum(bytes_of(weight, run.quant, run.weights.itemsize) for weight in parameters(found.args).values())
+    few = {n: run.quant if found.quant is None or found.has_quantized(w) else None for n, w in parameters(found.args).items()}
+    return sum(bytes_of(w, few[n], run.weights.itemsize) for n, w in parameters(found.args).items())
 
 
 def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
@@ -362,6 +363,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
     """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
     from tqdm import tqdm
 
+    from mistral.fast import pages
     from mistral.fast.linear import use_kernels
     from mistral.quant import from_stored, put_quantized, quantize
     from mistral.quant.linear import QuantizedLinear
@@ -374,13 +376,14 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
         expected = parameters(found.args)
         for name in found.tensors if found.quant is None else expected:
             # No name for what is read: its part of the file is let go before the next one is mapped.
-            if found.quant is not None and expected[name].quantized:
+            if found.has_quantized(expected[name]):
+                assert found.quant is not None
                 parts = stored_as(expected[name], found.quant)
                 stored = [found.weights.get(part, bar.update) for part in parts]
                 quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
             elif name in kept:
                 blocks |= load_blocks(found, name, bar.update)
-            elif run.quant is not None and expected[name].quantized:
+            elif run.quant is not None and found.quant is None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update, exact=True)
                 quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
@@ -389,7 +392,10 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
                 own = bool(kept) or (run.quant is not None and found.quant is None)
                 dtype = _kept(found.weights.tensors[name], run)
                 exact = _is_narrower(dtype, found.weights.tensors[name])
-                tensors[name] = found.weights.get(name, bar.update, exact).to(run.device, dtype, copy=own)
+                weight = found.weights.get(name, bar.update, exact)
+                mapped = weight.dtype == dtype and not own and bool(found.weights.files)
+                on_cpu = run.device.type == "cpu" and not mapped
+                tensors[name] = pages.copied(weight, dtype) if on_cpu else weight.to(run.device, dtype, copy=own)
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

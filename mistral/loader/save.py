@@ -17,7 +17,8 @@ from mistral.formats.layouts import NATIVE
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import parameters
-from mistral.quant.blocks import BlockEmbedding, BlockLinear
+from mistral.quant.blocks import BlockLinear
+from mistral.quant.linear import QuantizedEmbedding
 from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _blocks(model: Transformer, name: str) -> BlockLinear | None:
         module = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
         return None
-    table = module.table if isinstance(module, BlockEmbedding) else module
+    table = module.table if isinstance(module, QuantizedEmbedding) else module
     return table if type(table) is BlockLinear else None  # and no kind that was rounded here
 
 

@@ -12,7 +12,7 @@ from mistral.args import ModelArgs
 from mistral.fast.layout import stored_as
 from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
-from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
+from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util.errors import UsageError
 
@@ -71,8 +71,9 @@ class WeightReader:
             UsageError: it has numbers that are not finite.
         """
         found = self._found
-        parameter = self._parameters[EMBEDDINGS if name == OUTPUT and found.args.tied_embeddings else name]
-        if found.quant is not None and parameter.quantized:
+        parameter = self._parameter(name)
+        if found.has_quantized(parameter):
+            assert found.quant is not None
             parts = [found.weights.get(part) for part in stored_as(parameter, found.quant)]
             module: QuantizedLinear = quant.from_stored(parameter, found.quant, parts)
             weight = module.rows(0, parameter.shape[0])
@@ -81,6 +82,9 @@ class WeightReader:
         if not torch.isfinite(weight).all():
             raise UsageError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
         return weight
+
+    def _parameter(self, name: str) -> Parameter:
+        return self._parameters[EMBEDDINGS if name == OUTPUT and self._found.args.tied_embeddings else name]
 
     def fit(self, dtype: torch.dtype) -> bool:
         """Whether every weight, as `get` gives it, is the same number in a dtype."""
@@ -104,8 +108,8 @@ class QuantizedReader(WeightReader):
 
     def get(self, name: str) -> Tensor:
         """One tensor, rounded where it is a product's."""
-        weight, parameter = super().get(name), self._parameters.get(name)
-        if parameter is None or not parameter.quantized:
+        weight, parameter = super().get(name), self._parameter(name)
+        if not parameter.quantized:
             return weight
         return quant.quantize(parameter, weight, self._kind).rows(0, len(weight))
 

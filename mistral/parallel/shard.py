@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mistral.args import ModelArgs
-from mistral.fast.layout import GROUP, SUPER
+from mistral.fast.layout import GROUP, ROWS, SUPER
 from mistral.formats.folder import Folder
 from mistral.formats.huggingface import reordered
 from mistral.formats.mapped_tensors import Progress, touch
@@ -25,6 +25,7 @@ from mistral.formats.weights import Reader, WeightFiles
 from mistral.linear import Linear
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import Parameter, parameters
+from mistral.quant.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from mistral.model import Transformer
@@ -55,6 +56,19 @@ class Gathered(nn.Module):
         parts = [torch.empty_like(y) for _ in range(self.ranks)]
         dist.all_gather(parts, y)
         return torch.cat(parts, dim=-1)
+
+
+class SomeRows(nn.Module):
+    """Rows first .. first + n of a quantized product: [..., in] to [..., n]."""
+
+    def __init__(self, whole: QuantizedLinear, first: int, n: int) -> None:
+        super().__init__()
+        begin = first // ROWS * ROWS  # rows are interleaved: whole blocks
+        self.blocks = whole.part(begin, min(-(-(first + n) // ROWS) * ROWS, whole.out_features))
+        self.skipped, self.n = first - begin, n
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x).narrow(-1, self.skipped, self.n)
 
 
 class FromFirst(nn.Module):
@@ -219,9 +233,12 @@ class Shard:
             output = self._rows_of(model.output)
         model.output = Gathered(output, self.ranks)  # type: ignore[assignment]  # computes what a Linear does
 
-    def _rows_of(self, whole: Linear) -> Linear:
+    def _rows_of(self, whole: nn.Module) -> nn.Module:
         """This rank's rows of a product, in the memory where they are."""
+        assert isinstance(whole, Linear | QuantizedLinear)
         n = whole.out_features // self.ranks
+        if isinstance(whole, QuantizedLinear):
+            return SomeRows(whole, self.rank * n, n)
         with torch.device("meta"):
             part = type(whole)(whole.in_features, n)
         rows = whole.weight.detach()[self.rank * n : (self.rank + 1) * n]

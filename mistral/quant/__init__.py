@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral.fast.layout import SYMMETRIC, bits_of
 from mistral.model import Transformer
-from mistral.parameters import Parameter
+from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter
 from mistral.quant.affine import LEAST, MOST, Affine4Linear
 from mistral.quant.cuda import CudaAffine4Linear, CudaInt4Linear, CudaInt8Linear, CudaLinear
-from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedLinear
+from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedEmbedding, QuantizedLinear
 from mistral.util.errors import FormatError
 
 Kind = Int8Linear | Affine4Linear | Int4Linear
@@ -57,9 +57,17 @@ def from_stored(
         FormatError: a scale is no number, or negative.
     """
     for scale in tensors[1:]:
-        if not (scale.isfinite() & (scale >= 0)).all():
+        if not _is_sound(scale):
             raise FormatError(f"{parameter.name}: a scale of its {quant} weights is negative or no number")
     return _placed(READ[bits_of(parameter, quant)](parameter.shape[1], parameter.shape[0], *tensors), device)
+
+
+def _is_sound(scale: Tensor) -> bool:
+    """Whether all scales are finite and not negative. By their bits, which have the same order: of fp16 PyTorch takes
+    seconds for those of 7B."""
+    bits, infinite = {2: (torch.int16, 0x7C00), 4: (torch.int32, 0x7F800000)}[scale.dtype.itemsize]
+    low, high = (int(x) for x in scale.contiguous().view(bits).aminmax())
+    return 0 <= low <= high < infinite or bool((scale.isfinite() & (scale >= 0)).all())  # -0 is negative by its bits
 
 
 def _placed(module: Kind, device: torch.device) -> QuantizedLinear:
@@ -79,7 +87,10 @@ def on_gpu(module: Kind, device: torch.device) -> CudaLinear:
 def put_quantized(model: Transformer, modules: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
     """Put quantized weights in place, by the names of the tensors they were; return their state."""
     state: dict[str, Tensor] = {}
-    for name, module in modules.items():
+    placed: dict[str, nn.Module] = {**modules}
+    if (table := modules.get(EMBEDDINGS)) is not None:  # it is tied: one table for both
+        placed |= {EMBEDDINGS: QuantizedEmbedding(table), OUTPUT: table}
+    for name, module in placed.items():
         path = name.removesuffix(".weight")
         model.set_submodule(path, module)
         state |= {f"{path}.{key}": tensor for key, tensor in module.state_dict().items()}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mistral.fast import pages
 from mistral.fast.kernels import KernelsUnavailable, library, pointer
 from mistral.fast.layout import AFFINE4, GROUP, ROWS, SUPER, affine4_shapes, groups
 from mistral.fast.linear import stored
@@ -73,7 +74,7 @@ def affine4(weight: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tens
     tries = (ctypes.c_int64(i) for i in (len(STARTS), REFITS))
     library().affine4_search(ctypes.byref(matrix), pointer(h), pointer(starts), *tries, pointer(s), pointer(m), threads)
     scale = torch.stack([shared(x.transpose(1, 2)).transpose(1, 2) for x in (s, m)], dim=2).contiguous()
-    packed, wide = torch.empty(affine4_shapes(n, k)[0], dtype=torch.uint8), scale.float()
+    packed, wide = pages.empty(affine4_shapes(n, k)[0], torch.uint8), scale.float()
     found = (pointer(x) for x in (h, s, m, wide))
     tries = (ctypes.c_int64(i) for i in (NEAR, ROUNDS))
     library().to_affine4(ctypes.byref(matrix), *found, *tries, pointer(packed), threads)

@@ -1,4 +1,4 @@
-"""Blocks of few bits as files have them, kept as they are: `Linear` and `Embedding` whose weights are a GGML type's.
+"""Blocks of few bits as files have them, kept as they are: `Linear` whose weights are a GGML type's.
 
 What a block holds is in fast/layout.py; here is what its bits mean, in PyTorch, slow and exact. The kernels multiply.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from mistral.fast import pages
 from mistral.fast.kernels import Matrix, library, pointer
 from mistral.fast.layout import AFFINE4, BLOCKS, GROUP, ROWS, SUPER, Blocks, groups
 from mistral.quant.linear import QuantizedLinear, blocks
@@ -75,8 +76,8 @@ def dequantize(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int, colum
 def repack(kind: str, raw: Tensor, n: int, columns: int) -> tuple[Tensor, Tensor]:
     """[nbytes] uint8 of a GGML type, as in its file, in the order that the kernels read: `packed` and `scale`."""
     to = BLOCKS[kind]
-    packed = torch.empty(to.packed_shape(n, columns), dtype=torch.uint8)
-    scale = torch.empty(to.scale_shape(n, columns), dtype=torch.float16)
+    packed = pages.empty(to.packed_shape(n, columns), torch.uint8)
+    scale = pages.empty(to.scale_shape(n, columns), torch.float16)
     number, rows, width, threads = (ctypes.c_int64(i) for i in (to.number, n, columns, torch.get_num_threads()))
     library().repack(number, pointer(raw), rows, width, pointer(packed), pointer(scale), threads)
     return packed, scale
@@ -140,36 +141,3 @@ class BlockLinear(QuantizedLinear):
         at = blocks(first, last)
         scale = None if self.scale is None else self.scale[at].view(torch.float16)
         return dequantize(self.blocks, self.packed[at], scale, last - first, self.in_features)
-
-
-class BlockEmbedding(nn.Module):
-    """`Embedding` whose rows are unpacked as they are looked up: [T] int64 ids to [T, dim] fp32.
-
-    Args:
-        weight: the table, a row a token; a tied output is this same module.
-    """
-
-    def __init__(self, weight: BlockLinear) -> None:
-        super().__init__()
-        self.num_embeddings = weight.out_features
-        self.table = weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
-        table = self.table.matrix()
-        if table is None or ids.device.type != "cpu":
-            return self._plain(ids)
-        ids = ids.contiguous()
-        out = torch.empty(len(ids), self.table.in_features)
-        count, threads = ctypes.c_int64(len(ids)), ctypes.c_int64(torch.get_num_threads() if len(ids) > ROWS else 1)
-        library().rows_of(ctypes.byref(table), pointer(ids), count, pointer(out), threads)
-        return out
-
-    def _plain(self, ids: Tensor) -> Tensor:
-        """`forward` by PyTorch alone."""
-        rows = [self.table.packed.new_empty(0, self.table.in_features, dtype=torch.float32)]
-        for i in ids.tolist():
-            first = i // ROWS * ROWS
-            rows.append(self.table.rows(first, min(first + ROWS, self.num_embeddings))[i - first : i - first + 1])
-        return torch.cat(rows)

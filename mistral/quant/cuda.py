@@ -6,6 +6,7 @@ weights that are widened. Inputs are not rounded: a GPU waits for memory and not
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -113,6 +114,15 @@ class CudaInt8Linear(CudaLinear):
 
     def rows(self, first: int, last: int) -> Tensor:
         return self.packed[first:last].float() * self.scale[first:last, None]
+
+    def part(self, first: int, last: int) -> CudaInt8Linear:
+        part = copy.copy(self)
+        part._buffers = {"packed": self.packed[first:last], "scale": self.scale[first:last]}
+        part.out_features = last - first
+        return part
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return self.packed[ids].float() * self.scale[ids, None]
 
 
 class CudaInt4Linear(CudaLinear):

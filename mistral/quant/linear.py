@@ -1,4 +1,4 @@
-"""Kinds of `Linear` whose weights have 8 or 4 bits.
+"""Kinds of `Linear` whose weights have 8 or 4 bits, and an `Embedding` of such a table.
 
 Many rows at once are PyTorch's to multiply, by weights that are widened a tile at a time.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mistral.fast import layout
+from mistral.fast import layout, pages
 from mistral.fast.kernels import INT4, INT8, KernelsUnavailable, Matrix, library, pointer
-from mistral.fast.linear import few, product, stored
+from mistral.fast.linear import FEW, few, product, stored
 from mistral.linear import ROWS, WIDEN
 from mistral.quant import rounding
 
@@ -39,7 +39,7 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     if matrix is None:
         q, scale = rounding.int8(weight)
         return rounding.interleave(q), scale
-    packed = torch.empty(layout.int8_shape(*weight.shape), dtype=torch.int8)
+    packed = pages.empty(layout.int8_shape(*weight.shape), torch.int8)
     scale = torch.empty(len(weight))
     library().to_int8(ctypes.byref(matrix), pointer(packed), pointer(scale), ctypes.c_int64(torch.get_num_threads()))
     return packed, scale
@@ -51,7 +51,7 @@ def int4(weight: Tensor) -> Tensor:
     if matrix is None:
         return rounding.pack(*rounding.int4(weight))
     shares = torch.tensor(rounding.SHARES)
-    packed = torch.empty(layout.int4_shape(*weight.shape), dtype=torch.uint8)
+    packed = pages.empty(layout.int4_shape(*weight.shape), torch.uint8)
     count, threads = ctypes.c_int64(len(shares)), ctypes.c_int64(torch.get_num_threads())
     library().to_int4(ctypes.byref(matrix), pointer(shares), count, pointer(packed), threads)
     return packed
@@ -85,6 +85,18 @@ class QuantizedLinear(nn.Module):
 
         first is a multiple of `layout.ROWS`.
         """
+        raise NotImplementedError
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """The rows that ids [T] name, [T, in_features] fp32: the plain path."""
+        found = [torch.empty(0, self.in_features)]
+        for i in ids.tolist():
+            first = i // layout.ROWS * layout.ROWS
+            found.append(self.rows(first, min(first + layout.ROWS, self.out_features))[i - first : i - first + 1])
+        return torch.cat(found)
+
+    def part(self, first: int, last: int) -> QuantizedLinear:
+        """Rows first .. last as a product of its own, in the memory where they are; both as in `rows`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,6 +154,11 @@ class Int8Linear(QuantizedLinear):
             return None
         return Matrix(self.packed.data_ptr(), self.scale.data_ptr(), INT8, self.out_features, self.in_features)
 
+    def part(self, first: int, last: int) -> Int8Linear:
+        part = Int8Linear(self.in_features, last - first, self.packed[blocks(first, last)], self.scale[first:last])
+        part.by_kernels = self.by_kernels
+        return part
+
     def rows(self, first: int, last: int) -> Tensor:
         packed = self.packed[blocks(first, last)]
         return rounding.separate(packed, last - first, self.in_features).float() * self.scale[first:last, None]
@@ -169,3 +186,31 @@ class Int4Linear(QuantizedLinear):
     def rows(self, first: int, last: int) -> Tensor:
         q, scale = rounding.unpack(self.packed[blocks(first, last)], last - first, self.in_features)
         return rounding.dequantize(q, scale, self.in_features)
+
+
+class QuantizedEmbedding(nn.Module):
+    """`Embedding` whose rows are widened as they are looked up: [T] int64 ids to [T, dim] fp32.
+
+    Args:
+        weight: the table, a row a token; a tied output is this same module.
+    """
+
+    def __init__(self, weight: QuantizedLinear) -> None:
+        super().__init__()
+        self.num_embeddings = weight.out_features
+        self.table = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.device.type != "cpu":  # asking about the ids would wait for it
+            return self.table.lookup(ids)
+        few = ids.tolist() if len(ids) <= FEW else [*map(int, ids.aminmax())]  # a list costs less than two launches
+        if few and not 0 <= min(few) <= max(few) < self.num_embeddings:
+            raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
+        table = self.table.matrix()
+        if table is None:
+            return self.table.lookup(ids)
+        ids = ids.contiguous()
+        out = torch.empty(len(ids), self.table.in_features)
+        count, threads = ctypes.c_int64(len(ids)), ctypes.c_int64(torch.get_num_threads() if len(ids) > FEW else 1)
+        library().rows_of(ctypes.byref(table), pointer(ids), count, pointer(out), threads)
+        return out

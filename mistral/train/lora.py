@@ -117,8 +117,8 @@ def freeze(model: Transformer) -> None:
         UsageError: weights of a kind through which none can.
     """
     model.requires_grad_(False)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a tied output may be in the embeddings
-        if name.startswith("tok_embeddings."):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name.startswith("tok_embeddings."):  # a table that is tied: no gradient goes on from what is looked up
             continue
         narrow = isinstance(module, Linear) and module.weight.dtype != model.dtype
         if isinstance(module, QuantizedLinear) or narrow:

@@ -66,7 +66,8 @@ def assert_described(args: ModelArgs) -> None:
         module = model.get_submodule(name.removesuffix(".weight"))
         assert parameter.name == name
         assert parameter.numel == model.get_parameter(name).numel()
-        assert parameter.quantized == isinstance(module, Linear)
+        assert parameter.tied == (args.tied_embeddings and module is model.tok_embeddings)
+        assert parameter.quantized == (isinstance(module, Linear) or parameter.tied)
         assert (parameter.role == "norm") == isinstance(module, RMSNorm)
         assert (parameter.role == "embedding") == (module is model.tok_embeddings)
         assert (parameter.role == "output") == (module is model.output)

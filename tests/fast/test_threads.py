@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
-from mistral.fast.threads import IN_A_ROW, PATIENCE, TRIES, Threads
+from mistral.engine import Engine
+from mistral.fast.decode import FastTransformer
+from mistral.fast.linear import use_kernels
+from mistral.fast.threads import IN_A_ROW, PATIENCE, TRIES, Sharing, Threads
+from mistral.sampling_params import SamplingParams
+from tests.support.tiny import tiny_args, tiny_model
 
 
 def run(threads: Threads, steps: int, seconds: Callable[[int], float], most: int = 4) -> list[int]:
@@ -70,3 +77,55 @@ def test_another_number_of_threads_begins_anew(most: int) -> None:
 
 def test_one_thread_is_never_questioned() -> None:
     assert set(run(Threads(), 100, busy, 1)) == {1}
+
+
+
+def test_cores_that_others_leave_are_no_matter_of_trying() -> None:
+    free, before = 4, torch.get_num_threads()
+    sharing = Sharing(lambda: free)
+    try:
+        torch.set_num_threads(4)
+        for free, few in ((4, False), (3, True), (9, False), (1, True)):
+            with sharing():
+                assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+                with sharing():  # decided already
+                    assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+                assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+            assert (torch.get_num_threads(), sharing.few) == (4, False)
+        with pytest.raises(KeyError), sharing():
+            raise KeyError
+        assert (torch.get_num_threads(), sharing.few) == (4, False)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_step_beside_others_takes_the_cores_that_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the kernels, of PyTorch, and what an engine chooses from them; no number changes."""
+    args = tiny_args()
+    plain = tiny_model(args)
+    model = FastTransformer(args)
+    use_kernels(model)
+    model.load_state_dict(plain.state_dict())
+    seen: list[int] = []
+    sample = Engine._sample
+
+    def noted(self: Engine, *given: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return sample(self, *given)
+
+    monkeypatch.setattr(Engine, "_sample", noted)
+    before, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        for free in (2, 1):
+            model._sharing = Sharing(lambda free=free: free)
+            engine = Engine(model, eos_ids=())
+            request = engine.add([5, 6, 7], SamplingParams(max_tokens=6, temperature=0))
+            while not engine.done:
+                engine.step()
+            found.append(request.output_ids)
+        assert seen == [2] * 6 + [1] * 6
+        assert found[0] == found[1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

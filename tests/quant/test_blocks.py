@@ -23,7 +23,8 @@ from mistral.loader.options import OptionError
 from mistral.model import Transformer
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.quant import blocks, ggml, rounding
-from mistral.quant.blocks import BlockEmbedding, BlockLinear, pack_affine4, unpack_affine4
+from mistral.quant.blocks import BlockLinear, pack_affine4, unpack_affine4
+from mistral.quant.linear import QuantizedEmbedding
 from tests.quant.test_ggml import HALVES, bits
 from tests.quant.test_ggml import blocks as odd_blocks
 from tests.support.commands import in_process
@@ -69,10 +70,10 @@ def test_what_is_kept_is_the_files_weights_bit_for_bit(kind: str) -> None:
     assert (bits(linear.rows(0, 37) + 0.0) == bits(want + 0.0)).all()  # a zero has no sign
     assert (bits(linear.rows(16, 37)) == bits(linear.rows(0, 37)[16:])).all()
     with torch.inference_mode():
-        looked_up = BlockEmbedding(linear)(torch.arange(36, -1, -1))
+        looked_up = QuantizedEmbedding(linear)(torch.arange(36, -1, -1))
     assert (bits(looked_up.flip(0) + 0.0) == bits(want + 0.0)).all()
     linear.by_kernels = False
-    assert torch.equal(BlockEmbedding(linear)(torch.arange(36, -1, -1)), looked_up)
+    assert torch.equal(QuantizedEmbedding(linear)(torch.arange(36, -1, -1)), looked_up)
     linear.by_kernels = True
     wide, count = torch.empty(shape[1], 21), ctypes.c_int64(21)
     library().widen(ctypes.byref(linear.matrix()), ctypes.c_int64(16), count, pointer(wide), ctypes.c_int64(2))
@@ -183,7 +184,7 @@ def test_no_change_of_dtype_rounds_a_scale() -> None:
 
 
 def test_ids_outside_the_table() -> None:
-    table = BlockEmbedding(make_linear("Q8_0", 20, 64)[0])
+    table = QuantizedEmbedding(make_linear("Q8_0", 20, 64)[0])
     assert table(torch.tensor([], dtype=torch.int64)).shape == (0, 64)
     for ids in ([3, 20], [-1]):
         with pytest.raises(ValueError, match="outside the vocabulary of 20"):
