@@ -239,3 +239,9 @@ void decode(const Model *m, int64_t rows, const int64_t *which, const int64_t *p
         memcpy(h + r * dim, x, dim * 4);
     }
 }
+
+/* ---- prompts */
+
+#include "tiles.h"
+#include "queries.h"
+#include "rowwise.h"
