@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
 AS_LOADED = (
     *("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft"),
-    "parallel",
+    *("parallel", "prompt_dtype"),
 )
 
 
@@ -227,7 +227,7 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft", "parallel"),
+    omit=("device", "execution", "quant", "threads", "max_batch_size", "draft", "parallel", "prompt_dtype"),
 )
 def trace(
     folder: str | None = None,

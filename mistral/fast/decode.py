@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import NoCache, RollingBuffer, RollingBufferCache
+from mistral.fast import prompt
 from mistral.fast.kernels import INT8, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
@@ -75,7 +76,13 @@ _kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]]
 
 
 class FastTransformer(Transformer):
-    """`Transformer` whose decode steps are one call of the kernels."""
+    """`Transformer` whose decode steps are one call of the kernels, and other steps a few for each layer.
+
+    Attributes:
+        rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 where a plan names prompts.
+    """
+
+    rounds_prompts = False
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -87,7 +94,10 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
+        prompts = self.rounds_prompts and any(plan.seqlens[row] for row in plan.prompts)
+        if prompts or not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
+            if len(input_ids) and prompt.takes(self):
+                return prompt.step(self, input_ids, plan, cache, self.rounds_prompts)
             return super().step(input_ids, plan, cache)
         model = self.described(cache)
         if model is None:

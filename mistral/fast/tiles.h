@@ -36,9 +36,9 @@ static int64_t pairs_of(int64_t k) { return (k + 1) / 2; }
 
 static int64_t words_of(int64_t k) { return (pairs_of(k) + LANES - 1) / LANES * LANES + APART; }
 
-/* Bytes of the rounded inputs of `rows` rows. */
+/* Bytes of the rounded inputs of a product of `rows` rows. */
 int64_t tiles_bytes(int64_t k, int64_t rows, int64_t pieces) {
-    return (rows + TILE - 1) / TILE * TILE * pieces * words_of(k) * sizeof(uint32_t);
+    return ((rows < BAND ? rows : BAND) + TILE - 1) / TILE * TILE * pieces * words_of(k) * sizeof(uint32_t);
 }
 
 /* The bits of numbers that are rounded to bf16, ties to even, in the upper halves; a NaN stays one. */
@@ -145,7 +145,7 @@ INLINE void dot_panel(int pieces, const uint32_t *w, const uint32_t *x, int64_t 
         }
 }
 
-/* y [rows, n] = x [rows, k] times a matrix of bf16. rounded: room for `tiles_bytes` of at most BAND rows; pieces: 1 rounds
+/* y [rows, n] = x [rows, k] times a matrix of bf16. rounded: room for `tiles_bytes`; pieces: 1 rounds
    inputs to bf16, 2 makes two pieces of each. */
 void product_bf16(const Matrix *m, const float *x, int64_t rows, int64_t pieces, uint32_t *rounded, float *y, int64_t threads) {
     const int64_t k = m->k, ld = words_of(k), size = pieces * ld;

@@ -29,6 +29,8 @@ DTYPE_NAMES = {
     "fp16": "float16",
 }
 
+PROMPT_DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
+
 
 class OptionError(UsageError):
     """An option that does not exist, or that this machine cannot honour."""
@@ -41,6 +43,7 @@ class LoadOptions:
     Args:
         device: cpu, cuda, cuda:1 or mps; default: the best one available
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
+        prompt_dtype: of the inputs of products of prompts: bfloat16 rounds them (bf16 weights, CPU); default: dtype
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks
@@ -58,6 +61,7 @@ class LoadOptions:
 
     device: str | None = None
     dtype: str | None = None
+    prompt_dtype: str | None = None
     attention: str | None = None
     execution: str = "auto"
     quant: str | None = None
@@ -74,12 +78,13 @@ class LoadOptions:
         adapter_names(self.adapter)
         if self.draft is not None:  # a Path is accepted too
             object.__setattr__(self, "draft", str(self.draft))
-        for name in ("device", "dtype"):  # torch's own objects are accepted too
+        for name in ("device", "dtype", "prompt_dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         _check_device(self.device)
         for name, known in (
             ("dtype", ("auto", *DTYPE_NAMES)),
+            ("prompt_dtype", PROMPT_DTYPES),
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),
             ("quant", (*QUANTS, "none")),
