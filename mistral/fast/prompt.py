@@ -17,7 +17,7 @@ from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.kernels import library, pointer
 from mistral.fast.known import unknown_module
 from mistral.fast.linear import HasMatrix
-from mistral.fast.tiles import BF16, product_bf16
+from mistral.fast.tiles import BF16, product_many
 from mistral.model import RMSNorm, Transformer
 from mistral.plan import Plan
 from mistral.rope import Rope
@@ -118,7 +118,7 @@ def multiply(linear: nn.Module, x: Tensor, parts: Parts) -> Tensor:
     matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
     if matrix is None or matrix.kind != BF16 or not any(rounded for _, rounded in parts):
         return linear(x)
-    ys = [product_bf16(matrix, x[at]) if rounded else linear(x[at]) for at, rounded in parts]
+    ys = [product_many(matrix, x[at], rounds=True) if rounded else linear(x[at]) for at, rounded in parts]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
 
 

@@ -28,23 +28,6 @@ typedef struct {
     int64_t wide, full;      /* D and the rows, filled up to whole panels and tiles */
 } Room;
 
-/* To sums [TILE, PANEL] what `depth` columns of TILE rows of a bring, times b [depth, ldb]. */
-INLINE void multiply_tile(const float *const *a, const float *b, int64_t ldb, int64_t depth, float *sums, int64_t lds) {
-    floats acc[TILE][WIDE];
-    UNROLL for (int r = 0; r < TILE; r++)
-        UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = load_floats(sums + r * lds + j * LANES);
-    for (int64_t i = 0; i < depth; i++, b += ldb) {
-        floats bs[WIDE];
-        UNROLL for (int j = 0; j < WIDE; j++) bs[j] = load_floats(b + j * LANES);
-        UNROLL for (int r = 0; r < TILE; r++) {
-            const floats v = all(a[r][i]);
-            UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = multiply_add(v, bs[j], acc[r][j]);
-        }
-    }
-    UNROLL for (int r = 0; r < TILE; r++)
-        UNROLL for (int j = 0; j < WIDE; j++) *(floats_at *)(sums + r * lds + j * LANES) = acc[r][j];
-}
-
 /* Keys transposed, [D, PANEL], and values, [PANEL, wide], of `count` positions; what is filled up is 0. */
 static void pack_keys(const Queries *a, const float *k, const float *v, int64_t count, Room *room) {
     const int64_t d = a->head_dim, next = a->n_kv_heads * d;
