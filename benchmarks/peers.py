@@ -30,7 +30,7 @@ from typing import Any
 from mistral.eval.bench import SHAPES
 
 ARGS = SHAPES["1b"]
-CONTEXT, STEPS, PROMPT = 32, 16, 512
+CONTEXT, STEPS, PROMPTS = 32, 16, (512, 4096)
 GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row `gguf`
 
@@ -39,7 +39,7 @@ FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row
 
 
 def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT]`."""
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT]`. DTYPE prompts: only prompts are rounded to bfloat16."""
     import dataclasses
 
     import torch
@@ -61,7 +61,8 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
     stored = weights if weights in ("float32", "bfloat16") else "bfloat16"
     options: dict[str, Any] = {
         "device": "cpu",
-        "dtype": dtype or "float32",
+        "dtype": dtype.replace("prompts", "") or "float32",
+        "prompt_dtype": "bfloat16" if dtype == "prompts" else None,
         "quant": None if weights == stored else weights,
     }
     model, _ = assemble(random_folder(args, folder, dtype=stored), **options)
@@ -129,7 +130,8 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
     file = name if name.endswith(".gguf") else str(gguf_file(folder, GGUF[name]))
     model = L.llama_model_load_from_file(file.encode(), L.llama_model_default_params())
     params = L.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 1024
+    params.n_ctx = params.n_batch = max(PROMPTS) + 512
+    params.n_ubatch = 1024
     params.n_threads = params.n_threads_batch = threads
     context = L.llama_init_from_model(model, params)
 
@@ -336,13 +338,15 @@ class Bench:
             self.compare(f"decode, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
 
     def prefill(self) -> None:
-        """A prompt of 512 tokens."""
-        question = ("prefill", PROMPT)
-        self.compare("prefill, float32 weights", ["ours:float32", "llama:float32", "transformers:float32"], question)
-        names = ["ours:bfloat16:bfloat16", "ours:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
-        self.compare("prefill, bfloat16 weights", names, question)
-        names = ["ours:float32", "ours:int8", "ours:int4", "llama:int8", "llama:int4"]
-        self.compare("prefill, quantized weights", names, question)
+        """Prompts of 512 and of 4096 tokens."""
+        for tokens in PROMPTS:
+            question = ("prefill", tokens)
+            names = ["ours:float32", "llama:float32", "transformers:float32"]
+            self.compare(f"prefill of {tokens}, float32 weights", names, question)
+            names = ["ours:bfloat16:prompts", "ours:bfloat16", "ours:bfloat16:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
+            self.compare(f"prefill of {tokens}, bfloat16 weights", names, question)
+            for weights in ("int8", "int4"):
+                self.compare(f"prefill of {tokens}, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
 
     def flat(self) -> None:
         """The cost of a token against the prompt's length, with a window: two layers, since each costs the same."""
@@ -367,7 +371,7 @@ class Bench:
         """Decode and prefill of files."""
         for file in files:
             names = [f"ours:{file}", f"llama:{file}"]
-            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
+            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPTS[0]))
 
 
 ROWS = ("decode", "prefill", "flat", "batch", "gguf", "files")

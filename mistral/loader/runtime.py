@@ -123,20 +123,20 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_
 
 def _check_prompts(execution: str, compute: torch.dtype, weights: torch.dtype, quant: str | None) -> tuple[str, ...]:
     """Refuse to round prompts where nothing would; a note where that saves no time."""
-    why = (
-        f"execution {execution} has no such products"
-        if execution != "kernels"
-        else f"dtype is {_name(compute)}"
-        if compute != torch.float32
-        else f"the weights are in {quant}, and inputs are rounded to 16 bits"
-        if quant is not None
-        else f"the weights are in {_name(weights)}"
-        if weights != torch.bfloat16
-        else None
-    )
+    why = None
+    if compute != torch.float32:
+        why = f"dtype is {_name(compute)}"
+    elif execution == "products":
+        why = "an attention backend is asked for by name"
+    elif execution != "kernels":
+        why = f"execution is {execution}"
+    elif quant is not None:
+        why = f"the weights are in {quant}, and their inputs are rounded to 16 bits as it is"
+    elif weights != torch.bfloat16:
+        why = f"the weights are in {_name(weights)}"
     if why is not None:
         raise OptionError(
-            f"prompt_dtype bfloat16 is for bfloat16 weights on a CPU, by the kernels in float32, and {why}: omit it"
+            f"prompt_dtype bfloat16 is for bfloat16 weights and the kernels, on a CPU in float32, but {why}: omit it"
         )
     from mistral.fast.kernels import library
 
