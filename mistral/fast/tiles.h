@@ -2,8 +2,7 @@
 
    A tile is TILE rows of inputs times PANEL rows of weights, whose sums stay in registers. A panel's weights are widened and
    transposed some columns at a time, so that a lane belongs to a row of weights; then all rows of inputs go by. An output is
-   the sum of the sums over DEPTH columns (in fp32 over half as many), each in the order of the columns: whatever the number
-   of rows and threads.
+   the sum of the sums over DEPTH columns, each in the order of the columns: whatever the number of rows and threads.
 
    Where inputs are rounded to bf16, weights in bf16 are not widened: a pair of columns is a word, and processors with bf16
    arithmetic (avx512_bf16) multiply and add 32 numbers at once, in fp32; others widen both. */
@@ -173,18 +172,15 @@ INLINE void multiply_tile(const float *const *a, const float *b, int64_t ldb, in
         }
 }
 
-/* What a panel of weights adds to the sums [full, PANEL] of `count` rows of inputs, DEPTH columns from c on. */
+/* What n rows of weights from j on add to the sums [count, PANEL] of rows of inputs, DEPTH columns from c on. */
 INLINE void float_panel(int kind, const Matrix *m, int64_t j, int64_t n, int64_t c, const float *x, int64_t count, float *panel,
                         float *sums) {
-    const int64_t k = m->k;
-    for (int64_t last = c + DEPTH < k ? c + DEPTH : k; c < last; c += DEPTH / 2) {
-        const int64_t columns = last - c < DEPTH / 2 ? last - c : DEPTH / 2;
-        widen_panel(kind, (const char *)m->data + j * k * size_of(kind), n, k, c, columns, panel);
-        for (int64_t r = 0; r < count; r += TILE) {
-            const float *from[TILE];
-            for (int64_t i = 0; i < TILE; i++) from[i] = x + (r + i < count ? r + i : count - 1) * k + c;
-            multiply_tile(from, panel, PANEL, columns, sums + r * PANEL, PANEL);
-        }
+    const int64_t k = m->k, columns = k - c < DEPTH ? k - c : DEPTH;
+    widen_panel(kind, (const char *)m->data + j * k * size_of(kind), n, k, c, columns, panel);
+    for (int64_t r = 0; r < count; r += TILE) {
+        const float *from[TILE]; /* a tile's last rows may be nobody's */
+        for (int64_t i = 0; i < TILE; i++) from[i] = x + (r + i < count ? r + i : count - 1) * k + c;
+        multiply_tile(from, panel, PANEL, columns, sums + r * PANEL, PANEL);
     }
 }
 
@@ -205,8 +201,8 @@ void product_many(const Matrix *m, const float *x, int64_t rows, uint32_t *round
         const float *from = x + at * k;
 #pragma omp parallel num_threads(threads)
         {
-            uint32_t *panel = aligned_alloc(64, (DEPTH / 2 + full) * PANEL * sizeof *panel);
-            float *sums = (float *)(panel + DEPTH / 2 * PANEL);
+            uint32_t *panel = aligned_alloc(64, (DEPTH + full) * PANEL * sizeof *panel);
+            float *sums = (float *)(panel + DEPTH * PANEL);
             if (rounded)
 #pragma omp for schedule(static)
                 for (int64_t r = 0; r < full; r++) round_row(r < count ? from + r * k : NULL, k, rounded + r * words_of(k));

@@ -89,7 +89,7 @@ def test_products_of_any_shape_err_by_their_roundings_at_most(
     inputs = x.bfloat16().double() if rounds else x.double()
     want, size = inputs @ weight.double().T, inputs.abs() @ weight.double().abs().T
     # A product is rounded once as it is added to others, of DEPTH columns at most; then such sums are added up.
-    roundings = min(k + 1, DEPTH) + -(-k // (DEPTH // 2))
+    roundings = min(k + 1, DEPTH) + -(-k // DEPTH)
     assert ((y - want).abs() <= 1.01 * roundings * UNIT * size + 1e-30).all()
 
 
