@@ -28,7 +28,7 @@ def open_context(file: Path, positions: int, threads: int) -> tuple[Any, Any, An
     L.llama_backend_init()
     model = L.llama_model_load_from_file(str(file).encode(), L.llama_model_default_params())
     params = L.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = positions, 1024, 1024
+    params.n_ctx, params.n_batch, params.n_ubatch = positions, positions, 1024
     params.n_threads = params.n_threads_batch = threads
     return L, model, L.llama_init_from_model(model, params)
 

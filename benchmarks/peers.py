@@ -36,7 +36,7 @@ from mistral.eval.bench import SHAPES
 ARGS = SHAPES["1b"]
 SHAPES_HERE = {"1b": ARGS, "7b": dataclasses.replace(SHAPES["7b"], n_layers=4)}
 CONTEXTS = (32, 4096, 16384)
-CONTEXT, STEPS, PROMPT = 32, 16, 512
+CONTEXT, STEPS, PROMPTS = 32, 16, (512, 4096)
 GGUF = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row `gguf`
 
@@ -45,7 +45,10 @@ FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row
 
 
 def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT][:cache=DTYPE]`."""
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT][:cache=DTYPE]`.
+
+    DTYPE prompts: only prompts are rounded to bfloat16.
+    """
     import torch
 
     from mistral.formats.folder import read_folder
@@ -71,7 +74,8 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
     stored = weights if weights in ("float32", "bfloat16") else "bfloat16"
     options: dict[str, Any] = {
         "device": "cpu",
-        "dtype": dtype or "float32",
+        "dtype": dtype.replace("prompts", "") or "float32",
+        "prompt_dtype": "bfloat16" if dtype == "prompts" else None,
         "quant": None if weights == stored else weights,
     }
     model, _ = assemble(random_folder(args, folder, dtype=stored), **options)
@@ -137,7 +141,7 @@ def llama(name: str, threads: int, folder: Path) -> dict[str, Callable[..., floa
     """`llama:WEIGHTS`, or `llama:FILE.gguf[:POSITIONS]`: of its context."""
     name, _, positions = name.partition(".gguf:")
     file = gguf_file(folder, GGUF[name]) if name in GGUF else Path(name.removesuffix(".gguf") + ".gguf")
-    L, model, context = llama_state.open_context(file, int(positions or 1024), threads)
+    L, model, context = llama_state.open_context(file, int(positions or max(PROMPTS) + 512), threads)
 
     def run(tokens: int) -> float:
         ids = (L.llama_token * tokens)(*[5 + i for i in range(tokens)])
@@ -384,13 +388,15 @@ class Bench:
             self.compare(f"decode, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
 
     def prefill(self) -> None:
-        """A prompt of 512 tokens."""
-        question = ("prefill", PROMPT)
-        self.compare("prefill, float32 weights", ["ours:float32", "llama:float32", "transformers:float32"], question)
-        names = ["ours:bfloat16:bfloat16", "ours:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
-        self.compare("prefill, bfloat16 weights", names, question)
-        names = ["ours:float32", "ours:int8", "ours:int4", "llama:int8", "llama:int4"]
-        self.compare("prefill, quantized weights", names, question)
+        """Prompts of 512 and of 4096 tokens."""
+        for tokens in PROMPTS:
+            question = ("prefill", tokens)
+            names = ["ours:float32", "llama:float32", "transformers:float32"]
+            self.compare(f"prefill of {tokens}, float32 weights", names, question)
+            names = ["ours:bfloat16:prompts", "ours:bfloat16", "ours:bfloat16:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
+            self.compare(f"prefill of {tokens}, bfloat16 weights", names, question)
+            for weights in ("int8", "int4"):
+                self.compare(f"prefill of {tokens}, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
 
     def flat(self) -> None:
         """The cost of a token against the prompt's length, with a window: two layers, since each costs the same."""
@@ -429,7 +435,7 @@ class Bench:
         """Decode and prefill of files."""
         for file in files:
             names = [f"ours:{file}", f"llama:{file}"]
-            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPT))
+            self.compare(file.name, names, ("decode", CONTEXT, 1, STEPS), ("prefill", PROMPTS[0]))
 
 
 ROWS = ("decode", "prefill", "flat", "batch", "batched", "gguf", "files", "context")

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -276,7 +277,9 @@ class Engine:
         began = time.perf_counter()
         pieces = self._next_inputs()
         ids = torch.tensor([i for piece in pieces for i in piece], device=self.model.device)
-        plan = self.cache.plan([len(piece) for piece in pieces])
+        continued = (r.row for r in self._rows if r is not None and r.prefilling and not r.score)
+        prompts = frozenset(row for row in continued if row is not None)
+        plan = replace(self.cache.plan([len(piece) for piece in pieces]), prompts=prompts)
         with self._adapted(self._rows, plan.seqlens):
             h = self.model.step(ids, plan, self.cache)
         self.cache.commit(plan)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
 WITHOUT_CACHE = (
     *("device", "dtype", "attention", "execution", "quant", "threads", "max_batch_size", "adapter_mode", "draft"),
-    "parallel",
+    *("parallel", "prompt_dtype"),
 )
 AS_LOADED = ("cache_dtype", *WITHOUT_CACHE)
 
@@ -234,7 +234,10 @@ def mutants(
 
 @flat(
     options=LoadOptions(device="cpu", execution="eager"),
-    omit=("device", "execution", "cache_dtype", "quant", "threads", "max_batch_size", "draft", "parallel"),
+    omit=(
+        *("device", "execution", "cache_dtype", "quant", "threads", "max_batch_size", "draft", "parallel"),
+        "prompt_dtype",
+    ),
 )
 def trace(
     folder: str | None = None,

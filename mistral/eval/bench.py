@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,9 @@ def prefill(model: Transformer, tokens: int, chunk: int = STEP_TOKENS) -> float:
 
     def work() -> None:
         for piece in ids.split(chunk):
-            h = model.forward_partial(piece, [len(piece)], cache)
+            plan = replace(cache.plan([len(piece)]), prompts=frozenset({0}))  # as the engine has it
+            h = model.step(piece, plan, cache)
+            cache.commit(plan)
         model.logits(h[-1:])
 
     return seconds(work, model.device)

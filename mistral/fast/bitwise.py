@@ -20,14 +20,13 @@ from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.decode import KEPT, FastTransformer
 from mistral.fast.kernels import Matrix
 from mistral.fast.linear import HasMatrix, product, use_kernels
+from mistral.fast.prompt import aligned_cos_sin
 from mistral.logprobs import logprobs
 from mistral.model import ModelArgs, Transformer
 from mistral.plan import Plan
-from mistral.rope import Rope
 from mistral.util.errors import Unavailable
 
 TOKENS = 64  # of a call of the kernels; more are no faster
-POSITIONS = 64  # whose cosines are made together: a multiple of every vector, so no value is made by a loop's tail
 
 # The self-test: rows that take every way through the kernels, most first, and outputs of a matrix that are looked at.
 # Few calls, because on a busy machine threads wait for each other in each of them.
@@ -90,15 +89,6 @@ def groups(seqlens: Sequence[int], most: int) -> Iterator[tuple[list[int], list[
         for at in range(0, len(both), TOKENS):
             rows, tokens = zip(*both[at : at + TOKENS], strict=True)
             yield list(rows), list(tokens)
-
-
-def aligned_cos_sin(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """`Rope.cos_sin`, made for whole blocks of positions, so that neighbours change no bit."""
-    blocks, place = (positions // POSITIONS).unique(return_inverse=True)
-    made = [rope.cos_sin(torch.arange(POSITIONS) + block * POSITIONS) for block in blocks.tolist()]
-    at = place * POSITIONS + positions % POSITIONS
-    cos, sin = (torch.cat(parts)[at] for parts in zip(*made, strict=True))
-    return cos, sin
 
 
 def matrix_of(linear: object) -> Matrix:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mistral.buffers import HalfBuffer, Int8Buffer, RollingBuffer
 from mistral.cache import NoCache, RollingBufferCache
+from mistral.fast import prompt
 from mistral.fast.kernels import INT8, KINDS, Expert, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
@@ -81,7 +82,13 @@ _kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]]
 
 
 class FastTransformer(Transformer):
-    """`Transformer` whose decode steps are one call of the kernels."""
+    """`Transformer` whose decode steps are one call of the kernels, and other steps a few for each layer.
+
+    Attributes:
+        rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 where a plan names prompts.
+    """
+
+    rounds_prompts = False
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -101,7 +108,10 @@ class FastTransformer(Transformer):
         return self._sharing()
 
     def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        if not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
+        prompts = self.rounds_prompts and any(plan.seqlens[row] for row in plan.prompts)
+        if prompts or not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
+            if len(input_ids) and prompt.takes(self):
+                return prompt.step(self, input_ids, plan, cache, self.rounds_prompts)
             return super().step(input_ids, plan, cache)
         model = self.described(cache)
         if model is None:

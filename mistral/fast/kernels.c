@@ -257,3 +257,9 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
         memcpy(h + r * dim, x, dim * 4);
     }
 }
+
+/* ---- prompts */
+
+#include "tiles.h"
+#include "queries.h"
+#include "rowwise.h"

@@ -51,6 +51,7 @@ INT8, INT4 = 3, 4
 RETURN_NOTHING = (
     *("product", "through_16_bits", "widen", "rows_of", "repack", "decode"),
     *("to_int8", "to_int4", "affine4_search", "to_affine4"),
+    *("product_many", "attend_many", "norm_rows", "rotate_rows", "gate_rows"),
 )
 PATIENCE = 300  # seconds; it takes about seven, and many times that on a busy machine
 
@@ -133,7 +134,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelsUnavailable(f"{library} cannot be loaded: {error}") from None
-    for name in ("scratch_floats", "inputs_bytes", "takes_many", "keep"):
+    counts = ("scratch_floats", "inputs_bytes", "takes_many", "keep", "takes_many_floats", "has_bf16", "tiles_bytes")
+    for name in counts:
         getattr(loaded, name).restype = ctypes.c_int64
     for name in RETURN_NOTHING:
         getattr(loaded, name).restype = None

@@ -1,4 +1,4 @@
-"""`Linear` for a CPU: products of few rows by the kernels; many rows at once are PyTorch's to multiply."""
+"""`Linear` for a CPU: products by the kernels; of many rows where they are faster than PyTorch's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mistral.fast import layout
 from mistral.fast.kernels import INT8, KINDS, Matrix, library, pointer
+from mistral.fast.tiles import product_many
 from mistral.linear import Linear
 
 FEW = 32  # rows of activations up to which the kernels are faster than one large product
@@ -30,6 +31,12 @@ def few(x: Tensor) -> bool:
     """Whether a product with x is one for the kernels."""
     rows = x.numel() // max(1, x.shape[-1])
     return 0 < rows <= FEW and x.dtype in COMPUTE and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def many(x: Tensor) -> bool:
+    """Whether a product with x, of more rows than few, is one for the kernels where weights are floats."""
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return fits and x.numel() > FEW * x.shape[-1] and bool(library().takes_many_floats())
 
 
 def stored(weight: Tensor) -> Matrix | None:
@@ -74,19 +81,20 @@ def product(matrix: Matrix, x: Tensor, threads: int | None = None) -> Tensor:
 
 
 class FastLinear(Linear):
-    """`Linear` whose products with few rows are the kernels'; the weights are where and what they were."""
+    """`Linear` whose products are the kernels'; the weights are where and what they were."""
 
     def matrix(self) -> Matrix | None:
         """The weights as the kernels have them; None if they are not for them."""
         return stored(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = self.matrix() if few(x) else None
-        return super().forward(x) if matrix is None else product(matrix, x)
+        multiply = product if few(x) else product_many if many(x) else None
+        matrix = self.matrix() if multiply is not None else None
+        return super().forward(x) if multiply is None or matrix is None else multiply(matrix, x)
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Have products of few rows made by the kernels; the weights stay what and where they are."""
+    """Have products made by the kernels; the weights stay what and where they are."""
     linears = [(name, module) for name, module in model.named_modules() if type(module) is Linear]
     for name, module in linears:
         with torch.device("meta"):

@@ -31,6 +31,8 @@ DTYPE_NAMES = {
 # Of keys and values; in float64 they are where that is what is computed in.
 CACHE_NAMES = {**{name: full for name, full in DTYPE_NAMES.items() if full != "float64"}, "int8": "int8"}
 
+PROMPT_DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
+
 
 class OptionError(UsageError):
     """An option that does not exist, or that this machine cannot honour."""
@@ -45,6 +47,7 @@ class LoadOptions:
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
         cache_dtype: of keys and values: float32, bfloat16, float16 or int8; default: float16 beside weights of 16 bits
             or fewer on a CPU in float32, else that of the arithmetic
+        prompt_dtype: of the inputs of products of prompts: bfloat16 rounds them (bf16 weights, CPU); default: dtype
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks
@@ -63,6 +66,7 @@ class LoadOptions:
     device: str | None = None
     dtype: str | None = None
     cache_dtype: str | None = None
+    prompt_dtype: str | None = None
     attention: str | None = None
     execution: str = "auto"
     quant: str | None = None
@@ -79,13 +83,14 @@ class LoadOptions:
         adapter_names(self.adapter)
         if self.draft is not None:  # a Path is accepted too
             object.__setattr__(self, "draft", str(self.draft))
-        for name in ("device", "dtype", "cache_dtype"):  # torch's own objects are accepted too
+        for name in ("device", "dtype", "cache_dtype", "prompt_dtype"):  # torch's own objects are accepted too
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         _check_device(self.device)
         for name, known in (
             ("dtype", ("auto", *DTYPE_NAMES)),
             ("cache_dtype", ("auto", *CACHE_NAMES)),
+            ("prompt_dtype", PROMPT_DTYPES),
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),
             ("quant", (*QUANTS, "none")),

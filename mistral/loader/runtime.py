@@ -34,6 +34,7 @@ class Runtime:
         notes: what could not be had, a sentence each.
         adapter: which LoRA adapter is in use and how, for people; "" for none.
         blocks: GGML types of the weights that stay as they are in their file, most of them first; see `loader.blocks`.
+        rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 in prompts; see `fast.prompt`.
     """
 
     device: torch.device
@@ -47,6 +48,7 @@ class Runtime:
     notes: tuple[str, ...] = ()
     adapter: str = ""
     blocks: tuple[str, ...] = ()
+    rounds_prompts: bool = False
 
     @property
     def how(self) -> Execution:
@@ -58,9 +60,10 @@ class Runtime:
         weights = self.quant or "+".join(self.blocks) or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention
+        prompts = "; products of prompts round inputs to bfloat16" if self.rounds_prompts else ""
         return (
             f"device {self.device}; weights/compute/cache {weights}/{_name(self.compute)}/{_name(self.cache)}; "
-            f"attention {attention}{execution}{f'; {self.adapter}' if self.adapter else ''}"
+            f"attention {attention}{execution}{prompts}{f'; {self.adapter}' if self.adapter else ''}"
         )
 
     def standing_aside(self, module: str) -> Runtime:
@@ -74,6 +77,8 @@ class Runtime:
         """
         if self.how.otherwise is None:
             raise OptionError(f"execution {self.execution} is not possible: it does not know the module {module}")
+        if self.rounds_prompts:
+            raise OptionError(f"prompt_dtype bfloat16 is not possible: the kernels do not know the module {module}")
         note = f"the fast path {self.execution} does not know the module {module}: steps are computed without it"
         return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
@@ -116,7 +121,35 @@ def resolve(
         left = memory.available(place)
         if left is not None and parameters * compute.itemsize > WIDEN_SHARE * left:
             weights = stored
-    return Runtime(place, weights, compute, cache, name, attend, execution, options.quant, notes)
+    rounds = options.prompt_dtype in ("bfloat16", "bf16")
+    if rounds:
+        notes = (*notes, *_check_prompts(execution, compute, weights, options.quant))
+    return Runtime(
+        *(place, weights, compute, cache, name, attend, execution, options.quant, notes), rounds_prompts=rounds
+    )
+
+
+def _check_prompts(execution: str, compute: torch.dtype, weights: torch.dtype, quant: str | None) -> tuple[str, ...]:
+    """Refuse to round prompts where nothing would; a note where that saves no time."""
+    why = None
+    if compute != torch.float32:
+        why = f"dtype is {_name(compute)}"
+    elif execution == "products":
+        why = "an attention backend is asked for by name"
+    elif execution != "kernels":
+        why = f"execution is {execution}"
+    elif quant is not None:
+        why = f"the weights are in {quant}, and their inputs are rounded to 16 bits as it is"
+    elif weights != torch.bfloat16:
+        why = f"the weights are in {_name(weights)}"
+    if why is not None:
+        raise OptionError(
+            f"prompt_dtype bfloat16 is for bfloat16 weights and the kernels, on a CPU in float32, but {why}: omit it"
+        )
+    from mistral.fast.kernels import library
+
+    slow = "this processor has no bf16 arithmetic: prompt_dtype bfloat16 rounds, and is no faster"
+    return () if library().has_bf16() else (slow,)
 
 
 def _check_bitwise(place: torch.device, compute: torch.dtype, attention: str | None) -> None:

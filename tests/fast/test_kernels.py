@@ -158,7 +158,7 @@ def test_a_row_has_the_same_bits_in_any_company(kind: str) -> None:
         torch.set_num_threads(before)
 
 
-def test_products_beyond_few_rows_and_with_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_other_dtypes_and_with_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = FastLinear(24, 40)
     x = torch.rand(3, 24)
     monkeypatch.setattr("mistral.fast.linear.product", None)  # whoever calls it fails
@@ -166,7 +166,6 @@ def test_products_beyond_few_rows_and_with_gradients_are_torchs(monkeypatch: pyt
     linear(x).sum().backward()
     assert linear.weight.grad is not None
     with torch.inference_mode():
-        linear(torch.rand(FEW + 1, 24))
         linear.double()(x.double())
         with pytest.raises(TypeError):
             linear.float()(x)
