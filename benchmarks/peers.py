@@ -428,7 +428,7 @@ class Bench:
         for name in self.types:
             file = gguf_file(self.folder, name, self.shape, SHAPES_HERE[self.shape])
             ours = [f"ours:{file}:context=long:cache={cache}" for cache in self.caches]
-            names = [*ours, f"llama:{file}:{CONTEXTS[-1] + PROMPT}"]
+            names = [*ours, f"llama:{file}:{CONTEXTS[-1] + PROMPTS[0]}"]
             self.compare(f"{self.shape}, {name}", names, *(("decode", c, 1, STEPS) for c in CONTEXTS))
 
     def same(self, files: Sequence[Path]) -> None:

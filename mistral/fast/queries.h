@@ -52,7 +52,7 @@ static void pack_keys(const Queries *a, const float *k, const float *v, int64_t 
 
 /* The softmax of a row as far as one more block of scores goes: weights in place of scores, and what there was before
    it scaled down where the block has a larger score. */
-INLINE void weights_of(float *scores, const uint8_t *mask, float scale, float *sums, int64_t wide, float *top, float *total) {
+INLINE void weights_so_far(float *scores, const uint8_t *mask, float scale, float *sums, int64_t wide, float *top, float *total) {
     floats s[WIDE], most = all(*top), sum_of = {0};
     UNROLL for (int j = 0; j < WIDE; j++) {
         const words sees = __builtin_convertvector(*(const bytes_at *)(mask + j * LANES), words) != 0;
@@ -111,7 +111,7 @@ static void attend_queries(const Queries *a, const float *q, const float *k, con
             float *sums = room->sums + t * wide;
             multiply_tile(from, room->keys, PANEL, d, scores[0], PANEL);
             for (int64_t r = 0; r < TILE; r++)
-                weights_of(scores[r], seen[r], scale, sums + r * wide, wide, room->tops + t + r, room->totals + t + r);
+                weights_so_far(scores[r], seen[r], scale, sums + r * wide, wide, room->tops + t + r, room->totals + t + r);
             for (int64_t c = 0; c < wide; c += PANEL)
                 multiply_tile(weights, room->values + c, wide, PANEL, sums + c, wide);
         }
