@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mistral.attention
+import mistral.buffers
 import mistral.cache
 import mistral.model
 import mistral.window
@@ -300,6 +301,7 @@ ALL = (
         "a query sees later keys too, all that its step contributes",
         (
             (mistral.attention, "visible", sees_later_keys),
+            (mistral.buffers, "block_for", one_tile),
             (mistral.cache, "block_for", one_tile),
             (mistral.window, "block_for", one_tile),
         ),

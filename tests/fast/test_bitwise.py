@@ -204,8 +204,8 @@ def test_replaced_weights_are_the_ones_used() -> None:
 def test_what_has_other_bits_is_refused() -> None:
     args = tiny_args()
     ids = torch.tensor([1, 2, 3])
-    with pytest.raises(NotDeterministic, match="a cache in float32"):
-        make_model(args).forward(ids, [3], RollingBufferCache(args, 1, dtype=torch.bfloat16))
+    with pytest.raises(NotDeterministic, match="a cache that the kernels read"):
+        make_model(args).forward(ids, [3], RollingBufferCache(args, 1, dtype=torch.float64))
     with pytest.raises(NotDeterministic, match="weights on a CPU, as they were loaded"):
         make_model(args).double().forward(ids, [3])
     model = make_model(args)

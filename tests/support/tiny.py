@@ -105,8 +105,8 @@ def at_random(lens: Sequence[int], seed: int) -> Schedule:
 def make_cache(
     model: Transformer, rows: int, positions: int = 0, start: int = 0, poison: bool = True
 ) -> RollingBufferCache:
-    """A cache in the model's dtype, at `start`, with every slot poisoned."""
-    cache = RollingBufferCache(model.args, rows, dtype=model.dtype, positions=positions)
+    """A cache as the model makes them, at `start`, with every slot poisoned."""
+    cache = model.make_cache(rows, positions)
     cache.reset(position=start)
     if poison:
         poison_rows(cache)
