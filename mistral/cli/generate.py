@@ -132,8 +132,8 @@ def complete(
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if file is None and not json and params.n == 1:
-        shown = {"thoughts": thoughts, "thinking": chat.shows_thoughts}
-        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, **shown)
+        show = chat.shows_thoughts
+        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, thoughts=thoughts, thinking=show)
         return
     from mistral.generate import completions
 

@@ -192,8 +192,8 @@ class Answer:
                 index = len(self.choices)
                 job = Job(ids, _params(asked), asked.eos_ids, tell(index), sample, asked.score, trim=asked.chat)
                 thoughts = served.chats().thought_ids if asked.chat else None
-                job.markers = {*(asked.tools.markers if asked.tools else ())}
-                job.markers |= set() if thoughts is None else {thoughts.begin, thoughts.end}
+                marks = () if thoughts is None else (thoughts.begin, thoughts.end)
+                job.markers = {*marks, *(asked.tools.markers if asked.tools else ())}
                 self.choices.append(Choice(index, job, asked, served, text))
         self._words = Numbers(served.words) if asked.return_tokens_as_token_ids else served.words
         self._head = {

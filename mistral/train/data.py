@@ -212,7 +212,7 @@ def _turn(message: Any, where: str, ignored: Counter[str]) -> Turn:
     ids = [message.get(key) for key in ("tool_call_id", "name")]
     if any(not isinstance(value, str | None) for value in ids) or (role == "tool" and ids[0] is None):
         raise DataError(f"{where} needs tool_call_id and name as texts")
-    return Turn(role, content, 1.0 if weight is None else float(weight), calls, *ids, said.thinking)
+    return Turn(role, content, 1.0 if weight is None else float(weight), calls, ids[0], ids[1], said.thinking)
 
 
 def _content(message: dict[str, Any], role: str, where: str) -> Message:

@@ -334,8 +334,7 @@ def test_thoughts_go_to_stderr_and_answers_to_stdout(cli: Command, thinker: Path
     (answer,) = json.loads(kept.read_text())["messages"][1:2]
     assert (answer["content"], answer["thinking"][0]["text"]) == (ANSWER, THOUGHT)
     assert (
-        "/set thinking takes show or hide"
-        in cli("interactive", thinker, "--instruct", stdin="/set thinking maybe").error
+        "/set thinking takes show or hide" in cli("interactive", thinker, "--instruct", stdin="/set thinking maybe").err
     )
 
 
@@ -406,5 +405,5 @@ def test_a_conversation_changes_its_adapter(cli: Command, folder: Path, tmp_path
     assert done.err.splitlines().count("adapter: none, of one, two") == 2
     assert "adapter: two, of one, two" in done.err
     wrong = cli(*chat, "--adapter", one, "--adapter", two, stdin="/adapter three")
-    assert "no adapter is called 'three'; there are one, two" in wrong.error
-    assert "no adapters are beside the weights" in cli(*chat, stdin="/adapter one").error
+    assert "no adapter is called 'three'; there are one, two" in wrong.err
+    assert "no adapters are beside the weights" in cli(*chat, stdin="/adapter one").err

@@ -46,7 +46,9 @@ def test_the_text_model_inside_another(tmp_path: Path, form: str) -> None:
 
 def test_one_matrix_under_two_names_and_none_at_all(tmp_path: Path) -> None:
     tensors = peft_tensors()
-    twice = tensors | {n.replace(f"{BEFORE}model.", f"{BEFORE}model.language_model."): t for n, t in tensors.items()}
+    twice = tensors | {
+        n.replace(f"{BEFORE}model.", f"{BEFORE}model.language_model."): t.clone() for n, t in tensors.items()
+    }
     with pytest.raises(AdapterError, match="twice, under two names"):
         read_adapter(write_peft(tmp_path / "twice", twice))
     seeing = f"{BEFORE}vision_tower.layers.0.q_proj"
