@@ -266,7 +266,7 @@ def report(
     if shape is None:
         loaded = load(folder, options=options)
         model, run, what = loaded.model, loaded.runtime, loaded.describe()
-        name, count = Path(loaded.folder).name, loaded.parameters
+        name, count = Path(loaded.folder).name.removesuffix(".gguf"), loaded.parameters
     else:
         found = windowed(random_folder(SHAPES[shape.lower()], Path()), options)
         model, run = assemble(found, options=options)

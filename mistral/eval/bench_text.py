@@ -38,11 +38,14 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _as_llama_bench(report: dict[str, Any]) -> list[str]:
-    """The rows as llama-bench prints its own: means and standard deviations."""
-    size, count = f"{report['size_bytes'] / 2**30:.2f} GiB", f"{report['parameters'] / 1e9:.2f} B"
+    """The rows as llama-bench prints its own: means and standard deviations, prompts first."""
+    size, count = report["size_bytes"], report["parameters"]
+    size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    count = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
     about = [report["name"], size, count, report["backend"], str(report["threads"])]
     heads = ["model", "size", "params", "backend", "threads", "test", "t/s"]
-    rows = [Row(**row) for row in report["rows"]]
+    order = ("prefill", "generate", "decode")
+    rows = sorted((Row(**row) for row in report["rows"]), key=lambda row: order.index(row.what))
     lines = [heads, *([*about, row.test, f"{row.mean:.2f} ± {row.deviation:.2f}"] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     to_the_left = {0, heads.index("backend")}

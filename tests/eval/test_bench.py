@@ -45,7 +45,7 @@ def test_a_folder(cli: Command, tmp_path: Path) -> None:
     assert len(text.splitlines()) == 8 + 2 * len(rows)
 
 
-TESTS = ["tg8 @ d3", "tg8 @ d3 x 2", "tg8 @ d9", "tg4", "pp7"]
+TESTS = ["pp7", "tg4", "tg8 @ d3", "tg8 @ d3 x 2", "tg8 @ d9"]
 
 
 def test_the_table_of_llama_bench(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,11 @@ def test_the_table_of_llama_bench(cli: Command, tmp_path: Path, monkeypatch: pyt
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
     assert [row[5] for row in cells[2:]] == TESTS
-    assert {tuple(row[:5]) for row in cells[2:]} == {("1b int8", "0.00 GiB", "0.00 B", "CPU", "2")}
-    for row, line in zip(report["rows"], cells[2:], strict=True):
+    size, count = f"{report['size_bytes'] / 2**20:.2f} MiB", f"{report['parameters'] / 1e6:.2f} M"
+    assert {tuple(row[:5]) for row in cells[2:]} == {("1b int8", size, count, "CPU", "2")}
+    large = bench_text.as_text({**report, "size_bytes": 3 * 2**30, "parameters": 7_241_732_096})
+    assert "| 3.00 GiB | 7.24 B | CPU" in large
+    for row, line in zip(report["rows"][::-1], [*cells[2:4], *cells[:3:-1]], strict=True):
         assert line[6] == f"{row['mean']:.2f} ± {row['deviation']:.2f}"
     assert report["parameters"] == sum(p.numel for p in parameters(tiny_args()).values())
 

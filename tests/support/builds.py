@@ -13,6 +13,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class Build:
         for program in (self.compiler, *self.runner[:1]):
             if shutil.which(program) is None:
                 return f"there is no {program}"
-        if not self.runner and platform.machine() != "x86_64":
-            return f"this is {platform.machine()}"
+        if not self.runner and (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            return f"this is {platform.machine()} with {sys.platform}"
         if self.march == "x86-64-v3" and "avx2" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
             return "this processor has no AVX2"
         return None
