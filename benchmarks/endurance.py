@@ -7,7 +7,9 @@
 `stream` generates one sequence with the bundled model. `chat` holds a conversation, in which `/undo` drops a turn now
 and then. `prompt` reads ids from a .npy file. Ctrl-C ends a run, and what it measured so far is printed. With
 `--state FILE` the same command goes on where it was, on another evening or after a kill: the file is replaced at every
-measurement. Rates are tokens a second of CPU time: other programs may run beside it.
+measurement. Rates are tokens a second of CPU time: other programs may run beside it. They slow it down all the same, by
+the caches that they share, so `stream` has a second sequence beside it, of a few tokens and again and again from the
+beginning: what slows both is no fault of the length.
 """
 
 from __future__ import annotations
@@ -43,12 +45,37 @@ from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.util.files import write_atomic
 
+EVERY = 200  # tokens of a stream, after which the sequence beside it gets a tenth as many
 TIMES = 4  # contract, rule 11: an fp32 path may be this many times as far from float64 as another one
 ASKED = {"stream": ("places",), "chat": ("undo_every", "question", "answer"), "prompt": ()}  # what decides a run
 QUESTIONS = ("Who is there?", "And what did the king say?", "Tell me more of the wolf.", "Where did they go then?")
 
 
 # --- a stream
+
+
+class Beside:
+    """A sequence that begins again at every measurement, to tell a long stream's slowness from a busy machine's."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model, self._cache = model, RollingBufferCache(model.args, 1, dtype=model.dtype, positions=1)
+        self._tokens, self._seconds = 0, 0.0
+        self.again()
+
+    def again(self) -> float:
+        """Begin again; returns the tokens a second since the last beginning."""
+        rate = self._tokens / self._seconds if self._tokens else math.nan
+        self._cache.reset()
+        self._engine = Engine(self._model, eos_ids=(), cache=self._cache)
+        self._engine.add([1], SamplingParams(max_tokens=BLOCK, temperature=1.0, seed=2), 0)
+        self._tokens, self._seconds = 0, 0.0
+        return rate
+
+    def go_on(self, tokens: int) -> None:
+        began = time.process_time()
+        for _ in range(tokens):
+            self._engine.step()
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + time.process_time() - began
 
 
 def stream(
@@ -67,6 +94,7 @@ def stream(
     held = state.held
     ids = held["ids"].tolist() if held else [1]
     log, drift = Log(block, held.get("log")), list[dict[str, float]](held.get("drift", []))
+    beside = Beside(model)
     cache = RollingBufferCache(model.args, 2, dtype=model.dtype, positions=len(ids))  # row 1 is for comparing
     if held:
         put_row(cache, 0, held["row"])
@@ -83,6 +111,10 @@ def stream(
             count = made + len(request.output_ids)
             measured = log.at(count)
             stopped = time.process_time()
+            if count % EVERY == 0:
+                beside.go_on(EVERY // 10)
+            if measured:
+                log.points[-1]["beside"] = beside.again()
             if count in wanted:
                 before = [*ids, *request.output_ids]
                 drift.append(compare(model, exact, cache, before[:-1], before[-1]))
@@ -260,6 +292,11 @@ def summary(what: str, found: dict[str, Any]) -> Iterator[str]:
         f"rate: {rates[0]:.0f} tokens/s of CPU time over the first, {middle:.0f} in the median "
         f"({middle / rates[0] - 1:+.1%}), {rates[-1]:.0f} at the end ({rates[-1] / rates[0] - 1:+.1%})"
     )
+    if shares := [point["rate"] / point["beside"] for point in points if point.get("beside", math.nan) > 0]:
+        yield (
+            f"beside a sequence of at most {max(1, points[0]['tokens'] // 10):,.0f} tokens at the same time: "
+            f"{np.median(shares):.3f} of its rate in the median, {min(shares):.3f} to {max(shares):.3f}"
+        )
     if drift := found.get("drift"):
         worst = max(drift, key=lambda place: place["rolled"])
         times = max(place["rolled"] / max(place["fresh"], 1e-12) for place in drift)
