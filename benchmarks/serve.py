@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import socket
 import statistics
@@ -32,6 +33,7 @@ from typing import Any
 
 import httpx
 
+RUN = os.getpid()  # so that no server still has the prompts of an earlier run
 WORDS = "The old king had three daughters who lived in a castle above the sea, and every evening "
 
 
@@ -89,7 +91,7 @@ def _ready(url: str) -> bool:
 def ask(client: httpx.Client, url: str, number: int, base: dict[str, Any]) -> tuple[float, float, int]:
     """One request: seconds to its first text, seconds in all, and tokens."""
     body = {
-        "prompt": f"Tale {number}. {WORDS * 4}",
+        "prompt": f"Tale {RUN} {number}. {WORDS * 4}",
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -116,7 +116,7 @@ def batch(
 
 
 def answer(
-    files: Sequence[Path],
+    files: list[Path],
     output: str,
     retry: bool,
     known: EngineSettings | None,

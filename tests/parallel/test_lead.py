@@ -155,13 +155,13 @@ def test_a_batch_over_two_ranks(tmp_path: Path, command: Command) -> None:
     path = write_lines(tmp_path / "in.jsonl", *lines)
     found = []
     for name, more in (("two", ("--parallel", 2)), ("one", ())):
-        words = ("batch", path, tmp_path / name, "--rows", 2, "--device", "cpu", *more)
+        words = ("batch", path, tmp_path / name, "--rows", 2, "--device", "cpu", "--max_positions", 500, *more)
         done = command(*words)
         assert done.code == 1, done  # one line is refused
         assert ("note: 2 ranks (gloo) divide the model" in done.err) == (name == "two")
         found.append({name: without_chance(line) for name, line in by_name(tmp_path / name).items()})
     assert found[0] == found[1]
-    again = command("batch", path, tmp_path / "two", "--rows", 2, "--device", "cpu", "--parallel", 2)
+    again = command("batch", path, tmp_path / "two", "--device", "cpu", "--parallel", 2)
     assert (again.code, "loaded" in again.err) == (1, False)  # nothing is left, so nothing is loaded
     assert command("batch", path, tmp_path / "x", "--ray", "--parallel", 2).error.startswith("--ray gives each worker")
 
@@ -211,7 +211,7 @@ def test_a_server_over_two_ranks(end: str, tmp_path: Path) -> None:
             os.kill(ranks[0], signal.SIGTERM)  # as a whole group of processes gets it
             assert ask(asked).json()["choices"][0]["text"] == alone
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == -signal.SIGTERM
+        assert process.wait(30) == 0
         assert not Path(f"/proc/{ranks[0]}").exists()
     finally:
         process.kill()
