@@ -3,8 +3,8 @@
     python -m benchmarks.peers FOLDER [ROW ..] [--rounds 5] [--threads 2] [--json FILE]
 
 FOLDER takes the model files that llama.cpp wants (7.5 GB; made when missing). Without a ROW all of them are measured:
-decode, prefill, flat, batch, batched, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp is built
-for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
+decode, prefill, flat, batch, batched, gguf, files. Wants `pip install llama-cpp-python gguf transformers` (llama.cpp
+is built for the machine, some ten minutes); a peer that is missing is left out. `files` is about the .gguf files in
 FOLDER/files, which are yours.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mistral
+from mistral.fast.layout import stored_as
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.weights import WeightsError
-from mistral.fast.layout import stored_as
 from mistral.loader.load import load
 from mistral.model import Transformer
 from mistral.oracle.inputs import QuantizedReader, WeightReader
