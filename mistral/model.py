@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     def share_cores(self) -> AbstractContextManager[None]:
-        """Around a step and what is chosen from it: fewer threads where other programs need cores. Here it is nothing."""
+        """Around a step and what is chosen from it: fewer threads where others need cores. Here it is nothing."""
         return nullcontext()
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
