@@ -21,7 +21,8 @@ import mistral
 threads = int(sys.argv[2])
 loaded = mistral.load(sys.argv[1], device="cpu", threads=threads or None)
 times = [time.perf_counter()]
-for _ in mistral.stream([list(range(100, 164))], loaded.model, loaded.tokenizer, max_tokens=int(sys.argv[3]), temperature=0):
+options = {"max_tokens": int(sys.argv[3]), "temperature": 0}
+for _ in mistral.stream([list(range(100, 164))], loaded.model, loaded.tokenizer, **options):
     times.append(time.perf_counter())
 print(times[1] - times[0], (len(times) - 2) / (times[-1] - times[1]))
 """

@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         """Bytes of keys and values of one sequence of `positions` in such a cache."""
         return self.args.cache_bytes(positions, str(self.cache_dtype).removeprefix("torch."))
     def share_cores(self) -> AbstractContextManager[None]:
-        """Around a step and what is chosen from it: fewer threads where other programs need cores. Here it is nothing."""
+        """Around a step and what is chosen from it: fewer threads where others need cores. Here it is nothing."""
         return nullcontext()
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:

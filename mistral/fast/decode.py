@@ -44,7 +44,7 @@ class Kept:
         places: the dictionaries of the modules in which there are modules and tensors.
         stores: the cache's, of each layer.
         found, ids: all that was in both; kept, so that nothing else has their ids.
-        tensors, where: the modules' among them, and where and how their numbers lay. The stores' only move by being others.
+        tensors, where: the modules' among them, and where and how their numbers lay (the stores do not move).
         hooks: those of the modules, which only the plain way calls.
         wide, narrow: norms that were widened, and what they were widened from; they may be changed in place.
     """

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from mistral.fast.linear import FEW
 from mistral.request import Request
 
 # How many tokens of the text's end are looked for earlier in it, the longest that is there; and the share of guesses
 # taken to be right then, before there is any experience.
 HOPES = {2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
+MOST_TOKENS = 16  # of a step, guesses included
 LONGEST, SHORTEST = max(HOPES), min(HOPES)
 LOOKBACK = 1 << 16  # tokens of a request in which they are looked for, the newest
 HOPE = 0.7  # the same share where a model guesses
@@ -155,7 +155,7 @@ class NgramDraft:
         most_tokens: of a step, guesses included.
     """
 
-    def __init__(self, costs: Costs, most_tokens: int = FEW) -> None:
+    def __init__(self, costs: Costs, most_tokens: int = MOST_TOKENS) -> None:
         self._costs, self._most_tokens = costs, most_tokens
         self._seen: WeakKeyDictionary[Request, Seen] = WeakKeyDictionary()
 

@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.fast.draft import NEW, Costs, Rate, how_many
-from mistral.fast.linear import FEW
+from mistral.fast.draft import MOST_TOKENS, NEW, Costs, Rate, how_many
 from mistral.model import Transformer
 from mistral.request import Request, common_prefix
 from mistral.sampling import sample
@@ -49,7 +48,7 @@ class ModelDraft:
         most_tokens: of a step of the large model, guesses included.
     """
 
-    def __init__(self, small: Transformer, costs: Costs, most_tokens: int = FEW) -> None:
+    def __init__(self, small: Transformer, costs: Costs, most_tokens: int = MOST_TOKENS) -> None:
         self._small, self._costs, self._most_tokens = small, costs, most_tokens
         self._cache: RollingBufferCache | None = None
         self._followed: WeakKeyDictionary[Request, Followed] = WeakKeyDictionary()

@@ -91,7 +91,6 @@ class Threads:
         self._tried, self._steps, self._slow = {}, 0, 0
 
 
-
 class Sharing:
     """Fewer threads of PyTorch where other programs leave too few cores for all.
 

@@ -34,7 +34,7 @@ class Folder:
         args: the model's shape.
         weights: under Mistral's names and in Mistral's row order, whatever the layout.
         quant: "int8", "int4" or `SYMMETRIC` where the matrices are stored quantized, under the names of
-            `fast.layout.stored_as`; else None. Folders of before 2026-11-27 have a tied table as it was: see `has_quantized`.
+            `fast.layout.stored_as`; else None. Older folders have a tied table as it was: see `has_quantized`.
         notes: what was assumed or ignored, a sentence each.
     """
 

@@ -323,8 +323,10 @@ def _size_in_memory(found: Folder, run: Runtime, kept: dict[str, str]) -> int:
             n: tensor.parameters * _kept(tensor, run).itemsize for n, tensor in found.tensors.items() if n not in kept
         }
         return sum(wide.values()) + sum(blocks_bytes(known[name], kind) for name, kind in kept.items())
-    few = {n: run.quant if found.quant is None or found.has_quantized(w) else None for n, w in parameters(found.args).items()}
-    return sum(bytes_of(w, few[n], run.weights.itemsize) for n, w in parameters(found.args).items())
+    return sum(
+        bytes_of(w, run.quant if found.quant is None or found.has_quantized(w) else None, run.weights.itemsize)
+        for w in parameters(found.args).values()
+    )
 
 
 def _kept(tensor: Stored, run: Runtime) -> torch.dtype:

@@ -203,8 +203,8 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if ids.device.type != "cpu":  # asking about the ids would wait for it
             return self.table.lookup(ids)
-        few = ids.tolist() if len(ids) <= FEW else [*map(int, ids.aminmax())]  # a list costs less than two launches
-        if few and not 0 <= min(few) <= max(few) < self.num_embeddings:
+        given = ids.tolist() if len(ids) <= FEW else [*map(int, ids.aminmax())]  # a list costs less than two launches
+        if given and not 0 <= min(given) <= max(given) < self.num_embeddings:
             raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
         table = self.table.matrix()
         if table is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_tensors_do_not_overlap(asked: list[tuple[int, torch.dtype]]) -> None:
         assert tensor.nbytes < pages.SMALL or tensor.data_ptr() % pages.LINE == 0
         assert tensor.untyped_storage().nbytes() == tensor.nbytes  # or saving one would save all
     ends = sorted(extent(tensor) for tensor in made if tensor.nbytes)
-    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(ends))
 
 
 def test_one_larger_than_a_chunk() -> None:

@@ -79,7 +79,6 @@ def test_one_thread_is_never_questioned() -> None:
     assert set(run(Threads(), 100, busy, 1)) == {1}
 
 
-
 def test_cores_that_others_leave_are_no_matter_of_trying() -> None:
     free, before = 4, torch.get_num_threads()
     sharing = Sharing(lambda: free)

@@ -131,7 +131,11 @@ def divided(folders: dict[str, str]) -> dict[str, Any]:
 
 def rounded(model: Transformer) -> dict[str, Tensor]:
     """The quantized weights by name, as the numbers that they stand for."""
-    modules = {path.replace(".part", "").replace(".table", ""): m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    modules = {
+        path.replace(".part", "").replace(".table", ""): m
+        for path, m in model.named_modules()
+        if isinstance(m, QuantizedLinear)
+    }
     return {f"{path}.weight": m.rows(0, m.out_features) for path, m in modules.items()}
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mistral
+from mistral.fast.layout import stored_as
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.weights import WeightsError
-from mistral.fast.layout import stored_as
 from mistral.loader.load import load
 from mistral.model import Transformer
 from mistral.oracle.inputs import QuantizedReader, WeightReader
@@ -149,7 +149,8 @@ def test_beside_it(pair: tuple[str, Path], tmp_path: Path) -> None:
     assert isinstance(model.tok_embeddings.table, Int8Linear)
     h = torch.zeros(1, model.args.dim, requires_grad=True)
     model.output(h).sum().backward()
-    assert h.grad is not None and h.grad.abs().sum() > 0
+    assert h.grad is not None
+    assert h.grad.abs().sum() > 0
 
 
 def test_an_adapter_beside_it(pair: tuple[str, Path], tmp_path: Path) -> None:

@@ -25,12 +25,25 @@ class Machine:
         self.own += own * seconds
 
     def free_cores(self, count: int) -> FreeCores:
-        return FreeCores(lambda: self.others + self.own if self.counts else None, lambda: self.own, lambda: self.now, count)
+        return FreeCores(
+            lambda: self.others + self.own if self.counts else None, lambda: self.own, lambda: self.now, count
+        )
 
 
 @pytest.mark.parametrize(
     ("others", "own", "free"),
-    [(0, 0, 4), (0, 4, 4), (1, 3, 3), (1, 0, 3), (0.4, 3, 4), (0.6, 3, 3), (3, 1, 1), (4, 0, 1), (6, 0, 1), (-0.2, 4, 4)],
+    [
+        (0, 0, 4),
+        (0, 4, 4),
+        (1, 3, 3),
+        (1, 0, 3),
+        (0.4, 3, 4),
+        (0.6, 3, 3),
+        (3, 1, 1),
+        (4, 0, 1),
+        (6, 0, 1),
+        (-0.2, 4, 4),
+    ],
 )
 def test_what_others_leave(others: float, own: float, free: int) -> None:
     machine = Machine()
@@ -88,5 +101,6 @@ def test_this_machine_counts() -> None:
     while time.process_time() < end:
         pass
     after = busy_seconds()
-    assert after is not None and after >= first
+    assert after is not None
+    assert after >= first
     assert 1 <= FreeCores()() <= FreeCores().cores
