@@ -2,9 +2,9 @@
 
     python -m benchmarks.prompts [FOLDER] [--text FILE] [--tokens 256]
 
-Of each way to compute a prompt: how far the log-probabilities of the text's tokens are off, the divergence from float64 over
-the whole vocabulary, how often the most likely token is the same, and how far a prompt in chunks of one token is from the same
-prompt as a whole. The first line is also what moves if chunks of one token were not rounded.
+Of each way to compute a prompt: how far the log-probabilities of the text's tokens are off, the divergence from float64
+over the whole vocabulary, how often the most likely token is the same, and how far a prompt in chunks of one token is
+from the same prompt as a whole.
 """
 
 from __future__ import annotations
