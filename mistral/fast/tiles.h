@@ -14,13 +14,8 @@
 #endif
 
 enum {
-#if LANES == 16 /* 32 registers */
-    WIDE = 4,
+    WIDE = LANES == 16 ? 4 : 2, /* vectors of a panel, as many as registers take */
     TILE = 6,
-#else
-    WIDE = 2,
-    TILE = 6,
-#endif
     PANEL = WIDE * LANES,
     DEPTH = 256,
     BAND = 84 * TILE, /* rows of inputs that go by before the next panel */
@@ -120,7 +115,8 @@ INLINE void dot_tile_bf16(const uint32_t *w, const uint32_t *x, int64_t ld, int6
     UNROLL for (int r = 0; r < TILE; r++)
         UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = (floats){0};
     for (int64_t i = 0; i < pairs; i++, w += PANEL) {
-        words ws[WIDE];
+        words ws[WIDE]; /* a panel is as large as the fastest cache, in which inputs and sums want places too */
+        UNROLL for (int j = 0; j < WIDE; j++) __builtin_prefetch(w + 16 * PANEL + j * LANES);
         UNROLL for (int j = 0; j < WIDE; j++) ws[j] = *(const words_at *)(w + j * LANES);
         UNROLL for (int r = 0; r < TILE; r++) {
             const words v = (words){0} + x[r * ld + i];
