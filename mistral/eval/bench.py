@@ -208,10 +208,11 @@ def measure(
         keys = batch * args.cache_bytes(context + 1, itemsize)
         rate = statistics.median(memory[context, batch])
         yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
+    in_prompts = torch.bfloat16 if getattr(model, "rounds_prompts", False) else model.dtype
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):
-            arithmetic.append(product_rate(device, model.dtype))
+            arithmetic.append(product_rate(device, in_prompts))
             rates.append(tokens / prefill(model, tokens))
         limit = statistics.median(arithmetic) / (2 * weights_in_products(model))
         yield _row("prefill", tokens, 1, rates, limit)
