@@ -393,10 +393,12 @@ class Bench:
             question = ("prefill", tokens)
             names = ["ours:float32", "llama:float32", "transformers:float32"]
             self.compare(f"prefill of {tokens}, float32 weights", names, question)
-            names = ["ours:bfloat16:prompts", "ours:bfloat16", "ours:bfloat16:bfloat16", "llama:bfloat16", "transformers:bfloat16"]
+            mine = [f"ours:bfloat16{dtype}" for dtype in (":prompts", "", ":bfloat16")]
+            names = [*mine, "llama:bfloat16", "transformers:bfloat16"]
             self.compare(f"prefill of {tokens}, bfloat16 weights", names, question)
             for weights in ("int8", "int4"):
-                self.compare(f"prefill of {tokens}, {weights} weights", [f"ours:{weights}", f"llama:{weights}"], question)
+                names = [f"ours:{weights}", f"llama:{weights}"]
+                self.compare(f"prefill of {tokens}, {weights} weights", names, question)
 
     def flat(self) -> None:
         """The cost of a token against the prompt's length, with a window: two layers, since each costs the same."""

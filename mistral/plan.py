@@ -44,8 +44,8 @@ class Plan:
         device_positions: the same on the model's device.
         device_origins: [B] int64, on the model's device.
         runs: the sequences that bring tokens, grouped.
-        prompts: the sequences whose tokens are a prompt that is only to be continued: nobody asked for its numbers, and a
-            model that was loaded for it may round them (see `fast.prompt`).
+        prompts: the sequences whose tokens are a prompt that is only to be continued: nobody asked for its numbers,
+            and a model that was loaded for it may round them (see `fast.prompt`).
         memo: what an attention backend derived from these facts, kept for the next layer.
     """
 

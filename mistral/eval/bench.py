@@ -225,10 +225,11 @@ def measure(
             rates.append(tokens / sum(decode(model, 0, 1, tokens)))
         keys = model.cache_bytes(tokens // 2 + 1)  # on average
         yield _row("generate", 0, 1, tokens, rates, statistics.median(reading) / (weight_bytes(model) + keys))
+    in_prompts = torch.bfloat16 if getattr(model, "rounds_prompts", False) else model.dtype
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):
-            arithmetic.append(product_rate(device, model.dtype))
+            arithmetic.append(product_rate(device, in_prompts))
             rates.append(tokens / prefill(model, tokens))
         limit = statistics.median(arithmetic) / (2 * weights_in_products(model))
         yield _row("prefill", tokens, 1, tokens, rates, limit)

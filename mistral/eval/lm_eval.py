@@ -81,6 +81,8 @@ class MistralLM(TemplateLM):
         if batch_size != "auto" and int(batch_size) < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        if options.get("prompt_dtype") is not None:
+            raise UsageError("prompt_dtype is for generating, and evaluation reports numbers: omit it")
         if unknown := options.keys() - (LoadOptions.__dataclass_fields__.keys() - {"max_batch_size", "device"}):
             raise UsageError(f"no option is called {short_repr(min(unknown))}: see LoadOptions")
         self.loaded = (

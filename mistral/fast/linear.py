@@ -88,9 +88,11 @@ class FastLinear(Linear):
         return stored(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        multiply = product if few(x) else product_many if many(x) else None
-        matrix = self.matrix() if multiply is not None else None
-        return super().forward(x) if multiply is None or matrix is None else multiply(matrix, x)
+        are_few = few(x)
+        matrix = self.matrix() if are_few or many(x) else None
+        if matrix is None:
+            return super().forward(x)
+        return product(matrix, x) if are_few else product_many(matrix, x)
 
 
 def use_kernels(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """A step of many tokens, such as a prompt, by the kernels: norms, rotation, attention and gates, a call each.
 
 The walk is that of model.py, and so are the numbers, in fp32. Products are the modules' own, with one exception: where
-the model was loaded for it, inputs are rounded to bf16 in products of tokens that the plan calls a prompt. These have then the
-same bits whatever is beside them and however they are divided into steps; other tokens are not rounded.
+the model was loaded for it, inputs are rounded to bf16 in products of tokens that the plan calls a prompt. These then
+have the same bits whatever is beside them and however they are divided into steps; other tokens are not rounded.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def multiply(linear: nn.Module, x: Tensor, parts: Parts) -> Tensor:
 
 
 def takes(model: Transformer) -> bool:
-    """Whether `step` can take the steps of a model: nothing in it is unknown, and nobody wants to see what is between."""
+    """Whether `step` can take the steps of a model: nothing in it is unknown, and no hook looks at what is between."""
     hooks = (vars(m)[kind] for m in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks"))
     plain = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_grad_enabled()
     return plain and unknown_module(model) is None and not any(hooks)

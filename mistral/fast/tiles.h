@@ -14,13 +14,8 @@
 #endif
 
 enum {
-#if LANES == 16 /* 32 registers */
-    WIDE = 4,
+    WIDE = LANES == 16 ? 4 : 2, /* vectors of a panel, as many as registers take */
     TILE = 6,
-#else
-    WIDE = 2,
-    TILE = 6,
-#endif
     PANEL = WIDE * LANES,
     DEPTH = 256,
     BAND = 84 * TILE, /* rows of inputs that go by before the next panel */
@@ -120,7 +115,8 @@ INLINE void dot_tile_bf16(const uint32_t *w, const uint32_t *x, int64_t ld, int6
     UNROLL for (int r = 0; r < TILE; r++)
         UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = (floats){0};
     for (int64_t i = 0; i < pairs; i++, w += PANEL) {
-        words ws[WIDE];
+        words ws[WIDE]; /* a panel is as large as the fastest cache, in which inputs and sums want places too */
+        UNROLL for (int j = 0; j < WIDE; j++) __builtin_prefetch(w + 16 * PANEL + j * LANES);
         UNROLL for (int j = 0; j < WIDE; j++) ws[j] = *(const words_at *)(w + j * LANES);
         UNROLL for (int r = 0; r < TILE; r++) {
             const words v = (words){0} + x[r * ld + i];
@@ -172,6 +168,16 @@ INLINE void multiply_tile(const float *const *a, const float *b, int64_t ldb, in
         }
 }
 
+/* Asks memory for the weights after those of a panel's columns from c on, a part for each of so many tiles: the machine itself
+   follows fewer rows than a panel has. */
+INLINE void ask_ahead(const Matrix *m, int64_t j, int64_t c, int64_t part, int64_t parts) {
+    const int64_t size = size_of(m->kind), lines = DEPTH * size / LINE + 1, all_lines = PANEL * lines;
+    const int64_t row = c + DEPTH < m->k ? j : j + PANEL, column = c + DEPTH < m->k ? c + DEPTH : 0;
+    const char *w = (const char *)m->data + (row * m->k + column) * size;
+    for (int64_t i = all_lines * part / parts; i < all_lines * (part + 1) / parts; i++)
+        __builtin_prefetch(w + i / lines * m->k * size + i % lines * LINE, 0, 2);
+}
+
 /* What n rows of weights from j on add to the sums [count, PANEL] of rows of inputs, DEPTH columns from c on. */
 INLINE void float_panel(int kind, const Matrix *m, int64_t j, int64_t n, int64_t c, const float *x, int64_t count, float *panel,
                         float *sums) {
@@ -180,6 +186,7 @@ INLINE void float_panel(int kind, const Matrix *m, int64_t j, int64_t n, int64_t
     for (int64_t r = 0; r < count; r += TILE) {
         const float *from[TILE]; /* a tile's last rows may be nobody's */
         for (int64_t i = 0; i < TILE; i++) from[i] = x + (r + i < count ? r + i : count - 1) * k + c;
+        ask_ahead(m, j, c, r / TILE, (count + TILE - 1) / TILE);
         multiply_tile(from, panel, PANEL, columns, sums + r * PANEL, PANEL);
     }
 }
@@ -188,8 +195,10 @@ static void bf16_panel(const Matrix *m, int64_t j, int64_t n, int64_t c, const u
                        uint32_t *panel, float *sums) {
     const int64_t ld = words_of(m->k), columns = m->k - c < DEPTH ? m->k - c : DEPTH;
     pack_panel((const uint16_t *)m->data + j * m->k, n, m->k, c, columns, panel);
-    for (int64_t r = 0; r < count; r += TILE)
+    for (int64_t r = 0; r < count; r += TILE) {
+        ask_ahead(m, j, c, r / TILE, (count + TILE - 1) / TILE);
         dot_tile_bf16(panel, rounded + r * ld + c / 2, ld, pairs_of(columns), sums + r * PANEL);
+    }
 }
 
 /* y [rows, n] = x [rows, k] times a matrix of floats of some kind. rounded: NULL, or room for `tiles_bytes`: inputs are
