@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
@@ -101,4 +102,4 @@ def _converse(
     if template.source == template.name:
         echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
     chat = Chat(loaded.model, loaded.tokenizer, template, system=system, params=params, chunk_size=chunk_size)
-    Conversation(chat, lambda: fingerprint(loaded.folder, adapter)).run()
+    Conversation(chat, cache(partial(fingerprint, loaded.folder, adapter))).run()

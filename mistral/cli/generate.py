@@ -17,10 +17,12 @@ from mistral.cli.prompts import (
     open_model,
     read_prompts,
     require_instruct,
+    require_known_ids,
+    require_there,
 )
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError, short_repr
+from mistral.util.errors import FormatError, UsageError, short_repr
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -120,10 +122,7 @@ def complete(
     require_instruct(instruct, system, template)
     if instruct and suffix is not None:
         raise UsageError("--suffix and --instruct: give one of them")
-    from mistral.formats.hub import is_hub_id
-
-    if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
-        raise UsageError(f"no such folder: {folder}")
+    require_there(folder, prompt)
     schema = None if json_schema is None else _read_schema(json_schema)
     asked = read_prompts(prompt, suffix, file)
     loaded = open_model(folder, options)
@@ -131,6 +130,7 @@ def complete(
         params = _constrained(params, schema, loaded)
     if not instruct:
         note_if_instruct(loaded)
+    require_known_ids(asked, loaded.args.vocab_size)
     prompts = as_ids(asked, loaded, instruct, system, template)
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if file is None and not json and params.n == 1:
@@ -154,10 +154,12 @@ def _read_schema(file: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from mistral.util.files import read_limited
+    from mistral.util.files import decode_text, read_limited
 
     try:
-        schema = json.loads(read_limited(Path(os.path.expanduser(file)), 1_000_000).decode("utf-8-sig"))
+        schema = json.loads(decode_text(read_limited(Path(os.path.expanduser(file)), 1_000_000), file))
+    except FormatError:
+        raise
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -41,8 +41,9 @@ def of_command(name: str, command: Callable[..., None]) -> str:
     ]
     places += [f"--{p.name} {p.name.upper()}" for p in required if p.kind is p.KEYWORD_ONLY]
     lines = [f"usage: {PROGRAM} {name} {' '.join(places)} [flags]".replace("  ", " "), ""]
-    lines += [_text(command).replace("python -m main", PROGRAM), "", "flags:"]
+    lines += [_text(command).replace("python -m main", PROGRAM)]
     texts = help_texts(command)
+    lines += ["", "flags:"] if any(p.kind is p.KEYWORD_ONLY for p in parameters) else []
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY:
             lines.append(_flag(p, texts[p.name]))
@@ -65,7 +66,10 @@ def help_texts(command: Callable[..., None]) -> dict[str, str]:
 def _flag(p: inspect.Parameter, text: str) -> str:
     short = next((f", {short}" for short, name in flags.SHORT.items() if name == p.name), "")
     kind = flags.kind_of(p)
-    notes = [{list: "may be repeated", dict: "ID:NUMBER, may be repeated"}.get(kind, kind.__name__)]
+    notes = {list: ["may be repeated"], dict: ["ID:NUMBER, may be repeated"]}.get(kind, [kind.__name__])
+    other = flags.SHORT.get(f"-{p.name}")
+    if other is not None:  # --n is not -n
+        notes.append(f"-{p.name} is --{other}")
     if p.default is p.empty:
         notes.append("required")
     elif not any(p.default is nothing for nothing in (None, False, ())) and "default:" not in text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 import os
@@ -11,7 +10,8 @@ import sys
 from mistral import __version__
 from mistral.cli import flags, help, terminal
 from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED
-from mistral.util.errors import ChecksFailed, MistralError, UsageError
+from mistral.util.english import did_you_mean
+from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError
 
 
 def run(words: list[str]) -> int:
@@ -26,20 +26,23 @@ def run(words: list[str]) -> int:
     try:
         words, common = flags.take_common(words)
         verbose = "verbose" in common
+        code = 0
         with terminal.quietly("quiet" in common):
-            _dispatch(words)
+            try:
+                _dispatch(words)
+            except ChecksFailed as failed:
+                code = failed.exit_code
             sys.stdout.flush()
-        return 0
-    except ChecksFailed as failed:
-        sys.stdout.flush()
-        return failed.exit_code
+        return code
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
         _drop_output()
         return 0
     except (ValueError, OSError) as error:
+        told: Exception = error
         if isinstance(error, OSError):  # no permission, a full disk
+            told = FormatError(_in_words(error))
             _drop_output()
-        terminal.echo_error(error)
+        terminal.echo_error(told)
         if verbose:
             _trace(error)
         return error.exit_code if isinstance(error, MistralError) else 2
@@ -60,8 +63,7 @@ def _dispatch(words: list[str]) -> None:
     if name in RENAMED:
         raise UsageError(f"the command {name} is now called {RENAMED[name]}")
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": {', '.join(COMMANDS)}; see --help"
+        hint = did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
         raise UsageError(f"no command {name!r}{hint}")
     command = COMMANDS[name]
     before_prompt = rest[: rest.index("--")] if "--" in rest else rest
@@ -85,6 +87,18 @@ def _speak_utf8() -> None:
                 stream.reconfigure(encoding="utf-8", errors=errors)
             except io.UnsupportedOperation:  # a caller in Python has already read from it
                 pass
+
+
+def _in_words(error: OSError) -> str:
+    """What an error of the system means that nobody has put into words: which file it is about, or stdout."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be read or written: {reason}"
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer
+    except OSError:
+        return f"stdout cannot be written: {reason}"
+    return reason
 
 
 def _drop_output() -> None:

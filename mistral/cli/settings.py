@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError
+from mistral.util.english import did_you_mean
+from mistral.util.errors import UsageError, short_repr
 
 if TYPE_CHECKING:
     from mistral.chat.conversation import Chat
@@ -33,8 +34,11 @@ def change(chat: Chat, name: str, text: str) -> None:
         UsageError: an unknown name, or a value that cannot be.
     """
     kinds = _kinds()
-    if name not in kinds or not text:
-        raise UsageError(f"/set needs a name and a value: {', '.join(kinds)}")
+    known = ", ".join(kinds)
+    if name and name not in kinds:
+        raise UsageError(f"/set knows no {short_repr(name)}{did_you_mean(name, kinds) or f': {known}'}")
+    if not text:
+        raise UsageError(f"/set needs a value for {name}" if name else f"/set needs a name and a value: {known}")
     value: Any = () if kinds[name] in flags.REPEATED and text == "-" else flags.convert(name, text, kinds[name])
     if kinds[name] in flags.REPEATED and value:
         value = (value,)

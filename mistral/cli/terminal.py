@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
 from mistral.cli.wrapping import Wrapped
+from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -324,8 +325,10 @@ def keeping_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> None:
+def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str) -> int:
     """Text on stdout as it is generated, `echo` first; then how fast, on stderr, also after Ctrl-C.
+
+    Returns how many tokens were generated.
 
     Args:
         more: what else to report at the end.
@@ -346,9 +349,10 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
     write("\n")
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
-    echo_err(f"[{generated} tokens{rate}{wait}{more()}; {reason}]")
+    echo_err(f"[{counted(generated, 'token')}{rate}{wait}{more()}; {reason}]")
     if interrupt:
         raise interrupt
+    return generated
 
 
 def stdin_has_data() -> bool:
