@@ -138,7 +138,7 @@ def index(files: Sequence[Path], answered: Mapping[str, str]) -> Index:
             firsts[name] = place
     for path, why in strange.items():
         if path not in sound:
-            raise UsageError(f"{path} is no file of requests, which has a JSON object a line: {why}")
+            raise UsageError(f"{path} is no file of requests, a JSON object a line: {why}")
     return Index(frozenset(ids), repeated)
 
 

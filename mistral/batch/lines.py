@@ -128,7 +128,7 @@ def read_line(text: bytes, line_id: str) -> Line:
         raise LineError("missing_required_parameter", "it has no custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         what = f"its custom_id is {short_repr(custom_id)}; it must be text that is not empty"
-        raise LineError("invalid_custom_id", what)
+        raise LineError("missing_required_parameter", what)
     for name in fields:
         if name not in FIELDS:
             known = ", ".join(FIELDS)

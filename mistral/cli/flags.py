@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -155,10 +155,10 @@ def _place(
     return {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
 
 
-def _is_flag(word: str, parameters: Iterable[str]) -> bool:
+def _is_flag(word: str, parameters: Collection[str]) -> bool:
     """Whether a word would be a flag, were it not behind `--`."""
     name = word.partition("=")[0]
-    return SHORT.get(name) in parameters or (name[:2] == "--" and name[2:].replace("-", "_") in parameters)
+    return SHORT.get(name, "") in parameters or (name[:2] == "--" and name[2:].replace("-", "_") in parameters)
 
 
 def _check_parcels(command: Callable[..., None], given: dict[str, Any]) -> None:

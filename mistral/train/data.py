@@ -38,7 +38,7 @@ class DataError(FormatError):
 
 
 class NotJson(DataError):
-    """A line that is no JSON object."""
+    """A line that is no JSON."""
 
 
 class NoTemplate(FormatError):
@@ -94,7 +94,7 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
     found = Samples(path, "")
     digest, ignored, cut = hashlib.sha256(), Counter[str](), Counter[str]()
     wrong: dict[str, list[int]] = {}  # lines by what is wrong with them
-    strange = 0  # lines that are no JSON objects
+    strange = 0  # lines that are no JSON
     for number, line in _lines(path):
         digest.update(line)
         if not line.strip():
@@ -109,7 +109,7 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
             wrong.setdefault(str(error), []).append(number)
     if wrong and strange == sum(map(len, wrong.values())) and not found.samples:
         first, (line, *_) = next(iter(wrong.items()))
-        raise DataError(f"{path} is no file of samples, which has a JSON object a line: line {line}: {first}")
+        raise DataError(f"{path} is no file of samples, a JSON object a line: line {line}: {first}")
     if wrong:
         raise DataError(_mistakes(path, wrong))
     found.sha256 = digest.hexdigest()
@@ -151,7 +151,7 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
     except (ValueError, RecursionError) as error:
         raise NotJson(f"it is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise NotJson(f"it must be an object, not {short_repr(entry)}")
+        raise DataError(f"it must be an object, not {short_repr(entry)}")
     _keys(entry, OF_A_LINE, "the line", ignored)
     messages = entry.get("messages", entry.get("interactions"))
     kinds = [
