@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -90,15 +91,17 @@ def _speak_utf8() -> None:
 
 
 def _in_words(error: OSError) -> str:
-    """What an error of the system means that nobody has put into words: which file it is about, or stdout."""
+    """What an error of the system means that nobody has put into words: which file it is about.
+
+    Files are written by what names them in its errors; only stdin and stdout have no name.
+    """
     reason = error.strerror or str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)} cannot be read or written: {reason}"
-    try:
-        sys.stdout.flush()  # what could not be written is still in its buffer
-    except OSError:
-        return f"stdout cannot be written: {reason}"
-    return reason
+    if error.errno == errno.EISDIR:
+        return f"stdin cannot be read: {reason}"
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return f"stdout cannot be written: {reason}" if full else reason
 
 
 def _drop_output() -> None:

@@ -108,8 +108,8 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
             strange += isinstance(error, NotJson)
             wrong.setdefault(str(error), []).append(number)
     if wrong and strange == sum(map(len, wrong.values())) and not found.samples:
-        first, (line, *_) = next(iter(wrong.items()))
-        raise DataError(f"{path} is no file of samples, a JSON object a line: line {line}: {first}")
+        why, (first, *_) = next(iter(wrong.items()))
+        raise DataError(f"{path} is no file of samples, a JSON object a line: line {first}: {why}")
     if wrong:
         raise DataError(_mistakes(path, wrong))
     found.sha256 = digest.hexdigest()
