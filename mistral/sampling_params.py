@@ -130,7 +130,7 @@ def _number(name: str, value: Any, kind: type, least: float, most: float) -> int
 
 def _limit(number: float) -> str:
     """A limit as somebody would write it."""
-    return f"{'-' * (number < 0)}(2**63 - 1)" if abs(number) == LARGEST else f"{number:g}"
+    return {LARGEST: "2**63 - 1", -LARGEST: "-(2**63 - 1)"}.get(int(number), f"{number:g}")
 
 
 def _stop(given: object) -> tuple[str, ...]:

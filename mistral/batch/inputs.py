@@ -124,7 +124,7 @@ def index(files: Sequence[Path], answered: Mapping[str, str]) -> Index:
             sound.add(place.file)
         except LineError as error:
             if error.code == NOT_JSON:
-                strange.setdefault(place.file, f"{place}: {error.message}")
+                strange.setdefault(place.file, f"line {place.number}: {error.message}")
             else:
                 sound.add(place.file)
             if error.custom_id is None:

@@ -37,10 +37,11 @@ def default_folder(folder: str | None) -> str | None:
     named = os.environ.get("MISTRAL_MODEL")
     if folder is not None or not named:
         return folder
+    from mistral.formats.folder import nothing_at
     from mistral.formats.hub import is_hub_id
 
     if not os.path.lexists(named) and not is_hub_id(named):
-        raise UsageError(f"no such folder: {named}, which the variable MISTRAL_MODEL names: mend it, or unset it")
+        raise UsageError(f"{nothing_at(named)}, which the variable MISTRAL_MODEL names: mend it, or unset it")
     return named
 
 

@@ -93,13 +93,11 @@ def _speak_utf8() -> None:
 def _in_words(error: OSError) -> str:
     """What an error of the system means that nobody has put into words: which file it is about.
 
-    Files are written by what names them in its errors; only stdin and stdout have no name.
+    Files are written by what names them in its errors; only stdout has no name.
     """
     reason = error.strerror or str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)} cannot be read or written: {reason}"
-    if error.errno == errno.EISDIR:
-        return f"stdin cannot be read: {reason}"
     full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     return f"stdout cannot be written: {reason}" if full else reason
 

@@ -168,7 +168,7 @@ def _cached(repo: str, revision: str | None, kind: str, reason: str) -> Path:
                 return folder
             has = "only part of"
     at = f" at {revision}" if revision else ""
-    advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "try again with a network"
+    advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "check the name, or try again with a network"
     unknown = f"no such folder: {repo}; and the hub cannot be reached ({reason})"
     raise HubError(f"{unknown}, and {constants.HF_HUB_CACHE} has {has} {repo}{at}: {advice}")
 
