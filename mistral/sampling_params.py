@@ -119,7 +119,7 @@ def _number(name: str, value: Any, kind: type, least: float, most: float) -> int
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise SamplingError(f"{name} is {short_repr(value)}; it must be a {'whole ' if kind is int else ''}number")
     number: int | float = value if isinstance(value, int | float) else kind(value)
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise SamplingError(f"{name} is {number}; it must be a finite number")
     if number < least:
         raise SamplingError(f"{name} is {short_repr(value)}; it must be at least {_limit(least)}")

@@ -82,7 +82,8 @@ class Conversation:
         elif command.startswith("/"):
             word, _, rest = command.partition(" ")
             if word not in self._commands:
-                meant = did_you_mean(word, self._commands) or ": /help lists them"
+                names = [name[1:] for name in self._commands]  # the slash would make all of them alike
+                meant = did_you_mean(word[1:], names, "/") or ": /help lists them"
                 raise UsageError(f"no command {word}{meant}; // begins a question with a slash")
             takes, _, run = self._commands[word]
             if rest.strip() and not takes:

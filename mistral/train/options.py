@@ -151,7 +151,7 @@ def _check_float(name: str, value: object, least: float, most: float, open_end: 
     """Between two ends; `open_end` leaves out the lower one."""
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
     if not number or not least <= value <= most or (open_end and value == least):  # type: ignore[operator]
         above = f"above {least:g}" if open_end else f"at least {least:g}"
         end = "" if math.isinf(most) else f" and at most {most:g}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -196,3 +198,21 @@ def test_finetune_at_a_narrow_terminal_keeps_the_loss() -> None:
         line.__exit__()
     assert "step 3/200, loss 1.250, 950 tokens/s" in err.getvalue()
     assert line.step == 3
+
+
+@pytest.mark.parametrize("hits", [1, 2])
+def test_ctrl_c_while_training_says_what_was_saved(cli: Command, tmp_path: Path, hits: int) -> None:
+    from mistral.train.loop import Report
+
+    def run(*_: object, on_report: Callable[[Report], None], should_stop: Callable[[], bool], **__: object) -> None:
+        on_report(Report(3, 200, 1.25, None, 950.0, 9.0))
+        for _ in range(hits):
+            signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        raise KeyboardInterrupt  # as the loop does, once it has saved
+
+    with mock.patch("mistral.train.run.finetune", run):
+        done = cli("finetune", "--data", "x", "--out", tmp_path)
+    assert done.code == 130
+    saved = f"saved after step 3 in {tmp_path}; the same command with --resume goes on from there"
+    assert (saved in done.err.splitlines()) == (hits == 1)
