@@ -36,13 +36,19 @@ def run(words: list[str]) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
-        _drop_output()
+        terminal.drop(sys.stdout)
         return 0
+    except (ImportError, MemoryError) as error:
+        what = str(error) or "out of memory"
+        terminal.echo_error(UsageError(f"{what}: too little memory, or an installation that is not whole"))
+        if verbose:
+            _trace(error)
+        return 2
     except (ValueError, OSError) as error:
         told: Exception = error
         if isinstance(error, OSError):  # no permission, a full disk
             told = FormatError(_in_words(error))
-            _drop_output()
+            terminal.drop(sys.stdout)
         terminal.echo_error(told)
         if verbose:
             _trace(error)
@@ -77,11 +83,19 @@ def _dispatch(words: list[str]) -> None:
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
 
 
+class _Closed(io.TextIOBase):
+    """In the place of a stdout that the caller has closed: what is printed would be lost."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "stdout is closed: there is nowhere to print to")
+
+
 def _speak_utf8() -> None:
     """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller; print would write to the other one
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as we run)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             try:
@@ -100,14 +114,6 @@ def _in_words(error: OSError) -> str:
         return f"{os.fsdecode(error.filename)} cannot be read or written: {reason}"
     full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     return f"stdout cannot be written: {reason}" if full else reason
-
-
-def _drop_output() -> None:
-    """Have what is still buffered for stdout go nowhere, or Python complains once more at exit."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:  # not a file, in a test or a notebook
-        pass
 
 
 def _trace(error: BaseException) -> None:

@@ -90,21 +90,40 @@ def writer() -> Callable[[str], None]:
 def echo_err(line: str) -> None:
     """A line for stderr, unless --quiet was given."""
     if not _quiet:
-        print(visible(line), file=sys.stderr, flush=True)
+        _tell(visible(line))
+
+
+def _tell(line: str, end: str = "\n") -> None:
+    """Print on stderr; where nobody can read it, what was asked for goes on all the same."""
+    try:
+        print(line, end=end, file=sys.stderr, flush=True)
+    except OSError:  # a full disk, say
+        drop(sys.stderr)
+
+
+def drop(stream: Any) -> None:
+    """Have what is still buffered go nowhere, or Python complains once more at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:  # not a file, in a test or a notebook
+        pass
 
 
 def echo_error(error: Exception) -> None:
     """One line, whatever is in the names and words that it quotes."""
     line = visible(f"error: {' '.join(str(error).splitlines())}")
-    print(f"{_RED}{line}{_PLAIN}" if has_colour(sys.stderr) else line, file=sys.stderr, flush=True)
+    _tell(f"{_RED}{line}{_PLAIN}" if has_colour(sys.stderr) else line)
 
 
 def confirm(question: str) -> bool:
     """Whether somebody at the terminal answers with y; without a terminal there is nobody to ask, and it is yes."""
     if not is_interactive():
         return True
-    print(visible(f"{question} [y/N] "), end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    _tell(visible(f"{question} [y/N] "), end="")
+    answer = sys.stdin.readline().strip()
+    if answer.lower() not in ("y", "yes", "n", "no", ""):  # typed before the question was there
+        echo_err(f"{answer!r} is neither y nor n, so it counts as n, and as nothing else")
+    return answer.lower() in ("y", "yes")
 
 
 def read_stdin() -> bytes:
