@@ -13,7 +13,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from mistral.util.errors import FormatError
 
@@ -103,10 +102,10 @@ class Lines:
         what: the file, for messages.
     """
 
-    def __init__(self, file: BinaryIO, what: str) -> None:
+    def __init__(self, file: io.BufferedReader, what: str) -> None:
         self._file, self._what = file, what
-        mark, self._encoding = _encoding_of(file.read(4))
-        file.seek(len(mark))
+        mark, self._encoding = _encoding_of(file.peek(4)[:4])  # not seek: it may be a pipe
+        file.read(len(mark))
         wide = self._encoding != "utf-8"
         self._text = io.TextIOWrapper(file, encoding=self._encoding, newline="\n") if wide else None
 
