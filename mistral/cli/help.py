@@ -66,7 +66,9 @@ def help_texts(command: Callable[..., None]) -> dict[str, str]:
 def _flag(p: inspect.Parameter, text: str) -> str:
     short = next((f", {short}" for short, name in flags.SHORT.items() if name == p.name), "")
     kind = flags.kind_of(p)
-    notes = {list: ["may be repeated"], dict: ["ID:NUMBER, may be repeated"]}.get(kind, [kind.__name__])
+    notes = {list: [], dict: ["ID:NUMBER"]}.get(kind, [kind.__name__])
+    if kind in flags.REPEATED and "may be repeated" not in text:
+        notes.append("may be repeated")
     other = flags.SHORT.get(f"-{p.name}")
     if other is not None:  # --n is not -n
         notes.append(f"-{p.name} is --{other}")
@@ -74,7 +76,7 @@ def _flag(p: inspect.Parameter, text: str) -> str:
         notes.append("required")
     elif not any(p.default is nothing for nothing in (None, False, ())) and "default:" not in text:
         notes.append(f"default: {p.default}")
-    return f"  {f'--{p.name}{short}':20} {text} ({', '.join(notes)})"
+    return f"  {f'--{p.name}{short}':20} {text}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _text(command: Callable[..., None]) -> str:
