@@ -223,6 +223,7 @@ class Transformer(nn.Module):
     def cache_bytes(self, positions: int) -> int:
         """Bytes of keys and values of one sequence of `positions` in such a cache."""
         return self.args.cache_bytes(positions, str(self.cache_dtype).removeprefix("torch."))
+
     def share_cores(self) -> AbstractContextManager[None]:
         """Around a step and what is chosen from it: fewer threads where others need cores. Here it is nothing."""
         return nullcontext()

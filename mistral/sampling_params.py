@@ -5,6 +5,7 @@ Flags, help texts, ranges, defaults and the fields of saved conversations derive
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -118,11 +119,18 @@ def _number(name: str, value: Any, kind: type, least: float, most: float) -> int
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise SamplingError(f"{name} is {short_repr(value)}; it must be a {'whole ' if kind is int else ''}number")
     number: int | float = value if isinstance(value, int | float) else kind(value)
-    if not number >= least:  # this way round, NaN is refused too
-        raise SamplingError(f"{name} is {short_repr(value)}; it must be at least {least:g}")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise SamplingError(f"{name} is {number}; it must be a finite number")
+    if number < least:
+        raise SamplingError(f"{name} is {short_repr(value)}; it must be at least {_limit(least)}")
     if number > most:
-        raise SamplingError(f"{name} is {short_repr(value)}; it must be at most {most:g}")
+        raise SamplingError(f"{name} is {short_repr(value)}; it must be at most {_limit(most)}")
     return number
+
+
+def _limit(number: float) -> str:
+    """A limit as somebody would write it."""
+    return {LARGEST: "2**63 - 1", -LARGEST: "-(2**63 - 1)"}.get(int(number), f"{number:g}")
 
 
 def _stop(given: object) -> tuple[str, ...]:

@@ -13,10 +13,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.batch.lines import LONGEST, Answered, Line, LineError, id_of, read_line
+from mistral.batch.lines import LONGEST, NOT_JSON, Answered, Line, LineError, id_of, read_line
 from mistral.util.errors import UsageError
-
-BOM = b"\xef\xbb\xbf"
+from mistral.util.files import Lines
 
 
 def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
@@ -71,17 +70,18 @@ def raw_lines(files: Sequence[Path]) -> Iterator[tuple[Place, bytes, str]]:
 
     Raises:
         UsageError: a file cannot be read.
+        FormatError: it is not in the encoding that its byte order mark stands for.
     """
     before: Counter[bytes] = Counter()  # by a digest, which is shorter than most lines
     for path in files:
         try:
             with open(path, "rb") as file:
-                number = 0
-                while text := file.readline(LONGEST + 2):
+                lines, number = Lines(file, str(path)), 0
+                while text := lines.readline(LONGEST + 2):
                     number += 1
-                    while not text.endswith(b"\n") and (rest := file.readline(LONGEST)):
+                    while not text.endswith(b"\n") and (rest := lines.readline(LONGEST)):
                         text = text[: LONGEST + 1] + rest[-1:]
-                    text = text.removeprefix(BOM if number == 1 else b"").strip()
+                    text = text.strip()
                     if text:
                         digest = hashlib.sha256(text).digest()[:12]
                         yield Place(path, number), text, id_of(text, before[digest])
@@ -108,15 +108,25 @@ def index(files: Sequence[Path], answered: Mapping[str, str]) -> Index:
 
     Args:
         answered: ids of lines that an earlier run has answered, by custom_id: they keep it whatever the files' order.
+
+    Raises:
+        UsageError: a file cannot be read, or none of its lines is a JSON object, so that it is something else.
     """
     ids: list[str] = []
     firsts: dict[str, Place] = {}
     repeated: dict[str, str] = {}
+    strange: dict[Path, str] = {}  # by file, what is wrong with its first line, where no other is better
+    sound: set[Path] = set()
     for place, text, line_id in raw_lines(files):
         ids.append(line_id)
         try:
             name = read_line(text, line_id).custom_id
+            sound.add(place.file)
         except LineError as error:
+            if error.code == NOT_JSON:
+                strange.setdefault(place.file, f"line {place.number}: {error.message}")
+            else:
+                sound.add(place.file)
             if error.custom_id is None:
                 continue
             name = error.custom_id
@@ -126,6 +136,9 @@ def index(files: Sequence[Path], answered: Mapping[str, str]) -> Index:
             repeated[line_id] = "that of a line that was answered before"
         else:
             firsts[name] = place
+    for path, why in strange.items():
+        if path not in sound:
+            raise UsageError(f"{path} is no file of requests, a JSON object a line: {why}")
     return Index(frozenset(ids), repeated)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mistral.batch.inputs import Index, index, requests
 from mistral.batch.lines import Answered, Line
 from mistral.batch.output import Output
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 
 Write = Callable[[Answered], None]
@@ -44,9 +45,9 @@ class Progress:
     def describe(self) -> str:
         """In words."""
         seconds = time.monotonic() - self.began
-        failed = f", {self.failed} of them errors" if self.failed else ""
+        failed = f", {self.failed:,} of them {'an error' if self.failed == 1 else 'errors'}" if self.failed else ""
         speed = f", {self.tokens / seconds:.1f} tokens/s" if self.tokens and seconds > 0 else ""
-        return f"{self.done} of {self.total} lines{failed}{speed}"
+        return f"{self.done:,} of {counted(self.total, 'line')}{failed}{speed}"
 
 
 class Job:
@@ -94,7 +95,8 @@ class Job:
         progress.done += 1
         if not answered.ok:
             progress.failed += 1
-            progress.first_error = progress.first_error or f"{answered.custom_id or 'a line'}: {answered.reason}"
+            who = f"{answered.custom_id}: " if answered.custom_id else ""  # the reason names file and line
+            progress.first_error = progress.first_error or who + answered.reason
         elif answered.response is not None:
             progress.tokens += _tokens(answered.response["body"])
         self._tell(progress)
@@ -108,7 +110,7 @@ def _check(found: Index, output: Output) -> None:
         lost = output.earlier.failed - found.ids
         advice = "; --retry drops errors of lines that are mended now" if len(lost) == strange else ""
         raise UsageError(
-            f"{output.path} has answers to {strange} lines that are not in the inputs: give this job another "
+            f"{output.path} has answers to {counted(strange, 'line')} not in the inputs: give this job another "
             f"output{advice}"
         )
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral.util.errors import short_repr
+from mistral.util.files import not_text
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
+NOT_JSON = "invalid_json_line"  # the code of a line that is no JSON object
 LONGEST = 16 << 20  # bytes of a line: as many as the server takes in a body
 
 
@@ -115,13 +117,18 @@ def read_line(text: bytes, line_id: str) -> Line:
         raise LineError("line_too_long", f"it has more than {LONGEST} bytes")
     try:
         fields = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
-        raise LineError("invalid_json_line", f"it is not JSON: {error}"[:300]) from None
+    except UnicodeDecodeError as error:
+        raise LineError(NOT_JSON, f"it is {not_text(error)}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise LineError(NOT_JSON, f"it is not JSON: {error}"[:300]) from None
     if not isinstance(fields, dict):
-        raise LineError("invalid_json_line", "it is no JSON object")
+        raise LineError(NOT_JSON, "it is no JSON object")
     custom_id = fields.get("custom_id")
+    if custom_id is None:
+        raise LineError("missing_required_parameter", "it has no custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise LineError("missing_required_parameter", "it has no custom_id, which must be text")
+        what = f"its custom_id is {short_repr(custom_id)}; it must be text that is not empty"
+        raise LineError("missing_required_parameter", what)
     for name in fields:
         if name not in FIELDS:
             known = ", ".join(FIELDS)

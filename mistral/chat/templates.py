@@ -19,8 +19,8 @@ from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
-from mistral.util.errors import printable, short_repr
-from mistral.util.files import read_limited
+from mistral.util.errors import FormatError, printable, short_repr
+from mistral.util.files import decode_text, read_limited
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
@@ -121,10 +121,13 @@ def find_template(
 def _read(name: str) -> FolderTemplate:
     path = Path(os.path.expanduser(name))
     try:
-        return FolderTemplate(path.name, str(path), read_limited(path, 1_000_000).decode("utf-8-sig"))
+        text = decode_text(read_limited(path, 1_000_000), printable(name))
+    except FormatError as error:
+        raise TemplateError(str(error)) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        reason = getattr(error, "strerror", None) or error
         raise TemplateError(f"{printable(name)} cannot be read: {reason}") from None
+    return FolderTemplate(path.name, str(path), text)
 
 
 def _of_folder(

@@ -16,6 +16,7 @@ from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import default_folder, open_model
 from mistral.cli.terminal import Bar, echo_err
 from mistral.loader.options import LoadOptions
+from mistral.util.english import counted
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
 
@@ -138,14 +139,14 @@ def answer(
         with opened(output) as out:
             known.require_same(out, going_on=True)
     if retry and (dropped := drop_failed(output)):
-        echo_err(f"{dropped} errors of {output} are tried again")
+        echo_err(f"{counted(dropped, 'error')} of {output} {'is' if dropped == 1 else 'are'} tried again")
     with opened(output) as out:
         job = Job(files, out, Report())
         if known is not None:
             known.require_same(out, going_on=job.left > 0)
         if job.left:
             if job.progress.earlier:
-                echo_err(f"{output} has {job.progress.earlier} of {job.progress.total} lines already")
+                echo_err(f"{output} has {job.progress.earlier:,} of {counted(job.progress.total, 'line')} already")
             if elsewhere and out.earlier.fingerprint is not None:
                 echo_err(f"note: {output} has answers of {out.earlier.model}, run here; a server answers the rest")
             with runner() as made:
@@ -172,7 +173,7 @@ def conclude(progress: Progress, output: str) -> None:
     if progress.failed:
         if progress.first_error is not None:
             echo_err(f"the first of this run's errors: {progress.first_error}")
-        raise ChecksFailed(f"{progress.failed} errors in {output}")
+        raise ChecksFailed(f"{counted(progress.failed, 'error')} in {output}")
 
 
 class Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
@@ -92,7 +93,11 @@ def _converse(
     chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message(), **more)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
 
+    @cache
+    def of(adapter: str | None) -> str:
+        return fingerprint(loaded.folder, adapter)
+
     def of_model() -> str:
-        return fingerprint(loaded.folder, only if chat.adapter is None else adapters.get(chat.adapter))
+        return of(only if chat.adapter is None else adapters.get(chat.adapter))
 
     Conversation(chat, of_model, thinking=options.shows_thoughts).run()

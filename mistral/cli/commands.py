@@ -19,13 +19,14 @@ from mistral.cli.serve import serve
 
 
 def completion(shell: str) -> None:
-    """Print a script that makes a shell complete the commands and flags of mistral-ref.
+    """Print a script that makes a shell complete the commands and flags of mistral-ref, the installed command.
 
     eval "$(mistral-ref completion bash)"
     eval "$(mistral-ref completion zsh)"
     python -m main completion fish > ~/.config/fish/completions/mistral-ref.fish
 
     SHELL is bash, zsh or fish. For bash and zsh, put the line into the file that the shell reads when it starts.
+    `python -m main` is not completed: shells know it as python.
     """
     print(script(shell, COMMANDS))
 

@@ -20,6 +20,7 @@ from mistral.cli.terminal import (
     print_stream,
     read_lines,
 )
+from mistral.util.english import counted, did_you_mean
 from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class Conversation:
         elif command.startswith("/"):
             word, _, rest = command.partition(" ")
             if word not in self._commands:
-                raise UsageError(f"no command {word}: /help lists them; // begins a question with a slash")
+                names = [name[1:] for name in self._commands]  # the slash would make all of them alike
+                meant = did_you_mean(word[1:], names, "/") or ": /help lists them"
+                raise UsageError(f"no command {word}{meant}; // begins a question with a slash")
             takes, _, run = self._commands[word]
             if rest.strip() and not takes:
                 raise UsageError(f"{word} takes nothing after it")
@@ -101,7 +104,8 @@ class Conversation:
     def _ask(self, question: str) -> None:
         self._print(lambda progress: self._chat.answer(question, progress))
 
-    def _print(self, begin: Callable[[Progress], Iterator[Piece]]) -> None:
+    def _print(self, begin: Callable[[Progress], Iterator[Piece]]) -> int:
+        """Print an answer as it comes; how many tokens it had."""
         bar = Bar("prompt", "token")
         with Interrupt() as interrupt:
 
@@ -109,11 +113,11 @@ class Conversation:
                 interrupt.check()
                 bar(done, total)
 
-            print_stream(begin(between_steps), more=self._prefilled, thinking=self._thinking)
+            return print_stream(begin(between_steps), more=self._prefilled, thinking=self._thinking)
 
     def _prefilled(self) -> str:
-        cached = f", {self._chat.cached_tokens} cached" if self._chat.cached_tokens else ""
-        return f"; {self._chat.prefilled_tokens} prompt tokens prefilled{cached}"
+        cached = f", {self._chat.cached_tokens:,} cached" if self._chat.cached_tokens else ""
+        return f"; {counted(self._chat.prefilled_tokens, 'prompt token')} prefilled{cached}"
 
     def _help(self, rest: str) -> None:
         for name, (takes, what, _) in self._commands.items():
@@ -122,12 +126,15 @@ class Conversation:
         echo_err(f"{QUOTES:16} begin a question of several lines, which ends with the next {QUOTES}")
 
     def _retry(self, rest: str) -> None:
+        if not self._chat.messages:
+            raise UsageError("there is no question to answer again")
         question = self._chat.undo().content
         echo_err(f"again: {question}")
         self._ask(question)
 
     def _continue(self, rest: str) -> None:
-        self._print(self._chat.resume)
+        if not self._print(self._chat.resume):
+            echo_err("note: nothing was added: the model takes this answer for complete")
 
     def _undo(self, rest: str) -> None:
         echo_err(f"dropped: {self._chat.undo().content}")
@@ -211,5 +218,4 @@ def _file(command: str, name: str) -> str:
 
 
 def _turns(chat: Chat) -> str:
-    n = sum(message.role == "user" for message in chat.messages)
-    return f"{n} turn" if n == 1 else f"{n} turns"
+    return counted(sum(message.role == "user" for message in chat.messages), "turn")

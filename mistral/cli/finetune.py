@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.prompts import default_folder
 from mistral.loader.options import LoadOptions
 from mistral.train.options import TrainOptions
+from mistral.util.english import counted
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -59,29 +61,39 @@ def finetune(
     """
     with keeping_interrupts():
         from mistral.train.run import finetune as run
-    with _Stop() as stop, _Line() as line:
-        finished = run(
-            default_folder(folder),
-            data,
-            out,
-            options=train,
-            load=options,
-            eval_data=eval_data,
-            merge=merge,
-            resume=resume,
-            say=terminal.echo_err,
-            on_report=line.report,
-            should_stop=lambda: stop.asked,
-        )
+    line = _Line()
+    stop = _Stop(line)
+    try:
+        with stop, line:
+            finished = run(
+                default_folder(folder),
+                data,
+                out,
+                options=train,
+                load=options,
+                eval_data=eval_data,
+                merge=merge,
+                resume=resume,
+                say=terminal.echo_err,
+                on_report=line.report,
+                should_stop=lambda: stop.asked,
+            )
+    except KeyboardInterrupt:
+        if stop.asked and not stop.at_once:
+            terminal.echo_err(
+                f"saved after step {line.step} in {out}; the same command with --resume goes on from there"
+            )
+        raise
     for note in finished.notes:
         terminal.echo_err(f"note: {note}")
     held = ""
     if finished.eval_losses is not None:
         held = "; held out {:.4f} to {:.4f}".format(*finished.eval_losses)
     progress = finished.progress
+    means = " (means of the first and the last tenth of the steps)" if progress.step >= 20 else ""
     terminal.echo_err(
-        f"{progress.step} steps, {progress.tokens:,} tokens in {progress.seconds:.0f} s; "
-        f"loss {finished.losses[0]:.4f} to {finished.losses[1]:.4f}{held}"
+        f"{counted(progress.step, 'step')}, {counted(progress.tokens, 'token')} in {progress.seconds:.0f} s; "
+        f"loss {finished.losses[0]:.4f} to {finished.losses[1]:.4f}{means}{held}"
     )
     print(finished.out)
 
@@ -89,8 +101,9 @@ def finetune(
 class _Stop:
     """Ctrl-C while training: the first saves after the step that is running, a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, line: _Line) -> None:
+        self.asked = self.at_once = False
+        self._line = line
         self._before: Any = None
 
     def __enter__(self) -> _Stop:
@@ -102,8 +115,10 @@ class _Stop:
 
     def _hit(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
+            self.at_once = True
             raise KeyboardInterrupt
         self.asked = True
+        self._line.end()
         terminal.echo_err("stopping after this step; --resume goes on (Ctrl-C again: at once, without saving)")
 
 
@@ -111,6 +126,7 @@ class _Line:
     """Progress: a bar at a terminal, else a line on stderr now and then."""
 
     def __init__(self) -> None:
+        self.step = 0  # the last one that is done
         self._bar: Any = None
         self._last = time.monotonic()
 
@@ -121,13 +137,22 @@ class _Line:
         if self._bar is not None:
             self._bar.close()
 
+    def end(self) -> None:
+        """Have what is printed next begin a line of its own, where a bar is shown."""
+        if self._bar is not None and not self._bar.disable:
+            print(file=sys.stderr, flush=True)
+
     def report(self, report: Report) -> None:
         from tqdm import tqdm
 
+        self.step = report.step
         held = "" if report.eval_loss is None else f", held out {report.eval_loss:.3f}"
         text = f"loss {report.loss:.3f}{held}, {report.rate:.0f} tokens/s"
         if self._bar is None:
-            self._bar = tqdm(total=report.steps, initial=report.step - 1, desc="training", unit="step", disable=None)
+            # What matters comes first: a narrow terminal cuts off the end.
+            shown = "step {n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"
+            first = report.step - 1
+            self._bar = tqdm(total=report.steps, initial=first, bar_format=shown, dynamic_ncols=True, disable=None)
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(report.step - self._bar.n)
         now = time.monotonic()

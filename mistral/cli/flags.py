@@ -7,7 +7,6 @@ line that it cannot misread.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mistral.util.english import did_you_mean
 from mistral.util.errors import UsageError
 from mistral.util.flat import parcels_of
 
@@ -69,8 +69,9 @@ def parse(
     """
     parameters = {p.name: p for p in inspect.signature(command).parameters.values() if kind_of(p)}
     given, positionals = _split(words, parameters)
+    literal = words[words.index("--") + 1 :] if "--" in words else ()
     _check_parcels(command, given)
-    for name, value in _place(positionals, parameters, given, disambiguate).items():
+    for name, value in _place(positionals, parameters, given, disambiguate, literal).items():
         given[name] = value
     needed = [p for p in parameters.values() if p.default is p.empty and p.name not in given]
     missing = [f"--{p.name}" if p.kind is p.KEYWORD_ONLY else p.name.upper() for p in needed]
@@ -156,8 +157,9 @@ def _place(
     parameters: dict[str, inspect.Parameter],
     given: dict[str, Any],
     disambiguate: Callable[[str], str] | None,
+    literal: Sequence[str],
 ) -> dict[str, Any]:
-    """The words that are no flags, by the parameters whose places they take."""
+    """The words that are no flags, by the parameters whose places they take; `literal` are those behind `--`."""
     places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     free = [p for p in places if p.name not in given]
     if disambiguate and len(positionals) == 1 and len(free) == len(places):
@@ -171,8 +173,17 @@ def _place(
     else:
         found = {}
     if len(positionals) > len(free):
-        raise UsageError(f"unexpected argument {positionals[len(free)]!r} (quote a prompt that contains spaces)")
+        extra = positionals[len(free)]
+        flag = next((word for word in literal if _is_flag(word, parameters)), None)
+        why = "quote a prompt that contains spaces" if flag is None else f"{flag} is behind --: flags go before it"
+        raise UsageError(f"unexpected argument {extra!r} ({why})")
     return found | {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
+
+
+def _is_flag(word: str, parameters: Collection[str]) -> bool:
+    """Whether a word would be a flag, were it not behind `--`."""
+    name = word.partition("=")[0]
+    return SHORT.get(name, "") in parameters or (name[:2] == "--" and name[2:].replace("-", "_") in parameters)
 
 
 def _check_parcels(command: Callable[..., None], given: dict[str, Any]) -> None:
@@ -229,8 +240,8 @@ def convert(what: str, text: str, kind: Any) -> Any:
 def _suggestion(name: str, parameters: Iterable[str]) -> str:
     if name in RENAMED:
         return f": use {RENAMED[name]}"
-    close = difflib.get_close_matches(name, [*parameters, *COMMON], n=1)
-    return f"; did you mean --{close[0]}?" if close else "; see --help, and put -- before a prompt that begins so"
+    meant = did_you_mean(name, [*parameters, *COMMON, *SHORT_FORMS], "--")
+    return meant or "; see --help, and put -- before a prompt that begins so"
 
 
 def take_common(words: Sequence[str]) -> tuple[list[str], set[str]]:

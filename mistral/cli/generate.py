@@ -17,11 +17,13 @@ from mistral.cli.prompts import (
     note_if_instruct,
     open_model,
     read_prompts,
+    require_known_ids,
+    require_there,
     template_of,
 )
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError, short_repr
+from mistral.util.errors import FormatError, UsageError, short_repr
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -117,10 +119,7 @@ def complete(
     chat.require_instruct()
     if chat.instruct and suffix is not None:
         raise UsageError("--suffix and --instruct: give one of them")
-    from mistral.formats.hub import is_hub_id
-
-    if folder is not None and not os.path.exists(folder) and not is_hub_id(folder):  # before stdin is waited for
-        raise UsageError(f"no such folder: {folder}")
+    require_there(folder, prompt)
     schema = None if json_schema is None else _read_schema(json_schema)
     asked = read_prompts(prompt, suffix, file)
     loaded = open_model(folder, options)
@@ -128,6 +127,7 @@ def complete(
         params = _constrained(params, schema, loaded)
     template = template_of(loaded, chat.template) if chat.instruct else None
     note_if_instruct(loaded, chat)
+    require_known_ids(asked, loaded.args.vocab_size)
     prompts = as_ids(asked, loaded, template, chat)
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
@@ -153,10 +153,12 @@ def _read_schema(file: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from mistral.util.files import read_limited
+    from mistral.util.files import decode_text, read_limited
 
     try:
-        schema = json.loads(read_limited(Path(os.path.expanduser(file)), 1_000_000).decode("utf-8-sig"))
+        schema = json.loads(decode_text(read_limited(Path(os.path.expanduser(file)), 1_000_000), file))
+    except FormatError:
+        raise
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

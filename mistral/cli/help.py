@@ -38,8 +38,9 @@ def of_command(name: str, command: Callable[..., None]) -> str:
     places = [named[p] if p in required else f"[{named[p]}]" for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     places += [f"--{p.name} {p.name.upper()}" for p in required if p.kind is p.KEYWORD_ONLY]
     lines = [f"usage: {PROGRAM} {name} {' '.join(places)} [flags]".replace("  ", " "), ""]
-    lines += [_text(command).replace("python -m main", PROGRAM), "", "flags:"]
+    lines += [_text(command).replace("python -m main", PROGRAM)]
     texts = help_texts(command)
+    lines += ["", "flags:"] if any(p.kind is p.KEYWORD_ONLY for p in parameters) else []
     for p in parameters:
         if p.kind is p.KEYWORD_ONLY:
             lines.append(_flag(p, texts[p.name], [p.name for p in parameters]))
@@ -62,12 +63,17 @@ def help_texts(command: Callable[..., None]) -> dict[str, str]:
 def _flag(p: inspect.Parameter, text: str, names: Collection[str]) -> str:
     short = next((f", {short}" for short, _ in flags.SHORT if flags.long_of(short, names) == p.name), "")
     kind = flags.kind_of(p)
-    notes = [{list: "may be repeated", dict: "ID:NUMBER, may be repeated"}.get(kind, kind.__name__)]
+    notes = {list: [], dict: ["ID:NUMBER"]}.get(kind, [kind.__name__])
+    if kind in flags.REPEATED and "may be repeated" not in text:
+        notes.append("may be repeated")
+    other = flags.SHORT.get(f"-{p.name}")
+    if other is not None:  # --n is not -n
+        notes.append(f"-{p.name} is --{other}")
     if p.default is p.empty:
         notes.append("required")
     elif not any(p.default is nothing for nothing in (None, False, ())) and "default:" not in text:
         notes.append(f"default: {p.default}")
-    return f"  {f'--{p.name}{short}':20} {text} ({', '.join(notes)})"
+    return f"  {f'--{p.name}{short}':20} {text}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _text(command: Callable[..., None]) -> str:

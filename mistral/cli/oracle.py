@@ -7,9 +7,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
-from mistral.cli.prompts import PromptLine, model_of, one_line, open_model, read_file, read_prompts
+from mistral.cli.prompts import (
+    PromptLine,
+    model_of,
+    one_line,
+    open_model,
+    read_file,
+    read_prompts,
+    require_known_ids,
+    require_there,
+)
 from mistral.fast.layout import QUANTS
 from mistral.loader.options import DTYPE_NAMES, LoadOptions
+from mistral.util.english import counted
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
 
@@ -98,7 +108,7 @@ def pack(
         bar = terminal.Bar("packing", "step")
         written = packing.pack(found, output, prompts, top=top, weights=weights, progress=bar)
         note = inside(found.args, [len(p) for p in prompts])
-    terminal.echo_err(f"wrote {written}: {len(prompts)} prompts, {written.stat().st_size / 1e6:.1f} MB")
+    terminal.echo_err(f"wrote {written}: {counted(len(prompts), 'prompt')}, {written.stat().st_size / 1e6:.1f} MB")
     if note:
         terminal.echo_err(f"note: {note}: --full uses longer ones")
 
@@ -227,7 +237,7 @@ def mutants(
             prompts = _prompts(found, file, full, seed)
         wanted = mutant or list(MUTANTS)
         written = write(found, prompts, output, wanted, terminal.Bar("injecting", "mutant"))
-    terminal.echo_err(f"wrote {len(written)} files in {output}: {', '.join(written)}")
+    terminal.echo_err(f"wrote {counted(len(written), 'file')} in {output}: {', '.join(written)}")
     if left := [name for name in wanted if f"{name}.npz" not in written]:
         terminal.echo_err(f"note: these change nothing on this model and these prompts: {', '.join(left)}")
 
@@ -286,15 +296,18 @@ def trace(
         return
     if chunk_size is not None or window is not None:
         raise UsageError("--chunk_size and --window belong to --plan; activations are those of one forward")
+    require_there(folder, prompt)
     asked = read_prompts(prompt, None, file)
     loaded = open_model(folder, replace(options, max_batch_size=len(asked)))
+    require_known_ids(asked, loaded.args.vocab_size)
     from mistral.oracle.trace import write
 
     assert output is not None
     prompts = _ids(asked, loaded.tokenizer, file)
     written, names = write(loaded, prompts, output)
     count = sum(map(len, prompts))
-    terminal.echo_err(f"wrote {written}: {names} activations of {count} ids, {written.stat().st_size / 1e6:.1f} MB")
+    what = f"{counted(names, 'activation')} of {counted(count, 'id')}"
+    terminal.echo_err(f"wrote {written}: {what}, {written.stat().st_size / 1e6:.1f} MB")
 
 
 def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:
@@ -316,6 +329,8 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
         if found is None:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
         tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+    if found is not None:
+        require_known_ids(asked, found.args.vocab_size)
     return _ids(asked, tokenizer, file)
 
 

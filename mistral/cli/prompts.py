@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
-from mistral.util.errors import MistralError, UsageError
+from mistral.util.errors import MistralError, UsageError, short_repr
 from mistral.util.files import decode_text, plain_ends
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ def default_folder(folder: str | None) -> str | None:
     named = os.environ.get("MISTRAL_MODEL")
     if folder is not None or not named:
         return folder
+    from mistral.formats.folder import nothing_at
     from mistral.formats.hub import is_hub_id
 
     if not os.path.lexists(named) and not is_hub_id(named):
-        raise UsageError(f"no such folder: {named}, which the variable MISTRAL_MODEL names: mend it, or unset it")
+        raise UsageError(f"{nothing_at(named)}, which the variable MISTRAL_MODEL names: mend it, or unset it")
     return named
 
 
@@ -67,12 +68,14 @@ class PromptLine:
     Args:
         suffix: the text that follows it, for fill-in-the-middle.
         max_tokens, adapter: its own, where it has any.
+        where: the file and the line that it is from, for messages; "" where there is no file.
     """
 
     prompt: Any
     suffix: str | None = None
     max_tokens: int | None = None
     adapter: str | None = None
+    where: str = ""
 
 
 def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
@@ -109,14 +112,14 @@ def read_file(file: str) -> list[PromptLine]:
     if stored is not None:
         return [PromptLine(stored)]
     lines = enumerate(plain_ends(_decoded(file)).split("\n"), 1)
-    plain = file.lower().endswith(".txt")
+    plain, name = file.lower().endswith(".txt"), "stdin" if file == "-" else file
     found = [
-        PromptLine(line) if plain else _one_prompt(line, f"{file} line {number}")
+        PromptLine(line, where=f"{name} line {number}") if plain else _one_prompt(line, f"{name} line {number}")
         for number, line in lines
         if line.strip()
     ]
     if not found:
-        raise UsageError(f"no prompts in {file}: it has no line that is not empty")
+        raise UsageError(f"no prompts in {name}: it has no line that is not empty")
     return found
 
 
@@ -125,6 +128,8 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
+        if where.startswith("stdin "):
+            plain += "; without --file, all of stdin is one prompt"
         raise UsageError(f"{where} is not JSON: {error}{plain}") from None
     if not isinstance(entry, dict):
         entry = {"prompt": entry}
@@ -143,7 +148,7 @@ def _one_prompt(line: str, where: str) -> PromptLine:
         raise UsageError(f"{where}: max_tokens must be a whole number, at least 0, not {limit!r}")
     if not isinstance(adapter, str | None):
         raise UsageError(f"{where}: adapter must be the name of one")
-    return PromptLine(prompt, suffix, limit, adapter)
+    return PromptLine(prompt, suffix, limit, adapter, where)
 
 
 def read_text(file: str | None) -> str:
@@ -166,6 +171,35 @@ def _decoded(file: str | None) -> str:
         if isinstance(error, MistralError):
             raise
         raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def require_there(folder: str | None, prompt: str | None) -> None:
+    """Refuse a folder that cannot be found anywhere, before stdin is waited for.
+
+    Raises:
+        UsageError: there is none, and it is no id of the hub; it may be part of a prompt that was not quoted.
+    """
+    from mistral.formats.folder import nothing_at
+    from mistral.formats.hub import is_hub_id
+
+    if folder is None or os.path.exists(folder) or is_hub_id(folder):
+        return
+    unquoted = prompt is not None and "/" not in folder and not is_gguf_name(folder)
+    two = f" (of two words the first is the folder, and the second, {short_repr(prompt)}, the prompt)"
+    raise UsageError(nothing_at(folder) + two * unquoted)
+
+
+def require_known_ids(asked: list[PromptLine], vocab_size: int) -> None:
+    """Refuse the ids of a file that the model does not have.
+
+    Raises:
+        UsageError: it names the line.
+    """
+    for one in asked:
+        if isinstance(one.prompt, list) and one.where:
+            wrong = next((i for i in one.prompt if not 0 <= i < vocab_size), None)
+            if wrong is not None:
+                raise UsageError(f"{one.where} has the id {wrong}, outside the vocabulary of {vocab_size}")
 
 
 def template_of(loaded: Loaded, name: str | None) -> Template:
@@ -249,7 +283,9 @@ def folder_or_prompt(word: str) -> str:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():
         return "folder"
     if terminal.stdin_has_data():
-        raise UsageError(f"no such folder: {word} (or, as the prompt: nothing on stdin beside it)")
+        raise UsageError(
+            f"no such folder: {word}, in which to continue the text on stdin; if {word} is the prompt, add < /dev/null"
+        )
     terminal.echo_err(f"note: there is no folder {word!r} here, so it is the prompt")
     return "prompt"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import io
 import logging
@@ -12,7 +11,8 @@ import sys
 from mistral import __version__
 from mistral.cli import flags, help, terminal
 from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED
-from mistral.util.errors import ChecksFailed, MistralError, UsageError
+from mistral.util.english import did_you_mean
+from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError
 
 
 def run(words: list[str]) -> int:
@@ -27,13 +27,14 @@ def run(words: list[str]) -> int:
     try:
         words, common = flags.take_common(words)
         verbose = "verbose" in common
+        code = 0
         with terminal.quietly("quiet" in common):
-            _dispatch(words)
+            try:
+                _dispatch(words)
+            except ChecksFailed as failed:
+                code = failed.exit_code
             sys.stdout.flush()
-        return 0
-    except ChecksFailed as failed:
-        sys.stdout.flush()
-        return failed.exit_code
+        return code
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
         terminal.drop(sys.stdout)
         return 0
@@ -44,9 +45,11 @@ def run(words: list[str]) -> int:
             _trace(error)
         return 2
     except (ValueError, OSError) as error:
+        told: Exception = error
         if isinstance(error, OSError):  # no permission, a full disk
+            told = FormatError(_in_words(error))
             terminal.drop(sys.stdout)
-        terminal.echo_error(error)
+        terminal.echo_error(told)
         if verbose:
             _trace(error)
         return error.exit_code if isinstance(error, MistralError) else 2
@@ -67,8 +70,7 @@ def _dispatch(words: list[str]) -> None:
     if name in RENAMED:
         raise UsageError(f"the command {name} is now called {RENAMED[name]}")
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": {', '.join(COMMANDS)}; see --help"
+        hint = did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
         raise UsageError(f"no command {name!r}{hint}")
     command = COMMANDS[name]
     before_prompt = rest[: rest.index("--")] if "--" in rest else rest
@@ -100,6 +102,18 @@ def _speak_utf8() -> None:
                 stream.reconfigure(encoding="utf-8", errors=errors)
             except io.UnsupportedOperation:  # a caller in Python has already read from it
                 pass
+
+
+def _in_words(error: OSError) -> str:
+    """What an error of the system means that nobody has put into words: which file it is about.
+
+    Files are written by what names them in its errors; only stdout has no name.
+    """
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be read or written: {reason}"
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return f"stdout cannot be written: {reason}" if full else reason
 
 
 def _trace(error: BaseException) -> None:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli import flags
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError
+from mistral.util.english import did_you_mean
+from mistral.util.errors import UsageError, short_repr
 
 if TYPE_CHECKING:
     from mistral.chat.conversation import Chat
 
 # What a conversation has no use for.
 OMITTED = ("n", "top_logprobs")
+OF_THOUGHTS = ("thinking", "reasoning_effort")  # the conversation's own, of models that think before they answer
 USUAL = ("max_tokens", "temperature", "top_p", "seed")
 
 
@@ -33,8 +35,12 @@ def change(chat: Chat, name: str, text: str) -> None:
         UsageError: an unknown name, or a value that cannot be.
     """
     kinds = _kinds()
-    if name not in kinds or not text:
-        raise UsageError(f"/set needs a name and a value: {', '.join(kinds)}, thinking, reasoning_effort")
+    names = (*kinds, *OF_THOUGHTS)
+    known = ", ".join(names)
+    if name and name not in kinds:
+        raise UsageError(f"/set knows no {short_repr(name)}{did_you_mean(name, names) or f': {known}'}")
+    if not text:
+        raise UsageError(f"/set needs a value for {name}" if name else f"/set needs a name and a value: {known}")
     value: Any = () if kinds[name] in flags.REPEATED and text == "-" else flags.convert(name, text, kinds[name])
     if kinds[name] in flags.REPEATED and value:
         value = (value,)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
 from mistral.cli.wrapping import Wrapped
+from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -309,8 +310,10 @@ class Thoughts:
 
 def print_stream(
     pieces: Iterable[Piece], echo: str = "", more: Callable[[], str] = str, *, thinking: bool = True
-) -> None:
+) -> int:
     """Text on stdout as it is generated, `echo` first; then how fast, on stderr, also after Ctrl-C.
+
+    Returns how many tokens were generated.
 
     Args:
         more: what else to report at the end.
@@ -341,11 +344,11 @@ def print_stream(
     rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
     wait = f"; first after {first - began:.2f} s" if generated else ""
     where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
-    echo_err(
-        f"[{generated} tokens{f', {thought} of them thought' if thought else ''}{rate}{wait}{more()}; {reason}{where}]"
-    )
+    of_them = f", {thought} of them thought" if thought else ""
+    echo_err(f"[{counted(generated, 'token')}{of_them}{rate}{wait}{more()}; {reason}{where}]")
     if interrupt:
         raise interrupt
+    return generated
 
 
 def stdin_has_data() -> bool:

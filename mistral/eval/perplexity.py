@@ -12,6 +12,7 @@ from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.util import memory
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 
 
@@ -61,7 +62,7 @@ def perplexity(
         OutOfMemory: the cache does not fit the memory left.
     """
     if len(ids) < 2:
-        raise UsageError(f"{len(ids)} tokens: there is nothing to predict in fewer than 2")
+        raise UsageError(f"{counted(len(ids), 'token')}: there is nothing to predict in fewer than 2")
     if chunk_size < 1:
         raise UsageError(f"chunk_size is {chunk_size}; it must be at least 1")
     wrong = next((i for i in ids if not 0 <= i < model.args.vocab_size), None)

@@ -7,6 +7,7 @@ OpenMP there are no kernels, which costs speed and nothing else.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -179,6 +180,14 @@ def _intact(library: Path) -> bool:
         return False
 
 
+def _reason(told: str) -> str:
+    """The line of a compiler that says most about why it failed: a full disk, else its first error, not the last."""
+    lines = [line.strip() for line in told.splitlines()]
+    full = [line for line in lines if os.strerror(errno.ENOSPC) in line]
+    errors = [line for line in lines if "error" in line or "failed" in line]
+    return next((line for line in (*full, *errors, *lines) if not line.startswith("collect2")), "".join(lines[:1]))
+
+
 def _compile(compiler: list[str], library: Path) -> None:
     """Build beside the library's place and move it there whole."""
     try:
@@ -194,8 +203,8 @@ def _compile(compiler: list[str], library: Path) -> None:
                 stdin=subprocess.DEVNULL,
             )
             if done.returncode:
-                reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-                raise KernelsUnavailable(f"{compiler[0]} cannot build them: {reason.strip()}")
+                reason = _reason(done.stderr) or f"exit {done.returncode}"
+                raise KernelsUnavailable(f"{compiler[0]} cannot build them: {reason}")
             if not built.exists():
                 raise KernelsUnavailable(f"{compiler[0]} made no library")
             digest = _digest(built)

@@ -18,6 +18,7 @@ from mistral.formats.huggingface import NAMES, to_hf, to_mistral
 from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.text_inside import VISION, alone
 from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
+from mistral.util.english import counted
 from mistral.util.errors import FormatError, printable, short_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
@@ -102,7 +103,7 @@ class Adapter:
         layers = len({name.split(".")[1] for name in self.pairs if name.startswith("layers.")})
         return (
             f"{'DoRA' if self.dora else 'LoRA'} of {FORMS[self.form]}, rank {join(map(str, ranks))}, "
-            f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)} in {layers} layers"
+            f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)} in {counted(layers, 'layer')}"
         )
 
 

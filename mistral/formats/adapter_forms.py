@@ -36,6 +36,7 @@ from mistral.formats.mistral import to_args
 from mistral.formats.weights import some_names
 from mistral.formats.writer import as_json, write_text
 from mistral.parameters import parameters
+from mistral.util.english import counted
 from mistral.util.errors import ConvertError, MistralError
 from mistral.util.files import folder_atomic
 
@@ -64,7 +65,8 @@ class ConvertedAdapter:
 
     def describe(self) -> str:
         """One line: what was written, and where."""
-        return f"{self.path}: an adapter of {self.matrices} matrices in the form of {FORMS[self.form]}"
+        what = counted(self.matrices, "matrix", "matrices")
+        return f"{self.path}: an adapter of {what} in the form of {FORMS[self.form]}"
 
 
 def convert_adapter(

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import read_folder
+from mistral.formats.gguf import BlockReader
 from mistral.formats.releases import COMPARED
 from mistral.formats.tokenizers import tokenizer_content
+from mistral.formats.weights import WeightFiles
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fingerprint(folder: Path, adapter: str | None = None) -> str:
@@ -30,8 +36,7 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
     tied = {OUTPUT} if found.args.tied_embeddings and EMBEDDINGS in found.weights.tensors else set()
     for name in sorted(found.weights.tensors.keys() | tied):
         if name not in turning:
-            tensor = found.weights.get(EMBEDDINGS if name in tied else name)
-            row = tensor if tensor.dim() == 1 else tensor[0]
+            row = _first_row(found.weights, EMBEDDINGS if name in tied else name)
             digest.update(name.encode() + row.float().numpy().tobytes())
     digest.update(tokenizer_content(found.path))
     if adapter is not None:
@@ -40,3 +45,12 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
         for name in sorted(lora.weights.tensors):
             digest.update(name.encode() + lora.weights.get(name)[0].float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_row(weights: WeightFiles, name: str) -> Tensor:
+    """A tensor's first row, or a vector whole; of blocks of few bits no other row is widened."""
+    reader = weights.readers[name]
+    if isinstance(reader, BlockReader) and len(weights.tensors[name].shape) > 1:
+        return weights.read(reader.first, name)
+    tensor = weights.get(name)
+    return tensor if tensor.dim() == 1 else tensor[0]

@@ -18,6 +18,7 @@ from mistral.formats.quantized import ACTIVATIONS
 from mistral.formats.releases import identify
 from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
+from mistral.util.english import counted
 from mistral.util.errors import FormatError
 
 OLDER = "its 4-bit weights have no minima, as int4 was at first: convert the model that they were made from again"
@@ -72,7 +73,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     """
     path = Path(folder)
     if not os.path.exists(path):  # not Path.exists, which raises where a name is too long
-        raise FormatError(f"no such folder: {path}")
+        raise FormatError(nothing_at(path))
     try:
         layout, notes = find_layout(path)
         path = layout.place(path)
@@ -94,6 +95,12 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
     return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older), quant)
+
+
+def nothing_at(path: str | PathLike[str]) -> str:
+    """That there is nothing at a path, in a sentence: no file where a name is that of one, else no folder."""
+    files = (".gguf", ".safetensors", ".pth")
+    return f"no such {'file' if str(path).lower().endswith(files) else 'folder'}: {path}"
 
 
 def with_window(folder: Folder, window: int | None) -> Folder:
@@ -124,11 +131,11 @@ def _without(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[st
     scales = [name for name in weights.tensors if name not in set(seeing) and ACTIVATIONS.fullmatch(name)]
     notes = []
     if seeing:
-        what = f"{len(seeing)} tensors that read images ({some_names(seeing)})"
-        notes.append(f"{what} are left aside: this is the text model alone")
+        what = f"{counted(len(seeing), 'tensor')} of the part that reads images ({some_names(seeing)})"
+        notes.append(f"left aside: {what}: this is the text model alone")
     if scales:
-        what = f"{len(scales)} tensors that scale activations ({some_names(scales)})"
-        notes.append(f"{what} are left aside: activations, keys and values are not quantized here")
+        what = f"{counted(len(scales), 'tensor')} of scales for activations ({some_names(scales)})"
+        notes.append(f"left aside: {what}: activations, keys and values are not quantized here")
     gone = {*seeing, *scales}
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in gone}
     readers = {name: reader for name, reader in weights.readers.items() if name not in gone}

@@ -360,6 +360,13 @@ class BlockReader:
 
         return dequantize(self._mapped(None), self.kind, self.tensor.shape, progress=progress)
 
+    def first(self) -> Tensor:
+        """What it has at index 0 of its first dimension, in fp32; nothing else is read."""
+        from mistral.quant.ggml import dequantize
+
+        rows, *rest = self.tensor.shape
+        return dequantize(self._mapped(None)[: self.tensor.nbytes // rows], self.kind, tuple(rest))
+
     def raw(self, progress: Progress = None) -> Tensor:
         """Its blocks as they lie in the file, [nbytes] uint8."""
         return self._mapped(progress)

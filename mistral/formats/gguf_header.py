@@ -187,6 +187,8 @@ def _read_one(path: Path) -> tuple[Metadata, dict[str, GgufTensor]]:
         start = file.read(24)
         if start[:4] == POINTER:
             raise _Broken("it is the pointer that Git LFS leaves in its place: run git lfs pull")
+        if not start:
+            raise _Broken("it is empty")
         if start[:4] != MAGIC:
             raise _Broken("it does not begin with GGUF")
         if len(start) < 24:

@@ -22,12 +22,16 @@ from mistral.formats.elsewhere import kind_of
 from mistral.formats.layout import Layout
 from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
+from mistral.util.english import counted
 from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
 
 PART = r"[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?"
-ID = re.compile(rf"(?![^@:]*(--|\.\.|\.git(@|$))){PART}/{PART}(@[^\s:]+)?(:[\w.-]+)?", re.ASCII)
+# What ends as a file does is no repository.
+ID = re.compile(
+    rf"(?![^@:]*(--|\.\.|\.(git|gguf|safetensors|pth|jsonl?|txt)(@|$))){PART}/{PART}(@[^\s:]+)?(:[\w.-]+)?", re.ASCII
+)
 # What is fetched besides weights: shape, tokenizer, templates and what people should read; never code.
 WANTED = re.compile(
     r"(params|config|generation_config)\.json"
@@ -164,8 +168,9 @@ def _cached(repo: str, revision: str | None, kind: str, reason: str) -> Path:
                 return folder
             has = "only part of"
     at = f" at {revision}" if revision else ""
-    advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "try again with a network"
-    raise HubError(f"the hub cannot be reached ({reason}), and {constants.HF_HUB_CACHE} has {has} {repo}{at}: {advice}")
+    advice = "unset it" if reason.startswith("HF_HUB_OFFLINE") else "check the name, or try again with a network"
+    unknown = f"no such folder: {repo}; and the hub cannot be reached ({reason})"
+    raise HubError(f"{unknown}, and {constants.HF_HUB_CACHE} has {has} {repo}{at}: {advice}")
 
 
 def _cached_gguf(repo: str, revision: str | None, kind: str) -> Path | None:
@@ -251,7 +256,7 @@ def _unsupported(repo: str, names: Collection[str]) -> str:
     expected = "expected consolidated.safetensors with params.json, or model.safetensors with config.json"
     if what := kind_of(names):
         return f"{repo} has no weights that are read here ({expected}), but {what}"
-    shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    shown = ", ".join(sorted(names)[:3]) + (f" and {counted(len(names) - 3, 'more file')}" if len(names) > 3 else "")
     return f"{repo} is no model that is read here: {expected}, but it has {shown or 'no files'}"
 
 

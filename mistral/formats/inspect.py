@@ -93,7 +93,10 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "template": _template(path, tokenizer, release),
         "memory": {
-            "weights": {dtype: _weight_bytes(found, found.quant, n) for dtype, n in ITEMSIZE.items()},
+            "weights": {
+                dtype: _weight_bytes(found, found.quant, _rest_itemsize(found) if found.quant else n)
+                for dtype, n in ITEMSIZE.items()
+            },
             "quantized": _quantized_bytes(found),
             "blocks": _blocks(found),
             "cache": [
@@ -112,11 +115,13 @@ def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:
 
 def _quantized_bytes(found: Folder) -> dict[str, int]:
     """What the weights take with --quant, which leaves norms, and embeddings that are not tied, as they are stored."""
-    if found.quant is not None:
-        return {}
+    return {} if found.quant is not None else {q: _weight_bytes(found, q, _rest_itemsize(found)) for q in QUANTS}
+
+
+def _rest_itemsize(found: Folder) -> int:
+    """Bytes of a number of what stays as it is stored beside quantized weights: embeddings and norms."""
     embeddings = found.weights.tensors[EMBEDDINGS]
-    itemsize = embeddings.nbytes // embeddings.parameters if not embeddings.widened else 4
-    return {quant: _weight_bytes(found, quant, itemsize) for quant in QUANTS}
+    return embeddings.nbytes // embeddings.parameters if not embeddings.widened else 4
 
 
 def _blocks(found: Folder) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 from mistral.formats.adapter import CONFIG, FORMS, is_adapter, read_adapter
 from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
+from mistral.util.english import counted
 
 
 def is_one(path: str | PathLike[str]) -> bool:
@@ -53,7 +54,7 @@ def as_text(told: dict[str, Any]) -> str:
         "base": base,
         "rank": " and ".join(map(str, told["ranks"])),
         "scale": " and ".join(f"{scale:g}" for scale in told["scales"]),
-        "changes": f"{told['matrices']} matrices: {', '.join(told['targets'])}",
+        "changes": f"{counted(told['matrices'], 'matrix', 'matrices')}: {', '.join(told['targets'])}",
         "parameters": f"{told['parameters'] / 1e6:,.1f} M, stored as {' and '.join(told['dtypes'])}, "
         f"{memory.as_text(told['bytes'])}",
     }

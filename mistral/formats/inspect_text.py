@@ -8,6 +8,7 @@ from typing import Any
 from mistral.formats.layouts import LAYOUTS
 from mistral.formats.weights import file_names
 from mistral.util import memory
+from mistral.util.english import counted
 
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 
@@ -28,7 +29,7 @@ def as_text(report: dict[str, Any]) -> str:
         reason = (
             "until it has a tokenizer"
             if report["tokenizer"]["error"]
-            else "which does not read the quantized weights of this library"
+            else "because it does not read the quantized weights of this library"
         )
         lines += ["", f"not served by vLLM {reason}"]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
@@ -46,8 +47,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "release": "none that is known" if release is None else " or ".join(release["variants"]),
         "layout": f"{layout.title}: " + ", ".join((*shape_files, file_names(weights))),
         "parameters": f"{report['parameters'] / 1e6:,.1f} M, stored as {_counted(report['dtypes'])}",
-        "shape": f"dim {shape['dim']}, {shape['n_layers']} layers, hidden_dim {shape['hidden_dim']}, "
-        f"{shape['n_heads']} heads of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
+        "shape": f"dim {shape['dim']}, {counted(shape['n_layers'], 'layer')}, hidden_dim {shape['hidden_dim']}, "
+        f"{counted(shape['n_heads'], 'head')} of {shape['head_dim']} with {shape['n_kv_heads']} for keys and values, "
         f"vocabulary {shape['vocab_size']}",
         **_parts(report),
         "window": f"{report['window']['text']}{each} ({report['window']['rule']})",

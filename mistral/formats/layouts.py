@@ -23,6 +23,8 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
         ParamsError: nothing gives a shape.
     """
     if path.is_file() and not any(layout.has_weights(path) for layout in LAYOUTS.values()):
+        if not any((path.parent / layout.config).is_file() for layout in LAYOUTS.values()):
+            raise ParamsError(f"{path} is no model: that is a folder with params.json or config.json, or a .gguf file")
         raise ParamsError(f"{path} is a file: give the folder that it is in")
     described = [layout for layout in LAYOUTS.values() if layout.has_config(path)]
     if not described:

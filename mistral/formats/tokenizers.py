@@ -13,6 +13,7 @@ from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
 from mistral.special_tokens import CONFIG, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
@@ -133,7 +134,7 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
     if beyond := [text for text, i in tokenizer.added.items() if i >= vocab_size]:
         named = ", ".join(printable(text) for text in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         notes.append(
-            f"the model has no weights for {len(beyond)} added tokens of its tokenizer ({named}): they are not used"
+            f"the model has no weights for {counted(len(beyond), 'added token')} of its tokenizer ({named}): not used"
         )
     return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1], *_suggested_sampling(folder)]
 

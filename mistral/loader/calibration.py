@@ -15,6 +15,7 @@ from mistral.loader.load import assemble
 from mistral.loader.options import LoadOptions
 from mistral.parameters import parameters
 from mistral.tokenizer import encode
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.util.files import decode_text, plain_ends
 
@@ -49,14 +50,20 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
     ids = encode(load_tokenizer(found.path, found.args.vocab_size), text)
     if len(ids) < LEAST:
-        raise UsageError(f"{file} has {len(ids)} tokens, and calibration needs {LEAST} or more: give a longer text")
+        raise UsageError(
+            f"{file} has {counted(len(ids), 'token')}, and calibration needs {LEAST} or more: give a longer text"
+        )
     from tqdm import tqdm
 
     model, _ = assemble(found, options=LoadOptions(device="cpu"))
     with tqdm(total=len(ids), desc="calibrating", unit="token", delay=2, disable=None, leave=False) as bar:
         columns = mean_squares(model, ids, bar.update)
     missing = sum(p.role == "matrix" and name not in columns for name, p in parameters(found.args).items())
-    unseen = f"; {missing} matrices had no input, and all their columns count the same" if missing else ""
+    unseen = (
+        f"; {counted(missing, 'matrix', 'matrices')} had no input, and there all columns count the same"
+        if missing
+        else ""
+    )
     return columns, f"int4 was calibrated on the {len(ids):,} tokens of {file}{unseen}"
 
 

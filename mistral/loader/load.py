@@ -21,6 +21,7 @@ from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
 from mistral.util import memory
+from mistral.util.english import counted
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -132,7 +133,11 @@ def load(
     found = windowed(found, options)
     model, run = assemble(found, division, options=options)
     spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
-    padded = (f"the model has {spare} ids that the tokenizer has no token for: they have no text",) if spare else ()
+    padded = (
+        (f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text",)
+        if spare
+        else ()
+    )
     notes = (*found.notes, *odd, *about, *padded, *_narrowed(found, run), *run.notes)
     files, parameters = found.weights.files, found.parameters
     draft = _put_draft(model, own, options)
@@ -358,7 +363,7 @@ def _narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
     if not wider or len(wider) == len(found.tensors):
         return ()
     to = str(run.compute).removeprefix("torch.")
-    return (f"{len(wider)} tensors ({some_names(wider)}) are stored in more than {to}, and rounded to it",)
+    return (f"rounded to {to}, but stored in more: {counted(len(wider), 'tensor')} ({some_names(wider)})",)
 
 
 def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str]) -> None:

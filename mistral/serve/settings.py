@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from socket import AF_INET, AF_INET6, create_server
+from socket import AF_INET, AF_INET6, create_server, getaddrinfo
 from socket import socket as Socket
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from mistral.serve.protocol import Served
 from mistral.serve.words import Words
 from mistral.tokenizer import require_tokenizer
 from mistral.util import memory
+from mistral.util.english import did_you_mean
 from mistral.util.errors import MistralError, Unavailable, UsageError, printable, short_repr
 
 log = logging.getLogger("mistral")
@@ -72,6 +73,9 @@ class Listen:
             if origin != "*" and not whole:
                 raise UsageError(f"--cors is {short_repr(origin)}; it must be an origin, as https://example.org")
         near = _is_loopback(host)
+        if not near and not _is_known(host):
+            advice = did_you_mean(host, ("localhost",)) or ": give a name or an address of this machine"
+            raise UsageError(f"--host {printable(host)} is not known{advice}")
         if not near and key is None:
             raise UsageError(f"--host {printable(host)} lets others reach this server: it needs --api_key")
         hosts = frozenset({"localhost", "127.0.0.1", "::1", host.strip("[]").lower(), *(n.lower() for n in names)})
@@ -85,6 +89,14 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
+        return False
+
+
+def _is_known(host: str) -> bool:
+    """Whether a host is an address, or a name that has one."""
+    try:
+        return bool(getaddrinfo(host.strip("[]") or None, None))
+    except (OSError, UnicodeError):
         return False
 
 

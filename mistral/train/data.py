@@ -20,8 +20,9 @@ from typing import Any
 from mistral.chat.messages import BETWEEN, Message, Thought, from_chunks, valid
 from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.train.conversations import Marked, Turn
+from mistral.util.english import counted, did_you_mean
 from mistral.util.errors import FormatError, MistralError, printable, short_repr
-from mistral.util.files import LFS, POINTER
+from mistral.util.files import LFS, POINTER, Lines, not_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 OF_A_LINE = {"text", "messages", "interactions", "tools", "prompt", "completion"}
@@ -35,6 +36,10 @@ SHOWN = 5  # different mistakes that an error names, and lines that have the sam
 
 class DataError(FormatError):
     """Samples that cannot be used; the message names the file and the line."""
+
+
+class NotJson(DataError):
+    """A line that is no JSON."""
 
 
 class NoTemplate(FormatError):
@@ -90,6 +95,7 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
     found = Samples(path, "")
     digest, ignored, cut = hashlib.sha256(), Counter[str](), Counter[str]()
     wrong: dict[str, list[int]] = {}  # lines by what is wrong with them
+    strange = 0  # lines that are no JSON
     for number, line in _lines(path):
         digest.update(line)
         if not line.strip():
@@ -100,13 +106,18 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
         except NoTemplate:
             raise
         except MistralError as error:
+            strange += isinstance(error, NotJson)
             wrong.setdefault(str(error), []).append(number)
+    if wrong and strange == sum(map(len, wrong.values())) and not found.samples:
+        why, (first, *_) = next(iter(wrong.items()))
+        raise DataError(f"{path} is no file of samples, a JSON object a line: line {first}: {why}")
     if wrong:
         raise DataError(_mistakes(path, wrong))
     found.sha256 = digest.hexdigest()
     found.notes = _notes(path, ignored, cut, seq_len)
     if not found.samples:
-        raise DataError(f"{path} has nothing to learn from: " + ("; ".join(found.notes) or "it has no lines"))
+        why = "; ".join(note.removeprefix(f"{path}: ") for note in found.notes) or "it has no lines"
+        raise DataError(f"{path} has nothing to learn from: {why}")
     return found
 
 
@@ -124,11 +135,9 @@ def _mistakes(path: Path, wrong: Mapping[str, Sequence[int]]) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    if line.startswith(POINTER):
-                        raise DataError(f"{path} cannot be read: {LFS}")
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+            for number, line in enumerate(Lines(file, str(path)), 1):
+                if number == 1 and line.startswith(POINTER):
+                    raise DataError(f"{path} cannot be read: {LFS}")
                 yield number, line
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -137,11 +146,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Counter[str]) -> tuple[Marked, bool]:
     """The ids of a line, and whether it may be split."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode("utf-8"))  # of bytes, json guesses the encoding
     except UnicodeDecodeError as error:
-        raise DataError(f"it is not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+        raise NotJson(f"it is {not_text(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"it is not JSON: {error}") from None
+        raise NotJson(f"it is not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise DataError(f"it must be an object, not {short_repr(entry)}")
     _keys(entry, OF_A_LINE, "the line", ignored)
@@ -150,10 +159,7 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
         kind for kind in ("messages", "text", "completion") if (messages if kind == "messages" else entry.get(kind))
     ]
     if len(kinds) != 1:
-        unknown = _unknown(entry)
-        raise DataError(
-            f'it must have one of "messages", "text", and "prompt" with "completion", and it not empty{unknown}'
-        )
+        raise DataError(_no_kind(entry, kinds))
     if kinds == ["text"]:
         return mark_text("", _text(entry, "text")), True
     if kinds == ["completion"]:
@@ -167,10 +173,27 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
     return mark_turns(_weighed(turns, messages, bool(tools)), tools), False
 
 
+def _no_kind(entry: dict[str, Any], kinds: Sequence[str]) -> str:
+    """What is wrong with a line that is none of the kinds of samples, or several."""
+    if kinds:
+        return f"it has {' and '.join(map(short_repr, kinds))}: give each a line of its own"
+    if empty := [key for key in ("messages", "interactions", "text", "completion") if key in entry]:
+        return f"its {empty[0]} is empty, so there is nothing to learn"
+    if "conversations" in entry:
+        return (
+            'it has "conversations", the form of ShareGPT, which is not read: write it as '
+            '{"messages": [{"role": "user", "content": ..}, {"role": "assistant", "content": ..}]}'
+        )
+    return f'it has none of "messages", "text", and "prompt" with "completion"{_unknown(entry)}'
+
+
 def _unknown(entry: dict[str, Any]) -> str:
     """The keys of a line that mean nothing here, to go behind what it lacks: one of them may be misspelt."""
     keys = [short_repr(key) for key in entry if key not in OF_A_LINE]
-    return f"; not known: {', '.join(keys[:SHOWN])}{', ..' if len(keys) > SHOWN else ''}" if keys else ""
+    if not keys:
+        return ""
+    near = next((hint for key in entry if key not in OF_A_LINE and (hint := did_you_mean(key, OF_A_LINE))), "")
+    return f"; not known: {', '.join(keys[:SHOWN])}{', ..' if len(keys) > SHOWN else ''}{near}"
 
 
 def _text(entry: dict[str, Any], key: str) -> str:
@@ -286,15 +309,17 @@ def _pieces(line: int, marked: Marked, seq_len: int, splits: bool, cut: Counter[
 def _notes(path: Path, ignored: Counter[str], cut: Counter[str], seq_len: int) -> list[str]:
     notes = []
     if ignored:
-        keys = ", ".join(f"{printable(key)} ({n} times)" for key, n in ignored.most_common(8))
+        keys = ", ".join(f"{printable(key)} ({counted(n, 'time')})" for key, n in ignored.most_common(8))
         notes.append(f"{path}: ignored keys: {keys}")
     if cut["cut"]:
         notes.append(
-            f"{path}: {cut['cut']} conversations are longer than {seq_len} tokens, and lose {cut['tokens']} tokens at "
-            "their ends: --seq_len keeps more"
+            f"{path}: {counted(cut['cut'], 'conversation')} of more than {seq_len} tokens lost "
+            f"{counted(cut['tokens'], 'token')} at the end: --seq_len keeps more"
         )
     if cut["split"]:
-        notes.append(f"{path}: {cut['split']} texts are longer than {seq_len} tokens, and were split")
+        was = "was" if cut["split"] == 1 else "were"
+        notes.append(f"{path}: {counted(cut['split'], 'text')} of more than {seq_len} tokens {was} split")
     if cut["empty"]:
-        notes.append(f"{path}: {cut['empty']} samples have no answer that counts, and are not used")
+        are = "is" if cut["empty"] == 1 else "are"
+        notes.append(f"{path}: {counted(cut['empty'], 'sample')} without an answer that counts {are} not used")
     return notes

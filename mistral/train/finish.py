@@ -17,6 +17,7 @@ from mistral.train.log import PLOT, Log, plot
 from mistral.train.loop import Loop
 from mistral.train.setup import Setup
 from mistral.train.state import BEST, STATE, Progress
+from mistral.util.english import counted
 from mistral.util.files import write_atomic
 
 CARD = "README.md"
@@ -92,14 +93,16 @@ def _facts(
     arithmetic = f"{str(loop.model.dtype).removeprefix('torch.')} on {loop.model.device.type}"
     facts: dict[str, Any] = {
         "base": setup.base_name,
-        "data": f"{found.path.name}, {len(loop.samples)} samples, sha256 {found.sha256}",
+        "data": f"{found.path.name}, {counted(len(loop.samples), 'sample')}, sha256 {found.sha256}",
         "trained": "all weights" if setup.options.full else f"LoRA of rank {setup.rank}, scale {setup.start[1]:g}",
         "numbers trained": f"{setup.count:,}",
-        "steps": f"{progress.step} of {loop.steps}, {progress.tokens:,} tokens in {progress.seconds:.0f} s",
+        "steps": f"{progress.step} of {loop.steps}, {counted(progress.tokens, 'token')} in {progress.seconds:.0f} s",
         "loss": f"{losses[0]:.4f}, at the end {losses[1]:.4f} (nats a token, means of a tenth of the steps)",
     }
     if evals:
-        facts["held out"] = f"{len(loop.held)} samples: {evals[0]:.4f}, at the end {evals[-1]:.4f} nats a token"
+        facts["held out"] = (
+            f"{counted(len(loop.held), 'sample')}: {evals[0]:.4f}, at the end {evals[-1]:.4f} nats a token"
+        )
     return facts | {
         "arithmetic": f"{arithmetic}; what is trained in float32",
         "made with": f"mistral-oracle-ref {__version__}, torch {torch.__version__}",

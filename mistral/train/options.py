@@ -141,15 +141,19 @@ def _check_int(name: str, value: object, least: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number, at least {least}")
+        what = f"a whole number, at least {least}"
+        if isinstance(value, int) and value > least:
+            what += " and below 2**31"
+        raise OptionError(f"{name} is {short_repr(value)}; it must be {what}")
 
 
 def _check_float(name: str, value: object, least: float, most: float, open_end: bool) -> None:
     """Between two ends; `open_end` leaves out the lower one."""
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
     if not number or not least <= value <= most or (open_end and value == least):  # type: ignore[operator]
         above = f"above {least:g}" if open_end else f"at least {least:g}"
         end = "" if math.isinf(most) else f" and at most {most:g}"
-        raise OptionError(f"{name} is {short_repr(value)}; it must be {above}{end}")
+        what = f"{above}{end}" if number else "a finite number"
+        raise OptionError(f"{name} is {short_repr(value)}; it must be {what}")

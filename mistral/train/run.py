@@ -15,12 +15,14 @@ from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
 from mistral.train import needs
 from mistral.train.data import Sample, Samples
-from mistral.train.finish import Finished, finish
+from mistral.train.finish import CARD, Finished, finish
+from mistral.train.log import LOG
 from mistral.train.loop import Loop, Report
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, pack, split
 from mistral.train.setup import Setup
 from mistral.train.state import STATE
+from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.memory import as_text
 
@@ -104,6 +106,8 @@ def _check_out(out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder that is new or empty")
+    if (out / CARD).is_file() and (out / LOG).is_file() and not (out / STATE).is_file():
+        raise UsageError(f"the run in {out} is finished: give another folder for a new one")
     if resume and not (out / STATE).is_file():
         raise UsageError(f"no {STATE} in {out}, from which to go on: omit --resume")
     if not resume and out.is_dir() and any(out.iterdir()):
@@ -133,8 +137,9 @@ def _tell(
     learned = sum(sum(weight > 0 for weight in sample.weights) for sample in samples)
     fill = tokens / (len(schedule.rows) * setup.options.seq_len)
     setup.say(
-        f"{len(samples)} samples, {tokens:,} tokens, {learned:,} of them learned; {len(schedule.rows)} rows of "
-        f"{setup.options.seq_len} ({fill:.0%} full); {len(held)} samples held out; {steps} steps, "
+        f"{counted(len(samples), 'sample')}, {counted(tokens, 'token')}, {learned:,} of them learned; "
+        f"{counted(len(schedule.rows), 'row')} of {setup.options.seq_len} ({fill:.0%} full); "
+        f"{counted(len(held), 'sample')} held out; {counted(steps, 'step')}, "
         f"{schedule.steps_per_epoch} an epoch"
     )
 

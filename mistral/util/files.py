@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -70,13 +71,62 @@ def decode_text(data: bytes, what: str) -> str:
     Raises:
         FormatError: other bytes.
     """
-    mark, encoding = next(((m, e) for m, e in _MARKS if data.startswith(m)), (b"", "utf-8"))
+    mark, encoding = _encoding_of(data)
     try:
         return data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
-        name, byte = encoding.upper()[:6].rstrip("-"), error.object[error.start]
         advice = "convert it first, for example with iconv"
-        raise FormatError(f"{what} is not {name} (byte 0x{byte:02x}): {advice}") from None
+        if b"\0" in data and encoding == "utf-8":
+            advice = "it has zero bytes too, so it is no text, or UTF-16 without its byte order mark"
+        raise FormatError(f"{what} is {not_text(error, encoding)}: {advice}") from None
+
+
+def _encoding_of(data: bytes) -> tuple[bytes, str]:
+    """The byte order mark that bytes begin with, and the encoding that it stands for."""
+    return next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+
+
+def not_text(error: UnicodeError, encoding: str = "utf-8") -> str:
+    """What a text is not, and the first byte that it cannot have, for a sentence that says what is read."""
+    name = encoding.upper()[:6].rstrip("-")
+    return f"not {name}" + (
+        f" (byte 0x{error.object[error.start]:02x})" if isinstance(error, UnicodeDecodeError) else ""
+    )
+
+
+class Lines:
+    """A file of lines of text, of any size, read as UTF-8 whatever its byte order mark says; see `decode_text`.
+
+    Args:
+        file: opened to read bytes, at its beginning.
+        what: the file, for messages.
+    """
+
+    def __init__(self, file: io.BufferedReader, what: str) -> None:
+        self._file, self._what = file, what
+        mark, self._encoding = _encoding_of(file.peek(4)[:4])  # not seek: it may be a pipe
+        file.read(len(mark))
+        wide = self._encoding != "utf-8"
+        self._text = io.TextIOWrapper(file, encoding=self._encoding, newline="\n") if wide else None
+
+    def readline(self, most: int = -1) -> bytes:
+        """The next line in UTF-8, with its end, or the first `most` bytes (of a wide encoding: characters) of it.
+
+        Bytes of a file without a mark are given as they are, whatever they are.
+
+        Raises:
+            FormatError: it has a mark, and is not what that says.
+        """
+        if self._text is None:
+            return self._file.readline(most)
+        try:
+            return self._text.readline(most).encode("utf-8")
+        except UnicodeError as error:
+            raise FormatError(f"{self._what} is {not_text(error, self._encoding)}, as its mark says") from None
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self.readline():
+            yield line
 
 
 def plain_ends(text: str) -> str:

@@ -88,6 +88,36 @@ def test_lines_are_found_once_whatever_their_ends(tmp_path: Path, monkeypatch: p
     assert refusal(found[2][1]).code == "line_too_long"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_text_with_a_mark_is_read_as_every_other_file_is(tmp_path: Path, encoding: str) -> None:
+    text = json.dumps(request("1", "The \u2028 king"), ensure_ascii=False) + "\n" + json.dumps(request("2")) + "\n"
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text(text, encoding="utf-8")
+    b.write_bytes(text.encode(encoding))
+    assert [found[1:] for found in raw_lines([b])] == [found[1:] for found in raw_lines([a])]
+    assert len(list(raw_lines([b]))) == 2
+    b.write_bytes("\ufeff{".encode("utf-16-le") + b"\x00\xd8")
+    with pytest.raises(FormatError, match="b is not UTF-16 .*as its mark says"):
+        list(raw_lines([b]))
+
+
+def test_a_file_without_any_request_is_refused_before_anything_else(tmp_path: Path) -> None:
+    """One line of JSON is enough for a job: the others get their errors."""
+    path = tmp_path / "pic.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00IHDR")
+    with pytest.raises(UsageError, match="is no file of requests.* line 1: it is not UTF-8 .byte 0x89."):
+        index([path], {})
+    path.write_bytes(b"\x89PNG\r\n" + json.dumps(request("1")).encode())
+    assert len(index([path], {}).ids) == 2
+
+
+def test_an_id_of_another_type_is_named() -> None:
+    assert (
+        refusal(json.dumps({**GOOD, "custom_id": 5})).message == "its custom_id is 5; it must be text that is not empty"
+    )
+    assert refusal(json.dumps({**GOOD, "custom_id": None})).message == "it has no custom_id"
+
+
 def test_a_line_keeps_its_id_when_files_are_renamed_sorted_and_joined(tmp_path: Path) -> None:
     a = write_lines(tmp_path / "a", request("1"), request("2"), request("1"))
     b = write_lines(tmp_path / "b", request("3"), request("2"))
@@ -193,7 +223,7 @@ def test_errors_are_tried_again_where_that_is_asked_for(tmp_path: Path) -> None:
     work([path], out)
     assert out.read_bytes() == before
     write_lines(path, request("a", "x"), request("b", "good"), request("c", "mended"))
-    with pytest.raises(UsageError, match="2 lines that are not in the inputs.*--retry drops"):
+    with pytest.raises(UsageError, match="2 lines not in the inputs.*--retry drops"):
         work([path], out)
     assert drop_failed(str(out)) == 2
     work([path], out)
@@ -215,9 +245,7 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
         assert out.read_text() == f"{other}\n"
     out.unlink()
     work([write_lines(tmp_path / "in2", request("other"))], out)
-    with pytest.raises(
-        UsageError, match="answers to 1 lines that are not in the inputs: give this job another output$"
-    ):
+    with pytest.raises(UsageError, match="answers to 1 line not in the inputs: give this job another output$"):
         work([path], out)
     for place in (tmp_path, Path("/dev/null"), tmp_path / "no" / "out"):
         with pytest.raises(FormatError, match="cannot be written"), opened(str(place)):

@@ -261,7 +261,7 @@ def test_set_and_show(cli: Command, folder: Path) -> None:
     assert "seed 7" in shown[-4]
     for line, said in (
         ("/set", "/set needs a name and a value: max_tokens, temperature"),
-        ("/set top_q 1", "/set needs a name and a value"),
+        ("/set top_q 1", "/set knows no 'top_q'; did you mean top_p?"),
         ("/set top_p 7", "top_p is 7.0; it must be at most 1"),
         ("/set max_tokens x", "max_tokens must be a whole number, not 'x'"),
     ):

@@ -232,7 +232,7 @@ def test_a_member_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
         found = load(tmp_path / name, device="cpu")
         with torch.inference_mode():
             assert distance(whole(found.model, prompts), want) < TOLERANCE
-        for said in ("the weights are quantized (fp8)", "14 tensors that scale activations"):
+        for said in ("the weights are quantized (fp8)", "14 tensors of scales for activations"):
             assert any(said in note for note in found.notes) == (name == "fp8")
 
 

@@ -267,7 +267,7 @@ def test_a_release_is_known_once_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     folder = make_folder(tmp_path, vocab_size=4099, rope_theta=1e4, sliding_window=[None, 5])
     nobodys = load(folder, device="cpu")
     assert nobodys.release is None
-    assert nobodys.notes == ("the model has 3 ids that the tokenizer has no token for: they have no text",)
+    assert nobodys.notes == ("the model has 3 ids that the tokenizer has no token for, and so without text",)
     monkeypatch.setattr(releases, "RELEASES", (TINY,))
     assert (load(folder, device="cpu").release, load(folder, device="cpu").notes) == (TINY, ())  # they were added
 

@@ -102,6 +102,7 @@ def test_ids(word: str) -> None:
     [
         *("", "a", "a/", "/a", "a/b/", "a/b/c", "./a", "../a", "~/a", "a/.b", ".a/b", "a/b.git", "a--b/c", "a/b..c"),
         *("-a/b", "a/b@", "a b/c", "a/b c", "a/b@x y", "a\\b/c", "C:/a", "é/a", "a/b\n", "a" * 97 + "/b"),
+        *("a/b.gguf", "a/b.safetensors", "a/b.jsonl"),
     ],
 )
 def test_no_ids(word: str) -> None:

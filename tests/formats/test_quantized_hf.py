@@ -342,7 +342,7 @@ def test_mistrals_own_fp8(tmp_path: Path, rows: bool) -> None:
     folder, meant = mistrals(tmp_path / "fp8", rows)
     found = read_folder(folder)
     assert any("fp8 of Mistral's" in note for note in found.notes)
-    assert any("16 tensors that scale activations" in note for note in found.notes)
+    assert any("16 tensors of scales for activations" in note for note in found.notes)
     assert set(found.tensors) == set(meant)
     for name, want in meant.items():
         assert torch.equal(found.weights.get(name, exact=True).double(), want.float().double()), name

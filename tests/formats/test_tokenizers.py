@@ -130,7 +130,7 @@ def test_a_folder_with_tokenizer_json_only_has_a_conversation(tmp_path: Path) ->
 def test_padded_vocabularies_and_tokens_beyond_it(tmp_path: Path) -> None:
     for size, said in (
         (4098, []),
-        (4097, ["the model has no weights for 1 added tokens of its tokenizer (<|im_end|>)"]),
+        (4097, ["the model has no weights for 1 added token of its tokenizer (<|im_end|>)"]),
     ):
         folder = make_folder(tmp_path / str(size), vocab_size=size, state=random_state(vocab_size=size))
         (folder / "tokenizer.model").unlink()

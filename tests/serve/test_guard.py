@@ -160,13 +160,23 @@ def test_no_body_is_an_error_of_ours(client: httpx.Client, running: Running) -> 
         (("0.0.0.0", 1, None, [], []), "needs --api_key"),
         (("::", 1, None, [], []), "needs --api_key"),
         (("example.org", 1, None, [], []), "needs --api_key"),
+        (("localhos", 1, None, [], []), "localhos is not known; did you mean localhost"),
+        (("nobody.invalid", 1, "key", [], []), "nobody.invalid is not known: give a name or an address"),
         (("127.0.0.1", 65536, None, [], []), "at most 65535"),
         (("127.0.0.1", 1, "", [], []), "letters"),
         (("127.0.0.1", 1, None, ["*"], []), "every page"),
         (("127.0.0.1", 1, None, ["https://a.example/path"], []), "an origin"),
     ],
 )
-def test_addresses_that_would_be_open_are_refused(given: tuple[object, ...], message: str) -> None:
+def test_addresses_that_would_be_open_are_refused(
+    given: tuple[object, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def addresses(host: str, port: object) -> list[object]:
+        if host in ("0.0.0.0", "::", "example.org"):
+            return [host]
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("mistral.serve.settings.getaddrinfo", addresses)
     with pytest.raises(UsageError, match=message):
         Listen.of(*given)
 

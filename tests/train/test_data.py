@@ -75,14 +75,18 @@ def test_weights_of_answers_are_kept(tmp_path: Path) -> None:
 WRONG = [
     ("{", "not JSON"),
     ("[]", "must be an object"),
-    ({}, 'one of "messages", "text"'),
-    ({"text": ""}, 'one of "messages", "text"'),
-    ({"text": "a", "messages": [ASK, ANSWER]}, 'one of "messages", "text"'),
+    ({}, 'it has none of "messages", "text", and "prompt" with "completion"'),
     ({"text": 3}, "text must be a text, not 3"),
     ({"completion": "a"}, "it has no prompt"),
     ({"completion": "a", "prompt": None}, "prompt must be a text, not None"),
     ({"promt": "a", "completion": "b"}, "it has no prompt; not known: 'promt'"),
-    ({"promt": "a"}, "and it not empty; not known: 'promt'"),
+    ({"promt": "a"}, "with \"completion\"; not known: 'promt'; did you mean prompt?"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}]},
+        'the form of ShareGPT, which is not read: write it as {"mess',
+    ),
+    ({"text": "a", "messages": [ASK, ANSWER]}, "it has 'messages' and 'text': give each a line of its own"),
+    ({"text": ""}, "its text is empty, so there is nothing to learn"),
     ({"messages": "a"}, "messages must be a list"),
     ({"messages": [3]}, "messages[0] must be an object"),
     ({"messages": [{"role": "king", "content": "a"}]}, "the role 'king'"),
@@ -132,7 +136,10 @@ def test_a_mistake_of_many_lines_is_told_once(tmp_path: Path, lines: int, also: 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"", "nothing to learn from"), (b'{"text": "\xff"}\n', ":1: it is not UTF-8 (byte 0xff)")],
+    [
+        (b"", "nothing to learn from"),
+        (b'{"text": "\xff"}\n', "no file of samples, a JSON object a line: line 1: it is not UTF-8 (byte 0xff)"),
+    ],
 )
 def test_files_without_samples(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "x.jsonl"
@@ -151,9 +158,19 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert [sample.line for sample in found.samples] == [1, 3]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_text_with_a_mark_is_read_as_every_other_file_is(tmp_path: Path, encoding: str) -> None:
+    want = read(tmp_path / "x.jsonl", {"text": "The king\u2028."}, {"text": "The wolf."})
+    path = tmp_path / "y.jsonl"
+    path.write_bytes((tmp_path / "x.jsonl").read_text(encoding="utf-8").encode(encoding))
+    found = read_samples(path, lambda prompt, text: mark_text(TOKENIZER, prompt, text), lambda *_: Marked(), 100)
+    assert [sample.ids for sample in found.samples] == [sample.ids for sample in want.samples]
+    assert found.sha256 == want.sha256
+
+
 def test_what_is_ignored_is_said(tmp_path: Path) -> None:
     samples = read(tmp_path / "x.jsonl", {"text": "a", "id": 1}, {"messages": [ASK, {**ANSWER, "mood": 2}], "id": 2})
-    assert samples.notes == [f"{tmp_path / 'x.jsonl'}: ignored keys: id (2 times), mood (1 times)"]
+    assert samples.notes == [f"{tmp_path / 'x.jsonl'}: ignored keys: id (2 times), mood (1 time)"]
 
 
 def test_long_conversations_are_cut_and_long_texts_split(tmp_path: Path) -> None:
@@ -166,9 +183,9 @@ def test_long_conversations_are_cut_and_long_texts_split(tmp_path: Path) -> None
     assert lines.count(3) > 3
     assert all(len(sample.ids) <= 31 for sample in samples.samples)
     cut, split, empty = samples.notes
-    assert "2 conversations are longer than 30 tokens" in cut
-    assert "1 texts are longer than 30 tokens, and were split" in split
-    assert "1 samples have no answer that counts" in empty
+    assert "2 conversations of more than 30 tokens lost " in cut
+    assert "1 text of more than 30 tokens was split" in split
+    assert "1 sample without an answer that counts is not used" in empty
 
 
 @given(

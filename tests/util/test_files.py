@@ -15,7 +15,7 @@ from mistral.formats.mistral import read_object
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
-from mistral.util.files import folder_atomic, read_limited, regular, require_writable, write_atomic
+from mistral.util.files import Lines, folder_atomic, read_limited, regular, require_writable, write_atomic
 
 
 def test_the_limit_is_exact(tmp_path: Path) -> None:
@@ -165,3 +165,13 @@ def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: Path) -
     (tmp_path / "file").write_bytes(b"1234")
     with open(tmp_path / "file", "rb", opener=regular) as file:
         assert file.read() == b"1234"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_lines_of_a_pipe_in_any_encoding(encoding: str) -> None:
+    """A pipe cannot be read again: the mark is looked at, and not gone back over."""
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as end:
+        end.write("a\u2028\u00e9\r\nb".encode(encoding))
+    with os.fdopen(read, "rb") as file:
+        assert list(Lines(file, "it")) == ["a\u2028\u00e9\r\n".encode(), b"b"]
