@@ -381,22 +381,31 @@ def test_adapters_are_known_by_their_names(tmp_path: Path) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
+from mistral.formats import writer
 from mistral.formats.convert import convert
-def status(name):
+def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+write, peak = writer._write_tensor, 0
+def write_tensor(file, *rest):
+    class File:
+        def write(self, data):
+            global peak
+            peak = max(peak, anonymous())
+            return file.write(data)
+    write(File(), *rest)
+writer._write_tensor = write_tensor
 small, small_adapter, src, adapter, out = sys.argv[1:]
 convert(small, out + "0", "hf", adapter=small_adapter)  # what libraries need for themselves
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before = status("VmRSS")
+begin, peak = anonymous(), 0
 convert(src, out, "hf", adapter=adapter)
-print(status("VmHWM") - before)
+print(peak - begin)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merged_folder_is_written_in_the_memory_of_one_tensor(tmp_path: Path) -> None:
-    """The pages of the largest tensor, as they are in its file, and stretches of it: not its fp32 form as well."""
+    """Beside the pages of the file, which the system may drop, only stretches of it: not its fp32 form."""
     params = {"dim": 1024, "hidden_dim": 8192, "n_layers": 2, "vocab_size": 64, "n_heads": 32, "n_kv_heads": 2}
     state = random_state(dtype=torch.bfloat16, **params)
     largest = max(t.nbytes for t in state.values())
@@ -415,7 +424,7 @@ def test_a_merged_folder_is_written_in_the_memory_of_one_tensor(tmp_path: Path) 
         [sys.executable, "-c", MEMORY, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert largest <= int(done.stdout) < 1.75 * largest
+    assert int(done.stdout) < largest  # the fp32 form has twice as much
     written = load_file(tmp_path / "out" / "model.safetensors")
     name = "layers.1.feed_forward.w1.weight"
     want = state[name].float() + 0.75 * (b[1] @ a[0])  # alpha 6, rank 8
