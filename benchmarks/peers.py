@@ -61,10 +61,10 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
         file, _, quant = name.partition(".gguf")
         more = dict(word.split("=") for word in quant.split(":")[1:] if "=" in word)
         quant = next((word for word in quant.split(":")[1:] if "=" not in word), "")
-        window = {"sliding_window": "none"} if "context" in more else {}
-        options: dict[str, Any] = {"quant": quant or None, "cache_dtype": more.get("cache"), **window}
-        found = windowed(read_folder(f"{file}.gguf"), LoadOptions(**options))
-        model, run = assemble(found, device="cpu", **options)
+        no_window = {"sliding_window": "none"} if "context" in more else {}
+        given: dict[str, Any] = {"quant": quant or None, "cache_dtype": more.get("cache"), **no_window}
+        found = windowed(read_folder(f"{file}.gguf"), LoadOptions(**given))
+        model, run = assemble(found, device="cpu", **given)
         print(run.describe(), file=sys.stderr)
         return _questions(model)
     weights, dtype, window, layers = (*name.split(":"), "", "", "")[:4]
