@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mistral.util.errors import FormatError
+from mistral.util.files import regular
 
 BLOCK = 1 << 16  # ids read at once where all are asked for, one after the other
 
@@ -32,7 +33,7 @@ class StoredIds(Sequence[int]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 version = npy.read_magic(file)
                 if version not in ((1, 0), (2, 0)):
                     raise ValueError(f"version {version[0]}.{version[1]} of the format is not known")
@@ -75,7 +76,7 @@ class StoredIds(Sequence[int]):
 
     def _read(self, first: int, count: int) -> list[int]:
         # Read, not mapped: pages of a mapping would count as memory of this process.
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", opener=regular) as file:
             file.seek(self._begin + first * self._dtype.itemsize)
             return np.fromfile(file, self._dtype, count).tolist()
 

@@ -86,6 +86,8 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         short, equals, value = word.partition("=")
         if SHORT.get(short) in parameters:
             word = f"--{SHORT[short]}{equals}{value}"
+        elif SHORT.get(word[:2]) in parameters and _is_number(word[2:], parameters[SHORT[word[:2]]]):
+            word = f"--{SHORT[word[:2]]}={word[2:]}"  # -n3
         if not word.startswith("--"):
             if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
                 raise UsageError(f"{word}: long flags begin with two dashes; for a prompt, put -- before it")
@@ -113,6 +115,11 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         else:
             _put(given, name, convert(f"--{flag}", value, kind), f"--{flag}")
     return given, positionals
+
+
+def _is_number(text: str, parameter: inspect.Parameter) -> bool:
+    pattern = NUMBERS.get(kind_of(parameter) or str)
+    return pattern is not None and re.fullmatch(pattern, text) is not None
 
 
 def _put(given: dict[str, Any], name: str, value: Any, flag: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.cli import terminal
 from mistral.cli.parallel import division
 from mistral.util.errors import MistralError, UsageError
-from mistral.util.files import decode_text
+from mistral.util.files import decode_text, plain_ends
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -82,15 +82,10 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> li
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_file(file)
     if prompt is None:
-        prompt = without_last_end(decode_text(terminal.read_stdin(), "stdin"))
+        prompt = read_text(None).removesuffix("\n")  # which files and `echo` put last
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
     return [PromptLine(prompt, suffix)]
-
-
-def without_last_end(text: str) -> str:
-    """Text without the line end that files and `echo` put last."""
-    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def read_ids(file: str | None) -> StoredIds | None:
@@ -111,7 +106,7 @@ def read_file(file: str) -> list[PromptLine]:
     stored = read_ids(file)
     if stored is not None:
         return [PromptLine(stored)]
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_text(file).split("\n"), 1)]
+    lines = enumerate(plain_ends(_decoded(file)).split("\n"), 1)
     plain = file.lower().endswith(".txt")
     found = [
         PromptLine(line) if plain else _one_prompt(line, f"{file} line {number}")
@@ -150,7 +145,16 @@ def _one_prompt(line: str, where: str) -> PromptLine:
 
 
 def read_text(file: str | None) -> str:
-    """The text of a file, or of stdin for None and "-"."""
+    """The text of a file, or of stdin for None and "-"; its lines end with \\n, whatever they ended with there."""
+    text = _decoded(file)
+    plain = plain_ends(text)
+    if plain != text:
+        where = file or "stdin"
+        terminal.echo_err(f"note: {where} has line ends with carriage returns, as on Windows: taken as plain line ends")
+    return plain
+
+
+def _decoded(file: str | None) -> str:
     if file is None or file == "-":
         return decode_text(terminal.read_stdin(), "stdin")
     try:

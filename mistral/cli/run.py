@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import logging
 import os
@@ -34,11 +35,17 @@ def run(words: list[str]) -> int:
         sys.stdout.flush()
         return failed.exit_code
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
-        _drop_output()
+        terminal.drop(sys.stdout)
         return 0
+    except (ImportError, MemoryError) as error:
+        what = str(error) or "out of memory"
+        terminal.echo_error(UsageError(f"{what}: too little memory, or an installation that is not whole"))
+        if verbose:
+            _trace(error)
+        return 2
     except (ValueError, OSError) as error:
         if isinstance(error, OSError):  # no permission, a full disk
-            _drop_output()
+            terminal.drop(sys.stdout)
         terminal.echo_error(error)
         if verbose:
             _trace(error)
@@ -74,25 +81,25 @@ def _dispatch(words: list[str]) -> None:
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
 
 
+class _Closed(io.TextIOBase):
+    """In the place of a stdout that the caller has closed: what is printed would be lost."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "stdout is closed: there is nowhere to print to")
+
+
 def _speak_utf8() -> None:
     """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller; print would write to the other one
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as we run)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             try:
                 stream.reconfigure(encoding="utf-8", errors=errors)
             except io.UnsupportedOperation:  # a caller in Python has already read from it
                 pass
-
-
-def _drop_output() -> None:
-    """Have what is still buffered for stdout go nowhere, or Python complains once more at exit."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError:  # not a file, in a test or a notebook
-        pass
 
 
 def _trace(error: BaseException) -> None:

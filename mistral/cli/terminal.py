@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -19,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.parallel import from_first
+from mistral.cli.wrapping import Wrapped
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
 
@@ -55,9 +57,14 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def is_screen(stream: Any) -> bool:
+    """Whether it is a terminal that can do more than print one line after the other."""
+    return bool(stream.isatty()) and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def has_colour(stream: Any) -> bool:
     """Whether colours may be used: at a terminal that knows them, unless NO_COLOR is set."""
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return is_screen(stream) and not os.environ.get("NO_COLOR")
 
 
 def write(text: str) -> None:
@@ -66,24 +73,56 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def writer() -> Callable[[str], None]:
+    """How to write one text that comes in pieces: at a terminal, in lines that end between words."""
+    if not is_screen(sys.stdout):
+        return write
+    lines = Wrapped()
+
+    def wrapped(text: str) -> None:
+        sys.stdout.write(lines.push(visible(text), shutil.get_terminal_size().columns))
+        sys.stdout.flush()
+
+    return wrapped
+
+
 def echo_err(line: str) -> None:
     """A line for stderr, unless --quiet was given."""
     if not _quiet:
-        print(visible(line), file=sys.stderr, flush=True)
+        _tell(visible(line))
+
+
+def _tell(line: str, end: str = "\n") -> None:
+    """Print on stderr; where nobody can read it, what was asked for goes on all the same."""
+    try:
+        print(line, end=end, file=sys.stderr, flush=True)
+    except OSError:  # a full disk, say
+        drop(sys.stderr)
+
+
+def drop(stream: Any) -> None:
+    """Have what is still buffered go nowhere, or Python complains once more at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:  # not a file, in a test or a notebook
+        pass
 
 
 def echo_error(error: Exception) -> None:
     """One line, whatever is in the names and words that it quotes."""
     line = visible(f"error: {' '.join(str(error).splitlines())}")
-    print(f"{_RED}{line}{_PLAIN}" if has_colour(sys.stderr) else line, file=sys.stderr, flush=True)
+    _tell(f"{_RED}{line}{_PLAIN}" if has_colour(sys.stderr) else line)
 
 
 def confirm(question: str) -> bool:
     """Whether somebody at the terminal answers with y; without a terminal there is nobody to ask, and it is yes."""
     if not is_interactive():
         return True
-    print(visible(f"{question} [y/N] "), end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    _tell(visible(f"{question} [y/N] "), end="")
+    answer = sys.stdin.readline().strip()
+    if answer.lower() not in ("y", "yes", "n", "no", ""):  # typed before the question was there
+        echo_err(f"{answer!r} is neither y nor n, so it counts as n, and as nothing else")
+    return answer.lower() in ("y", "yes")
 
 
 def read_stdin() -> bytes:
@@ -311,11 +350,11 @@ def print_stream(pieces: Iterable[Piece], echo: str = "", more: Callable[[], str
         more: what else to report at the end.
     """
     began = first = time.perf_counter()
-    generated, reason, interrupt = 0, "", None
+    generated, reason, interrupt, show = 0, "", None, writer()
     try:
-        write(echo)
+        show(echo)
         for piece in pieces:
-            write(piece.text)
+            show(piece.text)
             if piece.token:
                 generated += 1
                 first = first if generated > 1 else time.perf_counter()

@@ -125,7 +125,7 @@ def _text(report: dict[str, Any]) -> Iterator[Finding]:
     template = report["template"]
     if template is None or OWN_TOKENIZER not in flags_of(report):
         return
-    if template["rule"].startswith("the model's own"):
+    if template["rule"].startswith("of the folder"):
         yield Finding(
             "template",
             f"with Mistral's own tokenizer it writes conversations as mistral-common does, not by {template['name']}",

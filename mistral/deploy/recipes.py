@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -45,17 +46,24 @@ def write(made: Mapping[str, str], place: Path) -> None:
     Raises:
         FormatError: one cannot be written.
     """
+    before = place.is_dir()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"{place} cannot be written: {error.strerror or error}") from None
-    for name in made:
-        require_writable(place / name)
-    for name, text in made.items():
-        with write_atomic(place / name) as beside:
-            beside.write_text(text, encoding="utf-8", newline="\n")
+    try:
+        for name in made:
+            require_writable(place / name)
+        for name, text in made.items():
+            with write_atomic(place / name) as beside:
+                beside.write_text(text, encoding="utf-8", newline="\n")
             if name.endswith(".sh"):
-                beside.chmod(0o755)
+                (place / name).chmod(0o755)
+    except FormatError:
+        if not before:
+            with suppress(OSError):  # a file that was written stays, and its folder
+                place.rmdir()
+        raise
 
 
 def grouped(flags: tuple[str, ...]) -> list[list[str]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mistral.fast.ggml_types import REMOVED, TYPES, GgmlType
 from mistral.util.errors import FormatError, short_repr
+from mistral.util.files import regular
 
 MAGIC = b"GGUF"
 POINTER = b"vers"  # how the text begins that Git LFS leaves in a file's place
@@ -104,7 +105,7 @@ def is_gguf(path: Path) -> bool:
     if path.is_dir():
         return any(path.glob("*.gguf"))
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             return file.read(4) == MAGIC
     except OSError:
         return False
@@ -181,7 +182,7 @@ class _Broken(Exception):
 
 
 def _read_one(path: Path) -> tuple[Metadata, dict[str, GgufTensor]]:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(24)
         if start[:4] == POINTER:

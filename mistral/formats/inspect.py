@@ -186,7 +186,7 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
         return {"name": "broken", "rule": str(error)}
     if own:
         found = own.get("default")
-        rule = f"one of {', '.join(own)} by --template" if found is None else "the model's own, in Jinja"
+        rule = f"one of {', '.join(own)} by --template" if found is None else "of the folder, in Jinja"
         return {"name": "none by default" if found is None else found.file, "rule": rule}
     version, kind = tokenizer["version"], tokenizer["kind"]
     if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release

@@ -58,7 +58,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
         types, size = ", ".join(blocks["types"]), memory.as_text(blocks["bytes"])
         facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
     if report["trained_length"] is not None:
-        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens"
+        facts["trained on"] = f"sequences of up to {report['trained_length']:,} tokens, as its files say"
     if report["template"] is not None:
         facts["template"] = f"{report['template']['name']}, {report['template']['rule']}"
     return [f"{name:12}{_printable(fact)}" for name, fact in facts.items()]

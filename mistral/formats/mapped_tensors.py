@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mistral.util.files import regular
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -65,7 +67,7 @@ class Part:
         start = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
         mapping = self._mapping() if self._mapping is not None else None
         if mapping is None:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=regular) as file:
                 # A page beyond the end of a file can be mapped, and kills the process that reads it.
                 if os.fstat(file.fileno()).st_size < self.end:
                     raise OSError(f"{self.path} has become shorter since its header was read")

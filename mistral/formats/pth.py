@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mistral.formats.mapped_tensors import Progress, touch
 from mistral.formats.weights import ITEMSIZE, Reader, Stored, WeightFiles, WeightsError
 from mistral.util.errors import FormatError, printable
-from mistral.util.files import LFS, POINTER
+from mistral.util.files import LFS, POINTER, regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def check_archive(path: Path) -> None:
         ArchiveError: it is no archive as torch.save writes them, or asks for something else than tensors.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             with zipfile.ZipFile(file) as archive:
@@ -101,12 +101,12 @@ def open_archives(paths: tuple[Path, ...]) -> WeightFiles:
 
 def open_pth(path: Path) -> WeightFiles:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             complete = zipfile.is_zipfile(file)  # the directory of a zip file is its end
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if not complete:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             if file.read(len(POINTER)) == POINTER:
                 raise WeightsError(f"{path} cannot be read: {LFS}")
         raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import LFS, POINTER
+from mistral.util.files import LFS, POINTER, regular
 
 LONGEST = 100_000_000  # bytes of JSON; the safetensors library has the same limit
 # Bits of a number, by safetensors' names. Others may come; their tensors are known by where they begin and end.
@@ -50,7 +50,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         HeaderError: the header is broken, or tensors and file do not cover each other byte for byte.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError
-from mistral.util.files import real_path, write_atomic
+from mistral.util.files import real_path, regular, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -81,7 +81,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     """
     try:
         read_header(path)
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except HeaderError as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}") from None

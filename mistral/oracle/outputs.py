@@ -26,7 +26,7 @@ class Outputs:
         ids: [T, k] tokens whose log-probs after each position are known, -1 for none; None where all are.
         logprobs: [T, k], or [T, V] of all tokens in order; float64. What is no number differs from everything.
         prints: fingerprints [T, PRINTS] of activations, by name; none where only log-probs are known.
-        rows: [T] bool, of which rows anything is said; None: of all.
+        rows: [T] bool, of which rows anything is said; None: of all that have an id.
     """
 
     ids: Tensor | None
@@ -37,7 +37,9 @@ class Outputs:
     @property
     def told(self) -> Tensor:
         """[T] bool, of which rows anything is said."""
-        return torch.ones(len(self.logprobs), dtype=torch.bool) if self.rows is None else self.rows
+        if self.rows is not None:
+            return self.rows
+        return torch.ones(len(self.logprobs), dtype=torch.bool) if self.ids is None else (self.ids >= 0).any(-1)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def _config(found: Folder) -> tuple[str, dict[str, Any]]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=files.regular) as file:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,13 +20,29 @@ POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves 
 LFS = "it is the pointer that Git LFS leaves in its place: run git lfs pull"
 
 
+def regular(path: str | os.PathLike[str], flags: int) -> int:
+    """An `opener` for `open` that refuses what is no file: opening a pipe waits until somebody writes into it.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe, a device.
+    """
+    opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(opened).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(opened)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    return opened
+
+
 def read_limited(path: Path, most: int = MOST) -> bytes:
     """The bytes of a small file, up to a size that none has: in memory they may take twenty times as much.
 
     Raises:
         OSError: it cannot be read, has more than `most` bytes, or is what Git LFS leaves in a file's place.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes, which no such file has", str(path))
@@ -60,6 +77,11 @@ def decode_text(data: bytes, what: str) -> str:
         name, byte = encoding.upper()[:6].rstrip("-"), error.object[error.start]
         advice = "convert it first, for example with iconv"
         raise FormatError(f"{what} is not {name} (byte 0x{byte:02x}): {advice}") from None
+
+
+def plain_ends(text: str) -> str:
+    """Text with one kind of line ends: those of Windows and of old Macs become \\n, as in Python's own text files."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_wide(data: bytes) -> bool:

@@ -435,6 +435,14 @@ def test_parse(words: list[str], want: list[str]) -> None:
     assert parse(a_command, words) == want
 
 
+def test_short_flags_with_their_number_in_one_word() -> None:
+    complete = COMMANDS["complete"]
+    assert parse(complete, ["-n3", "-t0.5", "-s", "1", "--prompt", "x"]) == parse(
+        complete, ["--max_tokens=3", "--temperature=0.5", "--seed=1", "--prompt=x"]
+    )
+    assert parse(complete, ["--prompt=-night"]) == ['--prompt="-night"']
+
+
 def test_what_fire_hands_over_is_what_was_typed() -> None:
     import fire
 

@@ -63,16 +63,16 @@ def test_bytes_that_are_no_text(data: bytes, said: str) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_same_text_by_every_door(cli: Command, tmp_path: Path, words: Tokenizer, encoding: str) -> None:
-    text = "The king\r\nsaid é.\r\n"
+    text = "The king\nsaid é.\n"
     file = tmp_path / "story.txt"
-    file.write_bytes(written(text, encoding))
+    file.write_bytes(written(text.replace("\n", "\r\n"), encoding))
     whole = len(words.encode(text)) - 1
     for done in (cli("perplexity", file, "--json"), cli("perplexity", "--json", stdin=file.read_bytes())):
         facts = json.loads(done.text)
         assert (facts["tokens"], facts["characters"]) == (whole, len(text))
     # A prompt: without the line end that every file has last.
     done = cli("complete", "--json", *GREEDY, stdin=file.read_bytes())
-    assert json.loads(done.text)["prompt_tokens"] == words.encode("The king\r\nsaid é.")
+    assert json.loads(done.text)["prompt_tokens"] == words.encode("The king\nsaid é.")
     # Lines: a prompt each.
     by_line = [words.encode("The king"), words.encode("said é.")]
     lines = cli("complete", "--file", file, "--json", *GREEDY).text.splitlines()
@@ -153,3 +153,44 @@ def test_a_question_of_several_lines_over_a_pipe(cli: Command, tmp_path: Path) -
     assert cli("interactive", folder, "--instruct", *GREEDY, stdin='"""never\nclosed').err.endswith(
         'error: the text that began with """ does not end with """\n'
     )
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_of_other_systems_are_plain_ones_and_said_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], end: str
+) -> None:
+    file = tmp_path / "story.txt"
+    file.write_bytes(f"The king{end}The wolf{end}".encode())
+    assert prompts.read_text(str(file)) == "The king\nThe wolf\n"
+    assert "carriage returns" in capfd.readouterr().err
+    assert [line.prompt for line in prompts.read_file(str(file))] == ["The king", "The wolf"]
+    file.write_bytes(b"The king\n")
+    assert prompts.read_text(str(file)) == "The king\n"
+    assert not capfd.readouterr().err
+
+
+BROKEN = """
+import os, sys
+os.{how}
+from mistral.cli import main
+sys.exit(main(["complete", "The king", "-n3", "-t", "0"]))
+"""
+
+
+def run_with(how: str) -> subprocess.CompletedProcess[str]:
+    code = BROKEN.format(how=how)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_text_comes_also_where_notes_cannot_be_written() -> None:
+    done = run_with("dup2(os.open('/dev/full', os.O_WRONLY), 2)")
+    assert (done.returncode, done.stdout) == (0, " was very angry\n")
+
+
+def test_a_closed_stdout_is_an_error() -> None:
+    command = ["sh", "-c", f"exec {sys.executable} -m main --version >&-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert "stdout is closed" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mistral.deploy.plan import Deployment, Wanted, plan
-from mistral.deploy.recipes import TARGETS, as_text, recipes
+from mistral.deploy.recipes import TARGETS, as_text, recipes, write
+from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, ROOT, make_folder
 from tools.make_recipes import made
@@ -183,3 +185,14 @@ def test_pytorch_is_not_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+
+
+def test_a_script_can_be_run_and_nothing_is_left_of_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    write(recipes("vllm", deployment()), tmp_path / "there")
+    assert os.access(tmp_path / "there" / "serve.sh", os.X_OK)
+    with (
+        mock.patch("mistral.deploy.recipes.write_atomic", side_effect=FormatError("the disk is full")),
+        pytest.raises(FormatError),
+    ):
+        write(recipes("vllm", deployment()), tmp_path / "full")
+    assert not (tmp_path / "full").exists()

@@ -15,7 +15,7 @@ from mistral.formats.mistral import read_object
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
-from mistral.util.files import folder_atomic, read_limited, require_writable, write_atomic
+from mistral.util.files import folder_atomic, read_limited, regular, require_writable, write_atomic
 
 
 def test_the_limit_is_exact(tmp_path: Path) -> None:
@@ -153,3 +153,15 @@ def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
     with folder_atomic(tmp_path / "folder") as work:
         assert not (tmp_path / "folder").exists()
     assert (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "params.json")
+    with pytest.raises(OSError, match="it is no file, but a pipe or a device"):
+        read_limited(tmp_path / "params.json")
+    with pytest.raises(IsADirectoryError), open(tmp_path, "rb", opener=regular):
+        pass
+    (tmp_path / "file").write_bytes(b"1234")
+    with open(tmp_path / "file", "rb", opener=regular) as file:
+        assert file.read() == b"1234"
