@@ -130,7 +130,7 @@ def complete(
         params = _constrained(params, schema, loaded)
     if not instruct:
         note_if_instruct(loaded)
-    require_known_ids(asked, loaded.args.vocab_size)
+    require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, instruct, system, template)
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if file is None and not json and params.n == 1:
