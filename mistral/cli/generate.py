@@ -127,7 +127,7 @@ def complete(
         params = _constrained(params, schema, loaded)
     template = template_of(loaded, chat.template) if chat.instruct else None
     note_if_instruct(loaded, chat)
-    require_known_ids(asked, loaded.args.vocab_size)
+    require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]

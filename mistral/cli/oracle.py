@@ -299,7 +299,7 @@ def trace(
     require_there(folder, prompt)
     asked = read_prompts(prompt, None, file)
     loaded = open_model(folder, replace(options, max_batch_size=len(asked)))
-    require_known_ids(asked, loaded.args.vocab_size)
+    require_known_ids(asked, loaded)
     from mistral.oracle.trace import write
 
     assert output is not None
@@ -330,7 +330,7 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
         tokenizer = load_tokenizer(found.path, found.args.vocab_size)
     if found is not None:
-        require_known_ids(asked, found.args.vocab_size)
+        require_known_ids(asked, found)
     return _ids(asked, tokenizer, file)
 
 

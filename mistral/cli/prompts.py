@@ -189,17 +189,18 @@ def require_there(folder: str | None, prompt: str | None) -> None:
     raise UsageError(nothing_at(folder) + two * unquoted)
 
 
-def require_known_ids(asked: list[PromptLine], vocab_size: int) -> None:
-    """Refuse the ids of a file that the model does not have.
+def require_known_ids(asked: list[PromptLine], of: Loaded | Folder) -> None:
+    """Refuse the ids of a file that a model does not have.
 
     Raises:
         UsageError: it names the line.
     """
     for one in asked:
         if isinstance(one.prompt, list) and one.where:
-            wrong = next((i for i in one.prompt if not 0 <= i < vocab_size), None)
+            size = of.args.vocab_size
+            wrong = next((i for i in one.prompt if not 0 <= i < size), None)
             if wrong is not None:
-                raise UsageError(f"{one.where} has the id {wrong}, outside the vocabulary of {vocab_size}")
+                raise UsageError(f"{one.where} has the id {wrong}, outside the vocabulary of {size}")
 
 
 def template_of(loaded: Loaded, name: str | None) -> Template:

@@ -76,7 +76,7 @@ def test_a_killed_worker_costs_no_line(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 1, said  # one line is an error
-    assert "42 of 42 lines, 1 of them errors" in said
+    assert "42 of 42 lines, 1 of them an error" in said
     done = subprocess.run([*command, str(here), *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=240)
     assert done.returncode == 1
     assert texts(out) == texts(here)

@@ -170,7 +170,7 @@ def test_a_kind_loads_and_is_transformers(tmp_path: Path, kind: str) -> None:
     classes = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert distance(theirs(classes, prompts), want) < TOLERANCE
     assert (found[0].args.llama_4_scaling is None) == (not KINDS[kind][3].get("llama_4_scaling_beta"))
-    seen = [note for note in found[0].notes if "read images" in note]
+    seen = [note for note in found[0].notes if "reads images" in note]
     assert len(seen) == KINDS[kind][1]
     assert found[0].args.tied_embeddings == KINDS[kind][2]
 
