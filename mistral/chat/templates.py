@@ -310,7 +310,8 @@ def _settings(tokenizer: Any, effort: str | None = None) -> dict[str, Any]:
 
     if (builder := tokenizer.model_settings_builder) is None:
         raise TemplateError("the tokenizer file is of version v15, but has no model_settings_builder: fetch it again")
-    request: Any = ChatCompletionRequest(messages=[UserMessage(content="")], reasoning_effort=effort)
+    asked: Any = effort  # one of its own names for them, or refused by it
+    request: Any = ChatCompletionRequest(messages=[UserMessage(content="")], reasoning_effort=asked)
     return {"settings": builder.build_settings(request)}
 
 

@@ -145,7 +145,7 @@ def evaluate(
         options = replace(options, execution=plain, dtype=options.dtype or "float32")
     loaded = open_model(folder, options)
     if task in RETRIEVAL and not instruct:
-        note_if_instruct(loaded)
+        note_if_instruct(loaded, ChatOptions())
     _report(loaded, replace(asked, rows=options.max_batch_size or 2**31), instruct, template, json, plot)
 
 

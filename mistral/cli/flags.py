@@ -183,7 +183,7 @@ def _place(
 def _is_flag(word: str, parameters: Collection[str]) -> bool:
     """Whether a word would be a flag, were it not behind `--`."""
     name = word.partition("=")[0]
-    return SHORT.get(name, "") in parameters or (name[:2] == "--" and name[2:].replace("-", "_") in parameters)
+    return long_of(name, parameters) is not None or (name[:2] == "--" and name[2:].replace("-", "_") in parameters)
 
 
 def _check_parcels(command: Callable[..., None], given: dict[str, Any]) -> None:

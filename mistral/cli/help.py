@@ -66,7 +66,7 @@ def _flag(p: inspect.Parameter, text: str, names: Collection[str]) -> str:
     notes = {list: [], dict: ["ID:NUMBER"]}.get(kind, [kind.__name__])
     if kind in flags.REPEATED and "may be repeated" not in text:
         notes.append("may be repeated")
-    other = flags.SHORT.get(f"-{p.name}")
+    other = flags.long_of(f"-{p.name}", names)
     if other is not None:  # --n is not -n
         notes.append(f"-{p.name} is --{other}")
     if p.default is p.empty:

@@ -261,6 +261,7 @@ def error_budget(
     weights: torch.dtype | None,
     compute: torch.dtype,
     cache: torch.dtype | None = None,
+    *,
     exact: Truth | None = None,
 ) -> list[Truth]:
     """The truth with results rounded as `compute` rounds them, and keys as `cache` does, `num_draws` times; for
