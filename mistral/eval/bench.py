@@ -208,7 +208,7 @@ def measure(
         keys = batch * args.cache_bytes(context + 1, itemsize)
         rate = statistics.median(memory[context, batch])
         yield _row("decode", context, batch, rates, batch * rate / (weight_bytes(model, batch) + keys))
-    in_prompts = torch.bfloat16 if getattr(model, "rounds_prompts", False) else model.dtype
+    in_prompts = torch.bfloat16 if model.rounds_prompts else model.dtype
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):
