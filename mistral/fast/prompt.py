@@ -18,7 +18,7 @@ from mistral.fast.kernels import library, pointer
 from mistral.fast.known import unknown_module
 from mistral.fast.linear import HasMatrix
 from mistral.fast.tiles import BF16, product_many
-from mistral.model import RMSNorm, Transformer
+from mistral.model import FeedForward, RMSNorm, Transformer, TransformerBlock
 from mistral.plan import Plan
 from mistral.rope import Rope
 
@@ -117,7 +117,8 @@ def multiply(linear: nn.Module, x: Tensor, parts: Parts) -> Tensor:
     """`linear(x)`, in which inputs of some rows are rounded to bf16 if the weights are in bf16."""
     matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
     if matrix is None or matrix.kind != BF16 or not any(rounded for _, rounded in parts):
-        return linear(x)
+        y: Tensor = linear(x)
+        return y
     ys = [product_many(matrix, x[at], rounds=True) if rounded else linear(x[at]) for at, rounded in parts]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
 
@@ -142,7 +143,9 @@ def step(
     cos, sin = aligned_cos_sin(plan.positions, model.rope)
     h = model.tok_embeddings(input_ids).to(torch.float32).contiguous()
     for i, block in enumerate(model.layers):
+        assert isinstance(block, TransformerBlock)  # as `takes` has seen
         attention, ffn = block.attention, block.feed_forward
+        assert isinstance(ffn, FeedForward)
         x = norm(h, block.attention_norm)
         q, k, v = (
             multiply(w, x, parts).unflatten(-1, (-1, attention.head_dim))
