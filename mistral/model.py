@@ -140,10 +140,12 @@ class Transformer(nn.Module):
         adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
         kept_in: what keys and values are kept in, by the dtype that is computed in; others keep their own.
         draft: makes what guesses tokens for an engine, so that it takes fewer steps; None: nothing does.
+        rounds_prompts: whether products round their inputs where a plan names prompts; see `fast.prompt`.
     """
 
     adapters: Adapters | None = None
     draft: Callable[[], Draft] | None = None
+    rounds_prompts = False
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
+from mistral.cli.chat_options import ChatOptions
 from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     note_if_instruct,

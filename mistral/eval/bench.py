@@ -225,7 +225,7 @@ def measure(
             rates.append(tokens / sum(decode(model, 0, 1, tokens)))
         keys = model.cache_bytes(tokens // 2 + 1)  # on average
         yield _row("generate", 0, 1, tokens, rates, statistics.median(reading) / (weight_bytes(model) + keys))
-    in_prompts = torch.bfloat16 if getattr(model, "rounds_prompts", False) else model.dtype
+    in_prompts = torch.bfloat16 if model.rounds_prompts else model.dtype
     for tokens in prompts:
         rates, arithmetic = [], []
         for _ in range(repeats):

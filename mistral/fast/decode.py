@@ -82,13 +82,7 @@ _kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]]
 
 
 class FastTransformer(Transformer):
-    """`Transformer` whose decode steps are one call of the kernels, and other steps a few for each layer.
-
-    Attributes:
-        rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 where a plan names prompts.
-    """
-
-    rounds_prompts = False
+    """`Transformer` whose decode steps are one call of the kernels, and other steps a few for each layer."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

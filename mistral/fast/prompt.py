@@ -8,6 +8,7 @@ have the same bits whatever is beside them and however they are divided into ste
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mistral.fast.kernels import library, pointer
 from mistral.fast.known import unknown_module
 from mistral.fast.linear import HasMatrix
 from mistral.fast.tiles import BF16, product_many
-from mistral.model import RMSNorm, Transformer
+from mistral.model import FeedForward, RMSNorm, Transformer, TransformerBlock
 from mistral.plan import Plan
 from mistral.rope import Rope
 
@@ -117,7 +118,8 @@ def multiply(linear: nn.Module, x: Tensor, parts: Parts) -> Tensor:
     """`linear(x)`, in which inputs of some rows are rounded to bf16 if the weights are in bf16."""
     matrix = linear.matrix() if isinstance(linear, HasMatrix) else None
     if matrix is None or matrix.kind != BF16 or not any(rounded for _, rounded in parts):
-        return linear(x)
+        y: Tensor = linear(x)
+        return y
     ys = [product_many(matrix, x[at], rounds=True) if rounded else linear(x[at]) for at, rounded in parts]
     return ys[0] if len(ys) == 1 else torch.cat(ys)
 
@@ -142,14 +144,17 @@ def step(
     cos, sin = aligned_cos_sin(plan.positions, model.rope)
     h = model.tok_embeddings(input_ids).to(torch.float32).contiguous()
     for i, block in enumerate(model.layers):
+        assert isinstance(block, TransformerBlock)  # as `takes` has seen
         attention, ffn = block.attention, block.feed_forward
+        assert isinstance(ffn, FeedForward)
+        store: Any = cache.layer(i)  # a `LayerStore`, but for attributes that it cannot set
         x = norm(h, block.attention_norm)
         q, k, v = (
             multiply(w, x, parts).unflatten(-1, (-1, attention.head_dim))
             for w in (attention.wq, attention.wk, attention.wv)
         )
         which = look if attention.attend == tiled(sdpa) else attention.attend
-        seen = which(turn(q, cos, sin), turn(k, cos, sin), v, cache.layer(i), plan)
+        seen = which(turn(q, cos, sin), turn(k, cos, sin), v, store, plan)
         h += multiply(attention.wo, seen.flatten(-2), parts)
         x = norm(h, block.ffn_norm)
         h += multiply(ffn.w2, gate(multiply(ffn.w1, x, parts), multiply(ffn.w3, x, parts)), parts)

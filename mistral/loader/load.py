@@ -412,6 +412,5 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
     model.load_state_dict(tensors, strict=True, assign=True)
     if run.how.products:
         use_kernels(model)
-    if run.rounds_prompts:
-        model.rounds_prompts = True
+    model.rounds_prompts = run.rounds_prompts
     model.eval()
