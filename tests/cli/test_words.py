@@ -108,9 +108,9 @@ def test_limits_of_training(cli: Command) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("/set temprature 0.5", "/set knows no 'temprature'; did you mean temperature?"),
+        ("/set temperatures 0.5", "/set knows no 'temperatures'; did you mean temperature?"),
         ("/set temperature", "/set needs a value for temperature"),
-        ("/retyr", "no command /retyr; did you mean /retry?; // begins a question with a slash"),
+        ("/retri", "no command /retri; did you mean /retry?; // begins a question with a slash"),
         ("/retry", "there is no question to answer again"),
         ("/continue", "there is no answer to go on with"),
     ],

@@ -268,7 +268,9 @@ def test_no_network(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody answers
     assert locate("owner/name") == folder
     assert caplog.messages[-1].startswith("the hub cannot be reached (")
-    assert refused("owner/other").endswith(f"{constants.HF_HUB_CACHE} has no owner/other: check the name, or try again with a network")
+    assert refused("owner/other").endswith(
+        f"{constants.HF_HUB_CACHE} has no owner/other: check the name, or try again with a network"
+    )
 
 
 def test_a_part_of_a_model_does_not_do_offline(hub: Hub, model_hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def test_they_are_read_as_what_is_meant(tmp_path: Path, kind: str) -> None:
     folder, meant = write(tmp_path / "quantized", kind)
     found = read_folder(folder)
     assert any("computed in fp32 while they are read" in note for note in found.notes)
-    aside = [note for note in found.notes if "scale activations" in note]
+    aside = [note for note in found.notes if "scales for activations" in note]
     assert len(aside) == (kind in ("fp8, one scale", "fp8, rows"))
     hf = found.layout
     for name in found.tensors:

@@ -11,6 +11,6 @@ def test_one_has_no_s() -> None:
 
 
 def test_only_what_is_like_a_word_is_suggested() -> None:
-    assert did_you_mean("temprature", ["top_p", "temperature"]) == "; did you mean temperature?"
+    assert did_you_mean("temperatures", ["top_p", "temperature"]) == "; did you mean temperature?"
     assert did_you_mean("sed", ["seed"], "--") == "; did you mean --seed?"
     assert did_you_mean("wolf", ["temperature"]) == ""
