@@ -110,7 +110,8 @@ def record_rounding(record: Recording) -> None:
 
 def widen(linear: QuantizedLinear) -> None:
     k = linear.in_features
-    x, seen, wide = torch.rand(2, k), torch.zeros(2, k), torch.zeros(k, N)
+    x = torch.rand(2, k, generator=torch.Generator().manual_seed(k))
+    seen, wide = torch.zeros(2, k), torch.zeros(k, N)
     first, count, two, columns, span = (ctypes.c_int64(n) for n in (0, N, 2, k, linear.span))
     library().widen(ctypes.byref(linear.matrix()), first, count, pointer(wide), two)
     library().through_16_bits(pointer(x), columns, two, span, pointer(seen), two)
