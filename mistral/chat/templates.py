@@ -307,7 +307,8 @@ def _settings(tokenizer: Any, effort: str | None = None) -> dict[str, Any]:
 
     if (builder := tokenizer.model_settings_builder) is None:
         raise TemplateError("the tokenizer file is of version v15, but has no model_settings_builder: fetch it again")
-    request: Any = ChatCompletionRequest(messages=[UserMessage(content="")], reasoning_effort=effort)
+    chosen: Any = effort
+    request: Any = ChatCompletionRequest(messages=[UserMessage(content="")], reasoning_effort=chosen)
     return {"settings": builder.build_settings(request)}
 
 

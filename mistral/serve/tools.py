@@ -165,7 +165,11 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         calls = _calls(given.get("tool_calls", []), where)
         first = [] if thought is None else [Thought(thought)]
         made = from_chunks("system" if role == "developer" else role, first + chunks)
-        more = {"tool_calls": calls, "tool_call_id": given.get("tool_call_id"), "name": given.get("name")}
+        more: dict[str, Any] = {
+            "tool_calls": calls,
+            "tool_call_id": given.get("tool_call_id"),
+            "name": given.get("name"),
+        }
         found.append(replace(made, **more))
     if not found:
         raise ApiError("a conversation has at least one message", "messages")
