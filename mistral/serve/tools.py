@@ -170,7 +170,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             "tool_call_id": given.get("tool_call_id"),
             "name": given.get("name"),
         }
-        found.append(replace(made, **more))
+        found.append(replace(made, tool_calls=calls, **more))
     if not found:
         raise ApiError("a conversation has at least one message", "messages")
     return found
