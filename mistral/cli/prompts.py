@@ -242,9 +242,9 @@ def as_ids(asked: list[PromptLine], loaded: Loaded, template: Template | None, c
     return [template.encode_chat([system, Message("user", one.prompt)], effort=effort) for one in asked]
 
 
-def note_if_instruct(loaded: Loaded, chat: ChatOptions) -> None:
+def note_if_instruct(loaded: Loaded, chat: ChatOptions | None = None) -> None:
     """Print a note if raw text goes to a model that was tuned on conversations, or its system prompt goes unused."""
-    if chat.instruct:
+    if chat is not None and chat.instruct:
         if told := chat.note_of(loaded.folder):
             terminal.echo_err(f"note: {told}")
     elif is_instruct(loaded.folder):

@@ -285,7 +285,8 @@ MEDIUM = {"yarn": Yarn(64, 8, 4, 1)}
 def test_a_file_of_arch_mistral3(tmp_path: Path, parts: dict[str, Any]) -> None:
     """Its keys give the shape that the same model has in Mistral's layout, and the same logits."""
     args = gguf_args(vocab_size=4096, **parts)
-    held = write_gguf(tmp_path / "m.gguf", "F32", args, extra=TOKENIZER, arch="mistral3")
+    without = ("output.weight",) if args.tied_embeddings else ()
+    held = write_gguf(tmp_path / "m.gguf", "F32", args, extra=TOKENIZER, arch="mistral3", without=without)
     loaded = load(tmp_path / "m.gguf", device="cpu")
     assert (loaded.args.yarn, loaded.args.llama_4_scaling) == (args.yarn, args.llama_4_scaling)
     assert loaded.args.tied_embeddings == args.tied_embeddings
