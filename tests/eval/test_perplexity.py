@@ -53,7 +53,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
             super().__init__(*args, **options)
             made.append(self.nbytes)
 
-    monkeypatch.setattr("mistral.eval.perplexity.RollingBufferCache", Spy)
+    monkeypatch.setattr("mistral.model.RollingBufferCache", Spy)
     monkeypatch.setattr("mistral.eval.perplexity.LOGIT_FLOATS", 1)  # a row of logits at a time
     model = tiny_model(tiny_args(sliding_window=4))
     whole = [perplexity(model, ids.tolist(), chunk_size=16) for ids in ragged([50, 500], model.args.vocab_size)]
