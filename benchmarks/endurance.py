@@ -106,6 +106,7 @@ def stream(
             request.rng()
     wanted = {tokens * (i + 1) // places - 1 for i in range(places)}
     with suppress(KeyboardInterrupt), tqdm(total=tokens, initial=made, disable=None, unit="token") as bar:
+        log.resume(made)
         while not engine.done and log.spent < minutes * 60:
             bar.update(len(engine.step()))
             count = made + len(request.output_ids)

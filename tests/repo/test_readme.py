@@ -177,7 +177,7 @@ def test_commands_and_flags_exist(page: Path) -> None:
 
 
 OTHERS = {"generation_config", "plant", "prompts", "max_tokens", "json", "keep", "model", "enforce_eager"}
-OTHERS |= {"apply_chat_template", "rough"}  # of lm-eval; of benchmarks.quality
+OTHERS |= {"apply_chat_template", "rough", "state"}  # of lm-eval; of benchmarks.quality; of benchmarks.endurance
 
 
 def test_flags_in_sentences_exist() -> None:
