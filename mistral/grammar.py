@@ -53,6 +53,14 @@ class Grammars:
         """
         return self.lark(f"start: {json_rule(schema)}")
 
+    def regex(self, pattern: str) -> Grammar:
+        """Texts that a regular expression matches as a whole; as above."""
+        return self.lark(f"start: {regex_rule(pattern)}")
+
+    def choice(self, texts: Sequence[str]) -> Grammar:
+        """One of some texts."""
+        return self.lark(f"start: {choice_rule(texts)}")
+
     def lark(self, text: str, after: int | None = None) -> Grammar:
         """Texts of a grammar in llguidance's form of Lark.
 
