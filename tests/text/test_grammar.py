@@ -19,7 +19,7 @@ from tests.support.tokenizer_json import KINDS, small_tekken, write_tokenizer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
-from mistral.grammar import Grammar, Grammars, choice_rule, regex_rule
+from mistral.grammar import Grammar, Grammars
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -76,8 +76,7 @@ def test_token_bytes_are_what_is_decoded(tmp_path: Path) -> None:
 def test_requests_that_share_a_constraint_do_not_mix() -> None:
     tokenizer = Tokenizer(BUNDLED / "tokenizer.model")
     model = tiny_model(tiny_args(vocab_size=4096))
-    rule = choice_rule(["the wolf", "the king's daughter", "nobody"])
-    grammar = Grammars(tokenizer, eos_of(tokenizer)).lark(f"start: {rule}")
+    grammar = Grammars(tokenizer, eos_of(tokenizer)).choice(["the wolf", "the king's daughter", "nobody"])
     options = {"max_tokens": 20, "temperature": 3.0, "top_p": 1.0, "n": 3, "seed": 1}
     shared = complete(["A", "B"], model, tokenizer, logits_processor=grammar.constraint(), **options)
     for prompt, results in (("A", shared[:3]), ("B", shared[3:])):
@@ -98,7 +97,7 @@ def test_a_grammar_may_begin_after_a_token() -> None:
 
 def test_where_it_gives_up_the_text_ends() -> None:
     tokenizer = Tokenizer(BUNDLED / "tokenizer.model")
-    constraint = Grammars(tokenizer, [2]).lark(f"start: {regex_rule('(a{1,1000}){1,1000}' * 20)}").constraint()
+    constraint = Grammars(tokenizer, [2]).regex("(a{1,1000}){1,1000}" * 20).constraint()
     letter = tokenizer.token_bytes().index(b"a")
     ids: list[int] = []
     for _ in range(400):
@@ -118,9 +117,9 @@ def test_schemas_that_cannot_be_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(SamplingError, match="grammar cannot be used"):
         Grammars(tokenizer, [2]).json(schema)
     with pytest.raises(SamplingError, match="not valid Unicode"):
-        Grammars(tokenizer, [2]).lark("start: " + choice_rule(["\ud800"]))
+        Grammars(tokenizer, [2]).choice(["\ud800"])
     with pytest.raises(SamplingError, match="not valid Unicode"):
-        regex_rule("\ud800")
+        Grammars(tokenizer, [2]).regex("\ud800")
     with pytest.raises(SamplingError, match="no token ends"):
         Grammars(tokenizer, [])
     deep: dict[str, Any] = {}
