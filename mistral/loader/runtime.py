@@ -239,13 +239,15 @@ def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: to
 
 
 def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype, narrow: bool) -> torch.dtype:
-    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU, else the arithmetic's.
+    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU where no dtype of the
+    arithmetic was asked for either, else the arithmetic's.
 
     Raises:
         OptionError: float16 where a key that it cannot hold would become infinite.
     """
-    if options.cache_dtype in (None, "auto"):
-        return torch.float16 if device.type == "cpu" and compute == torch.float32 and narrow else compute
+    if options.cache_dtype in (None, "auto", "same"):
+        free = options.cache_dtype != "same" and options.dtype in (None, "auto")
+        return torch.float16 if free and device.type == "cpu" and compute == torch.float32 and narrow else compute
     chosen: torch.dtype = getattr(torch, CACHE_NAMES[options.cache_dtype])
     if chosen == torch.float16 and device.type != "cpu" and compute != torch.float16:
         raise OptionError(
