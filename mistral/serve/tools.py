@@ -165,11 +165,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         calls = _calls(given.get("tool_calls", []), where)
         first = [] if thought is None else [Thought(thought)]
         made = from_chunks("system" if role == "developer" else role, first + chunks)
-        more: dict[str, Any] = {
-            "tool_calls": calls,
-            "tool_call_id": given.get("tool_call_id"),
-            "name": given.get("name"),
-        }
+        more: dict[str, Any] = {name: given.get(name) for name in ("tool_call_id", "name")}
         found.append(replace(made, tool_calls=calls, **more))
     if not found:
         raise ApiError("a conversation has at least one message", "messages")
