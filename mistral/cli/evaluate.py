@@ -34,7 +34,7 @@ RETRIEVAL = ("passkey", "lines", "topics", "needle")
 TASKS = (*RETRIEVAL, "reach", "position")
 
 
-@flat(options=LoadOptions(max_batch_size=1, cache_dtype="same"), omit=("max_batch_size", "draft", "prompt_dtype"))
+@flat(options=LoadOptions(max_batch_size=1), omit=("max_batch_size", "draft", "prompt_dtype"))
 @divisible
 def perplexity(
     folder: str | None = None,
@@ -83,7 +83,7 @@ def perplexity(
     print(one_line(facts) if json else line)
 
 
-@flat(options=LoadOptions(max_batch_size=8, cache_dtype="same"), omit=("draft", "parallel", "prompt_dtype"))
+@flat(options=LoadOptions(max_batch_size=8), omit=("draft", "parallel", "prompt_dtype"))
 def evaluate(
     folder: str | None = None,
     *,

@@ -242,7 +242,6 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
             stored=getattr(torch, stored),
             parameters=found.parameters,
             head_dim=args.head_dim,
-            narrow=all(t.widened or t.computed for t in found.tensors.values() if len(t.shape) > 1),
         )
         return replace(run, quant=rounded if found.quant is None else found.quant)
 

@@ -45,8 +45,7 @@ class LoadOptions:
     Args:
         device: cpu, cuda, cuda:1 or mps; default: the best one available
         dtype: of the arithmetic: float32, bfloat16, float16 or float64; default: what the device computes well
-        cache_dtype: of keys and values: float32, bfloat16, float16, int8, or same as the arithmetic; default: float16
-            beside weights of 16 bits or fewer on a CPU where --dtype is not given, else same
+        cache_dtype: of keys and values: float32, bfloat16, float16 or int8; default: that of the arithmetic
         prompt_dtype: of the inputs of products of prompts: bfloat16 rounds them (bf16 weights, CPU); default: dtype
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
@@ -89,7 +88,7 @@ class LoadOptions:
         _check_device(self.device)
         for name, known in (
             ("dtype", ("auto", *DTYPE_NAMES)),
-            ("cache_dtype", ("auto", "same", *CACHE_NAMES)),
+            ("cache_dtype", ("auto", *CACHE_NAMES)),
             ("prompt_dtype", PROMPT_DTYPES),
             ("attention", ATTENTIONS),
             ("execution", EXECUTIONS),

@@ -83,9 +83,7 @@ class Runtime:
         return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
 
-def resolve(
-    options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int, narrow: bool = False
-) -> Runtime:
+def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:
     """Decide what the options left open.
 
     Args:
@@ -93,7 +91,6 @@ def resolve(
         stored: dtype of the weights in their file.
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
-        narrow: whether they take 16 bits or fewer there, although `stored` is wider: blocks that are dequantized.
 
     Raises:
         OptionError: the device is not there, or cannot do what was requested.
@@ -109,7 +106,7 @@ def resolve(
     name, attend = backends.resolve(options.attention, place, compute, head_dim)
     named = options.attention not in (None, "auto") and name == options.attention
     execution, notes = _execution(options.execution, place, compute, named)
-    cache = pick_cache(options, place, compute, narrow or options.quant is not None or stored.itemsize <= 2)
+    cache = pick_cache(options, place, compute)
     if cache == torch.int8 and execution == "cuda_graph":
         raise OptionError(
             "execution cuda_graph does not read keys and values in int8: omit --cache_dtype, or --execution"
@@ -238,16 +235,14 @@ def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: to
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
-def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype, narrow: bool) -> torch.dtype:
-    """Dtype of keys and values: the one asked for; or 16 bits beside narrow weights on a CPU where no dtype of the
-    arithmetic was asked for either, else the arithmetic's.
+def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """Dtype of keys and values: the one asked for, or the arithmetic's.
 
     Raises:
         OptionError: float16 where a key that it cannot hold would become infinite.
     """
-    if options.cache_dtype in (None, "auto", "same"):
-        free = options.cache_dtype != "same" and options.dtype in (None, "auto")
-        return torch.float16 if free and device.type == "cpu" and compute == torch.float32 and narrow else compute
+    if options.cache_dtype in (None, "auto"):
+        return compute
     chosen: torch.dtype = getattr(torch, CACHE_NAMES[options.cache_dtype])
     if chosen == torch.float16 and device.type != "cpu" and compute != torch.float16:
         raise OptionError(

@@ -78,7 +78,7 @@ def test_a_shape(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.SHAPES, "7b", tiny_args())
     for quant in ("int8", "int4"):
         text = cli("bench", "--shape", "7B", *QUICK, "--quant", quant).text
-        assert f"random weights in the shape 7b; device cpu; weights/compute/cache {quant}/float32/float16" in text
+        assert f"random weights in the shape 7b; device cpu; weights/compute/cache {quant}/float32/float32" in text
         assert "loaded in" not in text
 
 

@@ -689,7 +689,7 @@ def test_an_attention_that_was_asked_for_is_the_one_used(tmp_path: Path, decodes
 def test_quantized_while_loading(tmp_path: Path, kind: str, decodes: list[int]) -> None:
     folder = make_folder(tmp_path / "model", sliding_window=3)
     loaded, plain = load(folder, device="cpu", quant=kind), load(folder, device="cpu", kernels=False)
-    assert f"weights/compute/cache {kind}/float32/float16" in loaded.describe()
+    assert f"weights/compute/cache {kind}/float32/float32" in loaded.describe()
     assert f"{loaded.parameters / 1e6:.1f} M" in loaded.describe()
     kinds = {type(m) for n, m in loaded.model.named_modules() if n.startswith("layers.0.") and "w" in n[-2:]}
     assert kinds == {LINEARS[kind]}

@@ -135,7 +135,7 @@ def test_weights_stay_narrow_where_memory_is_short(tmp_path: Path, monkeypatch: 
     narrow = load(tmp_path, device="cpu", kernels=False)
     assert (wide.runtime.weights, narrow.runtime.weights) == (torch.float32, torch.bfloat16)
     assert narrow.runtime.compute == torch.float32
-    assert "weights/compute/cache bfloat16/float32/float16" in narrow.describe()
+    assert "weights/compute/cache bfloat16/float32/float32" in narrow.describe()
     assert torch.equal(logits(narrow.model), logits(wide.model))
 
 
@@ -402,7 +402,7 @@ def test_describe(tmp_path: Path, form: str) -> None:
         f"from {files.get(form, 'consolidated.safetensors')};",
         "0.2 M parameters",
         "device cpu",
-        "weights/compute/cache float32/float32/float16",
+        "weights/compute/cache float32/float32/float32",
         "attention sdpa",
         "window 5",
         "rope_theta 10000 (absent, and a sliding window is declared)",
