@@ -8,6 +8,7 @@ the 20 most likely tokens and their log-probabilities, sorted and here. Logits a
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ def milliseconds(work: Callable[[], object], times: int = 30) -> float:
 
 def main() -> None:
     """Print a line for each vocabulary and each way to sample."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     uniform = torch.tensor([0.3])
     for name, size in SIZES.items():

@@ -51,7 +51,7 @@ INLINE uint16_t to_bf16_bits(float x) {
 }
 
 /* A head's key or value x [d] into a cache; returns whether it is finite and what is kept of it is not. */
-int keep(int64_t kind, const float *x, int64_t d, char *to, float *scale) {
+int64_t keep(int64_t kind, const float *x, int64_t d, char *to, float *scale) {
     int overflows = 0;
     if (kind == F32) memcpy(to, x, d * 4);
     if (kind == BF16)

@@ -120,7 +120,8 @@ def _quantized_bytes(found: Folder) -> dict[str, int]:
 
 def _rest_itemsize(found: Folder) -> int:
     """Bytes of a number of what stays as it is stored beside quantized weights: embeddings and norms."""
-    embeddings = found.weights.tensors[EMBEDDINGS]
+    # A table that is tied is quantized too; norms are not.
+    embeddings = found.weights.tensors.get(EMBEDDINGS) or found.weights.tensors["norm.weight"]
     return embeddings.nbytes // embeddings.parameters if not embeddings.widened else 4
 
 

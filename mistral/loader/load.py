@@ -402,6 +402,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
                 mapped = weight.dtype == dtype and not own and bool(found.weights.files)
                 on_cpu = run.device.type == "cpu" and not mapped
                 tensors[name] = pages.copied(weight, dtype) if on_cpu else weight.to(run.device, dtype, copy=own)
+                del weight  # or what is mapped of the file would stay in memory until the last tensor
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

@@ -535,11 +535,11 @@ def test_a_mistyped_folder_is_not_a_prompt() -> None:
 
 
 def test_closed_streams(tmp_path: Path) -> None:
-    """Closed by the shell with >&- or 2>&-: nothing is lost to the other stream, and nothing breaks."""
+    """Closed by the shell with >&- or 2>&-: nothing goes to the other stream, and text that nobody gets is an error."""
     script = f"{sys.executable} -m main complete hi --max_tokens 2 --temperature 0"
     run = subprocess.run(f"{script} >&-", shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
-    assert run.returncode == 0
-    assert "Traceback" not in run.stderr
+    assert run.returncode == 2
+    assert run.stderr.endswith("error: stdout is closed: there is nowhere to print to\n")
     run = subprocess.run(f"{script} 2>&-", shell=True, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
     assert run.returncode == 0
     assert "loaded" not in run.stdout

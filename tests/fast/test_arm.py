@@ -21,8 +21,7 @@ from mistral.fast.layout import BLOCKS
 from mistral.model import Transformer
 from mistral.quant import blocks, rounding
 from mistral.quant.affine import affine4
-from mistral.quant.blocks import BlockEmbedding
-from mistral.quant.linear import QuantizedLinear, int4, int8
+from mistral.quant.linear import QuantizedEmbedding, QuantizedLinear, int4, int8
 from tests.fast.test_kernels import DTYPES, ROUNDED_TOLERANCE, fast_twin, make_linear
 from tests.quant.test_blocks import make_linear as make_blocks
 from tests.quant.test_blocks import raw_blocks
@@ -137,7 +136,7 @@ def record_products(record: Recording) -> None:
         if quantized:
             record.exact(widen, linear)
         if kind in BLOCKS:
-            record.exact(BlockEmbedding(linear), torch.arange(N).flip(0))
+            record.exact(QuantizedEmbedding(linear), torch.arange(N).flip(0))
 
 
 def decode(fast: Transformer, lens: list[int], cache: RollingBufferCache) -> tuple[Tensor, ...]:

@@ -195,7 +195,7 @@ def test_inspect(tmp_path: Path) -> None:
     assert report["layout"] == "gguf"
     assert report["dtypes"]["Q4_0"]["tensors"] == 16
     assert report["dtypes"]["float32"]["tensors"] == 5
-    assert report["template"] == {"name": "m.gguf", "rule": "the model's own, in Jinja"}
+    assert report["template"] == {"name": "m.gguf", "rule": "of the folder, in Jinja"}
     assert report["tokenizer"]["words"] == 4096
     assert report["trained_length"] == 512
     assert [file["role"] for file in report["files"]] == ["weights"]

@@ -75,7 +75,7 @@ def test_nothing_is_made_for_prompts_that_cannot_be_asked(tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text("[1, 2]\n[1, 99999]\n")
     words = ["mutants", str(WINDOW), "-o", str(tmp_path / "new"), "--file", str(tmp_path / "prompts.jsonl")]
     assert cli.main(words) == 2
-    assert "prompt 1 must have ids, all in 0..60" in capsys.readouterr().err
+    assert "line 2 has the id 99999, outside the vocabulary of 61" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -187,7 +187,7 @@ def test_ids_outside_the_vocabulary(folder, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     file.write_text("[1, 4096]\n")
     assert cli.main(["pack", str(folder), "-o", str(tmp_path / "x.safetensors"), "--file", str(file)]) == 2
-    assert "prompt 0 must have ids, all in 0..4095" in capsys.readouterr().err
+    assert "line 1 has the id 4096, outside the vocabulary of 4096" in capsys.readouterr().err
 
 
 def spoilt(tmp_path, change) -> Path:

@@ -397,10 +397,14 @@ def test_pairs_that_round_alike_share_a_budget(tmp_path):
     state = {name: w.bfloat16() for name, w in random_state().items()}
     reading = WeightReader(read_folder(make_folder(tmp_path / "bf16", state, tokenizer=False)))
     bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    same = {verify._rounding(reading, pair) for pair in ((bf16, fp32), (fp32, fp32), (fp64, fp64))}
-    assert same == {(None, fp32)}
-    assert verify._rounding(reading, (fp16, fp16)) == (fp16, fp16)
+
+    def of(read: WeightReader, weights: torch.dtype, compute: torch.dtype, cache: torch.dtype | None = None):
+        return verify._rounding(read, verify.Variant("", "", (weights, compute), None, cache=cache))
+
+    assert {of(reading, *pair) for pair in ((bf16, fp32), (fp32, fp32), (fp64, fp64))} == {(None, fp32, None)}
+    assert of(reading, fp16, fp16) == of(reading, fp16, fp16, fp16) == (fp16, fp16, None)
+    assert of(reading, bf16, fp32, torch.int8) == (None, fp32, torch.int8)
     state["norm.weight"] = state["norm.weight"].float()  # one is enough
     mixed = WeightReader(read_folder(make_folder(tmp_path / "mixed", state, tokenizer=False)))
-    assert verify._rounding(mixed, (bf16, fp32)) == (bf16, fp32)
-    assert verify._rounding(mixed, (fp32, fp32)) == (None, fp32)
+    assert of(mixed, bf16, fp32) == (bf16, fp32, None)
+    assert of(mixed, fp32, fp32) == (None, fp32, None)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mistral.formats.adapter import read_adapter
 from mistral.loader.load import assemble
 from mistral.loader.options import LoadOptions
-from mistral.quant.blocks import BlockEmbedding, BlockLinear
+from mistral.quant.blocks import BlockLinear
+from mistral.quant.linear import QuantizedEmbedding
 from mistral.train.lora import FrozenLinear, LoraLinear
 from mistral.train.options import TrainOptions
 from mistral.train.output import write_adapter
@@ -55,7 +56,7 @@ def gradients(path: Path, load: LoadOptions) -> tuple[Setup, dict[str, Tensor], 
         assert isinstance(wq.of, FrozenLinear)
         assert isinstance(wq.of.of, BlockLinear)
         assert isinstance(output, FrozenLinear)
-        assert isinstance(model.tok_embeddings, BlockEmbedding)
+        assert isinstance(model.tok_embeddings, QuantizedEmbedding)
     return setup, {name: weight.grad for name, weight in trained.items() if weight.grad is not None}, nats
 
 
