@@ -98,8 +98,7 @@ def test_dtype_is_the_arithmetics(
     state = random_state(dtype=stored)
     loaded = load(make_folder(tmp_path, state), device=torch.device("cpu"), dtype=asked, kernels=False)
     assert (loaded.runtime.compute, loaded.model.dtype) == (compute, compute)
-    narrow = compute == torch.float32 and stored.itemsize == 2  # rule 14: a cache of its own
-    assert loaded.runtime.cache == loaded.model.cache_dtype == (torch.float16 if narrow else compute)
+    assert loaded.runtime.cache == loaded.model.cache_dtype == compute
     assert loaded.runtime.weights == compute  # there is room to widen so few
     assert_same(loaded.model.state_dict(), {name: tensor.to(compute) for name, tensor in state.items()})
 

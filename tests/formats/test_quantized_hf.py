@@ -397,8 +397,14 @@ def test_a_model_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
     ids = torch.arange(5, 36)
     with torch.inference_mode():
         want = other(input_ids=ids[None], use_cache=False).logits[0]
-        got = load(folder, device="cpu").model.forward(ids, [len(ids)])
-    assert distance([got], [want]) < TOLERANCE
+        got, plain, true = (
+            load(folder, device="cpu", **how).model.forward(ids, [len(ids)])
+            for how in ({}, {"execution": "eager"}, {"dtype": "float64"})
+        )
+    # Rule 11: weights of such a size are hot, and the order of sums shows.
+    most = max(TOLERANCE, 4 * distance([plain], [true]))
+    assert distance([got], [true]) < most
+    assert distance([got], [want]) < most
 
 
 def damage(folder: Path, change: Callable[[Files], Any]) -> None:
