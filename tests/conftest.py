@@ -1,5 +1,7 @@
 """Settings for the whole test run: Hypothesis draws the same examples every time, without deadlines.
 
+`make test` draws half as many as `make test-all`.
+
 `pytest --mutant NAME` runs the tests on a library that makes a mistake (mistral/oracle/mutants.py); they must fail.
 """
 
@@ -10,14 +12,15 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "stable",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    max_examples=50,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+for name, examples in {"stable": 50, "quick": 25}.items():
+    settings.register_profile(
+        name,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 settings.load_profile("stable")
 
 
@@ -26,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") == "not long":  # `make test`; the others draw twice as much
+        settings.load_profile("quick")
     # A shell that starts a job in the background has it ignore SIGINT, and so would every process that a test starts:
     # tests of Ctrl-C would wait for ever.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -245,6 +245,7 @@ def test_pasted_lines_are_one_question_and_bytes_that_are_no_text_an_error(folde
     assert child.exitstatus == 0
 
 
+@pytest.mark.long
 def test_without_prompt_toolkit_lines_are_read_plainly(folder: Path) -> None:
     blocked = "import sys; sys.modules['prompt_toolkit'] = None; from mistral.cli import main; sys.exit(main())"
     words = ["-c", blocked, "interactive", str(folder), "--instruct", *map(str, SHORT)]

@@ -274,6 +274,7 @@ def at_terminal(*words: object, **environment: str) -> Any:
     return pexpect.spawn(sys.executable, arguments, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
 
 
+@pytest.mark.long
 def test_replacing_a_file_is_confirmed_at_a_terminal(folder: Path, tmp_path: Path) -> None:
     kept = tmp_path / "chat.json"
     child = at_terminal("interactive", folder, "--instruct", *SHORT)
@@ -292,6 +293,7 @@ def test_replacing_a_file_is_confirmed_at_a_terminal(folder: Path, tmp_path: Pat
     assert len(json.loads(kept.read_text())["messages"]) == 4
 
 
+@pytest.mark.long
 def test_lines_of_earlier_sessions_come_back(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("prompt_toolkit")
     modern = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path), "NO_COLOR": "1"}

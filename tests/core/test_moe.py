@@ -219,6 +219,7 @@ MOE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2}, "sliding_window": No
 MIXTRAL = {**PARAMS, **MOE}
 
 
+@pytest.mark.long
 def test_verify_takes_it(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", state=dict(tiny_model(to_args(MIXTRAL)).state_dict()), **MOE)
     report = verify(read_folder(folder))

@@ -509,6 +509,7 @@ def expected_output(folder: Path, sp: Path, prompts: list[str], max_tokens: int)
 ORIGINAL = ["This is a test", "This is another test", "This is a third test, mistral AI is very good at testing. "]
 
 
+@pytest.mark.long
 def test_command_in_a_process_of_its_own(folder, sp):
     command = [sys.executable, "-m", "one_file_ref", str(folder)]
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}

@@ -115,6 +115,7 @@ def test_any_mix_any_chunks(kind: str, window: Any) -> None:
         assert same(whole(model, prompts), want)
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (8, 1), (5, 5)]),

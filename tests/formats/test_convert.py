@@ -707,6 +707,7 @@ print(peak - begin)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("form", "to", "dtype"), [("single", "hf", ""), ("pth", "hf", ""), ("pth", "mistral", "float32")]

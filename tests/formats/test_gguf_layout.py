@@ -257,6 +257,7 @@ def test_commands(tmp_path: Path, cli: Command) -> None:
     assert "sliding_window is 'x'" in cli("complete", path, "a", "--sliding_window", "x").error
 
 
+@pytest.mark.long
 def test_a_pack_of_a_file(tmp_path: Path, cli: Command) -> None:
     make_gguf(tmp_path / "m.gguf", extra={"llama.vocab_size": None, "llama.attention.head_count_kv": [2, 2]})
     assert cli("pack", tmp_path / "m.gguf", "-o", tmp_path / "p.safetensors", "--weights").code == 0

@@ -508,6 +508,7 @@ def tekken(**changes: Any) -> dict[str, Any]:
     return {"config": {**config, **changes}, "vocab": [{"rank": i} for i in range(3096)]}
 
 
+@pytest.mark.long
 def test_words_of_a_tekken_are_those_of_mistral_common(tmp_path: Path) -> None:
     path = tmp_path / "tekken.json"
     shutil.copy(str(files("mistral_common") / "data" / "tekken_240911.json"), path)

@@ -60,6 +60,7 @@ def test_shapes_and_numbers(tmp_path: Path, params: str, layout: str, dtype: str
             assert len(tensor.unique(dim=0)) == shape[0]  # no row is another one's copy
 
 
+@pytest.mark.long
 def test_the_seed_decides(tmp_path: Path, params: str) -> None:
     for name, seed in (("b", 0), ("c", 0), ("d", 1)):
         write_random(params, tmp_path / name, seed=seed)
@@ -81,6 +82,7 @@ def test_tensors_longer_than_the_numbers_drawn(tmp_path: Path, params: str, monk
     assert len(embeddings[:300].unique(dim=0)) == 300
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("release", RELEASES, ids=lambda r: r.name)
 def test_names_of_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: Any) -> None:
     """Their shapes and tokenizers; nothing so large is written."""
@@ -143,6 +145,7 @@ def test_a_run_that_is_broken_off_leaves_nothing(tmp_path: Path, params: str) ->
     assert [path.name for path in tmp_path.iterdir()] == ["params.json"]
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path, params: str) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tools.random_model", *words]

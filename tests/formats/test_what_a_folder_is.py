@@ -78,7 +78,10 @@ def test_every_kind_says_what_to_do() -> None:
 
 
 def test_a_single_file(tmp_path: Path) -> None:
-    for name, said in (("a.gguf", "is not a complete GGUF file: it is empty"), ("a.txt", "is no model: that is a folder with")):
+    for name, said in (
+        ("a.gguf", "is not a complete GGUF file: it is empty"),
+        ("a.txt", "is no model: that is a folder with"),
+    ):
         (tmp_path / name).touch()
         assert said in refusal(tmp_path / name)
 

@@ -141,6 +141,7 @@ def test_a_trace_is_a_side(folder, tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
 def test_numbers_that_are_none_are_a_difference(folder, packed, tmp_path, capsys, number, rows):
@@ -407,6 +408,7 @@ def test_what_quantized_cannot_mean(folder, tmp_path, capsys):
     assert "what quantized weights change is measured on a model" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_window_that_is_given(folder, tmp_path, capsys):
     """For folders and files that do not say theirs: in compare, verify, pack and mutants."""
     silent = spoilt(folder, tmp_path, {"sliding_window": None})

@@ -160,6 +160,7 @@ def test_a_pack_becomes_a_folder_in_either_layout(tmp_path):
         assert all(torch.equal(found.weights.get(name), w) for name, w in want.items())
 
 
+@pytest.mark.long
 def test_verify_takes_a_pack(capsys):
     assert cli.main(["verify", str(pack.SHIPPED / "per-layer.safetensors")]) == 0
 

@@ -227,6 +227,7 @@ def test_scores_and_norms_are_rounded_to_fp32(compute, monkeypatch):
     assert torch.equal(rounded._norm(x, torch.ones(24)), want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "scale", "seed"),
     [
@@ -310,6 +311,7 @@ def test_the_command_passes_on_a_right_model(folder, capsys):
     assert any("--full" in note for note in report["notes"])
 
 
+@pytest.mark.long
 def test_full_rolls_the_real_window(folder, capsys):
     assert cli.main(["verify", str(folder), "--full", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -339,6 +341,7 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path, capsys):
     assert "layers.1.feed_forward.w3.weight has 1 numbers that are not finite" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_dtype_that_overflows_is_named(tmp_path, capsys):
     state = {name: w * 300_000 if name.endswith("w2.weight") else w for name, w in random_state().items()}
     folder = make_folder(tmp_path / "large", {name: w.half() for name, w in state.items()}, tokenizer=False)
@@ -348,11 +351,13 @@ def test_a_dtype_that_overflows_is_named(tmp_path, capsys):
     assert {row["compute"] for row in report["rows"] if not row["passes"]} == {"fp16"}
 
 
+@pytest.mark.long
 def test_weights_in_few_bits_are_verified_as_meant(folder, tmp_path, capsys):
     assert cli.main(["convert", str(folder), str(tmp_path / "few"), "--to", "mistral", "--quant", "int8"]) == 0
     assert cli.main(["verify", str(tmp_path / "few")]) == 0
 
 
+@pytest.mark.long
 def test_progress_reaches_its_total(folder):
     told = []
     verify.verify(read_folder(folder), progress=lambda done, total: told.append((done, total)))

@@ -303,6 +303,7 @@ def test_saved_as_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
         assert torch.equal(tensor, torch.from_numpy(held[name])), name
 
 
+@pytest.mark.long
 def test_the_command_line_reports_which_types_stay(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make_file(tmp_path / "m.gguf", "Q4_0")
     cli = in_process(capfd)

@@ -49,6 +49,7 @@ def test_ids_are_those_of_transformers(kind: str, scratch: Path) -> None:
     assert tokenizer.bos_id == (-1 if reference.bos_token_id is None else reference.bos_token_id)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_runs(kind: str, scratch: Path) -> None:
     folder = write_tokenizer(scratch / f"{kind} runs", kind, scratch)
