@@ -32,6 +32,7 @@ class Log:
         held = held or {"points": [], "spent": 0.0, "at": 0, "sitting": 0}
         self.block, self.points = block, list[dict[str, float]](held["points"])
         self.sitting, self._spent = held["sitting"] + 1, held["spent"]
+        self._began = time.process_time()
         self.resume(held["at"])
 
     def resume(self, tokens: int) -> None:
@@ -54,7 +55,7 @@ class Log:
     @property
     def spent(self) -> float:
         """CPU seconds of all processes so far."""
-        return float(self._spent + time.process_time())
+        return float(self._spent + time.process_time() - self._began)
 
     def to_hold(self) -> dict[str, Any]:
         """What another process goes on from."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from itertools import takewhile
 
 LEAST = 0.1  # seconds that are looked at together: the counts go in hundredths
 STAT = "/proc/stat"
@@ -62,12 +63,17 @@ def _allowed() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def _is_of_cores(line: str) -> bool:
+    return line.startswith("cpu")
+
+
 def busy_seconds() -> float | None:
     """Seconds that the cores of this process were busy since the machine started; None where nobody counts."""
     names = {f"cpu{number}" for number in _allowed()}
     try:
         with open(STAT, encoding="ascii") as file:
-            rows = [words for line in file if (words := line.split())[0] in names]
+            # The lines of the cores come first; one behind them has a number for every interrupt.
+            rows = [words for line in takewhile(_is_of_cores, file) if (words := line.split())[0] in names]
         low = (2,) if os.nice(0) > 0 else ()  # what was niced, as this process is
         ticks = sum(int(words[i]) for words in rows for i in (1, *low, 3, 6, 7))  # user, system, interrupts
         return ticks / os.sysconf("SC_CLK_TCK") if rows else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import main
@@ -38,6 +38,7 @@ def twin(model: Transformer) -> one_file_ref.Transformer:
     return other.eval()
 
 
+@settings(max_examples=50)
 @given(WINDOWS, FAMILY, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
 def test_logits_of_packed_sequences(window: object, member: dict[str, Any], lens: list[int], seed: int) -> None:
     model = tiny_model(tiny_args(sliding_window=window, **member), seed=seed)

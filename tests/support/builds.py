@@ -214,8 +214,12 @@ class _Memory:
         return Call(name, self.arguments, blocks, self._places)
 
 
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.layout == torch.strided  # what other tests left may be sparse
+
+
 def _tensors(objects: list[Any]) -> list[Tensor]:
-    return [x for x in objects if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
+    return [x for x in objects if type(x) in (Tensor, torch.nn.Parameter) and _is_plain(x)]
 
 
 def _structures(value: Any) -> Iterator[Any]:
