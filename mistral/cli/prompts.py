@@ -87,10 +87,15 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> li
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_file(file)
     if prompt is None:
-        prompt = read_text(None).removesuffix("\n")  # which files and `echo` put last
+        prompt = without_last_end(read_text(None))
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
     return [PromptLine(prompt, suffix)]
+
+
+def without_last_end(text: str) -> str:
+    """Text without the line end that files and `echo` put last."""
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def read_ids(file: str | None) -> StoredIds | None:
@@ -152,13 +157,14 @@ def _one_prompt(line: str, where: str) -> PromptLine:
 
 
 def read_text(file: str | None) -> str:
-    """The text of a file, or of stdin for None and "-"; its lines end with \\n, whatever they ended with there."""
+    """The text of a file, or of stdin for None and "-": all of it, also its line ends."""
     text = _decoded(file)
-    plain = plain_ends(text)
-    if plain != text:
+    if "\r" in text:
         where = file or "stdin"
-        terminal.echo_err(f"note: {where} has line ends with carriage returns, as on Windows: taken as plain line ends")
-    return plain
+        terminal.echo_err(
+            f"note: {where} has carriage returns, as on Windows: they are part of the text"
+        )
+    return text
 
 
 def _decoded(file: str | None) -> str:

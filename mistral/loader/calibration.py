@@ -17,7 +17,7 @@ from mistral.parameters import parameters
 from mistral.tokenizer import encode
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
-from mistral.util.files import decode_text, plain_ends
+from mistral.util.files import decode_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
         MistralError: a file that cannot be read or is too short, no tokenizer, or a model that does not fit.
     """
     try:
-        text = plain_ends(decode_text(file.read_bytes(), str(file)))
+        text = decode_text(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
     ids = encode(load_tokenizer(found.path, found.args.vocab_size), text)

@@ -63,16 +63,16 @@ def test_bytes_that_are_no_text(data: bytes, said: str) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_same_text_by_every_door(cli: Command, tmp_path: Path, words: Tokenizer, encoding: str) -> None:
-    text = "The king\nsaid é.\n"
+    text = "The king\r\nsaid é.\r\n"
     file = tmp_path / "story.txt"
-    file.write_bytes(written(text.replace("\n", "\r\n"), encoding))
+    file.write_bytes(written(text, encoding))
     whole = len(words.encode(text)) - 1
     for done in (cli("perplexity", file, "--json"), cli("perplexity", "--json", stdin=file.read_bytes())):
         facts = json.loads(done.text)
         assert (facts["tokens"], facts["characters"]) == (whole, len(text))
     # A prompt: without the line end that every file has last.
     done = cli("complete", "--json", *GREEDY, stdin=file.read_bytes())
-    assert json.loads(done.text)["prompt_tokens"] == words.encode("The king\nsaid é.")
+    assert json.loads(done.text)["prompt_tokens"] == words.encode("The king\r\nsaid é.")
     # Lines: a prompt each.
     by_line = [words.encode("The king"), words.encode("said é.")]
     lines = cli("complete", "--file", file, "--json", *GREEDY).text.splitlines()
@@ -159,12 +159,12 @@ def test_a_question_of_several_lines_over_a_pipe(cli: Command, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
-def test_line_ends_of_other_systems_are_plain_ones_and_said_so(
+def test_line_ends_of_other_systems_end_lines_and_are_said_where_they_are_text(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], end: str
 ) -> None:
     file = tmp_path / "story.txt"
     file.write_bytes(f"The king{end}The wolf{end}".encode())
-    assert prompts.read_text(str(file)) == "The king\nThe wolf\n"
+    assert prompts.read_text(str(file)) == f"The king{end}The wolf{end}"
     assert "carriage returns" in capfd.readouterr().err
     assert [line.prompt for line in prompts.read_file(str(file))] == ["The king", "The wolf"]
     file.write_bytes(b"The king\n")
