@@ -161,9 +161,7 @@ def read_text(file: str | None) -> str:
     text = _decoded(file)
     if "\r" in text:
         where = file or "stdin"
-        terminal.echo_err(
-            f"note: {where} has carriage returns, as on Windows: they are part of the text"
-        )
+        terminal.echo_err(f"note: {where} has carriage returns, as on Windows: they are part of the text")
     return text
 
 
