@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,14 @@ def make_parrot(folder: Path, text: str) -> Path:
     """
     tokenizer = SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
     ids = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-    assert len(set(ids)) == len(ids)
     assert tokenizer.unk_id() not in ids
-    params = {"dim": 2 * len(ids)}
+    return make_reciter(folder, ids)
+
+
+def make_reciter(folder: Path, ids: Sequence[int], *, tokenizer: bool = True, **params: int) -> Path:
+    """A folder whose greedy continuation of anything is these ids, each of which must occur once, over and over."""
+    assert len(set(ids)) == len(ids)
+    params["dim"] = 2 * len(ids)
     state = random_state(**params)
     for name, tensor in state.items():
         if name.endswith(("wo.weight", "w2.weight")):
@@ -95,10 +100,10 @@ def make_parrot(folder: Path, text: str) -> Path:
         elif name.endswith("norm.weight"):
             tensor.fill_(1)
     meaning, output = state["tok_embeddings.weight"].zero_(), state["output.weight"].zero_()
-    meaning[:, 0] = 1  # whatever else came last, the first byte is next
+    meaning[:, 0] = 1  # whatever else came last, the first of them is next
     for place, (last, _) in enumerate(pairwise(ids), 1):
         meaning[last] = 0
         meaning[last, place] = 1
     for place, token in enumerate(ids):
         output[token, place] = 10
-    return make_folder(folder, state, **params)
+    return make_folder(folder, state, tokenizer=tokenizer, **params)

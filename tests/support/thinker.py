@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 from mistral.tokenizer import Tokenizer
 from tests.chat.test_templates import NAMED
-from tests.support.folders import make_folder, random_state
+from tests.support.folders import make_reciter
 from tests.support.tokenizer_json import small_tekken
 
 THOUGHT, ANSWER = "é, so", "Yes 漢."
@@ -38,19 +37,4 @@ def make_thinker(folder: Path, version: str = "v13") -> Path:
     control = words.control_tokens
     ids = [control["[THINK]"], *words.encode(THOUGHT, bos=False), control["[/THINK]"]]
     ids += [*words.encode(ANSWER, bos=False), words.eos_id]
-    assert len(set(ids)) == len(ids)
-    params = {"dim": 2 * len(ids), "vocab_size": 4000}
-    state = random_state(**params)
-    for name, tensor in state.items():
-        if name.endswith(("wo.weight", "w2.weight")):
-            tensor.zero_()
-        elif name.endswith("norm.weight"):
-            tensor.fill_(1)
-    meaning, output = state["tok_embeddings.weight"].zero_(), state["output.weight"].zero_()
-    meaning[:, 0] = 1  # whatever else came last, a thought begins
-    for place, (last, _) in enumerate(pairwise(ids), 1):
-        meaning[last] = 0
-        meaning[last, place] = 1
-    for place, token in enumerate(ids):
-        output[token, place] = 10
-    return make_folder(folder, state, tokenizer=False, **params)
+    return make_reciter(folder, ids, tokenizer=False, vocab_size=4000)
