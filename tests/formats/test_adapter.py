@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,10 @@ from mistral.formats.folder import read_folder
 from mistral.loader.options import OptionError
 from mistral.util.errors import MistralError
 from tests.support.adapters import SIZES, native_name, peft_tensors, place, write_native, write_peft
-from tests.support.commands import ENVIRONMENT, in_process
-from tests.support.folders import PARAMS, ROOT, make_folder, random_state
+from tests.support.commands import in_process
+from tests.support.folders import PARAMS, make_folder, random_state
 from tests.support.tiny import ragged
+from tests.support.writing import memory_of_convert
 
 IDS = ragged([11], PARAMS["vocab_size"])[0]  # longer than the window
 
@@ -378,31 +378,6 @@ def test_adapters_are_known_by_their_names(tmp_path: Path) -> None:
     assert read_adapter(peft).base == "mistralai/Mistral-7B-v0.1"
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-from mistral.formats import writer
-from mistral.formats.convert import convert
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-write, peak = writer._write_tensor, 0
-def write_tensor(file, *rest):
-    class File:
-        def write(self, data):
-            global peak
-            peak = max(peak, anonymous())
-            return file.write(data)
-    write(File(), *rest)
-writer._write_tensor = write_tensor
-small, small_adapter, src, adapter, out = sys.argv[1:]
-convert(small, out + "0", "hf", adapter=small_adapter)  # what libraries need for themselves
-begin, peak = anonymous(), 0
-convert(src, out, "hf", adapter=adapter)
-print(peak - begin)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merged_folder_is_written_in_the_memory_of_one_tensor(tmp_path: Path) -> None:
     """Beside the pages of the file, which the system may drop, only stretches of it: not its fp32 form."""
@@ -419,12 +394,9 @@ def test_a_merged_folder_is_written_in_the_memory_of_one_tensor(tmp_path: Path) 
         tensors[f"{at}.lora_B.weight"] = a[1].T.contiguous() if down else b[1].clone()
     adapter = write_peft(tmp_path / "adapter", tensors, r=8, target_modules=["gate_proj", "down_proj"])
     small = make_folder(tmp_path / "small", random_state(dtype=torch.bfloat16), tokenizer=False)
-    words = [small, write_peft(tmp_path / "its"), src, adapter, tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < largest  # the fp32 form has twice as much
+    first = {"src": small, "dst": tmp_path / "out0", "to": "hf", "adapter": write_peft(tmp_path / "its")}
+    taken = memory_of_convert(first, {"src": src, "dst": tmp_path / "out", "to": "hf", "adapter": adapter})
+    assert taken < largest  # the fp32 form has twice as much
     written = load_file(tmp_path / "out" / "model.safetensors")
     name = "layers.1.feed_forward.w1.weight"
     want = state[name].float() + 0.75 * (b[1] @ a[0])  # alpha 6, rank 8

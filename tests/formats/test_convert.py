@@ -36,6 +36,7 @@ from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
 from tests.support.tiny import TOLERANCE, distance, ragged, whole
+from tests.support.writing import memory_of_convert
 
 LENS = [33, 1, 6, 21]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -683,30 +684,6 @@ def test_the_command_says_what_it_wrote(cli: Command, tmp_path: Path) -> None:
     assert cli("complete", tmp_path / "1e5", "Hi", "--max_tokens", 2).code == 0
 
 
-MEMORY = """
-import sys
-from mistral.formats import convert as module, writer
-def anonymous():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-write, peak, begin = writer._write_tensor, 0, 0
-def write_tensor(file, *rest):
-    class File:
-        def write(self, data):
-            global peak
-            peak = max(peak, anonymous())
-            return file.write(data)
-    write(File(), *rest)
-writer._write_tensor = write_tensor
-src, small, dst, to = sys.argv[1:5]
-options = {"dtype": sys.argv[5]} if len(sys.argv) > 5 else {}
-module.convert(small, dst + "0", to, **options)  # what libraries need for themselves
-begin, peak = anonymous(), 0
-module.convert(src, dst, to, **options)
-print(peak - begin)
-"""
-
-
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
@@ -719,10 +696,9 @@ def test_memory_is_about_one_tensor(tmp_path: Path, form: str, to: str, dtype: s
     assert total > 100 * largest
     src = make_folder(tmp_path / "a", state, form, tokenizer=False, **params)
     small = make_folder(tmp_path / "small", form=form)
-    words = [sys.executable, "-c", MEMORY, src, small, tmp_path / "b", to, *([dtype] if dtype else [])]
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 3 * largest + 2**23 < total / 8
+    how = {"to": to, **({"dtype": dtype} if dtype else {})}
+    taken = memory_of_convert({"src": small, "dst": tmp_path / "b0", **how}, {"src": src, "dst": tmp_path / "b", **how})
+    assert taken < 3 * largest + 2**23 < total / 8
 
 
 def test_transformers_gives_our_ids_of_what_was_written(tmp_path: Path) -> None:
