@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -156,17 +156,9 @@ class Int8Buffer(RollingBuffer):
 
     names = ("k", "v", "k_scale", "v_scale")
 
-    def __init__(
-        self,
-        window: int | None,
-        rows: int,
-        n_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.int8,
-    ) -> None:
-        super().__init__(window, rows, n_kv_heads, head_dim, device, dtype)
-        self.k_scale = torch.zeros(rows, 0, n_kv_heads, device=device)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.k_scale = torch.zeros(self.k.shape[:-1], device=self.k.device)
         self.v_scale = torch.zeros_like(self.k_scale)
 
     def encode(self, k: Tensor, v: Tensor) -> list[Tensor]:

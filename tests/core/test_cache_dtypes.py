@@ -212,7 +212,7 @@ def test_int8_is_off_by_half_a_step_at_most(values: list[float]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so_in_int8(value: float) -> None:
-    store = Int8Buffer(None, 1, 2, 4, "cpu")
+    store = Int8Buffer(None, 1, 2, 4, "cpu", torch.int8)
     x = torch.ones(1, 2, 4)
     x[0, 1, 2] = value
     k, v = store.decode(store.encode(x, torch.ones(1, 2, 4)), torch.float32)
