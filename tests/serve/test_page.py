@@ -65,6 +65,21 @@ def test_tokens_show_their_alternatives_to_the_keyboard(asked: Page) -> None:
     assert "(chosen)" in asked.run("$('tip').textContent")
 
 
+def test_the_end_of_an_answer_leaves_a_reader_where_they_are(page: Page) -> None:
+    """Positions are asked for once more after the last token, and all is drawn again: here that takes its time."""
+    late = "(async (...a) => { await new Promise(f => setTimeout(f, 1000)); return window.at_once(...a); })"
+    page.run("$('clear').click(); window.at_once = window.fetch; 0")
+    ask(page, "Tell me of the king.", 20)
+    page.run(f"window.fetch = (u, ...a) => (String(u).endsWith('/tokenize') ? {late} : window.at_once)(u, ...a); 0")
+    page.wait("document.querySelectorAll('.token').length === 20")
+    page.run("document.querySelectorAll('.token')[3].focus()")
+    assert page.run("running !== null")
+    page.wait("running === null")
+    page.run("window.fetch = window.at_once; 0")
+    assert page.run("[...document.querySelectorAll('.token')].indexOf(document.activeElement)") == 3
+    assert not page.run("$('tip').hidden")
+
+
 def test_what_the_window_no_longer_sees_is_marked(asked: Page) -> None:
     ask(asked, "And then?", 60)
     asked.wait("!running && turns.length === 4")
