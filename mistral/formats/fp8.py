@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mistral.formats.quantized import Get, Method, Parts, require
+from mistral.formats.quantized import E4M3, Get, Method, Parts, require
 from mistral.formats.weights import FLOATS, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-E4M3 = "float8_e4m3fn"
 Block = tuple[int, int]
 
 

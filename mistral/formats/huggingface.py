@@ -28,8 +28,8 @@ from mistral.formats.hf_config import (
 )
 from mistral.formats.hf_files import INDEX, find_hf_weights, has_hf_weights
 from mistral.formats.layout import Layout, Serving, trained_length
-from mistral.formats.quantized import dequantized
-from mistral.formats.quantized_hf import method_of
+from mistral.formats.quantized import check_plain, dequantized
+from mistral.formats.quantized_hf import config_beside, method_of
 from mistral.formats.text_inside import VISION, text_config, text_names
 from mistral.formats.weights import Reader, WeightFiles, parts_among
 from mistral.parameters import parameters
@@ -139,11 +139,15 @@ class HuggingFaceLayout(Layout):
         return config_to_args(raw, max_batch_size)
 
     def read_config(self, path: Path) -> dict[str, Any]:
-        return text_config(super().read_config(path))
+        raw = text_config(super().read_config(path))
+        if raw.get(QUANTIZATION) is None and (beside := config_beside(path)) is not None:
+            raw = {**raw, QUANTIZATION: beside}
+        return raw
 
     def find_weights(self, path: Path) -> WeightFiles:
         weights, raw = fused(text_names(find_hf_weights(path))), self.read_config(path)
         if raw.get(QUANTIZATION) is None:
+            check_plain(weights, self.config)
             return weights
         return dequantized(weights, method_of(raw[QUANTIZATION]), self.config)
 

@@ -15,7 +15,7 @@ from mistral.formats.experts import first_release
 from mistral.formats.fp8 import mistrals_fp8
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
 from mistral.formats.pth import open_archives
-from mistral.formats.quantized import Method, dequantized
+from mistral.formats.quantized import Method, check_plain, dequantized
 from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
 from mistral.util.errors import short_repr
 
@@ -232,7 +232,10 @@ class MistralLayout(Layout):
 
     def find_weights(self, path: Path) -> WeightFiles:
         weights, method = first_release(find_weights(path)), _method(self.read_config(path))
-        return weights if method is None else dequantized(weights, method, self.config)
+        if method is None:
+            check_plain(weights, self.config)
+            return weights
+        return dequantized(weights, method, self.config)
 
     def unused(self, raw: dict[str, Any]) -> list[str]:
         return [key for key in raw if key in HARMLESS and key not in LABELS]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mistral.formats.mapped_tensors import Progress
 
+E4M3 = "float8_e4m3fn"
 Parts = dict[str, Stored]
 Get = Callable[[str], "Tensor"]
 # What activations, keys and values would be rounded with by other programs; here they are not.
@@ -54,8 +55,40 @@ class Method:
         """A sentence on what becomes of the weights."""
         return (
             f"the weights are quantized ({self.title}): computed in fp32 while they are read, each rounded once, "
-            "to 16 bits or the dtype of its scales unless another dtype is requested"
+            "to 16 bits or the dtype of its scales unless another dtype is requested (float32: by convert)"
         )
+
+
+# Ends of names that only quantized weights have, and whose: where no config says how they are stored.
+PARTS = {
+    "qweight": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale": "fp8 or compressed-tensors",
+    "weight_scale_inv": "fp8",
+    "qscale_weight": "Mistral's fp8",
+    "weight.absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "q_weight": "ExLlamaV2",
+    "trellis": "ExLlamaV3",
+    "W_q": "HQQ",
+    "Qidxs": "QuIP",
+    "codes": "AQLM",
+}
+
+
+def check_plain(weights: WeightFiles, source: str) -> None:
+    """Refuse parts of quantized weights of which nothing says how they are stored.
+
+    Raises:
+        WeightsError: there are some.
+    """
+    for name in weights.tensors:
+        for end, whose in PARTS.items():
+            if name.endswith(f".{end}"):
+                raise WeightsError(
+                    f"the files hold {printable(name)}, a part of weights quantized by {whose}, but {source} does not "
+                    "say how: fetch the one that belongs to them, or give the model that they were made from"
+                )
 
 
 def dequantized(weights: WeightFiles, method: Method, source: str) -> WeightFiles:
@@ -78,6 +111,8 @@ def dequantized(weights: WeightFiles, method: Method, source: str) -> WeightFile
         key = " or ".join(method.keys)
         raise WeightsError(f"the files hold no {key}, which {method.title} has: {source} is another model's")
     groups = {m: {end: f"{m}.{end}" for end in ends if f"{m}.{end}" in weights.tensors} for m in modules}
+    if bare := [n for n, t in weights.tensors.items() if t.dtype == E4M3 and n.removesuffix(".weight") not in groups]:
+        raise WeightsError(f"{printable(bare[0])} is in fp8, and has no scale beside it: the files are incomplete")
     used = {name for group in groups.values() for name in group.values()}
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
     readers: dict[str, Reader] = {name: reader for name, reader in weights.readers.items() if name not in used}

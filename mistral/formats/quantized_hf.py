@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.formats.fp8 import block_of, fp8
-from mistral.formats.layout import ParamsError
+from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.quantized import Get, Method, Parts
 from mistral.formats.quantized import require as _require
 from mistral.formats.weights import FLOATS, Stored, WeightsError
@@ -23,28 +24,52 @@ if TYPE_CHECKING:
 
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")  # scales of scales
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+# Where a folder has no `quantization_config`: files of older programs that say the same.
+BESIDE = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
 # A column of eight is in this nibble of its word in AWQ's files.
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def method_of(config: Any) -> Method:
+class _NotReadError(Exception):
+    """What a checkpoint is that is not read here."""
+
+
+def method_of(config: Any, where: str = "config.json has 'quantization_config'") -> Method:
     """How the weights of a folder are stored, from `quantization_config`.
+
+    Args:
+        where: the place of it, for messages.
 
     Raises:
         ParamsError: in a way that is not read here.
     """
     kind = config.get("quant_method") if isinstance(config, dict) else None
     known = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed, "bitsandbytes": _bitsandbytes, "fp8": _fp8}
-    if not isinstance(kind, str) or kind not in known:
-        what = f"a checkpoint quantized by {printable(kind)}" if isinstance(kind, str) else "a quantized checkpoint"
-        raise _refused(what)
-    return known[kind](config)
+    try:
+        if not isinstance(kind, str) or kind not in known:
+            what = f"a checkpoint quantized by {printable(kind)}" if isinstance(kind, str) else "a quantized checkpoint"
+            raise _refused(what)
+        return known[kind](config)
+    except _NotReadError as error:
+        raise ParamsError(f"{where}: {error}, which is not read here: give the one it was made from") from None
 
 
-def _refused(what: str) -> ParamsError:
-    return ParamsError(
-        f"config.json has 'quantization_config': {what}, which is not read here: give the one it was made from"
-    )
+def config_beside(folder: Path) -> dict[str, Any] | None:
+    """What the first versions of AutoGPTQ and AutoAWQ wrote into a file of its own, as a `quantization_config`.
+
+    Raises:
+        ParamsError: it cannot be read, or is of a way that is not read here.
+    """
+    for kind, name in BESIDE.items():
+        if (folder / name).is_file():
+            found = {"quant_method": kind, **read_object(folder / name)}
+            method_of(found, f"{name} is there")
+            return found
+    return None
+
+
+def _refused(what: str) -> _NotReadError:
+    return _NotReadError(what)
 
 
 def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
@@ -92,11 +117,14 @@ def _awq(config: dict[str, Any]) -> Method:
 
 def _gptq(config: dict[str, Any]) -> Method:
     bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
-    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+    form = "marlin" if config.get("is_marlin_format") else form
+    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise _refused(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
-    if config.get("dynamic"):
+    if _differs(config.get("dynamic")):
         raise _refused("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
     per, one = 32 // bits, 1 if form == "gptq" else 0
+    # In the order of its inputs' activations, g_idx alone tells which group an input is in.
+    ordered = bool(config.get("desc_act")) and config.get("group_size") != -1
 
     def header(parts: Parts, get: Get) -> Stored:
         _require(parts["qweight"].dtype == parts["qzeros"].dtype == "int32")
@@ -120,25 +148,27 @@ def _gptq(config: dict[str, Any]) -> Method:
             raise WeightsError("g_idx names a group that has no scale: the weights are broken")
         return (scales[group] * (q - zeros[group])).T.contiguous()
 
-    return Method("GPTQ", ("qweight",), ("qzeros", "scales"), ("g_idx", "bias"), header, read)
+    needed = ("qzeros", "scales", "g_idx") if ordered else ("qzeros", "scales")
+    return Method("GPTQ", ("qweight",), needed, ("bias",) if ordered else ("g_idx", "bias"), header, read)
+
+
+def _differs(dynamic: Any) -> bool:
+    """Whether layers are quantized in different ways: those that are not at all, after "-:", are seen in the files."""
+    return bool(dynamic) and not (isinstance(dynamic, dict) and all(str(key).startswith("-:") for key in dynamic))
 
 
 # --- compressed-tensors
 
 
 def _compressed(config: dict[str, Any]) -> Method:
-    groups, form = config.get("config_groups"), config.get("format")
-    found = groups.values() if isinstance(groups, dict) else ()
-    kinds = [group.get("weights") if isinstance(group, dict) else None for group in found]
-    if len(kinds) != 1 or not isinstance(kinds[0], dict):
-        raise _refused("a checkpoint of compressed-tensors with several kinds of weights")
-    bits, kind = kinds[0].get("num_bits"), kinds[0].get("type")
+    form, weights = _kind_of_weights(config)
+    bits, kind = weights.get("num_bits"), weights.get("type")
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
         return _packed(bits)
     if form == "naive-quantized":  # the name of both before they were told apart
         form = f"{kind}-quantized"
     if (form, kind, bits) == ("float-quantized", "float", 8):
-        structure = kinds[0].get("block_structure")
+        structure = weights.get("block_structure")
         try:
             return fp8("compressed-tensors in fp8", ("weight_scale",), block_of(structure))
         except ValueError:
@@ -146,6 +176,23 @@ def _compressed(config: dict[str, Any]) -> Method:
     if (form, kind, bits) == ("int-quantized", "int", 8):
         return _int8()
     raise _refused(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
+
+
+def _kind_of_weights(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Format, and how weights are rounded: what all groups of modules have in common."""
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    sparse = config.get("sparsity_config")
+    if not groups and isinstance(sparse, dict):
+        raise _refused(f"a sparse checkpoint of compressed-tensors, format {short_repr(sparse.get('format'))}")
+    if not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups):
+        raise _refused("a checkpoint of compressed-tensors that does not tell how weights are rounded")
+    same = ("num_bits", "type", "block_structure")
+    kinds = [(g.get("format") or config.get("format"), *(g["weights"].get(key) for key in same)) for g in groups]
+    if any(kind != kinds[0] for kind in kinds):
+        told = " and ".join(dict.fromkeys(f"{short_repr(form)}, {short_repr(bits)} bits" for form, bits, *_ in kinds))
+        raise _refused(f"a checkpoint of compressed-tensors with several kinds of weights ({told})")
+    return kinds[0][0], groups[0]["weights"]
 
 
 def _packed(bits: int) -> Method:

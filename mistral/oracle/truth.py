@@ -271,17 +271,17 @@ def error_budget(
         exact: the truth, which must go through each layer first; None chooses experts by rounded logits alone.
     """
     rounded = torch.float32 if compute == torch.float64 else compute
-    draws = range(num_draws(prompts, cache))
+    draws = range(num_draws(args, prompts, cache))
     return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache, exact=exact) for draw in draws]
 
 
-def num_draws(prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:
+def num_draws(args: ModelArgs, prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:
     """How often rounding is tried, so that an error budget of these prompts is not a matter of luck.
 
     A cache that is coarser than the arithmetic rounds the same keys to the same numbers however they were computed, but
-    for the few that lie between two: once is enough.
+    for the few that lie between two: once is enough, unless a draw also chooses between experts that are nearly equal.
     """
-    if cache is not None:
+    if cache is not None and args.moe is None:
         return 1
     least, most = DRAWS
     return max(least, min(most, -(-ENOUGH // sum(map(len, prompts)))))

@@ -450,6 +450,7 @@ BROKEN: dict[str, tuple[str, Callable[[Files], Any], str]] = {
         lambda s: s.update({f"{Q}.weight": s[f"{Q}.weight"].to(torch.float8_e5m2)}),
         "do not fit together as fp8: weight_scale F32 [32, 1], weight F8_E5M2",
     ),
+    "no scale": ("fp8, one scale", lambda s: s.pop(f"{Q}.weight_scale_inv"), "is in fp8, and has no scale beside it"),
     "scale": ("fp8, one scale", lambda s: s.update({f"{Q}.weight_scale_inv": torch.ones(1).int()}), "do not fit"),
 }
 
@@ -469,11 +470,21 @@ OTHERS: dict[str, dict[str, Any]] = {
     "quantized by gptq, format 'gptq', 3 bits": GPTQ | {"bits": 3},
     "quantized by gptq, format 'marlin'": GPTQ | {"checkpoint_format": "marlin"},
     "bitsandbytes, type 'fp4'": NF4_CONFIG | {"bnb_4bit_quant_type": "fp4"},
-    "bits that differ by layer": GPTQ | {"dynamic": {"-:.*down.*": {}}},
+    "format 'marlin', 4 bits": GPTQ | {"is_marlin_format": True},
+    "bits that differ by layer": GPTQ | {"dynamic": {"-:.*down.*": {}, "+:.*up.*": {"bits": 8}}},
     "quantized by exl2": {"quant_method": "exl2"},
     "quantized by hqq": {"quant_method": "hqq"},
     "format 'marlin-24'": compressed("marlin-24"),
-    "several kinds of weights": compressed("pack-quantized") | {"config_groups": {}},
+    "does not tell how weights are rounded": compressed("pack-quantized") | {"config_groups": {}},
+    "several kinds of weights ('pack-quantized', 4 bits and 'float-quantized', 8 bits)": compressed("mixed-precision")
+    | {
+        "config_groups": {
+            "a": {"format": "pack-quantized", "weights": {"num_bits": 4, "type": "int"}},
+            "b": {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float"}},
+        }
+    },
+    "a sparse checkpoint of compressed-tensors, format 'sparse-24-bitmask'": compressed("dense")
+    | {"config_groups": {}, "sparsity_config": {"format": "sparse-24-bitmask"}},
     "a checkpoint in fp8, in blocks of [128]": FP8 | {"weight_block_size": [128]},
     "a checkpoint in fp8, format 'e5m2'": FP8 | {"fmt": "e5m2"},
     "a quantized checkpoint": {},
@@ -489,3 +500,67 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, message: str) -> None:
         read_folder(folder)
     assert message in str(refused.value)
     assert "give the one it was made from" in str(refused.value)
+
+
+def test_what_older_programs_wrote_into_a_file_of_its_own(tmp_path: Path) -> None:
+    """The first versions of AutoGPTQ and AutoAWQ: config.json says nothing of it."""
+    for kind, name, of in (
+        ("GPTQ, act order", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": True}),
+        ("AWQ", "quant_config.json", {"w_bit": 4, "q_group_size": GROUP, "zero_point": True, "version": "GEMM"}),
+    ):
+        folder, _ = write(tmp_path / name, kind)
+        want = read_folder(folder)
+        raw = json.loads((folder / "config.json").read_text())
+        del raw["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(MistralError, match=r"qweight, a part of weights quantized by GPTQ or AWQ, but config\.json"):
+            read_folder(folder)
+        (folder / name).write_text(json.dumps(of))
+        found = read_folder(folder)
+        assert found.notes == want.notes
+        assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)
+        (folder / name).write_text(json.dumps(of | {"bits": 3, "w_bit": 3}))
+        with pytest.raises(MistralError, match=f"{name} is there: a checkpoint quantized by .*, 3 bits, which is not"):
+            read_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["fp8, one scale", "nf4", "packed"])
+def test_parts_of_quantized_weights_whose_config_says_nothing(tmp_path: Path, kind: str) -> None:
+    folder, _ = write(tmp_path / "quantized", kind)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(MistralError, match=r"config\.json does not say how: fetch the one that belongs to them"):
+        read_folder(folder)
+
+
+def test_act_order_without_its_order_is_refused(tmp_path: Path) -> None:
+    """Nothing else tells which scale an input has, and the numbers would be wrong without a word."""
+    folder, _ = write(tmp_path / "quantized", "GPTQ, act order")
+    damage(folder, lambda s: s.pop(f"{Q}.g_idx"))
+    with pytest.raises(MistralError, match="q_proj has no g_idx beside the rest"):
+        read_folder(folder)
+
+
+def test_layers_that_are_not_quantized_among_those_that_are(tmp_path: Path) -> None:
+    """GPTQModel lists them after "-:"."""
+    folder, meant = write(tmp_path / "quantized", "GPTQ")
+    plain = meant[f"{Q}.weight"].half()
+    damage(folder, lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{Q}.")] and s.update({f"{Q}.weight": plain}))
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"]["dynamic"] = {"-:.*layers\\.0.*q_proj": {}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    found = read_folder(folder)
+    name = "layers.0.attention.wq.weight"
+    assert torch.equal(found.weights.get(name), rows_to_mistral(plain, heads_of(name, found.args)))
+
+
+def test_groups_that_agree_are_one_kind(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "quantized", "packed")
+    want = read_folder(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (group,) = raw["quantization_config"]["config_groups"].values()
+    raw["quantization_config"]["config_groups"] = {"group_0": group, "group_1": group | {"targets": ["re:.*mlp.*"]}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    found = read_folder(folder)
+    assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)

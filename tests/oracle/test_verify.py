@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mistral import cli
+from mistral.args import Moe
 from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
 from mistral.loader.load import assemble
@@ -172,7 +173,7 @@ def test_rounding_is_tried_several_times(case):
     model, prompts = case
     half = torch.bfloat16
     some = error_budget(model.args, prompts, half, half)
-    assert len(some) == num_draws(prompts) == 9
+    assert len(some) == num_draws(model.args, prompts) == 9
     first, second, again = (run(one, model) for one in (*some[:2], Truth(model.args, prompts, half, half, draw=1)))
     assert not torch.equal(first, second)
     assert torch.equal(second, again)
@@ -181,7 +182,14 @@ def test_rounding_is_tried_several_times(case):
         one = Truth(model.args, prompts, half, half, note=lambda name, x: embedded.append(x), draw=draw)
         one.embed(model.state_dict()["tok_embeddings.weight"])
     assert torch.equal(*embedded)
-    assert [num_draws([torch.zeros(n)]) for n in (1, 20, 50, 100, 125, 5000)] == [16, 16, 10, 5, 4, 4]
+    assert [num_draws(tiny_args(), [torch.zeros(n)]) for n in (1, 20, 50, 100, 125, 5000)] == [16, 16, 10, 5, 4, 4]
+
+
+def test_a_coarse_cache_is_tried_once_unless_experts_are_chosen():
+    """Every implementation rounds the same keys to the same numbers; which of two near experts it takes is chance."""
+    prompts = [torch.zeros(100)]
+    assert num_draws(tiny_args(), prompts, torch.bfloat16) == 1
+    assert num_draws(tiny_args(moe=Moe(4, 2)), prompts, torch.bfloat16) == num_draws(tiny_args(), prompts) == 5
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
