@@ -29,13 +29,12 @@ KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
-    *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern"),
+    *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern"),
     *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 # Keys that add to a model what is no product of two matrices, unless they are empty.
 REFUSED = {
     "lora_bias": "it adds biases",
-    "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "it replaces rows of the embeddings",
     "layer_replication": "it repeats layers of its base",
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which works from some tokens on",
@@ -45,6 +44,8 @@ REFUSED = {
 }
 # How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed embedding or output.
+WHOLE = re.compile(r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.base_layer|\.modules_to_save)?\.weight")
 # A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
 PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
 
@@ -74,6 +75,7 @@ class Adapter:
         base: the model that it was trained on, as it names it; None if it names none.
         weights: its tensors, under their own names.
         pairs: by Mistral's name of the weight that they change.
+        whole: names of tensors that stand in the place of the base's, by Mistral's name of the weight.
         notes: what was assumed or ignored, a sentence each.
     """
 
@@ -82,6 +84,7 @@ class Adapter:
     base: str | None
     weights: WeightFiles
     pairs: dict[str, Pair] = field(repr=False)
+    whole: dict[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,9 +104,11 @@ class Adapter:
         ranks = sorted({pair.rank for pair in self.pairs.values()})
         scales = sorted({pair.scale for pair in self.pairs.values()})
         layers = len({name.split(".")[1] for name in self.pairs if name.startswith("layers.")})
+        where = f" in {counted(layers, 'layer')}" if layers else ""
+        whole = f", and weights of its own in the place of {some_names([*self.whole])}" if self.whole else ""
         return (
             f"{'DoRA' if self.dora else 'LoRA'} of {FORMS[self.form]}, rank {join(map(str, ranks))}, "
-            f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)} in {counted(layers, 'layer')}"
+            f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)}{where}{whole}"
         )
 
 
@@ -141,6 +146,9 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     if peft:
         return _read_peft(folder, place)
     file = place if place.is_file() else folder / NATIVE_WEIGHTS
+    blocks = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+    if not (folder / NATIVE_WEIGHTS).is_file() and any(path.suffix.lower() == ".gguf" for path in blocks):
+        raise AdapterError(f"{place}: adapters in GGUF are not read: give the one of PEFT that it was made from")
     if not file.is_file():
         raise AdapterError(
             f"no adapter in {place}: expected {CONFIG} with {WEIGHTS} (PEFT), or {NATIVE_WEIGHTS} (mistral-finetune)"
@@ -161,19 +169,17 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
         raise AdapterError(f"no {WEIGHTS} in {folder}{other}")
     weights = open_safetensors((folder / WEIGHTS,))
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
-    found = _grouped(weights, pattern, folder / WEIGHTS)
+    whole = {module[1]: name for name in weights.tensors if (module := WHOLE.fullmatch(name))}
+    found = _grouped((name for name in weights.tensors if not WHOLE.fullmatch(name)), pattern, folder / WEIGHTS)
     pairs: dict[str, Pair] = {}
-    seeing = [module for module in found if VISION.fullmatch(module)]
+    seeing = [module for module in (*found, *whole) if VISION.fullmatch(module)]
     if seeing:
         what = f"{len(seeing)} matrices that read images ({some_names(seeing)})"
         notes.append(f"what it changes in {what} is left aside: this is the text model alone")
     for module, names in found.items():
         if module in seeing:
             continue
-        inside = alone(f"{module}.weight")  # the text model may be inside one that reads images
-        name = to_mistral(inside)
-        if name is None or to_hf(name) != inside or name == inside:
-            raise AdapterError(f"{folder / WEIGHTS} changes {printable(module)}, which is no matrix of this model")
+        name = _weight_of(module, folder / WEIGHTS)
         if name in pairs:
             raise AdapterError(f"{folder / WEIGHTS} changes {name} twice, under two names")
         rank, scale = _rank_and_scale(config, module)
@@ -184,8 +190,27 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
         pairs[name] = _pair(weights, names, module, rank, scale)
     if not pairs:
         raise AdapterError(f"{folder / WEIGHTS} changes nothing of the text model")
+    _check_saved(config.get("modules_to_save"), whole)
+    own = {_weight_of(module, folder / WEIGHTS): name for module, name in whole.items() if module not in seeing}
+    _check_floats(weights, own.values())
     base = config.get("base_model_name_or_path")
-    return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, tuple(notes))
+    return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, own, tuple(notes))
+
+
+def _weight_of(module: str, file: Path) -> str:
+    """Mistral's name of the weight of a module under PEFT's name."""
+    inside = alone(f"{module}.weight")  # the text model may be inside one that reads images
+    name = to_mistral(inside)
+    if name is None or to_hf(name) != inside or name == inside:
+        raise AdapterError(f"{file} changes {printable(module)}, which is no matrix of this model")
+    return name
+
+
+def _check_saved(modules: Any, whole: dict[str, str]) -> None:
+    """Refuse modules that were trained whole and are not in the file, as some programs leave them out."""
+    for word in modules if isinstance(modules, list) else [modules] if modules else []:
+        if not any(module.endswith(str(word)) for module in whole):
+            raise AdapterError(f"{CONFIG} has modules_to_save {short_repr(word)}, which {WEIGHTS} does not hold")
 
 
 def _check_config(config: dict[str, Any]) -> list[str]:
@@ -258,7 +283,7 @@ def _read_native(file: Path, place: Path) -> Adapter:
         raise AdapterError(f"{params} has lora.scaling {short_repr(scaling)}: {rule}")
     weights = open_safetensors((file,))
     pairs = {}
-    for module, names in _grouped(weights, r"(.+)\.lora_(A|B)\.weight", file).items():
+    for module, names in _grouped(weights.tensors, r"(.+)\.lora_(A|B)\.weight", file).items():
         if to_hf(f"{module}.weight") == f"{module}.weight":
             raise AdapterError(f"{file} changes {printable(module)}, which is no matrix of this model")
         pairs[f"{module}.weight"] = _pair(weights, names, module, None, float(scaling))
@@ -268,18 +293,18 @@ def _read_native(file: Path, place: Path) -> Adapter:
 # --- both
 
 
-def _grouped(weights: WeightFiles, pattern: str, file: Path) -> dict[str, dict[str, str]]:
+def _grouped(stored: Iterable[str], pattern: str, file: Path) -> dict[str, dict[str, str]]:
     """The tensors of each module that is changed: by the module's name, then by A, B or magnitude_vector."""
     found: dict[str, dict[str, str]] = {}
     others = []
-    for name in weights.tensors:
+    for name in stored:
         match = re.fullmatch(pattern, name)
         if match is None:
             others.append(name)
         elif found.setdefault(match[1], {}).setdefault(match[2], name) != name:
             raise AdapterError(f"{file} has {printable(name)} twice, under two names")
     if others:
-        raise AdapterError(f"{file} holds {some_names(others)}, which is no LoRA and cannot be merged here")
+        raise AdapterError(f"{file} holds {some_names(others)}, which is no LoRA of a matrix and cannot be merged here")
     if not found:
         raise AdapterError(f"{file} holds no tensors")
     return found
@@ -289,13 +314,21 @@ def _pair(weights: WeightFiles, names: dict[str, str], module: str, rank: int | 
     if lacking := [part for part in ("A", "B") if part not in names]:
         raise AdapterError(f"{weights.files[0]} lacks lora_{lacking[0]} of {printable(module)}")
     a = weights.tensors[names["A"]]
+    if a.shape == (0,):
+        raise AdapterError(
+            f"{printable(names['A'])} is empty, as DeepSpeed leaves weights that it has not gathered: save it again"
+        )
     if len(a.shape) != 2 or not a.shape[0] or (rank is not None and a.shape[0] != rank):
         expected = "[rank, in]" if rank is None else f"rank {rank} by {CONFIG}"
         raise AdapterError(f"{printable(names['A'])} is {short_repr(list(a.shape))}; it must be {expected}")
-    for name in names.values():
+    _check_floats(weights, names.values())
+    return Pair(names["A"], names["B"], names.get("magnitude_vector"), a.shape[0], scale)
+
+
+def _check_floats(weights: WeightFiles, names: Iterable[str]) -> None:
+    for name in names:
         if weights.tensors[name].dtype not in FLOATS:
             raise AdapterError(f"{printable(name)} is {printable(weights.tensors[name].dtype_name)}; it must be floats")
-    return Pair(names["A"], names["B"], names.get("magnitude_vector"), a.shape[0], scale)
 
 
 def join(words: Iterable[str]) -> str:

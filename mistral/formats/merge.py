@@ -13,7 +13,7 @@ from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
-from mistral.parameters import Parameter, parameters
+from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
@@ -92,6 +92,27 @@ def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
     return {name: _update(adapter, known[name], pair) for name, pair in adapter.pairs.items()}
 
 
+def replaced(adapter: Adapter, args: ModelArgs) -> dict[str, Reader]:
+    """Readers of the weights that an adapter has of its own in the place of a model's, rows in Mistral's order.
+
+    Raises:
+        AdapterError: the model has no such weight, or one of another size.
+    """
+    known, found = parameters(args), dict[str, Reader]()
+    for name, stored in adapter.whole.items():
+        if name not in known or (name == EMBEDDINGS and args.tied_embeddings):
+            tied = ": its output is tied to its embeddings" if args.tied_embeddings else ""
+            raise AdapterError(f"{adapter.path} has {name} of its own, which this model cannot have{tied}")
+        if (shape := adapter.weights.tensors[stored].shape) != known[name].shape:
+            words = ", or words were added to its vocabulary" if name in (EMBEDDINGS, OUTPUT) else ""
+            raise AdapterError(
+                f"{printable(stored)} is {short_repr(list(shape))}, but the model makes it {list(known[name].shape)}: "
+                f"the adapter is of another model{words}"
+            )
+        found[name] = _Rows(adapter.weights, stored, known[name].heads)
+    return found
+
+
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
     if parameter.role not in ("matrix", "output"):
         raise AdapterError(f"{adapter.path} changes {parameter.name}, which is no matrix of a product")
@@ -156,8 +177,9 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
         )
     found = updates(adapter, folder.args)
     old = folder.weights.readers
+    old = {**old, **replaced(adapter, folder.args)}
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
-    dtypes = sorted({folder.weights.tensors[name].dtype for name in found})
+    dtypes = sorted({folder.weights.tensors[name].dtype for name in (*found, *adapter.whole)})
     notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}", folder))
     return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
 

@@ -134,8 +134,11 @@ class Truth:
         return out
 
     def _order(self, logits: Tensor) -> Tensor:
-        """What experts are chosen by: their logits, which in a budget are off once more, see UNDECIDED."""
-        if self._exact is None:
+        """What experts are chosen by: their logits, which in a budget are off once more, see UNDECIDED.
+
+        Not where a coarse cache is what they are off by: that moves the logits of every implementation alike.
+        """
+        if self._exact is None or self._cache is not None:
             return logits
         off = (logits - self._exact._router).square().mean(-1).sqrt().median()
         return logits + UNDECIDED * off * self._uniform(logits)
@@ -271,17 +274,17 @@ def error_budget(
         exact: the truth, which must go through each layer first; None chooses experts by rounded logits alone.
     """
     rounded = torch.float32 if compute == torch.float64 else compute
-    draws = range(num_draws(args, prompts, cache))
+    draws = range(num_draws(prompts, cache))
     return [Truth(args, prompts, weights, rounded, draw=draw, cache=cache, exact=exact) for draw in draws]
 
 
-def num_draws(args: ModelArgs, prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:
+def num_draws(prompts: Sequence[Tensor], cache: torch.dtype | None = None) -> int:
     """How often rounding is tried, so that an error budget of these prompts is not a matter of luck.
 
     A cache that is coarser than the arithmetic rounds the same keys to the same numbers however they were computed, but
-    for the few that lie between two: once is enough, unless a draw also chooses between experts that are nearly equal.
+    for the few that lie between two: once is enough.
     """
-    if cache is not None and args.moe is None:
+    if cache is not None:
         return 1
     least, most = DRAWS
     return max(least, min(most, -(-ENOUGH // sum(map(len, prompts)))))

@@ -160,8 +160,7 @@ def verify(
     # Each stream, the truth and the budgets included, takes a step a layer, one before and one after.
     keys = [{_rounding(reading, x) for x in v} for _, v in each]
     streams = sum(
-        len(v) + 1 + sum(num_draws(found.args, prompts, k[2]) for k in its)
-        for (_, v), its in zip(each, keys, strict=True)
+        len(v) + 1 + sum(num_draws(prompts, k[2]) for k in its) for (_, v), its in zip(each, keys, strict=True)
     )
     total = streams * (found.args.n_layers + 2) - len(each)
     steps = itertools.count(1)

@@ -21,6 +21,7 @@ from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.weights import some_names
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import assemble, windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
@@ -171,6 +172,8 @@ class Setup:
         scales = {pair.scale for pair in found.pairs.values()}
         if found.dora or len(ranks) > 1 or len(scales) > 1:
             raise OptionError(f"{self.adapter} has DoRA, or several ranks or scales, which is not trained here")
+        if found.whole:
+            raise OptionError(f"{self.adapter} has {some_names([*found.whole])} of its own, which is not trained here")
         if options.lora not in (None, *ranks) or options.lora_targets or options.lora_alpha:
             raise OptionError(
                 f"{self.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "

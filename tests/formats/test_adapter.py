@@ -16,6 +16,7 @@ from torch import Tensor
 from mistral import load
 from mistral.formats import merge
 from mistral.formats.adapter import AdapterError, is_adapter, read_adapter
+from mistral.formats.adapter_forms import convert_adapter
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import read_folder
@@ -138,7 +139,14 @@ def test_a_merge_is_rounded_once_to_the_dtype_of_the_base(tmp_path: Path) -> Non
     assert exact >= sum(t.numel() for t in want.values()) - 2  # fp32 may fall on the other side of a tie
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+# Where weights of the adapter stand in the place of the base's: PEFT also keeps what is below a changed output.
+WHOLE: dict[str, dict[str, Any]] = {
+    "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens", "norm", "input_layernorm"]},
+    "output": {"target_modules": [*SIZES, "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", *WHOLE])
 def test_logits_are_pefts(tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     from transformers import MistralForCausalLM
@@ -149,11 +157,11 @@ def test_logits_are_pefts(tmp_path: Path, kind: str) -> None:
     chosen = peft.LoraConfig(
         r=3,
         lora_alpha=5,
-        target_modules=list(SIZES),
         rank_pattern={"v_proj": 2},
         alpha_pattern={"layers.1.self_attn.q_proj": 7},
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
+        **{"target_modules": list(SIZES), **WHOLE.get(kind, {})},
     )
     theirs = peft.get_peft_model(model, chosen).eval()
     generator = torch.Generator().manual_seed(3)
@@ -163,11 +171,15 @@ def test_logits_are_pefts(tmp_path: Path, kind: str) -> None:
                 weight.copy_(torch.rand(weight.shape, generator=generator) - 0.5)
             elif "magnitude" in name:
                 weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+            elif "modules_to_save" in name or "base_layer" in name and "lm_head" in name:
+                weight.add_(torch.rand(weight.shape, generator=generator) - 0.5)
         want = theirs(IDS[None]).logits[0]
         plain = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS[None]).logits[0]
     theirs.save_pretrained(tmp_path / "adapter")
     for mode in ("merge", "runtime"):
-        if (kind, mode) == ("dora", "runtime"):
+        if mode == "runtime" and kind in ("dora", *WHOLE):
+            with pytest.raises(OptionError, match="it can only be merged"):
+                load(folder, device="cpu", adapter=str(tmp_path / "adapter"), adapter_mode=mode)
             continue
         loaded = load(folder, device="cpu", adapter=str(tmp_path / "adapter"), adapter_mode=mode)
         with torch.inference_mode():
@@ -191,6 +203,38 @@ def test_at_run_time_it_adds_what_a_merge_does(tmp_path: Path, execution: str, q
     assert f"adapter {adapter} at run time" in beside.describe()
     if execution == "kernels":
         assert any("(AdaptedLinear): steps are computed without it" in note for note in beside.notes)
+
+
+def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In q the rows of heads change their order here too; what a tied output cannot have is refused."""
+    own = torch.rand(32, 24)
+    tensors = {n: t for n, t in peft_tensors().items() if not n.startswith(AT)} | {f"{AT}.weight": own}
+    changes = {"modules_to_save": ["layers.0.self_attn.q_proj"]}
+    adapter = write_peft(tmp_path / "adapter", tensors, **changes)
+    got = merged_state(make_folder(tmp_path / "base"), adapter)
+    assert torch.equal(got["layers.0.attention.wq.weight"], paired(own, 4))
+    text = in_process(capfd)("inspect", adapter).text
+    assert "replaces    layers.0.attention.wq.weight, by weights of its own" in text
+    with pytest.raises(AdapterError, match="no place for weights of its own in the place of layers.0.attention.wq"):
+        convert_adapter(adapter, tmp_path / "other", "mistral", tmp_path / "base")
+    embeddings = {"base_model.model.model.embed_tokens.weight": torch.rand(PARAMS["vocab_size"], 24)}
+    adapter = write_peft(tmp_path / "embeddings", peft_tensors() | embeddings, modules_to_save=["embed_tokens"])
+    state = {name: t for name, t in random_state().items() if name != "output.weight"}
+    tied = make_folder(tmp_path / "tied", state, tied_embeddings=True)
+    with pytest.raises(AdapterError, match="its output is tied to its embeddings"):
+        merged_state(tied, adapter)
+    more = {"base_model.model.model.embed_tokens.weight": torch.rand(PARAMS["vocab_size"] + 2, 24)}
+    adapter = write_peft(tmp_path / "more", peft_tensors() | more, modules_to_save=["embed_tokens"])
+    with pytest.raises(AdapterError, match="or words were added to its vocabulary"):
+        merged_state(tmp_path / "base", adapter)
+
+
+def test_an_adapter_in_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "lora.gguf").write_bytes(b"GGUF")
+    for place in (tmp_path / "lora", tmp_path / "lora" / "lora.gguf"):
+        with pytest.raises(AdapterError, match="adapters in GGUF are not read: give the one of PEFT"):
+            read_adapter(place)
 
 
 def test_a_quantized_base_is_not_merged_into(tmp_path: Path) -> None:
@@ -220,7 +264,7 @@ def test_what_at_run_time_cannot_be_is_refused(tmp_path: Path) -> None:
 AT = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
     "IA3": ({"peft_type": "IA3"}, lambda t: None, "only LORA adapters"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, lambda t: None, "modules_to_save: it replaces whole modules"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, lambda t: None, "modules_to_save 'lm_head', which adapter_"),
     "lora_bias": ({"lora_bias": True}, lambda t: None, "lora_bias: it adds biases"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, lambda t: None, "began from a base that was changed"),
     "OLoRA": ({"init_lora_weights": "olora"}, lambda t: None, "began from a base that was changed"),
@@ -239,12 +283,13 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]
     "no magnitude": ({"use_dora": True}, lambda t: None, "lacks the magnitude of model.layers.0"),
     "magnitude": ({}, lambda t: t.update({f"{AT}.lora_magnitude_vector": torch.ones(32)}), "has no use_dora"),
     "half": ({}, lambda t: t.pop(f"{AT}.lora_B.weight"), "lacks lora_B of model.layers.0.self_attn.q_proj"),
-    "whole weights": ({}, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "which is no LoRA"),
+    "whole weights": ({}, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "is [2], but the model"),
     "embeddings": (
         {},
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}),
         "which is no LoRA",
     ),
+    "DeepSpeed": ({}, lambda t: t.update({n: torch.zeros(0) for n in t}), "is empty, as DeepSpeed leaves"),
     "ints": ({}, lambda t: t.update({f"{AT}.lora_A.weight": torch.ones(3, 24).int()}), "is I32; it must be floats"),
     "another shape": (
         {},

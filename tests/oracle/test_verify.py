@@ -173,7 +173,7 @@ def test_rounding_is_tried_several_times(case):
     model, prompts = case
     half = torch.bfloat16
     some = error_budget(model.args, prompts, half, half)
-    assert len(some) == num_draws(model.args, prompts) == 9
+    assert len(some) == num_draws(prompts) == 9
     first, second, again = (run(one, model) for one in (*some[:2], Truth(model.args, prompts, half, half, draw=1)))
     assert not torch.equal(first, second)
     assert torch.equal(second, again)
@@ -182,14 +182,19 @@ def test_rounding_is_tried_several_times(case):
         one = Truth(model.args, prompts, half, half, note=lambda name, x: embedded.append(x), draw=draw)
         one.embed(model.state_dict()["tok_embeddings.weight"])
     assert torch.equal(*embedded)
-    assert [num_draws(tiny_args(), [torch.zeros(n)]) for n in (1, 20, 50, 100, 125, 5000)] == [16, 16, 10, 5, 4, 4]
+    assert [num_draws([torch.zeros(n)]) for n in (1, 20, 50, 100, 125, 5000)] == [16, 16, 10, 5, 4, 4]
 
 
-def test_a_coarse_cache_is_tried_once_unless_experts_are_chosen():
-    """Every implementation rounds the same keys to the same numbers; which of two near experts it takes is chance."""
-    prompts = [torch.zeros(100)]
-    assert num_draws(tiny_args(), prompts, torch.bfloat16) == 1
-    assert num_draws(tiny_args(moe=Moe(4, 2)), prompts, torch.bfloat16) == num_draws(tiny_args(), prompts) == 5
+def test_a_coarse_cache_moves_every_routers_logits_alike():
+    """So a budget takes the experts that an implementation takes, also where those of the truth are others."""
+    model = tiny_model(tiny_args(moe=Moe(8, 2), sliding_window=None, n_layers=4))
+    prompts = random_prompts(model.args, (136, 9), 0)
+    truth = Truth(model.args, prompts)
+    (one,) = error_budget(model.args, prompts, None, torch.float32, torch.int8, exact=truth)
+    layers_of(model, one, truth)
+    chosen = one._router.topk(2).indices.sort().values
+    assert (chosen != truth._router.topk(2).indices.sort().values).any()
+    assert torch.equal(one._order(one._router).topk(2).indices.sort().values, chosen)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
