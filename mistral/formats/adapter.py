@@ -29,7 +29,16 @@ KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
-    *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern"),
+    *(
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "alpha_pattern",
+    ),
     *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 # Keys that add to a model what is no product of two matrices, unless they are empty.
@@ -95,9 +104,9 @@ class Adapter:
     @property
     def targets(self) -> tuple[str, ...]:
         """The matrices that it changes, by the last part of their names in its form, such as q_proj or wq."""
-        changed = {name.split(".")[-2] for name in self.pairs}
-        ours = [(native.split(".")[-2], hf.split(".")[-2]) for hf, native in NAMES.items() if "experts" not in native]
-        return tuple(hf if self.form == "peft" else native for native, hf in ours if native in changed)
+        changed = {(to_hf(name) if self.form == "peft" else name).split(".")[-2] for name in self.pairs}
+        words = [(hf if self.form == "peft" else native).split(".")[-2] for hf, native in NAMES.items()]
+        return tuple(dict.fromkeys(word for word in words if word in changed))
 
     def describe(self) -> str:
         """What it is: kind, rank, scale, matrices."""

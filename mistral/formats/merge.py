@@ -114,7 +114,7 @@ def replaced(adapter: Adapter, args: ModelArgs) -> dict[str, Reader]:
 
 
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
-    if parameter.role not in ("matrix", "output"):
+    if parameter.role not in ("matrix", "router", "output"):
         raise AdapterError(f"{adapter.path} changes {parameter.name}, which is no matrix of a product")
     out, inner = parameter.shape
     expected: dict[str, tuple[int, ...]] = {pair.a: (pair.rank, inner), pair.b: (out, pair.rank)}

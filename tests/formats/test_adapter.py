@@ -171,7 +171,7 @@ def test_logits_are_pefts(tmp_path: Path, kind: str) -> None:
                 weight.copy_(torch.rand(weight.shape, generator=generator) - 0.5)
             elif "magnitude" in name:
                 weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
-            elif "modules_to_save" in name or "base_layer" in name and "lm_head" in name:
+            elif "modules_to_save" in name or ("base_layer" in name and "lm_head" in name):
                 weight.add_(torch.rand(weight.shape, generator=generator) - 0.5)
         want = theirs(IDS[None]).logits[0]
         plain = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS[None]).logits[0]
@@ -283,7 +283,11 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]
     "no magnitude": ({"use_dora": True}, lambda t: None, "lacks the magnitude of model.layers.0"),
     "magnitude": ({}, lambda t: t.update({f"{AT}.lora_magnitude_vector": torch.ones(32)}), "has no use_dora"),
     "half": ({}, lambda t: t.pop(f"{AT}.lora_B.weight"), "lacks lora_B of model.layers.0.self_attn.q_proj"),
-    "whole weights": ({}, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "is [2], but the model"),
+    "whole weights": (
+        {},
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}),
+        "is [2], but the model",
+    ),
     "embeddings": (
         {},
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}),

@@ -208,18 +208,23 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[tuple[int, ...], int], tuple[Fi
 
 def write(folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
     """A folder whose matrices are quantized, and what its tensors mean, under Hugging Face's names, in float64."""
-    config, make = KINDS[kind]
     plain = make_folder(folder.with_name("plain"), random_state(dtype=torch.float16, **SHAPE), **SHAPE)
     convert(plain, folder, "hf")
+    return folder, quantize(folder, kind)
+
+
+def quantize(folder: Path, kind: str) -> dict[str, Tensor]:
+    """The matrices of a folder in Hugging Face's layout; what its tensors then mean, in float64."""
+    config, make = KINDS[kind]
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
     state = load_file(folder / "model.safetensors")
     meant = {name: tensor.double() for name, tensor in state.items()}
-    for i, name in enumerate(sorted(name for name in state if "_proj" in name)):
+    for i, name in enumerate(sorted(name for name in state if "_proj" in name or ".experts." in name)):
         parts, meant[name] = make(tuple(state.pop(name).shape), i)
         state |= {f"{name.removesuffix('.weight')}.{end}": part.contiguous() for end, part in parts.items()}
     save_file(state, folder / "model.safetensors")
-    return folder, meant
+    return meant
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -500,67 +505,3 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, message: str) -> None:
         read_folder(folder)
     assert message in str(refused.value)
     assert "give the one it was made from" in str(refused.value)
-
-
-def test_what_older_programs_wrote_into_a_file_of_its_own(tmp_path: Path) -> None:
-    """The first versions of AutoGPTQ and AutoAWQ: config.json says nothing of it."""
-    for kind, name, of in (
-        ("GPTQ, act order", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": True}),
-        ("AWQ", "quant_config.json", {"w_bit": 4, "q_group_size": GROUP, "zero_point": True, "version": "GEMM"}),
-    ):
-        folder, _ = write(tmp_path / name, kind)
-        want = read_folder(folder)
-        raw = json.loads((folder / "config.json").read_text())
-        del raw["quantization_config"]
-        (folder / "config.json").write_text(json.dumps(raw))
-        with pytest.raises(MistralError, match=r"qweight, a part of weights quantized by GPTQ or AWQ, but config\.json"):
-            read_folder(folder)
-        (folder / name).write_text(json.dumps(of))
-        found = read_folder(folder)
-        assert found.notes == want.notes
-        assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)
-        (folder / name).write_text(json.dumps(of | {"bits": 3, "w_bit": 3}))
-        with pytest.raises(MistralError, match=f"{name} is there: a checkpoint quantized by .*, 3 bits, which is not"):
-            read_folder(folder)
-
-
-@pytest.mark.parametrize("kind", ["fp8, one scale", "nf4", "packed"])
-def test_parts_of_quantized_weights_whose_config_says_nothing(tmp_path: Path, kind: str) -> None:
-    folder, _ = write(tmp_path / "quantized", kind)
-    raw = json.loads((folder / "config.json").read_text())
-    del raw["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(MistralError, match=r"config\.json does not say how: fetch the one that belongs to them"):
-        read_folder(folder)
-
-
-def test_act_order_without_its_order_is_refused(tmp_path: Path) -> None:
-    """Nothing else tells which scale an input has, and the numbers would be wrong without a word."""
-    folder, _ = write(tmp_path / "quantized", "GPTQ, act order")
-    damage(folder, lambda s: s.pop(f"{Q}.g_idx"))
-    with pytest.raises(MistralError, match="q_proj has no g_idx beside the rest"):
-        read_folder(folder)
-
-
-def test_layers_that_are_not_quantized_among_those_that_are(tmp_path: Path) -> None:
-    """GPTQModel lists them after "-:"."""
-    folder, meant = write(tmp_path / "quantized", "GPTQ")
-    plain = meant[f"{Q}.weight"].half()
-    damage(folder, lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{Q}.")] and s.update({f"{Q}.weight": plain}))
-    raw = json.loads((folder / "config.json").read_text())
-    raw["quantization_config"]["dynamic"] = {"-:.*layers\\.0.*q_proj": {}}
-    (folder / "config.json").write_text(json.dumps(raw))
-    found = read_folder(folder)
-    name = "layers.0.attention.wq.weight"
-    assert torch.equal(found.weights.get(name), rows_to_mistral(plain, heads_of(name, found.args)))
-
-
-def test_groups_that_agree_are_one_kind(tmp_path: Path) -> None:
-    folder, _ = write(tmp_path / "quantized", "packed")
-    want = read_folder(folder)
-    raw = json.loads((folder / "config.json").read_text())
-    (group,) = raw["quantization_config"]["config_groups"].values()
-    raw["quantization_config"]["config_groups"] = {"group_0": group, "group_1": group | {"targets": ["re:.*mlp.*"]}}
-    (folder / "config.json").write_text(json.dumps(raw))
-    found = read_folder(folder)
-    assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)

@@ -12,6 +12,7 @@ import torch
 from mistral import load
 from mistral.adapters import BASE, AdaptedLinear, Adapters
 from mistral.engine import Engine
+from mistral.formats.adapter import read_adapter
 from mistral.generate import complete
 from mistral.loader.load import Loaded
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
@@ -198,8 +199,9 @@ def expert_folder(folder: Path) -> Path:
 
 def expert_adapter(folder: Path, target: str, seed: int = 1) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    out, inner = {"q_proj": (32, 24), "w2": (24, 40)}[target]
-    at = {"q_proj": "self_attn.q_proj", "w2": "block_sparse_moe.experts.1.w2"}[target]
+    out, inner = {"q_proj": (32, 24), "w2": (24, 40), "gate": (3, 24)}[target]
+    places = {"q_proj": "self_attn.q_proj", "w2": "block_sparse_moe.experts.1.w2", "gate": "block_sparse_moe.gate"}
+    at = places[target]
     name = f"base_model.model.model.layers.0.{at}"
     tensors = {
         f"{name}.lora_A.weight": torch.rand(3, inner, generator=generator) - 0.5,
@@ -224,6 +226,22 @@ def test_experts_take_one_adapter(tmp_path: Path) -> None:
         Engine(alone.model, eos_ids=()).add([1], SamplingParams(), adapter=BASE)
     mixed = load(folder, device="cpu", adapter=[q, f"r={expert_adapter(tmp_path / 'r', 'q_proj', 2)}"])
     run(mixed, ["q", "r", BASE, "r", "q", None], 4)
+
+
+def test_a_router_is_a_matrix_too(tmp_path: Path) -> None:
+    folder, gate = expert_folder(tmp_path / "base"), expert_adapter(tmp_path / "gate", "gate")
+    assert read_adapter(expert_adapter(tmp_path / "w2", "w2")).targets == ("w2",)
+    assert read_adapter(gate).targets == ("gate",)
+    merged = load(folder, device="cpu", execution="eager", adapter=gate)
+    ids = ragged([11], PARAMS["vocab_size"])[0]
+    with torch.inference_mode():
+        want, plain = (m.model.forward(ids, [11]) for m in (merged, load(folder, device="cpu")))
+        for execution in ("eager", "kernels"):
+            beside = load(folder, device="cpu", execution=execution, adapter=gate, adapter_mode="runtime")
+            assert (beside.model.forward(ids, [11]) - want).abs().max() < 1e-5 * want.abs().max()
+    assert (plain - want).abs().max() > 1e-2 * want.abs().max()
+    pair = load(folder, device="cpu", adapter=[gate, f"q={expert_adapter(tmp_path / 'q', 'q_proj')}"])
+    run(pair, ["gate", "q", BASE, "q", "gate", None], 4)
 
 
 def test_prompts_name_their_adapters(places: tuple[Path, Path, Path]) -> None:

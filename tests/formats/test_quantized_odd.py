@@ -1,0 +1,120 @@
+"""Quantized folders as they are found: configs of older programs, none, layers left as they are, Mixtral, text inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral.args import Moe
+from mistral.formats.convert import convert
+from mistral.formats.folder import read_folder
+from mistral.formats.huggingface import heads_of, rows_to_mistral
+from mistral.util.errors import MistralError
+from tests.formats.test_quantized_hf import GROUP, SHAPE, Q, damage, quantize, write
+from tests.support.folders import make_folder
+from tests.support.tiny import tiny_args, tiny_model
+
+
+def test_what_older_programs_wrote_into_a_file_of_its_own(tmp_path: Path) -> None:
+    """The first versions of AutoGPTQ and AutoAWQ: config.json says nothing of it."""
+    for kind, name, of in (
+        ("GPTQ, act order", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": True}),
+        ("AWQ", "quant_config.json", {"w_bit": 4, "q_group_size": GROUP, "zero_point": True, "version": "GEMM"}),
+    ):
+        folder, _ = write(tmp_path / name, kind)
+        want = read_folder(folder)
+        raw = json.loads((folder / "config.json").read_text())
+        del raw["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(
+            MistralError, match=r"qweight, a part of weights quantized by GPTQ or AWQ, but config\.json"
+        ):
+            read_folder(folder)
+        (folder / name).write_text(json.dumps(of))
+        found = read_folder(folder)
+        assert found.notes == want.notes
+        assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)
+        (folder / name).write_text(json.dumps(of | {"bits": 3, "w_bit": 3}))
+        with pytest.raises(MistralError, match=f"{name} is there: a checkpoint quantized by .*, 3 bits, which is not"):
+            read_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["fp8, one scale", "nf4", "packed"])
+def test_parts_of_quantized_weights_whose_config_says_nothing(tmp_path: Path, kind: str) -> None:
+    folder, _ = write(tmp_path / "quantized", kind)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(MistralError, match=r"config\.json does not say how: fetch the one that belongs to them"):
+        read_folder(folder)
+
+
+def test_act_order_without_its_order_is_refused(tmp_path: Path) -> None:
+    """Nothing else tells which scale an input has, and the numbers would be wrong without a word."""
+    folder, _ = write(tmp_path / "quantized", "GPTQ, act order")
+    damage(folder, lambda s: s.pop(f"{Q}.g_idx"))
+    with pytest.raises(MistralError, match="q_proj has no g_idx beside the rest"):
+        read_folder(folder)
+
+
+def test_layers_that_are_not_quantized_among_those_that_are(tmp_path: Path) -> None:
+    """GPTQModel lists them after "-:"."""
+    folder, meant = write(tmp_path / "quantized", "GPTQ")
+    plain = meant[f"{Q}.weight"].half()
+    damage(folder, lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{Q}.")] and s.update({f"{Q}.weight": plain}))
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"]["dynamic"] = {"-:.*layers\\.0.*q_proj": {}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    found = read_folder(folder)
+    name = "layers.0.attention.wq.weight"
+    assert torch.equal(found.weights.get(name), rows_to_mistral(plain, heads_of(name, found.args)))
+
+
+def test_groups_that_agree_are_one_kind(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "quantized", "packed")
+    want = read_folder(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (group,) = raw["quantization_config"]["config_groups"].values()
+    raw["quantization_config"]["config_groups"] = {"group_0": group, "group_1": group | {"targets": ["re:.*mlp.*"]}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    found = read_folder(folder)
+    assert all(torch.equal(found.weights.get(n), want.weights.get(n)) for n in want.tensors)
+
+
+IMAGES = "vision_tower.patch_conv.weight", "multi_modal_projector.linear_1.weight"
+
+
+@pytest.mark.parametrize("kind", ["AWQ", "GPTQ, act order", "fp8, rows", "packed", "nf4"])
+def test_quantized_experts_and_text_models_inside_others(tmp_path: Path, kind: str) -> None:
+    """Mixtral, whose experts are quantized one by one and whose router is not; and both ways to name a text inside."""
+    args = tiny_args(**SHAPE, moe=Moe(4, 2), sliding_window=None)
+    state = {name: tensor.half() for name, tensor in tiny_model(args).state_dict().items()}
+    convert(make_folder(tmp_path / "plain", state, **args.to_params()), tmp_path / "mixtral", "hf")
+    meant = quantize(tmp_path / "mixtral", kind)
+    found = read_folder(tmp_path / "mixtral")
+    for name in found.tensors:
+        exact = found.layout.unfix(name, found.args, found.weights.get(name, exact=True))
+        assert torch.allclose(exact.double(), meant[found.layout.name_of(name)], rtol=1e-6, atol=1e-9), name
+    assert sum("experts" in name for name, stored in found.tensors.items() if stored.computed) == 24
+
+    folder, _ = write(tmp_path / "text", kind)
+    found, state = read_folder(folder), load_file(folder / "model.safetensors")
+    want = {name: found.weights.get(name).clone() for name in found.tensors}
+    raw = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "mistral3", "quantization_config": raw.pop("quantization_config")}
+    whole |= {"tie_word_embeddings": False, "text_config": raw, "vision_config": {"model_type": "pixtral"}}
+    (folder / "config.json").write_text(json.dumps(whole))
+    for before, after, outside in (
+        ("", "language_model.", ""),  # as files have it
+        ("model.", "model.language_model.", "model."),  # as transformers 5 has it in memory
+    ):
+        inside = {after + n.removeprefix(before) if n.startswith(before) else n: t for n, t in state.items()}
+        seeing = {outside + name: torch.ones(4, 4) for name in IMAGES}
+        save_file(inside | seeing, folder / "model.safetensors")
+        found = read_folder(folder)
+        assert all(torch.equal(found.weights.get(n), want[n]) for n in want)
+        assert any("2 tensors of the part that reads images" in note for note in found.notes)
