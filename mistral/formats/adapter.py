@@ -29,17 +29,8 @@ KNOWN = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
-    *(
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "alpha_pattern",
-    ),
-    *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+    *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+    *("alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 # Keys that add to a model what is no product of two matrices, unless they are empty.
 REFUSED = {
@@ -53,7 +44,7 @@ REFUSED = {
 }
 # How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-# A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed embedding or output.
+# A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed output.
 WHOLE = re.compile(r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.base_layer|\.modules_to_save)?\.weight")
 # A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
 PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
@@ -108,13 +99,18 @@ class Adapter:
         words = [(hf if self.form == "peft" else native).split(".")[-2] for hf, native in NAMES.items()]
         return tuple(dict.fromkeys(word for word in words if word in changed))
 
+    @property
+    def replaces(self) -> str:
+        """The modules whose weights it has of its own, by PEFT's names of them, human-readable."""
+        return some_names([to_hf(name).removesuffix(".weight") for name in self.whole])
+
     def describe(self) -> str:
         """What it is: kind, rank, scale, matrices."""
         ranks = sorted({pair.rank for pair in self.pairs.values()})
         scales = sorted({pair.scale for pair in self.pairs.values()})
         layers = len({name.split(".")[1] for name in self.pairs if name.startswith("layers.")})
         where = f" in {counted(layers, 'layer')}" if layers else ""
-        whole = f", and weights of its own in the place of {some_names([*self.whole])}" if self.whole else ""
+        whole = f", and weights of its own in the place of {self.replaces}" if self.whole else ""
         return (
             f"{'DoRA' if self.dora else 'LoRA'} of {FORMS[self.form]}, rank {join(map(str, ranks))}, "
             f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)}{where}{whole}"

@@ -38,7 +38,7 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         "scales": sorted({pair.scale for pair in pairs}),
         "targets": list(found.targets),
         "matrices": len(found.pairs),
-        "whole": [*found.whole],
+        "replaces": found.replaces,
         "parameters": sum(tensor.parameters for tensor in found.weights.tensors.values()),
         "bytes": found.weights.nbytes,
         "dtypes": dtypes,
@@ -56,7 +56,7 @@ def as_text(told: dict[str, Any]) -> str:
         "rank": " and ".join(map(str, told["ranks"])),
         "scale": " and ".join(f"{scale:g}" for scale in told["scales"]),
         "changes": f"{counted(told['matrices'], 'matrix', 'matrices')}: {', '.join(told['targets'])}",
-        **({"replaces": f"{', '.join(told['whole'])}, by weights of its own"} if told["whole"] else {}),
+        **({"replaces": f"{told['replaces']}, by weights of its own"} if told["replaces"] else {}),
         "parameters": f"{told['parameters'] / 1e6:,.1f} M, stored as {' and '.join(told['dtypes'])}, "
         f"{memory.as_text(told['bytes'])}",
     }

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mistral.formats.adapter import Adapter, join, read_adapter
 from mistral.formats.folder import Folder
 from mistral.formats.merge import Update, about, merge_into, updates
-from mistral.formats.weights import some_names
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
             why = "DoRA, which scales whole rows of the weights"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
         if adapter.whole:
-            why = f"weights of its own in the place of {some_names([*adapter.whole])}"
+            why = f"weights of its own in the place of {adapter.replaces}"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
     beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}
     notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time", found)]

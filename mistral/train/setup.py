@@ -21,7 +21,6 @@ from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
-from mistral.formats.weights import some_names
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import assemble, windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
@@ -173,7 +172,7 @@ class Setup:
         if found.dora or len(ranks) > 1 or len(scales) > 1:
             raise OptionError(f"{self.adapter} has DoRA, or several ranks or scales, which is not trained here")
         if found.whole:
-            raise OptionError(f"{self.adapter} has {some_names([*found.whole])} of its own, which is not trained here")
+            raise OptionError(f"{self.adapter} has {found.replaces} of its own, which is not trained here")
         if options.lora not in (None, *ranks) or options.lora_targets or options.lora_alpha:
             raise OptionError(
                 f"{self.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "

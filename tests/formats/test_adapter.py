@@ -214,8 +214,8 @@ def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd:
     got = merged_state(make_folder(tmp_path / "base"), adapter)
     assert torch.equal(got["layers.0.attention.wq.weight"], paired(own, 4))
     text = in_process(capfd)("inspect", adapter).text
-    assert "replaces    layers.0.attention.wq.weight, by weights of its own" in text
-    with pytest.raises(AdapterError, match="no place for weights of its own in the place of layers.0.attention.wq"):
+    assert "replaces    model.layers.0.self_attn.q_proj, by weights of its own" in text
+    with pytest.raises(AdapterError, match="no place for weights of its own in the place of model.layers.0.self"):
         convert_adapter(adapter, tmp_path / "other", "mistral", tmp_path / "base")
     embeddings = {"base_model.model.model.embed_tokens.weight": torch.rand(PARAMS["vocab_size"], 24)}
     adapter = write_peft(tmp_path / "embeddings", peft_tensors() | embeddings, modules_to_save=["embed_tokens"])
@@ -232,9 +232,9 @@ def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd:
 def test_an_adapter_in_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "lora.gguf").write_bytes(b"GGUF")
-    for place in (tmp_path / "lora", tmp_path / "lora" / "lora.gguf"):
+    for given in (tmp_path / "lora", tmp_path / "lora" / "lora.gguf"):
         with pytest.raises(AdapterError, match="adapters in GGUF are not read: give the one of PEFT"):
-            read_adapter(place)
+            read_adapter(given)
 
 
 def test_a_quantized_base_is_not_merged_into(tmp_path: Path) -> None:

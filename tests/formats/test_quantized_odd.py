@@ -1,4 +1,4 @@
-"""Quantized folders as they are found: configs of older programs, none, layers left as they are, Mixtral, text inside."""
+"""Quantized folders as they are found: older configs or none, layers left as they are, Mixtral, text inside others."""
 
 from __future__ import annotations
 
