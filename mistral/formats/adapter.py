@@ -174,7 +174,7 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
         raise AdapterError(f"no {WEIGHTS} in {folder}{other}")
     weights = open_safetensors((folder / WEIGHTS,))
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
-    whole = {module[1]: name for name in weights.tensors if (module := WHOLE.fullmatch(name))}
+    whole = {match[1]: name for name in weights.tensors if (match := WHOLE.fullmatch(name))}
     found = _grouped((name for name in weights.tensors if not WHOLE.fullmatch(name)), pattern, folder / WEIGHTS)
     pairs: dict[str, Pair] = {}
     seeing = [module for module in (*found, *whole) if VISION.fullmatch(module)]
