@@ -211,6 +211,16 @@ def test_inputs_that_are_no_numbers_stay_none(kind: str, rows: int) -> None:
         assert linear(x)[0].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("size", [0.0, 1e-36])
+def test_inputs_too_small_to_be_rounded_count_as_zero(kind: str, rows: int, size: float) -> None:
+    """A step of nothing would make them NaN, which no whole number can be."""
+    linear = make_linear(kind, torch.rand(20, 200) + 0.5)
+    with torch.inference_mode():
+        assert not linear(torch.full((rows, 200), size)).any()
+
+
 @pytest.mark.parametrize("rows", [1, 5, FEW + 1])
 def test_activations_in_bfloat16(rows: int) -> None:
     generator = torch.Generator().manual_seed(6)
