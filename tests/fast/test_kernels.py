@@ -315,6 +315,15 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
 
 
+def test_the_kernels_round_rows_that_are_next_to_nothing_as_the_plain_path_does() -> None:
+    weight = (torch.rand(5, 70) - 0.5) * torch.tensor([1, 1e-30, 1e-36, 1e-42, 0])[:, None]
+    packed, scales = int8(weight)
+    q, want = rounding.int8(weight)
+    assert torch.equal(rounding.separate(packed, 5, 70), q)
+    assert torch.equal(scales, want)
+    assert not q[2:].any()
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4-symmetric"])
 def test_zeros_stay_zero(kind: str) -> None:
     weight = torch.zeros(20, 70)
