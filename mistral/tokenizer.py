@@ -15,9 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_special_tokens
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_added_tokens, read_special_tokens
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer, piece_bytes
+from mistral.util.errors import printable
 from mistral.util.files import read_limited
 
 
@@ -38,7 +39,7 @@ class TokenizerLike(Protocol):
 class Tokenizer:
     """A SentencePiece `tokenizer.model*` or a `tekken.json`, which are Mistral's own, or a `tokenizer.json`.
 
-    Tokens that the files beside it add (tokenizer_config.json, added_tokens.json) belong to it.
+    Tokens that the files beside it add (tokenizer_config.json, added_tokens.json, else tokenizer.json) belong to it.
 
     Raises:
         TokenizerError: no such file, or not a tokenizer.
@@ -52,6 +53,9 @@ class Tokenizer:
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
         self._set(path, kind(path))
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {printable(self.path.name)}: {self.kind}, {self.n_words} words>"
 
     def _set(self, path: Path, model: Any) -> None:
         self.path = path
@@ -278,7 +282,8 @@ class _SentencePiece:
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        self._added = {i: token for i, token in told.added.items() if i >= self.n_words}
+        added = told.added or (read_added_tokens(path.parent) if content is None else {})
+        self._added = {i: token for i, token in added.items() if i >= self.n_words}
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
         words = sorted((t.content for t in self._added.values() if not t.special), key=len, reverse=True)
