@@ -375,14 +375,33 @@ NO_TOKENIZER = (
 )
 
 
+NEEDED = ("encode", "decode", "bos_id", "eos_id")
+
+
+class NoText:
+    """In the place of a tokenizer that is not there: ids go in and come out, and have no text."""
+
+    bos_id = eos_id = -1
+
+    def encode(self, s: str) -> list[int]:
+        raise TokenizerError(NO_TOKENIZER)
+
+    def decode(self, t: list[int]) -> str:
+        return ""
+
+
 def require_tokenizer(tokenizer: TokenizerLike | None) -> TokenizerLike:
     """The tokenizer, where text is read or written.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: there is none, or it is something else.
     """
     if tokenizer is None:
         raise TokenizerError(NO_TOKENIZER)
+    if lacking := [name for name in NEEDED if not hasattr(tokenizer, name)]:
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} is no tokenizer that can be used: it lacks {', '.join(lacking)}"
+        )
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from mistral.loader.adapted import put_adapters, with_adapters
 from mistral.loader.blocks import blocks_bytes, kept_blocks, load_blocks, put_blocks, reported
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.flat import flat
@@ -122,7 +122,7 @@ def load(
     """
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
-    own, about = tokenizer, list[str]()
+    own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None and not has_tokenizer(found.path):
         about = [NO_TOKENIZER]
     elif own is None:
