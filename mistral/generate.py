@@ -77,7 +77,9 @@ class Completion:
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike | None) -> list[Sequence[int]]:
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     prompts = _prompt_list(prompts)
-    return [encode(require_tokenizer(tokenizer), p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
+    return [
+        encode(require_tokenizer(tokenizer), p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)
+    ]
 
 
 def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
