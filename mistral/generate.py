@@ -20,7 +20,7 @@ from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
-from mistral.tokenizer import TokenizerLike, encode, require_tokenizer
+from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, require_tokenizer
 from mistral.util.flat import flat
 
 Prompt = str | Sequence[int]
@@ -74,10 +74,12 @@ class Completion:
     thinking: str = ""
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike) -> list[Sequence[int]]:
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike | None) -> list[Sequence[int]]:
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     prompts = _prompt_list(prompts)
-    return [encode(tokenizer, p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)]
+    return [
+        encode(require_tokenizer(tokenizer), p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)
+    ]
 
 
 def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -185,11 +187,20 @@ def _start(
     return _Batch(engine, ids, requests)
 
 
+def _words(tokenizer: TokenizerLike | None, params: SamplingParams | list[SamplingParams]) -> TokenizerLike:
+    """The tokenizer, or what takes its place where there is none: ids need none, stop strings do."""
+    if tokenizer is not None:
+        return require_tokenizer(tokenizer)
+    if any(getattr(one, "stop", ()) for one in (params if isinstance(params, list) else [params])):
+        raise TokenizerError(f"stop strings are text, and {NO_TOKENIZER}")
+    return NoText()
+
+
 @sampled
 def stream(
     prompts: Sequence[Prompt],
     model: Transformer,
-    tokenizer: TokenizerLike,
+    tokenizer: TokenizerLike | None,
     *,
     params: SamplingParams | list[SamplingParams],
     eos_ids: Collection[int] | None = None,
@@ -203,6 +214,8 @@ def stream(
 
     Args:
         prompts: strings (bos is put in front) or lists of ids (taken as they are), any number.
+        tokenizer: of the text; None where prompts are ids and what is wanted are ids: texts are empty then, and
+            nothing but `eos_ids` ends a continuation before `max_tokens`.
         params: how to continue them: one for all, or a list, one a prompt. Its fields may also be given by name
             (`temperature=0`), and `max_tokens` then as a list, one a prompt. Without a seed each request takes one
             from PyTorch's default generator, so `torch.manual_seed` decides.
@@ -221,10 +234,11 @@ def stream(
     Raises:
         ValueError: a subclass that names the argument; before anything is computed.
     """
-    ends = eos_of(tokenizer) if eos_ids is None else eos_ids
+    words = _words(tokenizer, params)
+    ends = eos_of(words) if eos_ids is None else eos_ids
     engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
-    batch = _start(prompts, tokenizer, engine, params, adapter)
-    return _pieces(batch, tokenizer, progress, thoughts)
+    batch = _start(prompts, words, engine, params, adapter)
+    return _pieces(batch, words, progress, thoughts)
 
 
 def _pieces(
@@ -267,7 +281,7 @@ def _pieces(
 def completions(
     prompts: Sequence[Prompt],
     model: Transformer,
-    tokenizer: TokenizerLike,
+    tokenizer: TokenizerLike | None,
     *,
     params: SamplingParams | list[SamplingParams],
     eos_ids: Collection[int] | None = None,
@@ -313,7 +327,7 @@ def completions(
 def complete(
     prompts: Sequence[Prompt],
     model: Transformer,
-    tokenizer: TokenizerLike,
+    tokenizer: TokenizerLike | None,
     *,
     params: SamplingParams | list[SamplingParams],
     eos_ids: Collection[int] | None = None,
@@ -346,7 +360,7 @@ def complete(
 def generate(
     prompts: Sequence[Prompt],
     model: Transformer,
-    tokenizer: TokenizerLike,
+    tokenizer: TokenizerLike | None,
     *,
     max_tokens: int | Sequence[int],
     chunk_size: int | None = None,
@@ -371,8 +385,9 @@ def generate(
     one = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     ids = encode_prompts(prompts, tokenizer)
     params = [replace(one, max_tokens=most) for most in _one_each("max_tokens", max_tokens, len(ids))]
-    engine = Engine(model, eos_ids=eos_of(tokenizer), chunk_size=chunk_size, score_prompts=True)
-    requests = _start(ids, tokenizer, engine, params).requests
+    words = require_tokenizer(tokenizer) if any(each.max_tokens for each in params) else _words(tokenizer, params)
+    engine = Engine(model, eos_ids=eos_of(words), chunk_size=chunk_size, score_prompts=True)
+    requests = _start(ids, words, engine, params).requests
     generated: dict[Request, list[float]] = {request: [] for request in requests}
     while not engine.done:
         for token in engine.step():
@@ -383,4 +398,4 @@ def generate(
     logprobs = [request.prompt_logprobs + more for request, more in generated.items()]
     if not any(each.max_tokens for each in params):
         return [], logprobs
-    return [tokenizer.decode([*request.prompt_ids, *request.output_ids]) for request in requests], logprobs
+    return [words.decode([*request.prompt_ids, *request.output_ids]) for request in requests], logprobs

@@ -15,7 +15,9 @@ from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
 
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+WHOLE = "tokenizer.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -94,6 +96,25 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     special.update(token.content for token in added.values() if token.special)
     add_bos = config.get("add_bos_token")
     return SpecialTokens(names, frozenset(special), added, add_bos if isinstance(add_bos, bool) else None)
+
+
+def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Tokens by id that the tokenizer.json of a folder adds, for a tokenizer beside it; none without that file.
+
+    transformers 5 writes them nowhere else.
+
+    Raises:
+        TokenizerError: it cannot be read, or what it adds is no token.
+    """
+    path = folder / WHOLE
+    listed = read_json(path).get("added_tokens") or []
+    added: dict[int, AddedToken] = {}
+    for token in listed if isinstance(listed, list) else [listed]:
+        text, i = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
+        if not (isinstance(text, str) and text and type(i) is int and i >= 0):
+            raise TokenizerError(f"{path} has {short_repr(token)} for an added token: fetch it again")
+        added[i] = AddedToken(text, **{name: token.get(name) is True for name in FLAGS})
+    return added
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_special_tokens
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_added_tokens, read_special_tokens
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer, piece_bytes
+from mistral.util.errors import printable
 from mistral.util.files import read_limited
 
 
@@ -38,7 +39,7 @@ class TokenizerLike(Protocol):
 class Tokenizer:
     """A SentencePiece `tokenizer.model*` or a `tekken.json`, which are Mistral's own, or a `tokenizer.json`.
 
-    Tokens that the files beside it add (tokenizer_config.json, added_tokens.json) belong to it.
+    Tokens that the files beside it add (tokenizer_config.json, added_tokens.json, else tokenizer.json) belong to it.
 
     Raises:
         TokenizerError: no such file, or not a tokenizer.
@@ -52,6 +53,9 @@ class Tokenizer:
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
         self._set(path, kind(path))
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {printable(self.path.name)}: {self.kind}, {self.n_words} words>"
 
     def _set(self, path: Path, model: Any) -> None:
         self.path = path
@@ -278,7 +282,8 @@ class _SentencePiece:
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        self._added = {i: token for i, token in told.added.items() if i >= self.n_words}
+        added = told.added or (read_added_tokens(path.parent) if content is None else {})
+        self._added = {i: token for i, token in added.items() if i >= self.n_words}
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
         words = sorted((t.content for t in self._added.values() if not t.special), key=len, reverse=True)
@@ -370,14 +375,33 @@ NO_TOKENIZER = (
 )
 
 
+NEEDED = ("encode", "decode", "bos_id", "eos_id")
+
+
+class NoText:
+    """In the place of a tokenizer that is not there: ids go in and come out, and have no text."""
+
+    bos_id = eos_id = -1
+
+    def encode(self, s: str) -> list[int]:
+        raise TokenizerError(NO_TOKENIZER)
+
+    def decode(self, t: list[int]) -> str:
+        return ""
+
+
 def require_tokenizer(tokenizer: TokenizerLike | None) -> TokenizerLike:
     """The tokenizer, where text is read or written.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: there is none, or it is something else.
     """
     if tokenizer is None:
         raise TokenizerError(NO_TOKENIZER)
+    if lacking := [name for name in NEEDED if not hasattr(tokenizer, name)]:
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} is no tokenizer that can be used: it lacks {', '.join(lacking)}"
+        )
     return tokenizer
 
 

@@ -20,6 +20,8 @@ from mistral.model import Transformer
 from mistral.request import GenerationError, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
+from mistral.util.english import counted
+from mistral.util.errors import printable
 from mistral.util.flat import flat
 
 
@@ -81,6 +83,9 @@ class Chat:
                 f"template {template.name} has the id {max(probe)}, outside the vocabulary of {model.args.vocab_size}: "
                 "it is for other models"
             )
+
+    def __repr__(self) -> str:
+        return f"<Chat of {counted(len(self.messages), 'message')}: template {printable(self.template.name)}>"
 
     @property
     def system(self) -> str:

@@ -105,6 +105,8 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
             if _switch(flag, equals, value, queue) == "true":
                 _put(given, *SHORT_FORMS[name], f"--{flag}")
             continue
+        if name in COMMON and equals:
+            raise UsageError(f"--{flag} is a switch: give it no value")
         if name not in parameters:
             raise UsageError(f"no flag --{flag}{_suggestion(name, parameters)}")
         kind = kind_of(parameters[name])
@@ -231,9 +233,9 @@ def convert(what: str, text: str, kind: Any) -> Any:
         return kind(text)
     if kind is dict:
         left, colon, right = text.partition(":")
-        if not colon:
+        if not (colon and re.fullmatch(NUMBERS[int], left) and re.fullmatch(NUMBERS[float], right)):
             raise UsageError(f"{what} must be ID:NUMBER, such as 42:-100, not {text!r}")
-        return [convert(what, left, int), convert(what, right, float)]
+        return [int(left), float(right)]
     return text
 
 

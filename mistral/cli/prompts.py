@@ -87,7 +87,8 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> li
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_file(file)
     if prompt is None:
-        prompt = without_last_end(read_text(None))
+        prompt = without_last_end(_decoded(None))
+        _note_returns(prompt, "stdin")
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
     return [PromptLine(prompt, suffix)]
@@ -159,10 +160,14 @@ def _one_prompt(line: str, where: str) -> PromptLine:
 def read_text(file: str | None) -> str:
     """The text of a file, or of stdin for None and "-": all of it, also its line ends."""
     text = _decoded(file)
-    if "\r" in text:
-        where = file or "stdin"
-        terminal.echo_err(f"note: {where} has carriage returns, as on Windows: they are part of the text")
+    _note_returns(text, file or "stdin")
     return text
+
+
+def _note_returns(text: str, where: str) -> None:
+    """Print a note if what is used of a text has line ends of Windows."""
+    if "\r" in text:
+        terminal.echo_err(f"note: {where} has carriage returns, as on Windows: they are part of the text")
 
 
 def _decoded(file: str | None) -> str:

@@ -5,6 +5,7 @@ Text goes to stdout, everything else to stderr. At a terminal, control character
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -38,13 +39,18 @@ _quiet = False
 
 @contextmanager
 def quietly(quiet: bool) -> Iterator[None]:
-    """While open, `echo_err` prints nothing if `quiet`."""
+    """While open, `echo_err` prints nothing if `quiet`, and the library logs errors alone."""
     global _quiet
     before, _quiet = _quiet, quiet
+    log = logging.getLogger("mistral")
+    level = log.level
+    if quiet:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
         _quiet = before
+        log.setLevel(level)
 
 
 def is_interactive() -> bool:
@@ -219,11 +225,18 @@ def _reader(ask: str) -> Callable[[], str]:
 
 
 def _keys() -> Any:
-    """Alt-Enter begins a new line of the same text."""
+    """Alt-Enter begins a new line of the same text.
+
+    An escape sequence that sets a colour begins like an event of a mouse, of which prompt_toolkit then misses the
+    place. Nothing here has to do with a mouse: what looks like one is text, as it is where a terminal tells what was
+    pasted.
+    """
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add(Keys.Vt100MouseEvent)(lambda event: event.current_buffer.insert_text(event.data))
     return keys
 
 

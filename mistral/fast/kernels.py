@@ -10,6 +10,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from mistral.util.errors import Unavailable
 
+log = logging.getLogger("mistral")
 SOURCE = Path(__file__).with_name("kernels.c")
 PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 TORCH = Path(torch.__file__).with_name("lib")
@@ -130,6 +132,7 @@ def library() -> ctypes.CDLL:
         raise KernelsUnavailable(f"there is no compiler ({compiler[0]})")
     library = _place(compiler)
     if not _intact(library):
+        log.warning("compiling the C kernels for this machine, which is done once and may take a minute")
         _compile(compiler, library)
     try:
         loaded = ctypes.CDLL(str(library))

@@ -8,6 +8,7 @@ from mistral.formats.gguf_layout import GgufLayout
 from mistral.formats.huggingface import HuggingFaceLayout
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.mistral import MistralLayout
+from mistral.util.errors import printable
 
 # Mistral's own: the names of tensors and the order of rows that the model has.
 NATIVE = MistralLayout()
@@ -29,10 +30,24 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
     described = [layout for layout in LAYOUTS.values() if layout.has_config(path)]
     if not described:
         names = " and ".join(f"no {layout.config}" for layout in LAYOUTS.values())
-        raise ParamsError(f"{names} in {path}: a model folder has one of them, weights and a tokenizer")
+        said = f"{names} in {path}: a model folder has one of them, weights and a tokenizer"
+        raise ParamsError(f"{said}{_models_inside(path)}")
     complete = [layout for layout in described if layout.has_weights(path)]
     chosen = next(iter(complete), described[0])
     others = " and ".join(layout.title for layout in complete[1:])
     return chosen, [
         f"the folder holds several layouts: {chosen.title} was read, {others} was ignored"
     ] if others else []
+
+
+def _models_inside(path: Path) -> str:
+    """Which folders within one that is no model are models, as checkpoints of a training and snapshots of the hub are."""
+    inside = sorted(config.parent for layout in LAYOUTS.values() for config in _within(path, layout.config))
+    if not inside:
+        return ""
+    shown = ", ".join(printable(str(folder)) for folder in inside[:3]) + (", ..." if len(inside) > 3 else "")
+    return f"; there is {shown}: give {'that' if len(inside) == 1 else 'one of them'}"
+
+
+def _within(path: Path, name: str) -> list[Path]:
+    return [*path.glob(f"*/{name}"), *path.glob(f"snapshots/*/{name}")] if path.is_dir() else []

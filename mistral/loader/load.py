@@ -16,7 +16,7 @@ from mistral.formats.weights import file_names
 from mistral.loader.adapted import with_adapters
 from mistral.loader.assemble import assemble, narrowed
 from mistral.loader.options import LoadOptions, OptionError
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.english import counted
 from mistral.util.flat import flat
 
@@ -115,7 +115,7 @@ def load(
     """
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
-    own, about = tokenizer, list[str]()
+    own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None and not has_tokenizer(found.path):
         about = [NO_TOKENIZER]
     elif own is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral.formats.convert import Converted, write_folder
 from mistral.formats.folder import Folder
-from mistral.formats.layouts import NATIVE
+from mistral.formats.layouts import NATIVE, find_layout
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import parameters
@@ -61,11 +61,21 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
             dtype = str(state[name].dtype).removeprefix("torch.")
             tensors[name] = Stored(parameter.shape, dtype, dtype)
             readers[name] = partial(_on_cpu, state[name].detach())
-    weights = WeightFiles((), tensors, readers)
+    weights = WeightFiles(() if source is None else _written_anew(source), tensors, readers)
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
         whole = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
         return write_folder(whole, folder, NATIVE.to)
+
+
+def _written_anew(source: Path) -> tuple[Path, ...]:
+    """The files of a folder that hold its weights and its shape; none of a file."""
+    if not source.is_dir():
+        return ()
+    layout, _ = find_layout(source)
+    names = sorted(entry.name for entry in source.iterdir())
+    weights = next(iter(layout.weight_sets(names)), ())
+    return tuple(source / name for name in (layout.config, layout.index, *weights) if name in names)
 
 
 def _blocks(model: Transformer, name: str) -> BlockLinear | None:

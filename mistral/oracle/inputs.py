@@ -14,6 +14,7 @@ from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.quant.linear import QuantizedLinear
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 
 SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
@@ -79,8 +80,8 @@ class WeightReader:
             weight = module.rows(0, parameter.shape[0])
         else:
             weight = found.weights.get(parameter.name)
-        if not torch.isfinite(weight).all():
-            raise UsageError(f"{name} has {int((~torch.isfinite(weight)).sum())} numbers that are not finite")
+        if count := int((~torch.isfinite(weight)).sum()):
+            raise UsageError(f"{name} has {counted(count, 'number that is', 'numbers that are')} not finite")
         return weight
 
     def _parameter(self, name: str) -> Parameter:

@@ -14,6 +14,7 @@ from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter
 from mistral.quant.affine import LEAST, MOST, Affine4Linear
 from mistral.quant.cuda import CudaAffine4Linear, CudaInt4Linear, CudaInt8Linear, CudaLinear
 from mistral.quant.linear import Int4Linear, Int8Linear, QuantizedEmbedding, QuantizedLinear
+from mistral.util.english import counted
 from mistral.util.errors import FormatError
 
 Kind = Int8Linear | Affine4Linear | Int4Linear
@@ -37,7 +38,8 @@ def quantize(
     largest = torch.stack(torch.aminmax(weight)).abs().amax().item() if weight.numel() else 0.0
     if not math.isfinite(largest):
         count = int((~weight.isfinite()).sum())
-        raise FormatError(f"{parameter.name} holds {count:,} values that are NaN or infinite: the weights are broken")
+        found = counted(count, "value that is", "values that are")
+        raise FormatError(f"{parameter.name} holds {found} NaN or infinite: the weights are broken")
     if bits_of(parameter, quant) == "int8":
         return _placed(Int8Linear.of(weight), device)
     if largest and not LEAST <= largest <= MOST:

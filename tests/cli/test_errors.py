@@ -349,6 +349,22 @@ def test_no_tokenizer(cli: Command, folder: Path) -> None:
     )
 
 
+def test_no_tokenizer_and_none_needed(cli: Command, folder: Path, tmp_path: Path) -> None:
+    """Ids go in and come out, and end where the folder's files say."""
+    file = tmp_path / "ids.jsonl"
+    file.write_text("[1, 300]\n")
+    words = ("complete", folder, "--file", file, "--json", "--max_tokens", 4, "--temperature", 0)
+    known = json.loads(cli(*words).out)
+    (folder / "tokenizer.model").unlink()
+    made = json.loads(cli(*words).out)
+    assert made == {**known, "text": ""}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": made["tokens"][2]}))
+    assert json.loads(cli(*words).out)["tokens"] == made["tokens"][: made["tokens"].index(made["tokens"][2])]
+    assert cli("complete", folder, "--file", file).error == (
+        "the folder has no tokenizer, so answers are ids and have no text: add --json"
+    )
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mistral.cli import terminal
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
@@ -228,3 +229,15 @@ def test_no_half_character_is_ever_written(parrot: Path) -> None:
         assert running.wait(timeout=PATIENCE) == 0
     assert "".join(chunks) == f"é!{PARROT * 10}\n"
     assert len(chunks) > 2
+
+
+def test_escape_sequences_that_are_typed_are_text() -> None:
+    """A colour begins as what a mouse sends does, which prompt_toolkit took for one and failed."""
+    toolkit = pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as typed:
+        session = toolkit.PromptSession(key_bindings=terminal._keys(), input=typed, output=DummyOutput())
+        typed.send_text("\x1b[31mred\x1b[0m\r")
+        assert session.prompt() == "\x1b[31mred\x1b[0m"

@@ -99,6 +99,7 @@ def test_quiet_and_verbose(cli: Command, folder: Path) -> None:
     assert told.startswith(f"error: no such folder: {missing}\nTraceback")
     assert cli("demo", "--quiet", "--verbose").error == "--quiet and --verbose: give one of them"
     assert cli("complete", folder, *SHORT, "--", "--quiet").err.startswith("loaded ")  # a prompt, not a flag
+    assert cli("complete", "x", "--quiet=yes").error == "--quiet is a switch: give it no value"
     assert cli("complete", "x", "--quite").error.startswith("no flag --quite; did you mean --quiet?")
 
 
@@ -138,6 +139,8 @@ def test_a_default_folder_that_is_not_there(cli: Command, monkeypatch: pytest.Mo
         (("--deterministic", "--deterministic"), "--deterministic is given twice"),
         (("--deterministic", "--dtype", "bfloat16"), "execution bitwise is for a CPU in float32"),
         (("--logit_bias", "5"), "--logit_bias must be ID:NUMBER, such as 42:-100, not '5'"),
+        (("--logit_bias", '{"5": 1}'), """--logit_bias must be ID:NUMBER, such as 42:-100, not '{"5": 1}'"""),
+        (("--logit_bias", "5:x"), "--logit_bias must be ID:NUMBER, such as 42:-100, not '5:x'"),
         (("--logit_bias", "5:999"), "logit_bias of 5 is 999"),
     ],
 )

@@ -767,13 +767,20 @@ def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     library.cache_clear()
 
 
-def test_built_once_and_found_again(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_once_and_found_again(
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     library()
+    assert [record.message for record in caplog.records] == [
+        "compiling the C kernels for this machine, which is done once and may take a minute"
+    ]
+    caplog.clear()
     (built,) = unbuilt.glob("*.so")
     assert built.name.startswith("kernels-")
     library.cache_clear()
     monkeypatch.setattr("subprocess.run", None)  # whoever compiles fails
     library()
+    assert not caplog.records
     monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-O1"))
     library.cache_clear()
     with pytest.raises(TypeError):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mistral
 from mistral import complete, load
+from mistral.formats.convert import convert
+from mistral.generate import generate
 from mistral.model import Transformer
 from mistral.tokenizer import TokenizerError
 from mistral.util.errors import ConvertError, UsageError
@@ -59,6 +63,39 @@ def test_a_folder_without_a_tokenizer_is_a_model_for_ids(tmp_path: Path) -> None
     assert any("no tokenizer" in note for note in loaded.notes)
     logits = loaded.model.forward(torch.tensor([1, 5, 9]), [3])
     assert logits.shape == (3, loaded.args.vocab_size)
-    for prompt in ("Hello", [1, 5]):
-        with pytest.raises(TokenizerError, match=r"add tokenizer\.model"):
-            complete([prompt], loaded.model, loaded.tokenizer, max_tokens=1)
+    with pytest.raises(TokenizerError, match=r"add tokenizer\.model"):
+        complete(["Hello"], loaded.model, loaded.tokenizer, max_tokens=1)
+    with pytest.raises(TokenizerError, match="stop strings are text"):
+        complete([[1, 5]], loaded.model, loaded.tokenizer, max_tokens=1, stop=("x",))
+    with pytest.raises(TokenizerError, match=r"add tokenizer\.model"):
+        generate([[1, 5]], loaded.model, loaded.tokenizer, max_tokens=1)
+    greedy = partial(complete, max_tokens=4, temperature=0)
+    (made,) = greedy([[1, 5]], loaded.model, loaded.tokenizer)
+    (known,) = greedy([[1, 5]], loaded.model, load().tokenizer, eos_ids=())
+    assert (made.text, made.tokens, made.logprobs) == ("", known.tokens, known.logprobs)
+    (ended,) = greedy([[1, 5]], loaded.model, loaded.tokenizer, eos_ids={made.tokens[0]})
+    assert (ended.tokens, ended.finish_reason) == ([], "stop")
+    scores = generate([[1, 5, 9]], loaded.model, loaded.tokenizer, max_tokens=0)
+    assert scores == generate([[1, 5, 9]], loaded.model, load().tokenizer, max_tokens=0)
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer.model", object()])
+def test_what_is_no_tokenizer_is_named(tmp_path: Path, wrong: Any) -> None:
+    folder = make_folder(tmp_path / "a")
+    with pytest.raises(TokenizerError, match="is no tokenizer that can be used: it lacks"):
+        load(folder, device="cpu", tokenizer=wrong)
+    loaded = load(folder, device="cpu")
+    for call in (complete, partial(generate, max_tokens=1)):
+        with pytest.raises(TokenizerError, match=f"{type(wrong).__name__} is no tokenizer"):
+            call(["Hello"], loaded.model, wrong)
+
+
+@pytest.mark.parametrize("layout", ["mistral", "hf"])
+def test_what_is_written_anew_is_not_called_left_behind(tmp_path: Path, layout: str) -> None:
+    folder = make_folder(tmp_path / "a", form="parts")
+    if layout == "hf":
+        convert(folder, tmp_path / "hf", "hf")
+        folder = tmp_path / "hf"
+    (folder / "notes.txt").write_text("mine")
+    saved = load(folder, device="cpu").save(tmp_path / "b")
+    assert [note for note in saved.notes if "carried" in note] == ["not carried along: notes.txt"]

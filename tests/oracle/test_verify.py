@@ -349,7 +349,7 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path, capsys):
     state["layers.1.feed_forward.w3.weight"][3, 2] = float("inf")
     folder = make_folder(tmp_path / "bad", state)
     assert cli.main(["verify", str(folder)]) == 2
-    assert "layers.1.feed_forward.w3.weight has 1 numbers that are not finite" in capsys.readouterr().err
+    assert "layers.1.feed_forward.w3.weight has 1 number that is not finite" in capsys.readouterr().err
 
 
 @pytest.mark.long

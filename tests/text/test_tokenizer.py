@@ -504,3 +504,41 @@ def test_the_cost_of_a_token_does_not_grow(name: str, as_bytes: bool) -> None:
     assert max(counting.lengths) <= 2 * Detokenizer.CONTEXT + 7
     assert len(counting.lengths) <= 1.6 * len(ids)
     assert shown == tokenizer.decode([*ids, *ids])[len(tokenizer.decode(ids)) :]
+
+
+ADDED = [
+    {"id": 2, "content": "</s>", "special": True},
+    {"id": 4096, "content": "<|im_end|>", "special": True},
+    {"id": 4097, "content": "<note>", "special": False},
+]
+
+
+def test_tokens_that_only_tokenizer_json_adds(tmp_path: Path) -> None:
+    """transformers 5 saves a fine-tune's tokens there alone, beside the tokenizer.model that it began with."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(load("bundled").path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": ADDED}))
+    made = Tokenizer(path)
+    assert made.added == {"<|im_end|>": 4096, "<note>": 4097}
+    assert made.n_ids == 4098
+    king = load("bundled").encode("The king", bos=False)
+    assert made.decode([*king, 4096]) == "The king"
+    assert made.decode([*king, 4097]) == "The king<note>"
+    assert 4097 in made.encode("a<note>")
+    assert 4096 not in made.encode("a<|im_end|>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<other>": 4096}))  # what older exports say comes first
+    assert Tokenizer(path).added == {"<other>": 4096}
+
+
+@pytest.mark.parametrize("added", [[{"content": "x"}], ["x"], [{"id": True, "content": "x"}], {"x": 4096}])
+def test_added_tokens_that_are_none(tmp_path: Path, added: Any) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(load("bundled").path.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    with pytest.raises(TokenizerError, match="for an added token: fetch it again"):
+        Tokenizer(path)
+
+
+def test_a_tokenizer_in_one_line() -> None:
+    assert repr(load("bundled")) == "<Tokenizer tokenizer.model: sentencepiece, 4096 words>"
