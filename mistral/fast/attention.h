@@ -54,30 +54,6 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t head_di
     }
 }
 
-/* Of each 2 n lanes of a, then of b, the first n (half 0) or the last (half 1). */
-INLINE floats halves_of(floats a, floats b, int n, int half) {
-    ints pick;
-    UNROLL for (int i = 0; i < LANES; i++) {
-        const int at = i % (LANES / 2);
-        pick[i] = at / n * 2 * n + half * n + at % n + i / (LANES / 2) * LANES;
-    }
-#if defined(__clang__)
-    floats out;
-    UNROLL for (int i = 0; i < LANES; i++) out[i] = pick[i] < LANES ? a[pick[i]] : b[pick[i] - LANES];
-    return out;
-#else
-    return __builtin_shuffle(a, b, pick);
-#endif
-}
-
-/* The `sum` of each of LANES vectors, added up in the same order. */
-INLINE floats sums_of(floats *v) {
-    UNROLL for (int n = LANES / 2; n; n /= 2)
-        UNROLL for (int i = 0; i < n; i++)
-            v[i] = halves_of(v[2 * i], v[2 * i + 1], n, 0) + halves_of(v[2 * i], v[2 * i + 1], n, 1);
-    return v[0];
-}
-
 /* The `dot`, times scale, of H queries with LANES / H keys, and a word to memory about the keys KEYS further on. Each key
    is loaded once: keys are so far apart that they share a few places in the fastest cache, and do not stay there. Keys and
    values are of a kind, see keys.h; their strides are in bytes. */

@@ -1,10 +1,8 @@
 /* A mixture of experts in a decode step: a router, and the chosen experts alone. A part of kernels.c. */
 
-static int64_t padded(int64_t n) { return groups_of(n) * GROUP; }
-
 /* Floats for the pairs of a token and one of its experts: what goes in, what comes out of w1 and w3, weights and choices. */
 static int64_t mixture_floats(const Model *m, int64_t rows) {
-    return rows * m->chosen * (padded(m->dim) + padded(m->hidden_dim) + 2);
+    return rows * m->chosen * (apart(m->dim) + apart(m->hidden_dim) + 2);
 }
 
 /* The k largest of n logits, in the order of experts; of equal ones the lowest expert's. Weights are their softmax. */
@@ -28,12 +26,12 @@ static void choose_experts(const float *logits, int64_t n, int64_t k, int32_t *e
 }
 
 /* Adds to h [rows, dim] what their experts make of tokens. Every thread of a team calls it.
-   kind: what inputs are rounded for; x: [rows, padded dim], normalised; rounded: the same rounded, if they are, and behind
+   kind: what inputs are rounded for; x: [rows, apart(dim)], normalised; rounded: the same rounded, if they are, and behind
    them room for those of all pairs, as wide as w1's or w2's; scratch: mixture_floats. */
 static void mixture(const Model *m, const Layer *l, int kind, int64_t rows, const float *x, Inputs *rounded, float *scratch,
                     float *h) {
     const int64_t k = m->chosen, n = l->gate.n, pairs = rows * k, dim = m->dim, hidden = m->hidden_dim;
-    const int64_t ldx = padded(dim), ldw = padded(hidden), gx = ldx / GROUP, gw = ldw / GROUP;
+    const int64_t ldx = apart(dim), ldw = apart(hidden), gx = groups_of(dim), gw = groups_of(hidden);
     const int rounds = is_blocks(kind);
     float *gathered = scratch, *wide = gathered + pairs * ldx, *shares = wide + pairs * ldw;
     int32_t *chosen = (int32_t *)(shares + pairs);

@@ -22,12 +22,8 @@ INLINE int is_quantized(const Matrix *m) { return is_blocks(m->kind); }
 static void block(const Matrix *m, int64_t first, int64_t n, const float *x, int64_t ldx, const Inputs *rounded,
                   int64_t rows, float *out) {
     const char *w = m->data;
-    switch (m->kind) {
-    case F32: stripes(F32, w + first * m->k * 4, n, m->k, x, ldx, rows, out); break;
-    case BF16: stripes(BF16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
-    case F16: stripes(F16, w + first * m->k * 2, n, m->k, x, ldx, rows, out); break;
-    default: few_bits_block(m, first / ROWS, rounded, rows, out);
-    }
+    if (is_quantized(m)) few_bits_block(m, first / ROWS, rounded, rows, out);
+    else stripes((int)m->kind, w + first * m->k * size_of((int)m->kind), n, m->k, x, ldx, rows, out);
 }
 
 static int64_t blocks_of(const Matrix *m) { return (m->n + ROWS - 1) / ROWS; }
@@ -37,13 +33,24 @@ int64_t inputs_bytes(void) { return sizeof(Inputs); }
 /* Whether products of many rows with quantized weights are best made here too. */
 int64_t takes_many(void) { return VNNI || DOTPROD; }
 
+/* A row of n inputs, filled up to whole groups with zeros, and the way to the next row: not a whole number of pages, so that
+   rows do not share places in the fastest cache. */
+static int64_t apart(int64_t n) { return groups_of(n) * GROUP + APART; }
+
 /* y [rows, n] = x [rows, ldx] times a matrix. Quantized weights want columns padded to whole groups, and room for
    rounded inputs. A thread takes STRIP blocks at a time through all rows of inputs, some after the others: so the weights
    stay in a cache. */
 void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs *rounded, float *y, int64_t threads) {
     const int64_t groups = groups_of(m->k), few = rows <= ROWS ? 1 : STRIP, together = rows <= ROWS ? rows : ROWS;
+    const int64_t ld = apart(m->k), given = ldx;
+    float *moved = is_quantized(m) || rows < FEW ? NULL : aligned_alloc(LINE, rows * ld * sizeof *x);
+    const float *from = moved ? moved : x;
+    ldx = moved ? ld : ldx;
 #pragma omp parallel num_threads(threads)
     {
+        if (moved)
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++) memcpy(moved + r * ld, x + r * given, m->k * sizeof *x);
         if (is_quantized(m))
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
@@ -54,12 +61,13 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
                 const int64_t count = rows - at < together ? rows - at : together;
                 for (int64_t b = strip; b < strip + few && b < blocks_of(m); b++) {
                     const int64_t first = b * ROWS, n = m->n - first < ROWS ? m->n - first : ROWS;
-                    block(m, first, n, x + at * ldx, ldx, rounded + at * groups, count, out);
+                    block(m, first, n, from + at * ldx, ldx, rounded + at * groups, count, out);
                     for (int64_t r = 0; r < count; r++) memcpy(y + (at + r) * m->n + first, out + r * ROWS, n * 4);
                 }
             }
         }
     }
+    free(moved);
 }
 
 /* x [rows, k] as a product with quantized weights sees it, for products of many rows by somebody else: each span of
@@ -117,8 +125,8 @@ static int64_t scores_of(const Model *m, int64_t keys) {
 }
 
 int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
-    const int64_t q = padded(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
-    return rows * (padded(m->dim) + q + 2 * kv + padded(m->hidden_dim)) + threads * scores_of(m, keys) +
+    const int64_t q = apart(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
+    return rows * (apart(m->dim) + q + 2 * kv + apart(m->hidden_dim)) + threads * scores_of(m, keys) +
            rows * parts_of(keys) * part_floats(m->n_kv_heads, m->n_heads / m->n_kv_heads, m->head_dim) +
            mixture_floats(m, rows);
 }
@@ -145,7 +153,8 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
             const float *cos, const float *sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
             int64_t threads) {
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
-    const int64_t ldd = padded(dim), ldq = padded(m->n_heads * d), ldkv = kv_heads * d, ldw = padded(m->hidden_dim);
+    const int64_t ldd = apart(dim), ldq = apart(m->n_heads * d), ldkv = kv_heads * d, ldw = apart(m->hidden_dim);
+    const int64_t gd = groups_of(dim), gq = groups_of(m->n_heads * d), gw = groups_of(m->hidden_dim);
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
     const int64_t most_parts = parts_of(most_keys);
     float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, most_keys);
@@ -163,7 +172,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->attention_norm, dim, m->eps, x + r * ldd);
-            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, gd, rounded + r * gd);
         }
         const int64_t bq = blocks_of(&layer->wq), bk = blocks_of(&layer->wk), bv = blocks_of(&layer->wv);
 #pragma omp for schedule(guided, 4)
@@ -211,7 +220,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
         }
         if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(kind, q + r * ldq, ldq / GROUP, rounded + r * (ldq / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, q + r * ldq, gq, rounded + r * gq);
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->wo); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;
@@ -222,7 +231,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             rms_norm(h + r * dim, layer->ffn_norm, dim, m->eps, x + r * ldd);
-            if (rounds) round_inputs(kind, x + r * ldd, ldd / GROUP, rounded + r * (ldd / GROUP));
+            if (rounds) round_inputs(kind, x + r * ldd, gd, rounded + r * gd);
         }
         if (layer->experts) {
             mixture(m, layer, kind, rows, x, rounded, mixed, h);
@@ -243,7 +252,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
         }
         if (rounds)
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(kind, wide + r * ldw, ldw / GROUP, rounded + r * (ldw / GROUP));
+            for (int64_t r = 0; r < rows; r++) round_inputs(kind, wide + r * ldw, gw, rounded + r * gw);
 #pragma omp for schedule(guided, 4)
         for (int64_t b = 0; b < blocks_of(&layer->w2); b++) {
             const int64_t first = b * ROWS, n = dim - first < ROWS ? dim - first : ROWS;

@@ -46,6 +46,7 @@ enum {
     ROWS = 16,  /* rows of weights that are worked on together, and interleaved in blocks of few bits */
     LINE = 64,  /* bytes that come from memory together */
     GROUP = 32, /* columns whose inputs share a scale */
+    APART = 16, /* words between rows of inputs, so that they do not share places in the fastest cache */
     AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
     KEYS = 8,   /* keys, and VALUES values, of all heads that are worked on together */
     VALUES = 16,
@@ -88,6 +89,13 @@ typedef struct {
 INLINE floats load_floats(const float *p) { return (floats) * (const floats_at *)p; }
 
 INLINE floats load_bf16(const uint16_t *p) {
+#if defined(__AVX512BW__) /* one instruction where GCC 12 takes two */
+    typedef int16_t shorts __attribute__((vector_size(64)));
+    shorts at = {0};
+    UNROLL for (int i = 0; i < LANES; i++) at[2 * i + 1] = i;
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+    return (floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)at, low);
+#endif
     words w = __builtin_convertvector((halves) * (const halves_at *)p, words) << 16;
     return (floats)w;
 }
@@ -130,6 +138,19 @@ INLINE floats load(int kind, const char *p) {
     }
 }
 
+/* The same numbers, in a register from here on: GCC loads what is used several times anew for each use, and loads are
+   what limits then. */
+INLINE floats held(floats v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__AVX__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#endif
+    return v;
+}
+
 /* a * b + c, rounded once where the machine can. Said outright, and nowhere else (-ffp-contract=off): a compiler that is
    free to choose chooses differently from loop to loop, and a row's bits would depend on its company. */
 INLINE floats multiply_add(floats a, floats b, floats c) {
@@ -150,4 +171,28 @@ INLINE float sum(floats v) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) s[i] += s[i + n];
     return s[0];
+}
+
+/* Of each 2 n lanes of a, then of b, the first n (half 0) or the last (half 1). */
+INLINE floats halves_of(floats a, floats b, int n, int half) {
+    ints pick;
+    UNROLL for (int i = 0; i < LANES; i++) {
+        const int at = i % (LANES / 2);
+        pick[i] = at / n * 2 * n + half * n + at % n + i / (LANES / 2) * LANES;
+    }
+#if defined(__clang__)
+    floats out;
+    UNROLL for (int i = 0; i < LANES; i++) out[i] = pick[i] < LANES ? a[pick[i]] : b[pick[i] - LANES];
+    return out;
+#else
+    return __builtin_shuffle(a, b, pick);
+#endif
+}
+
+/* The `sum` of each of LANES vectors, added up in the same order. */
+INLINE floats sums_of(floats *v) {
+    UNROLL for (int n = LANES / 2; n; n /= 2)
+        UNROLL for (int i = 0; i < n; i++)
+            v[i] = halves_of(v[2 * i], v[2 * i + 1], n, 0) + halves_of(v[2 * i], v[2 * i + 1], n, 1);
+    return v[0];
 }

@@ -19,7 +19,6 @@ enum {
     PANEL = WIDE * LANES,
     DEPTH = 256,
     BAND = 84 * TILE, /* rows of inputs that go by before the next panel */
-    APART = 16,       /* words between rows of inputs, so that they do not share places in the fastest cache */
 };
 
 /* Whether products of many rows with weights that are floats are best made here. */
