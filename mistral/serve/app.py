@@ -73,6 +73,8 @@ class Server:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
+        if not name:  # a slash too many
+            return await self.models(request)
         return Json(self._model(self.served.adapter_of(name) or self.served.name))
 
     def _model(self, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import re
 import socket
@@ -116,6 +117,12 @@ def running_count(client: httpx.Client, which: tuple[str, int]) -> int:
     """How many answers of a path and a status /metrics counts."""
     found = [line for line in client.get("/metrics").text.splitlines() if all(f'"{part}"' in line for part in which)]
     return int(found[0].split()[-1]) if found else 0
+
+
+def test_a_body_that_is_packed_is_refused_by_its_name(client: httpx.Client) -> None:
+    packed, headers = gzip.compress(b'{"prompt": "a"}'), {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = client.post("/v1/completions", content=packed, headers=headers)
+    assert (answer.status_code, "'gzip'" in answer.json()["error"]["message"]) == (415, True)
 
 
 def test_what_is_no_json_is_refused(client: httpx.Client) -> None:
