@@ -122,6 +122,7 @@ def test_after_ctrl_c_within_a_step_there_is_no_other(told: Told, monkeypatch: p
     monkeypatch.setattr(lead.dist, "broadcast", lambda h, src: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         model.logits(torch.zeros(1, model.args.dim))
+    monkeypatch.setattr(lead.dist, "broadcast", lambda h, src: None)
     with pytest.raises(Fatal, match="no longer in step"):
         model.logits(torch.zeros(1, model.args.dim))
 
@@ -181,7 +182,7 @@ def test_a_batch_over_two_ranks(tmp_path: Path, command: Command) -> None:
 def test_a_conversation_over_two_ranks(command: Command) -> None:
     """Turns that are answered again, taken back and continued: the others' keys follow."""
     typed = "Tell me of the king.\n/retry\nAnd then?\n/undo\nAnd who?\n/continue\n"
-    words = ("interactive", "--instruct", "--max_tokens", 70, "--seed", 3, "--device", "cpu")
+    words = ("interactive", "--instruct", "--max_tokens", 40, "--seed", 3, "--device", "cpu")
     two, one = (command(*words, *more, stdin=typed) for more in (("--parallel", 2), ()))
     assert two.text == one.text
     assert "note: 2 ranks (gloo) divide the model" in two.err
