@@ -207,6 +207,7 @@ def run(loaded: Loaded, served: Served, listen: Listen, *, rows: int, max_queue:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when all is done
         uvicorn.Server(config).run(sockets=[socket])
+        worker.abandon()  # nothing is left to do, unless a second Ctrl-C has cut it short
 
 
 def _is_news(record: logging.LogRecord) -> bool:
