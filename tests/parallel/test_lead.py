@@ -53,7 +53,7 @@ def leading(**changes: Any) -> tuple[Any, lead.Follower, lead.Leader]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_follower_computes_what_the_first_rank_does(told: Told, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that go on, are rewound, forgotten and wiped between steps, as a server gives them away; keys in int8 too."""
+    """Rows that go on, are rewound, forgotten and wiped between steps, as a server gives them away; int8 too."""
     rng = random.Random(seed)
     model, follower, _ = leading()
     for each in (model, follower._model):

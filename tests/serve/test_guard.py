@@ -123,7 +123,10 @@ def running_count(client: httpx.Client, which: tuple[str, int]) -> int:
 
 
 def test_a_body_that_is_packed_is_refused_by_its_name(client: httpx.Client) -> None:
-    packed, headers = gzip.compress(b'{"prompt": "a"}'), {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    packed, headers = (
+        gzip.compress(b'{"prompt": "a"}'),
+        {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
     answer = client.post("/v1/completions", content=packed, headers=headers)
     assert (answer.status_code, "'gzip'" in answer.json()["error"]["message"]) == (415, True)
 
