@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
 from mistral.cli.chat_options import ChatOptions
 from mistral.cli.conversation import Conversation
+from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import note_if_instruct, open_model, template_of
 from mistral.cli.terminal import echo_err, echo_error, is_interactive, read_lines
 from mistral.loader.options import LoadOptions, adapter_names
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 RAW_HELP = "A prompt a line, which the model continues; Ctrl-C ends an answer; /quit or Ctrl-D leaves."
 
 
-UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor", "parallel")
+UNUSED = ("max_batch_size", "top_logprobs", "n", "logits_processor")
 
 
 @flat(chat=ChatOptions(), params=SamplingParams(), options=LoadOptions(max_batch_size=1), omit=UNUSED)
+@divisible
 def interactive(
     folder: str | None = None,
     *,
@@ -49,12 +52,16 @@ def interactive(
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     chat.require_instruct()
-    loaded = open_model(folder, options)
-    note_if_instruct(loaded, chat)
-    if chat.instruct:
-        _converse(loaded, adapter_names(options.adapter), chat, params, chunk_size)
-    else:
-        _continue_lines(loaded, params, chunk_size)
+
+    def at_terminal(load: Callable[[], Loaded]) -> None:
+        loaded = load()
+        note_if_instruct(loaded, chat)
+        if chat.instruct:
+            _converse(loaded, adapter_names(options.adapter), chat, params, chunk_size)
+        else:
+            _continue_lines(loaded, params, chunk_size)
+
+    in_first(partial(open_model, folder, options), at_terminal)
 
 
 def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | None) -> None:

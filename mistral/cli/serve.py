@@ -64,6 +64,7 @@ def serve(
     from mistral.serve.settings import Listen, run, served_of
 
     listen = Listen.of(host, port, api_key, cors or [], allow_host or [])
+    listen.socket().close()  # what is taken is found before the model is loaded
 
     def in_front(load: Callable[[], Loaded]) -> None:
         loaded = load()

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral.cli.interrupts import Interrupt
 from mistral.cli.parallel import from_first
 from mistral.cli.wrapping import Wrapped
 from mistral.util.english import counted
@@ -404,7 +405,8 @@ def stream_one(
     thoughts: ThoughtIds | None = None,
     thinking: bool = True,
 ) -> None:
-    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C.
+    """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C, which
+    ends it between two steps.
 
     Args:
         thoughts: ids between which a model thinks.
@@ -413,5 +415,11 @@ def stream_one(
     from mistral.generate import stream
 
     bar = Bar("prompt", "token")
-    more = {"params": params, "chunk_size": chunk_size, "progress": bar, "thoughts": thoughts}
-    print_stream(stream([prompt], loaded.model, loaded.tokenizer, **more), echo, thinking=thinking)
+    with Interrupt() as interrupt:
+
+        def between_steps(done: int, total: int) -> None:
+            interrupt.check()
+            bar(done, total)
+
+        more = {"params": params, "chunk_size": chunk_size, "progress": between_steps, "thoughts": thoughts}
+        print_stream(stream([prompt], loaded.model, loaded.tokenizer, **more), echo, thinking=thinking)

@@ -43,7 +43,8 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     if division is not None:
         options = division.options(found, options)
     elif options.parallel > 1:
-        raise OptionError(f"parallel {options.parallel} is for complete, demo, perplexity, serve and batch: omit it")
+        those = "complete, interactive, demo, perplexity, serve and batch"
+        raise OptionError(f"parallel {options.parallel} is for {those}: omit it")
     adapted = with_adapters(found, options)
     found = adapted.folder
     about = () if division is None else division.notes(found.args, options.quant)

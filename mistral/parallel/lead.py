@@ -110,9 +110,11 @@ class Leader:
             try:
                 _tell(self._group, what)
                 yield
-            except Exception as error:
+            except BaseException as error:  # also Ctrl-C, within a step
                 self._over = Fatal(f"the ranks that divide the model are no longer in step: {error}")
                 if what == ("load",) and isinstance(error, MistralError):  # it says more, and so do all ranks
+                    raise
+                if not isinstance(error, Exception):
                     raise
                 raise self._over from error
 
@@ -156,7 +158,7 @@ class Follower:
         """Compute a step with the others: `seqlens` tokens from the positions `starts` on."""
         model = self._model
         if self._cache is None:
-            self._cache = RollingBufferCache(model.args, len(seqlens), device=model.device, dtype=model.dtype)
+            self._cache = model.make_cache(len(seqlens))
         for row, start in enumerate(starts):
             self._go_back(self._cache, row, start)
         with torch.inference_mode():

@@ -257,7 +257,8 @@ class Answer:
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.asked.chat else "text_completion"
         part = {**self._head, "object": kind, "choices": choices}
-        return {**part, "usage": None} if self.asked.include_usage else part
+        usage = self.usage() if self.asked.usage_in_each else None
+        return {**part, "usage": usage} if self.asked.include_usage else part
 
     def _choice(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         one: dict[str, Any] = {"index": choice.index, "finish_reason": piece.finish, "logprobs": None}

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
@@ -23,9 +24,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mistral.request import BrokenLogits
+from mistral.serve import guard
 from mistral.serve.answers import Answer, Piece
 from mistral.serve.document import document
 from mistral.serve.fields import ApiError
@@ -35,6 +37,7 @@ from mistral.serve.protocol import Asked, Served, read_chat, read_completion, re
 from mistral.serve.worker import Busy, Ended, Event, Job, Worker, deliver
 from mistral.util.errors import Fatal, MistralError
 
+log = logging.getLogger("mistral")
 R = TypeVar("R")
 
 
@@ -73,6 +76,8 @@ class Server:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
+        if not name:  # a slash too many
+            return await self.models(request)
         return Json(self._model(self.served.adapter_of(name) or self.served.name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -220,7 +225,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; however it ends, `release` is called."""
+    """Server-sent events; however it ends, `release` is called. A client that takes none for long is given up."""
 
     def __init__(self, content: AsyncIterator[str], release: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -228,8 +233,14 @@ class _Stream(StreamingResponse):
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def patient(message: Message) -> None:
+            async with asyncio.timeout(guard.PATIENCE):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, patient)
+        except TimeoutError:  # without its end the connection is closed
+            log.warning("a client has taken nothing of an answer for %.0f seconds: its row is free", guard.PATIENCE)
         finally:
             self._release()
 

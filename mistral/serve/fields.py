@@ -119,7 +119,8 @@ SAMPLING |= {"frequency_penalty": NUMBER, "presence_penalty": NUMBER, "repetitio
 _BOTH = {
     **SAMPLING,
     **{"model": STRING, "max_tokens": INT, "stop": STOP, "logit_bias": OBJECT, "prompt_logprobs": INT},
-    **{"stream": BOOL, "stream_options": OBJECT, "return_token_ids": BOOL, "ignore_eos": BOOL, "user": STRING},
+    **{"stream": BOOL, "stream_options": OBJECT, "return_token_ids": BOOL, "ignore_eos": BOOL},
+    **{"user": STRING, "safety_identifier": STRING, "prompt_cache_key": STRING},  # without effect
     "return_tokens_as_token_ids": BOOL,
     **{"response_format": OBJECT, "structured_outputs": OBJECT},
 }

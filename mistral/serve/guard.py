@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral.serve.fields import ApiError
+from mistral.util.errors import short_repr
 
 LARGEST_BODY = 16 << 20  # bytes
-PATIENCE = 60.0  # seconds in which a body must have come
+PATIENCE = 60.0  # seconds in which a body must have come, or a piece of an answer must have been taken
 OPEN = ("/", "/health", "/openapi.json")  # what may be had without a key
 
 
@@ -100,11 +101,13 @@ async def read_json(request: Request) -> Any:
     """The JSON of a body.
 
     Raises:
-        ApiError: another content type, too large, too slow, or not JSON.
+        ApiError: another content type or encoding, too large, too slow, or not JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a form of any page may send without asking is refused too
         raise ApiError("the Content-Type must be application/json", status=415)
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(f"the Content-Encoding {short_repr(coding)} is not supported: send plain JSON", status=415)
     body = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):

@@ -112,6 +112,7 @@ class Asked:
         params: how each is continued.
         adapter: the one that it is computed with; "" for none.
         eos_ids: ids that end a continuation.
+        include_usage, usage_in_each: whether a stream ends with the usage, and has it in each of its parts.
         logprobs: alternatives to report at each token; None: no log-probabilities at all.
         prompt_logprobs: as vLLM has it, for the prompt; None: none.
         tools: what is said of functions; None: none is offered.
@@ -125,6 +126,7 @@ class Asked:
     eos_ids: frozenset[int]
     stream: bool = False
     include_usage: bool = False
+    usage_in_each: bool = False
     echo: bool = False
     adapter: str = ""
     logprobs: int | None = None
@@ -178,7 +180,7 @@ def read_chat(body: Any, served: Served) -> Asked:
     given = _given(body, CHAT, served)
     if "messages" not in given:
         raise ApiError("messages is missing", "messages")
-    if "top_logprobs" in given and not given.get("logprobs"):
+    if given.get("top_logprobs") and not given.get("logprobs"):
         raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
     grammars = partial(served.grammars, True)
     rule = read_format(given, grammars)
@@ -276,12 +278,7 @@ def _asked(
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         if is_int(given.get(name)):
             _at_most(name, given[name], 0, min(MOST_LOGPROBS, served.vocab_size))
-    options = given.get("stream_options", {})
-    if options and (not given.get("stream") or options.keys() - {"include_usage"}):
-        raise ApiError("stream_options has include_usage alone, and goes with stream", "stream_options")
-    usage = options.get("include_usage") or False
-    if not isinstance(usage, bool):
-        raise ApiError("include_usage must be true or false", "stream_options")
+    usage = _usage(given)
     settings = {name: given[name] for name in SAMPLING if name in given}
     if settings.get("top_k") == -1:  # as vLLM says all
         settings["top_k"] = 0
@@ -308,7 +305,8 @@ def _asked(
         params,
         frozenset() if given.get("ignore_eos") else served.ends(chat),
         stream=given.get("stream", False),
-        include_usage=usage,
+        include_usage="include_usage" in usage,
+        usage_in_each="continuous_usage_stats" in usage,
         echo=given.get("echo", False),
         adapter=served.adapter_of(given.get("model")),
         logprobs=logprobs,
@@ -318,6 +316,24 @@ def _asked(
         tools=tools,
         grammar=grammar,
     )
+
+
+def _usage(given: Mapping[str, Any]) -> set[str]:
+    """What `stream_options` asks for."""
+    options = {name: value for name, value in given.get("stream_options", {}).items() if value is not None}
+    known = {"include_usage", "continuous_usage_stats", "include_obfuscation"}
+    for name, value in options.items():
+        if name not in known or not isinstance(value, bool):
+            about = f"{short_repr(name)}, which is not known" if name not in known else f"{name}, which is no boolean"
+            raise ApiError(f"stream_options has {about}: true or false for include_usage", "stream_options")
+    wanted = {name for name, value in options.items() if value}
+    if options and not given.get("stream"):
+        raise ApiError("stream_options goes with stream", "stream_options")
+    if "include_obfuscation" in wanted:
+        raise ApiError("include_obfuscation is not supported by this server: leave it out", "stream_options")
+    if wanted == {"continuous_usage_stats"}:
+        raise ApiError("continuous_usage_stats needs include_usage: true", "stream_options")
+    return wanted
 
 
 def _bias(given: dict[str, Any], served: Served) -> tuple[tuple[int, float], ...]:

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import signal
+from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,19 @@ class Listen:
         """Of the server."""
         name = "localhost" if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{name}:{self.port}"
+
+    def socket(self) -> Socket:
+        """What listens there.
+
+        Raises:
+            UsageError: the address cannot be listened on.
+        """
+        family = AF_INET6 if ":" in self.host else AF_INET
+        try:
+            return create_server((self.host.strip("[]"), self.port), family=family)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UsageError(f"{self.host}:{self.port} cannot be listened on: {reason}") from None
 
     @classmethod
     def of(cls, host: str, port: int, api_key: str | None, cors: Sequence[str], names: Sequence[str]) -> Listen:
@@ -187,16 +201,19 @@ def run(loaded: Loaded, served: Served, listen: Listen, *, rows: int, max_queue:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
     )
-    with _socket(listen) as socket:
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    with listen.socket() as socket:
         log.warning("serving %s, up to %d positions, %d rows: %s/", served.name, served.context, rows, listen.url)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn has its own, and raises the signal again when all is done
         uvicorn.Server(config).run(sockets=[socket])
+        worker.abandon()  # nothing is left to do, unless a second Ctrl-C has cut it short
 
 
-def _socket(listen: Listen) -> Socket:
-    family = AF_INET6 if ":" in listen.host else AF_INET
-    try:
-        return create_server((listen.host.strip("[]"), listen.port), family=family)
-    except OSError as error:
-        raise UsageError(f"{listen.host}:{listen.port} cannot be listened on: {error.strerror or error}") from None
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log says what is not known: that a second Ctrl-C cuts answers short is, and so is who
+    was given up."""
+    if record.exc_info is not None and isinstance(record.exc_info[1], CancelledError):
+        return False
+    text = record.getMessage()
+    return not any(known in text for known in ("CancelledError", "without completing response"))

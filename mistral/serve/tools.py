@@ -171,6 +171,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         where = f"messages[{i}]"
         given = {name: value for name, value in message.items() if value is not None and value != []}
         role, content = given.get("role"), given.get("content", "")
+        if role != "assistant" and message.get("content") is None:  # an answer may be calls, or a thought, alone
+            raise ApiError(f"{where} has no content", "messages")
         known = {"assistant": ("tool_calls", "tool_call_error", *FIELDS), TOOL: ("tool_call_id", "name")}
         for name in given:
             if name not in ("role", "content", *(known.get(role, ()) if isinstance(role, str) else ())):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 
 from mistral.tokenizer import Tokenizer
@@ -20,23 +19,24 @@ class Words:
         self._names = {i: text for text, i in tokenizer.added_tokens.items()}
         self._before = tokenizer.encode("a", bos=False)[-1:]  # a text's first word may lose its space
         self._skip = len(tokenizer.decode(self._before))
-        self._bytes: dict[int, int] = {}
-        if not tokenizer.is_byte_level and not tokenizer.is_json:
-            found = (re.fullmatch("<0x([0-9A-F]{2})>", piece) for piece in tokenizer.pieces()[0])
-            self._bytes = {i: int(match[1], 16) for i, match in enumerate(found) if match}
+        self._bytes = tokenizer.token_bytes()
         self.of = lru_cache(maxsize=100_000)(self._of)
 
     def _of(self, token: int) -> tuple[str, list[int] | None]:
-        """A token's text, and its bytes. Control tokens go by their names; part of a character is `bytes:\\xe2`, or
-        `token_id:7` where its bytes are not known."""
+        """A token's text, and its bytes. Control tokens go by their names; one that is no whole characters is
+        `bytes:\\xf0\\x9f`, or `token_id:7` where it has no bytes."""
         if token in self._names:
             return self._names[token], list(self._names[token].encode("utf-8", "replace"))
-        if token in self._bytes and self._bytes[token] >= 0x80:
-            return f"bytes:\\x{self._bytes[token]:02x}", [self._bytes[token]]
         text = self._tokenizer.decode([*self._before, token])[self._skip :]
-        if "\ufffd" in text or not text:
+        if text and "\ufffd" not in text:
+            return text, list(text.encode("utf-8", "replace"))
+        found = self._bytes[token] if token < len(self._bytes) else None
+        if not found:
             return f"token_id:{token}", None
-        return text, list(text.encode("utf-8", "replace"))
+        try:
+            return found.decode(), list(found)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found), list(found)
 
     def text(self, token: int) -> str:
         """A token's text."""

@@ -24,6 +24,7 @@ from mistral.util.errors import Fatal, MistralError, Unavailable
 log = logging.getLogger("mistral")
 # Prompt tokens of a step on a CPU: others decode but once a step, and products of more rows are no faster there.
 CPU_STEP = 512
+LAST = 20.0  # seconds that a step may take once nobody waits for it
 
 
 class Busy(Unavailable):
@@ -189,11 +190,18 @@ class Worker:
 
     def close(self) -> None:
         """Take no more jobs, finish those there are, and end."""
+        self._end_after(())
+
+    def abandon(self) -> None:
+        """Take no more jobs, and end after this step. A program that ended within one would be aborted."""
+        self._end_after([*self._running, *self._admitted, *self._waiting], LAST)
+
+    def _end_after(self, cancelled: Collection[Job], seconds: float | None = None) -> None:
         with self._changed:
             self._closing = True
-            self._changed.notify()
+        self.cancel(cancelled)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(seconds)
 
     # The worker's own thread.
 

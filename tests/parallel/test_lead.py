@@ -53,10 +53,12 @@ def leading(**changes: Any) -> tuple[Any, lead.Follower, lead.Leader]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_follower_computes_what_the_first_rank_does(told: Told, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that go on, are rewound, forgotten and wiped between steps, as a server gives them away."""
+    """Rows that go on, are rewound, forgotten and wiped between steps, as a server gives them away; int8 too."""
     rng = random.Random(seed)
     model, follower, _ = leading()
-    cache = RollingBufferCache(model.args, ROWS)
+    for each in (model, follower._model):
+        each.kept_in = {torch.float32: torch.int8} if seed % 2 else {}
+    cache = model.make_cache(ROWS)
     theirs: list[Tensor] = []
     step = follower._model.step
     monkeypatch.setattr(follower._model, "step", lambda *given: theirs.append(step(*given)) or theirs[-1])
@@ -114,6 +116,17 @@ def test_after_a_step_that_failed_there_is_no_other(told: Told) -> None:
     assert [what for what, *_ in told] == ["load", "step"]  # nobody listens
 
 
+def test_after_ctrl_c_within_a_step_there_is_no_other(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows how far each rank is: the next step must not wait for those that wait for this one."""
+    model, _, _ = leading()
+    monkeypatch.setattr(lead.dist, "broadcast", lambda h, src: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        model.logits(torch.zeros(1, model.args.dim))
+    monkeypatch.setattr(lead.dist, "broadcast", lambda h, src: None)
+    with pytest.raises(Fatal, match="no longer in step"):
+        model.logits(torch.zeros(1, model.args.dim))
+
+
 def test_what_cannot_be_loaded_is_said_as_it_is(told: Told) -> None:
     def load() -> Any:
         raise UsageError("no such folder")
@@ -164,6 +177,15 @@ def test_a_batch_over_two_ranks(tmp_path: Path, command: Command) -> None:
     again = command("batch", path, tmp_path / "two", "--device", "cpu", "--parallel", 2)
     assert (again.code, "loaded" in again.err) == (1, False)  # nothing is left, so nothing is loaded
     assert command("batch", path, tmp_path / "x", "--ray", "--parallel", 2).error.startswith("--ray gives each worker")
+
+
+def test_a_conversation_over_two_ranks(command: Command) -> None:
+    """Turns that are answered again, taken back and continued: the others' keys follow."""
+    typed = "Tell me of the king.\n/retry\nAnd then?\n/undo\nAnd who?\n/continue\n"
+    words = ("interactive", "--instruct", "--max_tokens", 40, "--seed", 3, "--device", "cpu")
+    two, one = (command(*words, *more, stdin=typed) for more in (("--parallel", 2), ()))
+    assert two.text == one.text
+    assert "note: 2 ranks (gloo) divide the model" in two.err
 
 
 def children_of(process: int) -> list[int]:

@@ -329,9 +329,9 @@ def test_commands_give_the_same(command: Command) -> None:
 
 
 def test_other_commands_refuse(command: Command) -> None:
-    for words in (("interactive",), ("eval", "--task", "reach"), ("bench",)):
+    for words in (("eval", "--task", "reach"), ("bench",)):
         assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
-    with pytest.raises(OptionError, match="parallel 2 is for complete, demo, perplexity, serve and batch: omit it"):
+    with pytest.raises(OptionError, match="parallel 2 is for complete, interactive, demo, perplexity, serve and batch"):
         load(device="cpu", parallel=2)
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 

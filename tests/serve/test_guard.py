@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import random
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from mistral.serve import guard
+from mistral.serve.app import _Stream
 from mistral.serve.settings import Listen, model_name
 from mistral.util.errors import UsageError
 from tests.support.folders import make_folder
@@ -116,6 +120,52 @@ def running_count(client: httpx.Client, which: tuple[str, int]) -> int:
     """How many answers of a path and a status /metrics counts."""
     found = [line for line in client.get("/metrics").text.splitlines() if all(f'"{part}"' in line for part in which)]
     return int(found[0].split()[-1]) if found else 0
+
+
+def test_a_body_that_is_packed_is_refused_by_its_name(client: httpx.Client) -> None:
+    packed, headers = (
+        gzip.compress(b'{"prompt": "a"}'),
+        {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
+    answer = client.post("/v1/completions", content=packed, headers=headers)
+    assert (answer.status_code, "'gzip'" in answer.json()["error"]["message"]) == (415, True)
+
+
+def test_who_takes_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.05)
+    released: list[bool] = []
+
+    async def events() -> AsyncIterator[str]:
+        yield "data: {}\n\n"
+
+    async def never(*_: object) -> Any:
+        await asyncio.Event().wait()
+
+    stream = _Stream(events(), lambda: released.append(True))
+    asyncio.run(asyncio.wait_for(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, never, never), 5))
+    assert released == [True]
+
+
+@pytest.mark.long
+def test_a_client_that_takes_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its buffers full, it would hold a row to the end of its answer, and the answer would be kept for it."""
+    monkeypatch.setattr(guard, "PATIENCE", 0.3)
+    body = b'{"prompt": "a", "max_tokens": 500000, "stream": true, "ignore_eos": true, "logprobs": 20}'
+    with serving(rows=1) as found, socket.socket() as connection:
+        server = urlsplit(found.url)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((server.hostname, server.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.netloc}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for _ in range(1000):
+            if "taken nothing" in caplog.text and found.worker.busy == (0, 0):
+                break
+            time.sleep(0.02)
+        assert found.worker.busy == (0, 0)
+    assert "taken nothing" in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_what_is_no_json_is_refused(client: httpx.Client) -> None:

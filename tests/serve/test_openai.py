@@ -18,6 +18,8 @@ from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder, random_state
 from tests.support.serving import Running, serving
 
+EACH = {"continuous_usage_stats": True}
+
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
@@ -211,6 +213,12 @@ def test_metrics_health_and_document(running: Running) -> None:
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ("chat/completions", {"messages": [{"role": "chef", "content": "a"}]}, None),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages"),
+        ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+        ("completions", {"prompt": "a", "stream": True, "stream_options": EACH}, "stream_options"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs"),
     ],
 )
@@ -219,6 +227,55 @@ def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: ob
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert error["message"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"logprobs": False, "top_logprobs": 0},
+        {"stream_options": None, "temperature": None, "tools": None},
+        {"safety_identifier": "a", "prompt_cache_key": "b", "user": "c"},
+        {"store": False, "metadata": {}, "service_tier": "auto"},
+        {"messages": [{"role": "user", "content": []}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": None, "refusal": None, "tool_calls": []},
+                {"role": "user", "content": "b"},
+            ]
+        },
+    ],
+)
+def test_what_asks_for_nothing_is_as_good_as_absent(running: Running, more: dict[str, object]) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, **more}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_usage_in_each_part_of_a_stream(client: openai.OpenAI) -> None:
+    parts = list(
+        client.completions.create(
+            model="mistral-bundled",
+            prompt="The king",
+            n=2,
+            seed=1,
+            max_tokens=4,
+            stream=True,
+            stream_options={"include_usage": True, **EACH},
+            extra_body={"ignore_eos": True},
+        )
+    )
+    made = [part.usage.completion_tokens for part in parts]
+    assert made == sorted(made)
+    assert (made[0], made[-2:]) == (1, [8, 8])
+    assert {part.usage.prompt_tokens for part in parts} == {3}
+
+
+def test_a_slash_too_many_is_forgiven(running: Running) -> None:
+    assert httpx.get(f"{running.url}/v1/models/").json()["object"] == "list"
+    with httpx.Client(follow_redirects=True) as follows:
+        answer = follows.post(f"{running.url}/v1/completions/", json={"prompt": "a", "max_tokens": 1})
+    assert answer.json()["object"] == "text_completion"
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -102,6 +102,44 @@ def test_escape_stops_and_retry_answers_again(page: Page, running: Running) -> N
     assert page.run("turns.length") == 0
 
 
+def test_what_fails_leaves_what_there_was(asked: Page) -> None:
+    """A question goes back to where it was typed; an answer that is not made anew stays."""
+    before = asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))")
+    asked.run("window.real = window.fetch; window.fetch = () => Promise.reject(new TypeError('Failed to fetch')); 0")
+    ask(asked, "And then?")
+    asked.wait("!running && $('status').classList.contains('error')")
+    assert "does not answer" in asked.run("$('status').textContent")
+    assert asked.run("$('question').value") == "And then?"
+    asked.run("$('question').value = ''; document.querySelector('.assistant button').click()")
+    asked.wait("!running")
+    assert asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))") == before
+    asked.run("window.fetch = window.real; 0")
+    ask(asked, "x " * 3000, 10**7)
+    asked.wait("!running && $('status').textContent.includes('positions')")
+    assert asked.run("[turns.length, $('question').value.length]") == [2, 6000]
+    asked.run("$('question').value = ''")
+
+
+def test_characters_of_several_tokens_and_scripts_from_right_to_left(page: Page) -> None:
+    assert page.run(r"bytesOf('bytes:\\xf0\\x9f')") == [0xF0, 0x9F]
+    assert page.run("bytesOf('é')") == [0xC3, 0xA9]
+    assert page.run("bytesOf('token_id:7')") is None
+    page.run("turns.push({role: 'user', content: 'مرحبا (a).\\nb'}); draw()")
+    assert page.run("getComputedStyle(document.querySelector('.text')).unicodeBidi") == "plaintext"
+    page.run("turns.length = 0; draw()")
+
+
+def test_positions_follow_the_system_prompt(asked: Page) -> None:
+    ends = asked.run("turns.map(t => t.end)")
+    asked.run("$('system').value = 'Answer as a king would.'")
+    ask(asked, "Who is there?", 5)
+    asked.wait("!running && turns.length === 4")
+    moved = asked.run("turns.map(t => t.end)")
+    assert moved[0] > ends[0] + 5
+    assert [b - a for a, b in zip(ends, moved, strict=False)] == [moved[0] - ends[0]] * 2
+    asked.run("$('system').value = ''")
+
+
 def test_with_the_mouse_and_a_system_prompt(page: Page) -> None:
     page.run("$('clear').click(); $('question').value = ''")
     ask(page, "Who is there?", 5)
@@ -135,3 +173,13 @@ def test_it_fits(asked: Page, tmp_path: Path, width: int, height: int, dark: boo
     asked.run("$('shade').checked || $('shade').click(); document.querySelectorAll('.token')[9].focus()")
     asked.picture(Path(os.environ.get("PICTURES", tmp_path)) / f"chat-{width}.png")
     asked.size(1200, 800)
+
+
+def test_a_key_is_asked_for(page: Page) -> None:
+    with serving(rows=1, api_key="secret") as closed:
+        page.call("Page.navigate", url=closed.url)
+        page.wait("typeof $ === 'function' && $('settings').open && $('status').textContent.includes('API key')")
+        page.run("$('key').focus()")
+        page.type("secret")
+        page.press("Enter")
+        page.wait("$('model').textContent === 'mistral-bundled' && $('status').textContent === ''")
