@@ -16,7 +16,7 @@ from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
 from mistral.train.data import Sample
 from mistral.train.log import Log
-from mistral.train.optimizer import adamw, change, learning_rate
+from mistral.train.optimizer import adamw, change, clipped, learning_rate
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, batch_of
 from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
@@ -27,7 +27,7 @@ AT_FAULT = "the weights are broken, or too large for the dtype (try --dtype floa
 
 
 class Diverged(MistralError):
-    """The loss is no number any more."""
+    """The loss, or its gradient, is no number any more."""
 
     exit_code = 1
 
@@ -98,7 +98,7 @@ class Loop:
         """Train to the end; or to where it is stopped, which is saved.
 
         Raises:
-            Diverged: the loss is NaN or infinite; the last state that was saved is as it was.
+            Diverged: the loss or the gradient is NaN or infinite; the last state that was saved is as it was.
             KeyboardInterrupt: it was stopped.
         """
         optimizer = adamw(self.weights, self.options)
@@ -144,15 +144,11 @@ class Loop:
             if self.options.lora_dropout:  # drawn from the step alone, so that a run that goes on needs no state of it
                 torch.manual_seed(hash((self.options.seed, progress.step, i)) % 2**63)
             nats += add_gradients(self.model, batch.to(self.model.device), total)
-        if not math.isfinite(nats):
-            too_fast = (
-                f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is "
-                "there, is of an earlier step"
-            )
-            reason = too_fast if progress.step else AT_FAULT  # nothing has been learned before the first step
-            raise Diverged(f"the loss of step {progress.step + 1} is {nats}: {reason}")
+        self._require_finite("loss", nats)
         lr = learning_rate(progress.step, self.steps, self.options)
-        norm = change(self.weights, optimizer, lr, self.options.clip)
+        norm = clipped(self.weights, self.options.clip)
+        self._require_finite("gradient's length", norm)
+        change(optimizer, lr)
         tokens, seconds = sum(len(batch.ids) for batch in batches), time.perf_counter() - began
         progress.step += 1
         progress.tokens += tokens
@@ -164,6 +160,17 @@ class Loop:
         left = (self.steps - progress.step) * took / len(recent)
         rate = sum(entry["tokens"] for entry in recent) / took
         return Report(progress.step, self.steps, loss, self.eval_loss, rate, left)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        """Refuse to change weights by a gradient that is none."""
+        if math.isfinite(value):
+            return
+        too_fast = (
+            f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is there, is "
+            "of an earlier step"
+        )
+        reason = too_fast if self.progress.step else AT_FAULT  # nothing has been learned before the first step
+        raise Diverged(f"the {what} of step {self.progress.step + 1} is {value}: {reason}")
 
     def _evaluate(self, log: Log) -> None:
         self.model.eval()

@@ -65,9 +65,11 @@ def finetune(
     found = setup.samples(Path(data))
     kept, held_out = split(len(found.samples), options.eval_split, options.seed)
     samples, held = [found.samples[i] for i in kept], [found.samples[i] for i in held_out]
+    names = {"folder": setup.base_name, "eval_data": None}
     if eval_data is not None:
         others = setup.samples(Path(eval_data))
         held, found.notes = others.samples, found.notes + others.notes
+        names["eval_data"] = others.sha256
     rows = pack([len(sample.ids) - 1 for sample in samples], options.seq_len, options.seed)
     schedule = Schedule(rows, options.batch_size, options.accumulate, options.seed)
     steps = options.steps or max(1, round(options.epochs * schedule.steps_per_epoch))
@@ -75,7 +77,6 @@ def finetune(
     _require(setup, place, schedule, samples, merge)
     model, weights = setup.model()
     _require_sound(model)
-    names = {"folder": setup.base_name, "eval_data": None if eval_data is None else str(eval_data)}
     identity = {**_identity(setup, found, steps), **names}
     loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop)
     loop.require_a_loss()
@@ -93,8 +94,9 @@ def _check(setup: Setup, merge: bool, eval_data: bool) -> None:
         raise OptionError("rope_theta is part of a model, not of an adapter: add --merge or --full")
     if eval_data and options.eval_split:
         raise OptionError("eval_split and --eval_data: give one of them")
-    if options.patience is not None and not (options.eval_split or eval_data):
-        raise OptionError("patience needs evaluations: add --eval_split 0.05 or --eval_data")
+    for name in ("patience", "eval_every"):
+        if getattr(options, name) is not None and not (options.eval_split or eval_data):
+            raise OptionError(f"{name} needs evaluations: add --eval_split 0.05 or --eval_data")
     setup.check_options()
 
 
