@@ -134,7 +134,7 @@ def _written(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dic
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if not users:
         raise TemplateError("a conversation needs a message of the user")
-    offered = _tools(tools)
+    offered = tool_messages.offered(_tools(tools))
     marked = Marked()
     messages = _with_calls(template, [turn.message for turn in turns], bool(tools), users[-1], marked)
     marked.add(instruct.start())
@@ -193,23 +193,18 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
-def _tools(tools: Sequence[dict[str, Any]]) -> Any:
-    from mistral_common.protocol.instruct.tool_calls import Tool
-
+def _tools(tools: Sequence[dict[str, Any]]) -> list[Tool]:
     try:
-        return [Tool.model_validate(tool) for tool in tools] or None
-    except ValueError as error:
-        raise TemplateError(f"tools: {_brief(error)}") from None
+        return [Tool(tool) for tool in tools]
+    except UsageError as error:
+        raise TemplateError(f"tools: {error}") from None
 
 
 def _by_beginnings(
     template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], ends: frozenset[int]
 ) -> Marked:
     messages = [turn.message for turn in turns]
-    try:
-        offered = [Tool(tool) for tool in tools]
-    except UsageError as error:
-        raise TemplateError(f"tools: {error}") from None
+    offered = _tools(tools)
     marked = Marked()
     for i, turn in enumerate(turns):
         if turn.role != "assistant" or not turn.weight:  # one that is not learned may be written in any way

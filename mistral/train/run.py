@@ -20,6 +20,7 @@ from mistral.train.log import LOG
 from mistral.train.loop import Loop, Report
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, pack, split
+from mistral.train.ranks import Ranks
 from mistral.train.setup import Setup
 from mistral.train.state import STATE
 from mistral.util.english import counted
@@ -53,13 +54,17 @@ def finetune(
         say: called with what was read and decided, a line each.
         on_report, should_stop: see `loop.Loop`.
 
+    In a group of processes (`parallel.launch`) each has a share of every step, and the first one writes; what the others
+    return tells how far the run came.
+
     Raises:
         MistralError: a subclass that names what is wrong with the options, the samples, the memory or the disk.
         KeyboardInterrupt: `should_stop` said so; the state is saved.
     """
-    setup, place = Setup(folder, options, load, say), Path(out)
+    setup, place, ranks = Setup(folder, options, load, say), Path(out), Ranks.joined()
     _check(setup, merge, eval_data is not None)
-    _check_out(place, resume)
+    if ranks.first:
+        _check_out(place, resume)
     for note in setup.base.notes:
         say(f"note: {note}")
     found = setup.samples(Path(data))
@@ -78,10 +83,13 @@ def finetune(
     model, weights = setup.model()
     _require_sound(model)
     identity = {**_identity(setup, found, steps), **names}
-    loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop)
+    loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop, ranks)
     loop.require_a_loss()
-    _make(place)
+    if ranks.first:
+        _make(place)
     history = loop.go(resume)
+    if not ranks.first:
+        return Finished(place, loop.progress, (math.nan, math.nan), None, ())
     return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
 
 
@@ -97,6 +105,12 @@ def _check(setup: Setup, merge: bool, eval_data: bool) -> None:
     for name in ("patience", "eval_every"):
         if getattr(options, name) is not None and not (options.eval_split or eval_data):
             raise OptionError(f"{name} needs evaluations: add --eval_split 0.05 or --eval_data")
+    parallel = setup.load.parallel
+    if parallel > options.accumulate:
+        raise OptionError(
+            f"parallel {parallel} shares the {counted(options.accumulate, 'forward')} of a step: add --accumulate "
+            f"{parallel}, or a multiple of it"
+        )
     setup.check_options()
 
 

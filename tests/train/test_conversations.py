@@ -172,8 +172,7 @@ def test_ids_of_calls_that_a_template_cannot_write_become_others() -> None:
         ("v3", of_calls("abcdefghi", content="Let me see."), TOOLS, "no place for text beside tool calls"),
         ("v3", of_calls("null"), TOOLS, "the id of a tool call is 'null'"),
         ("v2", of_calls("a", "b"), TOOLS, "no place for several results"),
-        ("v3", CALLS, [{"type": "function", "function": {"name": "a b", "parameters": {}}}], "Function name was a b"),
-        ("v3", [*CALLS[:1], Turn("assistant", "", 1.0, (("abcdefghi", "a b", "{}"),)), CALLS[-1]], TOOLS, "a b"),
+        ("v3", CALLS, [{"type": "function", "function": {"parameters": {}}}], "tools: a function.s name is None"),
     ],
 )
 def test_what_a_template_cannot_write_is_a_mistake_of_the_line(
