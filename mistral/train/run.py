@@ -165,7 +165,8 @@ def _require(setup: Setup, out: Path, schedule: Schedule, samples: Sequence[Samp
     lengths = sorted(sum(len(samples[i].ids) - 1 for i in row) for row in schedule.rows)
     parts = setup.needed(sum(lengths[-setup.options.batch_size :]))
     needs.require_memory(parts, setup.device, setup.options)
-    setup.say("memory: about " + ", ".join(f"{as_text(n)} of {what}" for what, n in parts.items() if n))
+    each = f", in each of {setup.load.parallel} processes" if setup.load.parallel > 1 else ""
+    setup.say("memory: about " + ", ".join(f"{as_text(n)} of {what}" for what, n in parts.items() if n) + each)
     written = 4 * setup.base.parameters if setup.options.full or merge else 0
     written += 0 if setup.options.full else 2 * 4 * setup.count  # in two forms
     needs.require_disk(out if out.is_dir() else out.absolute().parent, setup.count, written, setup.options)
