@@ -25,6 +25,7 @@ from mistral.formats.layout import trained_length
 from mistral.generate import eos_of
 from mistral.loader.load import Loaded
 from mistral.tokenizer import encode
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.window import Window
 

@@ -19,7 +19,6 @@ from mistral.chat.tools import ID, Tool
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import UsageError, printable
 
-
 NO_ID = "null"  # of a call that has none; mistral-common's own
 
 

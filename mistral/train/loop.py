@@ -171,8 +171,8 @@ class Loop:
         if math.isfinite(value):
             return
         too_fast = (
-            f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is there, is "
-            "of an earlier step"
+            f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is there, "
+            "is of an earlier step"
         )
         reason = too_fast if self.progress.step else AT_FAULT  # nothing has been learned before the first step
         raise Diverged(f"the {what} of step {self.progress.step + 1} is {value}: {reason}")

@@ -54,8 +54,8 @@ def finetune(
         say: called with what was read and decided, a line each.
         on_report, should_stop: see `loop.Loop`.
 
-    In a group of processes (`parallel.launch`) each has a share of every step, and the first one writes; what the others
-    return tells how far the run came.
+    In a group of processes (`parallel.launch`) each has a share of every step, and the first one writes; what the
+    others return tells how far the run came.
 
     Raises:
         MistralError: a subclass that names what is wrong with the options, the samples, the memory or the disk.

@@ -185,7 +185,7 @@ def test_what_a_template_cannot_write_is_a_mistake_of_the_line(
 
 @pytest.mark.parametrize("kind", [*FILES, "json"])
 def test_a_completion_is_learned_as_it_is_written(kind: str, tmp_path: Path) -> None:
-    """In the middle of a word, behind a space that ends the prompt, before a line break; the prompt's ids are its own."""
+    """In the middle of a word, behind a space that ends the prompt, before a line break; a prompt keeps its own ids."""
     own = (
         tokenizer(kind)
         if kind in FILES
