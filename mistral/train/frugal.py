@@ -1,4 +1,4 @@
-"""Norms, gates, rotations, ends with gradients of their own: fewer passes over memory, and less kept, than by operations.
+"""Norms, gates, rotations, ends with gradients of their own: fewer passes over memory, less kept, than by operations.
 
 The forward is the library's, bit for bit. What the gradient needs beside the inputs is computed again.
 """
