@@ -28,7 +28,7 @@ from torch import Tensor
 from mistral.formats.folder import read_folder
 from mistral.formats.tokenizers import load_tokenizer
 from mistral.loader.options import LoadOptions
-from mistral.train.optimizer import adamw, change
+from mistral.train.optimizer import adamw, change, clipped
 from mistral.train.options import TrainOptions
 from mistral.train.output import write_adapter
 from mistral.train.setup import Pairs, Setup
@@ -55,7 +55,8 @@ def ours(model: Path, adapter: Path, options: TrainOptions) -> Step:
     def step(row: Tensor) -> float:
         n = len(row) - 1
         nats = add_gradients(tuned, Batch(row[:-1], (n,), row[1:], torch.ones(n)), n)
-        change(weights, optimizer, LR, CLIP)
+        clipped(weights, CLIP)
+        change(optimizer, LR)
         return nats / n
 
     return step
@@ -79,7 +80,8 @@ def theirs(model: Path, adapter: Path, options: TrainOptions) -> Step:
     def step(row: Tensor) -> float:
         loss = tuned(input_ids=row[None, :-1], labels=row[None, :-1], shift_labels=row[None, 1:]).loss
         loss.backward()
-        change(weights, optimizer, LR, CLIP)
+        clipped(weights, CLIP)
+        change(optimizer, LR)
         return float(loss.detach())
 
     return step

@@ -171,6 +171,9 @@ class MistralCommon:
     A system prompt goes into the first question in v1, into the last in v2 and v3, and stays in its place since v7.
     From v15 on settings come before the first question: those that the tokenizer file has as defaults.
 
+    Attributes:
+        version: "v1", "v2", ..
+
     Raises:
         TemplateError: the tokenizer lacks what the version needs.
     """
@@ -197,7 +200,7 @@ class MistralCommon:
             raise TemplateError(
                 f"template {version} does not go with {tokenizer.path.name}: {printable(str(error))}"
             ) from None
-        self._version, self._inner = version, inner
+        self.version, self._inner = version, inner
         self._system_in_place = version not in ("v1", "v2", "v3")
         self._settings = _settings(inner) if version == "v15" else {}
         begin, end = (getattr(self._instruct, name, None) for name in ("BEGIN_THINK", "END_THINK"))  # v13 and later
@@ -205,12 +208,12 @@ class MistralCommon:
 
     @property
     def efforts(self) -> tuple[str, ...]:
-        effort = self._inner.model_settings_builder.reasoning_effort if self._version == "v15" else None
+        effort = self._inner.model_settings_builder.reasoning_effort if self.version == "v15" else None
         return () if effort is None else tuple(map(str, effort.values))
 
     @property
     def tool_form(self) -> Form | None:
-        return None if self._version == "v1" else "args" if self._version in OF_TEKKEN else "list"
+        return None if self.version == "v1" else "args" if self.version in OF_TEKKEN else "list"
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
@@ -229,7 +232,7 @@ class MistralCommon:
         offered = tool_messages.offered(tools)
         users = [i for i, message in enumerate(found) if message.role == "user"] or [-1]
         if tools or any(m.tool_calls or m.role == TOOL for m in found):
-            found = tool_messages.prepared(found, self._version, users[-1])
+            found = tool_messages.prepared(found, self.version, users[-1])
         ids = list(self._instruct.start())
         for i, message in enumerate(found):
             if message.role == "user":
@@ -240,7 +243,7 @@ class MistralCommon:
             elif message.role == TOOL:
                 ids += self._instruct.encode_tool_message(tool_messages.result(message), i < users[-1])[0]
             elif message.tool_calls:
-                ids += self._instruct.encode_assistant_message(tool_messages.calls(message), i < users[-1])
+                ids += self._instruct.encode_assistant_message(tool_messages.answer(message), i < users[-1])
             elif message.role == "assistant":
                 ids += [*self._answer(message), self._tokenizer.eos_id]
             else:
@@ -256,7 +259,7 @@ class MistralCommon:
         with_some = [message for message in messages if message.thinking]
         if with_some and self.thought_ids is None:
             raise TemplateError(f"template {self.name} has no place for thoughts: leave reasoning_content out")
-        if self._version == "v15" and any(message.role == "system" for message in with_some):
+        if self.version == "v15" and any(message.role == "system" for message in with_some):
             raise TemplateError("template v15 has no place for a thought in a system prompt: leave it out")
 
     def _answer(self, message: Message) -> list[int]:

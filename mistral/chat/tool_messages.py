@@ -103,8 +103,8 @@ def _normal(text: str) -> str:
         return text
 
 
-def calls(message: Message) -> Any:
-    """An answer with calls."""
+def answer(message: Message) -> Any:
+    """An answer, which may have calls."""
     from mistral_common.protocol.instruct.messages import AssistantMessage
     from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 
@@ -112,7 +112,7 @@ def calls(message: Message) -> Any:
         ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=_normal(call.arguments)))
         for call in message.tool_calls
     ]
-    return AssistantMessage(content=for_mistral_common(message), tool_calls=made)
+    return AssistantMessage(content=for_mistral_common(message), tool_calls=made or None)
 
 
 def result(message: Message) -> Any:

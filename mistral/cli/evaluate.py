@@ -177,6 +177,8 @@ def _asked(
     if output is not None and not retrieval:
         raise UsageError(f"--output is for the single results of retrieval; {task} has none: redirect --json")
     chosen = None if windows is None else tuple(_window(word) for word in windows.split(","))
+    if chosen is not None and len(set(chosen)) < len(chosen):
+        raise UsageError(f"--windows {windows} has a window twice")
     sizes = None if lengths is None else _lengths(lengths)
     from mistral.eval.evaluation import Asked
 
@@ -186,7 +188,8 @@ def _asked(
 def _lengths(text: str) -> tuple[int, ...]:
     """Numbers of tokens, with commas between; k is 1024."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}k?(,[1-9][0-9]{0,8}k?)*", text.lower()):
-        raise UsageError(f"--lengths is {text!r}; it must be whole numbers with commas between, such as 512,4k,16k")
+        what = "whole numbers of at most 9 digits with commas between, such as 512,4k,16k"
+        raise UsageError(f"--lengths is {text!r}; it must be {what}")
     words = text.lower().split(",")
     found = tuple(int(word.removesuffix("k")) * (1024 if word.endswith("k") else 1) for word in words)
     if len(set(found)) < len(found):

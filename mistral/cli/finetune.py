@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
+from mistral.cli.parallel import divisible
 from mistral.cli.prompts import default_folder
 from mistral.loader.options import LoadOptions
 from mistral.train.options import TrainOptions
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from mistral.train.loop import Report
 
 # Of LoadOptions: what training decides for itself, and what is for generating.
-OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft", "parallel", "prompt_dtype")
+OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft", "prompt_dtype")
 EVERY = 10  # seconds between lines where there is no terminal
 
 
 @flat(train=TrainOptions(), options=LoadOptions(), omit=OMITTED)
+@divisible
 def finetune(
     folder: str | None = None,
     *,
@@ -58,6 +60,7 @@ def finetune(
         dtype: of the arithmetic: float32 or bfloat16; what is trained is float32; default: what suits the device
         quant: int8 or int4: an adapter beside quantized weights
         adapter: a LoRA adapter to go on from; with --full it is merged first
+        parallel: processes that share the forwards of each step, of which --accumulate says how many there are
     """
     with keeping_interrupts():
         from mistral.train.run import finetune as run

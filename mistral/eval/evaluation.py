@@ -25,6 +25,7 @@ from mistral.formats.layout import trained_length
 from mistral.generate import eos_of
 from mistral.loader.load import Loaded
 from mistral.tokenizer import encode
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.window import Window
 
@@ -247,6 +248,8 @@ def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar, within
         raise UsageError(
             f"reach measures texts of one length: give one of --lengths {','.join(map(str, asked.lengths))}"
         )
+    if asked.lengths == (1,):
+        raise UsageError("reach changes one token and looks at the next: --lengths must be at least 2")
     furthest = max((edge for args in every if (edge := edges(args)[-1]) is not None), default=LONGEST_REACH)
     # A tenth beyond the edge, to show that nothing comes from there.
     length = asked.lengths[0] if asked.lengths else max(16, min(LONGEST_REACH, furthest + furthest // 10 + 8))
@@ -269,7 +272,7 @@ def _reach(loaded: Loaded, asked: Asked, facts: dict[str, Any], bar: Bar, within
 
 def _reach_text(report: dict[str, Any], found: Sequence[Reach]) -> str:
     lines = [
-        f"reach: one token of {report['length']:,} changed, {report['n']} texts, seed {report['seed']}; "
+        f"reach: one token of {report['length']:,} changed, {counted(report['n'], 'text')}, seed {report['seed']}; "
         f"text: {report['filler']}",
         "",
         f"{'window':>8} {'reach':>9} {'last moved':>11} {f'KL >= {NOTICEABLE:g}':>11} {'beyond reach':>13}",

@@ -43,7 +43,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     if division is not None:
         options = division.options(found, options)
     elif options.parallel > 1:
-        those = "complete, interactive, demo, perplexity, serve and batch"
+        those = "complete, interactive, demo, perplexity, serve, batch and finetune"
         raise OptionError(f"parallel {options.parallel} is for {those}: omit it")
     adapted = with_adapters(found, options)
     found = adapted.folder

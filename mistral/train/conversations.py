@@ -6,16 +6,20 @@ conversation are compared: what an answer adds to the ids before it is the answe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mistral.chat.messages import BETWEEN, Message, TemplateError, Thought, ToolCall
+from mistral.chat import tool_messages
+from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, Thought, ToolCall
 from mistral.chat.templates import MistralCommon, Template
 from mistral.chat.thinking import for_mistral_common
-from mistral.chat.tools import Tool
+from mistral.chat.tools import ID, Tool
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import UsageError, printable
+
+NO_ID = "null"  # of a call that has none; mistral-common's own
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,15 @@ class Turn:
 
 @dataclass
 class Marked:
-    """Ids of a sample, and how much the prediction of each counts: of the first, which nothing predicts, it is 0."""
+    """Ids of a sample, and how much the prediction of each counts: of the first, which nothing predicts, it is 0.
+
+    Args:
+        renamed: ids of tool calls that the template could not write, and so have others.
+    """
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    renamed: int = 0
 
     def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
         self.ids += ids
@@ -67,10 +76,20 @@ def mark_text(tokenizer: Tokenizer, prompt: str, text: str) -> Marked:
     # A word may be split otherwise where the text goes on; a model that is asked will have the prompt's own ids.
     joined = whole[: len(before)] == before
     marked.add(before)
-    marked.add(whole[len(before) :] if joined else tokenizer.encode(text, bos=False), 1.0)
+    marked.add(whole[len(before) :] if joined else _behind(tokenizer, before, text, tokenizer.decode(whole)), 1.0)
     if tokenizer.eos_id >= 0:
         marked.add([tokenizer.eos_id], 1.0)
     return marked
+
+
+def _behind(tokenizer: Tokenizer, before: list[int], text: str, whole: str) -> list[int]:
+    """Ids of a text that goes on in the middle of a word, or behind a space: those that decode to the whole.
+
+    SentencePiece puts a space in front of a text. Behind a line break it has none.
+    """
+    alone, line = tokenizer.encode(text, bos=False), tokenizer.encode("\n", bos=False)
+    found = [alone, tokenizer.encode("\n" + text, bos=False)[len(line) :]]
+    return next((ids for ids in found if tokenizer.decode(before + ids) == whole), alone)
 
 
 def mark_turns(
@@ -91,6 +110,17 @@ def mark_turns(
 
 
 def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
+    from mistral_common.exceptions import MistralCommonException
+
+    try:
+        return _written(template, turns, tools)
+    except TemplateError:
+        raise
+    except (MistralCommonException, ValueError) as error:  # the library's own checks
+        raise TemplateError(f"template {template.name} cannot write it: {_brief(error)}") from None
+
+
+def _written(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
     from mistral_common.protocol.instruct.messages import SystemMessage, UserMessage
 
     instruct, in_place, settings = template.parts
@@ -103,22 +133,52 @@ def _by_messages(template: MistralCommon, turns: Sequence[Turn], tools: Sequence
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if not users:
         raise TemplateError("a conversation needs a message of the user")
-    offered = _tools(tools)
+    offered = tool_messages.offered(_tools(tools))
     marked = Marked()
+    messages = _with_calls(template, [turn.message for turn in turns], bool(tools), users[-1], marked)
     marked.add(instruct.start())
-    for i, turn in enumerate(turns):
+    for i, (turn, message) in enumerate(zip(turns, messages, strict=True)):
         before = i < users[-1]
-        if turn.role == "user":
+        if message.role == "user":
             where = (i == users[-1], i == users[0])
-            said = UserMessage(content=turn.content)
+            said = UserMessage(content=message.content)
             marked.add(instruct.encode_user_message(said, offered, *where, system_prompt=system, **settings)[0])
-        elif turn.role == "system":
-            marked.add(instruct.encode_system_message(SystemMessage(content=for_mistral_common(turn.message)))[0])
-        elif turn.role == "tool":
-            marked.add(instruct.encode_tool_message(_result(turn), before)[0])
+        elif message.role == "system":
+            marked.add(instruct.encode_system_message(SystemMessage(content=for_mistral_common(message)))[0])
+        elif message.role == TOOL:
+            marked.add(instruct.encode_tool_message(tool_messages.result(message), before)[0])
         else:
-            marked.add(instruct.encode_assistant_message(_answer(turn), before), turn.weight)
+            marked.add(instruct.encode_assistant_message(tool_messages.answer(message), before), turn.weight)
     return marked
+
+
+def _with_calls(
+    template: MistralCommon, messages: list[Message], tools: bool, last_user: int, marked: Marked
+) -> list[Message]:
+    """Messages as a chat has them: calls and results prepared for the template, each at the place of one of its role.
+
+    Where the template writes ids of calls, which are 9 letters and digits, others (OpenAI's) are replaced, and counted.
+    """
+    if not (tools or any(message.tool_calls or message.role == TOOL for message in messages)):
+        return messages
+    if template.version in tool_messages.WITH_IDS:
+        calls = [call for message in messages for call in message.tool_calls]
+        new = {call.id: _nine(call.id) for call in calls if call.id != NO_ID and not ID.fullmatch(call.id)}
+        marked.renamed = len(new)
+        messages = [
+            replace(
+                message,
+                tool_calls=tuple(replace(call, id=new.get(call.id, call.id)) for call in message.tool_calls),
+                tool_call_id=new.get(message.tool_call_id or "", message.tool_call_id),
+            )
+            for message in messages
+        ]
+    return tool_messages.prepared(messages, template.version, last_user)
+
+
+def _nine(id: str) -> str:
+    """9 letters and digits that follow from an id."""
+    return hashlib.sha256(id.encode()).hexdigest()[:9]
 
 
 def _joined(turns: Sequence[Turn]) -> list[Turn]:
@@ -132,40 +192,18 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
-def _tools(tools: Sequence[dict[str, Any]]) -> Any:
-    from mistral_common.protocol.instruct.tool_calls import Tool
-
+def _tools(tools: Sequence[dict[str, Any]]) -> list[Tool]:
     try:
-        return [Tool.model_validate(tool) for tool in tools] or None
-    except ValueError as error:
-        raise TemplateError(f"tools: {_brief(error)}") from None
-
-
-def _result(turn: Turn) -> Any:
-    from mistral_common.protocol.instruct.messages import ToolMessage
-
-    return ToolMessage(content=turn.content, tool_call_id=turn.tool_call_id, name=turn.name)
-
-
-def _answer(turn: Turn) -> Any:
-    from mistral_common.protocol.instruct.messages import AssistantMessage
-    from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
-
-    calls = [
-        ToolCall(id=id, function=FunctionCall(name=name, arguments=arguments))
-        for id, name, arguments in turn.tool_calls
-    ]
-    return AssistantMessage(content=for_mistral_common(turn.message), tool_calls=calls or None)
+        return [Tool(tool) for tool in tools]
+    except UsageError as error:
+        raise TemplateError(f"tools: {error}") from None
 
 
 def _by_beginnings(
     template: Template, turns: Sequence[Turn], tools: Sequence[dict[str, Any]], ends: frozenset[int]
 ) -> Marked:
     messages = [turn.message for turn in turns]
-    try:
-        offered = [Tool(tool) for tool in tools]
-    except UsageError as error:
-        raise TemplateError(f"tools: {error}") from None
+    offered = _tools(tools)
     marked = Marked()
     for i, turn in enumerate(turns):
         if turn.role != "assistant" or not turn.weight:  # one that is not learned may be written in any way
@@ -184,5 +222,5 @@ def _by_beginnings(
     return marked
 
 
-def _brief(error: ValueError) -> str:
+def _brief(error: Exception) -> str:
     return printable(" ".join(str(error).split()), 200)

@@ -19,7 +19,7 @@ from typing import Any
 
 from mistral.chat.messages import BETWEEN, Message, Thought, from_chunks, valid
 from mistral.chat.thinking import FIELDS, of_field, of_part
-from mistral.train.conversations import Marked, Turn
+from mistral.train.conversations import NO_ID, Marked, Turn
 from mistral.util.english import counted, did_you_mean
 from mistral.util.errors import FormatError, MistralError, printable, short_repr
 from mistral.util.files import LFS, POINTER, Lines, not_text
@@ -102,6 +102,7 @@ def read_samples(path: Path, mark_text: MarkText, mark_turns: MarkTurns, seq_len
             continue
         try:
             marked, splits = _marked(line, mark_text, mark_turns, ignored)
+            cut["calls"] += marked.renamed
             found.samples += _pieces(number, marked, seq_len, splits, cut)
         except NoTemplate:
             raise
@@ -270,7 +271,7 @@ def _call(call: Any, where: str) -> tuple[str, str, str]:
     arguments = function.get("arguments", "{}")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     id = call.get("id")
-    return id if isinstance(id, str) else "null", valid(function["name"]), valid(text)
+    return id if isinstance(id, str) else NO_ID, valid(function["name"]), valid(text)
 
 
 def _weighed(turns: list[Turn], messages: list[Any], tools: bool) -> list[Turn]:
@@ -319,6 +320,11 @@ def _notes(path: Path, ignored: Counter[str], cut: Counter[str], seq_len: int) -
     if cut["split"]:
         was = "was" if cut["split"] == 1 else "were"
         notes.append(f"{path}: {counted(cut['split'], 'text')} of more than {seq_len} tokens {was} split")
+    if cut["calls"]:
+        notes.append(
+            f"{path}: {counted(cut['calls'], 'id')} of tool calls had to become 9 letters and digits, which the "
+            "template writes"
+        )
     if cut["empty"]:
         are = "is" if cut["empty"] == 1 else "are"
         notes.append(f"{path}: {counted(cut['empty'], 'sample')} without an answer that counts {are} not used")

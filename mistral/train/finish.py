@@ -103,6 +103,8 @@ def _facts(
         facts["held out"] = (
             f"{counted(len(loop.held), 'sample')}: {evals[0]:.4f}, at the end {evals[-1]:.4f} nats a token"
         )
+    if setup.options.patience is not None:
+        facts["weights"] = f"those of step {progress.best_step}, held out {progress.best_loss:.4f}, the best"
     return facts | {
         "arithmetic": f"{arithmetic}; what is trained in float32",
         "made with": f"mistral-oracle-ref {__version__}, torch {torch.__version__}",

@@ -1,4 +1,4 @@
-"""Norms, gates and rotations with gradients of their own: fewer passes over memory, and less kept, than by operations.
+"""Norms, gates, rotations, ends with gradients of their own: fewer passes over memory, less kept, than by operations.
 
 The forward is the library's, bit for bit. What the gradient needs beside the inputs is computed again.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mistral.linear import Linear
 from mistral.model import Attention, FeedForward, RMSNorm, Transformer, widen
 from mistral.plan import LayerStore, Plan
 from mistral.rope import rotate
@@ -70,6 +71,53 @@ class _Rotation(torch.autograd.Function):
         return rotate(grad, cos, -sin), None, None
 
 
+class _Product(torch.autograd.Function):
+    """y = x @ weight.T, whose weight has its gradient added in place: one of a vocabulary's size is large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        if weight.grad is None:
+            weight.grad = grad.T @ x
+        else:
+            weight.grad.addmm_(grad.T, x)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None
+
+
+class _Rows(torch.autograd.Function):
+    """y = embed(ids), whose weight has the gradient of its rows added in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return embed(ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ids, weight = ctx.saved_tensors
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids, grad)
+        return None, None, None
+
+
+def _output(part: Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dim() != 2 or x.dtype != part.weight.dtype:
+        return product(x)
+    y: Tensor = _Product.apply(x, part.weight)
+    return y
+
+
+def _embeddings(part: nn.Embedding, embed: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    y: Tensor = _Rows.apply(part.weight, ids, embed)
+    return y
+
+
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     y: Tensor = _Norm.apply(x, norm.weight, norm.eps)
     return y
@@ -110,7 +158,7 @@ def _feed_forward(part: FeedForward, x: Tensor, again: bool = True) -> Tensor:
 
 
 def make_frugal(model: Transformer, again: bool) -> None:
-    """Have every norm, attention and feed-forward of a model use the gradients above."""
+    """Have every norm, attention and feed-forward of a model use the gradients above; its ends too, if trained."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             use(module, partial(_norm, module))
@@ -118,6 +166,11 @@ def make_frugal(model: Transformer, again: bool) -> None:
             use(module, partial(_attention, module))
         elif isinstance(module, FeedForward):
             use(module, partial(_feed_forward, module, again=again))
+    ends = model.tok_embeddings, model.output
+    if isinstance(ends[0], nn.Embedding) and ends[0].weight.requires_grad:
+        use(ends[0], partial(_embeddings, ends[0], ends[0].forward))
+    if type(ends[1]) is Linear and ends[1].weight.requires_grad:
+        use(ends[1], partial(_output, ends[1], ends[1].forward))
 
 
 def use(module: nn.Module, forward: Callable[..., Any]) -> None:

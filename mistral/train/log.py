@@ -15,24 +15,29 @@ class Log:
     """The log of a run, which a run that goes on continues behind the step that it goes on from.
 
     Args:
-        path: the file.
+        path: the file; None keeps the lines in memory, as all ranks but the first do.
         step: steps that are done: lines about later ones, which will be done again, are dropped.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.entries = [entry for entry in read_log(path) if entry["step"] <= step] if step else []
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.entries = [entry for entry in read_log(path) if entry["step"] <= step] if step and path else []
+        self._file: TextIO | None = None
+        if path is None:
+            return
         with write_atomic(path) as beside:
             beside.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  (for as long as the run)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (for as long as the run)
 
     def add(self, **entry: Any) -> None:
         """Write one line, at once."""
         self.entries.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
 from mistral.train.data import Sample
-from mistral.train.log import Log
-from mistral.train.optimizer import adamw, change, learning_rate
+from mistral.train.log import LOG, Log
+from mistral.train.optimizer import adamw, change, clipped, learning_rate
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, batch_of
+from mistral.train.ranks import Ranks
 from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
 from mistral.train.step import add_gradients, nats_of
 from mistral.util.errors import MistralError
@@ -27,7 +28,7 @@ AT_FAULT = "the weights are broken, or too large for the dtype (try --dtype floa
 
 
 class Diverged(MistralError):
-    """The loss is no number any more."""
+    """The loss, or its gradient, is no number any more."""
 
     exit_code = 1
 
@@ -66,6 +67,7 @@ class Loop:
         run: what makes the run what it is; see `state`.
         on_report: called after every step.
         should_stop: asked after every step.
+        ranks: the processes that share every step; the first one writes.
     """
 
     model: Transformer
@@ -79,6 +81,7 @@ class Loop:
     run: Mapping[str, Any]
     on_report: Callable[[Report], None] = lambda report: None
     should_stop: Callable[[], bool] = lambda: False
+    ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     eval_loss: float | None = None
 
@@ -98,18 +101,18 @@ class Loop:
         """Train to the end; or to where it is stopped, which is saved.
 
         Raises:
-            Diverged: the loss is NaN or infinite; the last state that was saved is as it was.
+            Diverged: the loss or the gradient is NaN or infinite; the last state that was saved is as it was.
             KeyboardInterrupt: it was stopped.
         """
         optimizer = adamw(self.weights, self.options)
         if resume:
             self.progress = load_state(self.out / STATE, self.weights, optimizer, self.run)
-        log = Log(self.out / "log.jsonl", self.progress.step)
+        log = Log(self.out / LOG if self.ranks.first else None, self.progress.step)
         try:
             self._steps(optimizer, log)
         finally:
             log.close()
-        if self.options.patience is not None and self.held and (self.out / BEST).is_file():
+        if self.ranks.first and self.options.patience is not None and self.held and (self.out / BEST).is_file():
             load_tensors(self.out / BEST, self.weights)
         return log
 
@@ -124,8 +127,8 @@ class Loop:
             last = progress.step == self.steps
             if self.held and (progress.step % every == 0 or last):
                 self._evaluate(log)
-            stop = self.should_stop()
-            if stop or (progress.step % options.save_every == 0 and not last):
+            stop = self.ranks.any_stop(self.should_stop())
+            if self.ranks.first and (stop or (progress.step % options.save_every == 0 and not last)):
                 save_state(self.out / STATE, self.weights, optimizer, progress, self.run)
             if stop:
                 raise KeyboardInterrupt
@@ -140,19 +143,17 @@ class Loop:
         total = sum(batch.total for batch in batches)
         self.model.train()
         nats = 0.0
-        for i, batch in enumerate(batches):
+        for i, batch in self.ranks.share(batches):
             if self.options.lora_dropout:  # drawn from the step alone, so that a run that goes on needs no state of it
                 torch.manual_seed(hash((self.options.seed, progress.step, i)) % 2**63)
             nats += add_gradients(self.model, batch.to(self.model.device), total)
-        if not math.isfinite(nats):
-            too_fast = (
-                f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is "
-                "there, is of an earlier step"
-            )
-            reason = too_fast if progress.step else AT_FAULT  # nothing has been learned before the first step
-            raise Diverged(f"the loss of step {progress.step + 1} is {nats}: {reason}")
+        nats = self.ranks.sum(nats)
+        self._require_finite("loss", nats)
+        self.ranks.add_gradients(self.weights.values())
         lr = learning_rate(progress.step, self.steps, self.options)
-        norm = change(self.weights, optimizer, lr, self.options.clip)
+        norm = clipped(self.weights, self.options.clip)
+        self._require_finite("gradient's length", norm)
+        change(optimizer, lr)
         tokens, seconds = sum(len(batch.ids) for batch in batches), time.perf_counter() - began
         progress.step += 1
         progress.tokens += tokens
@@ -165,17 +166,29 @@ class Loop:
         rate = sum(entry["tokens"] for entry in recent) / took
         return Report(progress.step, self.steps, loss, self.eval_loss, rate, left)
 
+    def _require_finite(self, what: str, value: float) -> None:
+        """Refuse to change weights by a gradient that is none."""
+        if math.isfinite(value):
+            return
+        too_fast = (
+            f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is there, "
+            "is of an earlier step"
+        )
+        reason = too_fast if self.progress.step else AT_FAULT  # nothing has been learned before the first step
+        raise Diverged(f"the {what} of step {self.progress.step + 1} is {value}: {reason}")
+
     def _evaluate(self, log: Log) -> None:
         self.model.eval()
         size = max(1, self.options.batch_size)
         rows = [self.held[i : i + size] for i in range(0, len(self.held), size)]
-        batches = [batch_of(row).to(self.model.device) for row in rows]
-        loss = sum(nats_of(self.model, batch) for batch in batches) / sum(batch.total for batch in batches)
+        batches = [batch_of(row) for row in rows]
+        nats = sum(nats_of(self.model, batch.to(self.model.device)) for _, batch in self.ranks.share(batches))
+        loss = self.ranks.sum(nats) / sum(batch.total for batch in batches)
         progress, self.eval_loss = self.progress, loss
         log.add(step=progress.step, eval_loss=loss)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.bad = loss, progress.step, 0
-            if self.options.patience is not None:
+            if self.ranks.first and self.options.patience is not None:
                 save_tensors(self.out / BEST, self.weights)
         else:
             progress.bad += 1

@@ -31,11 +31,14 @@ def adamw(weights: Mapping[str, Tensor], options: TrainOptions) -> torch.optim.A
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.peak_lr, betas=BETAS, fused=fused or None)
 
 
-def change(weights: Mapping[str, Tensor], optimizer: torch.optim.AdamW, lr: float, clip: float) -> float:
-    """One step from the gradients that are there, which are then forgotten; returns their length before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), clip or math.inf)
+def clipped(weights: Mapping[str, Tensor], clip: float) -> float:
+    """Scale the gradients that are there to a length of at most `clip` (0: as they are); return what it was."""
+    return float(torch.nn.utils.clip_grad_norm_(list(weights.values()), clip or math.inf))
+
+
+def change(optimizer: torch.optim.AdamW, lr: float) -> None:
+    """One step from the gradients that are there, which are then forgotten."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)

@@ -96,7 +96,9 @@ class TrainOptions:
             ("eval_split", 0, 0.5),
             ("rope_theta", 0, math.inf),
         ):
-            _check_float(name, getattr(self, name), least, most, open_end=name in ("epochs", "lr", "rope_theta"))
+            _check_float(
+                name, getattr(self, name), least, most, open_end=name in ("lora_alpha", "epochs", "lr", "rope_theta")
+            )
         if self.recompute not in RECOMPUTE:
             raise OptionError(f"recompute {short_repr(self.recompute)} is not one of {', '.join(RECOMPUTE)}")
         if self.full and (given := [n for n in _OF_LORA if getattr(self, n) != getattr(TrainOptions, n)]):

@@ -20,6 +20,7 @@ from mistral.train.log import LOG
 from mistral.train.loop import Loop, Report
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, pack, split
+from mistral.train.ranks import Ranks
 from mistral.train.setup import Setup
 from mistral.train.state import STATE
 from mistral.util.english import counted
@@ -53,21 +54,27 @@ def finetune(
         say: called with what was read and decided, a line each.
         on_report, should_stop: see `loop.Loop`.
 
+    In a group of processes (`parallel.launch`) each has a share of every step, and the first one writes; what the
+    others return tells how far the run came.
+
     Raises:
         MistralError: a subclass that names what is wrong with the options, the samples, the memory or the disk.
         KeyboardInterrupt: `should_stop` said so; the state is saved.
     """
-    setup, place = Setup(folder, options, load, say), Path(out)
+    setup, place, ranks = Setup(folder, options, load, say), Path(out), Ranks.joined()
     _check(setup, merge, eval_data is not None)
-    _check_out(place, resume)
+    if ranks.first:
+        _check_out(place, resume)
     for note in setup.base.notes:
         say(f"note: {note}")
     found = setup.samples(Path(data))
     kept, held_out = split(len(found.samples), options.eval_split, options.seed)
     samples, held = [found.samples[i] for i in kept], [found.samples[i] for i in held_out]
+    names = {"folder": setup.base_name, "eval_data": None}
     if eval_data is not None:
         others = setup.samples(Path(eval_data))
         held, found.notes = others.samples, found.notes + others.notes
+        names["eval_data"] = others.sha256
     rows = pack([len(sample.ids) - 1 for sample in samples], options.seq_len, options.seed)
     schedule = Schedule(rows, options.batch_size, options.accumulate, options.seed)
     steps = options.steps or max(1, round(options.epochs * schedule.steps_per_epoch))
@@ -75,12 +82,14 @@ def finetune(
     _require(setup, place, schedule, samples, merge)
     model, weights = setup.model()
     _require_sound(model)
-    names = {"folder": setup.base_name, "eval_data": None if eval_data is None else str(eval_data)}
     identity = {**_identity(setup, found, steps), **names}
-    loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop)
+    loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop, ranks)
     loop.require_a_loss()
-    _make(place)
+    if ranks.first:
+        _make(place)
     history = loop.go(resume)
+    if not ranks.first:
+        return Finished(place, loop.progress, (math.nan, math.nan), None, ())
     return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
 
 
@@ -93,8 +102,15 @@ def _check(setup: Setup, merge: bool, eval_data: bool) -> None:
         raise OptionError("rope_theta is part of a model, not of an adapter: add --merge or --full")
     if eval_data and options.eval_split:
         raise OptionError("eval_split and --eval_data: give one of them")
-    if options.patience is not None and not (options.eval_split or eval_data):
-        raise OptionError("patience needs evaluations: add --eval_split 0.05 or --eval_data")
+    for name in ("patience", "eval_every"):
+        if getattr(options, name) is not None and not (options.eval_split or eval_data):
+            raise OptionError(f"{name} needs evaluations: add --eval_split 0.05 or --eval_data")
+    parallel = setup.load.parallel
+    if parallel > options.accumulate:
+        raise OptionError(
+            f"parallel {parallel} shares the {counted(options.accumulate, 'forward')} of a step: add --accumulate "
+            f"{parallel}, or a multiple of it"
+        )
     setup.check_options()
 
 
@@ -149,7 +165,8 @@ def _require(setup: Setup, out: Path, schedule: Schedule, samples: Sequence[Samp
     lengths = sorted(sum(len(samples[i].ids) - 1 for i in row) for row in schedule.rows)
     parts = setup.needed(sum(lengths[-setup.options.batch_size :]))
     needs.require_memory(parts, setup.device, setup.options)
-    setup.say("memory: about " + ", ".join(f"{as_text(n)} of {what}" for what, n in parts.items() if n))
+    each = f", in each of {setup.load.parallel} processes" if setup.load.parallel > 1 else ""
+    setup.say("memory: about " + ", ".join(f"{as_text(n)} of {what}" for what, n in parts.items() if n) + each)
     written = 4 * setup.base.parameters if setup.options.full or merge else 0
     written += 0 if setup.options.full else 2 * 4 * setup.count  # in two forms
     needs.require_disk(out if out.is_dir() else out.absolute().parent, setup.count, written, setup.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -95,7 +96,9 @@ class Setup:
 
     @cached_property
     def device(self) -> torch.device:
-        return pick_device(self.load.device)
+        device = pick_device(self.load.device)
+        alone = device.type != "cuda" or self.load.parallel == 1
+        return device if alone else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     def samples(self, path: Path) -> Samples:
         """The samples of a file; see `data.read_samples`.
@@ -244,7 +247,7 @@ class Setup:
         full = self.options.full
         # With attention by name "auto" takes the kernels for products alone: those of blocks, which have no others.
         execution = "auto" if self.blocks and self.load.execution == "auto" else "eager"
-        wanted = replace(self.load, execution=execution, attention="sdpa")
+        wanted = replace(self.load, execution=execution, attention="sdpa", device=str(self.device), parallel=1)
         asked = None if wanted.dtype in (None, "auto") else DTYPE_NAMES[wanted.dtype or ""]
         if full:  # weights are trained in fp32, whatever the arithmetic
             wanted = replace(wanted, dtype="float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from mistral.chat.messages import Message, TemplateError, Thought, ToolCall, from_chunks
 from mistral.chat.templates import MistralCommon, Template, find_template
-from mistral.chat.tools import Tool
+from mistral.chat.tools import ID, Tool
 from mistral.tokenizer import Tokenizer
 from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
 from mistral.train.data import DataError, read_samples
@@ -126,6 +127,83 @@ def test_calls_of_tools_are_mistral_commons(version: str) -> None:
     assert '"name": "rain"' in own.decode(called)
     assert (called[-1], said[-1]) == (own.eos_id, own.eos_id)
     assert own.decode(said[:-1]).strip() == "It rains."
+
+
+def of_calls(*ids: str, content: str = "", name: str | None = "rain") -> list[Turn]:
+    """A question, an answer with a call for each id, their results from the last to the first, and an answer."""
+    calls = tuple((id, "rain", f'{{"n":{i}}}') for i, id in enumerate(ids))
+    results = [Turn("tool", f"[{i}]", tool_call_id=ids[i], name=name) for i in reversed(range(len(ids)))]
+    said = [Turn("assistant", content, 1.0, calls), *results, Turn("assistant", "It rains.", 1.0)]
+    return [Turn("user", "Rain?"), *said]
+
+
+@pytest.mark.parametrize("version", ["v2", "v3", "v7", "tekken_240911", "v11", "v13", "v15"])
+def test_calls_have_the_ids_of_a_chat(version: str, tmp_path: Path) -> None:
+    """Results in another order than their calls, JSON without spaces, a result without a name."""
+    own = tokenizer(version) if version in FILES else later(version, tmp_path)
+    template = find_template(own)
+    ids = ("abcdefghi",) if version == "v2" else ("abcdefghi", "zbcdefghi")
+    for turns in (of_calls(*ids), of_calls(*ids, name=None)):
+        marked = mark_turns(template, turns, TOOLS, own.eos_ids)
+        assert marked.ids == template.encode_chat([turn.message for turn in turns], [Tool(TOOLS[0])])
+        assert [weight for weight, _ in spans(marked.ids, marked.weights)] == [1.0, 1.0]
+        assert not marked.renamed
+
+
+def test_ids_of_calls_that_a_template_cannot_write_become_others() -> None:
+    """OpenAI's, in a call and in its result."""
+    own = tokenizer("v3")
+    template = find_template(own)
+    marked = mark_turns(template, of_calls("call_7", "abcdefghi"), TOOLS, own.eos_ids)
+    text = own.decode(marked.ids)
+    (new,) = set(re.findall(r'"id": "(\w+)"', text)) - {"abcdefghi"}
+    assert ID.fullmatch(new)
+    assert f'"call_id": "{new}"' in text
+    assert marked.renamed == 1
+    again = mark_turns(template, of_calls(new, "abcdefghi"), TOOLS, own.eos_ids)
+    assert (again.renamed, again.ids) == (0, marked.ids)
+
+
+@pytest.mark.parametrize(
+    ("version", "turns", "tools", "said"),
+    [
+        ("v1", of_calls("abcdefghi"), [], "v1 has no place for tools"),
+        ("v1", TURNS, TOOLS, "v1 has no place for tools"),
+        ("v3", of_calls("abcdefghi", content="Let me see."), TOOLS, "no place for text beside tool calls"),
+        ("v3", of_calls("null"), TOOLS, "the id of a tool call is 'null'"),
+        ("v2", of_calls("a", "b"), TOOLS, "no place for several results"),
+        ("v3", CALLS, [{"type": "function", "function": {"parameters": {}}}], "tools: a function.s name is None"),
+    ],
+)
+def test_what_a_template_cannot_write_is_a_mistake_of_the_line(
+    version: str, turns: Sequence[Turn], tools: list[dict[str, Any]], said: str
+) -> None:
+    own = tokenizer(version)
+    with pytest.raises(TemplateError, match=said):
+        mark_turns(find_template(own), turns, tools, own.eos_ids)
+
+
+@pytest.mark.parametrize("kind", [*FILES, "json"])
+def test_a_completion_is_learned_as_it_is_written(kind: str, tmp_path: Path) -> None:
+    """In the middle of a word, behind a space that ends the prompt, before a line break; a prompt keeps its own ids."""
+    own = (
+        tokenizer(kind)
+        if kind in FILES
+        else Tokenizer(write_tokenizer(tmp_path, KINDS[0], tmp_path, "") / "tokenizer.json")
+    )
+    for prompt, text in (
+        ("The king", "dom"),
+        ("A: ", "yes"),
+        ("A:", " yes"),
+        ("a  ", "  b"),
+        ("A: ", "\nyes"),
+        ("", "a"),
+    ):
+        marked = mark_text(own, prompt, text)
+        assert own.decode(marked.ids) == own.decode(own.encode(prompt + text))
+        before = own.encode(prompt) if prompt else marked.ids[:1]
+        assert marked.ids[: len(before)] == before
+        assert marked.weights == [0.0] * len(before) + [1.0] * (len(marked.ids) - len(before))
 
 
 def hermes(tmp_path: Path, text: str = HERMES) -> tuple[Template, Tokenizer]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mistral.formats.convert import convert
 from mistral.loader.options import LoadOptions
-from mistral.train.optimizer import adamw, change, learning_rate
+from mistral.train.optimizer import adamw, change, clipped, learning_rate
 from mistral.train.options import TrainOptions
 from mistral.train.output import write_adapter
 from mistral.train.setup import Setup
@@ -31,7 +31,8 @@ def ours(setup: Setup, rows: list[Tensor], options: TrainOptions) -> list[float]
         n = len(row) - 1
         batch = Batch(row[:-1], (n,), row[1:], torch.ones(n))
         losses.append(add_gradients(model, batch, batch.total) / n)
-        change(weights, optimizer, learning_rate(i, STEPS, options), options.clip)
+        clipped(weights, options.clip)
+        change(optimizer, learning_rate(i, STEPS, options))
     return losses
 
 
@@ -42,7 +43,8 @@ def theirs(model: Any, rows: list[Tensor], options: TrainOptions) -> list[float]
         loss = model(input_ids=row[None], labels=row[None]).loss
         loss.backward()
         losses.append(loss.item())
-        change(weights, optimizer, learning_rate(i, STEPS, options), options.clip)
+        clipped(weights, options.clip)
+        change(optimizer, learning_rate(i, STEPS, options))
     return losses
 
 

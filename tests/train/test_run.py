@@ -298,6 +298,9 @@ def test_it_stops_where_evaluations_get_worse_and_keeps_the_best(folder: Path, d
     assert done.progress.best_step == best
     assert len(evals) == best + 3
     assert any(f"those of step {best}" in note for note in done.notes)
+    assert f"| weights | those of step {best}, held out {min(evals):.4f}, the best |" in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
     if not best:  # nothing was learned that helps: the adapter is the one of the start
         assert not any(t.any() for name, t in results(tmp_path / "out").items() if "lora_B" in name)
 
@@ -314,6 +317,13 @@ def test_another_run_is_not_gone_on_with(folder: Path, data: Path, tmp_path: Pat
     with pytest.raises(UsageError, match="not empty: give another folder; --resume goes on with the run in it"):
         tune(folder, data, out)
     state = out / STATE
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder, data, tmp_path / "evaluated", {**stopping(2), "eval_data": held})
+    held.write_text('{"text": "b"}\n', encoding="utf-8")  # at the same place
+    with pytest.raises(StateError, match="is of another run: eval_data was"):
+        tune(folder, data, tmp_path / "evaluated", {"resume": True, "eval_data": held})
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(StateError, match="is broken"):
         tune(folder, data, out, {"resume": True})
@@ -323,6 +333,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"full": True}, {"merge": True}, "--merge is for adapters"),
     ({"rope_theta": 1e6}, {}, "rope_theta is part of a model"),
     ({"patience": 2}, {}, "patience needs evaluations"),
+    ({"eval_every": 2}, {}, "eval_every needs evaluations"),
     ({"full": True, "quant": "int8"}, {}, "quantized weights cannot be trained"),
     ({"dtype": "float16"}, {}, "float16 needs a loss that is scaled"),
     ({}, {"resume": True}, "no state.safetensors in"),
@@ -343,6 +354,7 @@ def test_options_that_do_not_go_together(
     [
         ({"full": True, "lora": 4}, "lora is of an adapter, and --full trains all weights"),
         ({"lora_targets": "wq,wx"}, "lora_targets has 'wx'"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; it must be above 0"),  # nothing would be learned
         ({"lora": 0}, "lora is 0; it must be a whole number, at least 1"),
         ({"seq_len": 1}, "seq_len is 1; it must be a whole number, at least 2"),
         ({"epochs": 0.0}, "epochs is 0.0; it must be above 0"),
@@ -378,12 +390,34 @@ def test_a_loss_that_is_no_number_ends_the_run(
 ) -> None:
     nats = iter([1.0, float("nan")])
     monkeypatch.setattr("mistral.train.loop.add_gradients", lambda *_: next(nats))
-    monkeypatch.setattr("mistral.train.loop.change", lambda *_: 1.0)
+    monkeypatch.setattr("mistral.train.loop.clipped", lambda *_: 1.0)
+    monkeypatch.setattr("mistral.train.loop.change", lambda *_: None)
     with pytest.raises(Diverged, match="the loss of step 2 is nan: the learning rate 0.01 may be too high"):
         tune(folder, data, tmp_path / "out")
     nats = iter([float("nan")])
     with pytest.raises(Diverged, match="the loss of step 1 is nan: the weights are broken, or too large for the dtype"):
         tune(folder, data, tmp_path / "again")
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is a number, and what is saved stays so: also at the last step, behind which no loss is computed."""
+    from mistral.train import loop
+
+    add, steps = loop.add_gradients, []
+
+    def broken(model: Any, batch: Any, total: float) -> float:
+        nats = add(model, batch, total)
+        steps.append(nats)
+        if len(steps) == SMALL["steps"]:
+            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        return nats
+
+    monkeypatch.setattr(loop, "add_gradients", broken)
+    with pytest.raises(Diverged, match="the gradient's length of step 6 is inf: the learning rate 0.01 may be too"):
+        tune(folder, data, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

@@ -133,6 +133,19 @@ def test_recomputing_changes_no_gradient(changes: dict[str, object]) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_the_ends_are_added_in_place(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of embeddings and output, several times a step: no second one of their size is there."""
+    monkeypatch.setattr(step, "LOGITS", 17 * 61)  # several parts
+    model, plain = (make_model(what, tied_embeddings=tied) for what in ("cheap", "none"))
+    batches = make_batch(seed=1), make_batch((2, 2), seed=2)
+    made = []  # gradients that autograd would add
+    for end in (model.tok_embeddings.weight, model.output.weight):
+        end.register_hook(made.append)
+    assert close(after(model, *batches, total=3.0), after(plain, *batches, total=3.0), 1e-5)
+    assert all(grad is None for grad in made)
+
+
 def test_a_rotation_is_turned_back() -> None:
     generator = torch.Generator().manual_seed(0)
     x, up = (torch.rand(5, 3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
