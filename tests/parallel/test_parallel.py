@@ -331,7 +331,7 @@ def test_commands_give_the_same(command: Command) -> None:
 def test_other_commands_refuse(command: Command) -> None:
     for words in (("eval", "--task", "reach"), ("bench",)):
         assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
-    with pytest.raises(OptionError, match="parallel 2 is for complete, interactive, demo, perplexity, serve, batch and finetune"):
+    with pytest.raises(OptionError, match="parallel 2 is for complete, interactive, .* and finetune"):
         load(device="cpu", parallel=2)
     assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
 
