@@ -32,6 +32,7 @@ from mistral.train.state import STATE, StateError
 from mistral.util.errors import MistralError, Unavailable, UsageError
 from mistral.util.memory import OutOfMemory
 from tests.formats.test_adapter import merged_state
+from tests.support.adapters import peft_tensors, write_peft
 from tests.support.commands import ENVIRONMENT
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state
 from tests.support.tiny import ragged
@@ -180,6 +181,14 @@ def test_training_goes_on_from_an_adapter(folder: Path, data: Path, adapter: Pat
     assert config["r"] == 3
     with pytest.raises(OptionError, match="training goes on with the same: omit --lora"):
         tune(folder, data, tmp_path / "other", adapter=adapter, lora=4)
+
+
+def test_an_adapter_with_weights_of_its_own_is_not_trained_on(folder: Path, data: Path, tmp_path: Path) -> None:
+    own = {"base_model.model.lm_head.weight": torch.rand(PARAMS["vocab_size"], 24)}
+    adapter = write_peft(tmp_path / "own", peft_tensors() | own, modules_to_save=["lm_head"])
+    with pytest.raises(OptionError, match="has lm_head of its own, which is not trained here"):
+        tune(folder, data, tmp_path / "out", adapter=adapter)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_window_of_its_own_is_told(folder: Path, data: Path, tmp_path: Path) -> None:
