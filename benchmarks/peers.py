@@ -8,9 +8,9 @@ decode, prefill, flat, batch, batched, gguf, files, context. Wants `pip install 
 files in FOLDER/files, which are yours. `context` is decoding behind long texts, the same file in both programs; --shape
 takes 7b (four layers of it) for it, and --types some of the types.
 
-In `decode` and `batched` both programs have the same file of weights in fp32 and bf16, mapped. Where ours were random weights
-in ordinary memory, the programs were not held against each other but memory against mapped files: on a virtual
-machine the former was read at 23 to 26 GB/s and the latter, in the same minutes, at 35 to 41.
+In `decode` and `batched` both programs have the same file of weights in fp32 and bf16, mapped. Where ours were random
+weights in ordinary memory, memory was compared with mapped files and not programs with each other: on a virtual machine
+the former was read at 23 to 26 GB/s and the latter, in the same minutes, at 35 to 41.
 
 Every program is a process of its own that loads its model once. They are asked in turn, so that all of them see the
 machine in the same state; a figure is the median over the rounds, a ratio the median of the ratios within rounds. The
