@@ -29,7 +29,7 @@ from mistral.serve.formats import read_format, whole
 from mistral.serve.tools import ToolUse, read_messages, read_tools
 from mistral.serve.words import Words
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import short_repr
+from mistral.util.errors import MistralError, short_repr
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # generated where a request does not say
 MOST_LOGPROBS = 20
@@ -282,13 +282,17 @@ def _asked(
     settings = {name: given[name] for name in SAMPLING if name in given}
     if settings.get("top_k") == -1:  # as vLLM says all
         settings["top_k"] = 0
-    params = SamplingParams(
-        **{"temperature": 1.0, "top_p": 1.0, **settings},
-        max_tokens=most,
-        stop=given.get("stop", ()),
-        logit_bias=_bias(given.get("logit_bias", {}), served),
-        top_logprobs=max(logprobs or 0, given.get("prompt_logprobs") or 0),
-    )
+    try:
+        params = SamplingParams(
+            **{"temperature": 1.0, "top_p": 1.0, **settings},
+            max_tokens=most,
+            stop=given.get("stop", ()),
+            logit_bias=_bias(given.get("logit_bias", {}), served),
+            top_logprobs=max(logprobs or 0, given.get("prompt_logprobs") or 0),
+        )
+    except MistralError as error:  # whose message begins with the field
+        field = str(error).partition(" ")[0]
+        raise ApiError(str(error), field if field in given else None) from None
     _at_most("n", params.n * len(prompts), 1, MOST_PROMPTS)
     longest = max(map(len, prompts))
     if longest + max(0, most - 1) > served.context:

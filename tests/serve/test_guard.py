@@ -146,7 +146,6 @@ def test_who_takes_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
     assert released == [True]
 
 
-@pytest.mark.long
 def test_a_client_that_takes_nothing_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,6 +154,7 @@ def test_a_client_that_takes_nothing_is_given_up(
     body = b'{"prompt": "a", "max_tokens": 500000, "stream": true, "ignore_eos": true, "logprobs": 20}'
     with serving(rows=1) as found, socket.socket() as connection:
         server = urlsplit(found.url)
+        found.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((server.hostname, server.port))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.netloc}\r\nContent-Type: application/json\r\n"

@@ -199,7 +199,11 @@ def test_metrics_health_and_document(running: Running) -> None:
     [
         ("completions", {}, "prompt"),
         ("completions", {"prompt": "a", "max_token": 1}, "max_token"),
-        ("completions", {"prompt": "a", "temperature": -1}, None),
+        ("completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        ("completions", {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ("completions", {"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias"),
+        ("completions", {"prompt": "a", "n": 0}, "n"),
+        ("completions", {"prompt": "a", "stop": ""}, None),
         ("completions", {"prompt": "a", "temperature": "hot"}, "temperature"),
         ("completions", {"prompt": [5000]}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
