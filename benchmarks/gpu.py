@@ -29,7 +29,7 @@ from mistral.args import ModelArgs
 from mistral.eval import bench
 from mistral.eval.bench import seconds
 from mistral.formats.random import random_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.model import Transformer
 from mistral.oracle.layerwise import their_config
 from mistral.util.files import write_atomic

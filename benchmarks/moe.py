@@ -17,7 +17,7 @@ import torch
 
 from mistral.eval.bench import SHAPES, decode, read_rate, weight_bytes
 from mistral.formats.random import random_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.loader.options import LoadOptions
 
 ROUNDS, STEPS, CONTEXT = 7, 12, 32

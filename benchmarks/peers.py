@@ -53,7 +53,8 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
 
     from mistral.formats.folder import read_folder
     from mistral.formats.random import random_folder
-    from mistral.loader.load import assemble, windowed
+    from mistral.loader.assemble import assemble
+    from mistral.loader.load import windowed
     from mistral.loader.options import LoadOptions
 
     torch.set_num_threads(threads)

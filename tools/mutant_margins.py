@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mistral.formats.folder import Folder, read_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import mutants, pack
 from mistral.oracle.inputs import WeightReader, random_prompts, through

@@ -22,7 +22,8 @@ from mistral.args import ModelArgs, Moe
 from mistral.engine import STEP_TOKENS
 from mistral.formats.random import random_folder
 from mistral.formats.releases import COMPARED, RELEASES
-from mistral.loader.load import assemble, load, windowed
+from mistral.loader.assemble import assemble
+from mistral.loader.load import load, windowed
 from mistral.loader.options import LoadOptions
 from mistral.model import Transformer
 from mistral.parameters import EMBEDDINGS, parameters

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mistral.formats.folder import Folder
 from mistral.formats.tokenizers import load_tokenizer
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.loader.options import LoadOptions
 from mistral.parameters import parameters
 from mistral.tokenizer import encode

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral.formats.folder import Folder
 from mistral.formats.merge import has_adapter
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import mutants
 from mistral.oracle.inputs import require_ids

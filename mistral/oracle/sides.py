@@ -19,7 +19,8 @@ from mistral.formats.folder import Folder, read_folder
 from mistral.formats.hub import locate
 from mistral.formats.merge import has_adapter
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer
-from mistral.loader.load import as_read, assemble
+from mistral.loader.assemble import assemble
+from mistral.loader.load import as_read
 from mistral.loader.options import CACHE_NAMES, LoadOptions
 from mistral.logprobs import logprobs
 from mistral.model import Transformer

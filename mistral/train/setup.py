@@ -21,8 +21,9 @@ from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
+from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
-from mistral.loader.load import assemble, windowed
+from mistral.loader.load import windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
 from mistral.loader.runtime import WIDEN_SHARE, pick_device
 from mistral.model import Attention, Transformer

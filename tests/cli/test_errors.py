@@ -544,7 +544,7 @@ def test_options_that_only_the_machine_or_the_model_can_refuse(
     cli: Command, good: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if words[0] != "--json":
-        monkeypatch.setattr("mistral.loader.load._fill", None)
+        monkeypatch.setattr("mistral.loader.assemble._fill", None)
     assert said in cli("complete", good, "Hello", *words).error
 
 
@@ -557,7 +557,7 @@ def nothing_more(*_: object, **__: object) -> None:
 
 def test_a_model_that_does_not_fit(cli: Command, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda device: 600_000)
-    monkeypatch.setattr("mistral.loader.load._fill", nothing_more)
+    monkeypatch.setattr("mistral.loader.assemble._fill", nothing_more)
     error = spoilt(cli, good)
     need = 4 * sum(tensor.numel() for tensor in random_state().values())
     assert error.startswith(f"the weights in float32 need {need / 1e3:.1f} kB, but cpu has 600.0 kB left: ")

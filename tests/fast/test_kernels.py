@@ -211,6 +211,16 @@ def test_inputs_that_are_no_numbers_stay_none(kind: str, rows: int) -> None:
         assert linear(x)[0].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("size", [0.0, 1e-36])
+def test_inputs_too_small_to_be_rounded_count_as_zero(kind: str, rows: int, size: float) -> None:
+    """A step of nothing would make them NaN, which no whole number can be."""
+    linear = make_linear(kind, torch.rand(20, 200) + 0.5)
+    with torch.inference_mode():
+        assert not linear(torch.full((rows, 200), size)).any()
+
+
 @pytest.mark.parametrize("rows", [1, 5, FEW + 1])
 def test_activations_in_bfloat16(rows: int) -> None:
     generator = torch.Generator().manual_seed(6)
@@ -303,6 +313,15 @@ def test_the_kernels_round_as_the_plain_path_does(dtype: str, n: int, k: int, sc
         off = [(rounding.dequantize(q, s, k) - weight.float()).square().sum() for q, s in pairs]
         torch.testing.assert_close(*off, rtol=1e-5, atol=0)
         assert (pairs[0][1] != pairs[1][1]).sum() <= 2
+
+
+def test_the_kernels_round_rows_that_are_next_to_nothing_as_the_plain_path_does() -> None:
+    weight = (torch.rand(5, 70) - 0.5) * torch.tensor([1, 1e-30, 1e-36, 1e-42, 0])[:, None]
+    packed, scales = int8(weight)
+    q, want = rounding.int8(weight)
+    assert torch.equal(rounding.separate(packed, 5, 70), q)
+    assert torch.equal(scales, want)
+    assert not q[2:].any()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4-symmetric"])

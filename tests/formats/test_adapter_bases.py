@@ -12,7 +12,7 @@ from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import heads_of, to_hf
 from mistral.formats.merge import merge_into
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.parameters import parameters
 from tests.formats.test_adapter import paired
 from tests.formats.test_quantized_hf import write

@@ -19,8 +19,9 @@ from mistral.fast.known import unknown_module
 from mistral.formats.folder import BUNDLED, read_folder
 from mistral.generate import complete
 from mistral.loader import runtime
+from mistral.loader.assemble import assemble
 from mistral.loader.executions import EXECUTIONS
-from mistral.loader.load import assemble, load
+from mistral.loader.load import load
 from mistral.loader.options import ATTENTIONS, DTYPE_NAMES, LoadOptions, OptionError
 from mistral.loader.options import EXECUTIONS as NAMES
 from mistral.model import FeedForward, Transformer

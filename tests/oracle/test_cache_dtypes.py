@@ -10,7 +10,7 @@ import torch
 
 from mistral.buffers import Int8Buffer, RollingBuffer
 from mistral.formats.folder import read_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.oracle import verify
 from mistral.oracle.compare import compare
 from mistral.oracle.inputs import prompts_for

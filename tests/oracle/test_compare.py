@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mistral import cli
 from mistral.formats.folder import read_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.oracle import mutants, pack
 from mistral.oracle.compare import compare, differences
 from mistral.oracle.inputs import prompts_for

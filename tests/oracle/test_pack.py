@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mistral import cli
 from mistral.formats.folder import read_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import pack
 from mistral.oracle.compare import SINGLE

@@ -16,7 +16,7 @@ from torch import Tensor
 from mistral import cli
 from mistral.formats.folder import read_folder
 from mistral.formats.tokenizers import has_tokenizer, load_tokenizer
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.oracle import pack
 from tests.oracle.test_compare import PARAMS, hot
 from tests.support.folders import make_folder

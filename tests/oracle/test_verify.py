@@ -12,7 +12,7 @@ from torch import Tensor
 from mistral import cli
 from mistral.attention import eager, sdpa, tiled
 from mistral.formats.folder import read_folder
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.logprobs import logprobs
 from mistral.oracle import layerwise, verify
 from mistral.oracle.inputs import WeightReader, random_prompts

@@ -20,7 +20,8 @@ from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.merge import merge_into
-from mistral.loader.load import assemble, load
+from mistral.loader.assemble import assemble
+from mistral.loader.load import load
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
 from mistral.parallel import launch

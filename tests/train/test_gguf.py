@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mistral.formats.adapter import read_adapter
-from mistral.loader.load import assemble
+from mistral.loader.assemble import assemble
 from mistral.loader.options import LoadOptions
 from mistral.quant.blocks import BlockLinear
 from mistral.quant.linear import QuantizedEmbedding
