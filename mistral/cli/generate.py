@@ -129,7 +129,8 @@ def complete(
     note_if_instruct(loaded, chat)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
-    if loaded.tokenizer is None and not json and not any(isinstance(prompt, str) for prompt in prompts):
+    ends = _ends(loaded)
+    if ends is not None and not json and not any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
@@ -140,7 +141,7 @@ def complete(
     from mistral.generate import completions
 
     bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
-    more = {"adapter": [one.adapter for one in asked], "progress": bar, "thoughts": thoughts, "eos_ids": _ends(loaded)}
+    more = {"adapter": [one.adapter for one in asked], "progress": bar, "thoughts": thoughts, "eos_ids": ends}
     ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
     for result, index in _in_order(ended, len(prompts), params.n):
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
@@ -149,9 +150,9 @@ def complete(
 
 def _ends(loaded: Loaded) -> frozenset[int] | None:
     """The ids that end a sequence, where no tokenizer knows them; None where one does."""
-    from mistral.formats.tokenizers import eos_ids
+    from mistral.formats.tokenizers import eos_ids, has_tokenizer
 
-    return None if loaded.tokenizer is not None else eos_ids(loaded.folder, None, loaded.args.vocab_size)[0]
+    return None if has_tokenizer(loaded.folder) else eos_ids(loaded.folder, None, loaded.args.vocab_size)[0]
 
 
 def _read_schema(file: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mistral.eval.bench import Row
 from mistral.util import memory
+from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.util.files import write_atomic
 
@@ -18,12 +19,16 @@ def as_json(report: dict[str, Any]) -> str:
     return json.dumps(report)
 
 
+def _machine(report: dict[str, Any]) -> str:
+    return f"{report['processor']}, {counted(report['threads'], 'thread')}, torch {report['torch']}"
+
+
 def as_text(report: dict[str, Any]) -> str:
     """A table human-readable."""
     load_text = "" if report["load_seconds"] is None else f"loaded in {report['load_seconds']:.2f} s, "
     lines = [
         report["model"],
-        f"{report['processor']}, {report['threads']} threads, torch {report['torch']}, medians of {report['repeats']}",
+        f"{_machine(report)}, medians of {report['repeats']}",
         f"{load_text}first token after {report['first_token_seconds']:.2f} s, "
         f"{memory.as_text(report['peak_bytes'])} at most beyond PyTorch",
         "",
@@ -86,7 +91,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     rows = [Row(**row) for row in report["rows"]]
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(report["model"], 110)), fontsize=9)
-    figure.supxlabel(f"{report['processor']}, {report['threads']} threads, torch {report['torch']}", fontsize=8)
+    figure.supxlabel(_machine(report), fontsize=8)
     for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
         mine = sorted(
             (r for r in rows if (r.what == "prefill") == (what == "prefill")), key=lambda r: (r.batch, r.context)

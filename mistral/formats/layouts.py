@@ -41,12 +41,14 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
 
 
 def _models_inside(path: Path) -> str:
-    """Which folders within one that is no model are models, as checkpoints of a training and snapshots of the hub are."""
+    """Which folders within one that is no model are models: checkpoints of a training, snapshots of the hub."""
     inside = sorted(config.parent for layout in LAYOUTS.values() for config in _within(path, layout.config))
     if not inside:
         return ""
-    shown = ", ".join(printable(str(folder)) for folder in inside[:3]) + (", ..." if len(inside) > 3 else "")
-    return f"; there is {shown}: give {'that' if len(inside) == 1 else 'one of them'}"
+    shown = ", ".join(printable(folder.relative_to(path).as_posix()) for folder in inside[:3])
+    if len(inside) > 3:
+        shown += ", .."
+    return f"; within it there is {shown}: give {'that' if len(inside) == 1 else 'one of them'}"
 
 
 def _within(path: Path, name: str) -> list[Path]:

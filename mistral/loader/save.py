@@ -73,8 +73,8 @@ def _written_anew(source: Path) -> tuple[Path, ...]:
     if not source.is_dir():
         return ()
     layout, _ = find_layout(source)
-    names = sorted(entry.name for entry in source.iterdir())
-    weights = next(iter(layout.weight_sets(names)), ())
+    names = {entry.name for entry in source.iterdir()}
+    weights = next((files for files in layout.weight_sets(names) if files and names.issuperset(files)), ())
     return tuple(source / name for name in (layout.config, layout.index, *weights) if name in names)
 
 

@@ -62,6 +62,7 @@ def test_a_new_turn_takes_in_only_what_is_new(v1: Tokenizer, window: Any) -> Non
         steps.clear()
         ask(chat, question)
         ids = chat.template.encode_chat(chat.messages[:-1])
+        assert repr(chat) == f"<Chat of {len(chat.messages)} messages: template v1>"
         (first, *others), made = steps, chat.messages[-1].ids
         assert (chat.messages[-2], made is None) == (Message("user", question), False)
         # The last token of an answer was made and never taken in; with eos after it, that makes two.

@@ -360,8 +360,10 @@ def test_no_tokenizer_and_none_needed(cli: Command, folder: Path, tmp_path: Path
     assert made == {**known, "text": ""}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": made["tokens"][2]}))
     assert json.loads(cli(*words).out)["tokens"] == made["tokens"][: made["tokens"].index(made["tokens"][2])]
-    assert cli("complete", folder, "--file", file).error == (
-        "the folder has no tokenizer, so answers are ids and have no text: add --json"
+    refused = cli("complete", folder, "--file", file)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.splitlines()[-1] == (
+        "error: the folder has no tokenizer, so answers are ids and have no text: add --json"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -93,6 +94,10 @@ def test_quiet_and_verbose(cli: Command, folder: Path) -> None:
     words = ("complete", folder, "Hello", *SHORT)
     loud, quiet = cli(*words), cli(*words, "--quiet")
     assert (quiet.out, quiet.err) == (loud.out, "")
+    log = logging.getLogger("mistral")
+    with terminal.quietly(True):
+        assert not log.isEnabledFor(logging.WARNING)
+    assert log.isEnabledFor(logging.WARNING)
     missing = folder / "nowhere"
     assert cli("demo", missing, "--quiet").error == f"no such folder: {missing}"
     told = cli("demo", missing, "--verbose").err

@@ -62,6 +62,8 @@ def test_the_table_of_llama_bench(cli: Command, tmp_path: Path, monkeypatch: pyt
     assert [row[5] for row in cells[2:]] == TESTS
     size, count = f"{report['size_bytes'] / 2**20:.2f} MiB", f"{report['parameters'] / 1e6:.2f} M"
     assert {tuple(row[:5]) for row in cells[2:]} == {("1b int8", size, count, "CPU", "2")}
+    for threads, said in ((1, ", 1 thread, torch"), (2, ", 2 threads, torch")):
+        assert said in bench_text.as_text({**report, "threads": threads})
     large = bench_text.as_text({**report, "size_bytes": 3 * 2**30, "parameters": 7_241_732_096})
     assert "| 3.00 GiB | 7.24 B | CPU" in large
     for row, line in zip(report["rows"][::-1], [*cells[2:4], *cells[:3:-1]], strict=True):

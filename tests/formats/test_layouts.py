@@ -162,9 +162,9 @@ def test_which_layout_a_folder_has(tmp_path: Path, third: None) -> None:
 def test_models_within_a_folder_that_is_none_are_named(tmp_path: Path, inside: tuple[str, ...]) -> None:
     for name in inside:
         make_folder(tmp_path / "run" / name)
-    shown = ", ".join(str(tmp_path / "run" / name) for name in inside)
     with pytest.raises(ParamsError) as error:
         find_layout(tmp_path / "run")
-    assert str(error.value).endswith(f"; there is {shown}: give {'that' if len(inside) == 1 else 'one of them'}")
+    asked = "that" if len(inside) == 1 else "one of them"
+    assert str(error.value).endswith(f"; within it there is {', '.join(inside)}: give {asked}")
     with pytest.raises(ParamsError, match="weights and a tokenizer$"):
         find_layout(tmp_path)
