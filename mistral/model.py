@@ -232,8 +232,7 @@ class Transformer(nn.Module):
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""
-        angles = *self.rope.cos_sin(plan.positions), self.rope.query_scale(plan.positions)
-        cos, sin, q_scale = (x.to(self.device) for x in angles)
+        cos, sin, q_scale = (x.to(self.device) for x in self.rope.angles(plan.positions))
         h = self.tok_embeddings(input_ids).to(self.dtype)
         for i, layer in enumerate(self.layers):
             h = layer(h, cos, sin, plan, cache.layer(i), q_scale)

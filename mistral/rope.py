@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mistral.args import ModelArgs, Yarn
 
+# Of positions: cosines and sines [T, D/2], and the factor of queries, [T, 1] or [1, 1].
+Angles = tuple[Tensor, Tensor, Tensor]
+
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
     """theta ** (-2i / D) for i < D/2: [D/2] fp32 on the CPU.
@@ -83,6 +86,10 @@ class Rope:
             return torch.ones(1, 1)
         lengths = positions // self.query_scaling.original_length  # whole ones that lie behind
         return (1 + self.query_scaling.beta * torch.log(1 + lengths.float()))[:, None]
+
+    def angles(self, positions: Tensor) -> Angles:
+        """All that a layer wants to know of positions [T] on the CPU."""
+        return *self.cos_sin(positions), self.query_scale(positions)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

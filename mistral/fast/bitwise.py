@@ -20,7 +20,7 @@ from mistral.cache import NoCache, RollingBufferCache
 from mistral.fast.decode import KEPT, FastTransformer
 from mistral.fast.kernels import Matrix
 from mistral.fast.linear import HasMatrix, product, use_kernels
-from mistral.fast.prompt import aligned_cos_sin
+from mistral.fast.prompt import aligned_angles
 from mistral.logprobs import logprobs
 from mistral.model import ModelArgs, Transformer
 from mistral.plan import Plan
@@ -59,7 +59,7 @@ class BitwiseTransformer(FastTransformer):
         for rows, tokens in groups(plan.seqlens, min(store.block for store in cache.layers)):
             positions, origins = plan.positions[tokens], [plan.origins[row] for row in rows]
             part = h[tokens]
-            self.decode(model, part, rows, positions, origins, *aligned_cos_sin(positions, self.rope))
+            self.decode(model, part, rows, positions, origins, aligned_angles(positions, self.rope))
             if model.overflows:  # moved to float32 it would change the bits of all that comes after it
                 raise NotDeterministic(
                     "keys or values exceed 65,504, the most of a cache in float16: "

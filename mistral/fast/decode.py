@@ -26,6 +26,7 @@ from mistral.fast.threads import Sharing, Threads
 from mistral.model import Transformer, widen
 from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
+from mistral.rope import Angles
 
 KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
@@ -111,13 +112,13 @@ class FastTransformer(Transformer):
         if model is None:
             return super().step(input_ids, plan, cache)
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
-        cos, sin = self.rope.cos_sin(plan.positions)
+        angles = self.rope.angles(plan.positions)
         for i in range(len(self.layers)):
             cache.layer(i).written = True
         origins = [plan.origins[row] for row in rows]
         while True:
             h = self.tok_embeddings(input_ids).to(torch.float32).contiguous()
-            self.decode(model, h, rows, plan.positions, origins, cos, sin)
+            self.decode(model, h, rows, plan.positions, origins, angles)
             if not model.overflows:
                 return h
             widen_stores(model, cache)
@@ -134,7 +135,7 @@ class FastTransformer(Transformer):
         )
 
     def decode(
-        self, model: Model, h: Tensor, rows: list[int], positions: Tensor, origins: list[int], cos: Tensor, sin: Tensor
+        self, model: Model, h: Tensor, rows: list[int], positions: Tensor, origins: list[int], angles: Angles
     ) -> None:
         """Take tokens through all layers, in place; their keys go into the cache that `model` describes.
 
@@ -144,7 +145,7 @@ class FastTransformer(Transformer):
             h: [n, dim] embeddings; becomes normalised hidden states.
             rows: the row of the cache that each token has, any number of times.
             positions, origins: where each is, [n] int64, and where its sequence began.
-            cos, sin: [n, D/2] of the positions.
+            angles: of the positions.
         """
         args = self.args
         which, begins = torch.tensor(rows), torch.tensor(origins)
@@ -156,7 +157,9 @@ class FastTransformer(Transformer):
         with self._count(len(rows)) as chosen:
             count, keys, threads = (ctypes.c_int64(n) for n in (len(rows), seen, chosen))
             scratch = torch.empty(library().scratch_floats(ctypes.byref(model), count, keys, threads))
-            given = (pointer(x) for x in (which, positions, begins, cos, sin))
+            cos, sin, q_scale = angles
+            query = (cos, sin) if self.rope.query_scaling is None else (cos * q_scale, sin * q_scale)
+            given = (pointer(x) for x in (which, positions, begins, cos, sin, *query))
             used = (pointer(x) for x in (h, scratch, rounded))
             library().decode(ctypes.byref(model), count, *given, keys, *used, threads)
 
@@ -260,7 +263,7 @@ def widen_stores(model: Model, cache: RollingBufferCache) -> None:
 
 def matrices_of(model: Transformer) -> list[dict[str, Matrix]] | str:
     """The products of each layer as the kernels have them, by the fields of `Layer`; or why they cannot have them."""
-    if (module := unknown_module(model, mixtures=True)) is not None:
+    if (module := unknown_module(model, mixtures=True, growing=True)) is not None:
         return f"the fast path kernels does not know the module {module}"
     layers = []
     for i, block in enumerate(model.layers):

@@ -18,18 +18,17 @@ PARTS: dict[str, type[nn.Module]] = {
 }
 
 
-def unknown_module(model: Transformer, *, mixtures: bool = False) -> str | None:
+def unknown_module(model: Transformer, *, mixtures: bool = False, growing: bool = False) -> str | None:
     """The name and class of the first module that the fast paths do not know; None if they know all.
 
     Args:
         mixtures: whether they know mixtures of experts.
-
-    Queries that grow with their position are among what they do not know: they rotate q and k alike.
+        growing: whether they know queries that grow with their position, or rotate q and k alike.
 
     Kinds of `Linear` are not looked at: that is the business of whoever reads their weights. A subclass is another
     module, because it may compute something else.
     """
-    if model.args.llama_4_scaling is not None:
+    if model.args.llama_4_scaling is not None and not growing:
         return "rope (QueryScaling)"
     for i, block in enumerate(model.layers):
         if type(block) is not TransformerBlock:

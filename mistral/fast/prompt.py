@@ -21,7 +21,7 @@ from mistral.fast.linear import HasMatrix
 from mistral.fast.tiles import BF16, product_many
 from mistral.model import FeedForward, RMSNorm, Transformer, TransformerBlock
 from mistral.plan import Plan
-from mistral.rope import Rope
+from mistral.rope import Angles, Rope
 
 POSITIONS = 64  # whose cosines are made together: a multiple of every vector, so no value is made by a loop's tail
 FEW_QUERIES = 8  # of a sequence in a step: transposing the keys for fewer takes longer than PyTorch's attention
@@ -88,13 +88,14 @@ def gate(x: Tensor, up: Tensor) -> Tensor:
     return x
 
 
-def aligned_cos_sin(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """`Rope.cos_sin`, made for whole blocks of positions, so that neighbours change no bit."""
+def aligned_angles(positions: Tensor, rope: Rope) -> Angles:
+    """Angles made for whole blocks of positions, so that neighbours change no bit."""
     blocks, place = (positions // POSITIONS).unique(return_inverse=True)
-    made = [rope.cos_sin(torch.arange(POSITIONS) + block * POSITIONS) for block in blocks.tolist()]
+    every = [torch.arange(POSITIONS) + block * POSITIONS for block in blocks.tolist()]
+    made = [rope.angles(each) for each in every]
     at = place * POSITIONS + positions % POSITIONS
-    cos, sin = (torch.cat(parts)[at] for parts in zip(*made, strict=True))
-    return cos, sin
+    cos, sin, grown = (torch.cat([parts.expand(POSITIONS, -1) for parts in x])[at] for x in zip(*made, strict=True))
+    return cos, sin, grown
 
 
 # Which tokens of a step are rounded: neighbours together, in their order.
@@ -128,7 +129,7 @@ def takes(model: Transformer) -> bool:
     """Whether `step` can take the steps of a model: nothing in it is unknown, and no hook looks at what is between."""
     hooks = (vars(m)[kind] for m in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks"))
     plain = model.device.type == "cpu" and model.dtype == torch.float32 and not torch.is_grad_enabled()
-    return plain and unknown_module(model) is None and not any(hooks)
+    return plain and unknown_module(model, growing=True) is None and not any(hooks)
 
 
 def step(
@@ -141,7 +142,8 @@ def step(
     """
     parts = parts_of(plan, rounds)
     look = tiled(attend if any(rounded for _, rounded in parts) else attend_or_sdpa)
-    cos, sin = aligned_cos_sin(plan.positions, model.rope)
+    cos, sin, q_scale = aligned_angles(plan.positions, model.rope)
+    q_cos, q_sin = cos * q_scale, sin * q_scale
     h = model.tok_embeddings(input_ids).to(torch.float32).contiguous()
     for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock)  # as `takes` has seen
@@ -154,7 +156,7 @@ def step(
             for w in (attention.wq, attention.wk, attention.wv)
         )
         which = look if attention.attend == tiled(sdpa) else attention.attend
-        seen = which(turn(q, cos, sin), turn(k, cos, sin), v, store, plan)
+        seen = which(turn(q, q_cos, q_sin), turn(k, cos, sin), v, store, plan)
         h += multiply(attention.wo, seen.flatten(-2), parts)
         x = norm(h, block.ffn_norm)
         h += multiply(ffn.w2, gate(multiply(ffn.w1, x, parts), multiply(ffn.w3, x, parts)), parts)

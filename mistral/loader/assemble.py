@@ -83,7 +83,8 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
 
     model = build(run)
     beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
-    module = beside[0] if beside else unknown_module(model, mixtures=run.how.products)
+    by_kernels = run.how.products
+    module = beside[0] if beside else unknown_module(model, mixtures=by_kernels, growing=by_kernels)
     if division is not None:
         module = "layers.0.attention.wo (Summed)"
     if run.how.whole_steps and module is not None:

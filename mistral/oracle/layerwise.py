@@ -27,7 +27,7 @@ from mistral.linear import Linear
 from mistral.model import RMSNorm, TransformerBlock, widen
 from mistral.oracle.truth import Weights
 from mistral.plan import Plan
-from mistral.rope import Rope
+from mistral.rope import Angles, Rope
 
 Schedule = Sequence[Sequence[int]]  # for each step, the tokens that each prompt contributes
 
@@ -105,14 +105,14 @@ class LibraryRunner:
         rope = Rope(args)
         done = [0] * len(prompts)
         self._rows: list[Tensor] = []  # of each step's tokens, in the order of the whole
-        self._angles: list[tuple[Tensor, ...]] = []
+        self._angles: list[Angles] = []
         begins = [sum(len(p) for p in prompts[:row]) for row in range(len(prompts))]
         for step in self.schedule:
             positions = torch.cat([torch.arange(d, d + n) for d, n in zip(done, step, strict=True)])
             rows = [torch.arange(b + d, b + d + n) for b, d, n in zip(begins, done, step, strict=True)]
             self._rows.append(torch.cat(rows))
-            angles = *rope.cos_sin(positions), rope.query_scale(positions)
-            self._angles.append(tuple(x.to(self._device) for x in angles))
+            cos, sin, q_scale = (x.to(self._device) for x in rope.angles(positions))
+            self._angles.append((cos, sin, q_scale))
             done = [d + n for d, n in zip(done, step, strict=True)]
 
     def embed(self, weight: Tensor) -> None:
@@ -142,7 +142,7 @@ class LibraryRunner:
         self,
         block: TransformerBlock,
         h: Tensor,
-        angles: tuple[Tensor, ...],
+        angles: Angles,
         plan: Plan,
         keys: RollingBufferCache | NoCache,
     ) -> Tensor:
@@ -171,7 +171,7 @@ class DecodeRunner(LibraryRunner):
         self,
         block: TransformerBlock,
         h: Tensor,
-        angles: tuple[Tensor, ...],
+        angles: Angles,
         plan: Plan,
         keys: RollingBufferCache | NoCache,
     ) -> Tensor:
@@ -192,7 +192,7 @@ class DecodeRunner(LibraryRunner):
                 return super()._step(block, h, angles, plan, keys)
             described.norm = None
             out = h.clone()
-            alone.decode(described, out, rows, plan.positions, [plan.origins[row] for row in rows], *angles[:2])
+            alone.decode(described, out, rows, plan.positions, [plan.origins[row] for row in rows], angles)
             if not described.overflows:
                 return out
             widen_stores(described, keys)

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mistral.args import ModelArgs
+from mistral.args import ModelArgs, QueryScaling, Yarn
 from mistral.cache import RollingBufferCache
 from mistral.engine import Engine
 from mistral.fast import bitwise
-from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic, aligned_cos_sin, groups, self_test
+from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic, aligned_angles, groups, self_test
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.fast.linear import use_kernels
 from mistral.linear import Linear
@@ -28,7 +28,7 @@ from mistral.loader.options import OptionError
 from mistral.parameters import parameters
 from mistral.quant import put_quantized, quantize
 from mistral.request import Request, Token
-from mistral.rope import Rope
+from mistral.rope import Angles, Rope
 from mistral.sampling import distribution
 from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder
@@ -113,6 +113,17 @@ def test_any_mix_any_chunks(kind: str, window: Any) -> None:
             assert same(play(model, prompts, schedule, make_cache(model, len(prompts))), want)
     with threads(2):
         assert same(whole(model, prompts), want)
+
+
+def test_queries_that_grow() -> None:
+    grows = {"llama_4_scaling": QueryScaling(5, 0.7), "yarn": Yarn(4, 8)}
+    args = tiny_args(sliding_window=17, n_heads=6, n_kv_heads=2, hidden_dim=50, **grows)
+    model, lens = make_model(args, "bfloat16", seed=4), [80, 1, 33]
+    prompts = ragged(lens, args.vocab_size)
+    want = alone(model, prompts)
+    for schedule in (prefill_then_decode(lens, 30), in_chunks(lens, 19), at_random(lens, 7)):
+        assert same(play(model, prompts, schedule, make_cache(model, 3)), want)
+    assert same(whole(model, prompts), want)
 
 
 @pytest.mark.long
@@ -230,13 +241,13 @@ def test_groups_hold_every_token_once_and_few_of_a_sequence(seqlens: list[int], 
 
 @given(st.sampled_from([2, 6, 10, 128]), st.lists(st.integers(0, 200_000), min_size=1, max_size=70))
 def test_cosines_do_not_depend_on_neighbours(head_dim: int, positions: list[int]) -> None:
-    rope = Rope(tiny_args(head_dim=head_dim, rope_theta=1e6))
+    rope = Rope(tiny_args(head_dim=head_dim, rope_theta=1e6, llama_4_scaling=QueryScaling(1000, 0.3)))
     at = torch.tensor(positions)
-    together = aligned_cos_sin(at, rope)
+    together = aligned_angles(at, rope)
     for got, want, contract in zip(
         together,
-        map(torch.cat, zip(*(aligned_cos_sin(one, rope) for one in at.split(1)), strict=True)),
-        rope.cos_sin(at),
+        map(torch.cat, zip(*(aligned_angles(one, rope) for one in at.split(1)), strict=True)),
+        rope.angles(at),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -397,11 +408,11 @@ def plant_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        cos, sin = rope.cos_sin(positions)
-        return (a_bit_more(cos), sin) if len(positions) == 6 else (cos, sin)
+    def wrong(positions: Tensor, rope: Rope) -> Angles:
+        cos, *rest = rope.angles(positions)
+        return (a_bit_more(cos) if len(positions) == 6 else cos, *rest)
 
-    monkeypatch.setattr(bitwise, "aligned_cos_sin", wrong)
+    monkeypatch.setattr(bitwise, "aligned_angles", wrong)
 
 
 def plant_in_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:

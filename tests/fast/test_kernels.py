@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral.args import ModelArgs
+from mistral.args import ModelArgs, QueryScaling, Yarn
 from mistral.cache import RollingBufferCache
 from mistral.fast import decode, kernels, layout
 from mistral.fast.decode import FastTransformer
@@ -377,6 +377,20 @@ def test_decode_steps_equal_the_plain_model(kind: str, window: Any, decodes: lis
             assert decodes == few  # these steps, and no others
             assert len(few) > 10
             assert distance(got, true_logprobs(plain, prompts)) <= budget(kind)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("window", [None, 17])
+def test_queries_that_grow(kind: str, window: int | None, decodes: list[int]) -> None:
+    grows = {"llama_4_scaling": QueryScaling(5, 0.7), "yarn": Yarn(4, 8)}
+    args = tiny_args(sliding_window=window, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=70, **grows)
+    fast, plain = fast_twin(tiny_model(args, seed=4), kind)
+    prompts = ragged([60, 1, 33], args.vocab_size)
+    with torch.inference_mode():
+        for schedule in (prefill_then_decode([60, 1, 33], 30), at_random([60, 1, 33], 7)):
+            got = play(fast, prompts, schedule, make_cache(fast, 3))
+            assert distance(got, true_logprobs(plain, prompts)) <= budget(kind)
+    assert len(decodes) > 30
 
 
 @settings(max_examples=25)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mistral.args import QueryScaling
 from mistral.attention import eager
 from mistral.cache import RollingBufferCache
 from mistral.engine import Engine
@@ -228,8 +229,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 5, (3, None), 40])
-def test_steps_of_many_tokens_equal_the_plain_model(window: Any, dtype: torch.dtype, steps: list[Any]) -> None:
-    plain = tiny_model(tiny_args(sliding_window=window))
+@pytest.mark.parametrize("grows", [None, QueryScaling(5, 0.7)])
+def test_steps_of_many_tokens_equal_the_plain_model(
+    window: Any, dtype: torch.dtype, grows: QueryScaling | None, steps: list[Any]
+) -> None:
+    plain = tiny_model(tiny_args(sliding_window=window, llama_4_scaling=grows))
     fast = fast_model(plain, dtype)
     prompts = ragged((70, 1, 33, 90), plain.args.vocab_size)
     truth = true_logprobs(plain, prompts)
