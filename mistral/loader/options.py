@@ -56,7 +56,7 @@ class LoadOptions:
         adapter_mode: merge (one, into the weights) or runtime (beside them); default: merge, for several runtime
         sliding_window: a number, or none; default: what the files say; for GGUF, that of the release
         draft: guess tokens ahead: ngram (from the text so far), or a smaller model's folder; changes no token
-        parallel: processes that divide the model: 2, 4 ...; for complete, interactive, demo, perplexity, serve, batch
+        parallel: processes that divide the model: 2, 4 ...; for complete, interactive, perplexity, serve, batch
 
     Raises:
         OptionError: a value that cannot be, whatever the machine.

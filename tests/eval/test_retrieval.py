@@ -378,7 +378,7 @@ def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
     ],
 )
 def test_words_that_are_refused(cli: Command, words: tuple[str, ...], error: str) -> None:
-    assert cli("eval", *words).error.startswith(error)
+    assert error in cli("eval", *words).error
 
 
 def test_without_memory_for_more_rows_each_prompt_is_processed_by_itself(

@@ -30,7 +30,7 @@ from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
 from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
-from tests.support.tiny import TOLERANCE, distance, ragged, tiny_model, whole
+from tests.support.tiny import TOLERANCE, distance, ragged, tiny_model, true_logprobs, whole
 
 CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 TOKENIZER = {f"tokenizer.ggml.{key}": value for key, value in tokenizer_keys(BUNDLED / "tokenizer.model").items()}
@@ -295,7 +295,8 @@ def test_a_file_of_arch_mistral3(tmp_path: Path, parts: dict[str, Any]) -> None:
     model.load_state_dict({name: torch.from_numpy(w) for name, w in held.items()}, strict=False)
     prompts = ragged([30, 3], 4096)
     with torch.inference_mode():
-        assert distance(whole(loaded.model, prompts), whole(model, prompts)) < TOLERANCE
+        found, plain, exact = whole(loaded.model, prompts), whole(model, prompts), true_logprobs(model, prompts)
+        assert distance(found, exact) <= max(TOLERANCE, 4 * distance(plain, exact))
     convert(tmp_path / "m.gguf", tmp_path / "out", "mistral")
     assert read_folder(tmp_path / "out").args.yarn == args.yarn
 
