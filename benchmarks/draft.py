@@ -3,7 +3,8 @@
     python -m benchmarks.draft FOLDER [--threads 1] [--quant int4] [--rounds 3] [--draft ngram]
 
 Both take turns; the figure is the median over the rounds of the ratio of tokens a second after the prompt. The first
-text asks for its own prompt again; the second is sampled at temperature 1.
+text stands in its prompt twice, so that a model copies it; the second once, and a small model soon goes its own way;
+the third is sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ def main() -> None:
     drafted = load(given.folder, draft=given.draft, **options)
     encode = plain.tokenizer.encode
     texts = {
+        "copies its prompt": (
+            encode(CODE + "\n\n" + CODE + "\n\n" + CODE[:60]),
+            SamplingParams(max_tokens=given.tokens, temperature=0),
+        ),
         "repeats its prompt": (
             encode(CODE + "\n\n" + CODE[:60]),
             SamplingParams(max_tokens=given.tokens, temperature=0),

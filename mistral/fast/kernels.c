@@ -147,11 +147,12 @@ static int inputs_for(const Layer *l) {
 /* `rows` tokens, of as many sequences or fewer, through all layers. Those of one sequence must not be so many that one
    takes the slot of a key that another sees.
    which: the row of the cache that each has; positions, origins: where each is and where it began;
-   cos, sin: [rows, D / 2], query_cos, query_sin: those of queries, the same where these do not grow; h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
+   cos, sin: [rows, D / 2]; query_cos, query_sin: those of queries, the same where these do not grow;
+   h: [rows, dim], embeddings in, hidden states out, normalised if the model has a last norm;
    rounded: room for the widest inputs, where weights are quantized; with mixtures for those of all chosen experts too. */
 void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positions, const int64_t *origins,
-            const float *cos, const float *sin, const float *query_cos, const float *query_sin, int64_t most_keys, float *h, float *scratch, Inputs *rounded,
-            int64_t threads) {
+            const float *cos, const float *sin, const float *query_cos, const float *query_sin, int64_t most_keys,
+            float *h, float *scratch, Inputs *rounded, int64_t threads) {
     const int64_t dim = m->dim, d = m->head_dim, kv_heads = m->n_kv_heads, heads = m->n_heads / kv_heads;
     const int64_t ldd = apart(dim), ldq = apart(m->n_heads * d), ldkv = kv_heads * d, ldw = apart(m->hidden_dim);
     const int64_t gd = groups_of(dim), gq = groups_of(m->n_heads * d), gw = groups_of(m->hidden_dim);
