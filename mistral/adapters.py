@@ -136,3 +136,16 @@ class AdaptedLinear(nn.Module):
             pair = self.pairs[self._places[name]]
             y = y + pair(x) if rows is None else y.index_add(0, rows, pair(x[rows]))
         return y
+
+
+def find_adapter(adapters: Adapters | None, name: str | None) -> str:
+    """The adapter of that name, "" for none; None: the default. Of a model that may have none at all.
+
+    Raises:
+        UsageError: there is no such adapter.
+    """
+    if adapters is not None:
+        return adapters.find(name)
+    if name:
+        raise UsageError(f"no adapter is called {short_repr(name)}: the model was loaded without any at run time")
+    return BASE

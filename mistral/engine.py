@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mistral.adapters import BASE
+from mistral.adapters import BASE, find_adapter
 from mistral.cache import RollingBufferCache
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
@@ -21,7 +21,6 @@ from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.util import memory
-from mistral.util.errors import UsageError, short_repr
 
 Progress = Callable[[int, int], None]
 STEP_TOKENS = 2048  # prompt tokens that a step processes, over all rows, unless a chunk size is given
@@ -123,7 +122,7 @@ class Engine:
         index = self._added if index is None else index
         ids = prompt_ids if isinstance(prompt_ids, list | StoredIds) else list(prompt_ids)
         check_request(ids, params, index, sample, self.model.args.vocab_size)
-        chosen = self._find_adapter(adapter)
+        chosen = find_adapter(self.model.adapters, adapter)
         held = 0 if row is None else self._check_row(row, ids, index)
         ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
         scored = self.score_prompts if score is None else score
@@ -169,13 +168,6 @@ class Engine:
             return []
         with torch.inference_mode(), self.model.share_cores():
             return self._forward()
-
-    def _find_adapter(self, name: str | None) -> str:
-        if self.model.adapters is not None:
-            return self.model.adapters.find(name)
-        if name:
-            raise UsageError(f"no adapter is called {short_repr(name)}: the model was loaded without any at run time")
-        return BASE
 
     def _adapted(self, requests: Sequence[Request | None], counts: Sequence[int]) -> AbstractContextManager[None]:
         """While open, products are of so many rows of each request."""

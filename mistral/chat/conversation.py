@@ -6,11 +6,13 @@ answer; what the cache holds of them already is kept, whatever has happened in b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from mistral.adapters import find_adapter
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template, check_effort
 from mistral.chat.thinking import add_thought
@@ -21,7 +23,7 @@ from mistral.request import GenerationError, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import Tokenizer
 from mistral.util.english import counted
-from mistral.util.errors import printable
+from mistral.util.errors import printable, short_repr
 from mistral.util.flat import flat
 
 
@@ -66,7 +68,7 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
-        self._system = system if isinstance(system, Message) else Message("system", system)
+        self._system = system if isinstance(system, Message) else Message("system", _text(system, "a system prompt"))
         self.effort, self._adapter = effort, adapter
         self._thought_end = None if template.thought_ids is None else template.thought_ids.end
         self.params = params
@@ -76,6 +78,7 @@ class Chat:
         self.answers = 0
         self.prefilled_tokens = self.cached_tokens = 0
         self._held: list[int] = []
+        self._open: weakref.ref[Generator[Piece, None, None]] | None = None  # the answer that was begun last
         self._cache = model.make_cache(1)
         probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
         if max(probe) >= model.args.vocab_size:
@@ -103,7 +106,13 @@ class Chat:
         return self._adapter
 
     def set_adapter(self, name: str | None) -> None:
-        """Answer with another adapter from now on; what the cache holds was computed with the one before."""
+        """Answer with another adapter from now on; what the cache holds was computed with the one before.
+
+        Raises:
+            UsageError: the model has no such adapter.
+        """
+        find_adapter(self.model.adapters, name)
+        self._end_answer()
         if name != self._adapter:
             self._adapter, self._held = name, []
 
@@ -121,7 +130,7 @@ class Chat:
         are pieces with `thought`.
 
         Question and answer join the conversation when the iterator ends, is closed or is broken off; a question of
-        whose answer no token was made does not.
+        whose answer no token was made does not. Whatever else is asked of the conversation ends it.
 
         Args:
             progress: see `stream`.
@@ -131,9 +140,20 @@ class Chat:
         """
         if self.params.n > 1:
             raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
-        asked = Message("user", question)
+        asked = Message("user", _text(question, "a question"))
+        self._end_answer()
         ids = self._encode([*self.messages, asked])
-        return self._answer([asked], Message("assistant", ""), ids, self._stream(ids, progress))
+        return self._opened(self._answer([asked], Message("assistant", ""), ids, self._stream(ids, progress)))
+
+    def _opened(self, answer: Generator[Piece, None, None]) -> Iterator[Piece]:
+        self._open = weakref.ref(answer)
+        return answer
+
+    def _end_answer(self) -> None:
+        """End an answer that somebody has not read to its end: there is one cache, and one order of messages."""
+        answer = None if self._open is None else self._open()
+        if answer is not None:
+            answer.close()
 
     def _stream(self, ids: list[int], progress: Progress | None) -> Iterator[Piece]:
         """Continue ids; what the cache holds of them already is not processed again."""
@@ -161,7 +181,7 @@ class Chat:
 
     def _answer(
         self, asked: list[Message], answer: Message, ids: list[int], pieces: Iterator[Piece]
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Hand out the pieces of an answer, which joins the conversation at the end, what was asked before it."""
         made = answer.ids = answer.ids or []
         ended = False
@@ -189,6 +209,7 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
+        self._end_answer()
         if not self.messages or self.messages[-1].role != "assistant":
             raise GenerationError("there is no answer to go on with")
         last = self.messages[-1]
@@ -198,7 +219,7 @@ class Chat:
         ids = [*self._encode(self.messages[:-1]), *made]
         pieces = self._stream(ids, progress)
         self.messages.pop()
-        return self._answer([], replace(last, ids=list(made)), ids[: len(ids) - len(made)], pieces)
+        return self._opened(self._answer([], replace(last, ids=list(made)), ids[: len(ids) - len(made)], pieces))
 
     def undo(self) -> Message:
         """Drop the last question and its answer, and return the question.
@@ -206,6 +227,7 @@ class Chat:
         Raises:
             GenerationError: there is none.
         """
+        self._end_answer()
         last = max((i for i, message in enumerate(self.messages) if message.role == "user"), default=None)
         if last is None:
             raise GenerationError("there is nothing to undo")
@@ -215,6 +237,7 @@ class Chat:
 
     def reset(self) -> None:
         """Begin a new conversation, with the same system prompt."""
+        self._end_answer()
         self.messages.clear()
 
     def set_system(self, system: str | Message) -> None:
@@ -223,6 +246,13 @@ class Chat:
         Raises:
             TemplateError: the template has no place for one.
         """
-        message = system if isinstance(system, Message) else Message("system", system)
+        message = system if isinstance(system, Message) else Message("system", _text(system, "a system prompt"))
+        self._end_answer()
         self.template.encode_chat([message, Message("user", "")])
         self._system = message
+
+
+def _text(given: object, what: str) -> str:
+    if not isinstance(given, str):
+        raise GenerationError(f"{what} is text, and not {short_repr(given)}")
+    return given

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar
 
+from mistral.util.errors import UsageError, short_repr
+
 R = TypeVar("R")
 
 
@@ -36,6 +38,11 @@ def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..
                 whole = named.pop(name, None)
                 changes = {f.name: named.pop(f.name) for f in shown_fields[name] if f.name in named}
                 base = default if whole is None else whole
+                several = isinstance(base, list | tuple)  # one for each of what the function is given
+                if not all(isinstance(one, type(default)) for one in (base if several else [base])):
+                    raise UsageError(f"{name} is {short_repr(base)}; it must be {type(default).__name__}(..)")
+                if several and changes:
+                    raise UsageError(f"{' and '.join(changes)} beside several {name}: give it within each of them")
                 named[name] = replace(base, **changes) if changes else base
             return function(*given, **named)
 

@@ -18,6 +18,7 @@ from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
 from mistral.request import GenerationError
 from mistral.tokenizer import Tokenizer
+from mistral.util.errors import UsageError
 from tests.support.tiny import tiny_args, tiny_model
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -180,6 +181,47 @@ def test_an_answer_that_was_broken_off_stays_as_far_as_it_came(v1: Tokenizer, wi
     fresh.messages = list(chat.messages)
     assert ask(chat, "And when?") == ask(fresh, "And when?")
     assert (chat.cached_tokens > 0) == (how != "within a step")  # a broken step takes the cache with it
+
+
+@pytest.mark.parametrize("then", ["answer", "resume", "undo", "reset", "set_system", "set_adapter"])
+def test_whatever_is_asked_ends_an_answer_that_nobody_reads_on(v3: Tokenizer, then: str) -> None:
+    """Two answers at once would write their keys into one cache, and join the conversation in another order."""
+    chat = make_chat(v3)
+    open_one = chat.answer("Who are you?")
+    begun = next(open_one).text
+    if then == "answer":
+        ask(chat, "Where do you live?")
+        assert [m.content for m in chat.messages][:3] == ["Who are you?", begun, "Where do you live?"]
+    elif then == "resume":
+        assert "".join(piece.text for piece in chat.resume())
+        assert [m.role for m in chat.messages] == ["user", "assistant"]
+    elif then == "undo":
+        assert chat.undo().content == "Who are you?"
+        assert chat.messages == []
+    elif then == "reset":
+        chat.reset()
+        assert chat.messages == []
+    elif then == "set_system":
+        chat.set_system("Be brief.")
+    else:
+        chat.set_adapter(None)
+    assert list(open_one) == []
+    fresh = make_chat(v3, system=chat.system)
+    fresh.messages = list(chat.messages)
+    fresh.answers, fresh.seed = chat.answers, chat.seed
+    assert ask(chat, "And when?") == ask(fresh, "And when?")
+
+
+def test_what_is_no_text_is_named(v1: Tokenizer) -> None:
+    chat: Any = make_chat(v1)
+    with pytest.raises(GenerationError, match="a question is text, and not None"):
+        chat.answer(None)
+    with pytest.raises(GenerationError, match="a system prompt is text, and not 5"):
+        chat.set_system(5)
+    with pytest.raises(UsageError, match="no adapter is called 'x'"):
+        chat.set_adapter("x")
+    with pytest.raises(UsageError, match=r"params is \{'max_tokens': 3\}; it must be SamplingParams"):
+        make_chat(v1, params={"max_tokens": 3})
 
 
 def test_a_question_without_an_answer_is_none(v1: Tokenizer) -> None:
