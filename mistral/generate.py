@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, require_tokenizer
+from mistral.util.errors import UsageError, short_repr
 from mistral.util.flat import flat
 
 Prompt = str | Sequence[int]
@@ -127,6 +128,9 @@ def sampled(function: Callable[..., R]) -> Callable[..., R]:
         if _is_list(named.get("params")) or _is_list(named.get("max_tokens")):
             prompts = _prompt_list(prompts)
             params = _one_each("params", named.pop("params", DEFAULT), len(prompts))
+            for one in params:
+                if not isinstance(one, SamplingParams):
+                    raise UsageError(f"params is {short_repr(one)}; it must be SamplingParams(..)")
             changes = [{name: named.pop(name) for name in names if name in named and name != "max_tokens"}] * len(
                 params
             )
@@ -140,7 +144,7 @@ def sampled(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str)
+    return isinstance(value, Iterable) and not isinstance(value, str | Mapping)
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:

@@ -26,6 +26,7 @@ from mistral.request import GenerationError
 from mistral.sampling import RequestRng
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.tokenizer import Tokenizer
+from mistral.util.errors import MistralError
 from tests.support.tiny import TOLERANCE, ragged, tiny_args, tiny_model
 from tests.support.truth import truth
 
@@ -281,10 +282,10 @@ def test_params_for_all_one_each_and_by_name() -> None:
     assert [c.text for c in complete(iter(prompts), model, Letters(), max_tokens=[1, 2], temperature=0)] == ["b", "cd"]
     for wrong, message in (
         ({"params": [one]}, "1 values of params for 2 prompts"),
-        ({"params": [one, None]}, "params is None|replace"),
+        ({"params": [one, None]}, "params is"),
         ({"params": "greedy"}, "params is 'greedy'"),
     ):
-        with pytest.raises((GenerationError, TypeError), match=message):
+        with pytest.raises(MistralError, match=message):
             texts(**wrong)
     with pytest.raises(TypeError, match="tempurature"):
         texts(tempurature=1)
