@@ -27,6 +27,7 @@ from mistral.util.errors import FormatError, UsageError, short_repr
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
+    from mistral.chat.templates import Template
     from mistral.generate import Completion
     from mistral.loader.load import Loaded
 
@@ -129,14 +130,17 @@ def complete(
     note_if_instruct(loaded, chat)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
-    ends = _ends(loaded)
-    if ends is not None and not json and not any(isinstance(prompt, str) for prompt in prompts):
+    from mistral.formats.tokenizers import has_tokenizer
+
+    ends = _ends(loaded, template)
+    if not has_tokenizer(loaded.folder) and not json and not any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if file is None and not json and params.n == 1:
         show = chat.shows_thoughts
-        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, thoughts=thoughts, thinking=show)
+        how: dict[str, Any] = {"thoughts": thoughts, "thinking": show, "eos_ids": ends}
+        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, **how)
         return
     from mistral.generate import completions
 
@@ -148,11 +152,13 @@ def complete(
         terminal.write(f"{text}\n")
 
 
-def _ends(loaded: Loaded) -> frozenset[int] | None:
-    """The ids that end a sequence, where no tokenizer knows them; None where one does."""
+def _ends(loaded: Loaded, template: Template | None) -> frozenset[int]:
+    """The ids that end a sequence: of the tokenizer and, behind a question, of the template; else of the folder."""
     from mistral.formats.tokenizers import eos_ids, has_tokenizer
 
-    return None if has_tokenizer(loaded.folder) else eos_ids(loaded.folder, None, loaded.args.vocab_size)[0]
+    if not has_tokenizer(loaded.folder):
+        return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0]
+    return loaded.tokenizer.eos_ids if template is None else loaded.tokenizer.eos_ids | template.ends
 
 
 def _read_schema(file: str) -> dict[str, Any]:

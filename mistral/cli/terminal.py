@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -404,6 +404,7 @@ def stream_one(
     chunk_size: int | None = None,
     thoughts: ThoughtIds | None = None,
     thinking: bool = True,
+    eos_ids: Collection[int] | None = None,
 ) -> None:
     """Continue one prompt on stdout as it is generated, `echo` first; then how fast on stderr, also after Ctrl-C, which
     ends it between two steps.
@@ -411,6 +412,7 @@ def stream_one(
     Args:
         thoughts: ids between which a model thinks.
         thinking: whether that is shown, on stderr.
+        eos_ids: what ends the text; None: as the tokenizer has it.
     """
     from mistral.generate import stream
 
@@ -421,5 +423,6 @@ def stream_one(
             interrupt.check()
             bar(done, total)
 
-        more = {"params": params, "chunk_size": chunk_size, "progress": between_steps, "thoughts": thoughts}
-        print_stream(stream([prompt], loaded.model, loaded.tokenizer, **more), echo, thinking=thinking)
+        how = {"params": params, "chunk_size": chunk_size, "progress": between_steps}
+        pieces = stream([prompt], loaded.model, loaded.tokenizer, thoughts=thoughts, eos_ids=eos_ids, **how)
+        print_stream(pieces, echo, thinking=thinking)

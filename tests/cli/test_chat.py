@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mistral.chat.templates import find_template
+from mistral.cli import generate
 from mistral.cli.conversation import Conversation
 from mistral.cli.interrupts import Interrupt
 from mistral.cli.terminal import QUOTES
@@ -408,3 +409,27 @@ def test_a_conversation_changes_its_adapter(cli: Command, folder: Path, tmp_path
     wrong = cli(*chat, "--adapter", one, "--adapter", two, stdin="/adapter three")
     assert "no adapter is called 'three'; there are one, two" in wrong.err
     assert "no adapters are beside the weights" in cli(*chat, stdin="/adapter one").err
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_an_answer_ends_where_its_template_ends(
+    cli: Command, monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
+) -> None:
+    """ChatML's <|im_end|> need not be an end of the tokenizer: fine-tunes often leave </s> there."""
+    words = ("complete", "Who is there?", "--instruct", "--template", "v1", "--temperature", "0", "-n", "9")
+    tokens = json.loads(cli(*words, "--json").out)["tokens"]
+    find = generate.template_of
+
+    def with_an_end(*given: Any) -> Any:
+        template = find(*given)
+        template.ends = frozenset([tokens[3]])
+        return template
+
+    monkeypatch.setattr(generate, "template_of", with_an_end)
+    done = cli(*words, *how)
+    assert done.code == 0
+    if how:
+        said = json.loads(done.out)
+        assert (said["finish_reason"], said["tokens"]) == ("stop", tokens[:3])
+    else:
+        assert done.out.strip() == "'"
