@@ -21,8 +21,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, require_tokenizer
-from mistral.util.errors import UsageError, short_repr
-from mistral.util.flat import flat
+from mistral.util.flat import flat, require_parcel
 
 Prompt = str | Sequence[int]
 R = TypeVar("R")
@@ -129,15 +128,15 @@ def sampled(function: Callable[..., R]) -> Callable[..., R]:
             prompts = _prompt_list(prompts)
             params = _one_each("params", named.pop("params", DEFAULT), len(prompts))
             for one in params:
-                if not isinstance(one, SamplingParams):
-                    raise UsageError(f"params is {short_repr(one)}; it must be SamplingParams(..)")
+                require_parcel("params", one, SamplingParams)
             changes = [{name: named.pop(name) for name in names if name in named and name != "max_tokens"}] * len(
                 params
             )
             if "max_tokens" in named:
                 limits = _one_each("max_tokens", named.pop("max_tokens"), len(prompts))
                 changes = [{**each, "max_tokens": most} for each, most in zip(changes, limits, strict=True)]
-            named["params"] = [replace(one, **its) for one, its in zip(params, changes, strict=True)]
+            each = [replace(one, **its) for one, its in zip(params, changes, strict=True)]
+            return function(prompts, *given, params=each, **named)
         return shown(prompts, *given, **named)
 
     return call
@@ -195,7 +194,7 @@ def _words(tokenizer: TokenizerLike | None, params: SamplingParams | list[Sampli
     """The tokenizer, or what takes its place where there is none: ids need none, stop strings do."""
     if tokenizer is not None:
         return require_tokenizer(tokenizer)
-    if any(getattr(one, "stop", ()) for one in (params if isinstance(params, list) else [params])):
+    if any(one.stop for one in (params if isinstance(params, list) else [params])):
         raise TokenizerError(f"stop strings are text, and {NO_TOKENIZER}")
     return NoText()
 

@@ -17,7 +17,7 @@ from mistral.util.files import read_limited
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 WHOLE = "tokenizer.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -91,8 +91,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
                 f"{folder / CONFIG} has {short_repr(token)} for the id {short_repr(key)}: fetch it again"
             )
         if text:
-            flags = {name: token.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word")}
-            added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **flags)
+            added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **_flags(token))
     special.update(token.content for token in added.values() if token.special)
     add_bos = config.get("add_bos_token")
     return SpecialTokens(names, frozenset(special), added, add_bos if isinstance(add_bos, bool) else None)
@@ -113,8 +112,12 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
         text, i = (token.get("content"), token.get("id")) if isinstance(token, dict) else (None, None)
         if not (isinstance(text, str) and text and type(i) is int and i >= 0):
             raise TokenizerError(f"{path} has {short_repr(token)} for an added token: fetch it again")
-        added[i] = AddedToken(text, **{name: token.get(name) is True for name in FLAGS})
+        added[i] = AddedToken(text, token.get("special") is True, **_flags(token))
     return added
+
+
+def _flags(token: dict[str, Any]) -> dict[str, bool]:
+    return {name: token.get(name) is True for name in FLAGS}
 
 
 def read_json(path: Path) -> dict[str, Any]:

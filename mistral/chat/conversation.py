@@ -14,10 +14,10 @@ import torch
 
 from mistral.adapters import find_adapter
 from mistral.chat.messages import Message, TemplateError
-from mistral.chat.templates import Template, check_effort
+from mistral.chat.templates import Template, check_effort, ends_of
 from mistral.chat.thinking import add_thought
 from mistral.engine import Progress
-from mistral.generate import Piece, eos_of, stream
+from mistral.generate import Piece, stream
 from mistral.model import Transformer
 from mistral.request import GenerationError, common_prefix
 from mistral.sampling_params import SamplingParams
@@ -68,7 +68,7 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
-        self._system = system if isinstance(system, Message) else Message("system", _text(system, "a system prompt"))
+        self._system = _system_message(system)
         self.effort, self._adapter = effort, adapter
         self._thought_end = None if template.thought_ids is None else template.thought_ids.end
         self.params = params
@@ -166,7 +166,7 @@ class Chat:
             self.tokenizer,
             params=replace(self.params, seed=self.seed + self.answers),
             chunk_size=self.chunk_size,
-            eos_ids=eos_of(self.tokenizer) | self.template.ends,
+            eos_ids=ends_of(self.tokenizer, self.template),
             cache=self._cache,
             progress=progress,
             adapter=self._adapter,
@@ -246,10 +246,14 @@ class Chat:
         Raises:
             TemplateError: the template has no place for one.
         """
-        message = system if isinstance(system, Message) else Message("system", _text(system, "a system prompt"))
+        message = _system_message(system)
         self._end_answer()
         self.template.encode_chat([message, Message("user", "")])
         self._system = message
+
+
+def _system_message(given: str | Message) -> Message:
+    return given if isinstance(given, Message) else Message("system", _text(given, "a system prompt"))
 
 
 def _text(given: object, what: str) -> str:

@@ -291,6 +291,13 @@ class MistralCommon:
         return list(self._instruct.encode_fim(request).tokens)
 
 
+def ends_of(tokenizer: Tokenizer, template: Template | None) -> frozenset[int]:
+    """Ids that end a text: those of the tokenizer and, in a conversation, what its template writes after an answer."""
+    from mistral.generate import eos_of
+
+    return eos_of(tokenizer) | (frozenset() if template is None else template.ends)
+
+
 def check_effort(template: Template, effort: str | None) -> None:
     """Refuse a `reasoning_effort` that a template has no place for.
 

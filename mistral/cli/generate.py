@@ -130,10 +130,8 @@ def complete(
     note_if_instruct(loaded, chat)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
-    from mistral.formats.tokenizers import has_tokenizer
-
-    ends = _ends(loaded, template)
-    if not has_tokenizer(loaded.folder) and not json and not any(isinstance(prompt, str) for prompt in prompts):
+    ends, has_words = _ends(loaded, template)
+    if not has_words and not json and not any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
@@ -152,13 +150,14 @@ def complete(
         terminal.write(f"{text}\n")
 
 
-def _ends(loaded: Loaded, template: Template | None) -> frozenset[int]:
-    """The ids that end a sequence: of the tokenizer and, behind a question, of the template; else of the folder."""
+def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bool]:
+    """The ids that end a sequence, and whether there is a tokenizer: without one they are those of the folder."""
+    from mistral.chat.templates import ends_of
     from mistral.formats.tokenizers import eos_ids, has_tokenizer
 
-    if not has_tokenizer(loaded.folder):
-        return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0]
-    return loaded.tokenizer.eos_ids if template is None else loaded.tokenizer.eos_ids | template.ends
+    if has_tokenizer(loaded.folder):
+        return ends_of(loaded.tokenizer, template), True
+    return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0], False
 
 
 def _read_schema(file: str) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from mistral.chat.messages import Message
-from mistral.chat.templates import Template, find_template
+from mistral.chat.templates import Template, ends_of, find_template
 from mistral.eval.scoring import Continuation, Scored, Scorer
 from mistral.formats.folder import read_folder
 from mistral.formats.layout import trained_length
-from mistral.generate import completions, eos_of
+from mistral.generate import completions
 from mistral.loader.load import Loaded, load
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
@@ -160,7 +160,7 @@ class MistralLM(TemplateLM):
         template = self._template()
         ids = template.encode_chat([Message(one["role"], one["content"]) for one in chat_history])
         if not add_generation_prompt:
-            while ids and ids[-1] in template.ends | eos_of(self._tokens):
+            while ids and ids[-1] in ends_of(self._tokens, template):
                 ids = ids[:-1]
         names = {i: text for text, i in self._tokens.control_tokens.items()}
         parts: list[str] = []
@@ -231,7 +231,7 @@ class MistralLM(TemplateLM):
         params = [self._params(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0], one) for request, one in zip(requests, params, strict=True)]
         texts = [""] * len(requests)
-        ends = eos_of(self._tokens) | (self._template().ends if self._chats else frozenset())
+        ends = ends_of(self._tokens, self._template() if self._chats else None)
         ended = completions(prompts, self.loaded.model, self._tokens, params=params, eos_ids=ends)
         for i, result in tqdm(ended, total=len(prompts), disable=disable_tqdm, desc="generate_until"):
             texts[i] = result.text

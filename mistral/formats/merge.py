@@ -176,8 +176,7 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
             "merge into what they were made from, or use --adapter_mode runtime"
         )
     found = updates(adapter, folder.args)
-    old = folder.weights.readers
-    old = {**old, **replaced(adapter, folder.args)}
+    old = {**folder.weights.readers, **replaced(adapter, folder.args)}
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
     dtypes = sorted({folder.weights.tensors[name].dtype for name in (*found, *adapter.whole)})
     notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}", folder))

@@ -48,7 +48,7 @@ def method_of(config: Any, where: str = "config.json has 'quantization_config'")
     try:
         if not isinstance(kind, str) or kind not in known:
             what = f"a checkpoint quantized by {printable(kind)}" if isinstance(kind, str) else "a quantized checkpoint"
-            raise _refused(what)
+            raise _NotReadError(what)
         return known[kind](config)
     except _NotReadError as error:
         raise ParamsError(f"{where}: {error}, which is not read here: give the one it was made from") from None
@@ -68,10 +68,6 @@ def config_beside(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _refused(what: str) -> _NotReadError:
-    return _NotReadError(what)
-
-
 def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     """Numbers of a few bits in int32 words, lowest first, along a dimension; int32, 0 to 2**bits - 1."""
     import torch
@@ -88,7 +84,7 @@ def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
 def _awq(config: dict[str, Any]) -> Method:
     version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
     if version != "gemm" or bits != 4:
-        raise _refused(f"a checkpoint quantized by awq, version {short_repr(version)}, {short_repr(bits)} bits")
+        raise _NotReadError(f"a checkpoint quantized by awq, version {short_repr(version)}, {short_repr(bits)} bits")
 
     def header(parts: Parts, get: Get) -> Stored:
         inner, words = parts["qweight"].shape
@@ -119,9 +115,9 @@ def _gptq(config: dict[str, Any]) -> Method:
     bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
     form = "marlin" if config.get("is_marlin_format") else form
     if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
-        raise _refused(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
+        raise _NotReadError(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
     if _differs(config.get("dynamic")):
-        raise _refused("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
+        raise _NotReadError("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
     per, one = 32 // bits, 1 if form == "gptq" else 0
     # In the order of its inputs' activations, g_idx alone tells which group an input is in.
     ordered = bool(config.get("desc_act")) and config.get("group_size") != -1
@@ -172,10 +168,10 @@ def _compressed(config: dict[str, Any]) -> Method:
         try:
             return fp8("compressed-tensors in fp8", ("weight_scale",), block_of(structure))
         except ValueError:
-            raise _refused(f"compressed-tensors in fp8, in blocks of {short_repr(structure)}") from None
+            raise _NotReadError(f"compressed-tensors in fp8, in blocks of {short_repr(structure)}") from None
     if (form, kind, bits) == ("int-quantized", "int", 8):
         return _int8()
-    raise _refused(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
+    raise _NotReadError(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
 
 
 def _kind_of_weights(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -184,14 +180,14 @@ def _kind_of_weights(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     groups = list(groups.values()) if isinstance(groups, dict) else []
     sparse = config.get("sparsity_config")
     if not groups and isinstance(sparse, dict):
-        raise _refused(f"a sparse checkpoint of compressed-tensors, format {short_repr(sparse.get('format'))}")
+        raise _NotReadError(f"a sparse checkpoint of compressed-tensors, format {short_repr(sparse.get('format'))}")
     if not groups or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups):
-        raise _refused("a checkpoint of compressed-tensors that does not tell how weights are rounded")
+        raise _NotReadError("a checkpoint of compressed-tensors that does not tell how weights are rounded")
     same = ("num_bits", "type", "block_structure")
     kinds = [(g.get("format") or config.get("format"), *(g["weights"].get(key) for key in same)) for g in groups]
     if any(kind != kinds[0] for kind in kinds):
         told = " and ".join(dict.fromkeys(f"{short_repr(form)}, {short_repr(bits)} bits" for form, bits, *_ in kinds))
-        raise _refused(f"a checkpoint of compressed-tensors with several kinds of weights ({told})")
+        raise _NotReadError(f"a checkpoint of compressed-tensors with several kinds of weights ({told})")
     return kinds[0][0], groups[0]["weights"]
 
 
@@ -256,8 +252,8 @@ def _fp8(config: dict[str, Any]) -> Method:
         if form == "e4m3":
             return fp8("fp8", ("weight_scale_inv", "weight_scale"), block_of(block))
     except ValueError:
-        raise _refused(f"a checkpoint in fp8, in blocks of {short_repr(block)}") from None
-    raise _refused(f"a checkpoint in fp8, format {short_repr(form)}")
+        raise _NotReadError(f"a checkpoint in fp8, in blocks of {short_repr(block)}") from None
+    raise _NotReadError(f"a checkpoint in fp8, format {short_repr(form)}")
 
 
 # --- bitsandbytes
@@ -269,7 +265,7 @@ def _bitsandbytes(config: dict[str, Any]) -> Method:
     if config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4":
         return _nf4()
     kind = config.get("bnb_4bit_quant_type")
-    raise _refused(f"a checkpoint quantized by bitsandbytes, type {short_repr(kind)}")
+    raise _NotReadError(f"a checkpoint quantized by bitsandbytes, type {short_repr(kind)}")
 
 
 def _rows_of_int8() -> Method:

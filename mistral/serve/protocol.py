@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mistral.chat.templates import Template
+from mistral.chat.templates import Template, ends_of
 from mistral.chat.tools import Tool
-from mistral.generate import eos_of
 from mistral.grammar import Grammar, Grammars
 from mistral.sampling_params import SamplingParams
 from mistral.serve.fields import (
@@ -64,7 +63,7 @@ class Served:
 
     def ends(self, chat: bool) -> frozenset[int]:
         """Ids that end a continuation."""
-        return eos_of(self.tokenizer) | (self.chats().ends if chat else frozenset())
+        return ends_of(self.tokenizer, self.chats() if chat else None)
 
     def grammars(self, chat: bool) -> Grammars:
         """What makes grammars of answers.

@@ -38,11 +38,7 @@ def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..
                 whole = named.pop(name, None)
                 changes = {f.name: named.pop(f.name) for f in shown_fields[name] if f.name in named}
                 base = default if whole is None else whole
-                several = isinstance(base, list | tuple)  # one for each of what the function is given
-                if not all(isinstance(one, type(default)) for one in (base if several else [base])):
-                    raise UsageError(f"{name} is {short_repr(base)}; it must be {type(default).__name__}(..)")
-                if several and changes:
-                    raise UsageError(f"{' and '.join(changes)} beside several {name}: give it within each of them")
+                require_parcel(name, base, type(default))
                 named[name] = replace(base, **changes) if changes else base
             return function(*given, **named)
 
@@ -62,6 +58,16 @@ def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..
         return call
 
     return decorate
+
+
+def require_parcel(name: str, given: object, kind: type) -> None:
+    """Refuse what is given in a parcel's place.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(given, kind):
+        raise UsageError(f"{name} is {short_repr(given)}; it must be {kind.__name__}(..)")
 
 
 def parcels_of(function: Callable[..., Any]) -> list[tuple[Any, list[Field[Any]]]]:
