@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import random
 import time
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line, answer, failure
 from mistral.util.errors import Unavailable, UsageError
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -124,8 +124,8 @@ class Remote:
         if response.status_code == 401:
             raise Unavailable(f"{self._base} wants another key than it was given (status 401)")
         try:
-            body: Any = json.loads(response.content, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            body: Any = parse_json(response.content, parse_constant=_no_constant)
+        except ValueError as error:
             if response.status_code == 200:
                 return failure(line, "invalid_response", f"the answer is not JSON: {error}"[:300])
             body = {"error": {"message": response.text[:1000]}}

@@ -5,7 +5,6 @@ Knows names, shapes and the order of rows; reads no tensor itself. Runs without 
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
@@ -16,6 +15,7 @@ from mistral.args import ModelArgs
 from mistral.formats.weights import Reader, WeightFiles
 from mistral.util.errors import FormatError
 from mistral.util.files import read_limited
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +189,8 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raw = parse_json(text)
+    except ValueError as error:
         raise ParamsError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")

@@ -21,6 +21,7 @@ from torch import Tensor
 from mistral.oracle.outputs import Outputs
 from mistral.tokenizer import TokenizerLike, encode
 from mistral.util.errors import FormatError
+from mistral.util.parsed import parse_json
 
 LARGEST = 2**28  # bytes of an answer that are read
 READ = 2**16  # bytes of a refusal that are read
@@ -158,10 +159,10 @@ class Server:
             near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
             opener = build_opener(*([ProxyHandler({})] if near else []))
             with opener.open(request, timeout=PATIENCE) as answer:
-                return json.loads(answer.read(LARGEST))
+                return parse_json(answer.read(LARGEST))
         except HTTPError as error:
             raise Refused(f"{self.url}{path} answered {error.code}: {_reason(error)}") from None
-        except (URLError, HTTPException, OSError, ValueError, RecursionError) as error:
+        except (URLError, HTTPException, OSError, ValueError) as error:
             why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
             raise FormatError(f"{self.url}{path} cannot be asked: {_short(str(why))}") from None
 
@@ -173,10 +174,10 @@ def _reason(error: HTTPError) -> str:
     except (HTTPException, OSError) as broken:
         return f"and then nothing more ({type(broken).__name__})"
     try:
-        told = json.loads(text)
+        told = parse_json(text)
         told = told.get("error") or told
         message = told if isinstance(told, str) else told.get("message") or told.get("detail")
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         message = None
     return _short(message if isinstance(message, str) else text)
 
