@@ -15,6 +15,7 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import BLOCKS, QUANTS, bytes_of
+from mistral.formats.broken import broken_files
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
@@ -28,6 +29,7 @@ from mistral.formats.tokenizers import (
     missing_tokens,
     other_tokenizers,
     read_tokenizer,
+    suggested_sampling,
     tokenizer_files,
     tokenizer_kind,
     tokenizer_notes,
@@ -63,8 +65,9 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     release, odd = identify(args, tokenizer["kind"] if known else None, tokenizer["version"])
     files = _files(found, tokenizer["file"])
     dtypes = _dtypes(found.tensors)
+    twice = broken_files(path).get(tokenizer["file"]) if tokenizer["error"] else None  # the error names it too
     suspicious = [
-        *found.notes,
+        *(note for note in found.notes if note != twice),
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
@@ -260,6 +263,7 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
         own = read_tokenizer(path)
         ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
+        notes += suggested_sampling(path)
     elif path.is_dir() and (others := other_tokenizers(path)):
         notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
     if words is not None and words > args.vocab_size:
@@ -298,8 +302,9 @@ def _about_files(
         said.append(f"not read, {memory.as_text(sum(f['bytes'] for f in unread))}: {first}")
     if unfinished:
         said.append(f"a download that has not ended: {', '.join(unfinished)}")
+    known = broken_files(path)  # read_folder names those
     for link in sorted(path.iterdir()) if path.is_dir() else ():
-        if link.is_symlink() and not link.exists():
+        if link.is_symlink() and not link.exists() and link.name not in known:
             said.append(f"{link.name} is a link to a file that is gone")
     if quantized:
         return said

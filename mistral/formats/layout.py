@@ -204,3 +204,18 @@ def trained_length(raw: dict[str, Any]) -> int | None:
         for key in ("max_position_embeddings", "max_seq_len", "llama.context_length", "mistral3.context_length")
     )
     return next((n for n in given if type(n) is int and n > 0), None)
+
+
+def beyond_training(trained: int | None, longest: int) -> str | None:
+    """A sentence where sequences are longer than those that a model was trained on; None where they are not.
+
+    Args:
+        trained: tokens of the longest that it was trained on, by its files; None: they do not say.
+        longest: tokens of the longest here.
+    """
+    if trained is None or longest <= trained:
+        return None
+    return (
+        f"the model was trained on sequences of up to {trained:,} tokens, and the longest here has {longest:,}: "
+        "beyond that it may fail for that reason alone"
+    )
