@@ -23,7 +23,7 @@ from mistral.eval.tasks import Encode
 from mistral.formats.layout import beyond_training
 from mistral.generate import eos_of
 from mistral.loader.load import Loaded
-from mistral.tokenizer import encode
+from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.window import Window
@@ -223,6 +223,8 @@ def _text_ids(loaded: Loaded, asked: Asked, needed: int) -> tuple[list[int], lis
         filler = Filler((asked.text[0],), asked.text[1])
     text = filler.text(0, len(filler.sentences))
     ids = encode(loaded.tokenizer, text)
+    if (what := outside(ids, loaded.tokenizer, loaded.args.vocab_size)) is not None:
+        raise UsageError(f"{filler.source} has {what}")
     bos = ids[:1] if ids[:1] == [loaded.tokenizer.bos_id] else []
     ids = ids[len(bos) :]
     if asked.text is None:

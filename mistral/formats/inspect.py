@@ -33,6 +33,7 @@ from mistral.formats.tokenizers import (
     tokenizer_files,
     tokenizer_kind,
     tokenizer_notes,
+    why_version,
 )
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import EMBEDDINGS, active, parameters
@@ -198,11 +199,13 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
         rule = f"one of {', '.join(own)} by --template" if found is None else "of the folder, in Jinja"
         return {"name": "none by default" if found is None else found.file, "rule": rule}
     version, kind = tokenizer["version"], tokenizer["kind"]
-    if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
-        return {"name": release.template, "rule": "of the release's instruct variants"}
+    # A tokenizer.json has no version, and that of MistralLite is another release's.
+    if release is not None and (version is None or release.added_words or kind == "tokenizers"):
+        return {"name": release.template, "rule": "assumed from the release's instruct variants"}
     if version is None:
         return None
-    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
+    rule = why_version(tokenizer["file"], kind, version)
+    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": rule}
 
 
 def _words_and_version(path: Path) -> tuple[int, str | None]:
@@ -284,7 +287,7 @@ def _about_templates(path: Path) -> list[str]:
             except NotJinja as error:
                 said.append(str(error))
     except TokenizerError as error:
-        said.append(str(error))
+        said += [] if any(name in str(error) for name in broken_files(path)) else [str(error)]
     except Unavailable:
         pass
     return said

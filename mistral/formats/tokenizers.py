@@ -245,3 +245,16 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
                 ) from None
             found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
     return found
+
+
+def why_version(file: str, kind: str, version: str) -> str:
+    """Why conversations are written as those of a version, where no chat template says how; for a sentence.
+
+    Args:
+        file, kind, version: of the tokenizer. Some of Mistral's files state the version, others show it.
+    """
+    if kind == "tekken" or re.search(r"\.v[0-9]+\w*$", file):
+        return f"by {file}"
+    if version == "v1":
+        return f"assumed, as {file} has no control token [INST]"
+    return f"assumed from the control tokens of {file}"

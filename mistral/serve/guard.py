@@ -119,7 +119,7 @@ async def read_json(request: Request) -> Any:
     except TimeoutError:
         raise ApiError(f"the body did not come within {PATIENCE:.0f} seconds", status=408) from None
     try:
-        return parse_json(body, parse_constant=_no_constant)
+        return parse_json(bytes(body), parse_constant=_no_constant)
     except ValueError as error:  # no UTF-8 too
         raise ApiError(f"the body is not JSON: {error}"[:300]) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_values_are_those_of_json() -> None:
 def test_what_is_none_says_why(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refused:
         parse_json(text)
-    assert "recursion" not in str(refused.value) and "sys." not in str(refused.value)
+    assert not re.search("recursion|sys\\.", str(refused.value))
 
 
 def _params(path: Path) -> None:
@@ -63,4 +64,4 @@ def test_every_reader_of_a_users_file(tmp_path: Path, read: Callable[[Path], Non
         read(path)
     told = str(refused.value) or refused.value.args[1]
     assert "nested too deeply" in told or "thousands of digits" in told, told
-    assert "recursion" not in told and "sys." not in told
+    assert not re.search("recursion|sys\\.", told)
