@@ -126,7 +126,8 @@ def assumed(template: Template, tokenizer: Tokenizer) -> str | None:
     if template.source != tokenizer.path.name or isinstance(template, JinjaTemplate):
         return None
     why = why_version(tokenizer.path.name, tokenizer.kind, tokenizer.version)
-    return f"no chat template is in the folder: {template.name} is used, {why} (--template takes another)"
+    how = why if why.startswith("assumed") else f"used, {why}"
+    return f"no chat template is in the folder: {template.name} is {how} (--template takes another)"
 
 
 def _read(name: str) -> FolderTemplate:

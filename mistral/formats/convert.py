@@ -32,9 +32,10 @@ from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import TEMPLATE, chat_templates, load_tokenizer, tokenizer_files, words_of
+from mistral.formats.tokenizers import TEMPLATE, chat_templates, eos_ids, load_tokenizer, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
+from mistral.formats.words import words_of
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -46,7 +47,7 @@ from mistral.util.files import folder_atomic
 Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_JSON, TOKENIZER_CONFIG, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json", "config.json"
 # What is carried along, as it is, into either layout, besides tokenizers.
 CARRIED = (
     TOKENIZER_CONFIG,
@@ -174,6 +175,7 @@ def write_folder(
     if target is None and quant is None and any(tensor.widened for tensor in folder.tensors.values()):
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
     described = _describe(folder, layout, tensors, quant, notes)
+    notes += _of_names(folder, Path(dst), layout)
     unpack, lost = unpacked(folder.path, folder.args.vocab_size)
     notes += lost
     if layout is not NATIVE and TOKENIZER_JSON not in unpack:
@@ -305,25 +307,30 @@ def _describe(
     notes += assumed
     if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
         notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
-    texts = {layout.config: as_json(described)}
-    if "eos_token_id" not in described:
-        texts |= _ends(folder, notes)
-    return texts
+    return {layout.config: as_json(described)} | _ends(folder, described, notes)
 
 
-def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
-    """A generation_config.json with the ids that end sequences, where the source's config.json alone names them."""
-    named = _ids(folder.raw.get("eos_token_id"))
-    path, generation = folder.path / GENERATION, dict[str, Any]()
-    with suppress(ParamsError):  # a broken one is carried along as it is
-        generation = read_object(path) if path.is_file() else {}
-    there = _ids(generation.get("eos_token_id"))
+def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    """A generation_config.json with the ids that end sequences, where no other file of the destination has all.
+
+    Args:
+        described: the file that gives the shape there.
+    """
+    vocab_size, tokenizer = folder.args.vocab_size, None
     with suppress(TokenizerError):
-        there.append(load_tokenizer(folder.path, folder.args.vocab_size).eos_id)
-    if all(i in there for i in named):
+        tokenizer = load_tokenizer(folder.path, vocab_size)
+    if folder.path.is_file():
+        return {}  # `unpacked` writes them
+    path, generation = folder.path / GENERATION, dict[str, Any]()
+    with suppress(ParamsError):  # `require_whole` has named a broken one
+        generation = read_object(path) if path.is_file() else {}
+    there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
+    there |= set() if tokenizer is None else {tokenizer.eos_id}
+    missing = eos_ids(folder.path, tokenizer, vocab_size)[0] - there
+    if not missing:
         return {}
-    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
-    notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
+    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *sorted(missing)]))
+    notes.append(f"{GENERATION} has the ids that end a sequence in {CONFIG_JSON}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
 
 
@@ -372,6 +379,17 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
         f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: {why}"
     )
     return {TEMPLATE: made}
+
+
+def _of_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
+    """A note where nothing but the source's name says that a model is for conversations, and the new one does not."""
+    try:
+        why = None if chat_templates(folder.path) or layout is not NATIVE else why_instruct(folder.path, None)
+    except TokenizerError:
+        return []
+    if why is None or why_instruct(dst, None) is not None:
+        return []
+    return [f"that the model is for conversations is known from {why} alone, and {dst.name} does not say so"]
 
 
 def _about_tokenizer(folder: Folder) -> list[str]:

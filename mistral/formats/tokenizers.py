@@ -10,9 +10,9 @@ from pathlib import Path
 from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
-from mistral.formats.releases import Release, identify
+from mistral.formats.releases import Release
 from mistral.special_tokens import CONFIG, read_json
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
@@ -140,26 +140,6 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
     return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1]]
 
 
-def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer of a model, None where there is none, and all that whoever uses it should know, a sentence each.
-
-    Raises:
-        TokenizerError: as `load_tokenizer`.
-    """
-    if not has_tokenizer(folder):
-        return None, [NO_TOKENIZER]
-    found = load_tokenizer(folder, args.vocab_size)
-    return found, tokenizer_notes(folder, found, args.vocab_size) + unused_ids(args, found)
-
-
-def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
-    """A note where a model has ids without a token, as padding makes them."""
-    release, _ = identify(args, tokenizer.kind, tokenizer.version)
-    if not (spare := missing_tokens(args, tokenizer.n_ids, release)):
-        return []
-    return [f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text"]
-
-
 def suggested_sampling(folder: Path) -> list[str]:
     """A note where generation_config.json says how to sample, which is for whoever asks to say."""
     try:
@@ -232,7 +212,8 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
         name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TokenizerError(f"{folder / CONFIG} has the chat_template {short_repr(entry)}: fetch it again")
-        found[name] = FolderTemplate(name, CONFIG, text)
+        if text.strip():  # an empty one is none, as `words.text_notes` says
+            found[name] = FolderTemplate(name, CONFIG, text)
     files = {"default": folder / TEMPLATE}
     files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     for name, path in files.items():
@@ -243,7 +224,8 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
                 raise TokenizerError(
                     f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
                 ) from None
-            found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
+            if text.strip():
+                found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
     return found
 
 

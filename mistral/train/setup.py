@@ -21,7 +21,8 @@ from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import load_tokenizer, words_of
+from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.words import words_of
 from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import windowed
