@@ -1,4 +1,4 @@
-"""The tokenizer of a model with all that should be known about it: what its folder says twice, or where nobody reads it.
+"""A model's tokenizer, and what should be known about it: what its folder says twice, or where nobody reads it.
 
 Runs without torch.
 """
@@ -68,8 +68,8 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict | list) and len(words) != tokenizer.n_words:
         notes.append(
-            f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one of the two "
-            "is another model's"
+            f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
+            "another model's"
         )
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
@@ -102,9 +102,8 @@ def _about_templates(folder: Path) -> list[str]:
 def _default(told: Any) -> str | None:
     """The template that tokenizer_config.json has for all conversations."""
     if isinstance(told, list):
-        told = next(
-            (one.get("template") for one in told if isinstance(one, dict) and one.get("name") == "default"), None
-        )
+        named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
+        told = named.get("default")
     return told if isinstance(told, str) else None
 
 
