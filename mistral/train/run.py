@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.finite import broken_weight
+from mistral.formats.broken import require_whole
 from mistral.formats.weights import WeightsError
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
@@ -66,6 +67,8 @@ def finetune(
     _check(setup, merge, eval_data is not None)
     if ranks.first:
         _check_out(place, resume)
+    if merge or options.full:
+        require_whole(setup.base.path)  # its files go along with the model that is written
     for note in setup.base.notes:
         say(f"note: {note}")
     found = setup.samples(Path(data))
