@@ -179,7 +179,7 @@ def test_a_template_that_is_assumed(cli: Command, folder: Path, tmp_path: Path) 
     for words in (
         ("complete", folder, "Hi", "--instruct", "--max_tokens", 1),
         ("batch", asked, tmp_path / "answers.jsonl", "--model", folder),
-        ("eval", folder, "--task", "lines", "--lengths", 64, "--n", 1, "--instruct"),
+        ("eval", folder, "--task", "lines", "--lengths", 256, "--n", 1, "--instruct"),
         (*tune, "--out", tmp_path / "tuned"),
     ):
         done = cli(*words)
