@@ -129,9 +129,10 @@ def complete(
         params = _constrained(params, schema, loaded)
     template = template_of(loaded, chat.template) if chat.instruct else None
     note_if_instruct(loaded, chat)
-    note_if_assumed(template, loaded.tokenizer)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
+    if template is not None:
+        note_if_assumed(template, loaded.tokenizer)
     ends, has_words = _ends(loaded, template)
     if not has_words and not json and not any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")

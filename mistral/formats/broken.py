@@ -16,7 +16,7 @@ from mistral.util.parsed import parse_json
 # By a pattern for their names: files of JSON, of text, and all others that are no weights.
 JSON = (
     r"config\.json|params\.json|generation_config\.json|tokenizer\.json|tekken\.json|tokenizer_config\.json|"
-    r"special_tokens_map\.json|added_tokens\.json|.*\.safetensors\.index\.json"
+    r"special_tokens_map\.json|added_tokens\.json|.*\.(safetensors|bin)\.index\.json"
 )
 TEXT = r"chat_template\.jinja|additional_chat_templates/.*\.jinja|SYSTEM_PROMPT\.txt"
 OTHERS = r"tokenizer\.model(\.v[0-9]+(m[0-9]+)?)?"

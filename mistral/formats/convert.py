@@ -32,7 +32,7 @@ from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import TEMPLATE, chat_templates, eos_ids, load_tokenizer, tokenizer_files
+from mistral.formats.tokenizers import TEMPLATE, chat_templates, eos_ids, load_tokenizer, own_ends, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.words import words_of
@@ -325,11 +325,13 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     with suppress(ParamsError):  # `require_whole` has named a broken one
         generation = read_object(path) if path.is_file() else {}
     there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
-    there |= set() if tokenizer is None else {tokenizer.eos_id}
-    missing = eos_ids(folder.path, tokenizer, vocab_size)[0] - there
+    there |= set() if tokenizer is None else own_ends(tokenizer)
+    ends = eos_ids(folder.path, tokenizer, vocab_size)[0]
+    missing = ends - there
     if not missing:
         return {}
-    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *sorted(missing)]))
+    named = [i for i in _ids(folder.raw.get("eos_token_id")) if i in ends]  # transformers goes by this file alone
+    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named, *sorted(missing)]))
     notes.append(f"{GENERATION} has the ids that end a sequence in {CONFIG_JSON}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
 
@@ -353,7 +355,10 @@ def _for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[
     texts = {TOKENIZER_JSON: made}
     if not (folder.path / TOKENIZER_CONFIG).is_file():
         texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
-    notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
+    were = "was" if len(texts) == 1 else "were"
+    notes.append(
+        f"{' and '.join(texts)} {were} made from {tokenizer.path.name}, so that transformers gives the same ids"
+    )
     return texts | _chat_template(folder, tokenizer, notes, instruct)
 
 

@@ -21,6 +21,12 @@ JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides
+# And what it may ask for that changes texts: limits, words that must or must not come, stop strings.
+MORE_SAMPLING = (
+    *("max_new_tokens", "min_new_tokens", "min_length", "stop_strings", "bad_words_ids", "force_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
+    *("no_repeat_ngram_size", "encoder_repetition_penalty", "typical_p", "num_beams", "penalty_alpha"),
+)
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -145,8 +151,11 @@ def suggested_sampling(folder: Path) -> list[str]:
     try:
         told = {} if folder.is_file() else read_json(folder / ENDS[0])
     except TokenizerError:
-        return []  # a note says so already
+        return []  # `broken` names it
     values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
+    values += [
+        printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
+    ]
     if not values:
         return []
     return [f"{ENDS[0]} suggests {', '.join(values)}, which is not used: give what you want of it"]
@@ -159,7 +168,7 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
     the shape too, reading the folder refuses it.
     """
-    found: set[int] = set() if tokenizer is None or tokenizer.eos_id < 0 else {tokenizer.eos_id}
+    found = set[int]() if tokenizer is None else own_ends(tokenizer)
     notes: list[str] = []
     if is_gguf_file(folder):
         ends = found if tokenizer is None else found | tokenizer.eos_ids
@@ -176,6 +185,13 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
             elif i >= 0:  # -1 is how some write none
                 found.add(i)
     return frozenset(found), notes
+
+
+def own_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids that a tokenizer ends sequences with: its own, and the eos_token that tokenizer_config.json beside it
+    names, which may be another."""
+    named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
+    return {i for i in (tokenizer.eos_id, named) if i >= 0}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def text_notes(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     """What a folder says about texts and conversations twice, or where it is not read, a sentence each."""
     if is_gguf_file(folder):
         return []
-    return [*_about_words(folder, tokenizer), *_about_templates(folder)]
+    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer), *_about_templates(folder)]
 
 
 def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -76,6 +76,22 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         notes.append(
             f"{JSON} adds {counted(len(unread), 'token')} ({_some(unread)}) that {CONFIG} and {ADDED} do not: not used"
         )
+    return notes
+
+
+def _about_ends(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where tokenizer_config.json has texts begin or end otherwise than they do here."""
+    try:
+        told = read_json(folder / CONFIG)
+    except TokenizerError:
+        return []
+    notes = []
+    if told.get("add_bos_token") is False and tokenizer is not None and tokenizer.adds_bos:
+        notes.append(
+            f"{CONFIG} has add_bos_token false, and texts begin with bos here, as {tokenizer.path.name} has it"
+        )
+    if told.get("add_eos_token") is True:
+        notes.append(f"{CONFIG} has add_eos_token true, which is for training: prompts end without eos here")
     return notes
 
 

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model_hf(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "model"
-    convert(model, folder, "hf", shard_size=600_000)
+    convert(model, folder, "hf", shard_size=600_000, instruct=True)
     return folder
 
 
