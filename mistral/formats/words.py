@@ -18,9 +18,10 @@ from mistral.formats.tokenizers import (
     is_gguf_file,
     load_tokenizer,
     missing_tokens,
+    read_tokenizer,
     tokenizer_notes,
 )
-from mistral.special_tokens import ADDED, CONFIG, NAMES, read_added_tokens, read_json
+from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable
@@ -124,22 +125,25 @@ def _default(told: Any) -> str | None:
 
 
 def unused_of(adapter: Path, base: Path) -> list[str]:
-    """A note where an adapter's folder brings a tokenizer or a chat template that its base does not have: fine-tunes
-    with tokens or a template of their own are saved so."""
+    """A note where an adapter's folder brings a chat template or tokens that its base does not have: fine-tunes with
+    some of their own are saved so."""
     if not (adapter.is_dir() and base.is_dir()):
         return []
-    names = (TEMPLATE, CONFIG, NAMES, ADDED, JSON, "tokenizer.model", "tekken.json")
-    differ = [name for name in names if (adapter / name).is_file() and not _same(adapter / name, base / name)]
-    if not differ:
-        return []
-    return [f"the adapter's folder has its own {_some(differ, 7)}, which are not used: texts are those of {base.name}"]
-
-
-def _same(one: Path, other: Path) -> bool:
     try:
-        return one.read_bytes() == other.read_bytes()
-    except OSError:
-        return False
+        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
+        added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
+        known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
+        known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
+    except TokenizerError:
+        return []
+    what = []
+    if template is not None and (own is None or own.text.strip() != template.text.strip()):
+        what.append(f"a chat template ({template.file}; --template takes a file)")
+    if more := sorted({token.content for token in added.values()} - known):
+        what.append(f"{counted(len(more), 'added token')} ({_some(more)})")
+    if not what:
+        return []
+    return [f"the adapter's folder has {' and '.join(what)} that {base.name} does not have: not used"]
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -105,10 +105,18 @@ def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
     assert unused_of(adapter, folder) == []
     shutil.copy(folder / "tokenizer_config.json", adapter)
     assert unused_of(adapter, folder) == []
+    put(adapter / "tokenizer_config.json", clean_up_tokenization_spaces=True)  # saved again by another version
+    assert unused_of(adapter, folder) == []
     (adapter / "chat_template.jinja").write_text(TEMPLATE)
-    put(adapter / "tokenizer_config.json", eos_token="<|im_end|>")
+    put(adapter / "tokenizer_config.json", added_tokens_decoder=ADDED)
     (note,) = unused_of(adapter, folder)
-    assert note.startswith("the adapter's folder has its own chat_template.jinja, tokenizer_config.json, which are not")
+    assert note == (
+        "the adapter's folder has a chat template (chat_template.jinja; --template takes a file) and 2 added tokens "
+        "(<|im_end|>, <|im_start|>) that folder does not have: not used"
+    )
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert unused_of(adapter, folder) == []
 
 
 def test_an_id_beyond_the_vocabulary_is_named_by_its_token(folder: Path) -> None:
