@@ -70,7 +70,7 @@ def finetune(
     if merge or options.full:
         require_whole(setup.base.path)  # its files go along with the model that is written
     for note in setup.base.notes:
-        say(f"note: {note}")
+        setup.note(note)
     found = setup.samples(Path(data))
     kept, held_out = split(len(found.samples), options.eval_split, options.seed)
     samples, held = [found.samples[i] for i in kept], [found.samples[i] for i in held_out]
@@ -152,7 +152,7 @@ def _tell(
 ) -> None:
     """What there is to learn, in a line, and every note."""
     for note in found.notes:
-        setup.say(f"note: {note}")
+        setup.note(note)
     tokens = sum(len(sample.ids) - 1 for sample in samples)
     learned = sum(sum(weight > 0 for weight in sample.weights) for sample in samples)
     fill = tokens / (len(schedule.rows) * setup.options.seq_len)

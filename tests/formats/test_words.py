@@ -172,6 +172,17 @@ def test_doors_name_the_token_and_print_each_note_once(cli: Command, folder: Pat
     assert f"folder, which guesses: {BEYOND}" in done.err
 
 
+def test_a_run_that_writes_a_model_prints_each_note_once(cli: Command, folder: Path, tmp_path: Path) -> None:
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "The king."}\n')
+    tune = ("--data", data, "--steps", 1, "--lora", 2, "--seq_len", 32, "--merge")
+    done = cli("finetune", folder, *tune, "--out", tmp_path / "out")
+    assert done.code == 0, done
+    assert done.err.count(BEYOND) == 1
+    assert (tmp_path / "out" / "merged" / "config.json").is_file()
+
+
 def test_a_template_that_is_assumed(cli: Command, folder: Path, tmp_path: Path) -> None:
     said = "note: no chat template is in the folder: v1 is assumed, as tokenizer.model has no control token [INST]"
     asked = tmp_path / "asked.jsonl"
