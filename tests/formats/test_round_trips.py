@@ -121,6 +121,22 @@ def test_saving_keeps_the_ends_of_a_config(tmp_path: Path) -> None:
     load(folder, device="cpu").save(tmp_path / "b")
     assert eos_ids(tmp_path / "b", load_tokenizer(tmp_path / "b", 4098), 4098)[0] == {2, 4097}
     assert says(tmp_path / "b") == says(folder)
+    assert load(tmp_path / "b", device="cpu").trained_length == load(folder, device="cpu").trained_length == 32768
+
+
+def test_an_eos_token_of_the_config_beside_a_tokenizer_ends_too(tmp_path: Path) -> None:
+    """As vLLM has it: the tokenizer.model has </s>, and tokenizer_config.json names a token that was added."""
+    folder = hf_folder(tmp_path / "a", tuned=True)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    assert says(folder)["ends"] == {2}
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"eos_token": "<|im_end|>"}))
+    assert says(folder)["ends"] == {2, 4097}
+    convert(folder, tmp_path / "b", "mistral")
+    assert says(tmp_path / "b") == says(folder)
+    assert not (tmp_path / "b" / "generation_config.json").exists()
 
 
 def test_whether_a_model_is_for_conversations(tmp_path: Path) -> None:
