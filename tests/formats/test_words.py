@@ -204,6 +204,9 @@ def test_a_template_that_is_assumed(cli: Command, folder: Path, tmp_path: Path) 
         done = cli(*words)
         assert done.code == 0, done
         assert done.err.count(said) == 1, words[0]
+    body = {"prompt": "Hi", "max_tokens": 1}  # no conversation: nothing is assumed
+    asked.write_text(json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    assert said not in cli("batch", asked, tmp_path / "texts.jsonl", "--model", folder).err
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     done = cli("complete", folder, "Hi", "--instruct", "--max_tokens", 1)
     assert "no chat template" not in done.err
