@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -96,8 +97,22 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
-    broken = [*broken_notes(path), *([BESIDE] if is_adapter(path) else [])]
+    broken = [*broken_notes(path), *_unread(path, weights), *([BESIDE] if is_adapter(path) else [])]
     return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older, *broken), quant)
+
+
+def _unread(path: Path, weights: WeightFiles) -> list[str]:
+    """A note on files that are named as those of the weights are, and are none of them: parts that no index names, or
+    beside a whole file."""
+    used = {file.name for file in weights.files}
+    if not path.is_dir() or not used:
+        return []
+    stem, end = re.match(r"[a-z_]*", min(used)), Path(min(used)).suffix
+    named = re.compile(rf"{stem[0] if stem else ''}([-.][0-9].*)?{re.escape(end)}")
+    others = [path / name for name in sorted(os.listdir(path)) if named.fullmatch(name) and name not in used]
+    if not others:
+        return []
+    return [f"weights that are not read: {file_names(tuple(others))}, beside {file_names(weights.files)}"]
 
 
 def nothing_at(path: str | PathLike[str]) -> str:

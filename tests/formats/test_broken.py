@@ -161,3 +161,18 @@ def test_a_folder_without_a_shape_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to("/nowhere/blob")
     with pytest.raises(FormatError, match=r"no config.json .*; config.json is a link to a file that is gone"):
         read_folder(tmp_path)
+
+
+def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", form="parts")
+    assert not any("not read" in note for note in read_folder(folder).notes)
+    whole = make_folder(tmp_path / "b")
+    shutil.copy(folder / "consolidated-00001-of-00003.safetensors", whole)
+    said = "weights that are not read: consolidated-00001-of-00003.safetensors, beside consolidated.safetensors"
+    assert said in read_folder(whole).notes
+
+
+def test_an_adapter_beside_a_model_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    (folder / "adapter_config.json").write_text("{}")
+    assert any("a LoRA adapter is in the folder too" in note for note in read_folder(folder).notes)
