@@ -79,14 +79,14 @@ class PromptLine:
 
 
 def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
-    """What to continue: the word, the lines of the file, or stdin."""
+    """What to continue: the word, the lines of the file, or stdin (also for the word "-")."""
     if file is not None:
         if prompt is not None:
             raise UsageError("a prompt and --file: give one of them")
         if suffix is not None:
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_file(file)
-    if prompt is None:
+    if prompt in (None, "-"):
         prompt = without_last_end(_decoded(None))
         _note_returns(prompt, "stdin")
         if not prompt:
@@ -286,7 +286,7 @@ def folder_or_prompt(word: str) -> str:
     """
     if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
-    if re.search(r"\s", word):
+    if word == "-" or re.search(r"\s", word):
         return "prompt"
     if re.match(r"/.|\.\.?/|~|.*/$", word) or ("/" in word and os.path.isdir(word.partition("/")[0])):
         return "folder"

@@ -12,7 +12,7 @@ from mistral import __version__
 from mistral.cli import flags, help, terminal
 from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED
 from mistral.util.english import did_you_mean
-from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError
+from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError, short_repr
 
 
 def run(words: list[str]) -> int:
@@ -70,8 +70,7 @@ def _dispatch(words: list[str]) -> None:
     if name in RENAMED:
         raise UsageError(f"the command {name} is now called {RENAMED[name]}")
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
-        raise UsageError(f"no command {name!r}{hint}")
+        raise UsageError(f"no command {short_repr(name)}{_instead(name)}")
     command = COMMANDS[name]
     before_prompt = rest[: rest.index("--")] if "--" in rest else rest
     if "--help" in before_prompt or "-h" in before_prompt:
@@ -81,6 +80,17 @@ def _dispatch(words: list[str]) -> None:
     import fire
 
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+
+
+def _instead(name: str) -> str:
+    """What the first word was perhaps meant as."""
+    if name.startswith("-"):
+        return f": the command comes first, and its flags behind it: {', '.join(COMMANDS)}; see --help"
+    if os.path.exists(name):
+        return "; it is a file or folder here: write a command before it, such as complete, interactive or inspect"
+    if any(c.isspace() for c in name):
+        return "; a prompt goes behind a command: complete, or see --help"
+    return did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
 
 
 class _Closed(io.TextIOBase):
