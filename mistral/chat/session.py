@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import ROLES, Message, TemplateError, Thought
 from mistral.chat.templates import check_effort
+from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, write_atomic
@@ -95,9 +96,10 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         messages = _messages(told, chat.model.args.vocab_size)
         params = _params(told, chat.params)
         check_effort(chat.template, effort)
+        chat.check(params)
         chat.template.encode_chat([system, *messages, Message("user", "")], effort=effort)
         chat.set_system(system)
-    except (TypeError, SamplingError, TemplateError) as error:
+    except (TypeError, SamplingError, GenerationError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.seed, chat.answers, chat.messages = seed, answers, messages
     chat.params, chat.effort = params, effort
@@ -189,6 +191,4 @@ def _params(told: dict[str, Any], present: SamplingParams) -> SamplingParams:
             _of(told, name, list)
     if not all(isinstance(text, str) and _valid(text) for text in found.get("stop", ())):
         raise TypeError("stop holds something else than texts")
-    params = SamplingParams(**found, seed=told["seed"], logits_processor=present.logits_processor)
-    replace(params, seed=told["seed"] + told["answers"])  # refuses what the next answer could not draw with
-    return params
+    return SamplingParams(**found, seed=told["seed"], logits_processor=present.logits_processor)
