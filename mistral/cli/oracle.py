@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mistral.cli import flags, terminal
 from mistral.cli.prompts import (
     PromptLine,
+    key_of,
     model_of,
     one_line,
     open_model,
@@ -120,6 +121,7 @@ def compare(
     *,
     file: str | None = None,
     model: str | None = None,
+    key_env: str = "MISTRAL_API_KEY",
     dtype: str = "float32",
     quantized: str | None = None,
     full: bool = False,
@@ -142,6 +144,7 @@ def compare(
     Args:
         file: a file of prompts, as `complete` reads them; default: random prompts
         model: the server's name for the model; default: the first that it lists
+        key_env: the variable that holds the server's key, if it wants one
         dtype: of the arithmetic of the side that is not the truth
         quantized: int8 or int4: weights or inputs of a side are rounded to about as many bits, which is no mistake
         full: use prompts longer than the model's window, however wide it is
@@ -162,9 +165,10 @@ def compare(
     from mistral.oracle.compare import compare as compare_sides
     from mistral.oracle.sides import FolderSide, side
 
-    first = side(a, model, options)
+    key = key_of(key_env)
+    first = side(a, model, options, key)
     adapted = bool(options.adapter) and isinstance(first, FolderSide)
-    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options)]
+    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options, key)]
     if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
         raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
     if options.cache_dtype not in (None, "auto") and not any(isinstance(s, FolderSide) for s in sides):

@@ -61,6 +61,18 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     return loaded
 
 
+def key_of(variable: str) -> str | None:
+    """A server's key, which a variable holds; None where it is not set.
+
+    Raises:
+        UsageError: it cannot be sent.
+    """
+    key = os.environ.get(variable) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError(f"the key in {variable} must be letters, digits and signs, without spaces")
+    return key
+
+
 @dataclass(frozen=True)
 class PromptLine:
     """A prompt, text or ids.
