@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mistral.adapters import BASE, find_adapter
 from mistral.cache import RollingBufferCache
+from mistral.finite import why_not_finite
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
 from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request, shares
@@ -343,7 +345,7 @@ class Engine:
                 logits = self.model.logits(h[first : first + len(wanted)])
             found = logprobs(logits, wanted[:, None]).squeeze(-1).tolist()
             if any(logprob != logprob for logprob in found):
-                return self._fail(request, _nan_logits(request.index))
+                return self._fail(request, self._nan_logits(request.index))
             request.prompt_logprobs += found
             if request.params.top_logprobs:
                 request.prompt_top += most_likely(logits, [request.params.top_logprobs] * len(found))
@@ -388,7 +390,7 @@ class Engine:
             strict=True,
         ):
             if logprob != logprob:
-                self._fail(request, _nan_logits(request.index))
+                self._fail(request, self._nan_logits(request.index))
                 continue
             if token in request.eos_ids:
                 self._end(request, "stop")
@@ -398,6 +400,14 @@ class Engine:
             if len(request.output_ids) == request.params.max_tokens:
                 self._end(request, "length")
         return tokens
+
+    def _nan_logits(self, index: int) -> BrokenLogits:
+        """What ends a request whose logits are NaN."""
+        return BrokenLogits(f"the model's logits for prompt {index} are NaN: {self._why_not_finite}")
+
+    @cached_property
+    def _why_not_finite(self) -> str:
+        return why_not_finite(self.model, self.model.dtype)
 
 
 def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
@@ -412,14 +422,6 @@ def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
             request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
         changed[row] = request.changes(logits[row], request.output_ids)
     return changed
-
-
-def _nan_logits(index: int) -> BrokenLogits:
-    """What ends a request whose logits are NaN."""
-    return BrokenLogits(
-        f"the model's logits for prompt {index} are NaN: "
-        "the weights are broken, or too large for the dtype (try --dtype float32)"
-    )
 
 
 def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:

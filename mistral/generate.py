@@ -20,7 +20,7 @@ from mistral.request import Finish, GenerationError, Request, Token
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
-from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, require_tokenizer
+from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, outside, require_tokenizer
 from mistral.util.flat import flat, require_parcel
 
 Prompt = str | Sequence[int]
@@ -182,6 +182,10 @@ def _start(
         if any(one.n > 1 for one in each):
             raise GenerationError("a cache has one row for each prompt: n must be 1")
         rows = list(range(len(ids)))
+    for index, prompt in enumerate(ids):  # the engine finds them too, and knows no names of tokens
+        what = outside(prompt, tokenizer, engine.model.args.vocab_size) if isinstance(prompt, list) else None
+        if what is not None:
+            raise GenerationError(f"prompt {index} has {what}")
     requests = [
         engine.add(prompt, one, row, index=index, sample=sample, adapter=name)
         for index, (prompt, one, row, name) in enumerate(zip(ids, each, rows, adapters, strict=True))

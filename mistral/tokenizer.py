@@ -421,3 +421,16 @@ def encode(tokenizer: TokenizerLike, text: str) -> list[int]:
     if "bos" in accepted or bos is None or bos < 0 or ids[:1] == [bos]:
         return ids
     return [bos, *ids]
+
+
+def outside(ids: Sequence[int], tokenizer: TokenizerLike | None, vocab_size: int) -> str | None:
+    """The first id that a model does not have, for a sentence that begins with what has it; None if it has all.
+
+    Tokens that were added to a tokenizer, but not to the model, have such ids.
+    """
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is None:
+        return None
+    names = {i: token for token, i in tokenizer.added.items()} if isinstance(tokenizer, Tokenizer) else {}
+    token = f" (the token {printable(names[wrong])})" if wrong in names else ""
+    return f"the id {wrong}{token}, outside the vocabulary of {vocab_size}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from mistral.util.errors import short_repr
 from mistral.util.files import not_text
+from mistral.util.parsed import parse_json
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
@@ -116,10 +117,10 @@ def read_line(text: bytes, line_id: str) -> Line:
     if len(text) > LONGEST:
         raise LineError("line_too_long", f"it has more than {LONGEST} bytes")
     try:
-        fields = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+        fields = parse_json(text.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise LineError(NOT_JSON, f"it is {not_text(error)}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+    except ValueError as error:
         raise LineError(NOT_JSON, f"it is not JSON: {error}"[:300]) from None
     if not isinstance(fields, dict):
         raise LineError(NOT_JSON, "it is no JSON object")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import random
 import time
@@ -20,6 +19,7 @@ from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line, answer, failure
 from mistral.util.errors import Unavailable, UsageError, printable, short_repr
 from mistral.util.network import unreachable
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -126,8 +126,8 @@ class Remote:
             there = response.headers.get("location", "somewhere else")
             raise Unavailable(f"{self._base} sends to {printable(there)} (status {status}): give that address")
         try:
-            body: Any = json.loads(response.content, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            body: Any = parse_json(response.content, parse_constant=_no_constant)
+        except ValueError:
             body = None
         explained = isinstance(body, dict) and "error" in body
         if status in (403, 404, 405) and not explained:  # nothing that is about this line alone

@@ -21,7 +21,7 @@ from mistral.generate import Piece, stream
 from mistral.model import Transformer
 from mistral.request import GenerationError, check_params, common_prefix
 from mistral.sampling_params import LARGEST, SamplingParams
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import Tokenizer, outside
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -82,11 +82,8 @@ class Chat:
         self._cache = model.make_cache(1)
         self.params = params
         probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
-        if max(probe) >= model.args.vocab_size:
-            raise TemplateError(
-                f"template {template.name} has the id {max(probe)}, outside the vocabulary of {model.args.vocab_size}: "
-                "it is for other models"
-            )
+        if (what := outside(probe, tokenizer, model.args.vocab_size)) is not None:
+            raise TemplateError(f"template {template.name} has {what}: it is for other models")
 
     def __repr__(self) -> str:
         return f"<Chat of {counted(len(self.messages), 'message')}: template {printable(self.template.name)}>"

@@ -16,7 +16,7 @@ from mistral.chat.jinja import JinjaTemplate
 from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
 from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import Form, Tool
-from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates
+from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates, why_version
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
 from mistral.util.errors import FormatError, printable, short_repr
@@ -27,6 +27,7 @@ from mistral.util.files import decode_text, read_limited
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 OF_TEKKEN = ("v11", "v13", "v15")  # there are no other tokenizers of these
 NAMES = (*VERSIONS, "mistrallite")
+RELEASE = "the release"  # the source of a template
 PROMPTER, ASSISTANT = 32002, 32001  # MistralLite's added tokens
 
 
@@ -114,8 +115,18 @@ def find_template(
     if own:
         raise TemplateError(f"the folder has several templates and no default: --template {' or '.join(own)}")
     if release is not None and (release == "mistrallite" or tokenizer.is_json):
-        return _of_mistral(tokenizer, release.removesuffix("-tekken"), "the release")
+        return _of_mistral(tokenizer, release.removesuffix("-tekken"), RELEASE)
     return _of_mistral(tokenizer, tokenizer.version, tokenizer.path.name)
+
+
+def assumed(template: Template, tokenizer: Tokenizer) -> str | None:
+    """A note on a template that neither the folder nor the caller named: which was taken, and why; None of others."""
+    if template.source == RELEASE:
+        return f"no chat template is in the folder: {template.name} is assumed, that of the release"
+    if template.source != tokenizer.path.name or isinstance(template, JinjaTemplate):
+        return None
+    why = why_version(tokenizer.path.name, tokenizer.kind, tokenizer.version)
+    return f"no chat template is in the folder: {template.name} is used, {why} (--template takes another)"
 
 
 def _read(name: str) -> FolderTemplate:

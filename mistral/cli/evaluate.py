@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
 from mistral.cli.chat_options import ChatOptions
+from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     note_if_instruct,
@@ -68,9 +69,12 @@ def perplexity(
     loaded = open_model(folder, options)
     from mistral.engine import STEP_TOKENS
     from mistral.eval.perplexity import perplexity as score_text
-    from mistral.tokenizer import encode
+    from mistral.tokenizer import encode, outside
 
     ids = encode(loaded.tokenizer, text) if stored is None else stored
+    if stored is None and (what := outside(ids, loaded.tokenizer, loaded.args.vocab_size)) is not None:
+        raise UsageError(f"{file or 'stdin'} has {what}")
+    terminal.note_length(loaded, len(ids))
     score = score_text(
         loaded.model, ids, chunk_size=chunk_size or STEP_TOKENS, progress=terminal.Bar("prompt", "token")
     )
@@ -221,6 +225,7 @@ def _report(loaded: Loaded, asked: Asked, instruct: bool, template: str | None, 
     from mistral.tokenizer import encode
 
     found = template_of(loaded, template) if instruct else None
+    note_if_assumed(loaded, found)
 
     def prompt(text: str) -> list[int]:
         return encode(loaded.tokenizer, text) if found is None else found.encode_chat([Message("user", text)])

@@ -136,7 +136,8 @@ def _refuse_dashes(word: str, parameters: dict[str, inspect.Parameter]) -> None:
     name = bare.partition("=")[0].replace("-", "_")
     if word[:1] != "-":
         if bare != word and (name in parameters or long_of(f"-{name}", parameters)):  # as a word processor writes it
-            raise UsageError(f"{word} begins with {word[0]!r}, which is no dash of a flag: type - or --{_or(parameters)}")
+            what = f"{word} begins with {word[0]!r}, which is no dash of a flag"
+            raise UsageError(f"{what}: type - or --{_or(parameters)}")
         return
     if name in parameters:
         raise UsageError(f"{word}: long flags begin with two dashes{_or(parameters)}")

@@ -25,6 +25,7 @@ def convert(
     adapter: str | None = None,
     base: str | None = None,
     sliding_window: str | int = "auto",
+    instruct: bool = False,
 ) -> None:
     """Write a model folder again: in the other layout, as safetensors, in another dtype, merged, or quantized.
 
@@ -50,6 +51,7 @@ def convert(
         adapter: a LoRA adapter to merge into the weights: a folder of PEFT's or of mistral-finetune's
         base: where SRC is an adapter: the folder of its base model, for its shape; default: the one that it names
         sliding_window: a number, or none, to be written; default: what SRC says
+        instruct: SRC is for conversations, though nothing in it says so: with --to hf, write its tokenizer's template
     """
     from mistral.formats import inspect_adapter
     from mistral.formats.convert import convert as convert_folder
@@ -61,6 +63,7 @@ def convert(
     if inspect_adapter.is_one(src):
         given = {"--dtype": dtype, "--quant": quant, "--calibrate": calibrate, "--adapter": adapter}
         given["--sliding_window"] = None if window == "auto" else "given"
+        given["--instruct"] = "given" if instruct else None
         if extra := [flag for flag, value in given.items() if value is not None]:
             raise UsageError(f"{src} is an adapter, whose numbers stay the same: omit {extra[0]}")
         from mistral.formats.adapter_forms import convert_adapter
@@ -80,10 +83,20 @@ def convert(
         with prompts.model_of(src) as found:
             if not isinstance(window, str):
                 found = with_window(found, window)
-            written = write_folder(found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration)
+            written = write_folder(
+                found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration, instruct=instruct
+            )
     else:
         written = convert_folder(
-            src, dst, to, dtype=dtype, quant=quant, adapter=adapter, sliding_window=window, calibrate=calibration
+            src,
+            dst,
+            to,
+            dtype=dtype,
+            quant=quant,
+            adapter=adapter,
+            sliding_window=window,
+            calibrate=calibration,
+            instruct=instruct,
         )
     _report(written)
 

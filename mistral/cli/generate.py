@@ -128,6 +128,7 @@ def complete(
         params = _constrained(params, schema, loaded)
     template = template_of(loaded, chat.template) if chat.instruct else None
     note_if_instruct(loaded, chat)
+    note_if_assumed(loaded, template)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
     ends, has_words = _ends(loaded, template)
@@ -145,9 +146,12 @@ def complete(
     bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
     more = {"adapter": [one.adapter for one in asked], "progress": bar, "thoughts": thoughts, "eos_ids": ends}
     ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
+    longest = 0
     for result, index in _in_order(ended, len(prompts), params.n):
+        longest = max(longest, len(result.prompt_tokens) + len(result.tokens))
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
+    terminal.note_length(loaded, longest)
 
 
 def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bool]:
@@ -158,6 +162,14 @@ def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bo
     if has_tokenizer(loaded.folder):
         return ends_of(loaded.tokenizer, template), True
     return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0], False
+
+
+def note_if_assumed(loaded: Loaded, template: Template | None) -> None:
+    """Print a note if conversations are written in a template that nothing named."""
+    from mistral.chat.templates import assumed
+
+    if template is not None and (note := assumed(template, loaded.tokenizer)):
+        terminal.echo_err(f"note: {note}")
 
 
 def _read_schema(file: str) -> dict[str, Any]:

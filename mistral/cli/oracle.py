@@ -326,13 +326,17 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     """Ids of a file's prompts; text needs a tokenizer."""
-    from mistral.formats.tokenizers import load_tokenizer
+    from mistral.formats.tokenizers import load_tokenizer, words_of
 
     asked, tokenizer = read_file(file), None
     if any(isinstance(one.prompt, str) for one in asked):
         if found is None:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
-        tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+        tokenizer, notes = words_of(found.path, found.args)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(found.path, found.args.vocab_size)  # which says what is missing
+        for note in notes:
+            terminal.echo_err(f"note: {note}")
     if found is not None:
         require_known_ids(asked, found)
     return _ids(asked, tokenizer, file)

@@ -414,8 +414,9 @@ def stream_one(
         thinking: whether that is shown, on stderr.
         eos_ids: what ends the text; None: as the tokenizer has it.
     """
-    from mistral.generate import stream
+    from mistral.generate import encode_prompts, stream
 
+    ids = encode_prompts([prompt], loaded.tokenizer)[0]
     bar = Bar("prompt", "token")
     with Interrupt() as interrupt:
 
@@ -424,5 +425,12 @@ def stream_one(
             bar(done, total)
 
         how = {"params": params, "chunk_size": chunk_size, "progress": between_steps}
-        pieces = stream([prompt], loaded.model, loaded.tokenizer, thoughts=thoughts, eos_ids=eos_ids, **how)
-        print_stream(pieces, echo, thinking=thinking)
+        pieces = stream([ids], loaded.model, loaded.tokenizer, thoughts=thoughts, eos_ids=eos_ids, **how)
+        generated = print_stream(pieces, echo, thinking=thinking)
+    note_length(loaded, len(ids) + generated)
+
+
+def note_length(loaded: Loaded, longest: int) -> None:
+    """Print a note where sequences of that many tokens are beyond those that a model was trained on."""
+    if note := loaded.beyond_training(longest):
+        echo_err(f"note: {note}")

@@ -144,7 +144,8 @@ def notes(found: Folder, report: dict[str, Any]) -> Iterator[str]:
     """What is as it should be, and still worth a word."""
     yield from report["suspicious"]
     flags = flags_of(report)
-    if report["template"] is None or (OWN_TOKENIZER not in flags and report["template"]["rule"].startswith("by ")):
+    template = report["template"]
+    if template is None or (OWN_TOKENIZER not in flags and template["rule"].startswith(("by ", "assumed"))):
         yield "vLLM finds no chat template here: it refuses /v1/chat/completions, unless --chat-template names one"
     if found.layout.vision is not None and any("left aside" in note for note in found.notes):
         yield "vLLM reads images with it too; memory is counted for the text model alone"

@@ -20,11 +20,10 @@ from mistral.eval.reach import NOTICEABLE, SHARE, Reach, edges, reach, samples, 
 from mistral.eval.results import ResultFile
 from mistral.eval.retrieval import TASKS, Item, answer, digest, items_of, make_items, report_rows
 from mistral.eval.tasks import Encode
-from mistral.formats.folder import read_folder
-from mistral.formats.layout import trained_length
+from mistral.formats.layout import beyond_training
 from mistral.generate import eos_of
 from mistral.loader.load import Loaded
-from mistral.tokenizer import encode
+from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.window import Window
@@ -110,11 +109,8 @@ def evaluate(
 
 def _note_length(trained: int | None, say: Callable[[str], None], longest: int) -> None:
     """A sentence, if sequences go beyond what the model was trained on."""
-    if trained is not None and longest > trained:
-        say(
-            f"the model was trained on sequences of up to {trained:,} tokens, and the longest here has {longest:,}: "
-            "beyond that it may fail for that reason alone"
-        )
+    if note := beyond_training(trained, longest):
+        say(note)
 
 
 def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]
         "version": __version__,
         "window": next(iter(windows)) if len(windows) == 1 else None,
         "reach": edges(args)[-1],
-        "trained_length": trained_length(read_folder(loaded.folder).raw),
+        "trained_length": loaded.trained_length,
         "template": template,
         "n": None if asked.questions else asked.n or CASES[asked.task],
         "seed": asked.seed,
@@ -227,6 +223,8 @@ def _text_ids(loaded: Loaded, asked: Asked, needed: int) -> tuple[list[int], lis
         filler = Filler((asked.text[0],), asked.text[1])
     text = filler.text(0, len(filler.sentences))
     ids = encode(loaded.tokenizer, text)
+    if (what := outside(ids, loaded.tokenizer, loaded.args.vocab_size)) is not None:
+        raise UsageError(f"{filler.source} has {what}")
     bos = ids[:1] if ids[:1] == [loaded.tokenizer.bos_id] else []
     ids = ids[len(bos) :]
     if asked.text is None:

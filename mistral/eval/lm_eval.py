@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from mistral.chat.messages import Message
-from mistral.chat.templates import Template, ends_of, find_template
+from mistral.chat.templates import Template, assumed, ends_of, find_template
 from mistral.eval.scoring import Continuation, Scored, Scorer
-from mistral.formats.folder import read_folder
-from mistral.formats.layout import trained_length
 from mistral.generate import completions
 from mistral.loader.load import Loaded, load
 from mistral.loader.options import LoadOptions
@@ -88,10 +87,12 @@ class MistralLM(TemplateLM):
         self.loaded = (
             load(pretrained, device=device, max_batch_size=self.batch_size, **options) if loaded is None else loaded
         )
+        for note in self.loaded.notes if loaded is None else ():
+            log.warning("note: %s", note)
         if self.loaded.tokenizer is None:
             raise UsageError("evaluation needs a tokenizer, which this folder lacks")
         self._tokens = self.loaded.tokenizer
-        self.max_length = max_length or trained_length(read_folder(self.loaded.folder).raw) or DEFAULT_LENGTH
+        self.max_length = max_length or self.loaded.trained_length or DEFAULT_LENGTH
         self.max_gen_toks = max_gen_toks
         self.scorer = Scorer(self.loaded.model, self.batch_size)
         self._template_name = template
@@ -121,7 +122,7 @@ class MistralLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The name of the template of conversations; for lm-eval's caches."""
-        return self._template().name if chat_template else None
+        return self._template.name if chat_template else None
 
     def get_model_info(self) -> dict[str, Any]:
         """For lm-eval's results."""
@@ -150,14 +151,18 @@ class MistralLM(TemplateLM):
         last = self._tokens.decode(ids[begin:])
         return ids[:begin] + self._tokens.encode_parts([last + text])
 
+    @cached_property
     def _template(self) -> Template:
         release = None if self.loaded.release is None else self.loaded.release.template
-        return find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.folder)
+        found = find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.folder)
+        if note := assumed(found, self._tokens):
+            log.warning("note: %s", note)
+        return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as a text, control tokens by their names; `tok_encode` knows its ids. An answer that comes
         last without `add_generation_prompt` is gone on with."""
-        template = self._template()
+        template = self._template
         ids = template.encode_chat([Message(one["role"], one["content"]) for one in chat_history])
         if not add_generation_prompt:
             while ids and ids[-1] in ends_of(self._tokens, template):
@@ -231,7 +236,7 @@ class MistralLM(TemplateLM):
         params = [self._params(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0], one) for request, one in zip(requests, params, strict=True)]
         texts = [""] * len(requests)
-        ends = ends_of(self._tokens, self._template() if self._chats else None)
+        ends = ends_of(self._tokens, self._template if self._chats else None)
         ended = completions(prompts, self.loaded.model, self._tokens, params=params, eos_ids=ends)
         for i, result in tqdm(ended, total=len(prompts), disable=disable_tqdm, desc="generate_until"):
             texts[i] = result.text

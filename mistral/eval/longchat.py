@@ -6,7 +6,6 @@ are in https://github.com/DachengLi1/LongChat, longeval/evaluation (Apache-2.0).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, read_limited
+from mistral.util.parsed import parse_json
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def _questions(path: str, text: str, task: str) -> Iterator[Question]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             raise FormatError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise FormatError(f"{path} line {number} has no prompt")

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from mistral.engine import LOGIT_FLOATS, STEP_TOKENS
+from mistral.finite import why_not_finite
 from mistral.logprobs import logprobs
 from mistral.model import Transformer
+from mistral.tokenizer import outside
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
@@ -65,9 +67,8 @@ def perplexity(
         raise UsageError(f"{counted(len(ids), 'token')}: there is nothing to predict in fewer than 2")
     if chunk_size < 1:
         raise UsageError(f"chunk_size is {chunk_size}; it must be at least 1")
-    wrong = next((i for i in ids if not 0 <= i < model.args.vocab_size), None)
-    if wrong is not None:
-        raise UsageError(f"the id {wrong} is outside the vocabulary of {model.args.vocab_size}")
+    if (what := outside(ids, None, model.args.vocab_size)) is not None:
+        raise UsageError(f"the text has {what}")
     total = len(ids) - 1
     needed = model.cache_bytes(total)
     memory.require(needed, model.device, f"keys and values of {total} positions", "give a shorter text")
@@ -84,5 +85,5 @@ def perplexity(
             progress(first + len(piece), total)
     nats = -math.fsum(sums)
     if math.isnan(nats):
-        raise UsageError("the model's logits are NaN: the weights are broken, or too large for the dtype")
+        raise UsageError(f"the model's logits are NaN: {why_not_finite(model, model.dtype)}")
     return Score(total, nats)

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,20 +22,22 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.adapter import read_adapter
+from mistral.formats.broken import require_whole
 from mistral.formats.folder import Folder, read_folder, with_window
 from mistral.formats.hf_template import to_chat_template
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
+from mistral.formats.instruct import why_instruct
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import TEMPLATE, chat_templates, has_tokenizer, load_tokenizer, tokenizer_files
+from mistral.formats.tokenizers import TEMPLATE, chat_templates, load_tokenizer, tokenizer_files, words_of
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import ConvertError, printable
 from mistral.util.files import folder_atomic
@@ -53,6 +55,7 @@ CARRIED = (
     "chat_template.*",
     "additional_chat_templates/*",
     GENERATION,
+    "SYSTEM_PROMPT.txt",
     "LICEN[CS]E*",
 )
 
@@ -95,6 +98,7 @@ def convert(
     shard_size: int = SHARD,
     sliding_window: str | int | None = "auto",
     calibrate: Calibrate | None = None,
+    instruct: bool = False,
 ) -> Converted:
     """Write the model of one folder into another; bit for bit the same weights unless a dtype is given.
 
@@ -108,8 +112,10 @@ def convert(
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
         sliding_window: a number, or None for none, to be written in the place of what src says; "auto" keeps that.
         calibrate: gives how much each column of a weight counts in int4, see `loader.calibration`; None: all the same.
+        instruct: whether src is for conversations, where neither a chat template nor its name says so.
 
     Raises:
+        FormatError: a file of src is not what its name says; see `broken`.
         ConvertError: the two folders, the layout, the dtype or the disk do not allow it; or a value
             would become infinite.
         ValueError: another subclass, if src is not a model; see `read_folder`.
@@ -118,10 +124,16 @@ def convert(
     found = read_folder(locate(src))
     if not isinstance(sliding_window, str):
         found = with_window(found, sliding_window)
-    if not has_tokenizer(found.path):
-        found = replace(found, notes=(*found.notes, NO_TOKENIZER))
     return write_folder(
-        found, dst, to, dtype=dtype, quant=quant, adapter=adapter, shard_size=shard_size, calibrate=calibrate
+        found,
+        dst,
+        to,
+        dtype=dtype,
+        quant=quant,
+        adapter=adapter,
+        shard_size=shard_size,
+        calibrate=calibrate,
+        instruct=instruct,
     )
 
 
@@ -135,15 +147,16 @@ def write_folder(
     adapter: str | PathLike[str] | None = None,
     shard_size: int = SHARD,
     calibrate: Calibrate | None = None,
+    instruct: bool = False,
 ) -> Converted:
     """`convert` for a folder that is read already, or whose weights never were in files.
 
     Args:
         folder: what to write; its tokenizer is taken from its path.
-        dst, to, dtype, quant, adapter, shard_size, calibrate: as in `convert`.
+        dst, to, dtype, quant, adapter, shard_size, calibrate, instruct: as in `convert`.
 
     Raises:
-        ConvertError: as in `convert`.
+        FormatError, ConvertError: as in `convert`.
     """
     layout, target = _layout_and_dtype(to, dtype, quant)
     if folder.quant is not None:
@@ -153,7 +166,8 @@ def write_folder(
     if adapter is not None:
         folder = merge_into(folder, read_adapter(adapter))
     place = destination(folder.path, Path(dst))
-    notes = list(folder.notes)
+    require_whole(folder.path, ", to convert without")
+    notes = [*folder.notes, *_about_tokenizer(folder)]
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -163,7 +177,7 @@ def write_folder(
     unpack, lost = unpacked(folder.path, folder.args.vocab_size)
     notes += lost
     if layout is not NATIVE and TOKENIZER_JSON not in unpack:
-        described = _for_transformers(folder, notes) | described
+        described = _for_transformers(folder, notes, instruct) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     found.update(tokenizer_files(folder.path))
     carried = sorted(path for path in found if path.name not in described)
@@ -313,7 +327,7 @@ def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
 
 
-def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
+def _for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
     if (folder.path / TOKENIZER_JSON).is_file():
         return {}
@@ -333,20 +347,39 @@ def _for_transformers(folder: Folder, notes: list[str]) -> dict[str, str]:
     if not (folder.path / TOKENIZER_CONFIG).is_file():
         texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
     notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
-    return texts | _chat_template(folder, tokenizer, notes)
+    return texts | _chat_template(folder, tokenizer, notes, instruct)
 
 
-def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str]) -> dict[str, str]:
-    """chat_template.jinja, where the source has no template but its tokenizer says how conversations are written."""
+def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instruct: bool) -> dict[str, str]:
+    """chat_template.jinja for an instruct model without a template, as its tokenizer has conversations written.
+
+    A base model gets none: a template is what others take for the sign of an instruct model.
+    """
     release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
     of_its_own = release is not None and release.template == "mistrallite"
     if chat_templates(folder.path) or of_its_own or (made := to_chat_template(tokenizer)) is None:
         return {}
+    why = "as asked" if instruct else why_instruct(folder.path, release)
+    if why is None:
+        notes.append(
+            f"no {TEMPLATE} was written: nothing says that this model is for conversations; if it is, --instruct "
+            f"writes one for {tokenizer.version}, the version of {tokenizer.path.name}"
+        )
+        return {}
+    if not instruct:
+        why = f"that the model is for conversations is assumed from {why}"
     notes.append(
-        f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: "
-        "it is for instruct models"
+        f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: {why}"
     )
     return {TEMPLATE: made}
+
+
+def _about_tokenizer(folder: Folder) -> list[str]:
+    """What should be known about the source's tokenizer, a sentence each."""
+    try:
+        return words_of(folder.path, folder.args)[1]
+    except TokenizerError as error:
+        return [f"the tokenizer cannot be used: {error}"]
 
 
 def _ids(value: Any) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from mistral.args import ModelArgs
 from mistral.fast.layout import SYMMETRIC, stored_as
 from mistral.formats.adapter import base_of
+from mistral.formats.broken import broken_files
 from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
@@ -94,7 +95,8 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
-    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older), quant)
+    broken = broken_files(path).values()
+    return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older, *broken), quant)
 
 
 def nothing_at(path: str | PathLike[str]) -> str:

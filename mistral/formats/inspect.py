@@ -15,6 +15,7 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import BLOCKS, QUANTS, bytes_of
+from mistral.formats.broken import broken_files
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
@@ -28,9 +29,11 @@ from mistral.formats.tokenizers import (
     missing_tokens,
     other_tokenizers,
     read_tokenizer,
+    suggested_sampling,
     tokenizer_files,
     tokenizer_kind,
     tokenizer_notes,
+    why_version,
 )
 from mistral.formats.weights import Stored, file_names
 from mistral.parameters import EMBEDDINGS, active, parameters
@@ -63,8 +66,9 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
     release, odd = identify(args, tokenizer["kind"] if known else None, tokenizer["version"])
     files = _files(found, tokenizer["file"])
     dtypes = _dtypes(found.tensors)
+    twice = broken_files(path).get(tokenizer["file"]) if tokenizer["error"] else None  # the error names it too
     suspicious = [
-        *found.notes,
+        *(note for note in found.notes if note != twice),
         *odd,
         *_about_shape(found, release),
         *_about_tokenizer(path, tokenizer, args, release),
@@ -195,11 +199,13 @@ def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) ->
         rule = f"one of {', '.join(own)} by --template" if found is None else "of the folder, in Jinja"
         return {"name": "none by default" if found is None else found.file, "rule": rule}
     version, kind = tokenizer["version"], tokenizer["kind"]
-    if release is not None and (version is None or release.added_words):  # its tokenizer is that of another release
-        return {"name": release.template, "rule": "of the release's instruct variants"}
+    # A tokenizer.json has no version, and that of MistralLite is another release's.
+    if release is not None and (version is None or release.added_words or kind == "tokenizers"):
+        return {"name": release.template, "rule": "assumed from the release's instruct variants"}
     if version is None:
         return None
-    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": f"by {tokenizer['file']}"}
+    rule = why_version(tokenizer["file"], kind, version)
+    return {"name": f"{version}-tekken" if kind == "tekken" else version, "rule": rule}
 
 
 def _words_and_version(path: Path) -> tuple[int, str | None]:
@@ -260,6 +266,7 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
         own = read_tokenizer(path)
         ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
+        notes += suggested_sampling(path)
     elif path.is_dir() and (others := other_tokenizers(path)):
         notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
     if words is not None and words > args.vocab_size:
@@ -280,7 +287,7 @@ def _about_templates(path: Path) -> list[str]:
             except NotJinja as error:
                 said.append(str(error))
     except TokenizerError as error:
-        said.append(str(error))
+        said += [] if any(name in str(error) for name in broken_files(path)) else [str(error)]
     except Unavailable:
         pass
     return said
@@ -298,8 +305,9 @@ def _about_files(
         said.append(f"not read, {memory.as_text(sum(f['bytes'] for f in unread))}: {first}")
     if unfinished:
         said.append(f"a download that has not ended: {', '.join(unfinished)}")
+    known = broken_files(path)  # read_folder names those
     for link in sorted(path.iterdir()) if path.is_dir() else ():
-        if link.is_symlink() and not link.exists():
+        if link.is_symlink() and not link.exists() and link.name not in known:
             said.append(f"{link.name} is a link to a file that is gone")
     if quantized:
         return said

@@ -5,7 +5,6 @@ Knows names, shapes and the order of rows; reads no tensor itself. Runs without 
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
@@ -16,6 +15,7 @@ from mistral.args import ModelArgs
 from mistral.formats.weights import Reader, WeightFiles
 from mistral.util.errors import FormatError
 from mistral.util.files import read_limited
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +189,8 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raw = parse_json(text)
+    except ValueError as error:
         raise ParamsError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")
@@ -204,3 +204,18 @@ def trained_length(raw: dict[str, Any]) -> int | None:
         for key in ("max_position_embeddings", "max_seq_len", "llama.context_length", "mistral3.context_length")
     )
     return next((n for n in given if type(n) is int and n > 0), None)
+
+
+def beyond_training(trained: int | None, longest: int) -> str | None:
+    """A sentence where sequences are longer than those that a model was trained on; None where they are not.
+
+    Args:
+        trained: tokens of the longest that it was trained on, by its files; None: they do not say.
+        longest: tokens of the longest here.
+    """
+    if trained is None or longest <= trained:
+        return None
+    return (
+        f"the model was trained on sequences of up to {trained:,} tokens, and the longest here has {longest:,}: "
+        "beyond that it may fail for that reason alone"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mistral.formats.broken import broken_files
 from mistral.formats.gguf_layout import GgufLayout
 from mistral.formats.huggingface import HuggingFaceLayout
 from mistral.formats.layout import Layout, ParamsError
@@ -31,7 +32,8 @@ def find_layout(path: Path) -> tuple[Layout, list[str]]:
     if not described:
         names = " and ".join(f"no {layout.config}" for layout in LAYOUTS.values())
         said = f"{names} in {path}: a model folder has one of them, weights and a tokenizer"
-        raise ParamsError(f"{said}{_models_inside(path)}")
+        broken = "".join(f"; {what}" for what in broken_files(path).values())
+        raise ParamsError(f"{said}{broken}{_models_inside(path)}")
     complete = [layout for layout in described if layout.has_weights(path)]
     chosen = next(iter(complete), described[0])
     others = " and ".join(layout.title for layout in complete[1:])

@@ -10,9 +10,9 @@ from pathlib import Path
 from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
-from mistral.formats.releases import Release
+from mistral.formats.releases import Release, identify
 from mistral.special_tokens import CONFIG, read_json
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
@@ -134,12 +134,33 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
     if beyond := [text for text, i in tokenizer.added.items() if i >= vocab_size]:
         named = ", ".join(printable(text) for text in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         notes.append(
-            f"the model has no weights for {counted(len(beyond), 'added token')} of its tokenizer ({named}): not used"
+            f"the model has no weights for {counted(len(beyond), 'added token')} of its tokenizer ({named}): "
+            "what has one is refused"
         )
-    return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1], *_suggested_sampling(folder)]
+    return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1]]
 
 
-def _suggested_sampling(folder: Path) -> list[str]:
+def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of a model, None where there is none, and all that whoever uses it should know, a sentence each.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`.
+    """
+    if not has_tokenizer(folder):
+        return None, [NO_TOKENIZER]
+    found = load_tokenizer(folder, args.vocab_size)
+    return found, tokenizer_notes(folder, found, args.vocab_size) + unused_ids(args, found)
+
+
+def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
+    """A note where a model has ids without a token, as padding makes them."""
+    release, _ = identify(args, tokenizer.kind, tokenizer.version)
+    if not (spare := missing_tokens(args, tokenizer.n_ids, release)):
+        return []
+    return [f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text"]
+
+
+def suggested_sampling(folder: Path) -> list[str]:
     """A note where generation_config.json says how to sample, which is for whoever asks to say."""
     try:
         told = {} if folder.is_file() else read_json(folder / ENDS[0])
@@ -166,9 +187,8 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     for name in ENDS:
         try:
             told = read_json(folder / name).get("eos_token_id")
-        except TokenizerError as error:
-            notes.append(f"whether {name} names an end of sequence is unknown: {error}")
-            continue
+        except TokenizerError:
+            continue  # `formats.broken` names the file
         ids = told if isinstance(told, list) else [] if told is None else [told]
         for i in ids:
             if type(i) is not int or i >= vocab_size:
@@ -225,3 +245,16 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
                 ) from None
             found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
     return found
+
+
+def why_version(file: str, kind: str, version: str) -> str:
+    """Why conversations are written as those of a version, where no chat template says how; for a sentence.
+
+    Args:
+        file, kind, version: of the tokenizer. Some of Mistral's files state the version, others show it.
+    """
+    if kind == "tekken" or re.search(r"\.v[0-9]+\w*$", file):
+        return f"by {file}"
+    if version == "v1":
+        return f"assumed, as {file} has no control token [INST]"
+    return f"assumed from the control tokens of {file}"

@@ -14,7 +14,7 @@ from mistral.formats.tokenizers import load_tokenizer
 from mistral.loader.assemble import assemble
 from mistral.loader.options import LoadOptions
 from mistral.parameters import parameters
-from mistral.tokenizer import encode
+from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.util.files import decode_text
@@ -48,7 +48,10 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
         text = decode_text(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
-    ids = encode(load_tokenizer(found.path, found.args.vocab_size), text)
+    tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+    ids = encode(tokenizer, text)
+    if (what := outside(ids, tokenizer, found.args.vocab_size)) is not None:
+        raise UsageError(f"{file} has {what}: remove that token from the text")
     if len(ids) < LEAST:
         raise UsageError(
             f"{file} has {counted(len(ids), 'token')}, and calibration needs {LEAST} or more: give a longer text"

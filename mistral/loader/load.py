@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, cast
 from mistral.args import ModelArgs
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
 from mistral.formats.hub import locate
+from mistral.formats.layout import beyond_training, trained_length
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import has_tokenizer, load_tokenizer, missing_tokens, tokenizer_notes
+from mistral.formats.tokenizers import suggested_sampling, unused_ids, words_of
 from mistral.formats.weights import file_names
 from mistral.loader.adapted import with_adapters
 from mistral.loader.assemble import assemble, narrowed
 from mistral.loader.options import LoadOptions, OptionError
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerLike, require_tokenizer
-from mistral.util.english import counted
+from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Loaded:
         release: the release that it is, as far as its shape tells; None if it is none that is known.
         notes: what was assumed or left aside and what is odd, a sentence each.
         draft: what guesses its tokens, for people; "" for nothing.
+        trained_length: tokens of the longest sequences that it was trained on, by its files; None: they do not say.
     """
 
     model: Transformer
@@ -52,6 +53,7 @@ class Loaded:
     release: Release | None = None
     notes: tuple[str, ...] = ()
     draft: str = ""
+    trained_length: int | None = None
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -72,6 +74,10 @@ class Loaded:
         ends = sorted(self.tokenizer.eos_ids)
         usual = ends == [self.tokenizer.eos_id]
         return self.tokenizer.path.name + ("" if usual else f", ends at ids {', '.join(map(str, ends)) or 'none'}")
+
+    def beyond_training(self, longest: int) -> str | None:
+        """A note where sequences of that many tokens are longer than those that the model was trained on."""
+        return beyond_training(self.trained_length, longest)
 
     def save(self, folder: str | PathLike[str]) -> Converted:
         """Write model and tokenizer into a folder that loads with the same bits; see `loader.save`.
@@ -116,41 +122,48 @@ def load(
     options = _spelled_out(options, kernels, deterministic)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
     own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
-    if own is None and not has_tokenizer(found.path):
-        about = [NO_TOKENIZER]
-    elif own is None:
-        own = load_tokenizer(found.path, found.args.vocab_size)
-        about = tokenizer_notes(found.path, own, found.args.vocab_size)
+    if own is None:
+        own, about = words_of(found.path, found.args)
+        about += suggested_sampling(found.path) if own is not None else ()
+    elif isinstance(own, Tokenizer):
+        about = unused_ids(found.args, own)
     known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
     release, odd = identify(found.args, *known)
     found = windowed(found, options)
     model, run = assemble(found, division, options=options)
-    spare = missing_tokens(found.args, own.n_ids, release) if isinstance(own, Tokenizer) else 0
-    padded = (
-        (f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text",)
-        if spare
-        else ()
-    )
-    notes = (*found.notes, *odd, *about, *padded, *narrowed(found, run), *run.notes)
+    draft, of_draft = _put_draft(model, own, options)
+    notes = (*found.notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
     files, parameters = found.weights.files, found.parameters
-    draft = _put_draft(model, own, options)
-    return Loaded(model, cast("Tokenizer", own), found.args, run, found.path, files, parameters, release, notes, draft)
+    known_length = trained_length(found.raw)
+    return Loaded(
+        model,
+        cast("Tokenizer", own),
+        found.args,
+        run,
+        found.path,
+        files,
+        parameters,
+        release,
+        notes,
+        draft,
+        known_length,
+    )
 
 
-def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: LoadOptions) -> str:
-    """Give a model what guesses its tokens, and say what that is; "" for nothing.
+def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: LoadOptions) -> tuple[str, list[str]]:
+    """Give a model what guesses its tokens, and say what that is, "" for nothing; and notes on it.
 
     Raises:
         OptionError: the smaller model has another vocabulary.
     """
     if options.draft is None:
-        return ""
+        return "", []
     from mistral.fast.draft import Costs, NgramDraft
 
     costs = Costs()
     if options.draft == "ngram":
         model.draft = lambda: NgramDraft(costs)
-        return "n-grams"
+        return "n-grams", []
     from mistral.fast.draft_model import ModelDraft
 
     execution = "auto" if options.execution == "bitwise" else options.execution
@@ -163,7 +176,8 @@ def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: Loa
             f"({small.args.vocab_size:,} ids against {model.args.vocab_size:,}, or other words)"
         )
     model.draft = lambda: ModelDraft(small.model, costs)
-    return f"{short(small.folder)}, {small.parameters / 1e6:.1f} M parameters"
+    notes = [f"{short(small.folder)}, which guesses: {note}" for note in small.notes]
+    return f"{short(small.folder)}, {small.parameters / 1e6:.1f} M parameters", notes
 
 
 def _same_words(one: TokenizerLike | None, other: TokenizerLike | None) -> bool:

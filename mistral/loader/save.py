@@ -6,13 +6,14 @@ import tempfile
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mistral.formats.convert import Converted, write_folder
 from mistral.formats.folder import Folder
+from mistral.formats.layout import Layout
 from mistral.formats.layouts import NATIVE, find_layout
 from mistral.formats.mapped_tensors import Progress
 from mistral.formats.weights import Reader, Stored, WeightFiles
@@ -64,8 +65,15 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     weights = WeightFiles(() if source is None else _written_anew(source), tensors, readers)
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
-        whole = Folder(path, NATIVE, NATIVE.config, {}, model.args, weights, notes=())
+        layout, raw = (NATIVE, {}) if source is None else _described(source)
+        whole = Folder(path, layout, layout.config, raw, model.args, weights, notes=())
         return write_folder(whole, folder, NATIVE.to)
+
+
+def _described(source: Path) -> tuple[Layout, dict[str, Any]]:
+    """The layout of what a model was loaded from, and what gives its shape there: ends of sequence may be in it too."""
+    layout, _ = find_layout(source)
+    return layout, layout.read_config(source)
 
 
 def _written_anew(source: Path) -> tuple[Path, ...]:

@@ -23,6 +23,7 @@ from mistral.oracle.outputs import Outputs
 from mistral.tokenizer import TokenizerLike, encode
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.network import unreachable
+from mistral.util.parsed import parse_json
 
 log = logging.getLogger("mistral")
 LARGEST = 2**28  # bytes of an answer that are read
@@ -187,8 +188,8 @@ class Server:
         except (URLError, HTTPException, OSError, ValueError) as error:
             raise FormatError(f"{self.url}{path} cannot be asked: {_short(unreachable(error))}") from None
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return parse_json(text)
+        except ValueError:
             told = short_repr(text[:60].decode("utf-8", "replace"))
             raise FormatError(
                 f"{self.url} is no server of OpenAI's protocol: {path} answers {told}, which is no JSON"
@@ -201,7 +202,8 @@ class Server:
             wanted = "another key than it was given" if self._key else "a key: put it into the variable of --key_env"
             return FormatError(f"{self.url} wants {wanted} ({said})")
         if error.code == 404 and path == "/v1/models":
-            return FormatError(f"{self.url} has no /v1/models: give the address up to /v1, as http://localhost:8000 ({said})")
+            advice = "give the address up to /v1, as http://localhost:8000"
+            return FormatError(f"{self.url} has no /v1/models: {advice} ({said})")
         if error.code in (400, 404, 422) and path != "/v1/models":
             try:
                 names = self._names(self._ask("/v1/models", None))
@@ -222,10 +224,10 @@ def _reason(error: HTTPError) -> str:
     except (HTTPException, OSError) as broken:
         return f"and then nothing more ({type(broken).__name__})"
     try:
-        told = json.loads(text)
+        told = parse_json(text)
         told = told.get("error") or told
         message = told if isinstance(told, str) else told.get("message") or told.get("detail")
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         message = None
     return _short(message if isinstance(message, str) else text)
 

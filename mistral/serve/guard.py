@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral.serve.fields import ApiError
 from mistral.util.errors import short_repr
+from mistral.util.parsed import parse_json
 
 LARGEST_BODY = 16 << 20  # bytes
 PATIENCE = 60.0  # seconds in which a body must have come, or a piece of an answer must have been taken
@@ -118,8 +119,8 @@ async def read_json(request: Request) -> Any:
     except TimeoutError:
         raise ApiError(f"the body did not come within {PATIENCE:.0f} seconds", status=408) from None
     try:
-        return json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits
+        return parse_json(bytes(body), parse_constant=_no_constant)
+    except ValueError as error:  # no UTF-8 too
         raise ApiError(f"the body is not JSON: {error}"[:300]) from None
 
 

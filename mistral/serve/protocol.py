@@ -27,7 +27,7 @@ from mistral.serve.fields import (
 from mistral.serve.formats import read_format, whole
 from mistral.serve.tools import ToolUse, read_messages, read_tools
 from mistral.serve.words import Words
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import MistralError, short_repr
 
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024  # generated where a request does not say
@@ -242,7 +242,9 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
         if isinstance(one, str):
             suffix = given.get("suffix")
             fim = None if suffix is None else served.chats().encode_fim(one, suffix)
-            prompts.append(served.tokenizer.encode(one) if fim is None else fim)
+            ids = served.tokenizer.encode(one) if fim is None else fim
+            _check_ids(ids, "prompt", served)
+            prompts.append(ids)
             texts.append(one)
         elif "suffix" in given:
             raise ApiError("suffix needs a prompt that is text", "suffix")
@@ -257,9 +259,11 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
 
 def _conversation(given: Mapping[str, Any], served: Served, tools: Sequence[Tool]) -> list[int]:
     try:
-        return served.chats().encode_chat(read_messages(given["messages"]), tools, given.get("reasoning_effort"))
+        ids = served.chats().encode_chat(read_messages(given["messages"]), tools, given.get("reasoning_effort"))
     except RecursionError:
         raise ApiError("the messages are nested too deep", "messages") from None
+    _check_ids(ids, "messages", served)
+    return ids
 
 
 def _asked(
@@ -352,9 +356,8 @@ def _bias(given: dict[str, Any], served: Served) -> tuple[tuple[int, float], ...
 
 
 def _check_ids(ids: list[int], name: str, served: Served) -> None:
-    wrong = next((i for i in ids if not 0 <= i < served.vocab_size), None)
-    if wrong is not None:
-        raise ApiError(f"{name} has the id {short_repr(wrong)}, outside the vocabulary of {served.vocab_size}", name)
+    if (what := outside(ids, served.tokenizer, served.vocab_size)) is not None:
+        raise ApiError(f"{name} has {what}", name)
 
 
 def _at_most(name: str, value: int, least: int, most: int) -> None:

@@ -14,9 +14,8 @@ from socket import AF_INET, AF_INET6, create_server, getaddrinfo
 from socket import socket as Socket
 from urllib.parse import urlsplit
 
-from mistral.chat.templates import find_template
-from mistral.formats.folder import BUNDLED, read_folder
-from mistral.formats.layout import trained_length
+from mistral.chat.templates import assumed, find_template
+from mistral.formats.folder import BUNDLED
 from mistral.loader.load import Loaded
 from mistral.serve.protocol import Served
 from mistral.serve.words import Words
@@ -136,6 +135,8 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
         if template is not None:
             raise
         why = str(error)
+    if found is not None and (note := assumed(found, loaded.tokenizer)):
+        log.warning("note: %s", note)
     called = name or model_name(loaded.folder)
     adapters = () if loaded.model.adapters is None else loaded.model.adapters.names
     if called in adapters:
@@ -155,7 +156,7 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
 
 def _context(loaded: Loaded, rows: int, most: int | None) -> int:
     """The most positions that each of `rows` sequences may have."""
-    wanted = most or trained_length(read_folder(loaded.folder).raw) or LONGEST
+    wanted = most or loaded.trained_length or LONGEST
     left = memory.available(loaded.model.device)
     if left is None:
         return wanted

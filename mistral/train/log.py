@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mistral.util.files import write_atomic
+from mistral.util.parsed import parse_json
 
 LOG, PLOT = "log.jsonl", "loss.svg"
 
@@ -45,7 +46,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral.finite import why_not_finite
 from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
 from mistral.train.data import Sample
@@ -23,8 +24,6 @@ from mistral.train.ranks import Ranks
 from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
 from mistral.train.step import add_gradients, nats_of
 from mistral.util.errors import MistralError
-
-AT_FAULT = "the weights are broken, or too large for the dtype (try --dtype float32)"
 
 
 class Diverged(MistralError):
@@ -95,7 +94,7 @@ class Loop:
         self.model.eval()
         nats = nats_of(self.model, batch.to(self.model.device))
         if not math.isfinite(nats):
-            raise WeightsError(f"the loss before the first step is {nats}: {AT_FAULT}")
+            raise WeightsError(f"the loss before the first step is {nats}: {self._at_fault()}")
 
     def go(self, resume: bool = False) -> Log:
         """Train to the end; or to where it is stopped, which is saved.
@@ -174,8 +173,11 @@ class Loop:
             f"the learning rate {self.options.peak_lr:g} may be too high (--lr); {self.out / STATE}, if it is there, "
             "is of an earlier step"
         )
-        reason = too_fast if self.progress.step else AT_FAULT  # nothing has been learned before the first step
+        reason = too_fast if self.progress.step else self._at_fault()  # nothing has been learned before the first step
         raise Diverged(f"the {what} of step {self.progress.step + 1} is {value}: {reason}")
+
+    def _at_fault(self) -> str:
+        return why_not_finite(self.model, self.model.dtype)
 
     def _evaluate(self, log: Log) -> None:
         self.model.eval()

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mistral.finite import broken_weight
 from mistral.formats.weights import WeightsError
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
@@ -178,16 +179,8 @@ def _require_sound(model: Transformer) -> None:
     Raises:
         WeightsError: it names the first such tensor.
     """
-    for name, tensor in model.state_dict().items():
-        # Numbers of one byte are not looked at: those that quantized weights consist of are finite.
-        if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()):
-            continue
-        if not all(math.isfinite(end) for end in tensor.aminmax()):  # in which a NaN shows; takes no memory
-            count, where = int((~tensor.isfinite()).sum()), name.replace(".of.", ".")  # beside an adapter
-            raise WeightsError(
-                f"the weights are broken: {count:,} of the {tensor.numel():,} numbers of {where} are NaN or infinite: "
-                "fetch or convert the model again"
-            )
+    if (broken := broken_weight(model)) is not None:
+        raise WeightsError(broken)
 
 
 def _identity(setup: Setup, found: Samples, steps: int) -> dict[str, Any]:

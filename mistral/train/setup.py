@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.chat.templates import Template, find_template
+from mistral.chat.templates import Template, assumed, find_template
 from mistral.fast.layout import bytes_of
 from mistral.formats.adapter import read_adapter
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
@@ -21,7 +21,7 @@ from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.tokenizers import load_tokenizer, words_of
 from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import windowed
@@ -30,11 +30,11 @@ from mistral.loader.runtime import WIDEN_SHARE, pick_device
 from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
-from mistral.tokenizer import Tokenizer
+from mistral.tokenizer import Tokenizer, outside
 from mistral.train import needs
 from mistral.train.attention import shared_masks
 from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
-from mistral.train.data import NoTemplate, Samples, read_samples
+from mistral.train.data import DataError, NoTemplate, Samples, read_samples
 from mistral.train.lora import freeze, fresh, put_lora
 from mistral.train.options import TrainOptions
 from mistral.train.recompute import recompute
@@ -84,7 +84,10 @@ class Setup:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.base.path, self.base.args.vocab_size)
+        found, notes = words_of(self.base.path, self.base.args)
+        for note in notes if found is not None else ():
+            self.say(f"note: {note}")
+        return found or load_tokenizer(self.base.path, self.base.args.vocab_size)  # which says what is missing
 
     @cached_property
     def template(self) -> Template:
@@ -92,6 +95,8 @@ class Setup:
         name = None if release is None else release.template
         found = find_template(self.tokenizer, name=self.options.template, release=name, folder=self.base.path)
         self.say(f"template {found.name}" + ("" if found.source == found.name else f", by {found.source}"))
+        if note := assumed(found, self.tokenizer):
+            self.say(f"note: {note}")
         return found
 
     @cached_property
@@ -108,15 +113,20 @@ class Setup:
         """
         tokenizer = self.tokenizer  # what is wrong with it is no line's fault
 
+        def known(marked: Marked) -> Marked:
+            if (what := outside(marked.ids, tokenizer, self.base.args.vocab_size)) is not None:
+                raise DataError(f"it has {what}: the model has no weights for that token")
+            return marked
+
         def text(prompt: str, value: str) -> Marked:
-            return mark_text(tokenizer, prompt, value)
+            return known(mark_text(tokenizer, prompt, value))
 
         def turns(value: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
             try:
                 template = self.template
             except MistralError as error:
                 raise NoTemplate(str(error)) from None
-            return mark_turns(template, value, tools, tokenizer.eos_ids)
+            return known(mark_turns(template, value, tools, tokenizer.eos_ids))
 
         return read_samples(path, text, turns, self.options.seq_len)
 

@@ -723,17 +723,20 @@ def test_the_template_is_told_of_unknown_models_too(tmp_path: Path) -> None:
     for i, (source, name, template) in enumerate(
         (
             ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model", "v3"),
+            ("tokenizer.model.v1", "tokenizer.model", "v1"),
             ("mistral_instruct_tokenizer_241114.model.v7", "tokenizer.model.v7", "v7"),
             ("tekken_240911.json", "tekken.json", "v3-tekken"),
         )
     ):
+        rule = ("assumed from the control tokens of tokenizer.model", f"by {name}")[i > 1]
+        rule = "assumed, as tokenizer.model has no control token [INST]" if template == "v1" else rule
         folder = make_folder(tmp_path / str(i), tokenizer=False, vocab_size=131072, dim=8, n_layers=2)
         assert inspect_folder(folder)["template"] is None
         shutil.copy(data / source, folder / name)
         report = inspect_folder(folder)
         assert report["release"] is None
-        assert report["template"] == {"name": template, "rule": f"by {name}"}
-        assert f"template    {template}, by {name}" in as_text(report)
+        assert report["template"] == {"name": template, "rule": rule}
+        assert f"template    {template}, {rule}" in as_text(report)
 
 
 def test_a_folder_without_a_tokenizer_has_no_command_that_serves_it(tmp_path: Path) -> None:

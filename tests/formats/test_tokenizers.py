@@ -14,6 +14,7 @@ import torch
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
+from mistral.formats.broken import broken_files
 from mistral.formats.folder import BUNDLED
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.tokenizers import chat_templates, eos_ids, tokenizer_files
@@ -87,8 +88,10 @@ def test_ends_that_cannot_be_are_notes(tmp_path: Path, value: Any) -> None:
     assert ends == {2}
     assert note.startswith("generation_config.json ends sequences with")
     (tmp_path / "generation_config.json").write_text("{")
-    _, (note,) = eos_ids(tmp_path, None, 4096)
-    assert "generation_config.json holds no JSON" in note
+    assert eos_ids(tmp_path, None, 4096) == (frozenset(), [])
+    (note,) = broken_files(tmp_path).values()
+    assert note.startswith("generation_config.json holds no JSON object")
+    assert note.endswith("whether it ends sequences, and with what, is unknown")
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
