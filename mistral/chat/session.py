@@ -18,7 +18,7 @@ from mistral.chat.templates import check_effort
 from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import read_limited, write_atomic
+from mistral.util.files import read_limited, reason_of, write_atomic
 
 FORMAT, VERSION = "mistral conversation", 2
 OLDEST = 1  # had a list of turns: question, answer (ids), text
@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(read_limited(path).decode("utf-8"))
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+        raise SessionError(f"{path} cannot be read: {reason_of(error)}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
         raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:

@@ -96,6 +96,8 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
             word = f"--{long}{equals}{value}"
         elif (long := long_of(word[:2], parameters)) is not None and _is_number(word[2:], parameters[long]):
             word = f"--{long}={word[2:]}"  # -n3
+        if word == "-" and "prompt" in parameters:
+            continue  # stdin, which is read where no word is the prompt
         if not word.startswith("--") or word[2:3].isspace():  # a dash and a space begin a list, or a sentence
             _refuse_dashes(word, parameters)
             positionals.append(word)

@@ -6,7 +6,6 @@ Knows nothing about commands.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -19,7 +18,8 @@ from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
 from mistral.util.errors import MistralError, UsageError, short_repr
-from mistral.util.files import decode_text, plain_ends
+from mistral.util.files import decode_text, plain_ends, reason_of
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -91,18 +91,20 @@ class PromptLine:
 
 
 def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> list[PromptLine]:
-    """What to continue: the word, the lines of the file, or stdin (also for the word "-")."""
+    """What to continue: the word, the lines of the file, or stdin."""
     if file is not None:
         if prompt is not None:
             raise UsageError("a prompt and --file: give one of them")
         if suffix is not None:
             raise UsageError("--suffix and --file: give each line of the file its own suffix")
         return read_file(file)
-    if prompt in (None, "-"):
+    if prompt is None:
         prompt = without_last_end(_decoded(None))
         _note_returns(prompt, "stdin")
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
+    elif os.path.exists(prompt):
+        terminal.echo_err(f"note: {prompt} is the prompt, though there is such a file: < {prompt} continues its text")
     return [PromptLine(prompt, suffix)]
 
 
@@ -143,8 +145,8 @@ def read_file(file: str) -> list[PromptLine]:
 
 def _one_prompt(line: str, where: str) -> PromptLine:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
         if where.startswith("stdin "):
             plain += "; without --file, all of stdin is one prompt"
@@ -157,7 +159,7 @@ def _one_prompt(line: str, where: str) -> PromptLine:
     prompt, suffix, limit, adapter = (entry.get(name) for name in ("prompt", "suffix", "max_tokens", "adapter"))
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
-        raise UsageError(f"{where}: the prompt must be text or a list of ids")
+        raise UsageError(f"{where}: the prompt is {short_repr(prompt)}; it must be text or a list of ids")
     if prompt == []:
         raise UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
     if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
@@ -191,7 +193,7 @@ def _decoded(file: str | None) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, MistralError):
             raise
-        raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from None
 
 
 def require_there(folder: str | None, prompt: str | None) -> None:
@@ -203,8 +205,12 @@ def require_there(folder: str | None, prompt: str | None) -> None:
     from mistral.formats.folder import nothing_at
     from mistral.formats.hub import is_hub_id
 
-    if folder is None or os.path.exists(folder) or is_hub_id(folder):
+    if folder is None or os.path.isdir(folder) or is_gguf_name(folder) or is_hub_id(folder):
         return
+    if os.path.isfile(folder) and prompt is not None and os.path.isdir(prompt):
+        raise UsageError(f"{folder} is a file, and {prompt} a folder: FOLDER comes before what is to be continued")
+    if os.path.exists(folder):
+        return  # loading says what it is
     unquoted = prompt is not None and "/" not in folder and not is_gguf_name(folder)
     two = f" (of two words the first is the folder, and the second, {short_repr(prompt)}, the prompt)"
     raise UsageError(nothing_at(folder) + two * unquoted)
@@ -298,8 +304,13 @@ def folder_or_prompt(word: str) -> str:
     """
     if os.path.isdir(word) or is_gguf_name(word):
         return "folder"
-    if word == "-" or re.search(r"\s", word):
+    if re.search(r"\s", word):
         return "prompt"
+    if os.path.isfile(word) and "." in word:
+        raise UsageError(
+            f"{word} is a file, and neither a folder nor a prompt: < {word} continues its text, --file {word} each of "
+            "the prompts in it"
+        )
     if re.match(r"/.|\.\.?/|~|.*/$", word) or ("/" in word and os.path.isdir(word.partition("/")[0])):
         return "folder"
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():

@@ -192,9 +192,7 @@ class ServerSide(Side):
         return self.server.evidence(prompts)
 
 
-def side(
-    what: str, model: str | None = None, options: LoadOptions = AS_IT_IS, key: str | None = None
-) -> Side:
+def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS, key: str | None = None) -> Side:
     """The side that a word means: a URL, a file, a folder or a hub id.
 
     Args:

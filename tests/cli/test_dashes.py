@@ -58,7 +58,7 @@ def test_advice_about_prompts_is_for_commands_that_have_one(cli: Command) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["- a list item", "-- a sentence", "-5", "-.5", "-5 degrees", "-", "->", "-x marks the spot", "-t is hot"]
+    "text", ["- a list item", "-- a sentence", "-5", "-.5", "-5 degrees", "->", "-x marks the spot", "-t is hot"]
 )
 def test_text_that_begins_with_a_dash(text: str) -> None:
     assert parsed("complete", "a", text) == {"folder": "a", "prompt": text}
