@@ -63,8 +63,9 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     try:
         with write_atomic(target) as beside:
             beside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
-    except UnicodeEncodeError as error:
-        raise SessionError(f"{target} cannot be written: {error}") from None
+    except UnicodeEncodeError:
+        what = "a text in it has half of a pair of surrogates, which is no character"
+        raise SessionError(f"{target} cannot be written: {what}") from None
     except FormatError as error:
         raise SessionError(str(error)) from None
 

@@ -49,6 +49,8 @@ def run(words: list[str]) -> int:
         if isinstance(error, OSError):  # no permission, a full disk
             told = FormatError(_in_words(error))
             terminal.drop(sys.stdout)
+        elif not isinstance(error, MistralError):  # of a library, or a mistake of ours
+            told = UsageError(f"{' '.join(str(error).split())} ({type(error).__name__}; --verbose prints where)")
         terminal.echo_error(told)
         if verbose:
             _trace(error)

@@ -69,8 +69,10 @@ def read(path: Path, format_name: str, versions: tuple[int, ...]) -> tuple[dict[
 
     try:
         return load_file(path), facts
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def facts_of(path: Path) -> dict[str, Any]:

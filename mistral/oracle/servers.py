@@ -40,6 +40,10 @@ class Refused(FormatError):
     """A server's answer that tells nothing; another way to ask may."""
 
 
+class _Unreadable(ValueError):
+    """Log-probs that are there, and of no use."""
+
+
 class Server:
     """Asks for log-probs of prompts given as ids, from /v1/completions.
 
@@ -138,7 +142,7 @@ class Server:
         def rows() -> Rows:
             own = [None] * missing + choice["logprobs"]["token_logprobs"]
             if len(own) < len(ids):
-                raise ValueError(f"{len(own)} token_logprobs for {len(ids)} ids")
+                raise _Unreadable(f"it has {len(own)} token_logprobs for {len(ids)} ids")
             told = [{i: _number(lp)} if lp is not None else {} for i, lp in zip(ids[1:], own[1:], strict=False)]
             if not any(told) and len(ids) > 2:
                 raise KeyError("token_logprobs")
@@ -158,8 +162,12 @@ class Server:
     def _parsed(self, parse: Callable[[], Any]) -> Any:
         try:
             return parse()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise Refused(f"its answer lacks log-probs ({type(error).__name__} {error})") from None
+        except KeyError as error:
+            raise Refused(f"its answer lacks log-probs: it has no {error.args[0]}") from None
+        except _Unreadable as error:
+            raise Refused(f"its answer lacks log-probs: {error}") from None
+        except (IndexError, TypeError, ValueError, AttributeError, OverflowError):
+            raise Refused("its answer lacks log-probs, or has them in a form that is not known") from None
 
     def _choice(self, prompt: list[int] | str, **more: Any) -> dict[str, Any]:
         asked = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
@@ -251,6 +259,6 @@ def _next_tokens(choice: dict[str, Any]) -> dict[int, float]:
     for text, logprob in told["top_logprobs"][0].items():
         match = re.fullmatch(r"token_id:(\d{1,9})", text)
         if match is None:
-            raise ValueError("its tokens have texts and no ids")
+            raise _Unreadable("its tokens have texts and no ids")
         found[int(match[1])] = _number(logprob)
     return found

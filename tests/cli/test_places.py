@@ -58,7 +58,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
             "model is the folder of a model: give it as --model model, before or behind INPUT and OUTPUT",
         ),
         ("batch model.gguf in.jsonl out", "model.gguf is a model: give it as --model model.gguf, before or behind"),
-        ("batch in.jsonl story.txt", "story.txt line 1 is no answer of a batch ('Once upon a time'): give another"),
+        ("batch in.jsonl story.txt", "story.txt line 1 is no answer of a batch ('Once upon a time'): give the output"),
     ],
 )
 def test_what_is_where_something_else_is_needed(cli: Command, words: str, error: str) -> None:
