@@ -18,6 +18,7 @@ from mistral.cli.prompts import (
     require_known_ids,
     require_there,
 )
+from mistral.cli.starting import starting
 from mistral.fast.layout import QUANTS
 from mistral.loader.options import DTYPE_NAMES, LoadOptions
 from mistral.util.english import counted
@@ -59,7 +60,8 @@ def verify(
         json: print one JSON object instead of a table
         seed: of the random prompts
     """
-    from mistral.oracle import verify as verifying
+    with starting("starting PyTorch"):
+        from mistral.oracle import verify as verifying
 
     with model_of(folder, options) as found:
         report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
@@ -160,10 +162,11 @@ def compare(
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
         raise UsageError("--model is a server's name for it, and neither side is a server")
-    from mistral.loader.runtime import DTYPES
-    from mistral.oracle import comparison
-    from mistral.oracle.compare import compare as compare_sides
-    from mistral.oracle.sides import FolderSide, side
+    with starting("starting PyTorch"):
+        from mistral.loader.runtime import DTYPES
+        from mistral.oracle import comparison
+        from mistral.oracle.compare import compare as compare_sides
+        from mistral.oracle.sides import FolderSide, side
 
     key = key_of(key_env)
     first = side(a, model, options, key)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
+from mistral.cli.starting import starting
 from mistral.util.errors import MistralError, UsageError, short_repr
 from mistral.util.files import decode_text, plain_ends, reason_of
 from mistral.util.parsed import parse_json
@@ -51,8 +52,8 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
     chosen = default_folder(folder)
     with keeping_interrupts():
-        from mistral.loader.load import load
-
+        with starting("starting PyTorch"):
+            from mistral.loader.load import load
         loaded = load(chosen, division=division(), options=options)
     what = "the bundled model, " if chosen is None else "" if folder is not None else "MISTRAL_MODEL, "
     terminal.echo_err(f"loaded {what}{loaded.describe()}")
