@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line, answer, failure
 from mistral.util.errors import Unavailable, UsageError, printable, short_repr
-from mistral.util.network import unreachable
+from mistral.util.network import behind_v1, unreachable
 from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def _parts(url: str) -> Any:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UsageError("--engine must be the address of a server, as http://127.0.0.1:8000")
+    if behind := behind_v1(parts.path):
+        raise UsageError(f"--engine goes on behind /v1 with {behind}: give the address up to /v1")
     if parts.username or parts.password:
         raise UsageError("--engine has a name or password in it: put the key into a variable, see --key_env")
     return parts

@@ -1,4 +1,4 @@
-"""A word at a terminal where nothing happens for a while: on a busy machine PyTorch alone takes ten seconds to start."""
+"""A word at a terminal where nothing happens for a while: PyTorch alone may take ten seconds to start."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from mistral.oracle.trace import names
 from mistral.parameters import OUTPUT
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
+from mistral.util.network import behind_v1
 
 AS_IT_IS = LoadOptions()
 # What is read of an .npz, besides activations, whose names have dots.
@@ -204,6 +205,8 @@ def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS, k
         ValueError: a subclass that says what is wrong with it.
     """
     if re.match(r"https?://", what):
+        if behind := behind_v1(what):
+            raise FormatError(f"{what} goes on behind /v1 with {behind}: give the address up to /v1")
         return ServerSide(what, model, key)
     path = Path(what)
     if re.match(r"(localhost|[\w.-]+\.\w+|\[[0-9a-f:]+\]):\d+", what) and not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def unreachable(error: BaseException) -> str:
         if isinstance(one, OSError) and one.errno is not None:
             return os.strerror(one.errno)
     return " ".join(str(error).split()) or "no reason is known"
+
+
+def behind_v1(address: str) -> str:
+    """What the address of a server has too much: a path that requests add themselves; "" if it has nothing of these."""
+    found = re.search(r"/v1/((v1|models|completions|chat|chat/completions)/?)$", address)
+    return "" if found is None else found[1].rstrip("/")
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:

@@ -138,6 +138,7 @@ def test_the_key_is_sent_and_never_shown(tmp_path: Path, cli: Command, monkeypat
         "ftp://x",
         "http://x:y",
         "http://x/?a=1",
+        "http://x/v1/v1",
         "http://",
     ):
         error = cli("batch", path, tmp_path / "out2", "--engine", url, "--key_env", "MY_KEY").err

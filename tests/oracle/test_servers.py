@@ -124,6 +124,7 @@ def serve() -> Iterator[Start]:
         words = load_tokenizer(folder, model.args.vocab_size) if has_tokenizer(folder) else None
         handler = type("Handler", (Server,), {"model": model, "style": style, "tokenizer": words})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who asks it for TLS breaks off
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
@@ -241,6 +242,10 @@ def test_a_key_is_sent(folder: Path, serve: Start, capsys: pytest.CaptureFixture
 def test_an_address_without_http(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", str(folder), "localhost:8000"]) == 2
     want = "no such folder: localhost:8000; a server's address begins with http://, as http://localhost:8000"
+    assert capsys.readouterr().err == f"error: {want}\n"
+    url = "http://localhost:8000/v1/completions"
+    assert cli.main(["compare", str(folder), url]) == 2
+    want = f"{url} goes on behind /v1 with completions: give the address up to /v1"
     assert capsys.readouterr().err == f"error: {want}\n"
 
 

@@ -10,7 +10,7 @@ from urllib.error import URLError
 
 import pytest
 
-from mistral.util.network import BROKEN_OFF, unreachable
+from mistral.util.network import BROKEN_OFF, behind_v1, unreachable
 
 
 class RemoteProtocolError(Exception):
@@ -46,3 +46,21 @@ def test_errors_that_are_each_others_cause() -> None:
     one, two = ValueError("one"), ValueError("two")
     one.__cause__, two.__cause__ = two, one
     assert unreachable(one) == "one"
+
+
+@pytest.mark.parametrize(
+    ("path", "behind"),
+    [
+        ("/v1", ""),
+        ("/v1/", ""),
+        ("/gateway/v1", ""),
+        ("", ""),
+        ("/v1/v1", "v1"),
+        ("/v1/completions", "completions"),
+        ("/v1/chat/completions/", "chat/completions"),
+        ("/v1/models", "models"),
+        ("/v1/deployments/some", ""),
+    ],
+)
+def test_what_an_address_has_too_much(path: str, behind: str) -> None:
+    assert behind_v1(f"http://localhost:8000{path}") == behind
