@@ -38,6 +38,6 @@ def why_not_finite(model: nn.Module, dtype: torch.dtype) -> str:
     if dtype.itemsize < torch.float32.itemsize:
         return f"its weights are finite, but too large for {name}: --dtype float32 has more room"
     return (
-        f"its weights are finite, but too large even for {name}: they are damaged, or of another model: fetch or convert "
-        "it again"
+        f"its weights are finite, but too large even for {name}: they are damaged, or another model's: fetch or "
+        "convert it again"
     )

@@ -77,7 +77,8 @@ class Grammars:
         problem = llguidance.LLMatcher.validate_grammar(source, self._words)
         if problem:
             first = next((line for line in problem.splitlines() if line.strip()), problem)
-            raise SamplingError(f"the grammar cannot be used: {printable(' '.join(first.split()), 300)}")
+            why = "it is nested too deeply" if "recursion limit" in first else printable(" ".join(first.split()), 300)
+            raise SamplingError(f"the grammar cannot be used: {why}")
         return Grammar(self._words, source, tuple(self._ends), after)
 
 

@@ -35,13 +35,17 @@ class Schema:
             from jsonschema_specifications import REGISTRY
         except ImportError as error:
             raise Unavailable(f"JSON schemas need jsonschema ({error}): pip install jsonschema") from None
-        if _has_key(schema, "patternProperties"):  # the library's own patterns have no time limit
-            raise SchemaError("the schema has patternProperties, which is not supported: name the properties")
         try:
+            if _has_key(schema, "patternProperties"):  # the library's own patterns have no time limit
+                raise SchemaError("the schema has patternProperties, which is not supported: name the properties")
             kind = validator_for(schema, default=Draft202012Validator)
             kind.check_schema(schema)
             self._validator = extend(kind, {"pattern": _pattern})(schema, registry=REGISTRY)
-        except Exception as error:  # whatever the library makes of it, RecursionError too
+        except SchemaError:
+            raise
+        except RecursionError:
+            raise SchemaError("the schema is nested too deeply") from None
+        except Exception as error:  # whatever the library makes of it
             reason = getattr(error, "message", None) or type(error).__name__
             raise SchemaError(f"not a JSON schema: {printable(str(reason), 200)}") from None
 

@@ -120,13 +120,16 @@ def find_template(
 
 
 def assumed(template: Template, tokenizer: Tokenizer) -> str | None:
-    """A note on a template that neither the folder nor the caller named: which was taken, and why; None of others."""
+    """A note on a template that nothing named: which was taken, and why. None where the caller named it, a file of the
+    folder has it, or the tokenizer's file states its version."""
     if template.source == RELEASE:
         return f"no chat template is in the folder: {template.name} is assumed, that of the release"
     if template.source != tokenizer.path.name or isinstance(template, JinjaTemplate):
         return None
     why = why_version(tokenizer.path.name, tokenizer.kind, tokenizer.version)
-    return f"no chat template is in the folder: {template.name} is used, {why} (--template takes another)"
+    if not why.startswith("assumed"):
+        return None
+    return f"no chat template is in the folder: {template.name} is {why} (--template takes another)"
 
 
 def _read(name: str) -> FolderTemplate:

@@ -172,7 +172,8 @@ class ToolReader:
         try:
             written, rest = _READ[self._form](fields)
         except (ValueError, RecursionError) as error:
-            return [Unread(raw, f"not a call: {printable(str(error), 200)}")]
+            why = "its values are nested too deeply" if isinstance(error, RecursionError) else str(error)
+            return [Unread(raw, f"not a call: {printable(why, 200)}")]
         parts: list[Part] = []
         for one in written:
             name, arguments, given = one

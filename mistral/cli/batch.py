@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import default_folder, key_of, open_model
 from mistral.cli.terminal import Bar, echo_err
@@ -210,6 +211,7 @@ def local(settings: EngineSettings, load: Callable[[], Loaded]) -> Iterator[Runn
     try:
         if made.served.template is None:
             echo_err(f"note: no chat completions: {made.served.no_template}")
+        note_if_assumed(made.served.template, made.served.tokenizer)
         yield made
     finally:
         made.close()

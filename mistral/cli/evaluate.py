@@ -227,7 +227,7 @@ def _report(loaded: Loaded, asked: Asked, instruct: bool, template: str | None, 
     from mistral.tokenizer import encode
 
     found = template_of(loaded, template) if instruct else None
-    note_if_assumed(loaded, found)
+    note_if_assumed(found, loaded.tokenizer)
 
     def prompt(text: str) -> list[int]:
         return encode(loaded.tokenizer, text) if found is None else found.encode_chat([Message("user", text)])

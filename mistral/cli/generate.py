@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mistral.chat.templates import Template
     from mistral.generate import Completion
     from mistral.loader.load import Loaded
+    from mistral.tokenizer import Tokenizer
 
 
 SEPARATOR = "====================="
@@ -128,9 +129,10 @@ def complete(
         params = _constrained(params, schema, loaded)
     template = template_of(loaded, chat.template) if chat.instruct else None
     note_if_instruct(loaded, chat)
-    note_if_assumed(loaded, template)
     require_known_ids(asked, loaded)
     prompts = as_ids(asked, loaded, template, chat)
+    if template is not None:
+        note_if_assumed(template, loaded.tokenizer)
     ends, has_words = _ends(loaded, template)
     if not has_words and not json and not any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")
@@ -164,11 +166,11 @@ def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bo
     return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0], False
 
 
-def note_if_assumed(loaded: Loaded, template: Template | None) -> None:
+def note_if_assumed(template: Template | None, tokenizer: Tokenizer) -> None:
     """Print a note if conversations are written in a template that nothing named."""
     from mistral.chat.templates import assumed
 
-    if template is not None and (note := assumed(template, loaded.tokenizer)):
+    if template is not None and (note := assumed(template, tokenizer)):
         terminal.echo_err(f"note: {note}")
 
 

@@ -329,7 +329,8 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     """Ids of a file's prompts; text needs a tokenizer."""
-    from mistral.formats.tokenizers import load_tokenizer, words_of
+    from mistral.formats.tokenizers import load_tokenizer
+    from mistral.formats.words import words_of
 
     asked, tokenizer = read_file(file), None
     if any(isinstance(one.prompt, str) for one in asked):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
+from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import open_model
 from mistral.cli.terminal import echo_err
@@ -71,6 +72,7 @@ def serve(
         served = served_of(loaded, rows=rows, most=max_positions, name=name, template=template)
         if served.template is None:
             echo_err(f"note: no chat completions: {served.no_template}")
+        note_if_assumed(served.template, loaded.tokenizer)
         run(loaded, served, listen, rows=rows, max_queue=max_queue, chunk_size=chunk_size)
 
     in_first(partial(open_model, folder, replace(options, max_batch_size=rows)), in_front)

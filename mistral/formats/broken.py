@@ -16,7 +16,7 @@ from mistral.util.parsed import parse_json
 # By a pattern for their names: files of JSON, of text, and all others that are no weights.
 JSON = (
     r"config\.json|params\.json|generation_config\.json|tokenizer\.json|tekken\.json|tokenizer_config\.json|"
-    r"special_tokens_map\.json|added_tokens\.json|.*\.safetensors\.index\.json"
+    r"special_tokens_map\.json|added_tokens\.json|.*\.(safetensors|bin)\.index\.json"
 )
 TEXT = r"chat_template\.jinja|additional_chat_templates/.*\.jinja|SYSTEM_PROMPT\.txt"
 OTHERS = r"tokenizer\.model(\.v[0-9]+(m[0-9]+)?)?"
@@ -40,11 +40,12 @@ def broken_files(folder: Path) -> dict[str, str]:
         [f"{inside.name}/{name}" for name in os.listdir(inside)] if inside.is_dir() else []
     )
     found = {name: _problem(folder / name, name) for name in sorted(names) if _is_known(name)}
-    return {
-        name: f"{printable(name)} {what}" + (f"; {LOST[name]}" if name in LOST else "")
-        for name, what in found.items()
-        if what is not None
-    }
+    return {name: f"{printable(name)} {what}" for name, what in found.items() if what is not None}
+
+
+def broken_notes(folder: Path) -> list[str]:
+    """The same for whoever goes on without those files, with what is unknown then."""
+    return [what + (f"; {LOST[name]}" if name in LOST else "") for name, what in broken_files(folder).items()]
 
 
 def require_whole(folder: Path, also: str = "") -> None:
@@ -58,7 +59,7 @@ def require_whole(folder: Path, also: str = "") -> None:
     """
     if found := broken_files(folder):
         which = "it" if len(found) == 1 else "them"
-        raise FormatError(f"{folder}: {'; '.join(found.values())}: or remove {which}{also}")
+        raise FormatError(f"{folder}: {'; '.join(found.values())}; or remove {which}{also}")
 
 
 def _is_known(name: str) -> bool:

@@ -11,45 +11,38 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.adapter import read_adapter
+from mistral.formats.beside import about_names, about_tokenizer, describe, for_transformers, not_carried
 from mistral.formats.broken import require_whole
 from mistral.formats.folder import Folder, read_folder, with_window
-from mistral.formats.hf_template import to_chat_template
-from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.hub import locate
-from mistral.formats.instruct import why_instruct
-from mistral.formats.layout import Layout, ParamsError, read_object
+from mistral.formats.layout import Layout
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
-from mistral.formats.releases import identify
-from mistral.formats.tokenizers import TEMPLATE, chat_templates, load_tokenizer, tokenizer_files, words_of
+from mistral.formats.tokenizers import JSON, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.special_tokens import CONFIG
 from mistral.util import memory
-from mistral.util.errors import ConvertError, printable
+from mistral.util.errors import ConvertError
 from mistral.util.files import folder_atomic
 
 # From a folder to how much each column of its weights counts, by their names, and a note.
 Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # What is carried along, as it is, into either layout, besides tokenizers.
 CARRIED = (
-    TOKENIZER_CONFIG,
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
@@ -167,21 +160,22 @@ def write_folder(
         folder = merge_into(folder, read_adapter(adapter))
     place = destination(folder.path, Path(dst))
     require_whole(folder.path, ", to convert without")
-    notes = [*folder.notes, *_about_tokenizer(folder)]
+    notes = [*folder.notes, *about_tokenizer(folder)]
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     if target is None and quant is None and any(tensor.widened for tensor in folder.tensors.values()):
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
-    described = _describe(folder, layout, tensors, quant, notes)
+    described = describe(folder, layout, tensors, quant, notes)
+    notes += about_names(folder, Path(dst), layout)
     unpack, lost = unpacked(folder.path, folder.args.vocab_size)
     notes += lost
-    if layout is not NATIVE and TOKENIZER_JSON not in unpack:
-        described = _for_transformers(folder, notes, instruct) | described
+    if layout is not NATIVE and JSON not in unpack:
+        described = for_transformers(folder, notes, instruct) | described
     found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
     found.update(tokenizer_files(folder.path))
     carried = sorted(path for path in found if path.name not in described)
-    notes += _not_carried(folder, carried, set(described))
+    notes += not_carried(folder, carried, set(described))
     rest = sum(path.stat().st_size for path in carried)
     rest += sum(len(text.encode()) for text in described.values()) + sum(map(len, unpack.values()))
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
@@ -289,117 +283,3 @@ def _plan(
         # So that every tensor is aligned to its own dtype. What is quantized comes in multiples of four bytes.
         part.sort(key=lambda tensor: -4 if tensor.quant else -tensor.dtype.itemsize)
     return {layout.file_name(i, len(parts)): part for i, part in enumerate(parts, 1)}
-
-
-# --- what else is in a folder
-
-
-def _describe(
-    folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
-) -> dict[str, str]:
-    """The file that gives the shape: its name and its text."""
-    (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
-    described, assumed = layout.describe(
-        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
-    )
-    notes += assumed
-    if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
-        notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
-    texts = {layout.config: as_json(described)}
-    if "eos_token_id" not in described:
-        texts |= _ends(folder, notes)
-    return texts
-
-
-def _ends(folder: Folder, notes: list[str]) -> dict[str, str]:
-    """A generation_config.json with the ids that end sequences, where the source's config.json alone names them."""
-    named = _ids(folder.raw.get("eos_token_id"))
-    path, generation = folder.path / GENERATION, dict[str, Any]()
-    with suppress(ParamsError):  # a broken one is carried along as it is
-        generation = read_object(path) if path.is_file() else {}
-    there = _ids(generation.get("eos_token_id"))
-    with suppress(TokenizerError):
-        there.append(load_tokenizer(folder.path, folder.args.vocab_size).eos_id)
-    if all(i in there for i in named):
-        return {}
-    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named]))
-    notes.append(f"{GENERATION} has the ids that end a sequence in {folder.source}: {', '.join(map(str, ids))}")
-    return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
-
-
-def _for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
-    if (folder.path / TOKENIZER_JSON).is_file():
-        return {}
-    try:
-        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
-    except TokenizerError:
-        return {}
-
-    made = to_tokenizer_json(tokenizer)
-    if made is None:
-        notes.append(
-            f"no {TOKENIZER_JSON} gives the ids of {tokenizer.path.name}, so none was written: "
-            "transformers may split texts differently"
-        )
-        return {}
-    texts = {TOKENIZER_JSON: made}
-    if not (folder.path / TOKENIZER_CONFIG).is_file():
-        texts[TOKENIZER_CONFIG] = as_json(to_tokenizer_config(tokenizer))
-    notes.append(f"{' and '.join(texts)} were made from {tokenizer.path.name}, so that transformers gives the same ids")
-    return texts | _chat_template(folder, tokenizer, notes, instruct)
-
-
-def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instruct: bool) -> dict[str, str]:
-    """chat_template.jinja for an instruct model without a template, as its tokenizer has conversations written.
-
-    A base model gets none: a template is what others take for the sign of an instruct model.
-    """
-    release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
-    of_its_own = release is not None and release.template == "mistrallite"
-    if chat_templates(folder.path) or of_its_own or (made := to_chat_template(tokenizer)) is None:
-        return {}
-    why = "as asked" if instruct else why_instruct(folder.path, release)
-    if why is None:
-        notes.append(
-            f"no {TEMPLATE} was written: nothing says that this model is for conversations; if it is, --instruct "
-            f"writes one for {tokenizer.version}, the version of {tokenizer.path.name}"
-        )
-        return {}
-    if not instruct:
-        why = f"that the model is for conversations is assumed from {why}"
-    notes.append(
-        f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: {why}"
-    )
-    return {TEMPLATE: made}
-
-
-def _about_tokenizer(folder: Folder) -> list[str]:
-    """What should be known about the source's tokenizer, a sentence each."""
-    try:
-        return words_of(folder.path, folder.args)[1]
-    except TokenizerError as error:
-        return [f"the tokenizer cannot be used: {error}"]
-
-
-def _ids(value: Any) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
-
-
-def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
-    """A note on the files of the source that have no copy and no counterpart in the destination."""
-    used = {folder.source, folder.layout.index, *written, *(path.name for path in folder.weights.files)}
-    used |= {path.relative_to(folder.path).parts[0] for path in carried}
-    there = folder.path.iterdir() if folder.path.is_dir() else ()
-    rest = sorted(entry.name for entry in there if entry.name not in used)
-    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
-    return [f"not carried along: {shown}"] if rest else []
-
-
-def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
-    try:
-        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
-        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    except TokenizerError as error:
-        notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")
-        return {"bos_token_id": 1, "eos_token_id": 2}

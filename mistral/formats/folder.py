@@ -10,8 +10,8 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import SYMMETRIC, stored_as
-from mistral.formats.adapter import base_of
-from mistral.formats.broken import broken_files
+from mistral.formats.adapter import base_of, is_adapter
+from mistral.formats.broken import broken_notes
 from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
@@ -23,6 +23,7 @@ from mistral.util.english import counted
 from mistral.util.errors import FormatError
 
 OLDER = "its 4-bit weights have no minima, as int4 was at first: convert the model that they were made from again"
+BESIDE = "a LoRA adapter is in the folder too, which only --adapter with the same folder uses"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
-    broken = broken_files(path).values()
+    broken = [*broken_notes(path), *([BESIDE] if is_adapter(path) else [])]
     return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older, *broken), quant)
 
 

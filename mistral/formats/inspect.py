@@ -1,7 +1,7 @@
 """What a folder is: the facts of `read_folder`, what it takes to run it, and what looks wrong.
 
 Reads headers, the small JSON files and the tokenizer's vocabulary; no tensor. Refuses only what cannot be a
-model; all else that is odd is reported under "suspicious". Needs no PyTorch, except for a `.pth` file.
+model; all else that is odd is reported under "suspicious". Needs no PyTorch, except for a file of torch.save.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mistral.formats.tokenizers import (
     why_version,
 )
 from mistral.formats.weights import Stored, file_names
+from mistral.formats.words import text_notes
 from mistral.parameters import EMBEDDINGS, active, parameters
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -221,8 +222,7 @@ def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
     roles = {} if tokenizer is None else {tokenizer: "tokenizer"}
     roles |= {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be all
-    if found.layout.index is not None:
-        roles[found.layout.index] = "index"
+    roles |= dict.fromkeys(found.layout.indexes, "index")
     files = []
     for file in found.weights.files if found.path.is_file() else sorted(found.path.iterdir()):
         if file.is_file():
@@ -266,9 +266,11 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
         own = read_tokenizer(path)
         ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
-        notes += suggested_sampling(path)
+        notes += text_notes(path, own) + suggested_sampling(path)
     elif path.is_dir() and (others := other_tokenizers(path)):
         notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
+    if tokenizer["error"] is None and tokenizer["kind"] == "tekken":
+        notes = [*notes, *text_notes(path, None)]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
     elif words is not None and missing_tokens(args, ids, release):

@@ -13,6 +13,7 @@ from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
+from mistral.formats.words import unused_of
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.errors import printable, short_repr
 
@@ -196,7 +197,7 @@ def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
     """
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
     notes = (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
-    return notes + tuple(_doubts(adapter, folder))
+    return (*notes, *_doubts(adapter, folder), *unused_of(adapter.path, folder.path))
 
 
 def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
-from mistral.formats.releases import Release, identify
+from mistral.formats.releases import Release
 from mistral.special_tokens import CONFIG, read_json
-from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
+from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
@@ -21,6 +21,12 @@ JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides
+# And what it may ask for that changes texts: limits, words that must or must not come, stop strings.
+MORE_SAMPLING = (
+    *("max_new_tokens", "min_new_tokens", "min_length", "stop_strings", "bad_words_ids", "force_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
+    *("no_repeat_ngram_size", "encoder_repetition_penalty", "typical_p", "num_beams", "penalty_alpha"),
+)
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -140,33 +146,16 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
     return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1]]
 
 
-def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer of a model, None where there is none, and all that whoever uses it should know, a sentence each.
-
-    Raises:
-        TokenizerError: as `load_tokenizer`.
-    """
-    if not has_tokenizer(folder):
-        return None, [NO_TOKENIZER]
-    found = load_tokenizer(folder, args.vocab_size)
-    return found, tokenizer_notes(folder, found, args.vocab_size) + unused_ids(args, found)
-
-
-def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
-    """A note where a model has ids without a token, as padding makes them."""
-    release, _ = identify(args, tokenizer.kind, tokenizer.version)
-    if not (spare := missing_tokens(args, tokenizer.n_ids, release)):
-        return []
-    return [f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text"]
-
-
 def suggested_sampling(folder: Path) -> list[str]:
     """A note where generation_config.json says how to sample, which is for whoever asks to say."""
     try:
         told = {} if folder.is_file() else read_json(folder / ENDS[0])
     except TokenizerError:
-        return []  # a note says so already
+        return []  # `broken` names it
     values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
+    values += [
+        printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
+    ]
     if not values:
         return []
     return [f"{ENDS[0]} suggests {', '.join(values)}, which is not used: give what you want of it"]
@@ -179,7 +168,7 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
     the shape too, reading the folder refuses it.
     """
-    found: set[int] = set() if tokenizer is None or tokenizer.eos_id < 0 else {tokenizer.eos_id}
+    found = set[int]() if tokenizer is None else own_ends(tokenizer)
     notes: list[str] = []
     if is_gguf_file(folder):
         ends = found if tokenizer is None else found | tokenizer.eos_ids
@@ -196,6 +185,13 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
             elif i >= 0:  # -1 is how some write none
                 found.add(i)
     return frozenset(found), notes
+
+
+def own_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids that a tokenizer ends sequences with: its own, and the eos_token that tokenizer_config.json beside it
+    names, which may be another."""
+    named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
+    return {i for i in (tokenizer.eos_id, named) if i >= 0}
 
 
 @dataclass(frozen=True)
@@ -232,7 +228,8 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
         name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TokenizerError(f"{folder / CONFIG} has the chat_template {short_repr(entry)}: fetch it again")
-        found[name] = FolderTemplate(name, CONFIG, text)
+        if text.strip():  # an empty one is none, as `words.text_notes` says
+            found[name] = FolderTemplate(name, CONFIG, text)
     files = {"default": folder / TEMPLATE}
     files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     for name, path in files.items():
@@ -243,7 +240,8 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
                 raise TokenizerError(
                     f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
                 ) from None
-            found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
+            if text.strip():
+                found[name] = FolderTemplate(name, str(path.relative_to(folder)), text)
     return found
 
 

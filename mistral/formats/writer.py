@@ -107,6 +107,7 @@ def _write_tensor(
 ) -> None:
     rows = max(1, PIECE // math.prod(tensor.shape[1:]))
     for piece in (piece for stretch in _stretches(tensor, folder, to) for piece in stretch.split(rows)):
+        rounding.look(tensor, piece)
         written = piece.to(tensor.dtype).contiguous()
         if written.dtype != piece.dtype:
             rounding.compare(tensor, piece, written)
@@ -125,12 +126,18 @@ def _stretches(tensor: PlannedTensor, folder: Folder, to: Layout) -> Iterator[Te
 
 
 class Rounding:
-    """What a narrower dtype makes of the values: how many become infinite, how many zero."""
+    """What a narrower dtype makes of the values: how many become infinite, how many zero; how many were no numbers."""
 
     def __init__(self) -> None:
-        self.infinite = self.zero = self.values = 0
-        self.first = ""
+        self.infinite = self.zero = self.values = self.broken = 0
+        self.first = self.first_broken = ""
         self.dtype: torch.dtype | None = None
+
+    def look(self, tensor: PlannedTensor, piece: Tensor) -> None:
+        """Count the values that are no numbers, which are copied as they are."""
+        if not all(math.isfinite(end) for end in piece.aminmax()):  # in which a NaN shows; takes no memory
+            self.first_broken = self.first_broken or tensor.source.name
+            self.broken += int((~piece.isfinite()).sum())
 
     def compare(self, tensor: PlannedTensor, before: Tensor, after: Tensor) -> None:
         self.dtype = after.dtype
@@ -149,8 +156,15 @@ class Rounding:
         Raises:
             ConvertError: values became infinite.
         """
+        notes = []
+        if self.broken:
+            are = "value is" if self.broken == 1 else "values are"
+            notes.append(
+                f"{self.broken:,} {are} NaN or infinite (the first in {self.first_broken}), and copied so: the weights "
+                "are broken"
+            )
         if self.dtype is None:
-            return []
+            return notes
         of = f"of {self.values:,} values"
         if self.infinite:
             largest = torch.finfo(self.dtype).max
@@ -158,7 +172,9 @@ class Rounding:
                 f"{self.infinite:,} {of} are beyond {dtype_name(self.dtype)}, which ends at {largest:g} "
                 f"(the first in {self.first}): choose another --dtype"
             )
-        return [f"{self.zero:,} {of} are so small that they are 0 in {dtype_name(self.dtype)}"] if self.zero else []
+        if self.zero:
+            notes.append(f"{self.zero:,} {of} are so small that they are 0 in {dtype_name(self.dtype)}")
+        return notes
 
 
 def as_json(value: dict[str, Any]) -> str:

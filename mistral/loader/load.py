@@ -12,8 +12,9 @@ from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_win
 from mistral.formats.hub import locate
 from mistral.formats.layout import beyond_training, trained_length
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import suggested_sampling, unused_ids, words_of
+from mistral.formats.tokenizers import suggested_sampling
 from mistral.formats.weights import file_names
+from mistral.formats.words import unused_ids, words_of
 from mistral.loader.adapted import with_adapters
 from mistral.loader.assemble import assemble, narrowed
 from mistral.loader.options import LoadOptions, OptionError

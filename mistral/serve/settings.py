@@ -14,7 +14,7 @@ from socket import AF_INET, AF_INET6, create_server, getaddrinfo
 from socket import socket as Socket
 from urllib.parse import urlsplit
 
-from mistral.chat.templates import assumed, find_template
+from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
 from mistral.loader.load import Loaded
 from mistral.serve.protocol import Served
@@ -135,8 +135,6 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
         if template is not None:
             raise
         why = str(error)
-    if found is not None and (note := assumed(found, loaded.tokenizer)):
-        log.warning("note: %s", note)
     called = name or model_name(loaded.folder)
     adapters = () if loaded.model.adapters is None else loaded.model.adapters.names
     if called in adapters:

@@ -64,7 +64,8 @@ def finish(setup: Setup, loop: Loop, history: Log, found: Samples, merge: bool, 
         beside.write_text(text, encoding="utf-8")
     for name in (STATE, BEST):
         (out / name).unlink(missing_ok=True)
-    return Finished(out, loop.progress, ends, (evals[0], evals[-1]) if evals else None, tuple(setup.notes))
+    notes = tuple(dict.fromkeys(note for note in setup.notes if note not in setup.noted))
+    return Finished(out, loop.progress, ends, (evals[0], evals[-1]) if evals else None, notes)
 
 
 def _write(setup: Setup, loop: Loop, merge: bool) -> list[str]:

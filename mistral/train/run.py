@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.finite import broken_weight
+from mistral.formats.broken import require_whole
 from mistral.formats.weights import WeightsError
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.model import Transformer
@@ -66,8 +67,10 @@ def finetune(
     _check(setup, merge, eval_data is not None)
     if ranks.first:
         _check_out(place, resume)
+    if merge or options.full:
+        require_whole(setup.base.path)  # its files go along with the model that is written
     for note in setup.base.notes:
-        say(f"note: {note}")
+        setup.note(note)
     found = setup.samples(Path(data))
     kept, held_out = split(len(found.samples), options.eval_split, options.seed)
     samples, held = [found.samples[i] for i in kept], [found.samples[i] for i in held_out]
@@ -149,7 +152,7 @@ def _tell(
 ) -> None:
     """What there is to learn, in a line, and every note."""
     for note in found.notes:
-        setup.say(f"note: {note}")
+        setup.note(note)
     tokens = sum(len(sample.ids) - 1 for sample in samples)
     learned = sum(sum(weight > 0 for weight in sample.weights) for sample in samples)
     fill = tokens / (len(schedule.rows) * setup.options.seq_len)

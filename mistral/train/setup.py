@@ -21,7 +21,8 @@ from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import load_tokenizer, words_of
+from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.words import words_of
 from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import windowed
@@ -61,6 +62,13 @@ class Setup:
     load: LoadOptions
     say: Callable[[str], None] = lambda line: None
     notes: list[str] = field(default_factory=list)
+    noted: set[str] = field(default_factory=set)  # what `note` has said
+
+    def note(self, text: str) -> None:
+        """Say a note at once, if it has not been said."""
+        if text not in self.noted:
+            self.noted.add(text)
+            self.say(f"note: {text}")
 
     @cached_property
     def found(self) -> Folder:
@@ -86,7 +94,7 @@ class Setup:
     def tokenizer(self) -> Tokenizer:
         found, notes = words_of(self.base.path, self.base.args)
         for note in notes if found is not None else ():
-            self.say(f"note: {note}")
+            self.note(note)
         return found or load_tokenizer(self.base.path, self.base.args.vocab_size)  # which says what is missing
 
     @cached_property
@@ -96,7 +104,7 @@ class Setup:
         found = find_template(self.tokenizer, name=self.options.template, release=name, folder=self.base.path)
         self.say(f"template {found.name}" + ("" if found.source == found.name else f", by {found.source}"))
         if note := assumed(found, self.tokenizer):
-            self.say(f"note: {note}")
+            self.note(note)
         return found
 
     @cached_property

@@ -67,8 +67,8 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
         ([], 1, "0 tokens"),
         ([1], 1, "1 token"),
         ([1, 2], 0, "chunk_size is 0"),
-        ([1, 10**6], 1, "the id 1000000 is outside"),
-        ([1, -1], 1, "the id -1 is outside"),
+        ([1, 10**6], 1, "the id 1000000, outside"),
+        ([1, -1], 1, "the id -1, outside"),
     ],
 )
 def test_what_cannot_be_scored(ids: list[int], chunk: int, error: str) -> None:

@@ -480,7 +480,10 @@ def test_values_that_become_infinite_are_counted_and_refused(tmp_path: Path, mon
     state["layers.0.attention.wk.weight"][:3, 1] = 65504 * 0.99
     state["output.weight"][100:104, 2] = 1e-30
     written = convert(make_folder(tmp_path / "e", state), tmp_path / "f", "mistral", dtype="float16")
-    assert written.notes == (f"4 of {values:,} values are so small that they are 0 in float16",)
+    assert written.notes == (
+        "2 values are NaN or infinite (the first in output.weight), and copied so: the weights are broken",
+        f"4 of {values:,} values are so small that they are 0 in float16",
+    )
     found = load_file(tmp_path / "f" / "consolidated.safetensors")
     for name, tensor in state.items():
         assert torch.equal(found[name].nan_to_num(1), tensor.half().nan_to_num(1))

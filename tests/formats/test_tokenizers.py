@@ -14,7 +14,7 @@ import torch
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
-from mistral.formats.broken import broken_files
+from mistral.formats.broken import broken_notes
 from mistral.formats.folder import BUNDLED
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.tokenizers import chat_templates, eos_ids, tokenizer_files
@@ -89,7 +89,7 @@ def test_ends_that_cannot_be_are_notes(tmp_path: Path, value: Any) -> None:
     assert note.startswith("generation_config.json ends sequences with")
     (tmp_path / "generation_config.json").write_text("{")
     assert eos_ids(tmp_path, None, 4096) == (frozenset(), [])
-    (note,) = broken_files(tmp_path).values()
+    (note,) = broken_notes(tmp_path)
     assert note.startswith("generation_config.json holds no JSON object")
     assert note.endswith("whether it ends sequences, and with what, is unknown")
 

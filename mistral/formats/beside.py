@@ -1,0 +1,160 @@
+"""What is written beside the weights: the shape, what transformers needs to give our ids, ends of sequence, templates.
+
+Nothing that a folder says is lost without a note, and nothing is said that it does not say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mistral.formats.folder import Folder
+from mistral.formats.hf_template import to_chat_template
+from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
+from mistral.formats.instruct import why_instruct
+from mistral.formats.layout import Layout, ParamsError, read_object
+from mistral.formats.layouts import NATIVE
+from mistral.formats.releases import identify
+from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, load_tokenizer, own_ends
+from mistral.formats.unpack import GENERATION
+from mistral.formats.words import words_of
+from mistral.formats.writer import PlannedTensor, as_json
+from mistral.special_tokens import CONFIG
+from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.errors import printable
+
+
+def describe(
+    folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
+) -> dict[str, str]:
+    """The file that gives the shape: its name and its text."""
+    (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
+    described, assumed = layout.describe(
+        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
+    )
+    notes += assumed
+    if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
+        notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
+    return {layout.config: as_json(described)} | _ends(folder, described, notes)
+
+
+def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+    """A generation_config.json with the ids that end sequences, where no other file of the destination has all.
+
+    Args:
+        described: the file that gives the shape there.
+    """
+    vocab_size, tokenizer = folder.args.vocab_size, None
+    with suppress(TokenizerError):
+        tokenizer = load_tokenizer(folder.path, vocab_size)
+    if folder.path.is_file():
+        return {}  # `unpacked` writes them
+    path, generation = folder.path / GENERATION, dict[str, Any]()
+    with suppress(ParamsError):  # `require_whole` has named a broken one
+        generation = read_object(path) if path.is_file() else {}
+    there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
+    there |= set() if tokenizer is None else own_ends(tokenizer)
+    ends = eos_ids(folder.path, tokenizer, vocab_size)[0]
+    missing = ends - there
+    if not missing:
+        return {}
+    named = [i for i in _ids(folder.raw.get("eos_token_id")) if i in ends]  # transformers goes by this file alone
+    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named, *sorted(missing)]))
+    notes.append(f"{GENERATION} has the ids that end a sequence in config.json: {', '.join(map(str, ids))}")
+    return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
+
+
+def for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
+    if (folder.path / JSON).is_file():
+        return {}
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+    except TokenizerError:
+        return {}
+
+    made = to_tokenizer_json(tokenizer)
+    if made is None:
+        notes.append(
+            f"no {JSON} gives the ids of {tokenizer.path.name}, so none was written: "
+            "transformers may split texts differently"
+        )
+        return {}
+    texts = {JSON: made}
+    if not (folder.path / CONFIG).is_file():
+        texts[CONFIG] = as_json(to_tokenizer_config(tokenizer))
+    were = "was" if len(texts) == 1 else "were"
+    notes.append(
+        f"{' and '.join(texts)} {were} made from {tokenizer.path.name}, so that transformers gives the same ids"
+    )
+    return texts | _chat_template(folder, tokenizer, notes, instruct)
+
+
+def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instruct: bool) -> dict[str, str]:
+    """chat_template.jinja for an instruct model without a template, as its tokenizer has conversations written.
+
+    A base model gets none: a template is what others take for the sign of an instruct model.
+    """
+    release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
+    of_its_own = release is not None and release.template == "mistrallite"
+    if chat_templates(folder.path) or of_its_own or (made := to_chat_template(tokenizer)) is None:
+        return {}
+    why = "as asked" if instruct else why_instruct(folder.path, release)
+    if why is None:
+        notes.append(
+            f"no {TEMPLATE} was written: nothing says that this model is for conversations; if it is, --instruct "
+            f"writes one for {tokenizer.version}, the version of {tokenizer.path.name}"
+        )
+        return {}
+    if not instruct:
+        why = f"that the model is for conversations is assumed from {why}"
+    notes.append(
+        f"{TEMPLATE} was made by mistral-common for {tokenizer.version}, the version of {tokenizer.path.name}: {why}"
+    )
+    return {TEMPLATE: made}
+
+
+def about_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
+    """A note where nothing but the source's name says that a model is for conversations, and the new one does not."""
+    try:
+        why = None if chat_templates(folder.path) or layout is not NATIVE else why_instruct(folder.path, None)
+    except TokenizerError:
+        return []
+    if why is None or why_instruct(dst, None) is not None:
+        return []
+    return [f"that the model is for conversations is known from {why} alone, and {dst.name} does not say so"]
+
+
+def about_tokenizer(folder: Folder) -> list[str]:
+    """What should be known about the source's tokenizer, a sentence each."""
+    try:
+        return words_of(folder.path, folder.args)[1]
+    except TokenizerError as error:
+        return [f"the tokenizer cannot be used: {error}"]
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
+    """A note on the files of the source that have no copy and no counterpart in the destination."""
+    used = {folder.source, *folder.layout.indexes, *written, *(path.name for path in folder.weights.files)}
+    used |= {path.relative_to(folder.path).parts[0] for path in carried}
+    there = folder.path.iterdir() if folder.path.is_dir() else ()
+    rest = sorted(entry.name for entry in there if entry.name not in used)
+    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
+    return [f"not carried along: {shown}"] if rest else []
+
+
+def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
+    try:
+        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+        return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    except TokenizerError as error:
+        notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")
+        return {"bos_token_id": 1, "eos_token_id": 2}

@@ -1,0 +1,150 @@
+"""A model's tokenizer, and what should be known about it: what its folder says twice, or where nobody reads it.
+
+Runs without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mistral.args import ModelArgs
+from mistral.formats.releases import identify
+from mistral.formats.tokenizers import (
+    JSON,
+    TEMPLATE,
+    chat_templates,
+    has_tokenizer,
+    is_gguf_file,
+    load_tokenizer,
+    missing_tokens,
+    read_tokenizer,
+    tokenizer_notes,
+)
+from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
+from mistral.util.english import counted
+from mistral.util.errors import printable
+
+OF_PROCESSORS = "chat_template.json"  # what transformers reads for models that see images, and not for text
+
+
+def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of a model, None where there is none, and all that whoever uses it should know, a sentence each.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`.
+    """
+    if not has_tokenizer(folder):
+        return None, [NO_TOKENIZER]
+    found = load_tokenizer(folder, args.vocab_size)
+    notes = tokenizer_notes(folder, found, args.vocab_size) + text_notes(folder, found)
+    return found, notes + unused_ids(args, found)
+
+
+def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
+    """A note where a model has ids without a token, as padding makes them."""
+    release, _ = identify(args, tokenizer.kind, tokenizer.version)
+    if not (spare := missing_tokens(args, tokenizer.n_ids, release)):
+        return []
+    return [f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text"]
+
+
+def text_notes(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """What a folder says about texts and conversations twice, or where it is not read, a sentence each."""
+    if is_gguf_file(folder):
+        return []
+    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer), *_about_templates(folder)]
+
+
+def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where tokenizer.json has other words than the tokenizer.model that is read."""
+    if tokenizer is None or tokenizer.kind != "sentencepiece" or not (folder / JSON).is_file():
+        return []
+    try:
+        model, added = read_json(folder / JSON).get("model"), read_added_tokens(folder)
+    except TokenizerError:
+        return []  # `broken` names the file
+    notes, name = [], tokenizer.path.name
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(words, dict | list) and len(words) != tokenizer.n_words:
+        notes.append(
+            f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
+            "another model's"
+        )
+    unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
+    if unread:
+        notes.append(
+            f"{JSON} adds {counted(len(unread), 'token')} ({_some(unread)}) that {CONFIG} and {ADDED} do not: not used"
+        )
+    return notes
+
+
+def _about_ends(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where tokenizer_config.json has texts begin or end otherwise than they do here."""
+    try:
+        told = read_json(folder / CONFIG)
+    except TokenizerError:
+        return []
+    notes = []
+    if told.get("add_bos_token") is False and tokenizer is not None and tokenizer.adds_bos:
+        notes.append(
+            f"{CONFIG} has add_bos_token false, and texts begin with bos here, as {tokenizer.path.name} has it"
+        )
+    if told.get("add_eos_token") is True:
+        notes.append(f"{CONFIG} has add_eos_token true, which is for training: prompts end without eos here")
+    return notes
+
+
+def _about_templates(folder: Path) -> list[str]:
+    """Chat templates of which there are several, or that count as none."""
+    try:
+        own, told = chat_templates(folder), read_json(folder / CONFIG).get("chat_template")
+    except TokenizerError:
+        return []  # whoever writes conversations refuses it
+    notes: list[str] = []
+    default, listed = own.get("default"), _default(told)
+    if default is not None and default.file != CONFIG and listed and listed.strip() != default.text.strip():
+        notes.append(f"two chat templates that differ: that of {default.file} is used, that of {CONFIG} ignored")
+    if isinstance(listed, str) and not listed.strip() and default is None:
+        notes.append(f"the chat template in {CONFIG} is empty: it counts as none")
+    if others := [name for name in own if name != "default"] if default is not None else []:
+        notes.append(f"more chat templates: {_some(others)}; --template takes one of them")
+    if (folder / OF_PROCESSORS).is_file():
+        instead = "" if own else f"; a template for text is in {TEMPLATE} or {CONFIG}"
+        notes.append(f"{OF_PROCESSORS} is not read: it is for models that see images{instead}")
+    return notes
+
+
+def _default(told: Any) -> str | None:
+    """The template that tokenizer_config.json has for all conversations."""
+    if isinstance(told, list):
+        named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
+        told = named.get("default")
+    return told if isinstance(told, str) else None
+
+
+def unused_of(adapter: Path, base: Path) -> list[str]:
+    """A note where an adapter's folder brings a chat template or tokens that its base does not have: fine-tunes with
+    some of their own are saved so."""
+    if not (adapter.is_dir() and base.is_dir()):
+        return []
+    try:
+        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
+        added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
+        known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
+        known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
+    except TokenizerError:
+        return []
+    what = []
+    if template is not None and (own is None or own.text.strip() != template.text.strip()):
+        what.append(f"a chat template ({template.file}; --template takes a file)")
+    if more := sorted({token.content for token in added.values()} - known):
+        what.append(f"{counted(len(more), 'added token')} ({_some(more)})")
+    if not what:
+        return []
+    return [f"the adapter's folder has {' and '.join(what)} that {base.name} does not have: not used"]
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")

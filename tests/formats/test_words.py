@@ -1,0 +1,245 @@
+"""What a folder says about texts twice, or where nobody reads it, is a note at every door that reads a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mistral.formats.convert import convert
+from mistral.formats.folder import read_folder
+from mistral.formats.inspect import inspect_folder
+from mistral.formats.words import unused_of, words_of
+from mistral.loader.load import load
+from mistral.tokenizer import outside
+from mistral.util.errors import FormatError
+from tests.support.commands import Command, in_process
+from tests.support.folders import make_folder, random_state
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+ADDED = {"4096": {"content": "<|im_start|>", "special": True}, "4097": {"content": "<|im_end|>", "special": False}}
+BEYOND = (
+    "the model has no weights for 2 added tokens of its tokenizer (<|im_start|>, <|im_end|>): what has one is refused"
+)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Command:
+    return in_process(capfd)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("words")
+    convert(make_folder(place / "a", random_state(dtype=torch.bfloat16)), place / "hf", "hf")
+    return place / "hf"
+
+
+@pytest.fixture
+def folder(hf: Path, tmp_path: Path) -> Path:
+    shutil.copytree(hf, tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+def put(path: Path, **values: Any) -> None:
+    there = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(there | values))
+
+
+def notes(folder: Path) -> list[str]:
+    return words_of(folder, read_folder(folder).args)[1]
+
+
+def test_two_templates(folder: Path) -> None:
+    assert notes(folder) == []
+    put(folder / "tokenizer_config.json", chat_template=TEMPLATE)
+    assert notes(folder) == []
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "\n")
+    assert notes(folder) == []  # the same
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    said = [
+        "two chat templates that differ: that of chat_template.jinja is used, that of tokenizer_config.json ignored"
+    ]
+    assert notes(folder) == said
+    put(folder / "tokenizer_config.json", chat_template=[{"name": "default", "template": TEMPLATE}])
+    assert notes(folder) == said
+    assert said[0] in load(folder, device="cpu").notes
+    assert said[0] in inspect_folder(folder)["suspicious"]
+    assert said[0] in convert(folder, folder.with_name("out"), "mistral").notes
+
+
+def test_templates_that_are_not_the_one(folder: Path) -> None:
+    listed = [{"name": name, "template": TEMPLATE} for name in ("default", "tool_use", "rag")]
+    put(folder / "tokenizer_config.json", chat_template=listed)
+    assert notes(folder) == ["more chat templates: tool_use, rag; --template takes one of them"]
+    put(folder / "tokenizer_config.json", chat_template=" ")
+    assert notes(folder) == ["the chat template in tokenizer_config.json is empty: it counts as none"]
+    assert inspect_folder(folder)["template"]["name"] == "v1"
+    put(folder / "tokenizer_config.json", chat_template=None)
+    put(folder / "chat_template.json", chat_template=TEMPLATE)
+    (note,) = notes(folder)
+    assert note.startswith("chat_template.json is not read: it is for models that see images; a template for text")
+
+
+def test_a_tokenizer_json_with_other_words(folder: Path) -> None:
+    told = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    told["added_tokens"].append({"id": 4095 + 1, "content": "<|x|>", "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    put(folder / "tokenizer_config.json", added_tokens_decoder={"4097": {"content": "<|y|>", "special": True}})
+    assert any(n.startswith("tokenizer.json adds 1 token (<|x|>) that tokenizer_config.json") for n in notes(folder))
+    told["model"]["vocab"] = dict(list(told["model"]["vocab"].items())[:4000])
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    assert "tokenizer.json has 4,000 words and tokenizer.model, which is read, 4,096: one is another model's" in notes(
+        folder
+    )
+
+
+def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert unused_of(adapter, folder) == []
+    shutil.copy(folder / "tokenizer_config.json", adapter)
+    assert unused_of(adapter, folder) == []
+    put(adapter / "tokenizer_config.json", clean_up_tokenization_spaces=True)  # saved again by another version
+    assert unused_of(adapter, folder) == []
+    (adapter / "chat_template.jinja").write_text(TEMPLATE)
+    put(adapter / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    (note,) = unused_of(adapter, folder)
+    assert note == (
+        "the adapter's folder has a chat template (chat_template.jinja; --template takes a file) and 2 added tokens "
+        "(<|im_end|>, <|im_start|>) that folder does not have: not used"
+    )
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert unused_of(adapter, folder) == []
+
+
+def test_an_id_beyond_the_vocabulary_is_named_by_its_token(folder: Path) -> None:
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    tokenizer = load(folder, device="cpu").tokenizer
+    assert outside([1, 2, 4095], tokenizer, 4096) is None
+    assert (
+        outside([1, 4097, 4096], tokenizer, 4096)
+        == "the id 4097 (the token <|im_end|>), outside the vocabulary of 4096"
+    )
+    assert outside([1, -1], tokenizer, 4096) == "the id -1, outside the vocabulary of 4096"
+    assert outside([5000], None, 4096) == "the id 5000, outside the vocabulary of 4096"
+
+
+def test_finetune_names_the_line_and_the_token_before_a_plan(cli: Command, folder: Path, tmp_path: Path) -> None:
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "The king."}\n{"text": "The <|im_end|> wolf."}\n')
+    done = cli("finetune", folder, "--data", data, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        f"note: {BEYOND}",
+        f"error: {data}:2: it has the id 4097 (the token <|im_end|>), outside the vocabulary of 4096: the model has no "
+        "weights for that token",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_doors_name_the_token_and_print_each_note_once(cli: Command, folder: Path, tmp_path: Path) -> None:
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    text = tmp_path / "text.txt"
+    text.write_text("The king had <|im_end|> daughters. " * 40)
+    what = "the id 4097 (the token <|im_end|>), outside the vocabulary of 4096"
+    asked = tmp_path / "asked.jsonl"
+    body = {"prompt": text.read_text(), "max_tokens": 1}
+    asked.write_text(json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    for words, said in (
+        (("complete", folder, "a <|im_end|> b", "--max_tokens", 1), f"prompt 0 has {what}"),
+        (("perplexity", folder, text), f"{text} has {what}"),
+        (("eval", folder, "--task", "position", "--filler", text, "--lengths", "4", "--n", "1"), f"{text} has {what}"),
+        (("batch", asked, tmp_path / "answers.jsonl", "--model", folder), what),
+    ):
+        done = cli(*words)
+        assert done.code != 0
+        assert said in done.err + (tmp_path / "answers.jsonl").read_text() if words[0] == "batch" else said in done.err
+        assert done.err.count(BEYOND) == 1, words[0]
+    done = cli("convert", folder, tmp_path / "q", "--to", "mistral", "--quant", "int4", "--calibrate", text)
+    assert f"{text} has {what}" in done.err
+    done = cli("convert", folder, tmp_path / "m", "--to", "mistral")
+    assert done.err.count(BEYOND) == 1
+    done = cli("complete", folder, "The king", "--max_tokens", 1, "--draft", folder)
+    assert done.err.count(BEYOND) == 2  # of the model, and of the one that guesses
+    assert f"folder, which guesses: {BEYOND}" in done.err
+
+
+def test_a_run_that_writes_a_model_prints_each_note_once(cli: Command, folder: Path, tmp_path: Path) -> None:
+    put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "The king."}\n')
+    tune = ("--data", data, "--steps", 1, "--lora", 2, "--seq_len", 32, "--merge")
+    done = cli("finetune", folder, *tune, "--out", tmp_path / "out")
+    assert done.code == 0, done
+    assert done.err.count(BEYOND) == 1
+    assert (tmp_path / "out" / "merged" / "config.json").is_file()
+
+
+def test_a_template_that_is_assumed(cli: Command, folder: Path, tmp_path: Path) -> None:
+    said = "note: no chat template is in the folder: v1 is assumed, as tokenizer.model has no control token [INST]"
+    asked = tmp_path / "asked.jsonl"
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    asked.write_text(
+        json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
+    )
+    data = tmp_path / "train.jsonl"
+    data.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The king."}]}\n'
+    )
+    tune = ("finetune", folder, "--data", data, "--steps", 1, "--lora", 2, "--seq_len", 32)
+    for words in (
+        ("complete", folder, "Hi", "--instruct", "--max_tokens", 1),
+        ("batch", asked, tmp_path / "answers.jsonl", "--model", folder),
+        ("eval", folder, "--task", "lines", "--lengths", 256, "--n", 1, "--instruct"),
+        (*tune, "--out", tmp_path / "tuned"),
+    ):
+        done = cli(*words)
+        assert done.code == 0, done
+        assert done.err.count(said) == 1, words[0]
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    done = cli("complete", folder, "Hi", "--instruct", "--max_tokens", 1)
+    assert "no chat template" not in done.err
+
+
+def test_texts_beyond_the_trained_length(cli: Command, tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "a", random_state(), max_seq_len=16)
+    text = tmp_path / "text.txt"
+    text.write_text("The king had three daughters. " * 10)
+    said = "note: the model was trained on sequences of up to 16 tokens, and the longest here has"
+    for words, times in (
+        (("perplexity", source, text), 1),
+        (("complete", source, "The king", "--max_tokens", 4, "--temperature", 0), 0),
+        (("complete", source, text.read_text(), "--max_tokens", 1, "--temperature", 0), 1),
+        (("complete", source, "--file", text, "--max_tokens", 1, "--temperature", 0), 1),
+        (("eval", source, "--task", "passkey", "--lengths", 256, "--n", 1), 1),
+    ):
+        done = cli(*words)
+        assert done.code == 0, done
+        assert done.err.count(said) == times, words
+
+
+def test_broken_files_stop_a_run_that_would_write_a_model(cli: Command, folder: Path, tmp_path: Path) -> None:
+    """A merged model would be written with them: that is said before the training, not after it."""
+    (folder / "generation_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "The king."}\n')
+    for flag in ("--merge", "--full"):
+        done = cli("finetune", folder, "--data", data, "--out", tmp_path / "out", flag, "--steps", 1)
+        assert "generation_config.json cannot be read: it is the pointer that Git LFS leaves" in done.error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_another_models_is_named_by_convert(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "a", vocab_size=4000)
+    said = "the tokenizer cannot be used: "
+    assert any(note.startswith(said) for note in convert(source, tmp_path / "b", "hf").notes)
+    with pytest.raises(FormatError, match="has 4096 words, but the model knows 4000"):
+        load(source, device="cpu")
