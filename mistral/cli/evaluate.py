@@ -67,7 +67,8 @@ def perplexity(
     stored = read_ids(file)
     text = "" if stored is not None else read_text(file)
     if stored is None and not text:
-        raise UsageError(f"no text: {'give a file, or text on stdin' if file is None else f'{file} is empty'}")
+        empty = "stdin is empty" if file == "-" else f"{file} is empty"
+        raise UsageError(f"no text: {'give a file, or text on stdin' if file is None else empty}")
     loaded = open_model(folder, options)
     from mistral.engine import STEP_TOKENS
     from mistral.eval.perplexity import perplexity as score_text

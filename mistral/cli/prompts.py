@@ -186,6 +186,8 @@ def _note_returns(text: str, where: str) -> None:
 
 
 def _decoded(file: str | None) -> str:
+    if file == "":
+        raise UsageError("'' cannot be read: the name is empty")
     if file is None or file == "-":
         return decode_text(terminal.read_stdin(), "stdin")
     try:

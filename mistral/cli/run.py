@@ -61,12 +61,14 @@ def _dispatch(words: list[str]) -> None:
     if not words:
         raise UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
     name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help") and rest:
+        name, rest = rest[0], ["--help", *rest[1:]]
     if name in ("-h", "--help", "help"):
         print(help.overview(COMMANDS))
         return
     if name == "--version":
+        if rest:
+            raise UsageError(f"unexpected argument {rest[0]!r}: --version stands alone")
         print(__version__)
         return
     if name in RENAMED:

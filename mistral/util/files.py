@@ -168,7 +168,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
     try:
         if not os.fspath(path):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise FormatError("'' cannot be written: the name is empty")
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop

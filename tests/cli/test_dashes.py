@@ -111,7 +111,19 @@ def test_the_first_word(capfd: pytest.CaptureFixture[str]) -> None:
         (["-n", "3", "complete"], "no command '-n': the command comes first, and its flags behind it: demo, "),
         (["Once upon a time"], "no command 'Once upon a time'; a prompt goes behind a command: complete, or see"),
         (["mistral/bundled"], "no command 'mistral/bundled'; it is a file or folder here: write a command before it"),
+        (["--version", "x"], "unexpected argument 'x': --version stands alone"),
+        (["pack", "--output="], "'' cannot be written: the name is empty"),
+        (["complete", "--file="], "'' cannot be read: the name is empty"),
         (["complet"], "no command 'complet'; did you mean complete?"),
     ):
         assert main(words) == 2
         assert capfd.readouterr().err.startswith(f"error: {told}")
+
+
+def test_help_before_its_command(capfd: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for words in (["-h", "pack"], ["--help", "pack"], ["help", "pack"], ["pack", "-h"]):
+        assert main(words) == 0
+        told.append(capfd.readouterr().out)
+    assert len(set(told)) == 1
+    assert "pack" in told[0].splitlines()[0]

@@ -124,7 +124,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     reasons = {
-        "": "No such file",
+        "": "the name is empty",
         ".": "folder",
         "loop": "symbolic links|no file",
         "pipe": "no file",
