@@ -35,7 +35,7 @@ def test_values_are_those_of_json() -> None:
         ('{"a": 1', "^a comma or a closing bracket is missing at its end: it is not complete$"),
         ('{"a" 1}', "^a colon is missing at character 6, where there is '1}'$"),
         ("{'a': 1}", "^a name in double quotes is missing at character 2, where there is "),
-        ('{\n"a": tru}', "^a value is missing at line 2, character 6, where there is 'tru}'$"),
+        ('{\n"a": yes}', "^a value is missing at line 2, character 6, where there is 'yes}'$"),
         ("1 2", "^something follows the value at character 3, where there is '2'$"),
         ('"abc', "^a text begins that has no closing quote, at character 1, "),
         ('"a\\x"', "^a text has a backslash that begins no escape at character 3, "),
