@@ -114,7 +114,7 @@ def test_the_first_word(capfd: pytest.CaptureFixture[str]) -> None:
         (["--version", "x"], "unexpected argument 'x': --version stands alone"),
         (["pack", "--output="], "'' cannot be written: the name is empty"),
         (["complete", "--file="], "'' cannot be read: the name is empty"),
-        (["completo"], "no command 'completo'; did you mean complete?"),
+        (["finetun"], "no command 'finetun'; did you mean finetune?"),
     ):
         assert main(words) == 2
         assert capfd.readouterr().err.startswith(f"error: {told}")
