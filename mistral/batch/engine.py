@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class LocalEngine:
         self.served, self._rows, self._fingerprint = served, rows, fingerprint
         self._worker = Worker(loaded.model, loaded.tokenizer, rows=rows, max_queue=1 << 20, chunk_size=chunk_size)
         self._worker.start()
+        self.on_chat: Callable[[], None] | None = None  # called before the first conversation is answered
 
     def close(self) -> None:
         """End the worker's thread, after the step that it is in."""
@@ -88,6 +89,9 @@ class LocalEngine:
 
     def _begin(self, line: Line, events: queue.SimpleQueue[tuple[str, int, Event]]) -> _Running | Answered:
         """Hand a line to the worker; or what is written for one that is refused."""
+        if self.on_chat is not None and READ.get(line.url) is read_chat:
+            self.on_chat()
+            self.on_chat = None
         try:
             asked = READ[line.url](line.body, self.served)
         except Exception as error:

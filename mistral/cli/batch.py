@@ -211,7 +211,7 @@ def local(settings: EngineSettings, load: Callable[[], Loaded]) -> Iterator[Runn
     try:
         if made.served.template is None:
             echo_err(f"note: no chat completions: {made.served.no_template}")
-        note_if_assumed(made.served.template, made.served.tokenizer)
+        made.on_chat = partial(note_if_assumed, made.served.template, made.served.tokenizer)
         yield made
     finally:
         made.close()

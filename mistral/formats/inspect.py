@@ -266,11 +266,11 @@ def _about_tokenizer(path: Path, tokenizer: dict[str, Any], args: ModelArgs, rel
     if tokenizer["error"] is None and tokenizer["kind"] != "tekken":  # which mistral-common takes seconds to read
         own = read_tokenizer(path)
         ids, notes = own.n_ids, tokenizer_notes(path, own, args.vocab_size)
-        notes += text_notes(path, own) + suggested_sampling(path)
+        notes += text_notes(path, own, args.vocab_size) + suggested_sampling(path)
     elif path.is_dir() and (others := other_tokenizers(path)):
         notes = [f"several tokenizers: {name} is read, {', '.join(p.name for p in others)} ignored"]
     if tokenizer["error"] is None and tokenizer["kind"] == "tekken":
-        notes = [*notes, *text_notes(path, None)]
+        notes = [*notes, *text_notes(path, None, args.vocab_size)]
     if words is not None and words > args.vocab_size:
         said.append(f"{name} has {words} words, but the model knows {args.vocab_size}: it is another model's")
     elif words is not None and missing_tokens(args, ids, release):

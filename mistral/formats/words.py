@@ -5,15 +5,18 @@ Runs without torch.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import (
+    ENDS,
     JSON,
     TEMPLATE,
     chat_templates,
+    eos_ids,
     has_tokenizer,
     is_gguf_file,
     load_tokenizer,
@@ -24,7 +27,7 @@ from mistral.formats.tokenizers import (
 from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
-from mistral.util.errors import printable
+from mistral.util.errors import printable, short_repr
 
 OF_PROCESSORS = "chat_template.json"  # what transformers reads for models that see images, and not for text
 
@@ -38,7 +41,7 @@ def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]
     if not has_tokenizer(folder):
         return None, [NO_TOKENIZER]
     found = load_tokenizer(folder, args.vocab_size)
-    notes = tokenizer_notes(folder, found, args.vocab_size) + text_notes(folder, found)
+    notes = tokenizer_notes(folder, found, args.vocab_size) + text_notes(folder, found, args.vocab_size)
     return found, notes + unused_ids(args, found)
 
 
@@ -50,11 +53,11 @@ def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
     return [f"the model has {counted(spare, 'id')} that the tokenizer has no token for, and so without text"]
 
 
-def text_notes(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+def text_notes(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
     """What a folder says about texts and conversations twice, or where it is not read, a sentence each."""
     if is_gguf_file(folder):
         return []
-    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer), *_about_templates(folder)]
+    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer, vocab_size), *_about_templates(folder)]
 
 
 def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -80,7 +83,7 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     return notes
 
 
-def _about_ends(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+def _about_ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
     """Where tokenizer_config.json has texts begin or end otherwise than they do here."""
     try:
         told = read_json(folder / CONFIG)
@@ -93,6 +96,24 @@ def _about_ends(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         )
     if told.get("add_eos_token") is True:
         notes.append(f"{CONFIG} has add_eos_token true, which is for training: prompts end without eos here")
+    return notes + ([] if tokenizer is None else _about_ids(folder, tokenizer, vocab_size))
+
+
+def _about_ids(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Where the model's files begin or end sequences with other ids than such a tokenizer has for that."""
+    notes = []
+    control, where = set(tokenizer.added_tokens.values()), " or ".join(ENDS)
+    for i in sorted(eos_ids(folder, tokenizer, vocab_size)[0] - control - {tokenizer.eos_id}):
+        if i < tokenizer.n_words:
+            word = short_repr(tokenizer.decode([i]))
+            notes.append(f"sequences end with id {i}, which is the ordinary word {word}: see {where}")
+        elif i >= tokenizer.n_ids:
+            notes.append(f"sequences end with id {i}, for which the tokenizer has no token: see {where}")
+    for name in ENDS:
+        with suppress(TokenizerError):
+            begins = read_json(folder / name).get("bos_token_id")
+            if type(begins) is int and begins >= 0 and tokenizer.adds_bos and begins != tokenizer.bos_id:
+                notes.append(f"{name} has bos_token_id {begins}, and texts begin with {tokenizer.bos_id} here")
     return notes
 
 

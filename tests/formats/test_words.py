@@ -99,6 +99,20 @@ def test_a_tokenizer_json_with_other_words(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ids_that_a_tokenizer_has_for_something_else(folder: Path, file: str) -> None:
+    put(folder / file, eos_token_id=[2, 300])
+    (note,) = notes(folder)
+    assert note.startswith("sequences end with id 300, which is the ordinary word '")
+    put(folder / file, eos_token_id=2, bos_token_id=7)
+    assert notes(folder) == [f"{file} has bos_token_id 7, and texts begin with 1 here"]
+    put(folder / file, eos_token_id=2, bos_token_id=1)
+    put(folder / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+    bos, eos = notes(folder)
+    assert bos.startswith("tokenizer_config.json has add_bos_token false, and texts begin with bos here")
+    assert eos.startswith("tokenizer_config.json has add_eos_token true, which is for training")
+
+
 def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -204,6 +218,9 @@ def test_a_template_that_is_assumed(cli: Command, folder: Path, tmp_path: Path) 
         done = cli(*words)
         assert done.code == 0, done
         assert done.err.count(said) == 1, words[0]
+    body = {"prompt": "Hi", "max_tokens": 1}  # no conversation: nothing is assumed
+    asked.write_text(json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    assert said not in cli("batch", asked, tmp_path / "texts.jsonl", "--model", folder).err
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     done = cli("complete", folder, "Hi", "--instruct", "--max_tokens", 1)
     assert "no chat template" not in done.err
