@@ -51,9 +51,9 @@ def default_folder(folder: str | None) -> str | None:
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
     chosen = default_folder(folder)
-    with keeping_interrupts():
-        with starting("starting PyTorch"):
-            from mistral.loader.load import load
+    with keeping_interrupts(), starting("loading PyTorch and the model"):
+        from mistral.loader.load import load
+
         loaded = load(chosen, division=division(), options=options)
     what = "the bundled model, " if chosen is None else "" if folder is not None else "MISTRAL_MODEL, "
     terminal.echo_err(f"loaded {what}{loaded.describe()}")
