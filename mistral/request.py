@@ -157,6 +157,15 @@ def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample
         raise GenerationError(f"prompt {index} has the id {wrong}, outside the vocabulary of {vocab_size}")
     if not 0 <= sample < params.n:
         raise GenerationError(f"sample is {sample}; it must be at least 0 and less than n, {params.n}")
+    check_params(params, vocab_size)
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse sampling parameters that a vocabulary has no tokens for, whatever the prompt.
+
+    Raises:
+        GenerationError: an id of `logit_bias` that is not there, or more `top_logprobs` than tokens.
+    """
     if params.top_logprobs > vocab_size:
         raise GenerationError(f"top_logprobs is {params.top_logprobs}; the vocabulary has only {vocab_size} tokens")
     if params.logit_bias and params.logit_bias[-1][0] >= vocab_size:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mistral.util.errors import FormatError
-from mistral.util.files import regular
+from mistral.util.files import reason_of, regular
 
 BLOCK = 1 << 16  # ids read at once where all are asked for, one after the other
 
@@ -36,13 +36,18 @@ class StoredIds(Sequence[int]):
             with open(self.path, "rb", opener=regular) as file:
                 version = npy.read_magic(file)
                 if version not in ((1, 0), (2, 0)):
-                    raise ValueError(f"version {version[0]}.{version[1]} of the format is not known")
+                    known = f"version {version[0]}.{version[1]} of the format is not known"
+                    raise FormatError(f"{path} cannot be read as a .npy file: {known}")
                 read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
                 shape, _, self._dtype = read(file)
                 self._begin = file.tell()
                 size = os.fstat(file.fileno()).st_size - self._begin
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read as a .npy file: {reason_of(error)}") from None
+        except FormatError:
+            raise
+        except ValueError:  # in NumPy's words
+            why = "it does not begin as one, or is not complete"
             raise FormatError(f"{path} cannot be read as a .npy file: {why}") from None
         if len(shape) != 1 or self._dtype.kind not in "iu":
             raise FormatError(f"{path} holds {self._dtype} {list(shape)}; it must be one dimension of whole numbers")

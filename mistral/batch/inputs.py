@@ -13,9 +13,9 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.batch.lines import LONGEST, NOT_JSON, Answered, Line, LineError, id_of, read_line
+from mistral.batch.lines import EXAMPLE, LONGEST, NOT_JSON, Answered, Line, LineError, id_of, read_line
 from mistral.util.errors import UsageError
-from mistral.util.files import Lines
+from mistral.util.files import Lines, reason_of
 
 
 def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
@@ -37,9 +37,9 @@ def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
             raise UsageError(f"no file {pattern}")
         for name in names:
             if not _is_file(name):
-                folder = os.path.isdir(name)
-                what = "a folder: give the files in it as a pattern" if folder else "no file that can be read twice"
-                raise UsageError(f"{name} is {what}")
+                raise UsageError(f"{name} is {_no_input(name)}")
+            if name.lower().endswith(".gguf"):
+                raise UsageError(f"{name} is a model: give it as --model {name}, before or behind INPUT and OUTPUT")
             if _same(name, output):
                 raise UsageError(f"{output} is an input and the output: give the output a name of its own")
             found[Path(name)] = None
@@ -48,6 +48,15 @@ def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
 
 def _is_file(name: str) -> bool:
     return Path(name).is_file()
+
+
+def _no_input(name: str) -> str:
+    """What a name is that no requests can be read from."""
+    if not os.path.isdir(name):
+        return "no file that can be read twice"
+    if any((Path(name) / config).exists() for config in ("params.json", "config.json")):
+        return f"the folder of a model: give it as --model {name}, before or behind INPUT and OUTPUT"
+    return f"a folder: give the files in it as a pattern, as '{os.path.join(name, '*.jsonl')}'; a model is --model"
 
 
 def _same(name: str, output: str) -> bool:
@@ -87,7 +96,7 @@ def raw_lines(files: Sequence[Path]) -> Iterator[tuple[Place, bytes, str]]:
                         yield Place(path, number), text, id_of(text, before[digest])
                         before[digest] += 1
         except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UsageError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,8 @@ def index(files: Sequence[Path], answered: Mapping[str, str]) -> Index:
             firsts[name] = place
     for path, why in strange.items():
         if path not in sound:
-            raise UsageError(f"{path} is no file of requests, a JSON object a line: {why}")
+            example = "" if EXAMPLE in why else f"; a line is such as {EXAMPLE}"
+            raise UsageError(f"{path} is no file of requests, a JSON object a line: {why}{example}")
     return Index(frozenset(ids), repeated)
 
 

@@ -16,6 +16,9 @@ from mistral.util.parsed import parse_json
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
+EXAMPLE = (
+    '{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "The king", "max_tokens": 20}}'
+)
 NOT_JSON = "invalid_json_line"  # the code of a line that is no JSON object
 LONGEST = 16 << 20  # bytes of a line: as many as the server takes in a body
 
@@ -123,7 +126,7 @@ def read_line(text: bytes, line_id: str) -> Line:
     except ValueError as error:
         raise LineError(NOT_JSON, f"it is not JSON: {error}"[:300]) from None
     if not isinstance(fields, dict):
-        raise LineError(NOT_JSON, "it is no JSON object")
+        raise LineError(NOT_JSON, f"it is {_kind(fields)}, and no object such as {EXAMPLE}")
     custom_id = fields.get("custom_id")
     if custom_id is None:
         raise LineError("missing_required_parameter", "it has no custom_id")
@@ -147,6 +150,12 @@ def read_line(text: bytes, line_id: str) -> Line:
     if body.get("stream"):
         raise LineError("invalid_request", "its body has stream, which a file has no use for", custom_id)
     return Line(line_id, custom_id, url, body)
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, and the beginning of it."""
+    kinds = {str: "a text", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
+    return "null" if value is None else f"{kinds[type(value)]}, {short_repr(value)}"
 
 
 def _no_constant(name: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from mistral.batch.lines import Answered
 from mistral.util.errors import FormatError, UsageError, short_repr
-from mistral.util.files import write_atomic
+from mistral.util.files import reason_of, write_atomic
 
 OURS = "fp_mistral_"  # begins a system_fingerprint that this library's engine has put into an answer
 SYNC = 1.0  # seconds after which what was written is made to survive a power cut
@@ -78,7 +78,7 @@ class Output:
                 self.sync()
         except OSError as error:
             self._file.truncate(end)
-            raise FormatError(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise FormatError(f"{self.path} cannot be written: {reason_of(error)}") from None
         self.done.add(answered.id)
         return True
 
@@ -133,7 +133,7 @@ def _locked(path: str) -> Iterator[BinaryIO]:
     try:
         file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed below)
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise FormatError(f"{path} cannot be written: {reason_of(error)}") from None
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise FormatError(f"{path} cannot be written: it is there, and no file that a batch could be continued in")
@@ -169,9 +169,9 @@ def _read(path: str) -> Earlier:
                 break
             answered = _answered(line)
             if answered is None:
+                begin = short_repr(line[:40].decode("utf-8", "replace").rstrip())
                 raise FormatError(
-                    f"{path} line {number} is no answer of a batch ({short_repr(line[:40])}): give the output a file "
-                    "of its own"
+                    f"{path} line {number} is no answer of a batch ({begin}): give the output its own file"
                 )
             if answered.ok:
                 ok[answered.id] = answered.custom_id or ""

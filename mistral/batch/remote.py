@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line, answer, failure
-from mistral.util.errors import Unavailable, UsageError
+from mistral.util.errors import Unavailable, UsageError, printable, short_repr
+from mistral.util.network import behind_v1, unreachable
 from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ class Remote:
         self._near = _is_near(parts.hostname or "")
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
-            if not (key.isascii() and key.isprintable() and " " not in key):
-                raise UsageError("the key must be letters, digits and signs, without spaces")
             self._headers["Authorization"] = f"Bearer {key}"
             if parts.scheme == "http" and not self._near:
                 log.warning("note: the key goes to %s unencrypted: use https", parts.hostname)
@@ -98,9 +97,7 @@ class Remote:
                 response = await client.post(self._base + line.url, json=line.body)
             except self._httpx.ConnectError as error:
                 if last:
-                    raise Unavailable(
-                        f"nobody answers at {self._base} ({error}): start the server, and go on"
-                    ) from None
+                    raise Unavailable(f"nobody answers at {self._base}: {unreachable(error)}") from None
                 self._tell("cannot be reached")
             except self._httpx.TimeoutException:
                 if last:
@@ -108,7 +105,7 @@ class Remote:
                 self._tell(f"takes longer than {self._timeout:g} seconds")
             except self._httpx.HTTPError as error:
                 if last:
-                    return failure(line, "connection_error", f"{error or type(error).__name__}")
+                    return failure(line, "connection_error", unreachable(error))
                 self._tell("breaks connections off")
             else:
                 if response.status_code not in AGAIN or last:
@@ -121,13 +118,26 @@ class Remote:
         raise AssertionError("at least one attempt")
 
     def _answered(self, line: Line, response: httpx.Response) -> Answered:
-        if response.status_code == 401:
-            raise Unavailable(f"{self._base} wants another key than it was given (status 401)")
+        status = response.status_code
+        if status == 401:
+            wanted = "another key than it was given" if "Authorization" in self._headers else "a key: see --key_env"
+            raise Unavailable(f"{self._base} wants {wanted} (status 401)")
+        if 300 <= status < 400:
+            there = response.headers.get("location", "somewhere else")
+            raise Unavailable(f"{self._base} sends to {printable(there)} (status {status}): give that address")
         try:
             body: Any = parse_json(response.content, parse_constant=_no_constant)
-        except ValueError as error:
-            if response.status_code == 200:
-                return failure(line, "invalid_response", f"the answer is not JSON: {error}"[:300])
+        except ValueError:
+            body = None
+        explained = isinstance(body, dict) and "error" in body
+        if status in (403, 404, 405) and not explained:  # nothing that is about this line alone
+            advice = "is it the address of a server of OpenAI's protocol, up to its /v1?"
+            raise Unavailable(f"{self._base} answers {status} to {line.url}, without a reason: {advice}")
+        if body is None and "html" in response.headers.get("content-type", "") and status == 200:
+            raise Unavailable(f"{self._base} is no server of OpenAI's protocol: it answers {line.url} with a web page")
+        if body is None and status == 200:
+            return failure(line, "invalid_response", f"the answer is not JSON: {short_repr(response.text[:60])}")
+        if body is None:
             body = {"error": {"message": response.text[:1000]}}
         request_id = response.headers.get("x-request-id") or (body.get("id") if isinstance(body, dict) else None)
         return answer(line, response.status_code, request_id, body)
@@ -147,6 +157,8 @@ def _parts(url: str) -> Any:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UsageError("--engine must be the address of a server, as http://127.0.0.1:8000")
+    if behind := behind_v1(parts.path):
+        raise UsageError(f"--engine goes on behind /v1 with {behind}: give the address up to /v1")
     if parts.username or parts.password:
         raise UsageError("--engine has a name or password in it: put the key into a variable, see --key_env")
     return parts

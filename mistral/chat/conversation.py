@@ -16,12 +16,13 @@ from mistral.adapters import find_adapter
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template, check_effort, ends_of
 from mistral.chat.thinking import add_thought
-from mistral.engine import Progress
+from mistral.engine import LESS, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
-from mistral.request import GenerationError, common_prefix
-from mistral.sampling_params import SamplingParams
+from mistral.request import GenerationError, check_params, common_prefix
+from mistral.sampling_params import LARGEST, SamplingParams
 from mistral.tokenizer import Tokenizer, outside
+from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.flat import flat
@@ -43,7 +44,7 @@ class Chat:
 
     Attributes:
         messages: the conversation, without the system prompt; may be changed between answers.
-        seed: what answers draw with; `params.seed` is not looked at again.
+        seed: what answers draw with; `params.seed` is not looked at again. The largest is followed by the smallest.
         answers: how many were begun, those that were undone included.
         prefilled_tokens, cached_tokens: of the last prompt, those that the model processed, and those that the cache
             held already.
@@ -71,7 +72,6 @@ class Chat:
         self._system = _system_message(system)
         self.effort, self._adapter = effort, adapter
         self._thought_end = None if template.thought_ids is None else template.thought_ids.end
-        self.params = params
         self.chunk_size = chunk_size
         self.seed = int(torch.randint(2**53, (), device="cpu")) if params.seed is None else params.seed
         self.messages: list[Message] = []
@@ -80,6 +80,7 @@ class Chat:
         self._held: list[int] = []
         self._open: weakref.ref[Generator[Piece, None, None]] | None = None  # the answer that was begun last
         self._cache = model.make_cache(1)
+        self.params = params
         probe = self._encode([Message("user", "")])  # refuses a system prompt that has no place
         if (what := outside(probe, tokenizer, model.args.vocab_size)) is not None:
             raise TemplateError(f"template {template.name} has {what}: it is for other models")
@@ -96,6 +97,30 @@ class Chat:
     def system_message(self) -> Message:
         """The system prompt."""
         return self._system
+
+    @property
+    def params(self) -> SamplingParams:
+        """How questions are answered."""
+        return self._params
+
+    @params.setter
+    def params(self, params: SamplingParams) -> None:
+        self.check(params)
+        self._params = params
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse parameters with which no question could be answered.
+
+        Raises:
+            GenerationError: more than one answer, or an id that the vocabulary lacks.
+            OutOfMemory: keys and values of so many tokens do not fit.
+        """
+        if params.n > 1:
+            raise GenerationError(f"n is {params.n}; a conversation has one answer to a question")
+        check_params(params, self.model.args.vocab_size)
+        needed = self.model.cache_bytes(params.max_tokens) - self._cache.nbytes
+        what = f"keys and values of an answer of {params.max_tokens} tokens"
+        memory.require(max(0, needed), self.model.device, what, LESS)
 
     @property
     def adapter(self) -> str | None:
@@ -135,8 +160,6 @@ class Chat:
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
         """
-        if self.params.n > 1:
-            raise GenerationError(f"n is {self.params.n}; a conversation has one answer to a question")
         asked = Message("user", _text(question, "a question"))
         self._end_answer()
         ids = self._encode([*self.messages, asked])
@@ -161,7 +184,7 @@ class Chat:
             [ids],
             self.model,
             self.tokenizer,
-            params=replace(self.params, seed=self.seed + self.answers),
+            params=replace(self.params, seed=self._next_seed()),
             chunk_size=self.chunk_size,
             eos_ids=ends_of(self.tokenizer, self.template),
             cache=self._cache,
@@ -171,6 +194,10 @@ class Chat:
         )
         self.answers += 1
         return pieces
+
+    def _next_seed(self) -> int:
+        span = 2 * LARGEST + 1
+        return (self.seed + self.answers + LARGEST) % span - LARGEST
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation behind the system prompt."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import ROLES, Message, TemplateError, Thought
 from mistral.chat.templates import check_effort
+from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import read_limited, write_atomic
+from mistral.util.files import read_limited, reason_of, write_atomic
 
 FORMAT, VERSION = "mistral conversation", 2
 OLDEST = 1  # had a list of turns: question, answer (ids), text
@@ -62,8 +63,9 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     try:
         with write_atomic(target) as beside:
             beside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
-    except UnicodeEncodeError as error:
-        raise SessionError(f"{target} cannot be written: {error}") from None
+    except UnicodeEncodeError:
+        what = "a text in it has half of a pair of surrogates, which is no character"
+        raise SessionError(f"{target} cannot be written: {what}") from None
     except FormatError as error:
         raise SessionError(str(error)) from None
 
@@ -95,9 +97,10 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         messages = _messages(told, chat.model.args.vocab_size)
         params = _params(told, chat.params)
         check_effort(chat.template, effort)
+        chat.check(params)
         chat.template.encode_chat([system, *messages, Message("user", "")], effort=effort)
         chat.set_system(system)
-    except (TypeError, SamplingError, TemplateError) as error:
+    except (TypeError, SamplingError, GenerationError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.seed, chat.answers, chat.messages = seed, answers, messages
     chat.params, chat.effort = params, effort
@@ -107,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(read_limited(path).decode("utf-8"))
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+        raise SessionError(f"{path} cannot be read: {reason_of(error)}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
         raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
@@ -189,6 +192,4 @@ def _params(told: dict[str, Any], present: SamplingParams) -> SamplingParams:
             _of(told, name, list)
     if not all(isinstance(text, str) and _valid(text) for text in found.get("stop", ())):
         raise TypeError("stop holds something else than texts")
-    params = SamplingParams(**found, seed=told["seed"], logits_processor=present.logits_processor)
-    replace(params, seed=told["seed"] + told["answers"])  # refuses what the next answer could not draw with
-    return params
+    return SamplingParams(**found, seed=told["seed"], logits_processor=present.logits_processor)

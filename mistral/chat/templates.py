@@ -20,7 +20,7 @@ from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates, why
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
 from mistral.util.errors import FormatError, printable, short_repr
-from mistral.util.files import decode_text, read_limited
+from mistral.util.files import decode_text, read_limited, reason_of
 
 # What mistral-common makes of plain conversations is the same in v2 and v3; tekken and SentencePiece are told apart
 # by the tokenizer itself.
@@ -139,8 +139,7 @@ def _read(name: str) -> FolderTemplate:
     except FormatError as error:
         raise TemplateError(str(error)) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise TemplateError(f"{printable(name)} cannot be read: {reason}") from None
+        raise TemplateError(f"{printable(name)} cannot be read: {reason_of(error)}") from None
     return FolderTemplate(path.name, str(path), text)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mistral.cli import flags
 from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible, in_first
-from mistral.cli.prompts import default_folder, open_model
+from mistral.cli.prompts import default_folder, key_of, open_model
 from mistral.cli.terminal import Bar, echo_err
 from mistral.loader.options import LoadOptions
 from mistral.util.english import counted
@@ -195,8 +195,7 @@ class Report:
 def remote(url: str, key_env: str, concurrency: int, attempts: int, timeout: int) -> Runner:
     from mistral.batch.remote import Remote
 
-    key = os.environ.get(key_env) or None
-    return Remote(url, key, concurrency=concurrency, attempts=attempts, timeout=timeout)
+    return Remote(url, key_of(key_env), concurrency=concurrency, attempts=attempts, timeout=timeout)
 
 
 def on_ray(settings: EngineSettings, workers: int) -> Runner:

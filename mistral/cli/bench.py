@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mistral.cli import flags
 from mistral.cli.prompts import default_folder
+from mistral.cli.starting import starting
 from mistral.loader.options import LoadOptions
 from mistral.util.errors import UsageError
 from mistral.util.flat import flat
@@ -59,7 +60,8 @@ def bench(
         raise UsageError(f"--repeats is {repeats}; it must be between 1 and 1000")
     if folder is not None and shape is not None:
         raise UsageError("FOLDER and --shape: give one of them")
-    from mistral.eval import bench as measuring
+    with starting("starting PyTorch"):
+        from mistral.eval import bench as measuring
     from mistral.eval import bench_text
 
     if plot is not None:

@@ -65,6 +65,9 @@ def interactive(
 
 
 def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | None) -> None:
+    from mistral.request import check_params
+
+    check_params(params, loaded.args.vocab_size)
     if is_interactive():
         echo_err(RAW_HELP)
     for prompt in read_lines("Prompt: "):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.util.errors import UsageError
-from mistral.util.files import read_limited
+from mistral.util.files import not_text, read_limited, reason_of
 
 if TYPE_CHECKING:
     from mistral.chat.messages import Message
@@ -47,15 +47,20 @@ class ChatOptions:
             raise UsageError(f"thinking is {self.thinking!r}; it must be show or hide")
 
     def require_instruct(self) -> None:
-        """Refuse flags that only a conversation has.
+        """Refuse flags that only a conversation has, and files that cannot be read, before a model is loaded.
 
         Raises:
-            UsageError: there is one, without --instruct.
+            UsageError: there is one, without --instruct; or no such file.
         """
         fields = ("system", "system_file", "template", "reasoning_effort", "thinking")
         given = [name for name in fields if getattr(self, name) is not None]
         if given and not self.instruct:
             raise UsageError(f"--{given[0]} belongs to a conversation: add --instruct")
+        if self.system_file is not None:
+            self.system_message()
+        if (name := self.template or "").endswith(".jinja") and not os.path.isfile(os.path.expanduser(name)):
+            what = "it is a folder, and a file is needed" if os.path.isdir(name) else "No such file or directory"
+            raise UsageError(f"{name} cannot be read: {what}")
 
     @property
     def shows_thoughts(self) -> bool:
@@ -76,7 +81,7 @@ class ChatOptions:
         try:
             return split_system(read_limited(path, 1_000_000).decode("utf-8-sig").strip("\n"))
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            reason = not_text(error) if isinstance(error, UnicodeDecodeError) else reason_of(error)
             raise UsageError(f"{self.system_file} cannot be read: {reason}") from None
 
     def note_of(self, folder: Path) -> str | None:

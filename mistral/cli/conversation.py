@@ -164,6 +164,8 @@ class Conversation:
             if value not in THINKING:
                 raise UsageError(f"/set thinking takes {' or '.join(THINKING)}")
             self._thinking = value == "show"
+            if self._chat.template.thought_ids is None:
+                echo_err("note: this template knows no thoughts, so there is nothing to show or hide")
         elif name == "reasoning_effort":
             self._chat.set_effort(None if value == "-" else value)
         else:

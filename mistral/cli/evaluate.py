@@ -62,10 +62,13 @@ def perplexity(
         chunk_size: tokens of a step; default: 2048; changes no number
     """
     flags.require_at_least(1, chunk_size=chunk_size)
+    if folder is not None and file is not None and os.path.isfile(folder) and os.path.isdir(file):
+        raise UsageError(f"{folder} is a file, and {file} a folder: FOLDER comes before FILE")
     stored = read_ids(file)
     text = "" if stored is not None else read_text(file)
     if stored is None and not text:
-        raise UsageError(f"no text: {'give a file, or text on stdin' if file is None else f'{file} is empty'}")
+        empty = "stdin is empty" if file == "-" else f"{file} is empty"
+        raise UsageError(f"no text: {'give a file, or text on stdin' if file is None else empty}")
     loaded = open_model(folder, options)
     from mistral.engine import STEP_TOKENS
     from mistral.eval.perplexity import perplexity as score_text

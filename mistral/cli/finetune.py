@@ -12,6 +12,7 @@ from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import divisible
 from mistral.cli.prompts import default_folder
+from mistral.cli.starting import starting
 from mistral.loader.options import LoadOptions
 from mistral.train.options import TrainOptions
 from mistral.util.english import counted
@@ -62,7 +63,7 @@ def finetune(
         adapter: a LoRA adapter to go on from; with --full it is merged first
         parallel: processes that share the forwards of each step, of which --accumulate says how many there are
     """
-    with keeping_interrupts():
+    with keeping_interrupts(), starting("starting PyTorch"):
         from mistral.train.run import finetune as run
     line = _Line()
     stop = _Stop(line)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,8 @@ SHORT = (
 )
 # Switches that stand for a value of another flag.
 SHORT_FORMS = {"deterministic": ("execution", "bitwise")}
+# The dash of flags, and what word processors and web pages make of one or two of them.
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"
 # Words that nobody puts after a switch as a prompt.
 BOOLEANS = ("true", "false", "on", "off", "yes", "no", "0", "1")
 RENAMED = {
@@ -94,9 +96,10 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
             word = f"--{long}{equals}{value}"
         elif (long := long_of(word[:2], parameters)) is not None and _is_number(word[2:], parameters[long]):
             word = f"--{long}={word[2:]}"  # -n3
-        if not word.startswith("--"):
-            if word[:1] == "-" and word[1:].partition("=")[0].replace("-", "_") in parameters:
-                raise UsageError(f"{word}: long flags begin with two dashes; for a prompt, put -- before it")
+        if word == "-" and "prompt" in parameters:
+            continue  # stdin, which is read where no word is the prompt
+        if not word.startswith("--") or word[2:3].isspace():  # a dash and a space begin a list, or a sentence
+            _refuse_dashes(word, parameters)
             positionals.append(word)
             continue
         flag, equals, value = word[2:].partition("=")
@@ -108,14 +111,12 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         if name in COMMON and equals:
             raise UsageError(f"--{flag} is a switch: give it no value")
         if name not in parameters:
-            raise UsageError(f"no flag --{flag}{_suggestion(name, parameters)}")
+            raise UsageError(f"no flag --{_quoted(flag, value, parameters) or flag + _suggestion(name, parameters)}")
         kind = kind_of(parameters[name])
         if kind is bool:
             value = _switch(flag, equals, value, queue)
         elif not equals:
-            if not queue or queue[0].startswith("--"):
-                raise UsageError(f"--{flag} needs a value")
-            value = queue.pop(0)
+            value = _next(flag, queue, kind in NUMBERS)
         if kind in REPEATED:
             if not value:
                 raise UsageError(f"--{flag} is empty")
@@ -123,6 +124,68 @@ def _split(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> tu
         else:
             _put(given, name, convert(f"--{flag}", value, kind), f"--{flag}")
     return given, positionals
+
+
+def _refuse_dashes(word: str, parameters: dict[str, inspect.Parameter]) -> None:
+    """Refuse a word that is no flag, and looks as if it was meant as one: a dash, a letter, and no space.
+
+    A lone dash, a number and "- an item" are words like others.
+
+    Raises:
+        UsageError: it names the flag that is like it, or those that there are.
+    """
+    bare = word.lstrip(DASHES)
+    name = bare.partition("=")[0].replace("-", "_")
+    if word[:1] != "-":
+        if bare != word and (name in parameters or long_of(f"-{name}", parameters)):  # as a word processor writes it
+            what = f"{word} begins with {word[0]!r}, which is no dash of a flag"
+            raise UsageError(f"{what}: type - or --{_or(parameters)}")
+        return
+    if name in parameters:
+        raise UsageError(f"{word}: long flags begin with two dashes{_or(parameters)}")
+    first, space, value = word.partition(" ")
+    long = long_of(first, parameters)
+    if long is not None and space and _is_number(value.strip(), parameters[long]):
+        raise UsageError(f"{word!r} is one word: write {first} and its value without quotes{_or(parameters)}")
+    if not bare[:1].isalpha() or re.search(r"\s", word):
+        return
+    if len(name) == 1:
+        meant = next((f"; did you mean --{common}?" for common in COMMON if common[0] == name), "")
+    else:
+        known_names = [n for n in (*parameters, *COMMON, *SHORT_FORMS) if len(n) > 1]
+        meant = did_you_mean(name, known_names, "--")
+    long = long_of(word[:2], parameters)
+    if not meant and long is not None and word[2:3] not in ("", "="):  # -nx
+        convert(word[:2], word[2:], kind_of(parameters[long]))
+    short = [f"{s} (--{long_of(s, parameters)})" for s in dict(SHORT) if long_of(s, parameters)]
+    known = f"; short flags of this command: {', '.join(short)}; see --help" if short else "; see --help"
+    raise UsageError(f"no flag {word.partition('=')[0]}{meant or known}{_or(parameters)}")
+
+
+def _or(parameters: Collection[str]) -> str:
+    """What to do where a word was meant as a prompt, for commands that take one."""
+    return "; for a prompt, put -- before it" if "prompt" in parameters else ""
+
+
+def _quoted(flag: str, value: str, parameters: dict[str, inspect.Parameter]) -> str:
+    """What to say of a flag and its value in one pair of quotes; "" if it is something else."""
+    first, *rest = flag.split(maxsplit=1)
+    if not rest or first.replace("-", "_") not in parameters:
+        return ""
+    return f"{flag}{'=' * bool(value)}{value}: write --{first} and its value without quotes, or each in its own"
+
+
+def _next(flag: str, queue: list[str], number: bool) -> str:
+    """The word after a flag as its value.
+
+    Raises:
+        UsageError: there is none, or it is another flag.
+    """
+    word = queue[0] if queue else "--"
+    if (word.startswith("--") and not word[2:3].isspace()) or word in dict(SHORT):
+        however = "" if word == "--" or number else f"; if {word} is the value, write --{flag}={word}"
+        raise UsageError(f"--{flag} needs a value{however}")
+    return queue.pop(0)
 
 
 def long_of(short: str, names: Collection[str]) -> str | None:
@@ -177,9 +240,18 @@ def _place(
     if len(positionals) > len(free):
         extra = positionals[len(free)]
         flag = next((word for word in literal if _is_flag(word, parameters)), None)
-        why = "quote a prompt that contains spaces" if flag is None else f"{flag} is behind --: flags go before it"
+        why = _expected(places) if flag is None else f"{flag} is behind --: flags go before it"
         raise UsageError(f"unexpected argument {extra!r} ({why})")
     return found | {p.name: convert(p.name, word, kind_of(p)) for p, word in zip(free, positionals, strict=False)}
+
+
+def _expected(places: Sequence[inspect.Parameter]) -> str:
+    """What a command takes besides flags."""
+    names = [p.name.upper() for p in places]
+    if "PROMPT" in names:
+        return "quote a prompt that contains spaces"
+    takes = f"the command takes {' and '.join(names)}" if names else "the command takes flags only"
+    return takes + "; quote a name that contains spaces" * bool(names)
 
 
 def _is_flag(word: str, parameters: Collection[str]) -> bool:
@@ -239,11 +311,11 @@ def convert(what: str, text: str, kind: Any) -> Any:
     return text
 
 
-def _suggestion(name: str, parameters: Iterable[str]) -> str:
+def _suggestion(name: str, parameters: Collection[str]) -> str:
     if name in RENAMED:
         return f": use {RENAMED[name]}"
     meant = did_you_mean(name, [*parameters, *COMMON, *SHORT_FORMS], "--")
-    return meant or "; see --help, and put -- before a prompt that begins so"
+    return meant or "; see --help" + ", and put -- before a prompt that begins so" * ("prompt" in parameters)
 
 
 def take_common(words: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -23,7 +23,7 @@ from mistral.cli.prompts import (
 )
 from mistral.loader.options import LoadOptions
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import FormatError, UsageError, short_repr
+from mistral.util.errors import UsageError, short_repr
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -182,16 +182,17 @@ def _read_schema(file: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from mistral.util.files import decode_text, read_limited
+    from mistral.util.files import decode_text, read_limited, reason_of
+    from mistral.util.parsed import parse_json
 
     try:
-        schema = json.loads(decode_text(read_limited(Path(os.path.expanduser(file)), 1_000_000), file))
-    except FormatError:
-        raise
+        text = decode_text(read_limited(Path(os.path.expanduser(file)), 1_000_000), file)
     except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{file} holds no JSON") from None
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from None
+    try:
+        schema = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"{file} holds no JSON: {error}") from None
     if not isinstance(schema, dict):
         raise UsageError(f"{file} holds {short_repr(schema)}; a JSON schema is an object")
     return schema

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mistral.cli import flags, terminal
 from mistral.cli.prompts import (
     PromptLine,
+    key_of,
     model_of,
     one_line,
     open_model,
@@ -17,6 +18,7 @@ from mistral.cli.prompts import (
     require_known_ids,
     require_there,
 )
+from mistral.cli.starting import starting
 from mistral.fast.layout import QUANTS
 from mistral.loader.options import DTYPE_NAMES, LoadOptions
 from mistral.util.english import counted
@@ -58,7 +60,8 @@ def verify(
         json: print one JSON object instead of a table
         seed: of the random prompts
     """
-    from mistral.oracle import verify as verifying
+    with starting("starting PyTorch"):
+        from mistral.oracle import verify as verifying
 
     with model_of(folder, options) as found:
         report = verifying.verify(found, full=full, seed=seed, progress=terminal.Bar("verifying", "step"))
@@ -120,6 +123,7 @@ def compare(
     *,
     file: str | None = None,
     model: str | None = None,
+    key_env: str = "MISTRAL_API_KEY",
     dtype: str = "float32",
     quantized: str | None = None,
     full: bool = False,
@@ -142,6 +146,7 @@ def compare(
     Args:
         file: a file of prompts, as `complete` reads them; default: random prompts
         model: the server's name for the model; default: the first that it lists
+        key_env: the variable that holds the server's key, if it wants one
         dtype: of the arithmetic of the side that is not the truth
         quantized: int8 or int4: weights or inputs of a side are rounded to about as many bits, which is no mistake
         full: use prompts longer than the model's window, however wide it is
@@ -157,14 +162,16 @@ def compare(
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
         raise UsageError("--model is a server's name for it, and neither side is a server")
-    from mistral.loader.runtime import DTYPES
-    from mistral.oracle import comparison
-    from mistral.oracle.compare import compare as compare_sides
-    from mistral.oracle.sides import FolderSide, side
+    with starting("starting PyTorch"):
+        from mistral.loader.runtime import DTYPES
+        from mistral.oracle import comparison
+        from mistral.oracle.compare import compare as compare_sides
+        from mistral.oracle.sides import FolderSide, side
 
-    first = side(a, model, options)
+    key = key_of(key_env)
+    first = side(a, model, options, key)
     adapted = bool(options.adapter) and isinstance(first, FolderSide)
-    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options)]
+    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options, key)]
     if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
         raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
     if options.cache_dtype not in (None, "auto") and not any(isinstance(s, FolderSide) for s in sides):

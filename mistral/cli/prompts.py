@@ -6,7 +6,6 @@ Knows nothing about commands.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from mistral.cli import terminal
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
+from mistral.cli.starting import starting
 from mistral.util.errors import MistralError, UsageError, short_repr
-from mistral.util.files import decode_text, plain_ends
+from mistral.util.files import decode_text, plain_ends, reason_of
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -50,7 +51,7 @@ def default_folder(folder: str | None) -> str | None:
 def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     """Load a model, and report on stderr what was loaded, and every note."""
     chosen = default_folder(folder)
-    with keeping_interrupts():
+    with keeping_interrupts(), starting("loading PyTorch and the model"):
         from mistral.loader.load import load
 
         loaded = load(chosen, division=division(), options=options)
@@ -59,6 +60,18 @@ def open_model(folder: str | None, options: LoadOptions) -> Loaded:
     for note in loaded.notes:
         terminal.echo_err(f"note: {note}")
     return loaded
+
+
+def key_of(variable: str) -> str | None:
+    """A server's key, which a variable holds; None where it is not set.
+
+    Raises:
+        UsageError: it cannot be sent.
+    """
+    key = os.environ.get(variable) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UsageError(f"the key in {variable} must be letters, digits and signs, without spaces")
+    return key
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,8 @@ def read_prompts(prompt: str | None, suffix: str | None, file: str | None) -> li
         _note_returns(prompt, "stdin")
         if not prompt:
             raise UsageError("no prompt: give one in quotes, --file, or text on stdin")
+    elif os.path.exists(prompt):
+        terminal.echo_err(f"note: {prompt} is the prompt, though there is such a file: < {prompt} continues its text")
     return [PromptLine(prompt, suffix)]
 
 
@@ -131,8 +146,8 @@ def read_file(file: str) -> list[PromptLine]:
 
 def _one_prompt(line: str, where: str) -> PromptLine:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
         if where.startswith("stdin "):
             plain += "; without --file, all of stdin is one prompt"
@@ -145,7 +160,7 @@ def _one_prompt(line: str, where: str) -> PromptLine:
     prompt, suffix, limit, adapter = (entry.get(name) for name in ("prompt", "suffix", "max_tokens", "adapter"))
     ids = isinstance(prompt, list) and all(type(i) is int for i in prompt)
     if not (isinstance(prompt, str) or ids):
-        raise UsageError(f"{where}: the prompt must be text or a list of ids")
+        raise UsageError(f"{where}: the prompt is {short_repr(prompt)}; it must be text or a list of ids")
     if prompt == []:
         raise UsageError(f"{where}: the prompt is an empty list; bos alone would be one")
     if suffix is not None and not (isinstance(suffix, str) and isinstance(prompt, str)):
@@ -171,6 +186,8 @@ def _note_returns(text: str, where: str) -> None:
 
 
 def _decoded(file: str | None) -> str:
+    if file == "":
+        raise UsageError("'' cannot be read: the name is empty")
     if file is None or file == "-":
         return decode_text(terminal.read_stdin(), "stdin")
     try:
@@ -179,7 +196,7 @@ def _decoded(file: str | None) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, MistralError):
             raise
-        raise UsageError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from None
 
 
 def require_there(folder: str | None, prompt: str | None) -> None:
@@ -191,8 +208,12 @@ def require_there(folder: str | None, prompt: str | None) -> None:
     from mistral.formats.folder import nothing_at
     from mistral.formats.hub import is_hub_id
 
-    if folder is None or os.path.exists(folder) or is_hub_id(folder):
+    if folder is None or os.path.isdir(folder) or is_gguf_name(folder) or is_hub_id(folder):
         return
+    if os.path.isfile(folder) and prompt is not None and os.path.isdir(prompt):
+        raise UsageError(f"{folder} is a file, and {prompt} a folder: FOLDER comes before what is to be continued")
+    if os.path.exists(folder):
+        return  # loading says what it is
     unquoted = prompt is not None and "/" not in folder and not is_gguf_name(folder)
     two = f" (of two words the first is the folder, and the second, {short_repr(prompt)}, the prompt)"
     raise UsageError(nothing_at(folder) + two * unquoted)
@@ -288,6 +309,11 @@ def folder_or_prompt(word: str) -> str:
         return "folder"
     if re.search(r"\s", word):
         return "prompt"
+    if os.path.isfile(word) and "." in word:
+        raise UsageError(
+            f"{word} is a file, and neither a folder nor a prompt: < {word} continues its text, --file {word} each of "
+            "the prompts in it"
+        )
     if re.match(r"/.|\.\.?/|~|.*/$", word) or ("/" in word and os.path.isdir(word.partition("/")[0])):
         return "folder"
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():

@@ -12,7 +12,7 @@ from mistral import __version__
 from mistral.cli import flags, help, terminal
 from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED
 from mistral.util.english import did_you_mean
-from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError
+from mistral.util.errors import ChecksFailed, FormatError, MistralError, UsageError, short_repr
 
 
 def run(words: list[str]) -> int:
@@ -49,6 +49,8 @@ def run(words: list[str]) -> int:
         if isinstance(error, OSError):  # no permission, a full disk
             told = FormatError(_in_words(error))
             terminal.drop(sys.stdout)
+        elif not isinstance(error, MistralError):  # of a library, or a mistake of ours
+            told = UsageError(f"{' '.join(str(error).split())} ({type(error).__name__}; --verbose prints where)")
         terminal.echo_error(told)
         if verbose:
             _trace(error)
@@ -59,19 +61,20 @@ def _dispatch(words: list[str]) -> None:
     if not words:
         raise UsageError(f"no command: {', '.join(COMMANDS)}; see --help")
     name, rest = words[0], words[1:]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help") and rest:
+        name, rest = rest[0], ["--help", *rest[1:]]
     if name in ("-h", "--help", "help"):
         print(help.overview(COMMANDS))
         return
     if name == "--version":
+        if rest:
+            raise UsageError(f"unexpected argument {rest[0]!r}: --version stands alone")
         print(__version__)
         return
     if name in RENAMED:
         raise UsageError(f"the command {name} is now called {RENAMED[name]}")
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
-        raise UsageError(f"no command {name!r}{hint}")
+        raise UsageError(f"no command {short_repr(name)}{_instead(name)}")
     command = COMMANDS[name]
     before_prompt = rest[: rest.index("--")] if "--" in rest else rest
     if "--help" in before_prompt or "-h" in before_prompt:
@@ -81,6 +84,17 @@ def _dispatch(words: list[str]) -> None:
     import fire
 
     fire.Fire(flags.readable_by_fire(command), command=checked, name=name)
+
+
+def _instead(name: str) -> str:
+    """What the first word was perhaps meant as."""
+    if name.startswith("-"):
+        return f": the command comes first, and its flags behind it: {', '.join(COMMANDS)}; see --help"
+    if os.path.exists(name):
+        return "; it is a file or folder here: write a command before it, such as complete, interactive or inspect"
+    if any(c.isspace() for c in name):
+        return "; a prompt goes behind a command: complete, or see --help"
+    return did_you_mean(name, COMMANDS) or f": {', '.join(COMMANDS)}; see --help"
 
 
 class _Closed(io.TextIOBase):

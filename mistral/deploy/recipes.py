@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mistral.deploy.plan import Deployment
 from mistral.util.errors import FormatError
-from mistral.util.files import require_writable, write_atomic
+from mistral.util.files import reason_of, require_writable, write_atomic
 
 # What each target consists of: the names of files, each of a template.
 TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ def write(made: Mapping[str, str], place: Path) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FormatError(f"{place} cannot be written: {error.strerror or error}") from None
+        raise FormatError(f"{place} cannot be written: {reason_of(error)}") from None
     try:
         for name in made:
             require_writable(place / name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.util.errors import FormatError, UsageError
-from mistral.util.files import decode_text, read_limited
+from mistral.util.files import decode_text, read_limited, reason_of
 from mistral.util.parsed import parse_json
 
 
@@ -38,7 +38,7 @@ def read_questions(path: str, task: str) -> list[Question]:
     try:
         text = decode_text(read_limited(Path(path)), path)
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise FormatError(f"{path} cannot be read: {reason_of(error)}") from None
     found = list(_questions(path, text, task))
     if not found:
         raise FormatError(f"{path} has no questions")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.util.errors import FormatError, UsageError
-from mistral.util.files import write_atomic
+from mistral.util.files import reason_of, write_atomic
 
 CONFIDENCE = 1.959963984540054  # standard deviations of 95%
 
@@ -78,7 +78,7 @@ class ResultFile:
                 raise OSError(0, "the disk is full")
             os.fsync(self._file)
         except OSError as error:
-            raise FormatError(f"{self._path} cannot be written: {error.strerror or error}") from None
+            raise FormatError(f"{self._path} cannot be written: {reason_of(error)}") from None
 
     def close(self) -> None:
         """Close the file; nothing is left to write."""
@@ -90,7 +90,7 @@ class ResultFile:
         try:
             content = Path(path).read_bytes()
         except OSError as error:
-            raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise FormatError(f"{path} cannot be read: {reason_of(error)}") from None
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.decode("utf-8", "replace").splitlines()
         try:

@@ -17,7 +17,7 @@ from mistral.parameters import parameters
 from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
-from mistral.util.files import decode_text
+from mistral.util.files import decode_text, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
     try:
         text = decode_text(file.read_bytes(), str(file))
     except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from None
     tokenizer = load_tokenizer(found.path, found.args.vocab_size)
     ids = encode(tokenizer, text)
     if (what := outside(ids, tokenizer, found.args.vocab_size)) is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError
-from mistral.util.files import real_path, regular, write_atomic
+from mistral.util.files import real_path, reason_of, regular, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -69,8 +69,10 @@ def read(path: Path, format_name: str, versions: tuple[int, ...]) -> tuple[dict[
 
     try:
         return load_file(path), facts
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     except HeaderError as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}") from None
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+        raise FormatError(f"{path} cannot be read: {reason_of(error)}") from None
     facts: dict[str, Any] = {}
     for name, text in (header.get("__metadata__") or {}).items():
         with suppress(ValueError, TypeError, RecursionError):

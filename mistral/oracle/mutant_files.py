@@ -19,7 +19,7 @@ from mistral.oracle import mutants
 from mistral.oracle.inputs import require_ids
 from mistral.oracle.metrics import Progress
 from mistral.util.errors import FormatError
-from mistral.util.files import require_writable, write_atomic
+from mistral.util.files import reason_of, require_writable, write_atomic
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def write(
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FormatError(f"{place} cannot be written: {error.strerror}") from None
+        raise FormatError(f"{place} cannot be written: {reason_of(error)}") from None
     require_writable(place / "right.npz")
     lens = [len(p) for p in prompts]
     wanted = [name for name in mistakes if mutants.applies(name, found.args, lens, has_adapter(found))]

@@ -216,8 +216,16 @@ def read(path: str | PathLike[str]) -> Pack:
         prompts = list(ids.split(lens.tolist()))
         budgets = _budgets(facts, list(prints))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
-        raise PackError(f"{path} is not a whole pack: {' '.join(str(error).split())}") from None
+        raise PackError(f"{path} is not a whole pack: {_why(error)}") from None
     return Pack(Path(path), args, prompts, top_ids, top_logprobs, own, prints, budgets, facts)
+
+
+def _why(error: Exception) -> str:
+    """In words: some of the errors are ours, others those of looking into what a file holds."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    ours = isinstance(error, ValueError)
+    return " ".join(str(error).split()) if ours else "what it holds has other kinds than it should"
 
 
 def _budgets(facts: dict[str, Any], names: list[str]) -> list[ErrorBudget]:

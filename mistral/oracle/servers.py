@@ -6,6 +6,7 @@ Knows nothing about what comparing is.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -20,13 +21,16 @@ from torch import Tensor
 
 from mistral.oracle.outputs import Outputs
 from mistral.tokenizer import TokenizerLike, encode
-from mistral.util.errors import FormatError
+from mistral.util.errors import FormatError, short_repr
+from mistral.util.network import unreachable
 from mistral.util.parsed import parse_json
 
+log = logging.getLogger("mistral")
 LARGEST = 2**28  # bytes of an answer that are read
 READ = 2**16  # bytes of a refusal that are read
 MESSAGE = 1000  # characters of it that are shown: advice comes last
 PATIENCE = 300  # seconds a server has for one prompt
+NAMED = 8  # models of a server that a message names
 TOP = 20  # most likely tokens asked of a server
 
 Rows = list[dict[int, float]]  # for each position of a prompt, the tokens after it whose log-probs are told
@@ -34,6 +38,10 @@ Rows = list[dict[int, float]]  # for each position of a prompt, the tokens after
 
 class Refused(FormatError):
     """A server's answer that tells nothing; another way to ask may."""
+
+
+class _Unreadable(ValueError):
+    """Log-probs that are there, and of no use."""
 
 
 class Server:
@@ -46,13 +54,19 @@ class Server:
     Args:
         url: where it is.
         model: the name that it has for the model; None takes the first it lists.
+        key: that it wants, or None.
 
     Attributes:
         tokenizer: gives that of the model, if there is one, for servers that take texts only.
     """
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, key: str | None = None) -> None:
         self.url, self._model = url, model
+        self._key = key
+        # A proxy that leads to the world does not know this machine's own servers.
+        self._near = re.match(r"https?://(localhost|127\.|\[::1\])", url) is not None
+        if key is not None and url.startswith("http://") and not self._near:
+            log.warning("note: the key goes to %s unencrypted: use https", url)
         self.tokenizer: Callable[[], TokenizerLike | None] = lambda: None
         self._ways: list[Callable[[list[int]], Rows]] = [self._reported, self._echoed, self._echoed_text, self._by_step]
 
@@ -63,11 +77,10 @@ class Server:
             FormatError: it cannot be asked, or tells nothing.
         """
         if self._model is None:
-            listed = self._ask("/v1/models", None)
-            try:
-                self._model = str(listed["data"][0]["id"])
-            except (KeyError, IndexError, TypeError):
-                raise FormatError(f"{self.url}/v1/models lists no model: name one with --model") from None
+            names = self._names(self._ask("/v1/models", None))
+            if not names:
+                raise FormatError(f"{self.url}/v1/models lists no model: name one with --model")
+            self._model = names[0]
         rows = [row for prompt in prompts for row in self._one(prompt.tolist())]
         width = max(1, *(len(row) for row in rows))
         ids = torch.full((len(rows), width), -1)
@@ -78,6 +91,13 @@ class Server:
             ids[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
             values[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
         return Outputs(ids, values)
+
+    def _names(self, listed: Any) -> list[str]:
+        """The models of a list."""
+        try:
+            return [str(one["id"]) for one in listed["data"]]
+        except (KeyError, TypeError):
+            return []
 
     def _one(self, ids: list[int]) -> Rows:
         """By the first way that the server knows, which is then the only one tried."""
@@ -122,7 +142,7 @@ class Server:
         def rows() -> Rows:
             own = [None] * missing + choice["logprobs"]["token_logprobs"]
             if len(own) < len(ids):
-                raise ValueError(f"{len(own)} token_logprobs for {len(ids)} ids")
+                raise _Unreadable(f"it has {len(own)} token_logprobs for {len(ids)} ids")
             told = [{i: _number(lp)} if lp is not None else {} for i, lp in zip(ids[1:], own[1:], strict=False)]
             if not any(told) and len(ids) > 2:
                 raise KeyError("token_logprobs")
@@ -142,8 +162,12 @@ class Server:
     def _parsed(self, parse: Callable[[], Any]) -> Any:
         try:
             return parse()
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise Refused(f"its answer lacks log-probs ({type(error).__name__} {error})") from None
+        except KeyError as error:
+            raise Refused(f"its answer lacks log-probs: it has no {error.args[0]}") from None
+        except _Unreadable as error:
+            raise Refused(f"its answer lacks log-probs: {error}") from None
+        except (IndexError, TypeError, ValueError, AttributeError, OverflowError):
+            raise Refused("its answer lacks log-probs, or has them in a form that is not known") from None
 
     def _choice(self, prompt: list[int] | str, **more: Any) -> dict[str, Any]:
         asked = {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
@@ -152,19 +176,53 @@ class Server:
         return found
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
+        """What it answers.
+
+        Raises:
+            Refused: it understood, and does not want to.
+            FormatError: it cannot be asked, whatever the way.
+        """
         data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            request = Request(self.url + path, data, {"Content-Type": "application/json"})
-            # A proxy that leads to the world does not know this machine's own servers.
-            near = re.match(r"https?://(localhost|127\.|\[::1\])", self.url)
-            opener = build_opener(*([ProxyHandler({})] if near else []))
+            request = Request(self.url + path, data, headers)
+            opener = build_opener(*([ProxyHandler({})] if self._near else []))
             with opener.open(request, timeout=PATIENCE) as answer:
-                return parse_json(answer.read(LARGEST))
+                text = answer.read(LARGEST)
         except HTTPError as error:
-            raise Refused(f"{self.url}{path} answered {error.code}: {_reason(error)}") from None
+            raise self._refused(path, error) from None
         except (URLError, HTTPException, OSError, ValueError) as error:
-            why = getattr(error, "reason", None) or f"{type(error).__name__} {error}"
-            raise FormatError(f"{self.url}{path} cannot be asked: {_short(str(why))}") from None
+            raise FormatError(f"{self.url}{path} cannot be asked: {_short(unreachable(error))}") from None
+        try:
+            return parse_json(text)
+        except ValueError:
+            told = short_repr(text[:60].decode("utf-8", "replace"))
+            raise FormatError(
+                f"{self.url} is no server of OpenAI's protocol: {path} answers {told}, which is no JSON"
+            ) from None
+
+    def _refused(self, path: str, error: HTTPError) -> FormatError:
+        """A status that is an error, its cause first."""
+        said = f"{self.url}{path} answered {error.code}: {_reason(error)}"
+        if error.code in (401, 403):
+            wanted = "another key than it was given" if self._key else "a key: put it into the variable of --key_env"
+            return FormatError(f"{self.url} wants {wanted} ({said})")
+        if error.code == 404 and path == "/v1/models":
+            advice = "give the address up to /v1, as http://localhost:8000"
+            return FormatError(f"{self.url} has no /v1/models: {advice} ({said})")
+        if error.code in (400, 404, 422) and path != "/v1/models":
+            try:
+                names = self._names(self._ask("/v1/models", None))
+            except FormatError:  # some list none
+                names = []
+            if names and self._model not in names:
+                has = ", ".join(names[:NAMED]) + ", .." * (len(names) > NAMED)
+                return FormatError(f"{self.url} has no model {short_repr(self._model)}: it has {has} ({said})")
+            if error.code == 404:
+                return FormatError(f"{self.url} has no {path}: it must be a server of OpenAI's protocol ({said})")
+        return Refused(said)
 
 
 def _reason(error: HTTPError) -> str:
@@ -201,6 +259,6 @@ def _next_tokens(choice: dict[str, Any]) -> dict[int, float]:
     for text, logprob in told["top_logprobs"][0].items():
         match = re.fullmatch(r"token_id:(\d{1,9})", text)
         if match is None:
-            raise ValueError("its tokens have texts and no ids")
+            raise _Unreadable("its tokens have texts and no ids")
         found[int(match[1])] = _number(logprob)
     return found

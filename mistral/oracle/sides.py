@@ -33,6 +33,7 @@ from mistral.oracle.trace import names
 from mistral.parameters import OUTPUT
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
+from mistral.util.network import behind_v1
 
 AS_IT_IS = LoadOptions()
 # What is read of an .npz, besides activations, whose names have dots.
@@ -184,27 +185,32 @@ def _some(found: Mapping[str, object]) -> str:
 class ServerSide(Side):
     """An OpenAI-style server; see `servers.Server`."""
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, key: str | None = None) -> None:
         super().__init__(re.sub(r"/v1/?$", "", url).rstrip("/"))
-        self.server = Server(self.name, model)
+        self.server = Server(self.name, model, key)
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
         return self.server.evidence(prompts)
 
 
-def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS) -> Side:
+def side(what: str, model: str | None = None, options: LoadOptions = AS_IT_IS, key: str | None = None) -> Side:
     """The side that a word means: a URL, a file, a folder or a hub id.
 
     Args:
         model: the name that a server has for the model; None takes the first it lists.
+        key: that a server wants.
         options: the window and the adapter of a folder or a GGUF file, see `load.as_read`; and `cache_dtype`.
 
     Raises:
         ValueError: a subclass that says what is wrong with it.
     """
     if re.match(r"https?://", what):
-        return ServerSide(what, model)
+        if behind := behind_v1(what):
+            raise FormatError(f"{what} goes on behind /v1 with {behind}: give the address up to /v1")
+        return ServerSide(what, model, key)
     path = Path(what)
+    if re.match(r"(localhost|[\w.-]+\.\w+|\[[0-9a-f:]+\]):\d+", what) and not path.exists():
+        raise FormatError(f"no such folder: {what}; a server's address begins with http://, as http://{what}")
     if path.is_file():
         if pack.is_pack(path):
             return PackSide(path)

@@ -39,6 +39,7 @@ from mistral.util.errors import Fatal, MistralError
 
 log = logging.getLogger("mistral")
 R = TypeVar("R")
+NO_ADDRESS = "nothing is at this address: POST to /v1/chat/completions or /v1/completions, or GET /v1/models"
 
 
 class Gone(Exception):
@@ -258,7 +259,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, MistralError):
         return ApiError(str(error))
     if isinstance(error, HTTPException):
-        return ApiError(error.detail, status=error.status_code, code="http", headers=error.headers)
+        detail = {404: NO_ADDRESS, 405: f"the method must be {(error.headers or {}).get('Allow', 'another')}"}
+        told = detail.get(error.status_code, error.detail)
+        return ApiError(told, status=error.status_code, code="http", headers=error.headers)
     return ApiError("the server failed; its log has more", status=500, kind="server_error", code="internal")
 
 

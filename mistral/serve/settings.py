@@ -88,7 +88,7 @@ class Listen:
         near = _is_loopback(host)
         if not near and not _is_known(host):
             advice = did_you_mean(host, ("localhost",)) or ": give a name or an address of this machine"
-            raise UsageError(f"--host {printable(host)} is not known{advice}")
+            raise UsageError(f"--host {printable(host) or repr(host)} is not known{advice}")
         if not near and key is None:
             raise UsageError(f"--host {printable(host)} lets others reach this server: it needs --api_key")
         hosts = frozenset({"localhost", "127.0.0.1", "::1", host.strip("[]").lower(), *(n.lower() for n in names)})

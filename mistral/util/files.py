@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mistral.util.errors import FormatError
+from mistral.util.errors import FormatError, short_repr
 
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
 POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves in a file's place
@@ -50,6 +50,19 @@ def read_limited(path: Path, most: int = MOST) -> bytes:
     if content.startswith(POINTER):
         raise OSError(errno.EINVAL, LFS, str(path))
     return content
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Why a file cannot be read or written, for the end of a sentence."""
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, and a file is needed"
+    if isinstance(error, NotADirectoryError):
+        return "a part of its path is a file, and no folder"
+    if isinstance(error, FileExistsError) and error.filename and os.path.isfile(error.filename):
+        return "it is a file, and a folder is needed"
+    if isinstance(error, ValueError) and "null" in str(error):
+        return "its name has a character that no name can have (0)"
+    return getattr(error, "strerror", None) or str(error)
 
 
 # Longest first: the mark of UTF-16 is the beginning of that of UTF-32.
@@ -155,7 +168,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.part")
     try:
         if not os.fspath(path):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise FormatError("'' cannot be written: the name is empty")
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop
@@ -167,7 +180,7 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_file(beside)
         os.replace(beside, target)
     except OSError as error:
-        raise FormatError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise FormatError(f"{path} cannot be written: {reason_of(error)}") from None
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -182,7 +195,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
     except ValueError as error:  # a null in it
-        raise FormatError(f"{os.fspath(path)!r} cannot be written: {error}") from None
+        raise FormatError(f"{short_repr(os.fspath(path))} cannot be written: {reason_of(error)}") from None
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:

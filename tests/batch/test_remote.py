@@ -88,7 +88,7 @@ def test_what_stays_wrong_is_written(tmp_path: Path, cli: Command) -> None:
         "request_id": None,
         "body": {"error": {"message": "not like this"}},
     }
-    assert found["garbage"]["error"]["code"] == "invalid_response"
+    assert found["garbage"]["error"] == {"code": "invalid_response", "message": "the answer is not JSON: '{NaN'"}
     assert found["slow"]["error"] == {"code": "timeout", "message": "no answer within 1 seconds, 2 times"}
     assert found["good"]["error"] is None
 
@@ -100,7 +100,7 @@ def test_a_server_that_is_not_there_ends_the_job_and_no_line(tmp_path: Path, cli
     path, out = write_lines(tmp_path / "in", request("a"), "bad"), tmp_path / "out"
     done = cli("batch", path, out, "--engine", f"http://127.0.0.1:{port}", "--attempts", 2, "--concurrency", 1)
     assert done.code == 2
-    assert f"error: nobody answers at http://127.0.0.1:{port}" in done.err
+    assert f"error: nobody answers at http://127.0.0.1:{port}: nobody listens there: is the server started" in done.err
     assert "0 of 2 lines; the same command goes on" in done.err
     assert not out.exists()  # an output that stays empty is removed
 
@@ -108,7 +108,11 @@ def test_a_server_that_is_not_there_ends_the_job_and_no_line(tmp_path: Path, cli
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        ((401, {}, {"error": {"message": "who are you"}}), "wants another key"),
+        ((401, {}, {"error": {"message": "who are you"}}), "wants a key: see --key_env"),
+        ((301, {"Location": "https://elsewhere"}, b""), "sends to https://elsewhere (status 301): give that address"),
+        ((404, {}, {"detail": "Not Found"}), "answers 404 to /v1/completions, without a reason: is it the address of"),
+        ((403, {}, b"no"), "answers 403 to /v1/completions, without a reason"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), "it answers /v1/completions with a web page"),
         ((429, {"Retry-After": "86400"}, {}), "asks to wait 86400 seconds"),
     ],
 )
@@ -134,6 +138,7 @@ def test_the_key_is_sent_and_never_shown(tmp_path: Path, cli: Command, monkeypat
         "ftp://x",
         "http://x:y",
         "http://x/?a=1",
+        "http://x/v1/v1",
         "http://",
     ):
         error = cli("batch", path, tmp_path / "out2", "--engine", url, "--key_env", "MY_KEY").err

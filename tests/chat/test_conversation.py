@@ -18,7 +18,7 @@ from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
 from mistral.request import GenerationError
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import UsageError
+from mistral.util.errors import MistralError, UsageError
 from tests.support.tiny import tiny_args, tiny_model
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -273,12 +273,6 @@ def test_errors_leave_the_conversation_as_it_was(v1: Tokenizer) -> None:
     messages = list(chat.messages)
     with pytest.raises(TemplateError, match="not valid Unicode"):
         chat.answer("\ud800")
-    params = chat.params
-    for wrong, message in (({"n": 2}, "n is 2"), ({"logit_bias": {10**6: 1.0}}, "logit_bias")):
-        chat.params = replace(params, **wrong)
-        with pytest.raises(GenerationError, match=message):
-            chat.answer("Bye")
-    chat.params = params
     assert (chat.messages, chat.answers) == (messages, 1)
     fresh = make_chat(v1)
     fresh.messages = messages[:]
@@ -292,3 +286,35 @@ def test_templates_of_other_models(v1: Tokenizer) -> None:
         Chat(model, v1, lite)
     with pytest.raises(TemplateError, match="no place for a system prompt"):
         Chat(model, v1, lite, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"logit_bias": {99_999: 1}}, "logit_bias has the id 99999, outside the vocabulary of 4096"),
+        ({"n": 2}, "n is 2; a conversation has one answer to a question"),
+        ({"top_logprobs": 5000}, "top_logprobs is 5000; the vocabulary has only 4096 tokens"),
+        ({"max_tokens": 10**15}, "keys and values of an answer of 1000000000000000 tokens need"),
+    ],
+)
+def test_parameters_that_no_answer_could_have_are_refused_when_they_are_set(
+    v1: Tokenizer, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(MistralError, match=said):
+        make_chat(v1, None, **change)
+    chat = make_chat(v1, None)
+    before = chat.params
+    with pytest.raises(MistralError, match=said):
+        chat.params = replace(before, **change)
+    assert chat.params is before
+    assert ask(chat, "Hi")
+
+
+def test_the_largest_seed_is_followed_by_the_smallest(v1: Tokenizer) -> None:
+    largest = 2**63 - 1
+    chat = make_chat(v1, seed=largest, temperature=5.0, top_p=1.0)
+    ask(chat, "Hi")
+    second = ask(chat, "And?")
+    other = make_chat(v1, seed=-largest, temperature=5.0, top_p=1.0)
+    other.messages = [replace(message) for message in chat.messages[:2]]
+    assert ask(other, "And?") == second

@@ -290,8 +290,7 @@ def test_one_word_that_is_a_folder_is_the_folder(
         "True",
         "{'a': 1}",
         "-5",
-        "-",
-        "-x",
+        "- x",
         "",
         "it's",
         '"quoted"',
@@ -319,7 +318,7 @@ def test_prompts_arrive_unchanged(cli: Command, monkeypatch: pytest.MonkeyPatch,
         assert seen[-1] == (prompt, ())
 
 
-@pytest.mark.parametrize("prompt", ["--", "--json", "--max_tokens=3", "-h", "--help", "---"])
+@pytest.mark.parametrize("prompt", ["-", "-x", "--", "--json", "--max_tokens=3", "-h", "--help", "---"])
 def test_prompts_that_look_like_flags(cli: Command, monkeypatch: pytest.MonkeyPatch, prompt: str) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("mistral.cli.generate.open_model", lambda *_: NOTHING)

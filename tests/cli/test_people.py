@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -363,3 +364,17 @@ def test_a_library_that_turns_ctrl_c_into_its_own_error_is_quiet_too(monkeypatch
     monkeypatch.setattr("mistral.cli.run.run", lambda words: [][1])
     with pytest.raises(IndexError):
         main(["demo"])
+
+
+def test_a_start_that_takes_long_says_so_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mistral.cli import starting
+
+    monkeypatch.setattr(starting, "PATIENCE", 0.05)
+    for screen, wait, told in ((True, 0.5, ["starting it .."]), (True, 0.0, []), (False, 0.2, [])):
+        said: list[str] = []
+        monkeypatch.setattr(starting, "echo_err", said.append)
+        monkeypatch.setattr("sys.stderr", mock.Mock(isatty=lambda screen=screen: screen))
+        with starting.starting("starting it"):
+            time.sleep(wait)
+        time.sleep(0.2)
+        assert said == told

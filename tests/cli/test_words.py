@@ -110,6 +110,9 @@ def test_limits_of_training(cli: Command) -> None:
     [
         ("/set temperatures 0.5", "/set knows no 'temperatures'; did you mean temperature?"),
         ("/set temperature", "/set needs a value for temperature"),
+        ("/set logit_bias 999999:3", "logit_bias has the id 999999, outside the vocabulary of 4096"),
+        ("/set logit_bias 3:300", "logit_bias of 3 is 300.0; it must be at most 100"),
+        ("/set reasoning_effort high", "reasoning_effort is 'high'; template v1 has no place for one: leave it out"),
         ("/retri", "no command /retri; did you mean /retry?; // begins a question with a slash"),
         ("/retry", "there is no question to answer again"),
         ("/continue", "there is no answer to go on with"),
@@ -118,6 +121,20 @@ def test_limits_of_training(cli: Command) -> None:
 def test_commands_of_a_conversation(cli: Command, folder: Path, line: str, error: str) -> None:
     done = cli("interactive", folder, "--instruct", stdin=f"{line}\n")
     assert done.err.splitlines()[-1] == f"error: {error}"
+
+
+@pytest.mark.parametrize("more", [(), ("--instruct",)])
+def test_a_bias_on_a_token_that_is_not_there_is_refused_before_any_question(
+    cli: Command, folder: Path, more: tuple[str, ...]
+) -> None:
+    done = cli("interactive", folder, *more, "--logit_bias", "999999:3")
+    assert done.err.splitlines()[-1] == "error: logit_bias has the id 999999, outside the vocabulary of 4096"
+    assert done.code == 2
+
+
+def test_thoughts_of_a_model_without_any(cli: Command, folder: Path) -> None:
+    done = cli("interactive", folder, "--instruct", stdin="/set thinking hide\n")
+    assert "note: this template knows no thoughts, so there is nothing to show or hide" in done.err.splitlines()
 
 
 def test_an_answer_that_is_complete_is_said_to_be(cli: Command, folder: Path) -> None:

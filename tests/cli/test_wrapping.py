@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral.cli.wrapping import LEAST, Wrapped, columns
+from tests.support.folders import ROOT
 
 
 def screen(written: str, width: int) -> list[str]:
@@ -88,6 +89,7 @@ def test_text_is_shown_as_it_comes() -> None:
 
 def test_a_terminal_without_room_is_left_alone() -> None:
     assert Wrapped().push("a wolf came to the house", LEAST - 1) == "a wolf came to the house"
+    assert f"fewer than {LEAST} columns" in (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
 
 
 def test_a_terminal_may_change_its_width() -> None:

@@ -36,7 +36,7 @@ class Server(BaseHTTPRequestHandler):
         pass
 
     def answer(self, code: int, body: Any) -> None:
-        data = json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -124,6 +124,7 @@ def serve() -> Iterator[Start]:
         words = load_tokenizer(folder, model.args.vocab_size) if has_tokenizer(folder) else None
         handler = type("Handler", (Server,), {"model": model, "style": style, "tokenizer": words})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who asks it for TLS breaks off
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
@@ -191,12 +192,61 @@ def test_servers_that_cannot_be_asked(folder: Path, serve: Start, capsys: pytest
     for url, said in (
         (serve(folder, "none"), "answered 422"),
         (serve(folder, "by_word"), "its tokens have texts and no ids"),
-        ("http://127.0.0.1:9", "cannot be asked"),
+        ("http://127.0.0.1:9", "cannot be asked: nobody listens there"),
+        (serve(folder).replace("http", "https"), "cannot be asked: it does not speak TLS"),
+        ("http://nowhere.invalid", "cannot be asked: no machine of this name is known"),
     ):
         assert cli.main(["compare", str(folder), url]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ")
         assert said in error
+
+
+def test_what_is_asked_for_wrongly_is_said_first(
+    folder: Path, serve: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MISTRAL_API_KEY", raising=False)
+
+    def error(url: str, *words: str) -> str:
+        assert cli.main(["compare", str(folder), url, *words]) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix(f"error: {url} ")
+
+    url = serve(folder)
+    no_such = {"error": {"message": "The model `foo` does not exist."}}
+    monkeypatch.setattr(Server, "vllm", lambda *_: (404, no_such))
+    assert error(url, "--model", "foo") == (
+        f"has no model 'foo': it has tiny ({url}/v1/completions answered 404: The model `foo` does not exist.)"
+    )
+    assert error(url, "--model", "tiny").startswith("has no /v1/completions: it must be a server of OpenAI's protocol")
+    monkeypatch.setattr(Server, "do_GET", lambda self: self.answer(404, {"detail": "Not Found"}))
+    assert error(url).startswith("has no /v1/models: give the address up to /v1, as http://localhost:8000 (")
+    monkeypatch.setattr(Server, "do_GET", lambda self: self.answer(401, {"error": {"message": "who?"}}))
+    assert error(url) == f"wants a key: put it into the variable of --key_env ({url}/v1/models answered 401: who?)"
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert error(url, "--key_env", "MY_KEY").startswith("wants another key than it was given (")
+    monkeypatch.setattr(Server, "do_GET", lambda self: self.answer(200, b"<html>hello</html>"))
+    assert error(url) == "is no server of OpenAI's protocol: /v1/models answers '<html>hello</html>', which is no JSON"
+
+
+def test_a_key_is_sent(folder: Path, serve: Start, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    keys = []
+    answer = Server.answer
+    monkeypatch.setattr(
+        Server, "answer", lambda self, *rest: (keys.append(self.headers["Authorization"]), answer(self, *rest))[1]
+    )
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert ask(capsys, folder, serve(folder), "--key_env", "MY_KEY")["same"]
+    assert set(keys) == {"Bearer secret"}
+
+
+def test_an_address_without_http(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", str(folder), "localhost:8000"]) == 2
+    want = "no such folder: localhost:8000; a server's address begins with http://, as http://localhost:8000"
+    assert capsys.readouterr().err == f"error: {want}\n"
+    url = "http://localhost:8000/v1/completions"
+    assert cli.main(["compare", str(folder), url]) == 2
+    want = f"{url} goes on behind /v1 with completions: give the address up to /v1"
+    assert capsys.readouterr().err == f"error: {want}\n"
 
 
 @pytest.mark.parametrize("form", [{"error": {"message": "{}"}}, {"message": "{}"}, {"error": "{}"}, None])

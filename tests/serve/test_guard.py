@@ -234,3 +234,12 @@ def test_addresses_that_would_be_open_are_refused(
 def test_names_of_models() -> None:
     assert model_name(Path("/x/models--mistralai--Mistral-7B-v0.1/snapshots/abc")) == "mistralai/Mistral-7B-v0.1"
     assert model_name(Path("/x/mistral-7B-v0.1")) == "mistral-7B-v0.1"
+
+
+def test_an_address_that_is_not_there_names_those_that_are() -> None:
+    from starlette.exceptions import HTTPException
+
+    from mistral.serve.app import NO_ADDRESS, as_api_error
+
+    assert str(as_api_error(HTTPException(404))) == NO_ADDRESS
+    assert str(as_api_error(HTTPException(405, headers={"Allow": "POST"}))) == "the method must be POST"

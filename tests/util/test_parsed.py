@@ -30,13 +30,23 @@ def test_values_are_those_of_json() -> None:
         (DEEP, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
         (LONG, "thousands of digits"),
-        ("{", "Expecting property name"),
+        ("", "^it is empty$"),
+        ("hello", "^a value is missing at character 1, where there is 'hello'$"),
+        ('{"a": 1', "^a comma or a closing bracket is missing at its end: it is not complete$"),
+        ('{"a" 1}', "^a colon is missing at character 6, where there is '1}'$"),
+        ("{'a': 1}", "^a name in double quotes is missing at character 2, where there is "),
+        ('{\n"a": yes}', "^a value is missing at line 2, character 6, where there is 'yes}'$"),
+        ("1 2", "^something follows the value at character 3, where there is '2'$"),
+        ('"abc', "^a text begins that has no closing quote, at character 1, "),
+        ('"a\\x"', "^a text has a backslash that begins no escape at character 3, "),
+        ('"a\tb"', "^a text has a line end or another control character at character 3, "),
+        ("\ufeff{}", "^there is a byte order mark at character 1, "),
     ],
 )
 def test_what_is_none_says_why(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said) as refused:
         parse_json(text)
-    assert not re.search("recursion|sys\\.", str(refused.value))
+    assert not re.search("recursion|sys\\.|Expecting|char \\d", str(refused.value))
 
 
 def _params(path: Path) -> None:
