@@ -15,17 +15,17 @@ from mistral.request import Request
 
 # How many tokens of the text's end are looked for earlier in it, the longest that is there; and the share of guesses
 # taken to be right then, before there is any experience.
-HOPES = {2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
+HOPES = {1: 0.25, 2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
 MOST_TOKENS = 16  # of a step, guesses included
 LONGEST, SHORTEST = max(HOPES), min(HOPES)
 LOOKBACK = 1 << 16  # tokens of a request in which they are looked for, the newest
 HOPE = 0.7  # the same share where a model guesses
-HOPE_WEIGHT = 2.0  # as many guesses of experience as that counts for
+HOPE_WEIGHT = 3.0  # as many guesses of experience as that counts for
 FORGET = 0.9  # what is left of experience after each further guess
 RECOVER = 0.99  # and after each step without one, so that it is tried again
-STEP_COST = 0.25  # seconds of a further token in a step, over those of the first, before any was measured
+STEP_COST = 0.15  # seconds of a further token in a step, over those of the first, before any was measured
 NEW = 0.2  # weight of a new measurement
-AT_LEAST = 1.03  # times as many tokens a second as without a guess: less is not worth it
+AT_LEAST = 1.02  # times as many tokens a second as without a guess: less is not worth it
 
 
 class Costs:
