@@ -75,7 +75,7 @@ def steps(model: Transformer, lengths: list[int], rows: list[int], each: int) ->
 def test_the_bits_are_those_of_one_row_at_a_time(
     window: int | None, heads: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Across the end of a part and of the buffer; with a window each row sees one more at one end, one less at the other."""
+    """Across the end of a part and of the buffer; with a window each row sees a position less at its far end."""
     model = model_of(dtype, sliding_window=window, n_heads=heads[0], n_kv_heads=heads[1])
     lengths, rows = [PART - 3, 5, 3 * PART - 1, 700], [7, 1, 16, 4]
     want = steps(model, lengths, rows, 1)
