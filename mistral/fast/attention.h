@@ -346,14 +346,14 @@ static void attend_part(const Layer *l, const Kept *kept, const int64_t *positio
     if (t.rows) attend((int)l->kept, kept, &t, span + LANES, scores);
 }
 
-/* Of the rows of a step, how many from `row` on are one team: of one sequence, one position after the other, with parts of one
+/* Of the rows of a step, how many from `row` on are one team: of one sequence, whose rows come in order, with parts of one
    length, and at most so many. */
 static int64_t team_at(const Layer *l, const int64_t *which, const int64_t *positions, const int64_t *origins, int64_t row,
                        int64_t rows, int64_t most) {
+    const int64_t span = span_of(seen(l->window, origins[row], positions[row]));
     int64_t n = 1;
-    while (n < most && row + n < rows && which[row + n] == which[row] && positions[row + n] == positions[row] + n &&
-           span_of(seen(l->window, origins[row + n], positions[row + n])) ==
-               span_of(seen(l->window, origins[row], positions[row])))
+    while (n < most && row + n < rows && which[row + n] == which[row] &&
+           span_of(seen(l->window, origins[row + n], positions[row + n])) == span)
         n++;
     return n;
 }
