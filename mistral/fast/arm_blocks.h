@@ -27,7 +27,7 @@ INLINE int32x4_t dots_of_units(const words *four, int8x16_t x, int32x4_t acc) {
 
 INLINE void whole_by_dots(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, int h,
                           ints (*out)[HALVES]) {
-    int32x4_t high[4], low[4];
+    int32x4_t high[TOGETHER], low[TOGETHER];
     UNROLL for (int r = 0; r < R; r++) high[r] = low[r] = vdupq_n_s32(0);
     UNROLL for (int u = first; u < last; u += 4) {
         words four[4];
@@ -51,7 +51,7 @@ INLINE int32x4_t dots_of_pairs(const int8x16_t *four, int8x16_t x, int32x4_t acc
 
 /* Eight rows of INT8, which begin at w, times the n groups that each of R rows of inputs has at x, x + ld, .. */
 INLINE void int8_by_dots(int R, const int8_t *w, const Inputs *x, int64_t ld, int64_t n, ints (*out)[2]) {
-    int32x4_t high[4][2], low[4][2];
+    int32x4_t high[TOGETHER][2], low[TOGETHER][2];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < 2; h++) high[r][h] = low[r][h] = vdupq_n_s32(0);
     for (int64_t s = 0; s < n; s++) {
@@ -84,7 +84,7 @@ INLINE ints both_of(int32x4_t a, int32x4_t b) { return both(vuzp1q_s32(a, b), vu
 
 INLINE void whole_by_matrices(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, int h,
                               ints (*out)[HALVES]) {
-    int32x4_t acc[4][2];
+    int32x4_t acc[TOGETHER][2];
     UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = vdupq_n_s32(0);
     UNROLL for (int u = first; u < last; u += 2) {
         const uint32x4_t a = (uint32x4_t)unit(kind, w, u, h), b = (uint32x4_t)unit(kind, w, u + 1, h);
@@ -98,7 +98,7 @@ INLINE void whole_by_matrices(int kind, int R, const char *w, const Inputs *x, i
 }
 
 INLINE void int8_by_matrices(int R, const int8_t *w, const Inputs *x, int64_t ld, int64_t n, ints (*out)[2]) {
-    int32x4_t acc[4][4];
+    int32x4_t acc[TOGETHER][4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int i = 0; i < 4; i++) acc[r][i] = vdupq_n_s32(0);
     for (int64_t s = 0; s < n; s++) {
@@ -123,7 +123,7 @@ INLINE void int8_by_matrices(int R, const int8_t *w, const Inputs *x, int64_t ld
 
 INLINE void whole_by_halves(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, int h,
                             ints (*out)[HALVES]) {
-    int32x4_t acc[4][2];
+    int32x4_t acc[TOGETHER][2];
     UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = vdupq_n_s32(0);
     UNROLL for (int u = first; u < last; u++) {
         UNROLL for (int o = 0; o < 2; o++) {
@@ -139,7 +139,7 @@ INLINE void whole_by_halves(int kind, int R, const char *w, const Inputs *x, int
 }
 
 INLINE void int8_by_halves(int R, const int8_t *w, const Inputs *x, int64_t ld, int64_t n, ints (*out)[2]) {
-    int32x4_t acc[4][4];
+    int32x4_t acc[TOGETHER][4];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int i = 0; i < 4; i++) acc[r][i] = vdupq_n_s32(0);
     for (int64_t s = 0; s < n; s++) {
@@ -187,12 +187,12 @@ INLINE void int8_sums(int R, const int8_t *w, const Inputs *x, int64_t ld, int64
 
 /* As in blocks.h, eight rows at a time. */
 INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
-    floats total[4][HALVES];
+    floats total[TOGETHER][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g += SPAN, w += SPAN * group_bytes(INT8)) {
         UNROLL for (int h = 0; h < HALVES; h += 2) {
-            ints sums[4][2];
+            ints sums[TOGETHER][2];
             int8_sums(R, (const int8_t *)w + h * LANES * 2, x + g, groups, groups - g < SPAN ? groups - g : SPAN, sums);
             UNROLL for (int r = 0; r < R; r++) {
                 const floats scale = (floats){0} + x[r * groups + g].scale;

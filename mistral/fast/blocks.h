@@ -21,6 +21,7 @@ enum {
     INPUT = 127 * 257, /* what the largest input of a group becomes: 127 in its high byte, and in its low one */
     SPAN = 4,  /* groups of inputs that share a scale beside INT8 */
     STRIP = 4, /* blocks that many rows of inputs are multiplied with before the next */
+    FURTHER = 8192, /* bytes of weights that are asked for before they are wanted */
 };
 
 /* What a group holds, one after the other.
@@ -89,6 +90,15 @@ INLINE int offset_of(int kind) {
 #define MATRICES 1
 #else
 #define MATRICES 0
+#endif
+
+/* Rows of inputs that are multiplied with a group together: as many as the registers have room for sums of. */
+#if LANES == 16
+#define TOGETHER 8
+#elif defined(__AVX2__) || defined(__aarch64__)
+#define TOGETHER 4
+#else
+#define TOGETHER 1 /* there are too few registers, and a compiler takes a minute */
 #endif
 
 /* A group of inputs. For INT8 the numbers in their order. For other kinds, with VNNI: the high bytes of all, then the low
@@ -255,7 +265,7 @@ INLINE words two_of(int kind, const char *w, int u, int o, int h) {
 /* The products of units first .. last with the group that each of R rows of inputs has at x, x + ld, .., added up: in
    several chains of additions, which need not wait for each other. */
 INLINE void whole(int kind, int R, const char *w, const Inputs *x, int64_t ld, int first, int last, ints (*out)[HALVES]) {
-    ints acc[4][HALVES][2][2];
+    ints acc[TOGETHER][HALVES][2][2];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++)
             UNROLL for (int c = 0; c < 4; c++) acc[r][h][c / 2][c % 2] = (ints){0};
@@ -338,15 +348,23 @@ INLINE Scales scales_of(int kind, const char *w, const uint16_t *super, int64_t 
     return s;
 }
 
+/* A word to memory, for the second cache, about what comes after a group: the processor's own guesses reach far enough as
+   long as rows of inputs are few. */
+INLINE void ask_for(int kind, int R, const char *w) {
+    if (R > 2)
+        UNROLL for (int c = 0; c < group_bytes(kind); c += LINE) __builtin_prefetch(w + FURTHER + c, 0, 2);
+}
+
 /* A block of weights times R rows of inputs. */
 INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
     const int parts = is_halved(kind) ? 2 : 1, part = UNITS / parts;
-    floats total[4][HALVES];
+    floats total[TOGETHER][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g++, w += group_bytes(kind)) {
+        ask_for(kind, R, w);
         UNROLL for (int p = 0; p < parts; p++) {
-            ints sums[4][HALVES];
+            ints sums[TOGETHER][HALVES];
             whole(kind, R, w, x + g, groups, p * part, (p + 1) * part, sums);
             UNROLL for (int h = 0; h < HALVES; h++) {
                 const Scales s = scales_of(kind, w, super, g, h);
@@ -369,15 +387,16 @@ INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int
 /* The same with INT8, but for the scales of the rows. */
 INLINE void int8_tile(int R, const char *w, int64_t groups, const Inputs *x, float *out) {
     enum { CHAINS = 4 }; /* of additions that need not wait for each other; whole numbers, so any order is right */
-    floats total[4][HALVES];
+    floats total[TOGETHER][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
     for (int64_t g = 0; g < groups; g += SPAN) {
-        ints acc[4][HALVES][CHAINS];
+        ints acc[TOGETHER][HALVES][CHAINS];
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int h = 0; h < HALVES; h++)
                 UNROLL for (int i = 0; i < CHAINS; i++) acc[r][h][i] = (ints){0};
         for (int64_t s = g; s < groups && s < g + SPAN; s++, w += group_bytes(INT8)) {
+            ask_for(INT8, R, w);
             UNROLL for (int i = 0; i < GROUP / 2; i++) {
                 UNROLL for (int h = 0; h < HALVES; h++) {
                     const words u = load_halves((const int8_t *)w + (i * ROWS + h * LANES) * 2);
@@ -419,12 +438,19 @@ INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t
     const uint16_t *super = super_at(kind, m, b);
     const int64_t groups = groups_of(m->k);
     for (int64_t at = 0, done; at < rows; at += done) {
-#if defined(__AVX2__) || defined(__aarch64__) /* without, there are too few registers, and a compiler takes a minute */
-        if (rows - at >= 4) tile(kind, done = 4, w, super, groups, x + at * groups, out + at * ROWS);
-        else if (rows - at >= 2) tile(kind, done = 2, w, super, groups, x + at * groups, out + at * ROWS);
-        else
+        const int64_t left = rows - at, passes = (left + TOGETHER - 1) / TOGETHER;
+        done = (left + passes - 1) / passes;
+#define TILE_OF(R) case R: tile(kind, R, w, super, groups, x + at * groups, out + at * ROWS); break
+        switch (done) {
+            TILE_OF(1);
+#if TOGETHER > 1
+            TILE_OF(2); TILE_OF(3); TILE_OF(4);
 #endif
-            tile(kind, done = 1, w, super, groups, x + at * groups, out + at * ROWS);
+#if TOGETHER > 4
+            TILE_OF(5); TILE_OF(6); TILE_OF(7); TILE_OF(8);
+#endif
+        }
+#undef TILE_OF
     }
     if (kind == INT8)
         for (int64_t j = b * ROWS; j < (b + 1) * ROWS && j < m->n; j++)
@@ -457,62 +483,7 @@ static void few_bits_block(const Matrix *m, int64_t b, const Inputs *x, int64_t 
 #undef CALL
 }
 
-/* Row j of a matrix as floats, [k]: the numbers that its weights stand for. */
-INLINE void row_of_blocks(int kind, const Matrix *m, int64_t j, float *out) {
-    const int lane = j % ROWS, zero = offset_of(kind) < 0 ? 0 : 1 << offset_of(kind);
-    const char *w = block_at(kind, m, j / ROWS);
-    for (int64_t g = 0; g < groups_of(m->k); g++, w += group_bytes(kind)) {
-        const Scales s = scales_of(kind, w, super_at(kind, m, j / ROWS), g, lane / LANES);
-        words u[UNITS];
-        if (kind != INT8)
-            UNROLL for (int i = 0; i < UNITS; i++) u[i] = unit(kind, w, i, lane / LANES);
-        for (int i = 0; i < GROUP && g * GROUP + i < m->k; i++) {
-            if (kind == INT8) {
-                out[g * GROUP + i] = ((const int8_t *)w)[(i / 2 * ROWS + lane) * 2 + i % 2] * ((const float *)m->scale)[j];
-            } else {
-                const int q = (u[i / 8 * 2 + i % 2][lane % LANES] >> (i % 8 / 2 * 8) & 0xff) - zero;
-                out[g * GROUP + i] = q * s.step[i / 16][lane % LANES];
-                if (has_minimum(kind)) out[g * GROUP + i] += s.add[i / 16][lane % LANES];
-            }
-        }
-    }
-}
-
-/* Block b of a matrix, `count` rows of it, as floats and transposed: column c at out + c * ld. */
-INLINE void widen_block(int kind, const Matrix *m, int64_t b, int64_t count, float *out, int64_t ld) {
-    const int zero = offset_of(kind) < 0 ? 0 : 1 << offset_of(kind);
-    const char *w = block_at(kind, m, b);
-    floats each[HALVES] = {{0}};
-    if (kind == INT8) {
-        float scale[ROWS] = {0};
-        memcpy(scale, (const float *)m->scale + b * ROWS, count * 4);
-        UNROLL for (int h = 0; h < HALVES; h++) each[h] = load_floats(scale + h * LANES);
-    }
-    for (int64_t g = 0; g < groups_of(m->k); g++, w += group_bytes(kind)) {
-        float wide[GROUP][ROWS];
-        UNROLL for (int h = 0; h < HALVES; h++) {
-            const Scales s = scales_of(kind, w, super_at(kind, m, b), g, h);
-            if (kind == INT8) {
-                for (int i = 0; i < GROUP; i += 2) {
-                    const ints u = (ints)load_halves((const int8_t *)w + (i / 2 * ROWS + h * LANES) * 2);
-                    *(floats_at *)(wide[i] + h * LANES) = each[h] * __builtin_convertvector((u << 16) >> 16, floats);
-                    *(floats_at *)(wide[i + 1] + h * LANES) = each[h] * __builtin_convertvector(u >> 16, floats);
-                }
-                continue;
-            }
-            UNROLL for (int u = 0; u < UNITS; u++) {
-                const words four = unit(kind, w, u, h);
-                UNROLL for (int c = 0; c < 4; c++) {
-                    const floats q = __builtin_convertvector((ints)(four >> (8 * c) & 0xffu) - zero, floats);
-                    floats value = s.step[u / 4] * q;
-                    if (has_minimum(kind)) value += s.add[u / 4];
-                    *(floats_at *)(wide[u / 2 * 8 + u % 2 + 2 * c] + h * LANES) = value;
-                }
-            }
-        }
-        for (int64_t i = 0; i < GROUP && g * GROUP + i < m->k; i++) memcpy(out + (g * GROUP + i) * ld, wide[i], count * 4);
-    }
-}
+#include "unpack.h"
 
 #if defined(__x86_64__) && !defined(__AVX2__)
 #pragma pop_macro("UNROLL")

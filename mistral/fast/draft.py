@@ -15,7 +15,7 @@ from mistral.request import Request
 
 # How many tokens of the text's end are looked for earlier in it, the longest that is there; and the share of guesses
 # taken to be right then, before there is any experience.
-HOPES = {2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
+HOPES = {1: 0.25, 2: 0.5, 3: 0.7, 4: 0.85, 5: 0.9, 6: 0.95}
 MOST_TOKENS = 16  # of a step, guesses included
 LONGEST, SHORTEST = max(HOPES), min(HOPES)
 LOOKBACK = 1 << 16  # tokens of a request in which they are looked for, the newest
@@ -23,9 +23,10 @@ HOPE = 0.7  # the same share where a model guesses
 HOPE_WEIGHT = 2.0  # as many guesses of experience as that counts for
 FORGET = 0.9  # what is left of experience after each further guess
 RECOVER = 0.99  # and after each step without one, so that it is tried again
-STEP_COST = 0.25  # seconds of a further token in a step, over those of the first, before any was measured
+STEP_COST = 0.15  # seconds of a further token in a step, over those of the first, before any was measured
 NEW = 0.2  # weight of a new measurement
-AT_LEAST = 1.03  # times as many tokens a second as without a guess: less is not worth it
+STALE = 50  # steps for which a measurement counts
+AT_LEAST = 1.02  # times as many tokens a second as without a guess: less is not worth it
 
 
 class Costs:
@@ -33,26 +34,41 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._last: dict[int, int] = {}  # in which step each was measured last
+        self._steps = 0
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
         old = self._seconds.get(tokens)
         # One that something else held up says little.
         self._seconds[tokens] = seconds if old is None else old + NEW * (min(seconds, 2 * old) - old)
+        self._steps += 1
+        self._last[tokens] = self._steps
+        # Nor for ever: what looks dear is not tried, so nothing else would ever correct it.
+        for n in [n for n, last in self._last.items() if self._steps - last > STALE]:
+            del self._seconds[n], self._last[n]
 
     def of(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens: measured, or in line with the nearest that were."""
+        """Seconds of a step of so many tokens: measured, or in line with the nearest that were; never more than a step
+        of more tokens took."""
         known = self._seconds
-        if tokens in known or not known:
-            return known.get(tokens, 1 + STEP_COST * tokens)
-        below = max((n for n in known if n < tokens), default=None)
-        above = min((n for n in known if n > tokens), default=None)
+        if not known:
+            return 1 + STEP_COST * tokens
+        below = max((n for n in known if n <= tokens), default=None)
+        above = min((n for n in known if n > tokens), key=known.__getitem__, default=None)
         if below is None:
             assert above is not None
             return known[above] * _relative(tokens) / _relative(above)
         if above is None:
             return known[below] * _relative(tokens) / _relative(below)
-        return known[below] + (known[above] - known[below]) * (tokens - below) / (above - below)
+        line = known[below] + (known[above] - known[below]) * (tokens - below) / (above - below)
+        return min(line, known[above])
+
+
+def just_begun(requests: Sequence[Request], right: Sequence[int]) -> bool:
+    """Whether the step that had so many right guesses was the first after the prompt of one of the requests: such a
+    step takes half as long again, since the processor's caches still hold what the prompt needed."""
+    return any(len(request.output_ids) <= n + 2 for request, n in zip(requests, right, strict=True))
 
 
 def _relative(tokens: int) -> float:
@@ -178,7 +194,8 @@ class NgramDraft:
 
     def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
         """See `Draft`."""
-        self._costs.learn(len(requests) + sum(guessed), seconds)
+        if not just_begun(requests, right):
+            self._costs.learn(len(requests) + sum(guessed), seconds)
         for request, its_guesses, its_right in zip(requests, guessed, right, strict=True):
             seen = self._seen.get(request)
             if seen is None:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mistral.cache import RollingBufferCache
-from mistral.fast.draft import MOST_TOKENS, NEW, Costs, Rate, how_many
+from mistral.fast.draft import MOST_TOKENS, NEW, Costs, Rate, how_many, just_begun
 from mistral.model import Transformer
 from mistral.request import Request, common_prefix
 from mistral.sampling import sample
@@ -72,7 +72,8 @@ class ModelDraft:
 
     def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
         """See `Draft`."""
-        self._costs.learn(len(requests) + sum(guessed), seconds)
+        if not just_begun(requests, right):
+            self._costs.learn(len(requests) + sum(guessed), seconds)
         for request, its_guesses, its_right in zip(requests, guessed, right, strict=True):
             rate = self._follow(request).rate
             if its_guesses:

@@ -117,23 +117,17 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
 
 #include "experts.h"
 
-/* Floats for the scores of all heads in a part, and what decode wants as scratch: for `rows` tokens, each of which sees up
-   to `keys` positions. */
-static int64_t scores_of(const Model *m, int64_t keys) {
-    const int64_t span = (keys + PARTS - 1) / PARTS;
-    return m->n_heads * ((span < PART ? PART : span) + LANES);
+/* Floats for the scores of all heads of a team in a part, and what decode wants as scratch: for `rows` tokens, each of which
+   sees up to `keys` positions. */
+static int64_t scores_of(const Model *m, int64_t rows, int64_t keys) {
+    return (rows < TEAM ? rows : TEAM) * m->n_heads * (span_of(keys) + LANES);
 }
 
 int64_t scratch_floats(const Model *m, int64_t rows, int64_t keys, int64_t threads) {
     const int64_t q = apart(m->n_heads * m->head_dim), kv = m->n_kv_heads * m->head_dim;
-    return rows * (apart(m->dim) + q + 2 * kv + apart(m->hidden_dim)) + threads * scores_of(m, keys) +
-           rows * parts_of(keys) * part_floats(m->n_kv_heads, m->n_heads / m->n_kv_heads, m->head_dim) +
+    return rows * (apart(m->dim) + q + 2 * kv + apart(m->hidden_dim)) + threads * scores_of(m, rows, keys) +
+           rows * parts_of(keys) * part_floats(m->n_heads, m->head_dim) +
            mixture_floats(m, rows);
-}
-
-/* How many positions the one at `last` sees. */
-static int64_t seen(int64_t window, int64_t origin, int64_t last) {
-    return window && last - window + 1 > origin ? window : last - origin + 1;
 }
 
 /* The kind that a layer's inputs are rounded for: INT8 is alone in a layer, and all others take the same. */
@@ -158,8 +152,8 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
     const int64_t gd = groups_of(dim), gq = groups_of(m->n_heads * d), gw = groups_of(m->hidden_dim);
     float *x = scratch, *q = x + rows * ldd, *k = q + rows * ldq, *v = k + rows * ldkv, *wide = v + rows * ldkv;
     const int64_t most_parts = parts_of(most_keys);
-    float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, most_keys);
-    float *mixed = said + rows * most_parts * part_floats(kv_heads, heads, d);
+    float *all_scores = wide + rows * ldw, *said = all_scores + threads * scores_of(m, rows, most_keys);
+    float *mixed = said + rows * most_parts * part_floats(m->n_heads, d);
     memset(scratch, 0, (all_scores - scratch) * sizeof *scratch); /* what pads columns is 0 */
     m->overflows = 0;
     for (int64_t l = 0; l < m->n_layers; l++) m->layers[l].overflows = 0;
@@ -168,7 +162,7 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
     for (int64_t l = 0; l < m->n_layers; l++) {
         Layer *layer = m->layers + l;
         const int kind = inputs_for(layer), rounds = is_blocks(kind);
-        float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, most_keys);
+        float out[rows * ROWS], gate[rows * ROWS], *scores = all_scores + omp_get_thread_num() * scores_of(m, rows, most_keys);
 
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
@@ -202,22 +196,24 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
                 m->overflows = 1;
             }
         }
+        int64_t teams = 0, begin[rows + 1]; /* large ones as long as every thread has something to do */
+        const int64_t most = rows * most_parts / threads < 1 ? 1 : rows * most_parts / threads;
+        for (begin[0] = 0; begin[teams] < rows; teams++)
+            begin[teams + 1] = begin[teams] + team_at(layer, which, positions, origins, begin[teams], rows, most < TEAM ? most : TEAM);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * most_parts; i++) {
-            const int64_t r = i / most_parts, n = seen(layer->window, origins[r], positions[r]);
-            const int64_t from = i % most_parts * span_of(n), count = n - from < span_of(n) ? n - from : span_of(n);
-            const int64_t begin = which[r] * slots;
-            const Kept kept = {layer->keys + begin * d * size, layer->values + begin * d * size,
-                               scale_at(layer->key_scales, begin), scale_at(layer->value_scales, begin), layer->capacity};
-            if (count > 0)
-                attend(layer->kept, q + r * ldq, kv_heads, heads, &kept, positions[r] - n + 1 + from, count, d, scores,
-                       said + i * part_floats(kv_heads, heads, d));
+        for (int64_t i = 0; i < teams * (most_parts + 1); i++) {
+            const int64_t t = i / (most_parts + 1), first = which[begin[t]] * slots;
+            const Kept kept = {layer->keys + first * d * size, layer->values + first * d * size,
+                               scale_at(layer->key_scales, first), scale_at(layer->value_scales, first),
+                               layer->capacity, kv_heads, heads, d};
+            attend_part(layer, &kept, positions, origins, begin[t], begin[t + 1] - begin[t], i % (most_parts + 1), most_parts,
+                        q, ldq, scores, said);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * m->n_heads; i++) {
             const int64_t r = i / m->n_heads, h = i % m->n_heads, n = seen(layer->window, origins[r], positions[r]);
-            merge(said + r * most_parts * part_floats(kv_heads, heads, d), (n + span_of(n) - 1) / span_of(n), h,
-                  m->n_heads, d, q + r * ldq + h * d);
+            const int64_t parts = positions[r] / span_of(n) - (positions[r] + 1 - n) / span_of(n) + 1;
+            merge(said + r * most_parts * part_floats(m->n_heads, d), parts, h, m->n_heads, d, q + r * ldq + h * d);
         }
         if (rounds)
 #pragma omp for schedule(static)

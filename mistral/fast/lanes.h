@@ -50,8 +50,9 @@ enum {
     AHEAD = 1536, /* bytes of a row that are asked for before they are wanted */
     KEYS = 8,   /* keys, and VALUES values, of all heads that are worked on together */
     VALUES = 16,
-    PART = 128, /* positions of a query that one thread takes, or a PARTS-th of all where that is more */
+    PART = 128, /* positions that one thread takes at a time, or a multiple where a query would have more than PARTS + 1 such */
     PARTS = 32,
+    TEAM = 8, /* rows of a sequence whose queries meet a key or value together */
 };
 
 typedef struct {
@@ -189,6 +190,22 @@ INLINE floats halves_of(floats a, floats b, int n, int half) {
 #endif
 }
 
+#if defined(__AVX512F__)
+/* What is added to what: of each vector the halves, then the halves of these, .., and two vectors become one. */
+#define BLOCKS(a, b, low, high) (floats)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), low) + (floats)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), high)
+#define WITHIN(a, b, low, high) (floats)_mm512_shuffle_ps((__m512)(a), (__m512)(b), low) + (floats)_mm512_shuffle_ps((__m512)(a), (__m512)(b), high)
+
+/* The `sum` of each of LANES vectors, added up in the same order. */
+INLINE floats sums_of(floats *v) {
+    floats four[4], two[2];
+    UNROLL for (int i = 0; i < 4; i++) {
+        const floats a = BLOCKS(v[i], v[4 + i], 0x44, 0xee), b = BLOCKS(v[8 + i], v[12 + i], 0x44, 0xee);
+        four[i] = BLOCKS(a, b, 0x88, 0xdd);
+    }
+    UNROLL for (int i = 0; i < 2; i++) two[i] = WITHIN(four[2 * i], four[2 * i + 1], 0x44, 0xee);
+    return WITHIN(two[0], two[1], 0x88, 0xdd);
+}
+#else
 /* The `sum` of each of LANES vectors, added up in the same order. */
 INLINE floats sums_of(floats *v) {
     UNROLL for (int n = LANES / 2; n; n /= 2)
@@ -196,3 +213,4 @@ INLINE floats sums_of(floats *v) {
             v[i] = halves_of(v[2 * i], v[2 * i + 1], n, 0) + halves_of(v[2 * i], v[2 * i + 1], n, 1);
     return v[0];
 }
+#endif

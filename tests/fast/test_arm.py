@@ -45,7 +45,7 @@ BUILDS = {  # the first two on processors that have no more than that
     "x86-64-v3": Build("x86-64-v3", "gcc"),
     "x86-64": Build("x86-64", "gcc", fused=False),
 }
-ROWS = (1, 2, 7)  # of inputs: tiles of 4, 2 and 1
+ROWS = (1, 2, 7)  # of inputs: tiles of so many, or of 4 and 3
 N, K = 37, 512
 LANES = 4  # the fewest of any build, so the longest sums
 INEXACT = ("product", "decode")  # all other functions leave the same bits everywhere

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mistral.engine import Engine
 from mistral.fast.bitwise import BitwiseTransformer
-from mistral.fast.draft import LONGEST, SHORTEST, Costs, NgramDraft, Rate, how_many
+from mistral.fast.draft import LONGEST, SHORTEST, STALE, STEP_COST, Costs, NgramDraft, Rate, how_many
 from mistral.fast.draft_model import ModelDraft
 from mistral.generate import complete, stream
 from mistral.loader.load import load
@@ -215,3 +215,29 @@ def test_loading_with_a_draft(tmp_path: Path) -> None:
     assert "small, 0.0 M parameters" in loaded.describe()
     with pytest.raises(OptionError, match="cannot guess for this model: its vocabulary is another one"):
         load(folder, device="cpu", draft=str(tmp_path / "other"))
+
+
+def test_what_a_step_costs_is_corrected() -> None:
+    """A size that once looked dear is not tried again, so nothing but time and larger steps can correct it."""
+    costs = Costs()
+    costs.learn(1, 1.0)
+    costs.learn(2, 9.0)  # something else was at work
+    costs.learn(4, 1.6)
+    assert costs.of(2) == 1.6  # no more than a step of more tokens
+    assert costs.of(3) == 1.6
+    for _ in range(STALE):
+        costs.learn(1, 1.0)
+        costs.learn(4, 1.6)
+    assert costs.of(2) == pytest.approx(1.2)
+    assert costs.of(8) > 1.6
+
+
+def test_the_first_step_after_a_prompt_is_no_measure() -> None:
+    costs = Costs()
+    draft = NgramDraft(costs)
+    request = request_of([1, 2, 3, 1, 2], [3])
+    for seconds, want in ((50.0, 1 + STEP_COST), (2.0, 2.0), (2.0, 2.0)):
+        draft.propose([request], [0])
+        request.output_ids.append(4)
+        draft.learn([request], [0], [0], seconds)
+        assert costs.of(1) == want
