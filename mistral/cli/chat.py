@@ -10,7 +10,7 @@ from mistral.cli import flags, terminal
 from mistral.cli.chat_options import ChatOptions
 from mistral.cli.conversation import Conversation
 from mistral.cli.parallel import divisible, in_first
-from mistral.cli.prompts import note_if_instruct, open_model, template_of
+from mistral.cli.prompts import note_if_assumed, note_if_instruct, open_model, template_of
 from mistral.cli.terminal import echo_err, echo_error, is_interactive, read_lines
 from mistral.loader.options import LoadOptions, adapter_names
 from mistral.sampling_params import SamplingParams
@@ -99,6 +99,7 @@ def _converse(
     echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
     if template.source == template.name:
         echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
+    note_if_assumed(template, loaded.tokenizer)
     more = {"params": params, "chunk_size": chunk_size, "effort": options.reasoning_effort}
     chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message(), **more)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from mistral.cli import flags, terminal
 from mistral.cli.chat_options import ChatOptions
-from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
+    note_if_assumed,
     note_if_instruct,
     one_line,
     open_model,

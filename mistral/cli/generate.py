@@ -14,6 +14,7 @@ from mistral.cli.parallel import divisible
 from mistral.cli.prompts import (
     as_ids,
     default_folder,
+    note_if_assumed,
     note_if_instruct,
     open_model,
     read_prompts,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mistral.chat.templates import Template
     from mistral.generate import Completion
     from mistral.loader.load import Loaded
-    from mistral.tokenizer import Tokenizer
 
 
 SEPARATOR = "====================="
@@ -164,14 +164,6 @@ def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bo
     if has_tokenizer(loaded.folder):
         return ends_of(loaded.tokenizer, template), True
     return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0], False
-
-
-def note_if_assumed(template: Template | None, tokenizer: Tokenizer) -> None:
-    """Print a note if conversations are written in a template that nothing named."""
-    from mistral.chat.templates import assumed
-
-    if template is not None and (note := assumed(template, tokenizer)):
-        terminal.echo_err(f"note: {note}")
 
 
 def _read_schema(file: str) -> dict[str, Any]:

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from mistral.chat.templates import Template
     from mistral.cli.chat_options import ChatOptions
     from mistral.formats.folder import Folder
+    from mistral.formats.release import Release
     from mistral.loader.load import Loaded
     from mistral.loader.options import LoadOptions
     from mistral.stored_ids import StoredIds
+    from mistral.tokenizer import Tokenizer
 
 
 def default_folder(folder: str | None) -> str | None:
@@ -277,8 +279,16 @@ def note_if_instruct(loaded: Loaded, chat: ChatOptions | None = None) -> None:
     if chat is not None and chat.instruct:
         if told := chat.note_of(loaded.folder):
             terminal.echo_err(f"note: {told}")
-    elif is_instruct(loaded.folder):
+    elif is_instruct(loaded.folder, loaded.release):
         terminal.echo_err("note: this is an instruct model, and the prompt is continued as raw text: see --instruct")
+
+
+def note_if_assumed(template: Template | None, tokenizer: Tokenizer) -> None:
+    """Print a note if conversations are written in a template that nothing named."""
+    from mistral.chat.templates import assumed
+
+    if template is not None and (note := assumed(template, tokenizer)):
+        terminal.echo_err(f"note: {note}")
 
 
 def is_gguf_name(word: str) -> bool:
@@ -286,12 +296,13 @@ def is_gguf_name(word: str) -> bool:
     return word.lower().endswith(".gguf") and not re.search(r"[\n\t]", word)
 
 
-def is_instruct(folder: Path) -> bool:
-    """Whether a folder holds a model for conversations: its name says so, or it brings a chat template."""
-    names = [folder.name, *(p.name for p in folder.parents if p.name.startswith("models--"))]
-    if any(re.search(r"instruct|chat", name, re.IGNORECASE) for name in names):
-        return True
+def is_instruct(folder: Path, release: Release | None = None) -> bool:
+    """Whether a folder holds a model for conversations: a name or its release says so, or it brings a chat template."""
+    from mistral.formats.instruct import why_instruct
     from mistral.formats.tokenizers import chat_templates
+
+    if why_instruct(folder, release) is not None:
+        return True
 
     try:
         return bool(chat_templates(folder))

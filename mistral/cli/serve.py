@@ -8,9 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
-from mistral.cli.generate import note_if_assumed
 from mistral.cli.parallel import divisible, in_first
-from mistral.cli.prompts import open_model
+from mistral.cli.prompts import note_if_assumed, open_model
 from mistral.cli.terminal import echo_err
 from mistral.loader.options import LoadOptions
 from mistral.util.flat import flat

@@ -82,7 +82,7 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
     done = cli("interactive", folder, "--instruct", stdin="/help\n/quit\nnever read")
     assert done.text == ""
     commands = Conversation(None, str)._commands  # type: ignore[arg-type]
-    assert [line.split()[0] for line in done.err.splitlines()[2:]] == [*commands, "//...", QUOTES]
+    assert [line.split()[0] for line in done.err.splitlines()[3:]] == [*commands, "//...", QUOTES]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
 def test_a_wrong_line_over_a_pipe_is_an_error(cli: Command, folder: Path, line: str, error: str) -> None:
     done = cli("interactive", folder, "--instruct", *SHORT, stdin=f"{line}\nHi\n")
     assert (done.code, done.out) == (2, "")
-    assert done.err.splitlines()[2:] == [f"error: {error}"]
+    assert done.err.splitlines()[3:] == [f"error: {error}"]
 
 
 def test_a_question_may_begin_with_a_slash(cli: Command, folder: Path) -> None:

@@ -106,13 +106,13 @@ def test_a_step_beside_others_takes_the_cores_that_they_leave(monkeypatch: pytes
     use_kernels(model)
     model.load_state_dict(plain.state_dict())
     seen: list[int] = []
-    sample = Engine._sample
+    take = Engine._take
 
     def noted(self: Engine, *given: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return sample(self, *given)
+        return take(self, *given)
 
-    monkeypatch.setattr(Engine, "_sample", noted)
+    monkeypatch.setattr(Engine, "_take", noted)
     before, found = torch.get_num_threads(), []
     try:
         torch.set_num_threads(2)
