@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ def test_ids_are_those_of_transformers(scratch: Path, name: str, kind: str, syst
             assert want.count(reference.bos_token_id) == 1 or kind == "byte level"
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25)
+# A control token that somebody types stays text here (below), and not in transformers; Hypothesis draws some, which it
+# finds in the source.
+CONTROL = re.compile(r"</?\w+>|<\||\[/?[A-Z_]+\]")
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=25).filter(
+    lambda t: not CONTROL.search(t)
+)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
