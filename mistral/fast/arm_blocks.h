@@ -17,7 +17,7 @@ INLINE int is_shifted(int kind) { return 0; }
 #else
 typedef int8x16_t codes;
 #define DOT vdotq_laneq_s32
-INLINE int is_shifted(int kind) { return bits_of(kind) == 8; } /* SDOT takes signs: 128 off, and added again to the sum */
+INLINE int is_shifted(int kind) { return bits_of(kind) == 8 || has_table(kind); } /* SDOT takes signs: 128 off, and added again to the sum */
 #endif
 
 INLINE int32x4_t dots_of_units(const words *four, int8x16_t x, int32x4_t acc) {

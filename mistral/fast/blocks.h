@@ -24,36 +24,7 @@ enum {
     FURTHER = 8192, /* bytes of weights that are asked for before they are wanted */
 };
 
-/* What a group holds, one after the other.
-   Low: 4 x ROWS words (word j of a row has columns 8 j .. 8 j + 7, the first in the lowest bits) of the lowest four bits;
-     in kinds of 8 bits UNITS x ROWS words, one for each unit. INT8: for every pair of columns ROWS pairs of signed bytes.
-   High: of 5 bits ROWS words (byte c of a word has in bit u the fifth bit of column c of unit u); of 6 bits 2 x ROWS words
-     (word p of a row has units 4 p .. 4 p + 3, two bits each, the first in the lowest).
-   Scales, each for ROWS rows: INT4 bf16; fp16 and, in kinds with a minimum, another fp16; or a byte, twice: factors of the
-     scale and of the minimum (AFFINE4, AFFINE5), or signed ones of the scales of 16 columns each (Q6_K).
-   INT8 has a float for each row apart; AFFINE4, AFFINE5 and Q6_K have apart, for SUPER groups, fp16 numbers that the factors
-   are multiplied by: [blocks, supers, 2 or (Q6_K) 1, ROWS]. */
-INLINE int is_blocks(int kind) { return kind >= INT8; }
-INLINE int bits_of(int kind) {
-    return kind == INT8 || kind == Q8_0 ? 8 : kind == Q6_K ? 6 : kind == Q5_0 || kind == Q5_1 || kind == AFFINE5 ? 5 : 4;
-}
-INLINE int has_minimum(int kind) { return kind == Q4_1 || kind == Q5_1 || kind == AFFINE4 || kind == AFFINE5; }
-INLINE int supers_of(int kind) { return kind == AFFINE4 || kind == AFFINE5 ? 2 : kind == Q6_K ? 1 : 0; }
-INLINE int plane_bytes(int kind) { return ROWS * GROUP * bits_of(kind) / 8; }
-INLINE int group_bytes(int kind) {
-    return plane_bytes(kind) + (kind == INT8 ? 0 : 2 * ROWS) + (kind == Q4_1 || kind == Q5_1 ? 2 * ROWS : 0);
-}
-
-/* What is taken off a stored number is 1 << this; -1 where nothing is. */
-INLINE int offset_of(int kind) {
-    switch (kind) {
-    case INT4: case Q4_0: return 3;
-    case Q5_0: return 4;
-    case Q6_K: return 5;
-    case Q8_0: return 7;
-    default: return -1;
-    }
-}
+#include "kinds.h"
 
 #if defined(__AVX512VNNI__) && LANES == 16
 #define VNNI 1
@@ -178,11 +149,35 @@ INLINE words load_halves(const int8_t *p) {
 /* The words of rows h LANES .. of a plane. */
 INLINE words plane(const char *w, int j, int h) { return *(const words_at *)(w + (j * ROWS + h * LANES) * 4); }
 
+/* What a place in the table of IQ4_NL and IQ4_XS means, and 128: ggml's `kvalues_iq4nl`. */
+static const uint8_t VALUE_AT[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+INLINE words values_at(words places) {
+#if defined(__AVX512BW__) && LANES == 16
+    return (words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)VALUE_AT)), (__m512i)places);
+#elif defined(__AVX2__) && LANES == 8
+    return (words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)VALUE_AT)), (__m256i)places);
+#elif defined(__aarch64__)
+    return (words)vqtbl1q_u8(vld1q_u8(VALUE_AT), (uint8x16_t)places);
+#else
+    uint8_t bytes[4 * LANES];
+    memcpy(bytes, &places, sizeof bytes);
+    for (int i = 0; i < 4 * LANES; i++) bytes[i] = VALUE_AT[bytes[i]];
+    memcpy(&places, bytes, sizeof bytes);
+    return places;
+#endif
+}
+
 /* Unit u of a group as bytes from 0, four a word; not of INT8. */
 INLINE words unit(int kind, const char *w, int u, int h) {
     if (bits_of(kind) == 8) return plane(w, u, h);
+    if (bits_of(kind) < 4) {
+        const words two = plane(w, u / 4, h) >> (u % 4 * 2) & 0x03030303u;
+        return bits_of(kind) == 2 ? two : two | (plane(w + 2 * ROWS * 4, 0, h) >> u & 0x01010101u) << 2;
+    }
     words low = plane(w, u / 2, h);
     low = (u % 2 ? low >> 4 : low) & 0x0f0f0f0fu;
+    if (has_table(kind)) return values_at(low);
     if (bits_of(kind) == 4) return low;
     const int wide = bits_of(kind) - 4, each = 4 / wide * 2; /* units in a word of the high plane: 8, or 4 */
     const int shift = u % each * wide - 4;
@@ -212,7 +207,7 @@ INLINE words everywhere(const void *p) {
 
 /* The bytes o and o + 2 of a unit as numbers in 16 bits. */
 INLINE words two_of(int kind, const char *w, int u, int o, int h) {
-    if (bits_of(kind) == 4) return plane(w, u / 2, h) >> (u % 2 * 4 + o * 8) & 0x000f000fu;
+    if (bits_of(kind) == 4 && !has_table(kind)) return plane(w, u / 2, h) >> (u % 2 * 4 + o * 8) & 0x000f000fu;
     return unit(kind, w, u, h) >> (o * 8) & 0x00ff00ffu;
 }
 
@@ -272,28 +267,36 @@ INLINE floats load_bytes(const char *p, int with_sign) {
 
 /* What LANES rows of a group are multiplied by, half by half, and what is then added: minus the minimum. */
 typedef struct {
-    floats step[2], add;
+    floats step[2], add[2];
 } Scales;
 
 INLINE Scales scales_of(int kind, const char *w, const uint16_t *super, int64_t g, int h) {
-    Scales s = {{{0}}, {0}};
+    Scales s = {{{0}}, {{0}}};
     const char *at = w + plane_bytes(kind);
     const uint16_t *each = (const uint16_t *)at + h * LANES, *over = super + g / SUPER * supers_of(kind) * ROWS + h * LANES;
     switch (kind) {
     case INT4: s.step[0] = load_bf16(each); break;
     case AFFINE4: case AFFINE5:
         s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 0);
-        s.add = -(load_f16(over + ROWS) * load_bytes(at + ROWS + h * LANES, 0));
+        s.add[0] = -(load_f16(over + ROWS) * load_bytes(at + ROWS + h * LANES, 0));
         break;
-    case Q6_K:
+    case IQ4_XS: s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 1); break;
+    case Q2_K:
+        for (int p = 0; p < 2; p++) {
+            const ints both = __builtin_convertvector(load_bytes(at + p * ROWS + h * LANES, 0), ints);
+            s.step[p] = load_f16(over) * __builtin_convertvector(both & 15, floats);
+            s.add[p] = -(load_f16(over + ROWS) * __builtin_convertvector(both >> 4, floats));
+        }
+        break;
+    case Q6_K: case Q3_K:
         s.step[0] = load_f16(over) * load_bytes(at + h * LANES, 1);
         s.step[1] = load_f16(over) * load_bytes(at + ROWS + h * LANES, 1);
         break;
     default:
         s.step[0] = load_f16(each);
-        if (has_minimum(kind)) s.add = load_f16(each + ROWS);
+        if (has_minimum(kind)) s.add[0] = load_f16(each + ROWS);
     }
-    if (kind != Q6_K) s.step[1] = s.step[0];
+    if (!is_halved(kind)) s.step[1] = s.step[0], s.add[1] = s.add[0];
     return s;
 }
 
@@ -306,7 +309,7 @@ INLINE void ask_for(int kind, int R, const char *w) {
 
 /* A block of weights times R rows of inputs. */
 INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int64_t groups, const Inputs *x, float *out) {
-    const int parts = kind == Q6_K ? 2 : 1, part = UNITS / parts;
+    const int parts = is_halved(kind) ? 2 : 1, part = UNITS / parts;
     floats total[TOGETHER][HALVES];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int h = 0; h < HALVES; h++) total[r][h] = (floats){0};
@@ -323,7 +326,8 @@ INLINE void unit_tile(int kind, int R, const char *w, const uint16_t *super, int
                     if (offset_of(kind) >= 0)
                         sums[r][h] -= ((ints){0} + (parts == 2 ? in->halves[p] : in->sum)) << offset_of(kind);
                     *to = multiply_add(s.step[p] * in->scale, __builtin_convertvector(sums[r][h], floats), *to);
-                    if (has_minimum(kind)) *to = multiply_add(s.add, (floats){0} + in->low, *to);
+                    const float low = parts == 2 ? in->scale * (float)in->halves[p] : in->low;
+                    if (has_minimum(kind)) *to = multiply_add(s.add[p], (floats){0} + low, *to);
                 }
             }
         }
@@ -416,6 +420,10 @@ INLINE void tiles(int kind, const Matrix *m, int64_t b, const Inputs *x, int64_t
     case Q5_0: call(Q5_0); break;    \
     case Q5_1: call(Q5_1); break;    \
     case Q6_K: call(Q6_K); break;    \
+    case Q2_K: call(Q2_K); break;    \
+    case Q3_K: call(Q3_K); break;    \
+    case IQ4_NL: call(IQ4_NL); break; \
+    case IQ4_XS: call(IQ4_XS); break; \
     case AFFINE4: call(AFFINE4); break; \
     default: call(AFFINE5);          \
     }

@@ -58,6 +58,8 @@ _ROWS = (
 )
 TYPES = {number: GgmlType(number, name, elements, nbytes) for number, name, elements, nbytes in _ROWS}
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
+# The 16 values that a weight of IQ4_NL or IQ4_XS may have, times its scale: ggml's `kvalues_iq4nl`.
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Numbers that old files carry and no program reads any more.
 REMOVED = {
     4: "Q4_2",

@@ -40,7 +40,7 @@ typedef uint16_t halves_at __attribute__((vector_size(2 * LANES), aligned(2), ma
 #endif
 
 /* How the weights of a matrix are stored. Rows are outputs. */
-enum { F32, BF16, F16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, AFFINE4, AFFINE5, Q6_K };
+enum { F32, BF16, F16, INT8, INT4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, AFFINE4, AFFINE5, Q6_K, Q2_K, Q3_K, IQ4_NL, IQ4_XS };
 
 enum {
     ROWS = 16,  /* rows of weights that are worked on together, and interleaved in blocks of few bits */
@@ -57,7 +57,7 @@ enum {
 
 typedef struct {
     const void *data;  /* [n, k] of the kind; INT8 and after: see blocks.h */
-    const void *scale; /* INT8, AFFINE4, AFFINE5, Q6_K: what lies apart */
+    const void *scale; /* INT8, and kinds with supers (blocks.h): what lies apart */
     int64_t kind, n, k;
 } Matrix;
 

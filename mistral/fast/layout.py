@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mistral.fast.ggml_types import IQ4_VALUES
 from mistral.parameters import Parameter
 
 GROUP = 32  # columns that share a scale
@@ -71,15 +72,18 @@ class Blocks:
         bits: of each q.
         offset: what is taken off each q.
         scales: "fp16" d: a weight is d * (q - offset). "fp16 and minimum" d, m: d * q + m. "factors" s, m: bytes; with
-            an fp16 S and M for SUPER groups, apart: S * s * q - M * m. "two factors": signed bytes, each for half a
-            group; with an fp16 S: S * s * (q - offset).
+            an fp16 S and M for SUPER groups, apart: S * s * q - M * m. "factor": a signed byte; with an fp16 S:
+            S * s * (q - offset). "two factors": the same, each for half a group. "two nibbles": a byte for half a
+            group, s in its low four bits and m in the others; with S and M as "factors".
+        table: what a number of the file stands for is table[q], in the place of q - offset; empty: there is none.
     """
 
     name: str
     number: int
     bits: int
     offset: int
-    scales: Literal["fp16", "fp16 and minimum", "factors", "two factors"]
+    scales: Literal["fp16", "fp16 and minimum", "factors", "factor", "two factors", "two nibbles"]
+    table: tuple[int, ...] = ()
 
     @property
     def q_bytes(self) -> int:
@@ -89,12 +93,12 @@ class Blocks:
     @property
     def group_bytes(self) -> int:
         """Bytes of a group, with its scales."""
-        return self.q_bytes + (4 if self.scales == "fp16 and minimum" else 2) * ROWS
+        return self.q_bytes + {"fp16 and minimum": 4, "factor": 1}.get(self.scales, 2) * ROWS
 
     @property
     def supers(self) -> int:
         """Numbers for SUPER groups of a row, apart."""
-        return {"factors": 2, "two factors": 1}.get(self.scales, 0)
+        return {"factors": 2, "two nibbles": 2, "factor": 1, "two factors": 1}.get(self.scales, 0)
 
     def packed_shape(self, n: int, columns: int) -> tuple[int, int, int]:
         """Of [n, columns] weights: blocks, groups, bytes."""
@@ -120,6 +124,10 @@ BLOCKS = {
     "Q4_K": AFFINE4,
     "Q5_K": Blocks("Q5_K", 11, 5, 0, "factors"),
     "Q6_K": Blocks("Q6_K", 12, 6, 32, "two factors"),
+    "Q2_K": Blocks("Q2_K", 13, 2, 0, "two nibbles"),
+    "Q3_K": Blocks("Q3_K", 14, 3, 4, "two factors"),
+    "IQ4_NL": Blocks("IQ4_NL", 15, 4, 0, "fp16", IQ4_VALUES),
+    "IQ4_XS": Blocks("IQ4_XS", 16, 4, 0, "factor", IQ4_VALUES),
 }
 
 

@@ -15,7 +15,7 @@ INLINE void row_of_blocks(int kind, const Matrix *m, int64_t j, float *out) {
             } else {
                 const int q = (u[i / 8 * 2 + i % 2][lane % LANES] >> (i % 8 / 2 * 8) & 0xff) - zero;
                 out[g * GROUP + i] = q * s.step[i / 16][lane % LANES];
-                if (has_minimum(kind)) out[g * GROUP + i] += s.add[lane % LANES];
+                if (has_minimum(kind)) out[g * GROUP + i] += s.add[i / 16][lane % LANES];
             }
         }
     }
@@ -48,7 +48,7 @@ INLINE void widen_block(int kind, const Matrix *m, int64_t b, int64_t count, flo
                 UNROLL for (int c = 0; c < 4; c++) {
                     const floats q = __builtin_convertvector((ints)(four >> (8 * c) & 0xffu) - zero, floats);
                     floats value = s.step[u / 4] * q;
-                    if (has_minimum(kind)) value += s.add;
+                    if (has_minimum(kind)) value += s.add[u / 4];
                     *(floats_at *)(wide[u / 2 * 8 + u % 2 + 2 * c] + h * LANES) = value;
                 }
             }

@@ -355,7 +355,7 @@ def _ids(value: Any) -> list[int]:
 
 def _not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
     """A note on the files of the source that have no copy and no counterpart in the destination."""
-    used = {folder.source, folder.layout.index, *written, *(path.name for path in folder.weights.files)}
+    used = {folder.source, *folder.layout.indexes, *written, *(path.name for path in folder.weights.files)}
     used |= {path.relative_to(folder.path).parts[0] for path in carried}
     there = folder.path.iterdir() if folder.path.is_dir() else ()
     rest = sorted(entry.name for entry in there if entry.name not in used)

@@ -12,7 +12,6 @@ KINDS = {
     r"lora\.safetensors": f"a LoRA adapter of mistral-finetune, not a model: {ADAPTER}",
     r".*\.gguf": "GGUF files: give the path of one of them",
     r"consolidated\.01\.pth?": ".pth files in several parts: download the folder, and give its path",
-    r"pytorch_model.*\.bin": "pytorch_model.bin: it must be saved as safetensors first",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
     r".*\.onnx": "ONNX files: give the folder that they were made from",
 }

@@ -1,51 +1,93 @@
-"""The files of weights of a folder in Hugging Face's layout: one, or several with an index."""
+"""The files of weights of a folder in Hugging Face's layout: one, or several with an index; safetensors or older."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, some_names
+from mistral.formats.pth import open_archives
+from mistral.formats.weights import (
+    WeightFiles,
+    WeightsError,
+    numbered_parts,
+    open_safetensors,
+    parts_among,
+    some_names,
+)
 from mistral.util.errors import short_repr
 from mistral.util.files import read_limited
 
-INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class Form:
+    """A form of weights: one file, `stem + end`, or numbered parts, with an index or without."""
+
+    stem: str
+    end: str
+    open: Callable[[tuple[Path, ...]], WeightFiles]
+
+    @property
+    def single(self) -> str:
+        """The name of a file that holds all."""
+        return self.stem + self.end
+
+    @property
+    def index(self) -> str:
+        """The name of the file that says which part holds which tensor."""
+        return f"{self.single}.index.json"
+
+    def among(self, names: Collection[str]) -> list[tuple[str, ...]]:
+        """The sets of files that would be complete weights, best first, of a folder with these names."""
+        single, parts = (self.single,), parts_among(names, self.stem, self.end)
+        return [(self.index, *parts) if parts else (), single] if self.index in names else [single, parts]
+
+    def there(self, folder: Path) -> bool:
+        """Whether any file is named as one of these."""
+        return any(folder.glob(f"{self.stem}*{self.end}")) or (folder / self.index).is_file()
+
+
+SAFETENSORS = Form("model", ".safetensors", open_safetensors)
+FORMS = (SAFETENSORS, Form("pytorch_model", ".bin", open_archives))  # what torch.save wrote, before 2023
+INDEX = SAFETENSORS.index
 
 
 def has_hf_weights(folder: Path) -> bool:
     """Whether any file is named as weights in Hugging Face's layout are."""
-    return any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()
+    return any(form.there(folder) for form in FORMS)
 
 
 def find_hf_weights(folder: Path) -> WeightFiles:
-    """The weights of a folder in Hugging Face's layout, under Hugging Face's names.
+    """The weights of a folder in Hugging Face's layout, under Hugging Face's names; safetensors where both are there.
 
     Raises:
         WeightsError: none, parts missing, an index that does not fit them, or a file that cannot be read.
     """
-    index, single = folder / INDEX, folder / "model.safetensors"
+    form = next((form for form in FORMS if form.there(folder)), SAFETENSORS)
+    index, single = folder / form.index, folder / form.single
     if index.is_file():
-        parts = _indexed_parts(index)
+        parts = _indexed_parts(index, form)
         if single.is_file() and single not in parts:  # transformers reads the one, vLLM the others
             raise WeightsError(
                 f"{folder} holds {single.name} and an index of other files: remove those of another model"
             )
-        return _check_index(open_safetensors(parts), index)
+        return _check_index(form.open(parts), index)
     if single.is_file():
-        return open_safetensors((single,))
-    parts = numbered_parts(folder, "model")
+        return form.open((single,))
+    parts = numbered_parts(folder, form.stem, form.end)
     if parts:
-        return open_safetensors(parts)
-    raise WeightsError(f"no weights in {folder}: expected model.safetensors, or model-00001-of-0000N.safetensors")
+        return form.open(parts)
+    raise WeightsError(f"no weights in {folder}: expected {form.single}, or {form.stem}-00001-of-0000N{form.end}")
 
 
-def _indexed_parts(index: Path) -> tuple[Path, ...]:
+def _indexed_parts(index: Path, form: Form) -> tuple[Path, ...]:
     """The files that an index names, all of them in its own folder."""
     files = set(_weight_map(index).values())
     for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise WeightsError(f"{index} names {short_repr(name)}, which is no safetensors file beside it")
+        if Path(name).name != name or not name.endswith(form.end):
+            raise WeightsError(f"{index} names {short_repr(name)}, which is no {form.end[1:]} file beside it")
         if not os.path.isfile(index.parent / name):  # not Path.is_file, which raises where a name is too long
             raise WeightsError(f"{index} names {short_repr(name)}, which is missing")
     return tuple(index.parent / name for name in sorted(files))

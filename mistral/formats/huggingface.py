@@ -26,12 +26,12 @@ from mistral.formats.hf_config import (
     default_window,
     in_their_words,
 )
-from mistral.formats.hf_files import INDEX, find_hf_weights, has_hf_weights
+from mistral.formats.hf_files import FORMS, INDEX, SAFETENSORS, find_hf_weights, has_hf_weights
 from mistral.formats.layout import Layout, Serving, trained_length
 from mistral.formats.quantized import check_plain, dequantized
 from mistral.formats.quantized_hf import config_beside, method_of
 from mistral.formats.text_inside import VISION, text_config, text_names
-from mistral.formats.weights import Reader, WeightFiles, parts_among
+from mistral.formats.weights import Reader, WeightFiles
 from mistral.parameters import parameters
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ class HuggingFaceLayout(Layout):
     config = "config.json"
     vision = VISION
     index = INDEX
+    indexes = tuple(form.index for form in FORMS)
     shards = True
 
     def has_weights(self, path: Path) -> bool:
         return has_hf_weights(path)
 
     def weight_sets(self, names: Collection[str]) -> list[tuple[str, ...]]:
-        single, parts = ("model.safetensors",), parts_among(names, "model")
-        return [(INDEX, *parts) if parts else (), single] if INDEX in names else [single, parts]
+        return [files for form in FORMS for files in form.among(names)]
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
         return config_to_args(raw, max_batch_size)
@@ -203,7 +203,8 @@ class HuggingFaceLayout(Layout):
         return super().window_rule(raw)
 
     def serving(self, path: Path, args: ModelArgs, files: tuple[Path, ...]) -> Serving:
-        flags = "--config_format hf --load_format safetensors"
+        safe = all(file.suffix == SAFETENSORS.end for file in files)
+        flags = f"--config_format hf --load_format {'safetensors' if safe else 'auto'}"
         if not (path / "tokenizer.json").is_file():
             flags = f"--tokenizer_mode mistral {flags}"
         mixed = len(set(args.windows)) > 1

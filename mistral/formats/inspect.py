@@ -1,7 +1,7 @@
 """What a folder is: the facts of `read_folder`, what it takes to run it, and what looks wrong.
 
 Reads headers, the small JSON files and the tokenizer's vocabulary; no tensor. Refuses only what cannot be a
-model; all else that is odd is reported under "suspicious". Needs no PyTorch, except for a `.pth` file.
+model; all else that is odd is reported under "suspicious". Needs no PyTorch, except for a file of torch.save.
 """
 
 from __future__ import annotations
@@ -215,8 +215,7 @@ def _files(found: Folder, tokenizer: str | None) -> list[dict[str, Any]]:
     """Name, size and role of every file; sizes of links are those of what they point to."""
     roles = {} if tokenizer is None else {tokenizer: "tokenizer"}
     roles |= {found.source: "shape"} | {f.name: "weights" for f in found.weights.files}  # one file may be all
-    if found.layout.index is not None:
-        roles[found.layout.index] = "index"
+    roles |= dict.fromkeys(found.layout.indexes, "index")
     files = []
     for file in found.weights.files if found.path.is_file() else sorted(found.path.iterdir()):
         if file.is_file():

@@ -44,7 +44,8 @@ class Layout(ABC):
         title: human-readable; "layout" follows it in a sentence.
         to: what `convert --to` calls it; None: it is read and not written.
         config: the file that gives the shape.
-        index: the file that says which file holds which tensor, where there are several; None: there is none.
+        index: the file that says which file holds which tensor, where several are written; None: there is none.
+        indexes: such files as they are read.
         shards: whether large models are written as several files.
         vision: names of tensors of the part that reads images; None: it has none.
         adapter: the form of adapters that goes with it, a key of `adapter.FORMS`; None: there is none.
@@ -55,6 +56,7 @@ class Layout(ABC):
     to: str | None = None
     config: str
     index: str | None = None
+    indexes: tuple[str, ...] = ()
     shards = False
     vision: re.Pattern[str] | None = None
     adapter: str | None = None

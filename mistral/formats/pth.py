@@ -1,4 +1,4 @@
-"""A `.pth` file before PyTorch opens it: an archive as torch.save writes them, of pickles that ask for tensors only.
+"""A file of torch.save before PyTorch opens it: an archive as that writes them, of pickles that ask for tensors only.
 
 PyTorch runs no code of such a file either, but unpacks whatever it holds, and makes whatever it asks for: a few bytes
 may then take any amount of memory.
@@ -33,6 +33,7 @@ TENSORS = re.compile(
     r"|torch\.serialization _get_layout"
 )
 
+OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # how files of torch.save began: a pickle of one large number
 LARGEST_PICKLE = 10_000_000  # bytes; a byte may become an object
 
 
@@ -78,7 +79,7 @@ def _check_pickle(pickled: bytes) -> None:
 
 
 def open_archives(paths: tuple[Path, ...]) -> WeightFiles:
-    """The tensors of one file, or of several that hold different ones (Mixtral's first release).
+    """The tensors of one file, or of several that hold different ones (Mixtral's first release; numbered parts).
 
     Raises:
         WeightsError: a file cannot be read, holds something else than tensors, or part of a tensor.
@@ -90,7 +91,7 @@ def open_archives(paths: tuple[Path, ...]) -> WeightFiles:
         part = open_pth(path)
         if twice := [name for name in part.tensors if name in tensors]:
             raise WeightsError(
-                f"{path.parent} holds a model split over several .pth files, which is not supported: "
+                f"{path.parent} holds tensors that are split over several {path.suffix} files, which is not supported: "
                 f"{printable(twice[0])} is in {place[twice[0]].name} and in {path.name}"
             )
         tensors |= part.tensors
@@ -107,8 +108,11 @@ def open_pth(path: Path) -> WeightFiles:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if not complete:
         with open(path, "rb", opener=regular) as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise WeightsError(f"{path} cannot be read: {LFS}")
+            start = file.read(len(POINTER))
+        if start == POINTER:
+            raise WeightsError(f"{path} cannot be read: {LFS}")
+        if start.startswith(OLD):
+            raise WeightsError(f"{path} has torch.save's form from before PyTorch 1.6: load it there and save it again")
         raise WeightsError(f"{path} is cut short, or was not written by torch.save (1.6 or newer): fetch it again")
     import torch
 

@@ -1,7 +1,8 @@
 """Weights on disk: which files, what is in them (headers only), and tensors one at a time.
 
-safetensors and `.pth` files are mapped, not read, so a tensor is copied at most once, to its device
-and dtype. Nothing in a file is executed. PyTorch is imported by what needs it: a `.pth` file, and reading a tensor.
+safetensors files and those of torch.save (`.pth`, `.bin`) are mapped, not read, so a tensor is copied at most once,
+to its device and dtype. Nothing in a file is executed. PyTorch is imported by what needs it: a file of torch.save, and
+reading a tensor.
 """
 
 from __future__ import annotations
@@ -145,10 +146,10 @@ def file_names(files: tuple[Path, ...]) -> str:
     return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
-def numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
+def numbered_parts(folder: Path, stem: str, end: str = ".safetensors") -> tuple[Path, ...]:
     found: dict[int, dict[int, Path]] = {}
-    for path in folder.glob(f"{stem}-*-of-*.safetensors"):
-        match = re.fullmatch(stem + r"-(\d+)-of-(\d+)\.safetensors", path.name)
+    for path in folder.glob(f"{stem}-*-of-*{end}"):
+        match = re.fullmatch(stem + r"-(\d+)-of-(\d+)" + re.escape(end), path.name)
         if match:
             found.setdefault(int(match[2]), {})[int(match[1])] = path
     if not found:
@@ -164,12 +165,12 @@ def numbered_parts(folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(parts[i] for i in range(1, total + 1))
 
 
-def parts_among(names: Collection[str], stem: str) -> tuple[str, ...]:
+def parts_among(names: Collection[str], stem: str, end: str = ".safetensors") -> tuple[str, ...]:
     """The numbered parts of a set of which all are among these names."""
     for name in sorted(names):
-        if match := re.fullmatch(stem + r"-0*1-of-(\d{1,5})\.safetensors", name):
+        if match := re.fullmatch(stem + r"-0*1-of-(\d{1,5})" + re.escape(end), name):
             total, width = int(match[1]), len(match[1])
-            parts = tuple(f"{stem}-{number:0{width}}-of-{match[1]}.safetensors" for number in range(1, total + 1))
+            parts = tuple(f"{stem}-{number:0{width}}-of-{match[1]}{end}" for number in range(1, total + 1))
             if set(parts) <= set(names):
                 return parts
     return ()

@@ -75,7 +75,7 @@ def _written_anew(source: Path) -> tuple[Path, ...]:
     layout, _ = find_layout(source)
     names = {entry.name for entry in source.iterdir()}
     weights = next((files for files in layout.weight_sets(names) if files and names.issuperset(files)), ())
-    return tuple(source / name for name in (layout.config, layout.index, *weights) if name in names)
+    return tuple(source / name for name in (layout.config, *layout.indexes, *weights) if name in names)
 
 
 def _blocks(model: Transformer, name: str) -> BlockLinear | None:

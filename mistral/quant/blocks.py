@@ -32,6 +32,11 @@ def _beside(x: Tensor) -> Tensor:
 def _numbers(kind: Blocks, packed: Tensor, n: int) -> Tensor:
     """The numbers q of every weight, [n, groups * GROUP] uint8."""
     g = packed.shape[1]
+    if kind.bits < 4:
+        q = _units(packed[..., : 2 * ROWS * 4], 2)
+        if kind.bits == 3:
+            q = q | _units(packed[..., 2 * ROWS * 4 : kind.q_bytes], 1) << 2
+        return q.reshape(-1, g * GROUP)[:n]
     count = 8 if kind.bits == 8 else 4
     words = packed[..., : count * ROWS * 4].reshape(-1, g, count, ROWS, 4).permute(0, 3, 1, 2, 4)  # word, byte last
     if kind.bits == 8:  # units of even and of odd columns
@@ -39,37 +44,44 @@ def _numbers(kind: Blocks, packed: Tensor, n: int) -> Tensor:
     else:
         q = torch.stack((words & 15, words >> 4), dim=-1)  # row, group, word of 8 columns, byte, nibble
     if kind.bits in (5, 6):
-        wide, each = kind.bits - 4, 8 // (kind.bits - 4)  # bits, and units in a word
-        high = packed[..., LOW : kind.q_bytes].reshape(-1, g, 8 // each, ROWS, 4).permute(0, 3, 1, 2, 4)
-        fields = torch.stack([high >> wide * i & (1 << wide) - 1 for i in range(each)], dim=4)  # word, field, byte
-        q = q | fields.reshape(*q.shape[:3], 4, 2, 4).transpose(-1, -2) << 4
+        q = q | _units(packed[..., LOW : kind.q_bytes], kind.bits - 4) << 4
     return q.reshape(-1, g * GROUP)[:n]
 
 
+def _units(packed: Tensor, bits: int) -> Tensor:
+    """Numbers of one or two bits, in whose words units follow each other: rows, groups, and 8 columns of 4 times."""
+    each = 8 // bits  # units in a word
+    words = packed.reshape(-1, packed.shape[1], 8 // each, ROWS, 4).permute(0, 3, 1, 2, 4)
+    fields = torch.stack([words >> bits * i & (1 << bits) - 1 for i in range(each)], dim=4)  # word, field, byte
+    return fields.reshape(*words.shape[:3], 4, 2, 4).transpose(-1, -2)
+
+
 def _scales(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-    """What q is multiplied by, [n, groups, 1 or 2] fp32, and what is taken off then, [n, groups], if anything is."""
+    """What q is multiplied by, and what is taken off then, if anything is: [n, groups, 1 or 2] fp32."""
     after = packed[..., kind.q_bytes :]
     if scale is None or not kind.supers:
         halves = after.contiguous().view(torch.float16)
-        low = -_rows(halves[..., ROWS:], n).float() if kind.scales == "fp16 and minimum" else None
+        low = -_rows(halves[..., ROWS:], n).float()[..., None] if kind.scales == "fp16 and minimum" else None
         return _rows(halves[..., :ROWS], n).float()[..., None], low
     over = [
         _rows(scale[:, :, i], n).float().repeat_interleave(SUPER, 1)[:, : packed.shape[1]] for i in range(kind.supers)
     ]
-    first, second = _rows(after[..., :ROWS], n), _rows(after[..., ROWS:], n)
+    each = torch.stack([_rows(part, n) for part in after.split(ROWS, dim=-1)], dim=-1)
     if kind.scales == "factors":
-        return (over[0] * first)[..., None], over[1] * second
-    both = torch.stack((first, second), dim=-1).contiguous().view(torch.int8)
-    return over[0][..., None] * both, None
+        return (over[0] * each[..., 0])[..., None], (over[1] * each[..., 1])[..., None]
+    if kind.scales == "two nibbles":
+        return over[0][..., None] * (each & 15), over[1][..., None] * (each >> 4)
+    return over[0][..., None] * each.contiguous().view(torch.int8), None
 
 
 def dequantize(kind: Blocks, packed: Tensor, scale: Tensor | None, n: int, columns: int) -> Tensor:
     """The weights that blocks stand for, [n, columns] fp32: bit for bit those of the type's own definition."""
     step, low = _scales(kind, packed, scale, n)
-    q = _numbers(kind, packed, n).float().sub_(kind.offset).view(n, step.shape[1], step.shape[2], -1)
-    wide = q.mul_(step[..., None])
+    q = _numbers(kind, packed, n)
+    values = torch.tensor(kind.table, dtype=torch.float32)[q.int()] if kind.table else q.float().sub_(kind.offset)
+    wide = values.view(n, step.shape[1], step.shape[2], -1).mul_(step[..., None])
     if low is not None:
-        wide.sub_(low[..., None, None])
+        wide.sub_(low[..., None])
     return wide.flatten(1)[:, :columns].contiguous()
 
 

@@ -12,14 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mistral.fast.ggml_types import BY_NAME
+from mistral.fast.ggml_types import BY_NAME, IQ4_VALUES
 from mistral.util.errors import FormatError
 
 PIECE = 2**17  # weights widened at once: they stay in a processor's cache
-# The 16 values that a weight of IQ4_NL or IQ4_XS may have, times its scale.
-IQ4_VALUES = torch.tensor(
-    (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), dtype=torch.float32
-)
+IQ4 = torch.tensor(IQ4_VALUES, dtype=torch.float32)
 # For every byte, eight bytes in one number: 16 for each bit that is set.
 FIFTH_BITS = (
     torch.tensor([[16 * (byte >> bit & 1) for bit in range(8)] for byte in range(256)], dtype=torch.uint8)
@@ -189,7 +186,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 def _iq4(packed: Tensor) -> Tensor:
     """[..., b] bytes to [..., 2, b] of the values that their halves stand for, low halves first."""
-    return _looked_up(IQ4_VALUES, _nibbles(packed))
+    return _looked_up(IQ4, _nibbles(packed))
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:

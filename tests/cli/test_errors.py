@@ -334,7 +334,7 @@ def test_a_pth_cut_short(cli: Command, folder: Path, share: float) -> None:
 def test_a_pth_in_several_parts(cli: Command, folder: Path) -> None:
     torch.save(random_state(), only_pth(folder))
     shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
-    assert "split over several .pth files, which is not supported" in spoilt(cli, folder)
+    assert "tensors that are split over several .pth files, which is not supported" in spoilt(cli, folder)
 
 
 # --- the tokenizer

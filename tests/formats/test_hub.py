@@ -175,6 +175,11 @@ def test_hugging_faces_layout(hub: Hub, model_hf: Path) -> None:
         ("params.json consolidated.00.pth consolidated.01.pth config.json model.safetensors", "model.safetensors"),
         ("consolidated.safetensors config.json model.safetensors", "model.safetensors"),
         ("params.json config.json model.safetensors pytorch_model.bin", "model.safetensors"),
+        ("config.json pytorch_model.bin", "pytorch_model.bin"),
+        (
+            "config.json pytorch_model-1-of-2.bin pytorch_model-2-of-2.bin pytorch_model.bin.index.json",
+            "pytorch_model-1-of-2.bin pytorch_model-2-of-2.bin pytorch_model.bin.index.json",
+        ),
         (
             "params.json consolidated-00001-of-00002.safetensors consolidated-00002-of-00002.safetensors",
             "consolidated-00001-of-00002.safetensors consolidated-00002-of-00002.safetensors",
@@ -344,8 +349,7 @@ def test_forbidden(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ("config.json pytorch_model.bin", "pytorch_model.bin: it must be saved as safetensors first"),
-        ("config.json pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),
+        ("config.json pytorch_model-00001-of-00002.bin", "no model"),
         (
             "adapter_config.json adapter_model.safetensors",
             "a PEFT adapter, not a model: give its base model",

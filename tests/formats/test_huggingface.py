@@ -868,15 +868,6 @@ def test_a_file_cut_short(tmp_path: Path) -> None:
     assert f"{path} is not a complete safetensors file" in spoilt(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
-def test_pickled_weights_get_advice(tmp_path: Path, name: str) -> None:
-    path = make_hf_folder(tmp_path) / "model.safetensors"
-    path.rename(tmp_path / name)
-    error = spoilt(tmp_path)
-    assert error.startswith(f"no weights in {tmp_path}: expected model.safetensors, or ")
-    assert error.endswith("; there is pytorch_model.bin: it must be saved as safetensors first")
-
-
 def test_no_weights(tmp_path: Path) -> None:
     (make_hf_folder(tmp_path) / "model.safetensors").unlink()
     assert spoilt(tmp_path).startswith(f"no weights in {tmp_path}: expected model.safetensors, or ")

@@ -51,10 +51,6 @@ def refusal(path: Path) -> str:
     [
         (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "a PEFT adapter, not a model"),
         (["params.json", "lora.safetensors"], "a LoRA adapter of mistral-finetune, not a model"),
-        (
-            ["config.json", "pytorch_model-00001-of-00002.bin"],
-            "pytorch_model.bin: it must be saved as safetensors first",
-        ),
         (["config.json", "weights.npz"], "MLX's weights.npz"),
         (["model.onnx"], "ONNX files"),
     ],

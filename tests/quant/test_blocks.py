@@ -86,7 +86,7 @@ def test_memory_is_about_that_of_the_file(kind: str) -> None:
     size = sum(x.nbytes for x in linear.state_dict().values())
     about = BY_NAME[kind]
     assert size == BLOCKS[kind].nbytes(64, 512)
-    assert size <= 1.03 * (64 * 512 // about.elements * about.nbytes)  # six-bit factors take a byte
+    assert size <= 1.04 * (64 * 512 // about.elements * about.nbytes)  # six-bit factors take a byte
 
 
 @given(n=st.integers(1, 40), k=st.integers(1, 700), seed=st.integers(0, 2**20))
@@ -122,7 +122,7 @@ def largest_part(linear: BlockLinear) -> Tensor:
     _, low = blocks._scales(
         linear.blocks, linear.packed, None if linear.scale is None else linear.scale.view(torch.float16), n
     )
-    return torch.zeros(n, 1) if low is None else low.abs().amax(-1, keepdim=True)
+    return torch.zeros(n, 1) if low is None else low.abs().flatten(1).amax(-1, keepdim=True)
 
 
 # --- products
@@ -251,12 +251,16 @@ def test_a_model_is_the_one_of_the_dequantized_weights(tmp_path: Path, kind: str
 
 def test_a_layer_of_several_types(tmp_path: Path, steps: list[int]) -> None:
     mixed = {}
-    for kind in ("Q4_K", "Q6_K", "Q8_0", "Q2_K"):
+    for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "F16"):
         make_file(tmp_path / f"{kind}.gguf", kind, "Q4_K")
         mixed[kind] = load(tmp_path / f"{kind}.gguf", device="cpu", sliding_window=7)
     model, plain = mixed["Q4_K"].model, load(tmp_path / "Q4_K.gguf", device="cpu", sliding_window=7, quant="none").model
-    assert mixed["Q2_K"].runtime.blocks == ()  # a type that the kernels do not read
-    for path, kind in (("attention.wv", "Q6_K"), ("feed_forward.w2", "Q8_0"), ("feed_forward.w1", "Q2_K")):
+    for path, kind in (
+        ("attention.wv", "Q6_K"),
+        ("feed_forward.w2", "Q8_0"),
+        ("feed_forward.w1", "F16"),
+        ("feed_forward.w3", "IQ4_XS"),
+    ):
         linear = mixed[kind].model.layers[0].get_submodule(path)
         model.layers[0].set_submodule(path, linear)
         meant = linear.rows(0, linear.out_features) if isinstance(linear, BlockLinear) else linear.weight
