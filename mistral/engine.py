@@ -15,12 +15,11 @@ from torch import Tensor
 
 from mistral.adapters import BASE, find_adapter
 from mistral.cache import RollingBufferCache
-from mistral.choices import Choice, choices, choices_ahead
 from mistral.finite import why_not_finite
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
 from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request, shares
-from mistral.sampling import RequestRng
+from mistral.sampling import LogitChanges, RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
 from mistral.stored_ids import StoredIds
 from mistral.util import memory
@@ -301,7 +300,7 @@ class Engine:
         guessed = [len(request.guesses) for request in ready]
         with self._adapted(ready, [1 + n for n in guessed]):
             logits = self.model.logits(h[choosing])
-        tokens = self._match(logits, ready) if any(guessed) else self._take(ready, choices(logits, ready))
+        tokens = self._match(logits, ready) if any(guessed) else self._sample(logits, ready)
         if guessing:
             self._learn(ready, guessed, time.perf_counter() - began)
         return tokens
@@ -361,11 +360,9 @@ class Engine:
         tokens: list[Token] = []
         rows = {request: request.row for request in ready}
         at = dict(zip(ready, accumulate([0] + [1 + len(r.guesses) for r in ready[:-1]]), strict=True))
-        foreseen = choices_ahead(logits, at)
         going = list(ready)
         while going:
-            places = [at[request] for request in going]
-            tokens += self._take(going, [foreseen[p] for p in places] if foreseen else choices(logits[places], going))
+            tokens += self._sample(logits[[at[request] for request in going]], going)
             going = [r for r in going if r.finish is None and r.guesses and r.guesses[0] == r.output_ids[-1]]
             for request in going:
                 at[request] += 1
@@ -378,18 +375,28 @@ class Engine:
                 assert left == request.num_computed, "a guess took more slots than the buffer has to spare"
         return tokens
 
-    def _take(self, ready: list[Request], chosen: list[Choice]) -> list[Token]:
-        """Add to each request what was chosen for it, and end those that end with it."""
+    def _sample(self, logits: Tensor, ready: list[Request]) -> list[Token]:
+        """Choose a token for each request from its logits, [R, V], and end those that end with it."""
+        draws = [0.0 if request.rng is None else request.rng() for request in ready]
+        uniform = torch.tensor(draws, dtype=torch.float32, device=logits.device)
+        chosen = sample_each(_changed(logits, ready), uniform, [request.params for request in ready])
+        of_chosen = logprobs(logits, chosen[:, None]).squeeze(-1)
         tokens = []
-        for request, choice in zip(ready, chosen, strict=True):
-            if choice.logprob != choice.logprob:
+        for request, token, logprob, top in zip(
+            ready,
+            chosen.tolist(),
+            of_chosen.tolist(),
+            most_likely(logits, [request.params.top_logprobs for request in ready]),
+            strict=True,
+        ):
+            if logprob != logprob:
                 self._fail(request, self._nan_logits(request.index))
                 continue
-            if choice.token in request.eos_ids:
+            if token in request.eos_ids:
                 self._end(request, "stop")
                 continue
-            request.output_ids.append(choice.token)
-            tokens.append(Token(request, *choice))
+            request.output_ids.append(token)
+            tokens.append(Token(request, token, logprob, top))
             if len(request.output_ids) == request.params.max_tokens:
                 self._end(request, "length")
         return tokens
@@ -401,6 +408,20 @@ class Engine:
     @cached_property
     def _why_not_finite(self) -> str:
         return why_not_finite(self.model, self.model.dtype)
+
+
+def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
+    """The logits to choose from: [R, V], in which some requests' rows differ from what the model gave."""
+    rows = [row for row, request in enumerate(ready) if request.params.changes_logits]
+    if not rows:
+        return logits
+    changed = logits.clone()
+    for row in rows:
+        request = ready[row]
+        if request.changes is None:
+            request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
+        changed[row] = request.changes(logits[row], request.output_ids)
+    return changed
 
 
 def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:

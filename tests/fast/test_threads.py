@@ -106,13 +106,13 @@ def test_a_step_beside_others_takes_the_cores_that_they_leave(monkeypatch: pytes
     use_kernels(model)
     model.load_state_dict(plain.state_dict())
     seen: list[int] = []
-    take = Engine._take
+    sample = Engine._sample
 
     def noted(self: Engine, *given: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return take(self, *given)
+        return sample(self, *given)
 
-    monkeypatch.setattr(Engine, "_take", noted)
+    monkeypatch.setattr(Engine, "_sample", noted)
     before, found = torch.get_num_threads(), []
     try:
         torch.set_num_threads(2)
