@@ -56,7 +56,7 @@ RETURN_NOTHING = (
     *("to_int8", "to_int4", "affine4_search", "to_affine4"),
     *("product_many", "attend_many", "norm_rows", "rotate_rows", "gate_rows"),
 )
-PATIENCE = 300  # seconds; it takes about seven, and many times that on a busy machine
+PATIENCE = 300  # seconds; it takes about 16, and many times that on a busy machine
 
 
 class KernelsUnavailable(Unavailable):
