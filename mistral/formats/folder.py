@@ -13,7 +13,7 @@ from mistral.args import ModelArgs
 from mistral.fast.layout import SYMMETRIC, stored_as
 from mistral.formats.adapter import base_of, is_adapter
 from mistral.formats.broken import broken_notes
-from mistral.formats.elsewhere import ADAPTER, kind_of
+from mistral.formats.elsewhere import ADAPTER, kind_of, kind_of_tensors
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.quantized import ACTIVATIONS
@@ -94,7 +94,9 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         weights = _checked(weights, args, layout, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
-        raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
+        kind = kind_of_tensors(weights.tensors)
+        said = [str(error), *map(layout.in_its_words, mistakes), *([f"these are {kind}"] if kind else [])]
+        raise WeightsError("; ".join(said)) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
     broken = [*broken_notes(path), *_unread(path, weights), *([BESIDE] if is_adapter(path) else [])]

@@ -31,7 +31,7 @@ from mistral.formats.layout import Layout, Serving, trained_length
 from mistral.formats.quantized import check_plain, dequantized
 from mistral.formats.quantized_hf import config_beside, method_of
 from mistral.formats.text_inside import VISION, text_config, text_names
-from mistral.formats.weights import Reader, WeightFiles
+from mistral.formats.weights import Reader, WeightFiles, unwrapped
 from mistral.parameters import parameters
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HuggingFaceLayout(Layout):
         return raw
 
     def find_weights(self, path: Path) -> WeightFiles:
-        weights, raw = fused(text_names(find_hf_weights(path))), self.read_config(path)
+        weights, raw = fused(text_names(unwrapped(find_hf_weights(path)))), self.read_config(path)
         if raw.get(QUANTIZATION) is None:
             check_plain(weights, self.config)
             return weights

@@ -16,7 +16,7 @@ from mistral.formats.fp8 import mistrals_fp8
 from mistral.formats.layout import Layout, ParamsError, Serving, read_object, trained_length
 from mistral.formats.pth import open_archives
 from mistral.formats.quantized import Method, check_plain, dequantized
-from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among
+from mistral.formats.weights import WeightFiles, WeightsError, numbered_parts, open_safetensors, parts_among, unwrapped
 from mistral.util.errors import short_repr
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class MistralLayout(Layout):
         return to_args(raw, max_batch_size), [] if method is None else [method.note]
 
     def find_weights(self, path: Path) -> WeightFiles:
-        weights, method = first_release(find_weights(path)), _method(self.read_config(path))
+        weights, method = first_release(unwrapped(find_weights(path))), _method(self.read_config(path))
         if method is None:
             check_plain(weights, self.config)
             return weights

@@ -201,6 +201,19 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     return WeightFiles(files, tensors, readers)
 
 
+# What a model is inside of while it is trained on several devices, or compiled: transformers saves it without that.
+WRAPPER = re.compile(r"(module\.|_orig_mod\.)+")
+
+
+def unwrapped(weights: WeightFiles) -> WeightFiles:
+    """Weights that were saved from within a wrapper, under the names that they have without it."""
+    if not all(WRAPPER.match(name) for name in weights.tensors):
+        return weights
+    tensors = {WRAPPER.sub("", name, count=1): stored for name, stored in weights.tensors.items()}
+    readers = {WRAPPER.sub("", name, count=1): reader for name, reader in weights.readers.items()}
+    return WeightFiles(weights.files, tensors, readers)
+
+
 def check_tensors(
     found: dict[str, Stored],
     expected: dict[str, tuple[int, ...]],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mistral.args import ModelArgs
 from mistral.chat.templates import find_template
@@ -25,6 +26,7 @@ from mistral.parameters import parameters
 from mistral.quant import quantize
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
+from tests.formats.test_huggingface import make_hf_folder
 from tests.support.folders import PARAMS, make_folder, random_state, write_params
 from tests.support.tiny import tiny_args
 
@@ -324,3 +326,29 @@ def test_vllm_reads_a_tokenizer_json(tmp_path: Path) -> None:
     assert inspect_folder(folder)["serve"]["commands"] == [
         f"vllm serve {folder} --config_format hf --load_format safetensors"
     ]
+
+
+# --- weights as training programs save them
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_names_from_within_a_wrapper(tmp_path: Path, wrapper: str) -> None:
+    path = make_hf_folder(tmp_path) / "model.safetensors"
+    want = load(tmp_path, device="cpu").model.state_dict()
+    save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
+    got = load(tmp_path, device="cpu").model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda n: f"base_model.model.{n.replace('q_proj', 'q_proj.base_layer')}", "save it after merge_and_unload()"),
+        (lambda n: f"base_model.model.{n}", "a model inside of another (base_model.model)"),
+        (lambda n: None if n == "lm_head.weight" else n.removeprefix("model."), "a model without its output matrix"),
+    ],
+)
+def test_weights_of_something_else_are_named(tmp_path: Path, rename: Callable[[str], str | None], said: str) -> None:
+    path = make_hf_folder(tmp_path) / "model.safetensors"
+    save_file({new: x for name, x in load_file(path).items() if (new := rename(name)) is not None}, path)
+    assert said in refusal(tmp_path)
