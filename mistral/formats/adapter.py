@@ -128,6 +128,15 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     return place.name in names if place.is_file() else any((place / name).is_file() for name in names)
 
 
+def adapters_inside(folder: Path) -> str:
+    """The adapters in the folders of a folder, as trainers save them, to go behind a message; "" for none."""
+    try:
+        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_adapter(entry))
+    except OSError:
+        return ""
+    return f"; there is an adapter in {some_names(found)}: give that folder" if found else ""
+
+
 def base_of(path: Path) -> str | None:
     """The model that a folder's adapter names as its base, for messages; None where there is none."""
     try:
@@ -161,6 +170,7 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     if not file.is_file():
         raise AdapterError(
             f"no adapter in {place}: expected {CONFIG} with {WEIGHTS} (PEFT), or {NATIVE_WEIGHTS} (mistral-finetune)"
+            f"{adapters_inside(place)}"
         )
     return _read_native(file, place)
 

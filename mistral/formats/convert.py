@@ -157,7 +157,8 @@ def write_folder(
             f"the weights of {folder.path} are already quantized to {folder.quant}: convert what they were made from"
         )
     if adapter is not None:
-        folder = merge_into(folder, read_adapter(adapter), quant or (target and dtype_name(target)))
+        asked = quant or (None if target is None else dtype_name(target))
+        folder = merge_into(folder, read_adapter(adapter), asked)
     place = destination(folder.path, Path(dst))
     require_whole(folder.path, ", to convert without")
     notes = [*folder.notes, *about_tokenizer(folder)]

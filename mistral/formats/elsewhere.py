@@ -13,8 +13,17 @@ KINDS = {
     r".*\.gguf": "GGUF files: give the path of one of them",
     r"consolidated\.01\.pth?": ".pth files in several parts: download the folder, and give its path",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
-    r"(?!consolidated|model)(.*)\.safetensors": "a safetensors file under another name: give it the release's name",
+    r"(?!consolidated|model(-.*)?\.safetensors)(.*)\.safetensors": "a safetensors file under another "
+    "name: give it the release's name",
     r".*\.onnx": "ONNX files: give the folder that they were made from",
+}
+# A pattern for names of weights, and why a program that trains gives them such names.
+WRAPPED = {
+    r"module\..*": "they were saved from a wrapper of the model, as DistributedDataParallel is: save model.module",
+    r"_orig_mod\..*": "they were saved from torch.compile's wrapper of the model: save model._orig_mod",
+    r"base_model\.model\..*|.*\.base_layer\..*": "they were saved by PEFT, before they were merged: save what "
+    "merge_and_unload() gives, or give the base and the adapter with --adapter",
+    r"embed_tokens\.weight": "they were saved from AutoModel, which has no output: save AutoModelForCausalLM's",
 }
 
 
@@ -22,3 +31,9 @@ def kind_of(names: Iterable[str]) -> str | None:
     """What a folder with files of these names holds; None if it is none of KINDS."""
     last = [name.rpartition("/")[2] for name in names]
     return next((what for pattern, what in KINDS.items() if any(re.fullmatch(pattern, n) for n in last)), None)
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """What to do about names of weights that another program gave, to go behind a message; "" if none is known."""
+    known = next((what for name in names for pattern, what in WRAPPED.items() if re.fullmatch(pattern, name)), None)
+    return "" if known is None else f": {known}"

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mistral.args import ModelArgs
 from mistral.chat.templates import find_template
+from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.elsewhere import KINDS, kind_of
 from mistral.formats.folder import read_folder
@@ -25,6 +26,7 @@ from mistral.parameters import parameters
 from mistral.quant import quantize
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
+from tests.support.adapters import write_peft
 from tests.support.folders import PARAMS, make_folder, random_state, write_params
 from tests.support.tiny import tiny_args
 
@@ -65,6 +67,43 @@ def test_what_else_it_is(tmp_path: Path, names: list[str], said: str) -> None:
         if name in names:
             shutil.copy(tmp_path / source / name, folder)
     assert f"; there is {said}" in refusal(folder)
+
+
+def test_adapters_in_a_folders_folders_are_named(tmp_path: Path) -> None:
+    """A trainer leaves checkpoint-10, and PEFT a folder for an adapter with a name."""
+    write_peft(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-20").mkdir()
+    said = "; there is an adapter in checkpoint-10: give that folder"
+    assert refusal(tmp_path).endswith(said)
+    with pytest.raises(FormatError, match="no adapter in") as refused:
+        read_adapter(tmp_path)
+    assert str(refused.value).endswith(said)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "mine.safetensors"])
+def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
+    said = refusal(tmp_path / "hf")
+    assert "or pytorch_model.bin" in said
+    assert said.endswith("; there is a safetensors file under another name: give it the release's name")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("", "module.", "save model.module"),
+        ("", "_orig_mod.", "torch.compile's wrapper"),
+        ("", "base_model.model.", "merge_and_unload()"),
+        ("q_proj.weight", "q_proj.base_layer.weight", "merge_and_unload()"),
+        ("model.", "", "save AutoModelForCausalLM's"),
+    ],
+)
+def test_names_of_programs_that_train(tmp_path: Path, before: str, after: str, said: str) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file({name.replace(before, after, 1): t for name, t in load_file(file).items()}, file)
+    assert said in refusal(tmp_path / "hf")
 
 
 def test_every_kind_says_what_to_do() -> None:
