@@ -32,11 +32,6 @@ class Adapted:
     text: str = ""
     notes: tuple[str, ...] = ()
 
-    @property
-    def changed(self) -> list[str]:
-        """The weights beside which something is added."""
-        return list(dict.fromkeys(name for added in self.beside.values() for name in added))
-
 
 def with_adapters(found: Folder, options: LoadOptions) -> Adapted:
     """A folder with the adapters of the options.

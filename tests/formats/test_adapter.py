@@ -202,7 +202,7 @@ def test_at_run_time_it_adds_what_a_merge_does(tmp_path: Path, execution: str, q
     assert f"adapter {adapter} merged" in merged.describe()
     assert f"adapter {adapter} at run time" in beside.describe()
     if execution == "kernels":
-        assert any("(AdaptedLinear): steps are computed without it" in note for note in beside.notes)
+        assert any("does not know adapters beside the weights: steps" in note for note in beside.notes)
 
 
 def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
