@@ -22,6 +22,7 @@ from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, load_tokenizer, own_ends
 from mistral.formats.unpack import GENERATION
+from mistral.formats.weights import dtype_name
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
 from mistral.special_tokens import CONFIG
@@ -33,10 +34,16 @@ def describe(
     folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
 ) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
+    dtype = holds_all(tensors)
     described, assumed = layout.describe(
-        folder.args, folder.raw, dtype=holds_all(tensors), quant=quant, tokens=partial(_special_tokens, folder, notes)
+        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
     )
     notes += assumed
+    if described.get("dtype") and any(tensor.dtype != dtype for tensor in tensors):
+        notes.append(
+            f"weights are of several dtypes: {layout.config} has {dtype_name(dtype)}, which holds them all, and in "
+            "which transformers loads them: --dtype writes one"
+        )
     if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
         notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
     return {layout.config: as_json(described)} | _ends(folder, described, notes)
