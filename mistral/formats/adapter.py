@@ -170,6 +170,7 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     if not file.is_file():
         raise AdapterError(
             f"no adapter in {place}: expected {CONFIG} with {WEIGHTS} (PEFT), or {NATIVE_WEIGHTS} (mistral-finetune)"
+            f"{'; it is a whole model: give it as FOLDER' if (place / 'config.json').is_file() else ''}"
             f"{adapters_inside(place)}"
         )
     return _read_native(file, place)

@@ -80,6 +80,12 @@ def test_adapters_in_a_folders_folders_are_named(tmp_path: Path) -> None:
     assert str(refused.value).endswith(said)
 
 
+def test_a_model_given_as_an_adapter(tmp_path: Path) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    with pytest.raises(FormatError, match="no adapter in .*; it is a whole model: give it as FOLDER$"):
+        read_adapter(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "mine.safetensors"])
 def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
     convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
