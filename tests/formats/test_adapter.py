@@ -427,6 +427,9 @@ def test_inspect_describes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "changes     14 matrices: q_proj, k_proj, v_proj, o_proj, gate_proj, down_proj, up_proj" in text
     assert "note: adapter_config.json has fan_in_fan_out" in text
     assert f"convert BASE MERGED --to hf --adapter {tmp_path / 'peft'}" in text
+    assert f"convert {tmp_path / 'peft'} OTHER --to mistral" in text
+    dora = write_peft(tmp_path / "dora", peft_tensors(dora=True), use_dora=True)
+    assert "OTHER" not in cli("inspect", dora).text  # which has no other form
     told = json.loads(cli("inspect", write_native(tmp_path / "native"), "--json").text)
     assert (told["kind"], told["form"], told["base"]) == ("LoRA", "mistral-finetune", None)
     assert (told["ranks"], told["scales"], told["dtypes"]) == ([3], [2.0], ["bfloat16"])
