@@ -16,12 +16,14 @@ from typing import Any
 
 from mistral.formats.huggingface import NAMES, to_hf, to_mistral
 from mistral.formats.layout import ParamsError, read_object
+from mistral.formats.pth import open_pth
 from mistral.formats.text_inside import VISION, alone
 from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, printable, short_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+OLDER = "adapter_model.bin"  # what PEFT wrote before 2023
 NATIVE_WEIGHTS, PARAMS = "lora.safetensors", "params.json"  # mistral-finetune's
 FORMS = {"peft": "PEFT", "finetune": "mistral-finetune"}
 # Keys of an adapter_config.json that change no number of a merge, or that are worked out below.
@@ -46,6 +48,8 @@ REFUSED = {
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed output.
 WHOLE = re.compile(r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.base_layer|\.modules_to_save)?\.weight")
+# The base's own weight below one that was trained whole: PEFT writes it too where words were added to the vocabulary.
+UNTRAINED = re.compile(r".+\.original_module\.weight")
 # A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
 PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
 
@@ -120,8 +124,17 @@ class Adapter:
 def is_adapter(path: str | PathLike[str]) -> bool:
     """Whether a path is named as an adapter is: a folder with one in it, or its file."""
     place = Path(path)
-    names = (CONFIG, WEIGHTS, NATIVE_WEIGHTS)
+    names = (CONFIG, WEIGHTS, OLDER, NATIVE_WEIGHTS)
     return place.name in names if place.is_file() else any((place / name).is_file() for name in names)
+
+
+def adapters_inside(folder: Path) -> str:
+    """The adapters in the folders of a folder, as trainers save them, to go behind a message; "" for none."""
+    try:
+        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_adapter(entry))
+    except OSError:
+        return ""
+    return f"; there is an adapter in {some_names(found)}: give that folder" if found else ""
 
 
 def base_of(path: Path) -> str | None:
@@ -137,7 +150,7 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     """Read what an adapter says of itself; no tensor is read.
 
     Args:
-        path: a folder of PEFT's (adapter_config.json, adapter_model.safetensors) or of mistral-finetune's
+        path: a folder of PEFT's (adapter_config.json, adapter_model.safetensors or .bin) or of mistral-finetune's
             (lora.safetensors, params.json), or its file of weights.
 
     Raises:
@@ -147,7 +160,7 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     if not place.exists():
         raise AdapterError(f"no such adapter: {place}")
     folder = place.parent if place.is_file() else place
-    peft = place.name in (CONFIG, WEIGHTS) if place.is_file() else (folder / CONFIG).is_file()
+    peft = place.name in (CONFIG, WEIGHTS, OLDER) if place.is_file() else (folder / CONFIG).is_file()
     if peft:
         return _read_peft(folder, place)
     file = place if place.is_file() else folder / NATIVE_WEIGHTS
@@ -157,6 +170,8 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     if not file.is_file():
         raise AdapterError(
             f"no adapter in {place}: expected {CONFIG} with {WEIGHTS} (PEFT), or {NATIVE_WEIGHTS} (mistral-finetune)"
+            f"{'; it is a whole model: give it as FOLDER' if (place / 'config.json').is_file() else ''}"
+            f"{adapters_inside(place)}"
         )
     return _read_native(file, place)
 
@@ -167,15 +182,11 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
 def _read_peft(folder: Path, place: Path) -> Adapter:
     config = read_object(folder / CONFIG)
     notes = _check_config(config)
-    if not (folder / WEIGHTS).is_file():
-        other = (
-            "; adapter_model.bin must be saved as safetensors first" if (folder / "adapter_model.bin").exists() else ""
-        )
-        raise AdapterError(f"no {WEIGHTS} in {folder}{other}")
-    weights = open_safetensors((folder / WEIGHTS,))
+    weights = _peft_weights(folder)
+    file = weights.files[0]
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
-    whole = {match[1]: name for name in weights.tensors if (match := WHOLE.fullmatch(name))}
-    found = _grouped((name for name in weights.tensors if not WHOLE.fullmatch(name)), pattern, folder / WEIGHTS)
+    whole = _whole(weights)
+    found = _grouped((name for name in weights.tensors if not WHOLE.fullmatch(name)), pattern, file)
     pairs: dict[str, Pair] = {}
     seeing = [module for module in (*found, *whole) if VISION.fullmatch(module)]
     if seeing:
@@ -184,22 +195,42 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
     for module, names in found.items():
         if module in seeing:
             continue
-        name = _weight_of(module, folder / WEIGHTS)
+        name = _weight_of(module, file)
         if name in pairs:
-            raise AdapterError(f"{folder / WEIGHTS} changes {name} twice, under two names")
+            raise AdapterError(f"{file} changes {name} twice, under two names")
         rank, scale = _rank_and_scale(config, module)
         if (magnitude := names.get("magnitude_vector")) is None and config.get("use_dora"):
-            raise AdapterError(f"{CONFIG} has use_dora, but {WEIGHTS} lacks the magnitude of {printable(module)}")
+            raise AdapterError(f"{CONFIG} has use_dora, but {file.name} lacks the magnitude of {printable(module)}")
         if magnitude is not None and not config.get("use_dora"):
-            raise AdapterError(f"{WEIGHTS} has {printable(magnitude)}, but {CONFIG} has no use_dora")
+            raise AdapterError(f"{file.name} has {printable(magnitude)}, but {CONFIG} has no use_dora")
         pairs[name] = _pair(weights, names, module, rank, scale)
     if not pairs:
-        raise AdapterError(f"{folder / WEIGHTS} changes nothing of the text model")
-    _check_saved(config.get("modules_to_save"), whole)
-    own = {_weight_of(module, folder / WEIGHTS): name for module, name in whole.items() if module not in seeing}
+        raise AdapterError(f"{file} changes nothing of the text model")
+    _check_saved(config.get("modules_to_save"), whole, file)
+    own = {_weight_of(module, file): name for module, name in whole.items() if module not in seeing}
     _check_floats(weights, own.values())
     base = config.get("base_model_name_or_path")
     return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, own, tuple(notes))
+
+
+def _peft_weights(folder: Path) -> WeightFiles:
+    """The tensors of a folder of PEFT's; safetensors where both are there."""
+    if (folder / WEIGHTS).is_file():
+        return open_safetensors((folder / WEIGHTS,))
+    if (folder / OLDER).is_file():
+        return open_pth(folder / OLDER)
+    raise AdapterError(f"no {WEIGHTS} in {folder}, and no {OLDER}")
+
+
+def _whole(weights: WeightFiles) -> dict[str, str]:
+    """The names of weights that stand in the place of the base's, by module."""
+    found: dict[str, str] = {}
+    for name in weights.tensors:
+        match = None if UNTRAINED.fullmatch(name) else WHOLE.fullmatch(name)
+        # Where one is there twice, PEFT reads the plain name, which is the shorter one.
+        if match and len(name) < len(found.get(match[1], name + " ")):
+            found[match[1]] = name
+    return found
 
 
 def _weight_of(module: str, file: Path) -> str:
@@ -211,11 +242,11 @@ def _weight_of(module: str, file: Path) -> str:
     return name
 
 
-def _check_saved(modules: Any, whole: dict[str, str]) -> None:
+def _check_saved(modules: Any, whole: dict[str, str], file: Path) -> None:
     """Refuse modules that were trained whole and are not in the file, as some programs leave them out."""
     for word in modules if isinstance(modules, list) else [modules] if modules else []:
         if not any(module.endswith(str(word)) for module in whole):
-            raise AdapterError(f"{CONFIG} has modules_to_save {short_repr(word)}, which {WEIGHTS} does not hold")
+            raise AdapterError(f"{CONFIG} has modules_to_save {short_repr(word)}, which {file.name} does not hold")
 
 
 def _check_config(config: dict[str, Any]) -> list[str]:

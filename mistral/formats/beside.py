@@ -5,12 +5,13 @@ Nothing that a folder says is lost without a note, and nothing is said that it d
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mistral.formats.folder import Folder
 from mistral.formats.hf_template import to_chat_template
@@ -21,6 +22,7 @@ from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, load_tokenizer, own_ends
 from mistral.formats.unpack import GENERATION
+from mistral.formats.weights import dtype_name
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
 from mistral.special_tokens import CONFIG
@@ -32,14 +34,28 @@ def describe(
     folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
 ) -> dict[str, str]:
     """The file that gives the shape: its name and its text."""
-    (dtype, _), *_ = Counter(tensor.dtype for tensor in tensors).most_common()
+    dtype = holds_all(tensors)
     described, assumed = layout.describe(
         folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
     )
     notes += assumed
+    if described.get("dtype") and any(tensor.dtype != dtype for tensor in tensors):
+        notes.append(
+            f"weights are of several dtypes: {layout.config} has {dtype_name(dtype)}, which holds them all, and in "
+            "which transformers loads them: --dtype writes one"
+        )
     if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
         notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
     return {layout.config: as_json(described)} | _ends(folder, described, notes)
+
+
+def holds_all(tensors: list[PlannedTensor]) -> torch.dtype:
+    """The dtype that keeps every number of weights: their own, or of several the one that others are widened to.
+
+    transformers takes all weights to the dtype that config.json gives.
+    """
+    dtypes = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
+    return reduce(torch.promote_types, dtypes)
 
 
 def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dict[str, str]:

@@ -101,7 +101,7 @@ def convert(
         to: a layout, one of WRITABLE ("mistral" or "hf"); it may be the one that src has.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         quant: "int8" or "int4" rounds the weights of products, in Mistral's layout, for this library alone.
-        adapter: a LoRA adapter to merge into the weights (see `adapter.read_adapter`), rounded once to their own dtype.
+        adapter: a LoRA adapter to merge into the weights (see `adapter.read_adapter`), rounded once to what is written.
         shard_size: most bytes of tensors in a file of Hugging Face's layout; a larger tensor gets its own.
         sliding_window: a number, or None for none, to be written in the place of what src says; "auto" keeps that.
         calibrate: gives how much each column of a weight counts in int4, see `loader.calibration`; None: all the same.
@@ -157,7 +157,8 @@ def write_folder(
             f"the weights of {folder.path} are already quantized to {folder.quant}: convert what they were made from"
         )
     if adapter is not None:
-        folder = merge_into(folder, read_adapter(adapter))
+        asked = quant or (None if target is None else dtype_name(target))
+        folder = merge_into(folder, read_adapter(adapter), asked)
     place = destination(folder.path, Path(dst))
     require_whole(folder.path, ", to convert without")
     notes = [*folder.notes, *about_tokenizer(folder)]

@@ -13,15 +13,15 @@ KINDS = {
     r".*\.gguf": "GGUF files: give the path of one of them",
     r"consolidated\.01\.pth?": ".pth files in several parts: download the folder, and give its path",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
-    r"(?!consolidated|model)(.*)\.safetensors": "a safetensors file under another name: give it the release's name",
+    r"(?!consolidated|model(-.*)?\.safetensors)(.*)\.safetensors": "a safetensors file under another "
+    "name: give it the release's name",
     r".*\.onnx": "ONNX files: give the folder that they were made from",
 }
-# A pattern for names of tensors, and what weights with such names are.
-TENSORS = {
-    r".*\.(base_layer|lora_[AB]\..*)\..*": "a model with its adapter: save it after merge_and_unload()",
-    r"(layers\.\d+\.self_attn|embed_tokens)\..*": "a model without its output matrix (MistralModel): use transformers",
-    r"(base_model\.)+model\..*": "a model inside of another (base_model.model): save the inner one",
-    r"transformer\.h\..*": "a model of another kind, whatever its config.json says",
+# A pattern for names of weights, and why a program that trains gives them such names.
+WRAPPED = {
+    r"base_model\.model\..*|.*\.base_layer\..*": "they were saved by PEFT, before they were merged: save what "
+    "merge_and_unload() gives, or give the base and the adapter with --adapter",
+    r"embed_tokens\.weight": "they were saved from AutoModel, which has no output: save AutoModelForCausalLM's",
 }
 
 
@@ -31,7 +31,7 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((what for pattern, what in KINDS.items() if any(re.fullmatch(pattern, n) for n in last)), None)
 
 
-def kind_of_tensors(names: Iterable[str]) -> str | None:
-    """What weights with these names are; None if they are none of TENSORS."""
-    given = list(names)
-    return next((what for pattern, what in TENSORS.items() if any(re.fullmatch(pattern, n) for n in given)), None)
+def wrapped(names: Iterable[str]) -> str:
+    """What to do about names of weights that another program gave, to go behind a message; "" if none is known."""
+    known = next((what for name in names for pattern, what in WRAPPED.items() if re.fullmatch(pattern, name)), None)
+    return "" if known is None else f": {known}"

@@ -11,9 +11,9 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.fast.layout import SYMMETRIC, stored_as
-from mistral.formats.adapter import base_of, is_adapter
+from mistral.formats.adapter import adapters_inside, base_of, is_adapter
 from mistral.formats.broken import broken_notes
-from mistral.formats.elsewhere import ADAPTER, kind_of, kind_of_tensors
+from mistral.formats.elsewhere import ADAPTER, kind_of
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.quantized import ACTIVATIONS
@@ -84,9 +84,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         args, assumed = layout.to_args(raw, max_batch_size)
         weights = layout.find_weights(path)
     except (ParamsError, WeightsError) as error:
-        if what := _what_else(path):
-            raise type(error)(f"{error}; there is {what}") from None
-        raise
+        raise type(error)(f"{error}{_what_else(path)}") from None
     weights, aside = _without(weights, layout)
     args, tied = _untied(args, weights, layout)
     quant = layout.quantization(raw)
@@ -94,9 +92,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         weights = _checked(weights, args, layout, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
-        kind = kind_of_tensors(weights.tensors)
-        said = [str(error), *map(layout.in_its_words, mistakes), *([f"these are {kind}"] if kind else [])]
-        raise WeightsError("; ".join(said)) from None
+        raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
     broken = [*broken_notes(path), *_unread(path, weights), *([BESIDE] if is_adapter(path) else [])]
@@ -136,13 +132,15 @@ def with_window(folder: Folder, window: int | None) -> Folder:
     return replace(folder, args=args, notes=(note, *kept))
 
 
-def _what_else(path: Path) -> str | None:
-    """What there is in the place of weights that are read here."""
+def _what_else(path: Path) -> str:
+    """What there is in the place of weights that are read here, to go behind a message; "" for nothing."""
     if any(layout.has_weights(path) for layout in LAYOUTS.values()):
-        return None
+        return ""
     found = kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
+    if found is None:
+        return adapters_inside(path)
     base = base_of(path)
-    return found if found is None or base is None else f"{found}; its base is {base}"
+    return f"; there is {found}" + ("" if base is None else f"; its base is {base}")
 
 
 def _without(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[str]]:

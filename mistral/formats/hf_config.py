@@ -137,7 +137,10 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     for key, value in raw.items():
         if key in ONLY:
             if value not in ONLY[key]:
-                raise ParamsError(f"config.json has {key} = {short_repr(value)}, which this model does not have")
+                raise ParamsError(
+                    f"config.json has {key} = {short_repr(value)}, which this model does not have: use transformers "
+                    "or vLLM"
+                )
         elif key == QUANTIZATION:
             if value is not None:
                 method_of(value)  # or it is refused

@@ -46,7 +46,8 @@ class Form:
 
     def there(self, folder: Path) -> bool:
         """Whether any file is named as one of these."""
-        return any(folder.glob(f"{self.stem}*{self.end}")) or (folder / self.index).is_file()
+        parts = any(folder.glob(f"{self.stem}-*{self.end}"))
+        return parts or (folder / self.single).is_file() or (folder / self.index).is_file()
 
 
 SAFETENSORS = Form("model", ".safetensors", open_safetensors)
@@ -79,7 +80,8 @@ def find_hf_weights(folder: Path) -> WeightFiles:
     parts = numbered_parts(folder, form.stem, form.end)
     if parts:
         return form.open(parts)
-    raise WeightsError(f"no weights in {folder}: expected {form.single}, or {form.stem}-00001-of-0000N{form.end}")
+    names = " or ".join(f"{form.single}, or {form.stem}-00001-of-0000N{form.end}," for form in FORMS).rstrip(",")
+    raise WeightsError(f"no weights in {folder}: expected {names}")
 
 
 def _indexed_parts(index: Path, form: Form) -> tuple[Path, ...]:

@@ -317,7 +317,7 @@ def _about_files(
         counts = ", ".join(f"{count['tensors']} {name}" for name, count in dtypes.items())
         said.append(f"weights of several dtypes: {counts}")
     for name, times in (("float32", "twice"), ("float64", "four times")):
-        if name in dtypes:
+        if 2 * dtypes.get(name, {}).get("parameters", 0) > sum(count["parameters"] for count in dtypes.values()):
             said.append(f"stored as {name}, {times} the size of bfloat16, which is what the releases have")
     return said
 

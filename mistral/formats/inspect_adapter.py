@@ -63,6 +63,9 @@ def as_text(told: dict[str, Any]) -> str:
     lines = [f"{name:12}{fact if fact.isprintable() else ascii(fact)}" for name, fact in facts.items()]
     lines += ["", *(f"note: {note}" for note in told["notes"])] if told["notes"] else []
     folder = shlex.quote(told["folder"])
+    # mistral-finetune's form has one rank and one scale, and no place for more.
+    plain = told["kind"] == "LoRA" and not told["replaces"] and len(told["ranks"]) == len(told["scales"]) == 1
+    other = f"  python -m main convert {folder} OTHER --to {told['other_layout']} --base BASE"
     return "\n".join(
         [
             *lines,
@@ -70,6 +73,6 @@ def as_text(told: dict[str, Any]) -> str:
             "used with its base",
             f"  python -m main complete BASE PROMPT --adapter {folder}",
             f"  python -m main convert BASE MERGED --to hf --adapter {folder}",
-            f"  python -m main convert {folder} OTHER --to {told['other_layout']} --base BASE",
+            *([other] if plain or told["form"] != FORMS["peft"] else []),
         ]
     )

@@ -105,7 +105,12 @@ def replaced(adapter: Adapter, args: ModelArgs) -> dict[str, Reader]:
             tied = ": its output is tied to its embeddings" if args.tied_embeddings else ""
             raise AdapterError(f"{adapter.path} has {name} of its own, which this model cannot have{tied}")
         if (shape := adapter.weights.tensors[stored].shape) != known[name].shape:
-            words = ", or words were added to its vocabulary" if name in (EMBEDDINGS, OUTPUT) else ""
+            words = (
+                ", or words were added to its vocabulary: then merge it with PEFT, into its base with as many words, "
+                "and give that model"
+                if name in (EMBEDDINGS, OUTPUT)
+                else ""
+            )
             raise AdapterError(
                 f"{printable(stored)} is {short_repr(list(shape))}, but the model makes it {list(known[name].shape)}: "
                 f"the adapter is of another model{words}"
@@ -165,8 +170,11 @@ class _Merged:
         return self.update.stretches(self.reader(), self.name)
 
 
-def merge_into(folder: Folder, adapter: Adapter) -> Folder:
+def merge_into(folder: Folder, adapter: Adapter, asked: str | None = None) -> Folder:
     """A folder whose weights are read with an adapter in them, tensor by tensor, each in the dtype that it has.
+
+    Args:
+        asked: the dtype, or int8 or int4, that the reader of the weights rounds to instead; for the note.
 
     Raises:
         AdapterError: the adapter is of another model, or the folder's weights are quantized already.
@@ -179,7 +187,7 @@ def merge_into(folder: Folder, adapter: Adapter) -> Folder:
     found = updates(adapter, folder.args)
     old = {**folder.weights.readers, **replaced(adapter, folder.args)}
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
-    dtypes = sorted({folder.weights.tensors[name].dtype for name in (*found, *adapter.whole)})
+    dtypes = [asked] if asked else sorted({folder.weights.tensors[name].dtype for name in (*found, *adapter.whole)})
     notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}", folder))
     return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
 

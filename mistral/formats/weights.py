@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mistral.formats.elsewhere import wrapped
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
@@ -237,7 +238,7 @@ def check_tensors(
         parts = [
             f"{what} {some_names(names)}" for what, names in (("lack", missing), ("hold unknown", unknown)) if names
         ]
-        raise WeightsError(f"the weights in {where} {' and '.join(parts)}")
+        raise WeightsError(f"the weights in {where} {' and '.join(parts)}{wrapped(unknown)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise WeightsError(

@@ -173,7 +173,8 @@ class Rounding:
                 f"(the first in {self.first}): choose another --dtype"
             )
         if self.zero:
-            notes.append(f"{self.zero:,} {of} are so small that they are 0 in {dtype_name(self.dtype)}")
+            are = "is so small that it is" if self.zero == 1 else "are so small that they are"
+            notes.append(f"{self.zero:,} {of} {are} 0 in {dtype_name(self.dtype)}")
         return notes
 
 

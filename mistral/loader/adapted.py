@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mistral.formats.adapter import Adapter, join, read_adapter
 from mistral.formats.folder import Folder
-from mistral.formats.merge import Update, about, merge_into, updates
+from mistral.formats.merge import Update, about, merge_into, replaced, updates
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
 
 if TYPE_CHECKING:
@@ -32,11 +32,6 @@ class Adapted:
     text: str = ""
     notes: tuple[str, ...] = ()
 
-    @property
-    def changed(self) -> list[str]:
-        """The weights beside which something is added."""
-        return list(dict.fromkeys(name for added in self.beside.values() for name in added))
-
 
 def with_adapters(found: Folder, options: LoadOptions) -> Adapted:
     """A folder with the adapters of the options.
@@ -54,9 +49,16 @@ def with_adapters(found: Folder, options: LoadOptions) -> Adapted:
         raise OptionError(f"merge takes one adapter, and {len(places)} are given: use --adapter_mode runtime")
     if (options.adapter_mode or ("merge" if len(places) == 1 else "runtime")) == "merge":
         (place,) = places.values()
-        merged = merge_into(found, read_adapter(place))
+        merged = merge_into(found, read_adapter(place), _asked(options))
         return Adapted(merged, text=f"adapter {place} merged", notes=merged.notes[len(found.notes) :])
     return _beside(found, {name: read_adapter(place) for name, place in places.items()})
+
+
+def _asked(options: LoadOptions) -> str | None:
+    """What weights are rounded to, where that is not the dtype of their file: wider arithmetic keeps that."""
+    if options.quant not in (None, "none"):
+        return options.quant
+    return options.dtype if options.dtype in ("float16", "bfloat16") else None
 
 
 def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
@@ -65,6 +67,7 @@ def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
             why = "DoRA, which scales whole rows of the weights"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
         if adapter.whole:
+            replaced(adapter, found.args)  # one that cannot be merged either is refused for that
             why = f"weights of its own in the place of {adapter.replaces}"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
     beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}

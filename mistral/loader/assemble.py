@@ -82,13 +82,13 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
             return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
     model = build(run)
-    beside = [f"{name.removesuffix('.weight')} (AdaptedLinear)" for name in adapted.changed]
     by_kernels = run.how.products
-    module = beside[0] if beside else unknown_module(model, mixtures=by_kernels, growing=by_kernels)
+    module = unknown_module(model, mixtures=by_kernels, growing=by_kernels)
     if division is not None:
         module = "layers.0.attention.wo (Summed)"
-    if run.how.whole_steps and module is not None:
-        run = run.standing_aside(module)
+    unknown = "adapters beside the weights" if adapted.beside else None if module is None else f"the module {module}"
+    if run.how.whole_steps and unknown is not None:
+        run = run.standing_aside(unknown)
         model = build(run)
     if division is not None:
         division.shape(model)
@@ -96,7 +96,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     model.kept_in = {run.compute: run.cache}
     if division is not None:
         division.connect(model)
-    if beside:
+    if adapted.beside:
         put_adapters(model, adapted.beside, run.device, run.compute)
     if run.execution == "bitwise":
         from mistral.fast import bitwise

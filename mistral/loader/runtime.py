@@ -66,20 +66,20 @@ class Runtime:
             f"attention {attention}{execution}{prompts}{f'; {self.adapter}' if self.adapter else ''}"
         )
 
-    def standing_aside(self, module: str) -> Runtime:
-        """This runtime where the fast path does not know a module of the model, with a note.
+    def standing_aside(self, unknown: str) -> Runtime:
+        """This runtime where the fast path does not know a part of the model, with a note.
 
         Args:
-            module: its name and class.
+            unknown: what it is: a module's name and class, or adapters.
 
         Raises:
             OptionError: the execution cannot be had without it.
         """
         if self.how.otherwise is None:
-            raise OptionError(f"execution {self.execution} is not possible: it does not know the module {module}")
+            raise OptionError(f"execution {self.execution} is not possible: it does not know {unknown}")
         if self.rounds_prompts:
-            raise OptionError(f"prompt_dtype bfloat16 is not possible: the kernels do not know the module {module}")
-        note = f"the fast path {self.execution} does not know the module {module}: steps are computed without it"
+            raise OptionError(f"prompt_dtype bfloat16 is not possible: the kernels do not know {unknown}")
+        note = f"the fast path {self.execution} does not know {unknown}: steps are computed without it"
         return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
 

@@ -7,6 +7,8 @@ conversation are compared: what an answer adds to the ids before it is the answe
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,9 +19,11 @@ from mistral.chat.templates import MistralCommon, Template
 from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import ID, Tool
 from mistral.tokenizer import Tokenizer
+from mistral.util.english import counted
 from mistral.util.errors import UsageError, printable
 
 NO_ID = "null"  # of a call that has none; mistral-common's own
+SHOWN = 5  # control tokens that a note names
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,34 @@ class Marked:
     def add(self, ids: Sequence[int], weight: float = 0.0) -> None:
         self.ids += ids
         self.weights += [weight] * len(ids)
+
+
+class Spelt:
+    """Counts samples whose texts spell control tokens: a text never becomes one, so they are learned as text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        names = sorted(filter(None, tokenizer.control_tokens), key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._seen = Counter[str]()
+        self._samples = 0
+
+    def look(self, *texts: str) -> None:
+        """Take the texts of one sample."""
+        seen = {name for text in texts for name in self._names.findall(text)}
+        self._seen.update(seen)
+        self._samples += bool(seen)
+
+    def notes(self) -> list[str]:
+        """A note on all samples, if there is anything to tell."""
+        if not self._samples:
+            return []
+        names = ", ".join(printable(name) for name, _ in self._seen.most_common(SHOWN))
+        more = ", .." if len(self._seen) > SHOWN else ""
+        verb = "spells" if self._samples == 1 else "spell"
+        return [
+            f"{counted(self._samples, 'sample')} {verb} control tokens ({names}{more}), which are learned as text, not "
+            "as tokens: leave them out, and give conversations as messages, which the template writes with its tokens"
+        ]
 
 
 def mark_text(tokenizer: Tokenizer, prompt: str, text: str) -> Marked:

@@ -186,6 +186,11 @@ def _no_kind(entry: dict[str, Any], kinds: Sequence[str]) -> str:
             'it has "conversations", the form of ShareGPT, which is not read: write it as '
             '{"messages": [{"role": "user", "content": ..}, {"role": "assistant", "content": ..}]}'
         )
+    if {"instruction", "output"} <= set(entry):
+        return (
+            'it has "instruction" and "output", the form of Alpaca, which is not read: write it as '
+            '{"messages": [..]} or {"prompt": .., "completion": ..}'
+        )
     return f'it has none of "messages", "text", and "prompt" with "completion"{_unknown(entry)}'
 
 

@@ -109,7 +109,7 @@ def write_model(out: Path, folder: Folder, weights: Mapping[str, Tensor], rounde
     names = [name for name in folder.weights.tensors if name in weights]
     stored = {name: replace(folder.weights.tensors[name], dtype="float32", widened=False) for name in names}
     readers: dict[str, Reader] = {name: partial(_on_cpu, weights[name].detach()) for name in names}
-    trained = replace(folder, weights=WeightFiles((), stored, readers), notes=())
+    trained = replace(folder, weights=WeightFiles(folder.weights.files, stored, readers), notes=())
     work = out / ".model.partial"
     if work.is_dir():
         shutil.rmtree(work)

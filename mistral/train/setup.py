@@ -34,7 +34,7 @@ from mistral.quant.linear import QuantizedLinear
 from mistral.tokenizer import Tokenizer, outside
 from mistral.train import needs
 from mistral.train.attention import shared_masks
-from mistral.train.conversations import Marked, Turn, mark_text, mark_turns
+from mistral.train.conversations import Marked, Spelt, Turn, mark_text, mark_turns
 from mistral.train.data import DataError, NoTemplate, Samples, read_samples
 from mistral.train.lora import freeze, fresh, put_lora
 from mistral.train.options import TrainOptions
@@ -120,6 +120,7 @@ class Setup:
             TokenizerError: the model has no tokenizer, or a broken one.
         """
         tokenizer = self.tokenizer  # what is wrong with it is no line's fault
+        spelt = Spelt(tokenizer)
 
         def known(marked: Marked) -> Marked:
             if (what := outside(marked.ids, tokenizer, self.base.args.vocab_size)) is not None:
@@ -127,6 +128,7 @@ class Setup:
             return marked
 
         def text(prompt: str, value: str) -> Marked:
+            spelt.look(prompt, value)
             return known(mark_text(tokenizer, prompt, value))
 
         def turns(value: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> Marked:
@@ -134,9 +136,12 @@ class Setup:
                 template = self.template
             except MistralError as error:
                 raise NoTemplate(str(error)) from None
+            spelt.look(*(turn.content for turn in value))
             return known(mark_turns(template, value, tools, tokenizer.eos_ids))
 
-        return read_samples(path, text, turns, self.options.seq_len)
+        found = read_samples(path, text, turns, self.options.seq_len)
+        found.notes += [f"{path}: {note}" for note in spelt.notes()]
+        return found
 
     def check_options(self) -> None:
         """Refuse options that cannot be meant together, before anything is read.

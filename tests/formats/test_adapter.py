@@ -202,7 +202,7 @@ def test_at_run_time_it_adds_what_a_merge_does(tmp_path: Path, execution: str, q
     assert f"adapter {adapter} merged" in merged.describe()
     assert f"adapter {adapter} at run time" in beside.describe()
     if execution == "kernels":
-        assert any("(AdaptedLinear): steps are computed without it" in note for note in beside.notes)
+        assert any("does not know adapters beside the weights: steps" in note for note in beside.notes)
 
 
 def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -356,9 +356,38 @@ def test_an_adapter_that_is_not_there_or_lacks_its_scale(tmp_path: Path) -> None
     with pytest.raises(AdapterError, match="no params.json beside it"):
         load(folder, device="cpu", adapter=str(native))
     peft = write_peft(tmp_path / "peft")
-    (peft / "adapter_model.safetensors").rename(peft / "adapter_model.bin")
-    with pytest.raises(AdapterError, match="must be saved as safetensors first"):
+    (peft / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="no adapter_model.safetensors in .*, and no adapter_model.bin"):
         read_adapter(peft)
+
+
+def test_an_older_file_is_read_as_the_newer_one(tmp_path: Path) -> None:
+    folder, new, old = make_folder(tmp_path / "base"), write_peft(tmp_path / "new"), write_peft(tmp_path / "old")
+    (old / "adapter_model.safetensors").unlink()
+    torch.save(peft_tensors(), old / "adapter_model.bin")
+    want = merged_state(folder, new)
+    for given in (old, old / "adapter_model.bin"):
+        assert is_adapter(given)
+        got = merged_state(folder, given)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    (old / "adapter_model.bin").write_bytes(b"<html>")
+    with pytest.raises(MistralError, match="adapter_model.bin is cut short, or was not written by torch.save"):
+        read_adapter(old)
+
+
+def test_a_weight_that_was_trained_whole_may_be_there_twice_beside_the_bases(tmp_path: Path) -> None:
+    """PEFT 0.21 writes all three where words were added to the vocabulary, and reads the plain one."""
+    folder = make_folder(tmp_path / "base")
+    own, other = torch.rand(PARAMS["vocab_size"], PARAMS["dim"]), torch.rand(PARAMS["vocab_size"], PARAMS["dim"])
+    at = "base_model.model.lm_head"
+    twice = {f"{at}.modules_to_save.weight": other.clone(), f"{at}.original_module.weight": other, f"{at}.weight": own}
+    adapter = write_peft(tmp_path / "adapter", {**peft_tensors(), **twice}, modules_to_save=["lm_head"])
+    assert torch.equal(merged_state(folder, adapter)["output.weight"], own)
+    wide = {f"{at}.weight": torch.rand(PARAMS["vocab_size"] + 2, PARAMS["dim"]), f"{at}.original_module.weight": other}
+    adapter = write_peft(tmp_path / "wide", {**peft_tensors(), **wide}, modules_to_save=["lm_head"])
+    for mode in ("merge", "runtime"):
+        with pytest.raises(AdapterError, match="words were added to its vocabulary: then merge it with PEFT"):
+            load(folder, device="cpu", adapter=str(adapter), adapter_mode=mode)
 
 
 @pytest.mark.parametrize("to", ["mistral", "hf"])
@@ -398,6 +427,9 @@ def test_inspect_describes_an_adapter(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "changes     14 matrices: q_proj, k_proj, v_proj, o_proj, gate_proj, down_proj, up_proj" in text
     assert "note: adapter_config.json has fan_in_fan_out" in text
     assert f"convert BASE MERGED --to hf --adapter {tmp_path / 'peft'}" in text
+    assert f"convert {tmp_path / 'peft'} OTHER --to mistral" in text
+    dora = write_peft(tmp_path / "dora", peft_tensors(dora=True), use_dora=True)
+    assert "OTHER" not in cli("inspect", dora).text  # which has no other form
     told = json.loads(cli("inspect", write_native(tmp_path / "native"), "--json").text)
     assert (told["kind"], told["form"], told["base"]) == ("LoRA", "mistral-finetune", None)
     assert (told["ranks"], told["scales"], told["dtypes"]) == ([3], [2.0], ["bfloat16"])

@@ -217,6 +217,22 @@ def test_several_files(tmp_path: Path) -> None:
     assert len(convert(src, tmp_path / "e", "hf", shard_size=size - 1).files) == 2
 
 
+@pytest.mark.parametrize(
+    ("norm", "rest", "said"),
+    [("float32", "bfloat16", "float32"), ("float16", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")],
+)
+def test_a_config_gives_a_dtype_that_holds_all_weights(tmp_path: Path, norm: str, rest: str, said: str) -> None:
+    """transformers takes every weight to it."""
+    state = random_state(dtype=getattr(torch, rest))
+    state["norm.weight"] = state["norm.weight"].to(getattr(torch, norm))
+    written = convert(make_folder(tmp_path / "a", state), tmp_path / "b", "hf")
+    config = config_of(tmp_path / "b")
+    assert (config["dtype"], config["torch_dtype"]) == (said, said)
+    told = [note for note in written.notes if "several dtypes" in note]
+    assert len(told) == (norm != rest)
+    assert all(f"config.json has {said}, which holds them all" in note for note in told)
+
+
 def test_the_file_is_as_safetensors_has_it(tmp_path: Path) -> None:
     convert(make_folder(tmp_path / "a", mixed_state()), tmp_path / "b", "hf")
     file = tmp_path / "b" / "model.safetensors"

@@ -580,10 +580,11 @@ def test_wide_and_mixed_dtypes(tmp_path: Path, dtype: torch.dtype, times: str) -
     state = random_state(dtype=torch.bfloat16)
     state["norm.weight"] = state["norm.weight"].to(dtype)
     name = str(dtype).removeprefix("torch.")
-    said = suspicious(make_folder(tmp_path, state, rope_theta=1e4)).splitlines()
-    assert len(said) == 2
-    assert {f"1 {name}", "20 bfloat16"} == set(said[0].partition(": ")[2].split(", "))
-    assert said[1] == f"stored as {name}, {times} the size of bfloat16, which is what the releases have"
+    (said,) = suspicious(make_folder(tmp_path / "norm", state, rope_theta=1e4)).splitlines()
+    assert {f"1 {name}", "20 bfloat16"} == set(said.partition(": ")[2].split(", "))
+    state = {name: t if name == "norm.weight" else t.to(dtype) for name, t in random_state().items()}
+    said = suspicious(make_folder(tmp_path / "all", state, rope_theta=1e4)).splitlines()[-1]
+    assert said == f"stored as {name}, {times} the size of bfloat16, which is what the releases have"
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mistral.args import ModelArgs
 from mistral.chat.templates import find_template
+from mistral.formats.adapter import read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.elsewhere import KINDS, kind_of
 from mistral.formats.folder import read_folder
@@ -27,6 +27,7 @@ from mistral.quant import quantize
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
 from tests.formats.test_huggingface import make_hf_folder
+from tests.support.adapters import write_peft
 from tests.support.folders import PARAMS, make_folder, random_state, write_params
 from tests.support.tiny import tiny_args
 
@@ -67,6 +68,47 @@ def test_what_else_it_is(tmp_path: Path, names: list[str], said: str) -> None:
         if name in names:
             shutil.copy(tmp_path / source / name, folder)
     assert f"; there is {said}" in refusal(folder)
+
+
+def test_adapters_in_a_folders_folders_are_named(tmp_path: Path) -> None:
+    """A trainer leaves checkpoint-10, and PEFT a folder for an adapter with a name."""
+    write_peft(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-20").mkdir()
+    said = "; there is an adapter in checkpoint-10: give that folder"
+    assert refusal(tmp_path).endswith(said)
+    with pytest.raises(FormatError, match="no adapter in") as refused:
+        read_adapter(tmp_path)
+    assert str(refused.value).endswith(said)
+
+
+def test_a_model_given_as_an_adapter(tmp_path: Path) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    with pytest.raises(FormatError, match="no adapter in .*; it is a whole model: give it as FOLDER$"):
+        read_adapter(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "mine.safetensors"])
+def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
+    said = refusal(tmp_path / "hf")
+    assert "or pytorch_model.bin" in said
+    assert said.endswith("; there is a safetensors file under another name: give it the release's name")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("", "base_model.model.", "merge_and_unload()"),
+        ("q_proj.weight", "q_proj.base_layer.weight", "merge_and_unload()"),
+        ("model.", "", "save AutoModelForCausalLM's"),
+    ],
+)
+def test_names_of_programs_that_train(tmp_path: Path, before: str, after: str, said: str) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file({name.replace(before, after, 1): t for name, t in load_file(file).items()}, file)
+    assert said in refusal(tmp_path / "hf")
 
 
 def test_every_kind_says_what_to_do() -> None:
@@ -338,17 +380,3 @@ def test_names_from_within_a_wrapper(tmp_path: Path, wrapper: str) -> None:
     save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
     got = load(tmp_path, device="cpu").model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-
-
-@pytest.mark.parametrize(
-    ("rename", "said"),
-    [
-        (lambda n: f"base_model.model.{n.replace('q_proj', 'q_proj.base_layer')}", "save it after merge_and_unload()"),
-        (lambda n: f"base_model.model.{n}", "a model inside of another (base_model.model)"),
-        (lambda n: None if n == "lm_head.weight" else n.removeprefix("model."), "a model without its output matrix"),
-    ],
-)
-def test_weights_of_something_else_are_named(tmp_path: Path, rename: Callable[[str], str | None], said: str) -> None:
-    path = make_hf_folder(tmp_path) / "model.safetensors"
-    save_file({new: x for name, x in load_file(path).items() if (new := rename(name)) is not None}, path)
-    assert said in refusal(tmp_path)

@@ -59,6 +59,16 @@ def test_merged_weights_take_a_requested_dtype_from_fp32(tmp_path: Path, adapted
         assert torch.equal(model.get_parameter(NAME), want.to(kind))
 
 
+@pytest.mark.parametrize("to", ["int8", "float16", None])
+def test_the_note_tells_what_they_are_rounded_to(tmp_path: Path, adapted: Any, to: str | None) -> None:
+    folder, adapter, _ = adapted
+    asked = {"quant" if to == "int8" else "dtype": to} if to else {}
+    written = convert(folder, tmp_path / "merged", "mistral", adapter=adapter, **asked)
+    for notes in (written.notes, load(folder, device="cpu", adapter=adapter, **asked).notes):
+        (note,) = (note for note in notes if "merged" in note)
+        assert f"merged, rounded once to {to or 'bfloat16'}" in note
+
+
 def test_without_one_they_have_the_dtype_of_the_file(adapted: Any) -> None:
     """Whatever computes: fp32 arithmetic has the same weights as bf16 arithmetic."""
     folder, adapter, want = adapted

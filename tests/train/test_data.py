@@ -85,6 +85,7 @@ WRONG = [
         {"conversations": [{"from": "human", "value": "a"}]},
         'the form of ShareGPT, which is not read: write it as {"mess',
     ),
+    ({"instruction": "a", "input": "", "output": "b"}, "the form of Alpaca, which is not read: write it as"),
     ({"text": "a", "messages": [ASK, ANSWER]}, "it has 'messages' and 'text': give each a line of its own"),
     ({"text": ""}, "its text is empty, so there is nothing to learn"),
     ({"messages": "a"}, "messages must be a list"),

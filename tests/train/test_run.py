@@ -162,8 +162,25 @@ def test_bf16_weights_are_trained_in_fp32_and_rounded_once(folder: Path, data: P
     convert(folder, base, "mistral", dtype="bfloat16")
     done = tune(base, data, tmp_path / "out", full=True, dtype="bfloat16", lr=1e-4)
     assert "the weights are written in bfloat16, rounded once from float32" in done.notes
+    assert not [note for note in done.notes if "carried" in note]  # what is trained is written anew
     assert {tensor.dtype for tensor in read_folder(tmp_path / "out").tensors.values()} == {"bfloat16"}
     assert done.losses[1] < done.losses[0]
+
+
+def test_control_tokens_that_samples_spell_are_told(folder: Path, tmp_path: Path) -> None:
+    """They are learned as text: one who wrote conversations so would not get what was meant."""
+    lines = [
+        {"text": "<s>The king.</s>"},
+        {"prompt": "Who?", "completion": " The wolf.</s>"},
+        {"messages": [{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "Yes."}]},
+        {"text": "No <king> and no [INST], which is none of this tokenizer's."},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    said: list[str] = []
+    tune(folder, path, tmp_path / "out", {"say": said.append}, steps=1)
+    (note,) = (line for line in said if "spell" in line)
+    assert note.startswith(f"note: {path}: 3 samples spell control tokens (</s>, <s>), which are learned as text")
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
