@@ -39,6 +39,9 @@ class Piece:
         finish_reason: set on a sequence's last piece: "stop" (eos or a stop string) or "length".
         sample: which of the prompt's n samples it belongs to.
         thought: whether the text is what a model thinks before it answers.
+        scores: on the last piece of a prompt that is only scored (`score`), the log-probabilities of its tokens
+            from the second on.
+        score_tops: for each of them the most likely ids and their log-probabilities, as many as requested.
     """
 
     index: int
@@ -47,6 +50,8 @@ class Piece:
     finish_reason: Finish | None = None
     sample: int = 0
     thought: bool = False
+    scores: Sequence[float] = ()
+    score_tops: Sequence[dict[int, float]] = ()
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Completion:
         prompt_tokens: ids of the prompt, bos included; the `StoredIds` that were given.
         sample: which of the prompt's n samples it is.
         thinking: what the model thought, which is no part of the text; "" without `thoughts`.
+        prompt_logprobs: of `prompt_tokens[1:]`, where the prompt was only scored (`score`, and max_tokens is 0).
+        prompt_top_logprobs: for each of them what `top_logprobs` has for tokens.
     """
 
     text: str
@@ -72,6 +79,8 @@ class Completion:
     prompt_tokens: Sequence[int]
     sample: int = 0
     thinking: str = ""
+    prompt_logprobs: Sequence[float] = ()
+    prompt_top_logprobs: Sequence[dict[int, float]] = ()
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike | None) -> list[Sequence[int]]:
@@ -168,6 +177,7 @@ def _start(
     engine: Engine,
     params: SamplingParams | list[SamplingParams],
     adapter: str | Sequence[str | None] | None = None,
+    score: bool = False,
 ) -> _Batch:
     """Add each prompt to the engine; in a cache that was given, prompt i continues row i."""
     ids = encode_prompts(prompts, tokenizer)
@@ -187,7 +197,9 @@ def _start(
         if what is not None:
             raise GenerationError(f"prompt {index} has {what}")
     requests = [
-        engine.add(prompt, one, row, index=index, sample=sample, adapter=name)
+        engine.add(
+            prompt, one, row, index=index, sample=sample, score=(score and not one.max_tokens) or None, adapter=name
+        )
         for index, (prompt, one, row, name) in enumerate(zip(ids, each, rows, adapters, strict=True))
         for sample in range(one.n)
     ]
@@ -216,6 +228,7 @@ def stream(
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
     thoughts: ThoughtIds | None = None,
+    score: bool = False,
 ) -> Iterator[Piece]:
     """Continue prompts, handing out text as it is generated.
 
@@ -234,6 +247,7 @@ def stream(
         adapter: which of the adapters beside the weights: a name for all prompts, or a list, one a prompt; "" is none
             of them. None: the only one, and none where there are several.
         thoughts: ids between which the model thinks (`Template.thought_ids`); such pieces have `thought`.
+        score: whether prompts whose max_tokens is 0 are scored; else nothing of them is computed.
 
     Yields:
         Pieces, at least one a request; a sequence's last one carries its finish reason.
@@ -244,7 +258,7 @@ def stream(
     words = _words(tokenizer, params)
     ends = eos_of(words) if eos_ids is None else eos_ids
     engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
-    batch = _start(prompts, words, engine, params, adapter)
+    batch = _start(prompts, words, engine, params, adapter, score)
     return _pieces(batch, words, progress, thoughts)
 
 
@@ -281,7 +295,9 @@ def _pieces(
             text = texts.pop(request)
             rest = text.flush()
             thought = readers.pop(request).inside
-            yield Piece(request.index, rest, None, "stop" if text.stopped else request.finish, request.sample, thought)
+            reason = "stop" if text.stopped else request.finish
+            scores = (request.prompt_logprobs, request.prompt_top) if request.score else ((), ())
+            yield Piece(request.index, rest, None, reason, request.sample, thought, *scores)
 
 
 @sampled
@@ -297,6 +313,7 @@ def completions(
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
     thoughts: ThoughtIds | None = None,
+    score: bool = False,
 ) -> Iterator[tuple[int, Completion]]:
     """Continue prompts, handing out each request's prompt index and result when it has ended; see `stream`."""
     ids = encode_prompts(prompts, tokenizer)
@@ -312,6 +329,7 @@ def completions(
         progress=progress,
         adapter=adapter,
         thoughts=thoughts,
+        score=score,
     ):
         key = piece.index, piece.sample
         if key not in results:
@@ -327,6 +345,7 @@ def completions(
             result.top_logprobs.append(piece.token.top)
         if piece.finish_reason:
             result.finish_reason = piece.finish_reason
+            result.prompt_logprobs, result.prompt_top_logprobs = piece.scores, piece.score_tops
             yield piece.index, results.pop(key)
 
 
@@ -343,6 +362,7 @@ def complete(
     progress: Progress | None = None,
     adapter: str | Sequence[str | None] | None = None,
     thoughts: ThoughtIds | None = None,
+    score: bool = False,
 ) -> list[Completion]:
     """Continue prompts and return when all have ended; takes what `stream` takes.
 
@@ -360,6 +380,7 @@ def complete(
         progress=progress,
         adapter=adapter,
         thoughts=thoughts,
+        score=score,
     )
     return [result for _, result in sorted(results, key=lambda found: (found[0], found[1].sample))]
 

@@ -44,7 +44,7 @@ class SamplingParams:
     """How one prompt is continued. Each request has its own. Names and penalties are those of vLLM.
 
     Args:
-        max_tokens: the most tokens to generate; 0 only scores the prompt
+        max_tokens: the most tokens to generate; 0 generates none (`complete --json` scores the prompt)
         temperature: 0 takes the most likely token; higher is more random
         top_p: sample from the most likely tokens whose probabilities sum to this; 1 keeps all
         top_k: sample from this many of the most likely tokens; 0 keeps all

@@ -5,6 +5,7 @@ Runs without torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -73,7 +74,7 @@ class Output:
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):
-                raise OSError("only a part of a line could be written")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only a part of it was written
             if time.monotonic() - self._synced > SYNC:
                 self.sync()
         except OSError as error:

@@ -37,8 +37,9 @@ def bench(
     and standard deviations over the repeats. llama-bench's flags -p, -n, -d, -r and -t mean the same here.
 
     The second table has medians over the repeats, and the slowest and fastest of them. The limit of decoding is the
-    rate at which memory is read, measured between the repeats; that of prefill is the rate of one large product. Close
-    other programs: on a busy machine every figure is too low.
+    rate at which memory is read, measured between the repeats; that of prefill is the rate of one large product in
+    the dtype of the arithmetic, which weights of few bits may exceed: theirs are products of integers. Close other
+    programs: on a busy machine every figure is too low.
 
     Args:
         shape: random weights in the shape of a model: 7b, 1b or moe (1.6 B, a small Mixtral)

@@ -111,4 +111,4 @@ def _converse(
     def of_model() -> str:
         return of(only if chat.adapter is None else adapters.get(chat.adapter))
 
-    Conversation(chat, of_model, thinking=options.shows_thoughts).run()
+    Conversation(chat, of_model, thinking=options.shows_thoughts, beyond=loaded.beyond_training).run()

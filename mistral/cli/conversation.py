@@ -36,10 +36,19 @@ class Conversation:
         chat: the conversation.
         fingerprint: returns the model's, with the adapter of the chat, for files.
         thinking: whether what the model thinks is shown.
+        beyond: a note where so many tokens are more than the model was trained on, which is printed once.
     """
 
-    def __init__(self, chat: Chat, fingerprint: Callable[[], str], *, thinking: bool = True) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        fingerprint: Callable[[], str],
+        *,
+        thinking: bool = True,
+        beyond: Callable[[int], str | None] = lambda longest: None,
+    ) -> None:
         self._chat = chat
+        self._beyond: Callable[[int], str | None] = beyond
         self._fingerprint = fingerprint
         self._thinking = thinking
         # By name: what comes after it, what it does, and the function.
@@ -113,7 +122,11 @@ class Conversation:
                 interrupt.check()
                 bar(done, total)
 
-            return print_stream(begin(between_steps), more=self._prefilled, thinking=self._thinking)
+            generated = print_stream(begin(between_steps), more=self._prefilled, thinking=self._thinking)
+        if note := self._beyond(self._chat.prefilled_tokens + self._chat.cached_tokens + generated):
+            echo_err(f"note: {note}")
+            self._beyond = lambda longest: None  # once is enough
+        return generated
 
     def _prefilled(self) -> str:
         cached = f", {self._chat.cached_tokens:,} cached" if self._chat.cached_tokens else ""

@@ -83,7 +83,8 @@ def perplexity(
     )
     facts = {"tokens": score.tokens, "nats": score.nats, "perplexity": score.perplexity}
     each = score.nats / score.tokens
-    line = f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {score.tokens} tokens"
+    over = f"{score.tokens} token{'s' * (score.tokens != 1)}"
+    line = f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {over}"
     if stored is None:  # ids have no characters
         facts["characters"] = len(text)
         line += f", {score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"

@@ -104,7 +104,8 @@ def complete(
     (the name of one); where its name ends in .txt, each line is a prompt. A FILE that ends in .npy holds the ids of one
     prompt, of any length; they are read piece by piece. With FILE, and with --n, each text is followed by a line of
     =====================. --json prints one object each: index, prompt_tokens, tokens, text, logprobs, finish_reason,
-    sample if --n is given, and top_logprobs if requested. What a reasoning model thinks goes to stderr, or with --json
+    sample if --n is given, and top_logprobs if requested; with --max_tokens 0 also prompt_logprobs, of the prompt's
+    tokens from the second on. What a reasoning model thinks goes to stderr, or with --json
     into reasoning_content; the text is the answer alone.
 
     Args:
@@ -138,22 +139,33 @@ def complete(
         raise UsageError("the folder has no tokenizer, so answers are ids and have no text: add --json")
     thoughts = None if template is None else template.thought_ids
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
+    if any(not one.max_tokens for one in each) and not json:
+        terminal.echo_err("note: nothing is computed for --max_tokens 0; with --json prompts are scored")
     if file is None and not json and params.n == 1:
         show = chat.shows_thoughts
         how: dict[str, Any] = {"thoughts": thoughts, "thinking": show, "eos_ids": ends}
         terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, **how)
         return
-    from mistral.generate import completions
+    from mistral.generate import completions, encode_prompts
 
+    prompts = encode_prompts(prompts, loaded.tokenizer)
+    noted = terminal.note_length(loaded, max(map(len, prompts)))
     bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
-    more = {"adapter": [one.adapter for one in asked], "progress": bar, "thoughts": thoughts, "eos_ids": ends}
+    more = {
+        "adapter": [one.adapter for one in asked],
+        "progress": bar,
+        "thoughts": thoughts,
+        "eos_ids": ends,
+        "score": json,
+    }
     ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
     longest = 0
     for result, index in _in_order(ended, len(prompts), params.n):
         longest = max(longest, len(result.prompt_tokens) + len(result.tokens))
         text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
-    terminal.note_length(loaded, longest)
+    if not noted:
+        terminal.note_length(loaded, longest)
 
 
 def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bool]:
@@ -229,6 +241,10 @@ def _as_json(index: int, result: Completion, params: SamplingParams) -> str:
         "logprobs": result.logprobs,
         "finish_reason": result.finish_reason,
     }
+    if not result.tokens and result.finish_reason == "length":  # max_tokens is 0
+        entry["prompt_logprobs"] = list(result.prompt_logprobs)
+    if result.prompt_top_logprobs:
+        entry["prompt_top_logprobs"] = [list(map(list, top.items())) for top in result.prompt_top_logprobs]
     if result.thinking:
         entry["reasoning_content"] = result.thinking
     if params.n > 1:

@@ -417,6 +417,7 @@ def stream_one(
     from mistral.generate import encode_prompts, stream
 
     ids = encode_prompts([prompt], loaded.tokenizer)[0]
+    noted = note_length(loaded, len(ids))
     bar = Bar("prompt", "token")
     with Interrupt() as interrupt:
 
@@ -427,10 +428,13 @@ def stream_one(
         how = {"params": params, "chunk_size": chunk_size, "progress": between_steps}
         pieces = stream([ids], loaded.model, loaded.tokenizer, thoughts=thoughts, eos_ids=eos_ids, **how)
         generated = print_stream(pieces, echo, thinking=thinking)
-    note_length(loaded, len(ids) + generated)
+    if not noted:
+        note_length(loaded, len(ids) + generated)
 
 
-def note_length(loaded: Loaded, longest: int) -> None:
-    """Print a note where sequences of that many tokens are beyond those that a model was trained on."""
-    if note := loaded.beyond_training(longest):
+def note_length(loaded: Loaded, longest: int) -> bool:
+    """Print a note where sequences of that many tokens are beyond those that a model was trained on; whether it did."""
+    note = loaded.beyond_training(longest)
+    if note:
         echo_err(f"note: {note}")
+    return note is not None

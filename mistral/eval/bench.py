@@ -126,6 +126,12 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def stored_bytes(model: Transformer) -> int:
+    """Bytes of the weights in memory: a matrix that embeddings and output share counts once."""
+    places = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values() if tensor.nbytes}
+    return sum(places.values())
+
+
 def weight_bytes(model: Transformer, batch: int = 1) -> int:
     """Bytes of weights that a decode step reads: all but the embeddings, of which it reads a row.
 
@@ -286,7 +292,7 @@ def report(
         "model": what,
         "name": f"{name} {run.quant or '+'.join(run.blocks) or str(run.weights).removeprefix('torch.')}",
         "parameters": count,
-        "size_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "size_bytes": stored_bytes(model),
         "backend": model.device.type.upper(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

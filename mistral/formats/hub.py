@@ -23,7 +23,7 @@ from mistral.formats.layout import Layout
 from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
 from mistral.util.english import counted
-from mistral.util.errors import Unavailable
+from mistral.util.errors import Unavailable, UsageError
 
 log = logging.getLogger("mistral")
 
@@ -68,10 +68,13 @@ def locate(folder: str | PathLike[str]) -> Path:
     id's owner, a path may be meant, and nothing is fetched. What is fetched is logged as a warning, before it is.
 
     Raises:
+        UsageError: what is neither text nor a path.
         HubError: huggingface_hub, the network, the repository, access to it, its revision, weights that are
             read here, or room on the disk is lacking.
         ParamsError: the repository's model has a shape that is not supported.
     """
+    if not isinstance(folder, str | PathLike):
+        raise UsageError(f"the folder is {folder!r:.60}; it must be a path or a hub id")
     if not isinstance(folder, str) or not ID.fullmatch(folder) or os.path.lexists(folder):
         return Path(folder)
     where, _, kind = folder.partition(":")

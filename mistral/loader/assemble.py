@@ -50,7 +50,9 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     about = () if division is None else division.notes(found.args, options.quant)
     found = found if division is None else division.part(found)
     args = found.args
-    (stored, _), *_ = Counter(t.dtype for n, t in found.tensors.items() if n.endswith(".weight")).most_common()
+    matrices = [tensor for name, tensor in found.tensors.items() if name.endswith(".weight")]
+    (stored, _), *_ = Counter(t.dtype for t in matrices).most_common()
+    (called, _), *_ = Counter(t.dtype_name if t.widened else t.dtype for t in matrices).most_common()
     rounded = None if options.quant == "none" else options.quant
     asked = found.quant and found.quant.removesuffix("-symmetric")  # what it would be called as an option
     if found.quant is not None and options.quant not in (None, asked):
@@ -60,6 +62,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
         run = runtime.resolve(
             replace(options, quant=rounded or asked),
             stored=getattr(torch, stored),
+            called=called,
             parameters=found.parameters,
             head_dim=args.head_dim,
         )

@@ -42,9 +42,9 @@ def reported(found: Folder, run: Runtime, kept: dict[str, str]) -> Runtime:
     rest = Counter(t.dtype_name for n, t in found.tensors.items() if t.widened and n not in kept)
     if not rest or found.layout is not LAYOUTS["gguf"]:
         return run
-    what = ", ".join(f"{count} of type {name}" for name, count in rest.most_common())
+    what = ", ".join(f"{count} tensors of {name}" for name, count in rest.most_common())
     to = str(run.weights).removeprefix("torch.") if run.quant is None else run.quant
-    return replace(run, notes=(*run.notes, f"blocks of few bits dequantized to {to}: {what} tensors"))
+    return replace(run, notes=(*run.notes, f"blocks of few bits dequantized to {to}: {what}"))
 
 
 def blocks_bytes(parameter: Parameter, kind: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from mistral.args import ModelArgs
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_window
-from mistral.formats.hub import locate
+from mistral.formats.hub import is_hub_id, locate
 from mistral.formats.layout import beyond_training, trained_length
 from mistral.formats.releases import Release, identify
 from mistral.formats.tokenizers import suggested_sampling
@@ -19,6 +20,7 @@ from mistral.loader.adapted import with_adapters
 from mistral.loader.assemble import assemble, narrowed
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
+from mistral.util.english import did_you_mean
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -121,6 +123,7 @@ def load(
         MistralError: a subclass that names what is wrong with the folder, the options or the memory.
     """
     options = _spelled_out(options, kernels, deterministic)
+    _check_draft(options.draft)
     found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
     own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None:
@@ -149,6 +152,12 @@ def load(
         draft,
         known_length,
     )
+
+
+def _check_draft(draft: str | None) -> None:
+    """Refuse what can be no draft before the model is read, which may take minutes."""
+    if draft is not None and draft != "ngram" and not is_hub_id(str(draft)) and not os.path.lexists(draft):
+        raise OptionError(f"draft {draft} is neither ngram nor a folder that is here{did_you_mean(draft, ['ngram'])}")
 
 
 def _put_draft(model: Transformer, tokenizer: TokenizerLike | None, options: LoadOptions) -> tuple[str, list[str]]:

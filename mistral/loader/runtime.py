@@ -83,12 +83,13 @@ class Runtime:
         return replace(self, execution=self.how.otherwise, notes=(*self.notes, note))
 
 
-def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_dim: int) -> Runtime:
+def resolve(options: LoadOptions, *, stored: torch.dtype, called: str, parameters: int, head_dim: int) -> Runtime:
     """Decide what the options left open.
 
     Args:
         options: as requested.
-        stored: dtype of the weights in their file.
+        stored: dtype of the weights as they are read.
+        called: what they are in their file, such as "Q8_0".
         parameters: how many there are.
         head_dim: D, which some attention kernels limit.
 
@@ -120,13 +121,15 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, parameters: int, head_
             weights = stored
     rounds = options.prompt_dtype in ("bfloat16", "bf16")
     if rounds:
-        notes = (*notes, *_check_prompts(execution, compute, weights, options.quant))
+        notes = (*notes, *_check_prompts(execution, compute, weights, called, options.quant))
     return Runtime(
         *(place, weights, compute, cache, name, attend, execution, options.quant, notes), rounds_prompts=rounds
     )
 
 
-def _check_prompts(execution: str, compute: torch.dtype, weights: torch.dtype, quant: str | None) -> tuple[str, ...]:
+def _check_prompts(
+    execution: str, compute: torch.dtype, weights: torch.dtype, called: str, quant: str | None
+) -> tuple[str, ...]:
     """Refuse to round prompts where nothing would; a note where that saves no time."""
     why = None
     if compute != torch.float32:
@@ -138,7 +141,7 @@ def _check_prompts(execution: str, compute: torch.dtype, weights: torch.dtype, q
     elif quant is not None:
         why = f"the weights are in {quant}, and their inputs are rounded to 16 bits as it is"
     elif weights != torch.bfloat16:
-        why = f"the weights are in {_name(weights)}"
+        why = f"the weights are in {called}"
     if why is not None:
         raise OptionError(
             f"prompt_dtype bfloat16 is for bfloat16 weights and the kernels, on a CPU in float32, but {why}: omit it"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mistral.util.english import did_you_mean
 from mistral.util.errors import short_repr
 
 
@@ -154,9 +155,8 @@ def fields_of(body: Any, known: Mapping[str, Kind]) -> dict[str, Any]:
                 raise ApiError(f"{name} is not supported by this server: leave it out", name, code="unsupported_field")
             del given[name]
         elif name not in known:
-            raise ApiError(
-                f"no field is called {short_repr(name)}: {', '.join(known)}", name[:80], code="unknown_field"
-            )
+            meant = did_you_mean(name[:80], known) or f": {', '.join(known)}"
+            raise ApiError(f"no field is called {short_repr(name)}{meant}", name[:80], code="unknown_field")
         elif not known[name].test(value):
             raise ApiError(f"{name} is {short_repr(value)}; it must be {known[name].name}", name)
     return given

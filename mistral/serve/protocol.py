@@ -300,8 +300,8 @@ def _asked(
     longest = max(map(len, prompts))
     if longest + max(0, most - 1) > served.context:
         raise ApiError(
-            f"a prompt of {longest} tokens and {most} to generate are more than the {served.context} positions that "
-            "this model has here: shorten the prompt, or lower max_tokens",
+            f"a prompt of {longest} token{'s' * (longest != 1)} and {most} to generate are more than the "
+            f"{served.context} positions that this model has here: shorten the prompt, or lower max_tokens",
             "max_tokens" if longest <= served.context else "messages" if chat else "prompt",
             code="context_length_exceeded",
         )

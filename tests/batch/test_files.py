@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -261,14 +262,19 @@ def test_two_batches_do_not_share_an_output(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, fails: bool) -> None:
+    """Also where the system writes a part of a line, and says nothing else."""
+
     class Full:
         def __init__(self, file: object) -> None:
-            self._file = file
+            self._file: Any = file
 
         def write(self, line: bytes) -> int:
-            self._file.write(line[:10])
-            raise OSError(28, "No space left on device")
+            written = self._file.write(line[:10])
+            if fails:
+                raise OSError(28, "No space left on device")
+            return int(written)
 
         def __getattr__(self, name: str) -> object:
             return getattr(self._file, name)

@@ -22,7 +22,7 @@ from mistral.cli.commands import COMMANDS
 from mistral.cli.flags import parse, readable_by_fire
 from mistral.cli.generate import DEMO_PROMPTS, SEPARATOR
 from mistral.formats.folder import BUNDLED
-from mistral.generate import complete
+from mistral.generate import complete, generate
 from mistral.loader.load import load
 from mistral.sampling_params import SamplingParams
 from mistral.util.errors import UsageError
@@ -352,6 +352,27 @@ def test_no_tokens(cli: Command, tiny: Path) -> None:
     done = cli("complete", tiny, "Hello", "--max_tokens", 0)
     assert done.text == "\n"
     assert done.err.splitlines()[-1] == "[0 tokens; length]"
+    assert "note: nothing is computed for --max_tokens 0; with --json prompts are scored" in done.err
+
+
+def test_a_prompt_that_is_only_scored(cli: Command, tiny: Path, tmp_path: Path) -> None:
+    """Its scores are those of `generate`; prompts beside it that go on are not scored."""
+    loaded = load(tiny, device="cpu")
+    ids = loaded.tokenizer.encode("Hello there")
+    _, (want,) = generate([ids], loaded.model, loaded.tokenizer, max_tokens=0)
+    words = ("complete", tiny, "Hello there", "--json", "--max_tokens", 0)
+    found = json.loads(cli(*words, "--top_logprobs", 2).text)
+    assert found["prompt_tokens"] == ids
+    assert found["tokens"] == found["logprobs"] == []
+    assert found["prompt_logprobs"] == pytest.approx(want, abs=1e-5)
+    assert [len(top) for top in found["prompt_top_logprobs"]] == [2] * (len(ids) - 1)
+    assert all(got <= top[0][1] + 1e-6 for got, top in zip(want, found["prompt_top_logprobs"], strict=True))
+    results = [
+        json.loads(line)
+        for line in cli("complete", tiny, "--file", write_prompts(tmp_path), "--json", *SHORT).text.splitlines()
+    ]
+    assert ["prompt_logprobs" in result for result in results] == [False, False, False, True, False]
+    assert results[3]["prompt_logprobs"] == []
 
 
 def write_prompts(tmp_path: Path) -> Path:

@@ -15,7 +15,7 @@ from mistral.loader.load import load
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
 from tests.support.commands import Command, in_process
-from tests.support.folders import make_folder
+from tests.support.folders import make_folder, random_state
 from tests.support.tiny import tiny_args, tiny_model
 
 QUICK = ("--contexts", "3,9", "--batches", "1,2", "--prompts", "7", "--generate", "4", "--repeats", "1")
@@ -130,6 +130,19 @@ def test_of_experts_the_chosen_ones_count() -> None:
     assert bench.weight_bytes(model, 2) == bench.weight_bytes(dense) + more + args.n_layers * 4 * expert
     assert bench.weights_in_products(model) == bench.weights_in_products(dense) + more // 4
     assert bench.weight_bytes(dense, 8) == bench.weight_bytes(dense)
+
+
+def test_a_table_that_embeddings_and_output_share_counts_once(tmp_path: Path) -> None:
+    state = random_state()
+    del state["output.weight"]
+    folder = make_folder(tmp_path / "tied", state, tied_embeddings=True)
+    for quant in (None, "int8"):
+        tied = load(folder, device="cpu", quant=quant).model
+        shared = sum(tensor.nbytes for tensor in tied.output.state_dict().values())
+        every = sum(tensor.nbytes for tensor in tied.state_dict().values())
+        assert 0 < shared < bench.stored_bytes(tied) == every - shared
+    apart = load(make_folder(tmp_path / "apart"), device="cpu").model
+    assert bench.stored_bytes(apart) == sum(tensor.nbytes for tensor in apart.state_dict().values())
 
 
 def test_what_limits_are_made_of(tmp_path: Path) -> None:

@@ -114,3 +114,7 @@ def test_texts_that_are_refused(cli: Command, tmp_path: Path, make: Any, error: 
     done = cli("perplexity", make_folder(tmp_path / "model"), path)
     assert done.code == 2
     assert error in done.error
+
+
+def test_one_token_is_one(cli: Command, tmp_path: Path) -> None:
+    assert " over 1 token, " in cli("perplexity", make_folder(tmp_path / "model"), "-", stdin=b"a").text

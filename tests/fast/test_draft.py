@@ -241,3 +241,10 @@ def test_the_first_step_after_a_prompt_is_no_measure() -> None:
         request.output_ids.append(4)
         draft.learn([request], [0], [0], seconds)
         assert costs.of(1) == want
+
+
+def test_a_draft_that_is_not_there_is_named_before_the_model_is_read(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model")
+    (folder / "consolidated.safetensors").write_bytes(b"no weights")
+    with pytest.raises(OptionError, match=r"draft nogram is neither ngram nor a folder .*; did you mean ngram\?"):
+        load(folder, device="cpu", draft="nogram")

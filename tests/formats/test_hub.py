@@ -19,6 +19,8 @@ from huggingface_hub import close_session, constants, errors, file_download
 from mistral.formats.convert import convert
 from mistral.formats.hub import HubError, is_hub_id, locate
 from mistral.formats.mistral import ParamsError
+from mistral.loader.load import load
+from mistral.util.errors import UsageError
 from tests.support import hub_server
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, make_folder
@@ -528,3 +530,9 @@ def test_the_library_is_not_imported_for_a_path(model: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code, str(model)], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.stdout == "False\n", run.stderr
+
+
+@pytest.mark.parametrize("what", [5, b"folder", ["folder"]])
+def test_what_is_no_path_is_named(what: Any) -> None:
+    with pytest.raises(UsageError, match="must be a path or a hub id"):
+        load(what)

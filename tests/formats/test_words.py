@@ -241,6 +241,11 @@ def test_texts_beyond_the_trained_length(cli: Command, tmp_path: Path) -> None:
         done = cli(*words)
         assert done.code == 0, done
         assert done.err.count(said) == times, words
+        if words[0] == "complete" and times:  # before the work, which may take minutes
+            assert said in done.err.partition("[1 token")[0], words
+    talk = cli("interactive", source, "--instruct", "--max_tokens", 4, stdin=b"The king\nhad three daughters\nHi\n")
+    assert talk.code == 0, talk
+    assert talk.err.count(said) == 1, talk
 
 
 def test_broken_files_stop_a_run_that_would_write_a_model(cli: Command, folder: Path, tmp_path: Path) -> None:

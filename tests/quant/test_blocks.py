@@ -239,6 +239,8 @@ def test_a_model_is_the_one_of_the_dequantized_weights(tmp_path: Path, kind: str
     assert not [name for name, _ in kept.model.named_parameters() if "norm" not in name]
     assert plain.runtime.blocks == ()
     assert any(note.startswith("blocks of few bits dequantized to float32: ") for note in plain.notes)
+    with pytest.raises(OptionError, match=f"but the weights are in {kind}: omit it"):
+        load(path, device="cpu", sliding_window=7, prompt_dtype="bfloat16")
     lens = [23, 1, 12]
     prompts = ragged(lens, kept.args.vocab_size, seed=5)
     with torch.inference_mode():

@@ -231,6 +231,8 @@ def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: ob
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert error["message"]
+    if param == "max_token":
+        assert error["message"] == "no field is called 'max_token'; did you mean max_tokens?"
 
 
 @pytest.mark.parametrize(
