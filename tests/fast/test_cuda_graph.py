@@ -250,7 +250,7 @@ def test_buckets():
 
 
 def test_it_is_asked_for_on_cuda_alone(monkeypatch):
-    facts = {"stored": torch.float32, "parameters": 1, "head_dim": 8}
+    facts = {"stored": torch.float32, "called": "float32", "parameters": 1, "head_dim": 8}
     with pytest.raises(OptionError, match="cuda_graph is for CUDA, not for cpu"):
         runtime.resolve(LoadOptions(device="cpu", dtype="float16", execution="cuda_graph"), **facts)
     monkeypatch.setattr(runtime, "pick_device", lambda device: torch.device("cuda"))

@@ -98,7 +98,7 @@ def test_where_few_bits_may_be(device, monkeypatch):
     monkeypatch.setattr(runtime, "pick_device", lambda _: torch.device(device))
     monkeypatch.setattr(runtime, "pick_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(runtime.memory, "available", lambda _: None)
-    facts = {"stored": torch.bfloat16, "parameters": 1, "head_dim": 8}
+    facts = {"stored": torch.bfloat16, "called": "bfloat16", "parameters": 1, "head_dim": 8}
     if device == "cuda":
         assert runtime.resolve(LoadOptions(device=device, attention="sdpa", quant="int8"), **facts).quant == "int8"
         return
