@@ -134,6 +134,12 @@ class Tokenizer:
     def eos_ids(self, ids: Iterable[int]) -> None:
         self._ends = frozenset(ids)
 
+    def settle_eos(self, told: Iterable[int]) -> None:
+        """Where `eos_id` is that of a usual name only, as no file of the tokenizer names one: the least of the ids that
+        the model's other files name, unless it is among them."""
+        if getattr(self._model, "guesses_eos", False) and (ids := set(told)) and self.eos_id not in ids:
+            self._model.eos_id = min(ids)
+
     @property
     def pad_id(self) -> int:
         """Padding id; -1 where there is none."""

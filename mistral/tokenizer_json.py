@@ -41,6 +41,7 @@ class JsonTokenizer:
         n_words: size of the vocabulary, without the tokens that were added to it.
         added: ids past it, by text.
         bos_id, eos_id, pad_id: -1 where there is none.
+        guesses_eos: whether eos_id is that of a usual name, because no file beside it names one.
         adds_bos: whether a text begins with bos.
         notes: what is odd about the file, a sentence each.
 
@@ -62,6 +63,7 @@ class JsonTokenizer:
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
         }
         self.bos_id, self.eos_id, self.pad_id = (self._named(told, n) for n in ("bos_token", "eos_token", "pad_token"))
+        self.guesses_eos = "eos_token" not in told.names
         self._begin(told)
         self._check_pattern()
         self._tok.encode_special_tokens = True  # text that looks like a control token stays text

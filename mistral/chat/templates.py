@@ -167,6 +167,8 @@ def _of_mistral(tokenizer: Tokenizer, name: str, source: str) -> Template:
         )
     if name != "v1" and not tokenizer.has_control("[INST]"):
         raise TemplateError(f"template {name} needs the control token [INST], which {tokenizer.path.name} lacks")
+    if tokenizer.bos_id < 0:
+        raise TemplateError(f"template {name} begins with a bos, which {tokenizer.path.name} lacks")
     if name in OF_TEKKEN and not (tokenizer.is_tekken and tokenizer.has_control("[ARGS]")):
         raise TemplateError(
             f"template {name} needs a tekken tokenizer of its version, which {tokenizer.path.name} is not"

@@ -52,7 +52,8 @@ def perplexity(
     python -m main perplexity mistral-7B-v0.1 story.txt --quant int4 --json
     cat story.txt | python -m main perplexity mistral-7B-v0.1
 
-    The text is one sequence with bos in front, each token predicted from all before it that the windows show;
+    The text is one sequence with bos in front, each token predicted from all before it that the windows show (without
+    bos, where the tokenizer puts none, the first token is not predicted, and its characters do not count);
     memory does not grow with it, except for layers without a window. Perplexity is exp of the mean nats a token. --json
     prints one object: tokens, nats (their sum), perplexity, characters. A FILE whose name ends in .npy holds ids, one
     dimension of whole numbers, taken as they are and read piece by piece.
@@ -86,8 +87,9 @@ def perplexity(
     over = f"{score.tokens} token{'s' * (score.tokens != 1)}"
     line = f"perplexity {score.perplexity:.4f}: {each:.4f} nats a token over {over}"
     if stored is None:  # ids have no characters
-        facts["characters"] = len(text)
-        line += f", {score.nats / math.log(2) / max(1, len(text)):.4f} bits a character"
+        begun = 0 if ids[0] == loaded.tokenizer.bos_id else len(loaded.tokenizer.decode(ids[:1]))  # by no prediction
+        facts["characters"] = len(text) - begun
+        line += f", {score.nats / math.log(2) / max(1, len(text) - begun):.4f} bits a character"
     print(one_line(facts) if json else line)
 
 

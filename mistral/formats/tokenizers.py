@@ -124,6 +124,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise TokenizerError(
             f"{tokenizer.path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
+    tokenizer.settle_eos(eos_ids(folder, None, vocab_size)[0])
     tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
     return tokenizer
 

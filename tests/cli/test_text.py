@@ -19,6 +19,7 @@ from mistral.util.errors import FormatError
 from mistral.util.files import decode_text
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder
+from tests.support.tokenizer_json import write_tokenizer
 
 GREEDY = ("--temperature", 0, "--max_tokens", 1)
 
@@ -85,6 +86,19 @@ def test_the_same_text_by_every_door(cli: Command, tmp_path: Path, words: Tokeni
     shown = cli("interactive", *GREEDY, stdin=file.read_bytes()).text.splitlines()
     assert shown[0].startswith("The king")
     assert shown[1].startswith("said é.")
+
+
+def test_characters_that_no_token_predicts_do_not_count(cli: Command, tmp_path: Path) -> None:
+    """Where a tokenizer puts no bos in front, nothing predicts the first token."""
+    folder = make_folder(tmp_path / "model")
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "byte level", tmp_path)
+    text = "The old woman and the goose"
+    words = Tokenizer(folder / "tokenizer.json")
+    ids = words.encode(text)
+    assert ids[0] != words.bos_id
+    facts = json.loads(cli("perplexity", folder, "--json", stdin=text).text)
+    assert (facts["tokens"], facts["characters"]) == (len(ids) - 1, len(text) - len(words.decode(ids[:1])))
 
 
 def test_plain_text_in_a_file_of_another_name_is_one_clear_error(cli: Command, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import torch
 
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import Message
-from mistral.chat.templates import find_template
+from mistral.chat.templates import TemplateError, find_template
 from mistral.formats.broken import broken_notes
 from mistral.formats.folder import BUNDLED
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
-from mistral.formats.tokenizers import chat_templates, eos_ids, tokenizer_files
+from mistral.formats.tokenizers import chat_templates, eos_ids, load_tokenizer, tokenizer_files
 from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer, TokenizerError
@@ -234,3 +234,28 @@ def test_what_a_folder_suggests_for_sampling_is_said(tmp_path: Path) -> None:
     assert said in load(folder, device="cpu").notes
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     assert not any("suggests" in note for note in load(folder, device="cpu").notes)
+
+
+def test_an_end_that_a_file_names_comes_before_a_usual_name(tmp_path: Path) -> None:
+    """What a fine-tune writes behind a sample is what the folder ends sequences with."""
+    folder = write_tokenizer(tmp_path / "a", "byte level", tmp_path, added=("<|im_end|>",))
+    (folder / "tokenizer_config.json").unlink()
+    usual = load_tokenizer(folder, 4096)
+    assert usual.eos_ids == {usual.eos_id}
+    end = usual.control_tokens["<|im_end|>"]
+    assert end != usual.eos_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    tokenizer = load_tokenizer(folder, 4096)
+    assert (tokenizer.eos_id, tokenizer.eos_ids) == (end, {end})
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))  # named, not guessed
+    named = load_tokenizer(folder, 4096)
+    assert (named.eos_id, named.eos_ids) == (usual.eos_id, {usual.eos_id, end})
+
+
+def test_a_template_that_begins_with_a_bos_needs_one(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "a", "byte level", tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(folder, 4096)
+    assert tokenizer.bos_id == -1
+    with pytest.raises(TemplateError, match=r"template v1 begins with a bos, which tokenizer\.json lacks"):
+        find_template(tokenizer, name="v1")
