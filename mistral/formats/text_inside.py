@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from mistral.formats.layout import ParamsError
-from mistral.formats.weights import WeightFiles, WeightsError, file_names
+from mistral.formats.weights import WeightFiles, WeightsError, file_names, renamed
 
 SEES = "mistral3"  # the model_type of the whole
 # Keys of the whole that describe what is left aside, or are looked at here.
@@ -54,7 +54,7 @@ def alone(name: str) -> str:
 
 def text_names(weights: WeightFiles) -> WeightFiles:
     """Weights whose text model is inside another model, under the names that it has alone."""
-    tensors = {alone(name): stored for name, stored in weights.tensors.items()}
-    if len(tensors) < len(weights.tensors):
+    found = renamed(weights, alone)
+    if len(found.tensors) < len(weights.tensors):
         raise WeightsError(f"the weights in {file_names(weights.files)} hold a text model twice")
-    return WeightFiles(weights.files, tensors, {alone(name): reader for name, reader in weights.readers.items()})
+    return found

@@ -202,6 +202,12 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     return WeightFiles(files, tensors, readers)
 
 
+def renamed(weights: WeightFiles, new: Callable[[str], str]) -> WeightFiles:
+    """The same weights under other names; where two get the same one, the last is left."""
+    tensors = {new(name): stored for name, stored in weights.tensors.items()}
+    return WeightFiles(weights.files, tensors, {new(name): reader for name, reader in weights.readers.items()})
+
+
 # What a model is inside of while it is trained on several devices, or compiled: transformers saves it without that.
 WRAPPER = re.compile(r"(module\.|_orig_mod\.)+")
 
@@ -210,9 +216,7 @@ def unwrapped(weights: WeightFiles) -> WeightFiles:
     """Weights that were saved from within a wrapper, under the names that they have without it."""
     if not all(WRAPPER.match(name) for name in weights.tensors):
         return weights
-    tensors = {WRAPPER.sub("", name, count=1): stored for name, stored in weights.tensors.items()}
-    readers = {WRAPPER.sub("", name, count=1): reader for name, reader in weights.readers.items()}
-    return WeightFiles(weights.files, tensors, readers)
+    return renamed(weights, lambda name: WRAPPER.sub("", name, count=1))
 
 
 def check_tensors(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from mistral.rope import Angles, Rope
 from mistral.sampling import distribution
 from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder
+from tests.support.threads import threads
 from tests.support.tiny import (
     TOLERANCE,
     Schedule,
@@ -70,16 +69,6 @@ def make_model(args: ModelArgs, kind: str = "float32", seed: int = 0) -> Bitwise
     model.load_state_dict(state, assign=True)
     use_kernels(model)
     return model
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def alone(model: BitwiseTransformer, prompts: list[Tensor], start: int = 0) -> list[Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.window import visible
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder, random_state
+from tests.support.threads import threads
 from tests.support.tiny import (
     TOLERANCE,
     at_random,
@@ -50,16 +49,6 @@ except KernelsUnavailable as reason:
 
 DEPTH = 256  # columns whose products are summed before the sums are
 UNIT = 2.0**-24  # half of fp32's epsilon
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:

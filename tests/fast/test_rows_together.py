@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from mistral.fast.decode import FastTransformer
 from mistral.fast.kernels import KernelsUnavailable, library
 from mistral.model import Transformer
 from tests.fast.test_cache_dtypes import DTYPES, as_kernels
+from tests.support.threads import threads
 from tests.support.tiny import TOLERANCE, distance, tiny_args, tiny_model
 
 try:
@@ -42,16 +41,6 @@ def filled(model: Transformer, lengths: list[int]) -> RollingBufferCache:
             noise = torch.randn(kept.shape, generator=generator)
             kept.copy_((noise * 40).round() if kept.dtype == torch.int8 else noise.abs() if kept.dim() == 3 else noise)
     return cache
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def steps(model: Transformer, lengths: list[int], rows: list[int], each: int) -> Tensor:
