@@ -10,6 +10,7 @@ from torch import Tensor
 from mistral import quant
 from mistral.args import ModelArgs
 from mistral.fast.layout import stored_as
+from mistral.fast.threads import Sharing
 from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
@@ -119,7 +120,7 @@ def through(
     reading: WeightReader, streams: Sequence[tuple[LayerwiseRunner, torch.dtype | None]], n_layers: int
 ) -> Iterator[None]:
     """Take streams through all layers, each given weights of its dtype; yields after each one's step."""
-    embeddings = reading.get(EMBEDDINGS)
+    embeddings, sharing = reading.get(EMBEDDINGS), Sharing()
     for stream, _ in streams:
         stream.embed(embeddings)
         yield
@@ -132,5 +133,6 @@ def through(
                 # One at a time, and streams of one dtype are neighbours.
                 cast = stored if wanted is None else {name: w.to(wanted) for name, w in stored.items()}
                 dtype = wanted
-            stream.layer(i, cast)
+            with sharing():
+                stream.layer(i, cast)
             yield

@@ -19,6 +19,7 @@ from mistral.attention import Attend
 from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
+from mistral.fast.threads import Sharing
 from mistral.formats.folder import Folder
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.logprobs import logprobs
@@ -206,15 +207,16 @@ def _compare(
     for _ in through(reading, streams, args.n_layers):
         step()
     norm, output = reading.get("norm.weight"), reading.get(OUTPUT)
-    block = max(1, LOGITS // args.vocab_size)
+    block, sharing = max(1, LOGITS // args.vocab_size), Sharing()
     true = [logprobs(logits) for logits in truth.head(norm, output, block)]
     errors_of: list[Errors] = []
     for group, dtype in measured:
         measure = ErrorStats()
         last, product = (norm, output) if dtype is None else (norm.to(dtype), output.to(dtype))
         for stream in group:
-            for want, logits in zip(true, stream.head(last, product, block), strict=True):
-                measure.add(want, logits)
+            with sharing():
+                for want, logits in zip(true, stream.head(last, product, block), strict=True):
+                    measure.add(want, logits)
             step()
         errors_of.append(measure.errors())
     budget_of = dict(zip(budgets, errors_of, strict=False))

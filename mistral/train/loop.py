@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral.fast.threads import Sharing
 from mistral.finite import why_not_finite
 from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
@@ -83,6 +84,7 @@ class Loop:
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     eval_loss: float | None = None
+    sharing: Sharing = field(default_factory=Sharing)  # its time counts from here
 
     def require_a_loss(self) -> None:
         """Compute a loss with the model as it is, before anything is written.
@@ -121,11 +123,13 @@ class Loop:
         if self.held and not progress.step:
             self._evaluate(log)
         while progress.step < self.steps and not self._has_enough():
-            report = self._step(optimizer, log)
+            with self.sharing():
+                report = self._step(optimizer, log)
             self.on_report(report)
             last = progress.step == self.steps
             if self.held and (progress.step % every == 0 or last):
-                self._evaluate(log)
+                with self.sharing():
+                    self._evaluate(log)
             stop = self.ranks.any_stop(self.should_stop())
             if self.ranks.first and (stop or (progress.step % options.save_every == 0 and not last)):
                 save_state(self.out / STATE, self.weights, optimizer, progress, self.run)
