@@ -26,6 +26,7 @@ from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
+from mistral.util.threads import Sharing
 
 if TYPE_CHECKING:
     from mistral.request import Draft
@@ -156,6 +157,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args, attend or tiled(sdpa)) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
+        self._sharing = Sharing()
         self.rope = Rope(args)  # no module: it stays fp32 on the CPU wherever the weights go
         self._tie()
 
@@ -227,16 +229,17 @@ class Transformer(nn.Module):
         return self.args.cache_bytes(positions, str(self.cache_dtype).removeprefix("torch."))
 
     def share_cores(self) -> AbstractContextManager[None]:
-        """Around a step and what is chosen from it: fewer threads where others need cores. Here it is nothing."""
-        return nullcontext()
+        """Around a step and what is chosen from it: on a CPU, fewer threads where other programs need cores."""
+        return self._sharing() if self.device.type == "cpu" else nullcontext()
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""
         cos, sin, q_scale = (x.to(self.device) for x in self.rope.angles(plan.positions))
-        h = self.tok_embeddings(input_ids).to(self.dtype)
-        for i, layer in enumerate(self.layers):
-            h = layer(h, cos, sin, plan, cache.layer(i), q_scale)
-        return self.norm(h)
+        with self.share_cores():
+            h = self.tok_embeddings(input_ids).to(self.dtype)
+            for i, layer in enumerate(self.layers):
+                h = layer(h, cos, sin, plan, cache.layer(i), q_scale)
+            return self.norm(h)
 
     def forward_partial(
         self, input_ids: Tensor, seqlens: Sequence[int], cache: RollingBufferCache | None = None
@@ -265,7 +268,8 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """[n, dim] hidden states to [n, vocab_size]: the product in the compute dtype, widened after."""
-        return widen(self.output(h))
+        with self.share_cores():
+            return widen(self.output(h))
 
     def _check(self, input_ids: Tensor, seqlens: Sequence[int]) -> None:
         if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):

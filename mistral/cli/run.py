@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 
+import mistral.util.cores  # noqa: F401  (counts what is busy from here on, so that the first step knows)
 from mistral import __version__
 from mistral.cli import flags, help, terminal
 from mistral.cli.commands import COMMANDS, DISAMBIGUATE, RENAMED

@@ -77,10 +77,11 @@ def perplexity(
     sums: list[float] = []
     for first in range(0, total, chunk_size):
         piece = torch.tensor(ids[first : min(first + chunk_size, total)], device=model.device)
-        h = model.forward_partial(piece, [len(piece)], cache)
         targets = torch.tensor(ids[first + 1 : first + 1 + len(piece)], device=model.device)
-        for part, wanted in zip(h.split(rows), targets.split(rows), strict=True):
-            sums.append(float(logprobs(model.logits(part), wanted[:, None]).sum()))
+        with model.share_cores():
+            h = model.forward_partial(piece, [len(piece)], cache)
+            for part, wanted in zip(h.split(rows), targets.split(rows), strict=True):
+                sums.append(float(logprobs(model.logits(part), wanted[:, None]).sum()))
         if progress is not None:
             progress(first + len(piece), total)
     nats = -math.fsum(sums)

@@ -117,5 +117,6 @@ def _loss(model: Transformer, args: ModelArgs, ids: Sequence[int], context: int)
         h = model.forward_partial(piece, [len(piece)], cache)
         kept.append(h[max(0, context - 1 - first) :])
     targets = torch.tensor(list(ids[context:]), device=model.device)
-    found = logprobs(model.logits(torch.cat(kept)), targets[:, None])
+    with model.share_cores():
+        found = logprobs(model.logits(torch.cat(kept)), targets[:, None])
     return -float(found.mean())

@@ -22,7 +22,7 @@ from mistral.fast import prompt
 from mistral.fast.kernels import INT8, KINDS, Expert, Layer, Matrix, Model, library, pointer
 from mistral.fast.known import report, unknown_module
 from mistral.fast.linear import FEW, HasMatrix, few, product, room_for_inputs
-from mistral.fast.threads import Sharing, Threads
+from mistral.fast.threads import Threads
 from mistral.model import Transformer, widen
 from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
@@ -88,7 +88,6 @@ class FastTransformer(Transformer):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._threads: dict[int, Threads] = {}  # by the tokens of a step
-        self._sharing = Sharing()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,9 +97,6 @@ class FastTransformer(Transformer):
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         with self.share_cores():
             return self._step(input_ids, plan, cache)
-
-    def share_cores(self) -> AbstractContextManager[None]:
-        return self._sharing()
 
     def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         prompts = self.rounds_prompts and any(plan.seqlens[row] for row in plan.prompts)

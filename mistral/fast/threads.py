@@ -2,19 +2,17 @@
 
 Threads wait for each other at every product of a step. Where one of them has to share its core, all wait for it, and
 a step takes many times as long as with one thread. What the system counts says how many cores are free
-(util/cores.py); whether all threads are faster than one is tried as well, since not all that slows them is counted. No
-number depends on the choice.
+(util/threads.py); whether all threads are faster than one is tried as well, since not all that slows them is counted.
+No number depends on the choice.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from mistral.util.cores import FreeCores
 
 SLOWER = 1.5  # times as long as steps took when the choice was made: another program has come, or one has gone
 IN_A_ROW = 3  # slow steps that are no accident
@@ -89,31 +87,3 @@ class Threads:
         self._patience = min(4 * self._patience, LONGEST) if hopeless and best == self._chosen else PATIENCE
         self._chosen, self._usual = best, fastest[best]
         self._tried, self._steps, self._slow = {}, 0, 0
-
-
-class Sharing:
-    """Fewer threads of PyTorch where other programs leave too few cores for all.
-
-    Attributes:
-        few: whether there are fewer now, so that nothing is left to be tried.
-    """
-
-    def __init__(self, free_cores: Callable[[], int] | None = None) -> None:
-        self._free_cores = FreeCores() if free_cores is None else free_cores
-        self.few = False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Around work for which the number is decided once; within itself it changes nothing."""
-        before = torch.get_num_threads()
-        free = before if self.few else self._free_cores()
-        if free >= before:
-            yield
-            return
-        torch.set_num_threads(free)
-        self.few = True
-        try:
-            yield
-        finally:
-            self.few = False
-            torch.set_num_threads(before)

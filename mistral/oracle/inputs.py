@@ -10,13 +10,13 @@ from torch import Tensor
 from mistral import quant
 from mistral.args import ModelArgs
 from mistral.fast.layout import stored_as
-from mistral.fast.threads import Sharing
 from mistral.formats.folder import Folder
 from mistral.oracle.layerwise import LayerwiseRunner
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
+from mistral.util.threads import Sharing
 
 SHORT_WINDOW = 512  # prompts go beyond windows up to this one unless longer ones are asked for
 

@@ -14,6 +14,7 @@ from mistral.oracle.inputs import WeightReader, through
 from mistral.oracle.metrics import LOGITS, Errors, ErrorStats, Progress, short
 from mistral.oracle.truth import Truth, error_budget, scale_of_rounding
 from mistral.parameters import OUTPUT
+from mistral.util.threads import Sharing
 
 PRINTS = 8  # numbers in a fingerprint
 
@@ -108,17 +109,20 @@ def reference_outputs(
             progress(done, total)
     norm, output = reading.get("norm.weight"), reading.get(OUTPUT)
     rows = max(1, LOGITS // args.vocab_size)
-    blocks = list(streams[0].head(norm, output, rows))
-    true = [logprobs(logits) for logits in blocks]
-    outputs = [fingerprint(logits) for logits in blocks]
-    del blocks
+    sharing = Sharing()
+    with sharing():
+        blocks = list(streams[0].head(norm, output, rows))
+        true = [logprobs(logits) for logits in blocks]
+        outputs = [fingerprint(logits) for logits in blocks]
+        del blocks
     told = []
     for pair, (drawn, apart) in zip(dtypes, rounded, strict=True):
         measure, apart["output"] = ErrorStats(), 0.0
         for stream in drawn:
-            for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
-                measure.add(want, logits)
-                apart["output"] = max(apart["output"], float((fingerprint(logits) - wanted).abs().max()))
+            with sharing():
+                for want, wanted, logits in zip(true, outputs, stream.head(norm, output, rows), strict=True):
+                    measure.add(want, logits)
+                    apart["output"] = max(apart["output"], float((fingerprint(logits) - wanted).abs().max()))
             done += 1
             if progress is not None:
                 progress(done, total)

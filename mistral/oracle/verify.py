@@ -19,7 +19,6 @@ from mistral.attention import Attend
 from mistral.backends import BACKENDS
 from mistral.backends.varlen import VarlenAttention
 from mistral.fast.kernels import KernelsUnavailable, library
-from mistral.fast.threads import Sharing
 from mistral.formats.folder import Folder
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.logprobs import logprobs
@@ -40,6 +39,7 @@ from mistral.oracle.layerwise import (
 from mistral.oracle.metrics import LIMITS, LOGITS, Errors, ErrorStats, Progress, Verdict, judge, short, table
 from mistral.oracle.truth import Truth, error_budget, num_draws, scale_of_rounding
 from mistral.parameters import OUTPUT
+from mistral.util.threads import Sharing
 from mistral.window import QUERY_BLOCK
 
 WINDOW = 64  # in place of wider ones, so that short prompts roll

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.fast.threads import Sharing
 from mistral.finite import why_not_finite
 from mistral.formats.weights import WeightsError
 from mistral.model import Transformer
@@ -25,6 +24,7 @@ from mistral.train.ranks import Ranks
 from mistral.train.state import BEST, STATE, Progress, load_state, load_tensors, save_state, save_tensors
 from mistral.train.step import add_gradients, nats_of
 from mistral.util.errors import MistralError
+from mistral.util.threads import Sharing
 
 
 class Diverged(MistralError):
@@ -84,7 +84,7 @@ class Loop:
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     eval_loss: float | None = None
-    sharing: Sharing = field(default_factory=Sharing)  # its time counts from here
+    sharing: Sharing = field(default_factory=Sharing)
 
     def require_a_loss(self) -> None:
         """Compute a loss with the model as it is, before anything is written.

@@ -79,3 +79,6 @@ def busy_seconds() -> float | None:
         return ticks / os.sysconf("SC_CLK_TCK") if rows else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+FREE_CORES = FreeCores()  # of the process, from its start on: the first step knows what was busy while it was loaded

@@ -12,8 +12,10 @@ import torch
 from mistral.engine import Engine
 from mistral.fast.decode import FastTransformer
 from mistral.fast.linear import use_kernels
-from mistral.fast.threads import IN_A_ROW, PATIENCE, TRIES, Sharing, Threads
+from mistral.fast.threads import IN_A_ROW, PATIENCE, TRIES, Threads
+from mistral.model import Transformer
 from mistral.sampling_params import SamplingParams
+from mistral.util.threads import Sharing
 from tests.support.tiny import tiny_args, tiny_model
 
 
@@ -79,32 +81,15 @@ def test_one_thread_is_never_questioned() -> None:
     assert set(run(Threads(), 100, busy, 1)) == {1}
 
 
-def test_cores_that_others_leave_are_no_matter_of_trying() -> None:
-    free, before = 4, torch.get_num_threads()
-    sharing = Sharing(lambda: free)
-    try:
-        torch.set_num_threads(4)
-        for free, few in ((4, False), (3, True), (9, False), (1, True)):
-            with sharing():
-                assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
-                with sharing():  # decided already
-                    assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
-                assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
-            assert (torch.get_num_threads(), sharing.few) == (4, False)
-        with pytest.raises(KeyError), sharing():
-            raise KeyError
-        assert (torch.get_num_threads(), sharing.few) == (4, False)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_step_beside_others_takes_the_cores_that_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_step_beside_others_takes_the_cores_that_they_leave(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of the kernels, of PyTorch, and what an engine chooses from them; no number changes."""
     args = tiny_args()
     plain = tiny_model(args)
-    model = FastTransformer(args)
-    use_kernels(model)
-    model.load_state_dict(plain.state_dict())
+    model: Transformer = FastTransformer(args) if kernels else plain
+    if kernels:
+        use_kernels(model)
+        model.load_state_dict(plain.state_dict())
     seen: list[int] = []
     sample = Engine._sample
 

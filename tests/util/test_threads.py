@@ -1,0 +1,91 @@
+"""Fewer threads where other programs leave too few cores for all: who takes part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistral.formats.folder import read_folder
+from mistral.loader.options import LoadOptions
+from mistral.oracle.inputs import WeightReader, random_prompts, through
+from mistral.oracle.truth import Truth
+from mistral.train import loop
+from mistral.train.options import TrainOptions
+from mistral.train.run import finetune
+from mistral.util.cores import FreeCores
+from mistral.util.threads import Sharing
+from tests.support.folders import make_folder
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_cores_that_others_leave_are_no_matter_of_trying() -> None:
+    free = 4
+    sharing = Sharing(lambda: free)
+    torch.set_num_threads(4)
+    for free, few in ((4, False), (3, True), (9, False), (1, True)):
+        with sharing():
+            assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+            with sharing():  # decided already
+                assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+            assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
+        assert (torch.get_num_threads(), sharing.few) == (4, False)
+    with pytest.raises(KeyError), sharing():
+        raise KeyError
+    assert (torch.get_num_threads(), sharing.few) == (4, False)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("free", [1, 2])
+def test_the_oracle_leaves_cores_to_others(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FreeCores, "__call__", lambda self: free)
+    torch.set_num_threads(2)
+    found = read_folder(make_folder(tmp_path / "model", tokenizer=False))
+    truth, seen = Truth(found.args, random_prompts(found.args, [9, 3])), []
+    layer = truth.layer
+
+    def noted(i: int, weights: dict[str, Tensor]) -> None:
+        seen.append(torch.get_num_threads())
+        layer(i, weights)
+
+    monkeypatch.setattr(truth, "layer", noted)
+    for _ in through(WeightReader(found), [(truth, None)], found.args.n_layers):
+        assert torch.get_num_threads() == 2
+    assert seen == [free] * found.args.n_layers
+
+
+@pytest.mark.usefixtures("threads")
+def test_training_leaves_cores_to_others_and_gives_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this fails, --resume goes on bit for bit only with --threads 1."""
+    data, seen = tmp_path / "train.jsonl", []
+    data.write_text("".join(json.dumps({"text": f"The king had {n} daughters."}) + "\n" for n in range(20)))
+    add_gradients = loop.add_gradients
+
+    def noted(*given: Any) -> float:
+        seen.append(torch.get_num_threads())
+        return add_gradients(*given)
+
+    monkeypatch.setattr(loop, "add_gradients", noted)
+    torch.set_num_threads(2)
+    folder = make_folder(tmp_path / "model")
+    for free in (1, 2):
+        monkeypatch.setattr(FreeCores, "__call__", lambda self, free=free: free)
+        options = TrainOptions(seq_len=40, steps=3, lora=3)
+        finetune(folder, data, tmp_path / str(free), options=options, load=LoadOptions(device="cpu"))
+    assert seen == [1] * 3 + [2] * 3
+    one, two = ((tmp_path / free / "adapter_model.safetensors").read_bytes() for free in "12")
+    assert one == two
