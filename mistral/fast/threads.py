@@ -34,6 +34,7 @@ class Threads:
         self._usual = 0.0  # seconds of a step when the choice was made
         self._patience = PATIENCE
         self._steps = self._slow = 0
+        self._cold = True
 
     def pick(self, most: int) -> int:
         """Threads of the next step, out of `most`: the same until `took` is called."""
@@ -50,6 +51,11 @@ class Threads:
     def took(self, threads: int, seconds: float) -> None:
         """Learn how long a step took with so many threads."""
         if threads not in (1, self._most) or self._most <= 1:
+            return
+        if (
+            self._cold
+        ):  # the first step finds weights in the file's cache and keys in memory never touched: it says nothing
+            self._cold = False
             return
         if self._tried:
             self._tried[threads].append(seconds)

@@ -55,6 +55,13 @@ def test_beside_a_busy_program_one_thread_and_ever_rarer_looks_at_all() -> None:
     assert lost < 1.02  # times what one thread alone takes
 
 
+def test_a_first_step_that_finds_nothing_in_memory_decides_nothing() -> None:
+    threads = Threads()
+    first = [10.0]
+    picked = run(threads, PATIENCE, lambda n: first.pop() if first else quiet(n))
+    assert picked.count(1) <= TRIES
+
+
 def test_a_program_that_comes_and_goes() -> None:
     threads = Threads()
     run(threads, 50, quiet)
