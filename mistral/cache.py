@@ -256,11 +256,15 @@ def _check_new(args: ModelArgs, rows: int, positions: int, device: torch.device 
     require_integer("positions", positions, 0, LARGEST, error=CacheError)
     name = str(dtype).removeprefix("torch.")
     if not isinstance(dtype, torch.dtype) or name not in CACHE_BYTES:
-        raise CacheError(f"dtype is {short_repr(dtype)}; it must be torch.float32 or another of {', '.join(CACHE_BYTES)}")
+        raise CacheError(
+            f"dtype is {short_repr(dtype)}; it must be torch.float32 or another of {', '.join(CACHE_BYTES)}"
+        )
     try:
         torch.empty(0, device=torch.device(device))
     except (RuntimeError, TypeError, AssertionError, NotImplementedError):
-        raise CacheError(f"device is {short_repr(device)}, which this machine or PyTorch has not: use model.device") from None
+        raise CacheError(
+            f"device is {short_repr(device)}, which this machine or PyTorch has not: use model.device"
+        ) from None
     if positions:
         needed = rows * args.cache_bytes(positions, name)
         memory.require(needed, device, f"{rows} rows of {positions} positions", "ask for fewer, or for another dtype")

@@ -228,7 +228,9 @@ class Engine:
     def _check_row(self, row: int, ids: Sequence[int], index: int) -> int:
         """How many tokens of the prompt the row holds."""
         if self.cache is None or not isinstance(row, int) or not 0 <= row < len(self._rows):
-            raise GenerationError(f"there is no row {short_repr(row)} for prompt {index}: the cache has {len(self._rows)} rows")
+            raise GenerationError(
+                f"there is no row {short_repr(row)} for prompt {index}: the cache has {len(self._rows)} rows"
+            )
         if self._rows[row] is not None:
             raise GenerationError(f"row {row} is taken by a request that has not ended")
         held = self.cache.lengths[row]

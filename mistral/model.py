@@ -285,10 +285,13 @@ class Transformer(nn.Module):
 
     def _check(self, input_ids: Tensor, seqlens: list[int], cache: RollingBufferCache | None) -> None:
         require_kind("input_ids", input_ids, Tensor, "a tensor: torch.tensor(ids)")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise UsageError(f"input_ids is of {input_ids.dtype}; it must be of torch.int64: ids are whole numbers")
+        if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.layout != torch.strided:
+            what = f"{input_ids.layout} {input_ids.dtype}"
+            raise UsageError(f"input_ids is of {what}; it must be dense and of torch.int64: ids are whole numbers")
         if input_ids.device != self.device:
-            raise UsageError(f"input_ids is on {input_ids.device}, and the model on {self.device}: ids.to(model.device)")
+            raise UsageError(
+                f"input_ids is on {input_ids.device}, and the model on {self.device}: ids.to(model.device)"
+            )
         if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):
             raise UsageError(
                 f"seqlens sum to {sum(seqlens)}, but input_ids has shape {tuple(input_ids.shape)}: "

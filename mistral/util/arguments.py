@@ -44,12 +44,12 @@ def whole_numbers(
     try:
         if isinstance(given, str | bytes) or not isinstance(given, Iterable):
             raise TypeError
-        numbers = list(map(operator.index, given))  # not int(): that would take 2.7, or "2"
+        numbers = list(given)
         if bool in set(map(type, numbers)):
             raise TypeError
+        return list(map(operator.index, numbers))  # not int(): that would take 2.7, or "2"
     except (TypeError, ValueError, RuntimeError):
         raise error(f"{name} is {short_repr(given)}; it must be {what}") from None
-    return numbers
 
 
 def path_of(name: str, given: object, error: type[MistralError] = UsageError) -> Path:
