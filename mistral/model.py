@@ -284,13 +284,14 @@ class Transformer(nn.Module):
         return widen(self.output(h))
 
     def _check(self, input_ids: Tensor, seqlens: list[int], cache: RollingBufferCache | None) -> None:
+        device = self.device
         require_kind("input_ids", input_ids, Tensor, "a tensor: torch.tensor(ids)")
         if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.layout != torch.strided:
             what = f"{input_ids.layout} {input_ids.dtype}"
             raise UsageError(f"input_ids is of {what}; it must be dense and of torch.int64: ids are whole numbers")
-        if input_ids.device != self.device:
+        if input_ids.device != device:
             raise UsageError(
-                f"input_ids is on {input_ids.device}, and the model on {self.device}: ids.to(model.device)"
+                f"input_ids is on {input_ids.device}, and the model on {device}: ids.to(model.device)"
             )
         if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):
             raise UsageError(
@@ -303,4 +304,4 @@ class Transformer(nn.Module):
             raise UsageError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}: give fewer")
         if cache is not None:
             require_kind("cache", cache, RollingBufferCache, "a RollingBufferCache: model.make_cache(rows)")
-            cache.check_shape(self.args, self.device)
+            cache.check_shape(self.args, device)

@@ -188,7 +188,7 @@ def ids_of(prompt: object, index: int, what: str = "a list of ids") -> Sequence[
     Raises:
         GenerationError: it holds something else, such as text or numbers with a fraction.
     """
-    if isinstance(prompt, StoredIds) or (type(prompt) is list and set(map(type, prompt)) <= {int}):
+    if isinstance(prompt, StoredIds):
         return prompt
     return whole_numbers(f"prompt {index}", prompt, GenerationError, what)
 

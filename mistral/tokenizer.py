@@ -260,9 +260,8 @@ class Tokenizer:
             TokenizerError: an id below 0, or something else than ids.
         """
         ids = whole_numbers("ids", t, TokenizerError)
-        for i in ids:
-            if i < 0:
-                raise TokenizerError(f"id {i} is below 0")
+        if ids and min(ids) < 0:
+            raise TokenizerError(f"id {min(ids)} is below 0")
         return self._model.decode([i for i in ids if i < self.n_ids])
 
 

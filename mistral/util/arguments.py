@@ -40,7 +40,9 @@ def require_integer(
 def whole_numbers(
     name: str, given: object, error: type[MistralError] = UsageError, what: str = "a list of whole numbers"
 ) -> list[int]:
-    """Whole numbers as Python's own; those of NumPy and of PyTorch on a CPU are accepted too."""
+    """Whole numbers as Python's own; those of NumPy and of PyTorch are accepted too. A list of Python's is not copied."""
+    if type(given) is list and set(map(type, given)) <= {int}:
+        return given
     try:
         if isinstance(given, str | bytes) or not isinstance(given, Iterable):
             raise TypeError
