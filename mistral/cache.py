@@ -12,7 +12,6 @@ that the tile's queries still see, so nothing is ever copied aside, rotated back
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from mistral.args import CACHE_BYTES, LARGEST, ModelArgs
 from mistral.buffers import RollingBuffer, buffer_for
 from mistral.plan import LayerStore, Plan, Run, Tile, make_plan
 from mistral.util import memory
-from mistral.util.arguments import require_kind, require_integer
+from mistral.util.arguments import require_integer, require_kind
 from mistral.util.errors import UsageError, short_repr
 from mistral.window import block_for
 
@@ -245,8 +244,8 @@ class RollingBufferCache:
         for layer in self.layers:
             layer.written = False
 
-    def _check_row(self, row: int) -> None:
-        if not isinstance(row, Integral) or not 0 <= row < len(self.lengths):
+    def _check_row(self, row: object) -> None:
+        if not isinstance(row, int) or not 0 <= row < len(self.lengths):
             raise CacheError(f"no row {short_repr(row)} in a cache of {len(self.lengths)} rows")
 
 

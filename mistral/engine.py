@@ -33,7 +33,7 @@ from mistral.request import (
 from mistral.sampling import RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
 from mistral.util import memory
-from mistral.util.arguments import require_kind, require_integer, whole_numbers
+from mistral.util.arguments import require_integer, require_kind, whole_numbers
 from mistral.util.errors import short_repr
 
 Progress = Callable[[int, int], None]

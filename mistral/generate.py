@@ -17,7 +17,6 @@ from mistral.engine import Engine, Progress
 from mistral.model import Transformer
 from mistral.request import Finish, GenerationError, Request, Token, ids_of
 from mistral.sampling_params import SamplingParams
-from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, outside, require_tokenizer
 from mistral.util.arguments import require_kind

@@ -290,9 +290,7 @@ class Transformer(nn.Module):
             what = f"{input_ids.layout} {input_ids.dtype}"
             raise UsageError(f"input_ids is of {what}; it must be dense and of torch.int64: ids are whole numbers")
         if input_ids.device != device:
-            raise UsageError(
-                f"input_ids is on {input_ids.device}, and the model on {device}: ids.to(model.device)"
-            )
+            raise UsageError(f"input_ids is on {input_ids.device}, and the model on {device}: ids.to(model.device)")
         if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):
             raise UsageError(
                 f"seqlens sum to {sum(seqlens)}, but input_ids has shape {tuple(input_ids.shape)}: "

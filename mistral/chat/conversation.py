@@ -70,8 +70,8 @@ class Chat:
         require_model(model)
         require_tokenizer(tokenizer)
         if not hasattr(template, "encode_chat"):
-            what = "it must be a template: find_template(tokenizer, folder=loaded.folder)"
-            raise TemplateError(f"template is {short_repr(template)}; {what}")
+            advice = "it must be what find_template(tokenizer, folder=loaded.folder) gives"
+            raise TemplateError(f"template is {short_repr(template)}; {advice}")
         self.model = model
         self.tokenizer = tokenizer
         self.template = template

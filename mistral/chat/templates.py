@@ -103,10 +103,10 @@ def find_template(
     """
     require_tokenizer(tokenizer)
     require_kind("name", name, str | None, "a name, or a file in Jinja", TemplateError)
-    folder = None if folder is None else path_of("folder", folder, TemplateError)
+    place = None if folder is None else path_of("folder", folder, TemplateError)
     if name in NAMES:
         return _of_mistral(tokenizer, name, "--template")
-    own = {} if folder is None else chat_templates(folder)
+    own = {} if place is None else chat_templates(place)
     if name is not None and (name in own or name.endswith(".jinja")):
         found = own.get(name) or _read(name)
         return _of_folder(tokenizer, found, folder, "--template")

@@ -1,4 +1,4 @@
-"""Arguments that cannot be meant, refused in one sentence: of another type, out of range, no path. Runs without torch."""
+"""Arguments that cannot be meant, refused in one sentence: another type, out of range, no path. Runs without torch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from collections.abc import Iterable
 from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
-from types import UnionType
+from typing import Any
 
 from mistral.util.errors import MistralError, UsageError, short_repr
 
 
-def require_kind(
-    name: str, given: object, kind: type | UnionType, advice: str = "", error: type[MistralError] = UsageError
-) -> None:
+def require_kind(name: str, given: object, kind: Any, advice: str = "", error: type[MistralError] = UsageError) -> None:
     """Refuse what is of another type.
 
     Args:
         name: of the argument, for the message.
+        kind: a type, or several as `isinstance` takes them.
         advice: what to give instead, to end the sentence; by default an object of the type.
     """
     if not isinstance(given, kind):
-        raise error(f"{name} is {short_repr(given)}; it must be {advice or f'{kind.__name__}(..)'}")  # type: ignore[union-attr]
+        raise error(f"{name} is {short_repr(given)}; it must be {advice or f'{kind.__name__}(..)'}")
 
 
 def require_integer(
@@ -40,7 +39,7 @@ def require_integer(
 def whole_numbers(
     name: str, given: object, error: type[MistralError] = UsageError, what: str = "a list of whole numbers"
 ) -> list[int]:
-    """Whole numbers as Python's own; those of NumPy and of PyTorch are accepted too. A list of Python's is not copied."""
+    """Whole numbers as Python's own, which are not copied where they are; NumPy's and PyTorch's are accepted too."""
     if type(given) is list and set(map(type, given)) <= {int}:
         return given
     try:

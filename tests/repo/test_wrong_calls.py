@@ -254,7 +254,7 @@ TEXT: list[Call] = [
 CHAT: list[Call] = [
     (lambda g: Chat("m", g.words, g.template), GenerationError, "str is no model"),  # type: ignore[arg-type]
     (lambda g: Chat(g.model, "x", g.template), TokenizerError, "str is no tokenizer"),  # type: ignore[arg-type]
-    (lambda g: Chat(g.model, g.words, "v1"), TemplateError, r"template is 'v1'; .*find_template\("),  # type: ignore[arg-type]
+    (lambda g: Chat(g.model, g.words, "v1"), TemplateError, r"template is 'v1'; it must be what find_template\("),  # type: ignore[arg-type]
     (lambda g: g.chat(system=5), GenerationError, "a system prompt is text, and not 5"),
     (lambda g: g.chat(n=2), GenerationError, "n is 2; a conversation has one answer"),
     (lambda g: g.chat().answer(5), GenerationError, "a question is text, and not 5"),  # type: ignore[arg-type]
