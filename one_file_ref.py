@@ -96,13 +96,14 @@ class ModelArgs:
             if "_sliding_window" in params and params.get("sliding_window") in (None, params["_sliding_window"]):
                 params["sliding_window"] = params.pop("_sliding_window")  # how some releases spell it
             if isinstance(window := params.get("sliding_window"), str):  # a number, null, none or nothing
-                params["sliding_window"] = json.loads(window.lower().replace("none", "null") or "null")
+                params["sliding_window"] = None if window.strip().lower() in ("", "none", "null") else int(window)
             unknown, missing = params.keys() - {*known}, {*known[:8]} - params.keys()
             if unknown or missing:
                 raise ValueError(f"unknown keys: {sorted(unknown)}, missing keys: {sorted(missing)}")
             return ModelArgs(**params)
-        except (ValueError, AttributeError, TypeError) as e:  # refused above, not JSON, or not an object
-            raise ValueError(f"{path}: {e}") from e
+        except (ValueError, AttributeError, TypeError, RecursionError) as e:  # refused above, or no object in JSON
+            why = e if type(e) in (ValueError, TypeError) else "no JSON object, or not all of it: fetch it again"
+            raise ValueError(f"{path}: {why}") from e
 
 
 def wide(x: Tensor) -> Tensor:
@@ -317,8 +318,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # A .pth is a pickle, which may hold code: weights_only takes tensors and refuses the rest.
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))  # a pickle's code is refused
     except Exception as e:  # whatever those libraries raise
         why = "it holds more than tensors, perhaps code" if isinstance(e, pickle.UnpicklingError) else e
         raise ValueError(f"{path} was not loaded: {why}") from e

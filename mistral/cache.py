@@ -16,12 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mistral.args import ModelArgs
+from mistral.args import CACHE_BYTES, LARGEST, ModelArgs
 from mistral.buffers import RollingBuffer, buffer_for
 from mistral.plan import LayerStore, Plan, Run, Tile, make_plan
-from mistral.util.errors import UsageError
+from mistral.util import memory
+from mistral.util.arguments import require_integer, require_kind
+from mistral.util.errors import UsageError, short_repr
 from mistral.window import block_for
 
+MOST_ROWS = 1 << 20  # of a cache: nothing computes so many sequences in a step
 GROWTH = 256  # capacity that nobody reserved grows to the next power of two, from here
 
 
@@ -79,6 +82,10 @@ class RollingBufferCache:
         device, dtype: of the storage; float16 and int8 have a kind of buffer of their own, see `buffers`.
         positions: positions each sequence is expected to reach; storage for them is allocated at
             once. Sequences may grow past it: the storage then moves to a larger one.
+
+    Raises:
+        CacheError: a size, dtype or device that cannot be.
+        OutOfMemory: so many positions do not fit.
     """
 
     def __init__(
@@ -90,10 +97,7 @@ class RollingBufferCache:
         dtype: torch.dtype = torch.float32,
         positions: int = 0,
     ) -> None:
-        if rows < 1:
-            raise CacheError(f"a cache of {rows} rows holds nothing; ask for at least 1")
-        if positions < 0:
-            raise CacheError(f"positions is {positions}; it must be at least 0")
+        _check_new(args, rows, positions, device, dtype)
         self.device = device
         self.lengths = [0] * rows  # positions each sequence has reached; the next token's position
         self.origins = [0] * rows
@@ -112,8 +116,28 @@ class RollingBufferCache:
         """The store of layer i."""
         return self.layers[i]
 
+    def check_shape(self, args: ModelArgs, device: torch.device) -> None:
+        """Refuse a model of another shape or device. Its windows may differ: those of the cache are used.
+
+        Raises:
+            CacheError: its layers, key heads, their width or its device are others.
+        """
+        k = self.layers[0].k
+        mine, its = (len(self.layers), *k.shape[2:]), (args.n_layers, args.n_kv_heads, args.head_dim)
+        if mine != its:
+            shapes = (f"{layers} layers of {heads} key heads of {dim}" for layers, heads, dim in (mine, its))
+            raise CacheError(f"the cache is of {next(shapes)}, the model of {next(shapes)}: use model.make_cache(rows)")
+        if k.device != device:
+            raise CacheError(f"the cache is on {k.device}, and the model on {device}: use model.make_cache(rows)")
+
     def grow(self, rows: int, positions: int) -> None:
-        """Make room for `rows` sequences of up to `positions`; what is held stays, and nothing shrinks."""
+        """Make room for `rows` sequences of up to `positions`; what is held stays, and nothing shrinks.
+
+        Raises:
+            CacheError: a number that cannot be.
+        """
+        require_integer("rows", rows, 0, MOST_ROWS, error=CacheError)
+        require_integer("positions", positions, 0, LARGEST, error=CacheError)
         for counts in (self.lengths, self.origins, self._reached):
             counts += [0] * (rows - len(counts))
         for layer in self.layers:
@@ -125,10 +149,9 @@ class RollingBufferCache:
         Raises:
             CacheError: there is no such row, or position is negative.
         """
-        if row is not None and not 0 <= row < len(self.lengths):
-            raise CacheError(f"no row {row} in a cache of {len(self.lengths)} rows")
-        if position < 0:
-            raise CacheError(f"a sequence cannot begin at position {position}")
+        if row is not None:
+            self._check_row(row)
+        require_integer("position", position, 0, error=CacheError)
         if row is None:
             self._settle()
         for r in range(len(self.lengths)) if row is None else [row]:
@@ -141,9 +164,8 @@ class RollingBufferCache:
         Raises:
             CacheError: there is no such row, or the last step was broken off.
         """
-        rows = len(self.lengths)
-        if not (0 <= source < rows and 0 <= target < rows):
-            raise CacheError(f"no rows {source} and {target} in a cache of {rows} rows")
+        self._check_row(source)
+        self._check_row(target)
         if any(layer.written for layer in self.layers):
             raise CacheError("the last step on this cache did not finish, and its keys are lost: reset() it")
         for layer in self.layers:
@@ -174,8 +196,8 @@ class RollingBufferCache:
         Raises:
             CacheError: there is no such row, or its sequence does not reach from its origin to `length`.
         """
-        if not 0 <= row < len(self.lengths):
-            raise CacheError(f"no row {row} in a cache of {len(self.lengths)} rows")
+        self._check_row(row)
+        require_integer("length", length, 0, error=CacheError)
         origin, now = self.origins[row], self.lengths[row]
         if not origin <= length <= now:
             raise CacheError(f"row {row} holds positions {origin} to {now}; it cannot be rewound to {length}")
@@ -221,3 +243,27 @@ class RollingBufferCache:
     def _settle(self) -> None:
         for layer in self.layers:
             layer.written = False
+
+    def _check_row(self, row: object) -> None:
+        if not isinstance(row, int) or not 0 <= row < len(self.lengths):
+            raise CacheError(f"no row {short_repr(row)} in a cache of {len(self.lengths)} rows")
+
+
+def _check_new(args: ModelArgs, rows: int, positions: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    require_kind("args", args, ModelArgs, error=CacheError)
+    require_integer("rows", rows, 1, MOST_ROWS, error=CacheError)
+    require_integer("positions", positions, 0, LARGEST, error=CacheError)
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(dtype, torch.dtype) or name not in CACHE_BYTES:
+        raise CacheError(
+            f"dtype is {short_repr(dtype)}; it must be torch.float32 or another of {', '.join(CACHE_BYTES)}"
+        )
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        raise CacheError(
+            f"device is {short_repr(device)}, which this machine or PyTorch has not: use model.device"
+        ) from None
+    if positions:
+        needed = rows * args.cache_bytes(positions, name)
+        memory.require(needed, device, f"{rows} rows of {positions} positions", "ask for fewer, or for another dtype")

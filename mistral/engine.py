@@ -18,11 +18,23 @@ from mistral.cache import RollingBufferCache
 from mistral.finite import why_not_finite
 from mistral.logprobs import logprobs, most_likely
 from mistral.model import Transformer
-from mistral.request import BrokenLogits, Finish, GenerationError, Request, Token, check_request, shares
-from mistral.sampling import LogitChanges, RequestRng, sample_each
+from mistral.request import (
+    BrokenLogits,
+    Finish,
+    GenerationError,
+    Request,
+    Token,
+    changed_logits,
+    check_request,
+    ids_of,
+    require_model,
+    shares,
+)
+from mistral.sampling import RequestRng, sample_each
 from mistral.sampling_params import SamplingParams
-from mistral.stored_ids import StoredIds
 from mistral.util import memory
+from mistral.util.arguments import require_integer, require_kind, whole_numbers
+from mistral.util.errors import short_repr
 
 Progress = Callable[[int, int], None]
 STEP_TOKENS = 2048  # prompt tokens that a step processes, over all rows, unless a chunk size is given
@@ -53,7 +65,8 @@ class Engine:
         cache: where keys and values are; None before the first step, unless one was given.
 
     Raises:
-        GenerationError: a number out of range.
+        GenerationError: a number out of range, or an argument of another type.
+        CacheError: a cache of another shape or device than the model.
     """
 
     def __init__(
@@ -70,9 +83,14 @@ class Engine:
     ) -> None:
         counts = ("chunk_size", chunk_size, 1), ("rows", rows, 1), ("positions", positions, 0)
         for name, number, least in (*counts, ("step_tokens", step_tokens, 1)):
-            _check_whole(name, number, least)
+            if number is not None:
+                require_integer(name, number, least, error=GenerationError)
+        require_model(model)
+        if cache is not None:
+            require_kind("cache", cache, RollingBufferCache, "a RollingBufferCache: model.make_cache(rows)")
+            cache.check_shape(model.args, model.device)
         self.model = model
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = frozenset(whole_numbers("eos_ids", eos_ids, GenerationError))
         self.chunk_size = chunk_size
         self.step_tokens = step_tokens
         self.score_prompts = score_prompts
@@ -122,11 +140,12 @@ class Engine:
             OutOfMemory: keys and values of such a sequence do not fit the memory left.
         """
         index = self._added if index is None else index
-        ids = prompt_ids if isinstance(prompt_ids, list | StoredIds) else list(prompt_ids)
+        ids = ids_of(prompt_ids, index)
+        require_kind("params", params, SamplingParams, error=GenerationError)
         check_request(ids, params, index, sample, self.model.args.vocab_size)
         chosen = find_adapter(self.model.adapters, adapter)
         held = 0 if row is None else self._check_row(row, ids, index)
-        ends = self.eos_ids if eos_ids is None else frozenset(eos_ids)
+        ends = self.eos_ids if eos_ids is None else frozenset(whole_numbers("eos_ids", eos_ids, GenerationError))
         scored = self.score_prompts if score is None else score
         request = Request(index, ids, params, ends, None, sample, num_computed=held, score=scored, adapter=chosen)
         request.arrived = self._added
@@ -151,8 +170,15 @@ class Engine:
         return not self._waiting and not any(self._rows)
 
     def stop(self, request: Request) -> None:
-        """End a request from outside, as if it had generated an eos id, also while it waits."""
+        """End a request from outside, as if it had generated an eos id, also while it waits.
+
+        Raises:
+            GenerationError: it is no request of this engine.
+        """
+        require_kind("request", request, Request, "what add() gave", GenerationError)
         if request.finish is None:
+            if request not in self._waiting and request not in self._rows:
+                raise GenerationError(f"the request for prompt {request.index} is of another engine")
             self._end(request, "stop")
 
     def step(self) -> list[Token]:
@@ -201,8 +227,10 @@ class Engine:
 
     def _check_row(self, row: int, ids: Sequence[int], index: int) -> int:
         """How many tokens of the prompt the row holds."""
-        if self.cache is None or not 0 <= row < len(self._rows):
-            raise GenerationError(f"there is no row {row} for prompt {index}: the cache has {len(self._rows)} rows")
+        if self.cache is None or not isinstance(row, int) or not 0 <= row < len(self._rows):
+            raise GenerationError(
+                f"there is no row {short_repr(row)} for prompt {index}: the cache has {len(self._rows)} rows"
+            )
         if self._rows[row] is not None:
             raise GenerationError(f"row {row} is taken by a request that has not ended")
         held = self.cache.lengths[row]
@@ -379,7 +407,7 @@ class Engine:
         """Choose a token for each request from its logits, [R, V], and end those that end with it."""
         draws = [0.0 if request.rng is None else request.rng() for request in ready]
         uniform = torch.tensor(draws, dtype=torch.float32, device=logits.device)
-        chosen = sample_each(_changed(logits, ready), uniform, [request.params for request in ready])
+        chosen = sample_each(changed_logits(logits, ready), uniform, [request.params for request in ready])
         of_chosen = logprobs(logits, chosen[:, None]).squeeze(-1)
         tokens = []
         for request, token, logprob, top in zip(
@@ -410,20 +438,6 @@ class Engine:
         return why_not_finite(self.model, self.model.dtype)
 
 
-def _changed(logits: Tensor, ready: list[Request]) -> Tensor:
-    """The logits to choose from: [R, V], in which some requests' rows differ from what the model gave."""
-    rows = [row for row, request in enumerate(ready) if request.params.changes_logits]
-    if not rows:
-        return logits
-    changed = logits.clone()
-    for row in rows:
-        request = ready[row]
-        if request.changes is None:
-            request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
-        changed[row] = request.changes(logits[row], request.output_ids)
-    return changed
-
-
 def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:
     """Rows for a cache of sequences of up to `positions`: as many as asked for, or as memory allows; at least one.
 
@@ -434,12 +448,3 @@ def rows_that_fit(model: Transformer, rows: int, positions: int) -> int:
     memory.require(needed, model.device, f"keys and values of one sequence of {positions} positions", LESS)
     left = memory.available(model.device)
     return rows if left is None or not needed else max(1, min(rows, left // needed))
-
-
-def _check_whole(name: str, number: object, least: int) -> None:
-    if number is None:
-        return
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise GenerationError(f"{name} is {number!r}; it must be a whole number")
-    if number < least:
-        raise GenerationError(f"{name} is {number}; it must be at least {least}")

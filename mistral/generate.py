@@ -7,7 +7,6 @@ over a plan and any tokenizer that encodes and decodes; knows nothing about file
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -16,12 +15,13 @@ from mistral.cache import RollingBufferCache
 from mistral.detokenizer import StopStrings
 from mistral.engine import Engine, Progress
 from mistral.model import Transformer
-from mistral.request import Finish, GenerationError, Request, Token
+from mistral.request import Finish, GenerationError, Request, Token, ids_of
 from mistral.sampling_params import SamplingParams
-from mistral.stored_ids import StoredIds
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, outside, require_tokenizer
-from mistral.util.flat import flat, require_parcel
+from mistral.util.arguments import require_kind
+from mistral.util.errors import short_repr
+from mistral.util.flat import flat
 
 Prompt = str | Sequence[int]
 R = TypeVar("R")
@@ -87,32 +87,20 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerLike | None) -
     """Ids of each prompt: strings get bos in front, lists of ids are taken as they are."""
     prompts = _prompt_list(prompts)
     return [
-        encode(require_tokenizer(tokenizer), p) if isinstance(p, str) else _ids(p, i) for i, p in enumerate(prompts)
+        encode(require_tokenizer(tokenizer), p) if isinstance(p, str) else ids_of(p, i, "a string or a list of ids")
+        for i, p in enumerate(prompts)
     ]
 
 
 def _prompt_list(prompts: Iterable[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         raise GenerationError("prompts is one string; give a list of them")
-    if not isinstance(prompts, Iterable):
-        raise GenerationError(f"prompts is {prompts!r}; it must be a list of strings or of lists of ids")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise GenerationError(f"prompts is {short_repr(prompts)}; it must be a list of strings or of lists of ids")
     several = list(prompts)
     if not several:
         raise GenerationError("no prompts: give at least one")
     return several
-
-
-def _ids(prompt: Sequence[int], i: int) -> Sequence[int]:
-    try:
-        if isinstance(prompt, bytes):
-            raise TypeError
-        if isinstance(prompt, StoredIds):
-            return prompt
-        if type(prompt) is list and all(type(t) is int for t in prompt):
-            return prompt  # a prompt of a million ids is 40 MB
-        return [operator.index(t) for t in prompt]  # not int(): that would take 2.7, or "2"
-    except TypeError:
-        raise GenerationError(f"prompt {i} is {prompt!r:.60}; it must be a string or a list of ids") from None
 
 
 def eos_of(tokenizer: TokenizerLike) -> frozenset[int]:
@@ -137,7 +125,7 @@ def sampled(function: Callable[..., R]) -> Callable[..., R]:
             prompts = _prompt_list(prompts)
             params = _one_each("params", named.pop("params", DEFAULT), len(prompts))
             for one in params:
-                require_parcel("params", one, SamplingParams)
+                require_kind("params", one, SamplingParams)
             changes = [{name: named.pop(name) for name in names if name in named and name != "max_tokens"}] * len(
                 params
             )
@@ -183,8 +171,7 @@ def _start(
     ids = encode_prompts(prompts, tokenizer)
     each, adapters = _one_each("params", params, len(ids)), _one_each("adapter", adapter, len(ids))
     for one in each:
-        if not isinstance(one, SamplingParams):
-            raise GenerationError(f"params is {one!r:.60}; it must be SamplingParams, or a list of them, one a prompt")
+        require_kind("params", one, SamplingParams, "SamplingParams(..), or a list of them", GenerationError)
     rows: list[int | None] = [None] * len(ids)
     if engine.cache is not None:
         if len(ids) > len(engine.cache.lengths):
@@ -256,6 +243,8 @@ def stream(
         ValueError: a subclass that names the argument; before anything is computed.
     """
     words = _words(tokenizer, params)
+    require_kind("progress", progress, Callable | None, "a function of two numbers", GenerationError)
+    require_kind("thoughts", thoughts, ThoughtIds | None, "what template.thought_ids is", GenerationError)
     ends = eos_of(words) if eos_ids is None else eos_ids
     engine = Engine(model, eos_ids=ends, chunk_size=chunk_size, cache=cache)
     batch = _start(prompts, words, engine, params, adapter, score)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.sampling_params import SamplingError
 from mistral.tokenizer import Tokenizer
-from mistral.util.errors import Unavailable, printable
+from mistral.util.arguments import require_kind, whole_numbers
+from mistral.util.errors import Unavailable, printable, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Grammars:
 
     Raises:
         Unavailable: llguidance is missing.
-        SamplingError: nothing ends a text.
+        SamplingError: nothing ends a text, or an argument of another type.
     """
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int]) -> None:
@@ -39,6 +40,8 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise Unavailable(f"JSON by grammar needs llguidance ({error}): pip install llguidance") from None
+        require_kind("tokenizer", tokenizer, Tokenizer, "a Tokenizer, as load() gives it", SamplingError)
+        ends = whole_numbers("ends", ends, SamplingError)
         if not ends:
             raise SamplingError("no token ends a text of this model, so no grammar can be completed")
         self._ends = sorted(ends)
@@ -96,7 +99,9 @@ class Grammar:
         return Constraint(self)
 
 
-def _valid(text: str) -> str:
+def _valid(text: object) -> str:
+    require_kind("the grammar", text, str, "text", SamplingError)
+    assert isinstance(text, str)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -122,7 +127,14 @@ def regex_rule(pattern: str) -> str:
 
 
 def choice_rule(texts: Sequence[str]) -> str:
-    """One of some texts; as above."""
+    """One of some texts; as above.
+
+    Raises:
+        SamplingError: none, or something else than texts.
+    """
+    require_kind("choice", texts, list | tuple, "a list of texts", SamplingError)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise SamplingError(f"choice is {short_repr(texts)}; it must be a list of texts, at least one")
     return " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
 
 
@@ -132,10 +144,13 @@ def as_text(schema: Mapping[str, Any]) -> str:
     Raises:
         SamplingError: nested too deep.
     """
+    require_kind("schema", schema, Mapping, "a JSON schema, as a dict", SamplingError)
     try:
         return json.dumps({**schema, "x-guidance": {"whitespace_pattern": BETWEEN}})
     except RecursionError:
         raise SamplingError("the schema is nested too deep") from None
+    except (TypeError, ValueError) as error:
+        raise SamplingError(f"the schema is no JSON: {error}") from None
 
 
 class Constraint:

@@ -6,7 +6,6 @@ names are the names in Mistral's checkpoints. T is the number of packed tokens o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
@@ -26,6 +25,8 @@ from mistral.moe import MixtureOfExperts
 from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.plan import LayerStore, Plan
 from mistral.rope import Rope, rotate
+from mistral.util.arguments import require_kind, whole_numbers
+from mistral.util.errors import UsageError, short_repr
 from mistral.util.threads import Sharing
 
 if TYPE_CHECKING:
@@ -64,7 +65,13 @@ class Embedding(nn.Embedding):
         try:
             return super().forward(ids)
         except IndexError:  # only a CPU says so; asking a GPU would wait for it at every step
-            raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}") from None
+            raise outside_vocabulary(ids, self.num_embeddings) from None
+
+
+def outside_vocabulary(ids: Tensor, size: int) -> UsageError:
+    """The refusal of ids, on a CPU, of which some are not in a vocabulary of `size`."""
+    wrong = ids[(ids < 0) | (ids >= size)].tolist()
+    return UsageError(f"input_ids has the id {wrong[0]}, outside the vocabulary of {size}: ids are 0 to {size - 1}")
 
 
 class Attention(nn.Module):
@@ -137,6 +144,9 @@ class Transformer(nn.Module):
         attend: the attention backend; PyTorch SDPA in tiles unless one is given.
         compute_dtype: dtype of the activations; None follows the weights, also through `.to()`.
 
+    Raises:
+        UsageError: an argument of another type.
+
     Attributes:
         adapters: those beside its weights, if there are any; see `adapters.Adapters.of`.
         kept_in: what keys and values are kept in, by the dtype that is computed in; others keep their own.
@@ -150,6 +160,9 @@ class Transformer(nn.Module):
 
     def __init__(self, args: ModelArgs, attend: Attend | None = None, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        require_kind("args", args, ModelArgs)
+        require_kind("attend", attend, Callable | None, "a function (see attention.Attend) or None")
+        require_kind("compute_dtype", compute_dtype, torch.dtype | None, "a torch.dtype or None")
         self.args = args
         self.compute_dtype = compute_dtype
         self.kept_in: dict[torch.dtype, torch.dtype] = {}
@@ -186,7 +199,7 @@ class Transformer(nn.Module):
         """As `nn.Module.load_state_dict`; a tied output has no entry of its own, or the embeddings'."""
         if self.args.tied_embeddings and (shared := state_dict.get(EMBEDDINGS)) is not None:
             if not torch.equal(state_dict.get(OUTPUT, shared), shared):
-                raise ValueError("the output is tied to the embeddings, but the weights hold another output matrix")
+                raise UsageError("the output is tied to the embeddings, but the weights hold another output matrix")
             state_dict = {**state_dict, OUTPUT: shared}
         found = super().load_state_dict(state_dict, strict, assign)
         self._tie()
@@ -247,15 +260,18 @@ class Transformer(nn.Module):
         """Hidden states before the output matrix: [T, dim] in the compute dtype.
 
         Args:
-            input_ids: [T] the sequences' new tokens, packed one after the other, int64.
+            input_ids: [T] the sequences' new tokens, packed one after the other, int64 or int32, on the model's device.
             seqlens: new tokens of each sequence; sums to T. With a cache, 0 is allowed.
-            cache: holds what came before. None: each sequence stands alone, causal and windowed.
+            cache: holds what came before; its windows are those that count. None: each sequence stands alone, causal
+                and windowed.
 
         Raises:
-            ValueError: the lengths and ids do not fit together, or do not fit the cache.
+            UsageError: the lengths and ids do not fit together, or an id is outside the vocabulary. That is found on a
+                CPU alone: to ask a GPU would be to wait for it at every step.
+            CacheError: the cache is of another shape or device, or lacks rows.
         """
-        seqlens = [operator.index(n) for n in seqlens]
-        self._check(input_ids, seqlens)
+        seqlens = whole_numbers("seqlens", seqlens)
+        self._check(input_ids, seqlens, cache)
         keys = NoCache(self.args, self.device) if cache is None else cache
         plan = keys.plan(seqlens)
         h = self.step(input_ids, plan, keys)
@@ -271,13 +287,23 @@ class Transformer(nn.Module):
         with self.share_cores():
             return widen(self.output(h))
 
-    def _check(self, input_ids: Tensor, seqlens: Sequence[int]) -> None:
+    def _check(self, input_ids: Tensor, seqlens: list[int], cache: RollingBufferCache | None) -> None:
+        device = self.device
+        require_kind("input_ids", input_ids, Tensor, "a tensor: torch.tensor(ids)")
+        if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.layout != torch.strided:
+            what = f"{input_ids.layout} {input_ids.dtype}"
+            raise UsageError(f"input_ids is of {what}; it must be dense and of torch.int64: ids are whole numbers")
+        if input_ids.device != device:
+            raise UsageError(f"input_ids is on {input_ids.device}, and the model on {device}: ids.to(model.device)")
         if input_ids.dim() != 1 or sum(seqlens) != len(input_ids):
-            raise ValueError(
+            raise UsageError(
                 f"seqlens sum to {sum(seqlens)}, but input_ids has shape {tuple(input_ids.shape)}: "
                 "pack the sequences one after the other into one dimension"
             )
         if any(n < 0 for n in seqlens):
-            raise ValueError(f"negative sequence length in {list(seqlens)}")
+            raise UsageError(f"negative sequence length in {short_repr(seqlens)}: give 0 or more for each sequence")
         if self.args.max_batch_size and len(seqlens) > self.args.max_batch_size:
-            raise ValueError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}")
+            raise UsageError(f"{len(seqlens)} sequences, but max_batch_size is {self.args.max_batch_size}: give fewer")
+        if cache is not None:
+            require_kind("cache", cache, RollingBufferCache, "a RollingBufferCache: model.make_cache(rows)")
+            cache.check_shape(self.args, device)

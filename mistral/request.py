@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from mistral.sampling import LogitChanges, RequestRng
 from mistral.sampling_params import SamplingParams
-from mistral.util.errors import UsageError
+from mistral.stored_ids import StoredIds
+from mistral.util.arguments import whole_numbers
+from mistral.util.errors import UsageError, short_repr
 
 Finish = Literal["stop", "length", "error"]
 PREFIX_BLOCK = 4096  # ids that are compared at once
+# What an engine asks of a model; any that has these will do.
+NEEDED = ("args", "step", "logits", "make_cache", "cache_bytes")
 
 
 class GenerationError(UsageError):
@@ -148,6 +154,45 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return most
 
 
+def changed_logits(logits: Tensor, ready: Sequence[Request]) -> Tensor:
+    """The logits that requests choose from: [R, V], of which some rows differ from what the model gave."""
+    rows = [row for row, request in enumerate(ready) if request.params.changes_logits]
+    if not rows:
+        return logits
+    changed = logits.clone()
+    for row in rows:
+        request = ready[row]
+        if request.changes is None:
+            request.changes = LogitChanges(request.params, request.prompt_ids, logits.shape[-1], logits.device)
+        changed[row] = request.changes(logits[row], request.output_ids)
+    return changed
+
+
+def require_model(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        GenerationError: it is something else.
+    """
+    if lacking := [name for name in NEEDED if not hasattr(model, name)]:
+        what = f"{type(model).__name__} is no model that can be used: it lacks {', '.join(lacking)}"
+        raise GenerationError(f"{what}; of what load() gives take .model")
+
+
+def ids_of(prompt: object, index: int, what: str = "a list of ids") -> Sequence[int]:
+    """The ids of a prompt: a list of them as it is, not a copy (of a million it would be 40 MB), and `StoredIds`.
+
+    Args:
+        what: was asked for, to end a refusal.
+
+    Raises:
+        GenerationError: it holds something else, such as text or numbers with a fraction.
+    """
+    if isinstance(prompt, StoredIds):
+        return prompt
+    return whole_numbers(f"prompt {index}", prompt, GenerationError, what)
+
+
 def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample: int, vocab_size: int) -> None:
     """Refuse what cannot be generated from."""
     if not ids:
@@ -155,8 +200,8 @@ def check_request(ids: Sequence[int], params: SamplingParams, index: int, sample
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = next(t for t in ids if not 0 <= t < vocab_size)
         raise GenerationError(f"prompt {index} has the id {wrong}, outside the vocabulary of {vocab_size}")
-    if not 0 <= sample < params.n:
-        raise GenerationError(f"sample is {sample}; it must be at least 0 and less than n, {params.n}")
+    if not isinstance(sample, int) or not 0 <= sample < params.n:
+        raise GenerationError(f"sample is {short_repr(sample)}; it must be at least 0 and less than n, {params.n}")
     check_params(params, vocab_size)
 
 

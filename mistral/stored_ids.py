@@ -8,12 +8,12 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 from numpy.lib import format as npy
 
+from mistral.util.arguments import path_of
 from mistral.util.errors import FormatError
 from mistral.util.files import reason_of, regular
 
@@ -31,7 +31,7 @@ class StoredIds(Sequence[int]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path_of("ids", path, FormatError)
         try:
             with open(self.path, "rb", opener=regular) as file:
                 version = npy.read_magic(file)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_added_tokens, read_special_tokens
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer, piece_bytes
-from mistral.util.errors import printable
+from mistral.util.arguments import path_of, require_kind, whole_numbers
+from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
 
@@ -46,7 +47,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | PathLike[str]) -> None:
-        path = Path(model_path)
+        path = path_of("the tokenizer", model_path, TokenizerError)
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
         kind: Any = _SentencePiece
@@ -132,7 +133,7 @@ class Tokenizer:
 
     @eos_ids.setter
     def eos_ids(self, ids: Iterable[int]) -> None:
-        self._ends = frozenset(ids)
+        self._ends = frozenset(whole_numbers("eos_ids", ids, TokenizerError))
 
     def settle_eos(self, told: Iterable[int]) -> None:
         """Where `eos_id` is that of a usual name only, as no file of the tokenizer names one: the least of the ids that
@@ -230,7 +231,7 @@ class Tokenizer:
         stays text.
 
         Raises:
-            TokenizerError: the text is not valid Unicode.
+            TokenizerError: it is no text, or not valid Unicode.
         """
         _check_unicode(s)
         ids = self._model.encode(s)
@@ -244,10 +245,11 @@ class Tokenizer:
             control: ids of control tokens by text; by default `control_tokens`.
 
         Raises:
-            TokenizerError: a text is not valid Unicode.
+            TokenizerError: a part is neither text nor an id, or not valid Unicode.
         """
+        require_kind("parts", parts, list | tuple, "a list of texts and ids", TokenizerError)
         for part in parts:
-            if isinstance(part, str):
+            if not isinstance(part, int):
                 _check_unicode(part)
         return self._model.encode_parts(parts, self.control_tokens if control is None else control)
 
@@ -255,15 +257,17 @@ class Tokenizer:
         """Text of ids. Control ids have none, nor have ids past the last word, which a padded model may make.
 
         Raises:
-            TokenizerError: an id below 0.
+            TokenizerError: an id below 0, or something else than ids.
         """
-        for i in t:
-            if i < 0:
-                raise TokenizerError(f"id {i} is below 0")
-        return self._model.decode([i for i in t if i < self.n_ids])
+        ids = whole_numbers("ids", t, TokenizerError)
+        if ids and min(ids) < 0:
+            raise TokenizerError(f"id {min(ids)} is below 0")
+        return self._model.decode([i for i in ids if i < self.n_ids])
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(text: object) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"{short_repr(text)} is no text: give a str")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.batch.lines import EXAMPLE, LONGEST, NOT_JSON, Answered, Line, LineError, id_of, read_line
+from mistral.formats.layouts import LAYOUTS
 from mistral.util.errors import UsageError
 from mistral.util.files import Lines, reason_of
 
@@ -54,7 +55,7 @@ def _no_input(name: str) -> str:
     """What a name is that no requests can be read from."""
     if not os.path.isdir(name):
         return "no file that can be read twice"
-    if any((Path(name) / config).exists() for config in ("params.json", "config.json")):
+    if any(layout.has_config(Path(name)) for layout in LAYOUTS.values()):
         return f"the folder of a model: give it as --model {name}, before or behind INPUT and OUTPUT"
     return f"a folder: give the files in it as a pattern, as '{os.path.join(name, '*.jsonl')}'; a model is --model"
 

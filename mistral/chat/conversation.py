@@ -19,10 +19,11 @@ from mistral.chat.thinking import add_thought
 from mistral.engine import LESS, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
-from mistral.request import GenerationError, check_params, common_prefix
+from mistral.request import GenerationError, check_params, common_prefix, require_model
 from mistral.sampling_params import LARGEST, SamplingParams
-from mistral.tokenizer import Tokenizer, outside
+from mistral.tokenizer import Tokenizer, outside, require_tokenizer
 from mistral.util import memory
+from mistral.util.arguments import require_kind
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 from mistral.util.flat import flat
@@ -66,6 +67,11 @@ class Chat:
         chunk_size: int | None = None,
         params: SamplingParams,
     ) -> None:
+        require_model(model)
+        require_tokenizer(tokenizer)
+        if not hasattr(template, "encode_chat"):
+            advice = "it must be what find_template(tokenizer, folder=loaded.folder) gives"
+            raise TemplateError(f"template is {short_repr(template)}; {advice}")
         self.model = model
         self.tokenizer = tokenizer
         self.template = template
@@ -115,6 +121,7 @@ class Chat:
             GenerationError: more than one answer, or an id that the vocabulary lacks.
             OutOfMemory: keys and values of so many tokens do not fit.
         """
+        require_kind("params", params, SamplingParams, error=GenerationError)
         if params.n > 1:
             raise GenerationError(f"n is {params.n}; a conversation has one answer to a question")
         check_params(params, self.model.args.vocab_size)

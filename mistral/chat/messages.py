@@ -100,6 +100,8 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     Raises:
         TemplateError: none, an unknown role, or text that is not valid Unicode.
     """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
+        raise TemplateError(f"messages is {short_repr(messages)}; it must be a list of Message(role, content)")
     if not messages:
         raise TemplateError("a conversation has at least one message")
     for message in messages:
@@ -139,12 +141,14 @@ def _as_one(one: Message, two: Message) -> Message:
     return replace(one, content=BETWEEN.join(texts), ids=None, tool_calls=calls)
 
 
-def valid(text: str) -> str:
+def valid(text: object) -> str:
     """A text.
 
     Raises:
-        TemplateError: it holds half of a pair of surrogates, which no encoding has.
+        TemplateError: it is none, or holds half of a pair of surrogates, which no encoding has.
     """
+    if not isinstance(text, str):
+        raise TemplateError(f"{short_repr(text)} is no text: give a str")
     if found := re.search(r"[\ud800-\udfff]", text):
         raise TemplateError(f"the text is not valid Unicode at character {found.start()}")
     return text

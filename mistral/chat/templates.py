@@ -19,6 +19,7 @@ from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates, why_version
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
+from mistral.util.arguments import path_of, require_kind
 from mistral.util.errors import FormatError, printable, short_repr
 from mistral.util.files import decode_text, read_limited, reason_of
 
@@ -101,9 +102,11 @@ def find_template(
         TokenizerError: a broken file in the folder, or no tokenizer.
     """
     require_tokenizer(tokenizer)
+    require_kind("name", name, str | None, "a name, or a file in Jinja", TemplateError)
+    place = None if folder is None else path_of("folder", folder, TemplateError)
     if name in NAMES:
         return _of_mistral(tokenizer, name, "--template")
-    own = {} if folder is None else chat_templates(Path(folder))
+    own = {} if place is None else chat_templates(place)
     if name is not None and (name in own or name.endswith(".jinja")):
         found = own.get(name) or _read(name)
         return _of_folder(tokenizer, found, folder, "--template")
@@ -237,8 +240,9 @@ class MistralCommon:
 
         check_effort(self, effort)
         settings = self._settings if effort is None else _settings(self._inner, effort)
+        messages = checked(messages)
         self.check_thoughts(messages)
-        found, system = joined(checked(messages), ("user", "assistant")), None
+        found, system = joined(messages, ("user", "assistant")), None
         if not self._system_in_place:
             system = BETWEEN.join(m.content for m in found if m.role == "system") or None
             found = [m for m in found if m.role != "system"]
@@ -365,12 +369,13 @@ class MistralLite:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
     ) -> list[int]:
         check_effort(self, effort)
+        messages = checked(messages)
         ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
         if any(message.thinking for message in messages):
             raise TemplateError("MistralLite has no place for thoughts: leave them out")
         if tools or any(message.tool_calls or message.role == TOOL for message in messages):
             raise TemplateError("MistralLite has no place for tools: leave them out")
-        for message in joined(checked(messages)):
+        for message in joined(messages):
             if message.role == "system":
                 raise TemplateError("MistralLite has no place for a system prompt: leave it out")
             if message.role == "user":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mistral import __version__
+from mistral.chat.templates import Template, ends_of
 from mistral.eval import plots
 from mistral.eval.bench import processor
 from mistral.eval.filler import Filler, filler_of
@@ -21,7 +22,6 @@ from mistral.eval.results import ResultFile
 from mistral.eval.retrieval import TASKS, Item, answer, digest, items_of, make_items, report_rows
 from mistral.eval.tasks import Encode
 from mistral.formats.layout import beyond_training
-from mistral.generate import eos_of
 from mistral.loader.load import Loaded
 from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
@@ -77,8 +77,7 @@ def evaluate(
     asked: Asked,
     *,
     prompt: Encode,
-    template: str | None,
-    ends: frozenset[int],
+    template: Template | None,
     bar: Bar,
     say: Callable[[str], None] = lambda note: None,
 ) -> Evaluation:
@@ -86,8 +85,7 @@ def evaluate(
 
     Args:
         prompt: a prompt as ids, within the template if there is one.
-        template: its name, for the report; None: prompts are continued as they are.
-        ends: ids that a template writes after an answer.
+        template: that one; None: prompts are continued as they are.
         bar: progress.
         say: called with what should be known before it begins, a sentence each.
 
@@ -102,7 +100,7 @@ def evaluate(
     elif asked.task == "position":
         done = _position(loaded, asked, facts, bar, within)
     else:
-        done = _retrieval(loaded, asked, facts, prompt, ends, bar, within)
+        done = _retrieval(loaded, asked, facts, prompt, ends_of(loaded.tokenizer, template), bar, within)
     done.report["seconds"] = time.perf_counter() - began
     return done
 
@@ -113,7 +111,7 @@ def _note_length(trained: int | None, say: Callable[[str], None], longest: int) 
         say(note)
 
 
-def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]:
+def _facts(loaded: Loaded, asked: Asked, template: Template | None) -> dict[str, Any]:
     """What every report begins with."""
     args, device = loaded.args, loaded.model.device
     count = torch.get_num_threads()
@@ -129,7 +127,7 @@ def _facts(loaded: Loaded, asked: Asked, template: str | None) -> dict[str, Any]
         "window": next(iter(windows)) if len(windows) == 1 else None,
         "reach": edges(args)[-1],
         "trained_length": loaded.trained_length,
-        "template": template,
+        "template": None if template is None else template.name,
         "n": None if asked.questions else asked.n or CASES[asked.task],
         "seed": asked.seed,
     }
@@ -171,7 +169,7 @@ def _retrieval(
             items,
             results,
             rows=asked.rows,
-            eos_ids=eos_of(loaded.tokenizer) | ends,
+            eos_ids=ends,
             progress=bar("answers", "case"),
         )
     finally:

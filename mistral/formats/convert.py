@@ -33,6 +33,7 @@ from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_
 from mistral.parameters import parameters
 from mistral.special_tokens import CONFIG
 from mistral.util import memory
+from mistral.util.arguments import path_of, require_integer, require_kind
 from mistral.util.errors import ConvertError
 from mistral.util.files import folder_atomic
 
@@ -151,6 +152,9 @@ def write_folder(
     Raises:
         FormatError, ConvertError: as in `convert`.
     """
+    dst = path_of("the folder to write", dst, ConvertError)
+    require_integer("shard_size", shard_size, 1, error=ConvertError)
+    require_kind("calibrate", calibrate, Callable | None, "a function of the folder", ConvertError)
     layout, target = _layout_and_dtype(to, dtype, quant)
     if folder.quant is not None:
         raise ConvertError(
@@ -159,7 +163,7 @@ def write_folder(
     if adapter is not None:
         asked = quant or (None if target is None else dtype_name(target))
         folder = merge_into(folder, read_adapter(adapter), asked)
-    place = destination(folder.path, Path(dst))
+    place = destination(folder.path, dst)
     require_whole(folder.path, ", to convert without")
     notes = [*folder.notes, *about_tokenizer(folder)]
     files = _plan(folder, layout, target, quant, shard_size)
@@ -168,7 +172,7 @@ def write_folder(
     if target is None and quant is None and any(tensor.widened for tensor in folder.tensors.values()):
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
     described = describe(folder, layout, tensors, quant, notes)
-    notes += about_names(folder, Path(dst), layout)
+    notes += about_names(folder, dst, layout)
     unpack, lost = unpacked(folder.path, folder.args.vocab_size)
     notes += lost
     if layout is not NATIVE and JSON not in unpack:
@@ -203,7 +207,7 @@ def write_folder(
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
     dtypes = Counter(tensor.dtype for tensor in tensors)
-    return Converted(Path(dst), layout, tuple(files), nbytes, tuple(dtypes), tuple(notes))
+    return Converted(dst, layout, tuple(files), nbytes, tuple(dtypes), tuple(notes))
 
 
 def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | None) -> tuple[Layout, torch.dtype | None]:

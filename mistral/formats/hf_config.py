@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.args import ArgsError, ModelArgs
 from mistral.formats.config_parts import moe_of_config, positions_of_config, rope_parameters
-from mistral.formats.layout import ParamsError
+from mistral.formats.layout import ASSUMED, LENGTHS, ParamsError
 from mistral.formats.quantized_hf import method_of
 from mistral.formats.text_inside import text_config
 from mistral.formats.weights import dtype_name
@@ -46,6 +46,7 @@ HARMLESS = {
     "_flash_attn_2_enabled": "an option of transformers",
     "_name_or_path": "where it was exported",
     "architectures": "a label; model_type decides",
+    ASSUMED: "what was not known when it was converted",
     "attention_dropout": "training",
     "auto_map": "code, which is never run",
     "bos_token_id": "the tokenizer's",
@@ -77,7 +78,7 @@ HARMLESS = {
 # Those that are written anew, or say nothing about a model.
 LABELS = {
     *("_attn_implementation", "_name_or_path", "architectures", "dtype", "eos_token_id", "bos_token_id", "model_type"),
-    *("max_position_embeddings", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
+    *(ASSUMED, "max_position_embeddings", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
 }
 # Keys with a meaning that is worked out below.
 HANDLED = {
@@ -217,11 +218,12 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
 
 # Keys of a config.json that say nothing about shape and stay true of the converted model.
 HF_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "initializer_range", "use_cache")
-# How long the training sequences were, where the source does not say; that of 7B v0.1 to v0.3.
+# How long the training sequences were, where the source does not say: others need a number. That of 7B v0.1 to v0.3.
 LENGTH = 32768
 
 
-def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
+def config_json(args: ModelArgs, length: int | None, dtype: torch.dtype, kept: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json holds; `length` is how long the training sequences were, None where nothing says so."""
     distinct = set(args.windows) - {None}
     if len(distinct) > 1:
         raise ConvertError(
@@ -242,7 +244,8 @@ def config_json(args: ModelArgs, length: int, dtype: torch.dtype, kept: dict[str
         **{theirs: getattr(args, ours) for theirs, ours in SHAPE.items()},
         "head_dim": args.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": length,
+        LENGTHS[0]: length or LENGTH,
+        **({} if length else {ASSUMED: {LENGTHS[0]: LENGTH}}),
         "rope_theta": args.rope_theta,  # as transformers 4 spells it; 5 reads the next line
         "rope_parameters": rope_parameters(args),
         "sliding_window": window,  # null included: left out, it is 4096

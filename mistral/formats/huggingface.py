@@ -186,8 +186,7 @@ class HuggingFaceLayout(Layout):
         notes = []
         length = trained_length(raw)
         if length is None:
-            length = LENGTH
-            notes.append(f"the training length is not given: config.json has max_position_embeddings {length}")
+            notes.append(f"the training length is not given: config.json has max_position_embeddings {LENGTH}")
         kept = {key: raw[key] for key in HF_KEYS if raw.get(key) is not None}
         if "bos_token_id" not in kept or "eos_token_id" not in kept:
             kept = {**tokens(), **kept}

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Keys that say how long the training sequences were; and one of a config.json that was converted: values that nothing
+# had said and that had to be written, by key.
+LENGTHS = ("max_position_embeddings", "max_seq_len", "llama.context_length", "mistral3.context_length")
+ASSUMED = "assumed_values"
+
 
 class ParamsError(FormatError):
     """A params.json or config.json that is missing, broken, or describes another kind of model."""
@@ -200,11 +205,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def trained_length(raw: dict[str, Any]) -> int | None:
-    """How long the training sequences were, by any layout's key; None where it is not given."""
-    given = (
-        raw.get(key)
-        for key in ("max_position_embeddings", "max_seq_len", "llama.context_length", "mistral3.context_length")
-    )
+    """How long the training sequences were, by any layout's key; None where it is not given, or was assumed."""
+    assumed = raw.get(ASSUMED)
+    assumed = assumed if isinstance(assumed, dict) else {}
+    # What somebody has changed since then is not assumed any more.
+    given = (raw.get(key) for key in LENGTHS if key not in assumed or assumed[key] != raw.get(key))
     return next((n for n in given if type(n) is int and n > 0), None)
 
 

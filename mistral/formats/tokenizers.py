@@ -124,8 +124,9 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise TokenizerError(
             f"{tokenizer.path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
-    tokenizer.settle_eos(eos_ids(folder, None, vocab_size)[0])
-    tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
+    told, _ = _ends_of_files(folder, vocab_size)
+    tokenizer.settle_eos(told)
+    tokenizer.eos_ids = _with_own(told, folder, tokenizer, vocab_size)
     return tokenizer
 
 
@@ -169,12 +170,24 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
     the shape too, reading the folder refuses it.
     """
-    found = set[int]() if tokenizer is None else own_ends(tokenizer)
-    notes: list[str] = []
+    told, notes = _ends_of_files(folder, vocab_size)
+    return _with_own(told, folder, tokenizer, vocab_size), notes
+
+
+def _with_own(told: set[int], folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+    """What the files beside a tokenizer name, and the tokenizer's own ends; of a GGUF file those that it has."""
+    if tokenizer is None:
+        return frozenset(told)
     if is_gguf_file(folder):
-        ends = found if tokenizer is None else found | tokenizer.eos_ids
-        return frozenset(i for i in ends if i < vocab_size), notes
-    for name in ENDS:
+        return frozenset(i for i in own_ends(tokenizer) | tokenizer.eos_ids if i < vocab_size)
+    return frozenset(told | own_ends(tokenizer))
+
+
+def _ends_of_files(folder: Path, vocab_size: int) -> tuple[set[int], list[str]]:
+    """The ids that the files beside the tokenizer name, and notes on what was ignored; none of a GGUF file."""
+    found: set[int] = set()
+    notes: list[str] = []
+    for name in ENDS if folder.is_dir() else ():
         try:
             told = read_json(folder / name).get("eos_token_id")
         except TokenizerError:
@@ -185,7 +198,7 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
             elif i >= 0:  # -1 is how some write none
                 found.add(i)
-    return frozenset(found), notes
+    return found, notes
 
 
 def own_ends(tokenizer: Tokenizer) -> set[int]:

@@ -20,6 +20,7 @@ from mistral.loader.adapted import with_adapters
 from mistral.loader.assemble import assemble, narrowed
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
+from mistral.util.arguments import require_kind
 from mistral.util.english import did_you_mean
 from mistral.util.flat import flat
 
@@ -216,6 +217,8 @@ def as_read(found: Folder, options: LoadOptions) -> Folder:
 
 def _spelled_out(options: LoadOptions, kernels: bool | None, deterministic: bool) -> LoadOptions:
     """Options with what the two short spellings of an execution mean."""
+    require_kind("kernels", kernels, bool | None, "True, False or None", OptionError)
+    require_kind("deterministic", deterministic, bool, "True or False", OptionError)
     means = {"bitwise"} if deterministic else set()
     means |= set() if kernels is None else {"kernels" if kernels else "eager"}
     means |= set() if options.execution == "auto" else {options.execution}

@@ -5,6 +5,7 @@ Layers never see options; they see tensors that are already in place.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -219,6 +220,12 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if place.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} sees no Apple GPU")
     return place
+
+
+def own_gpu(rank: int = 0) -> torch.device:
+    """The GPU of this process, one of several: that of its number on this machine, as torchrun and `parallel.launch`
+    give it, else that of its rank."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
 
 
 def pick_dtype(dtype: torch.dtype | str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:

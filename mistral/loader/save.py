@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral.formats.convert import Converted, write_folder
 from mistral.formats.folder import Folder
@@ -20,6 +20,7 @@ from mistral.formats.weights import Reader, Stored, WeightFiles
 from mistral.parameters import parameters
 from mistral.quant.blocks import BlockLinear
 from mistral.quant.linear import QuantizedEmbedding
+from mistral.util.arguments import require_kind
 from mistral.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
         UsageError: quantized weights: `convert --quant` writes those.
         ConvertError: the folder cannot be written.
     """
+    require_kind("model", model, nn.Module, "a model: loaded.model")
+    require_kind("source", source, Path | None, "a Path or None")
     state = dict(model.named_parameters())
     expected = parameters(model.args)
     blocks = {name: kept for name in expected if (kept := _blocks(model, name)) is not None}

@@ -7,7 +7,6 @@ Embeddings, norms and routers are whole on every rank. `parameters(args)` says w
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from mistral.formats.mapped_tensors import Progress, touch
 from mistral.formats.weights import Reader, WeightFiles
 from mistral.linear import Linear
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.loader.runtime import own_gpu
 from mistral.parameters import Parameter, parameters
 from mistral.quant.linear import QuantizedLinear
 
@@ -145,9 +145,7 @@ class Shard:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda"):
             raise OptionError(f"{what} is for cpu or cuda, where each rank takes a GPU of its own, not for {device}")
-        return replace(
-            options, device=f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}" if device == "cuda" else device
-        )
+        return replace(options, device=str(own_gpu(self.rank)) if device == "cuda" else device)
 
     def _check_sizes(self, args: ModelArgs, quant: str | None) -> None:
         what = f"parallel {self.ranks}"

@@ -16,6 +16,7 @@ from mistral.fast import layout, pages
 from mistral.fast.kernels import INT4, INT8, KernelsUnavailable, Matrix, library, pointer
 from mistral.fast.linear import FEW, few, product, stored
 from mistral.linear import ROWS, WIDEN
+from mistral.model import outside_vocabulary
 from mistral.quant import rounding
 
 
@@ -205,7 +206,7 @@ class QuantizedEmbedding(nn.Module):
             return self.table.lookup(ids)
         given = ids.tolist() if len(ids) <= FEW else [*map(int, ids.aminmax())]  # a list costs less than two launches
         if given and not 0 <= min(given) <= max(given) < self.num_embeddings:
-            raise ValueError(f"input_ids holds ids outside the vocabulary of {self.num_embeddings}")
+            raise outside_vocabulary(ids, self.num_embeddings)
         table = self.table.matrix()
         if table is None:
             return self.table.lookup(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,7 @@ from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import windowed
 from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
-from mistral.loader.runtime import WIDEN_SHARE, pick_device
+from mistral.loader.runtime import WIDEN_SHARE, own_gpu, pick_device
 from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
 from mistral.quant.linear import QuantizedLinear
@@ -111,7 +110,7 @@ class Setup:
     def device(self) -> torch.device:
         device = pick_device(self.load.device)
         alone = device.type != "cuda" or self.load.parallel == 1
-        return device if alone else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return device if alone else own_gpu()
 
     def samples(self, path: Path) -> Samples:
         """The samples of a file; see `data.read_samples`.

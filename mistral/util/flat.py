@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar
 
-from mistral.util.errors import UsageError, short_repr
+from mistral.util.arguments import require_kind
 
 R = TypeVar("R")
 
@@ -38,7 +38,7 @@ def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..
                 whole = named.pop(name, None)
                 changes = {f.name: named.pop(f.name) for f in shown_fields[name] if f.name in named}
                 base = default if whole is None else whole
-                require_parcel(name, base, type(default))
+                require_kind(name, base, type(default))
                 named[name] = replace(base, **changes) if changes else base
             return function(*given, **named)
 
@@ -58,16 +58,6 @@ def flat(*, omit: Collection[str] = (), **parcels: Any) -> Callable[[Callable[..
         return call
 
     return decorate
-
-
-def require_parcel(name: str, given: object, kind: type) -> None:
-    """Refuse what is given in a parcel's place.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if not isinstance(given, kind):
-        raise UsageError(f"{name} is {short_repr(given)}; it must be {kind.__name__}(..)")
 
 
 def parcels_of(function: Callable[..., Any]) -> list[tuple[Any, list[Field[Any]]]]:

@@ -593,7 +593,7 @@ def test_a_cache_refuses_what_it_cannot_hold():
         cache.reset(row=2)
     with pytest.raises(CacheError, match="positions is -3"):
         RollingBufferCache(args, 1, positions=-3)
-    with pytest.raises(CacheError, match="0 rows"):
+    with pytest.raises(CacheError, match="rows is 0"):
         RollingBufferCache(args, 0)
     assert issubclass(CacheError, ValueError)
     assert cache.lengths == [0, 0]

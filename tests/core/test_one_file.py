@@ -620,8 +620,10 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 BREAK = {
     "no such folder": lambda f: shutil.rmtree(f),
     "no params.json": lambda f: (f / "params.json").unlink(),
-    "params.json: Expecting": lambda f: (f / "params.json").write_text("{"),
-    "params.json: 'list'": lambda f: (f / "params.json").write_text("[1]"),
+    "params.json: no JSON object, or not all of it: fetch it again": lambda f: (f / "params.json").write_text("{"),
+    "params.json: no JSON object": lambda f: (f / "params.json").write_text("[1]"),
+    "no JSON object, or not all of it": lambda f: (f / "params.json").write_bytes(b"\xff\xfe{}"),
+    "'abc'": lambda f: set_params(f, sliding_window="abc"),
     "a mixture of experts (Mixtral) is more than this file has": lambda f: set_params(f, moe={"num_experts": 8}),
     "unknown keys: ['quantization', 'rope_scaling']": lambda f: set_params(f, quantization={}, rope_scaling={}),
     "{} must have factor and original_max_position_embeddings": lambda f: set_params(f, yarn={}),

@@ -88,6 +88,20 @@ def test_mistral_to_hf_to_mistral(tmp_path: Path, name: str, instruct: bool) -> 
     assert "default" in chat_templates(tmp_path / "d")
 
 
+@pytest.mark.parametrize("given", [None, 777])
+def test_the_trained_length_is_not_invented(tmp_path: Path, given: int | None) -> None:
+    """A config.json must have one; where nothing says it, whoever reads that file here knows that it was assumed."""
+    source = make_folder(tmp_path / "a", random_state(), **({} if given is None else {"max_seq_len": given}))
+    for before, after, to in (("a", "b", "hf"), ("b", "c", "hf"), ("c", "d", "mistral")):
+        noted = any("training length" in note for note in convert(tmp_path / before, tmp_path / after, to).notes)
+        assert noted == (given is None and to == "hf")
+        assert load(tmp_path / after, device="cpu").trained_length == given
+    config, params = (json.loads((tmp_path / name).read_text()) for name in ("c/config.json", "d/params.json"))
+    assert config["max_position_embeddings"] == (given or 32768)
+    assert config.get("assumed_values") == ({"max_position_embeddings": 32768} if given is None else None)
+    assert params == json.loads((source / "params.json").read_text()) | {"rope_theta": params["rope_theta"]}
+
+
 def test_a_name_that_is_lost_is_a_note(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "Tiny-Instruct")
     said = "is known from the name Tiny-Instruct alone, and q4 does not say so"
@@ -118,10 +132,12 @@ def test_a_config_beside_params_names_ends_too(tmp_path: Path) -> None:
 def test_saving_keeps_the_ends_of_a_config(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / "a", tuned=True)
     (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     load(folder, device="cpu").save(tmp_path / "b")
     assert eos_ids(tmp_path / "b", load_tokenizer(tmp_path / "b", 4098), 4098)[0] == {2, 4097}
     assert says(tmp_path / "b") == says(folder)
-    assert load(tmp_path / "b", device="cpu").trained_length == load(folder, device="cpu").trained_length == 32768
+    assert load(tmp_path / "b", device="cpu").trained_length == load(folder, device="cpu").trained_length == 512
 
 
 def test_an_eos_token_of_the_config_beside_a_tokenizer_ends_too(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
 from mistral.formats.tokenizers import chat_templates, eos_ids, load_tokenizer, tokenizer_files
 from mistral.generate import complete
 from mistral.loader.load import load
+from mistral.special_tokens import read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
 from tests.support.folders import make_folder, random_state
 from tests.support.tokenizer_json import CHATML, DATA, write_tokenizer
@@ -79,6 +80,20 @@ def test_ends_are_all_that_the_files_name(tmp_path: Path, generation: Any, confi
     assert eos_ids(tmp_path, tokenizer, 4096) == (frozenset(ends), [])
     named = {i for value in (generation, config) for i in (value if isinstance(value, list) else [value])}
     assert eos_ids(tmp_path, None, 4096)[0] == named - {None, -1}
+
+
+def test_each_file_that_names_ends_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    read: list[str] = []
+
+    def counted(path: Path) -> Any:
+        read.append(path.name)
+        return read_json(path)
+
+    monkeypatch.setattr("mistral.formats.tokenizers.read_json", counted)
+    assert load_tokenizer(tmp_path, 4096).eos_ids == {2, 7}
+    assert sorted(read) == ["config.json", "generation_config.json"]
 
 
 @pytest.mark.parametrize("value", [4096, "2", 1.0, True, {"id": 2}, [2, None]])
