@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.deploy.preflight import ACCEPTABLE, flags_of, notes, preflight
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.huggingface import LENGTH
 from mistral.formats.inspect import ITEMSIZE, inspect_folder
 from mistral.formats.layout import trained_length
+from mistral.formats.vllm import ACCEPTABLE, flags_of, notes, preflight
 from mistral.util import memory
 from mistral.util.errors import UsageError, short_repr
 
@@ -115,9 +115,9 @@ def plan(folder: str | None, wanted: Wanted) -> Deployment:
     weights, cache = _weights(found, report, dtype), found.args.cache_bytes(length, dtype)
     gpu, gpus = _gpus(found.args, weights, cache, wanted)
     name, hub_id, revision = _name(report["folder"], wanted)
-    flags = [*flags_of(report).replace("_", "-").split(), "--served-model-name", name, "--dtype", dtype]
+    flags = [*flags_of(found, report).replace("_", "-").split(), "--served-model-name", name, "--dtype", dtype]
     flags += ["--max-model-len", str(length), "--tensor-parallel-size", str(gpus)]
-    flags += ["--gpu-memory-utilization", str(SHARE), "--generation-config", "vllm"]
+    flags += ["--gpu-memory-utilization", str(SHARE)]
     if revision is not None:
         flags += ["--revision", revision]
     accepted = (f"accepted: {f.text}" for f in preflight(found, report))

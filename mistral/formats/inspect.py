@@ -7,7 +7,6 @@ model; all else that is odd is reported under "suspicious". Needs no PyTorch, ex
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -21,7 +20,7 @@ from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.jinja import NotJinja, compile_template
 from mistral.formats.layout import ParamsError, trained_length
-from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
+from mistral.formats.layouts import LAYOUTS
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
@@ -35,6 +34,7 @@ from mistral.formats.tokenizers import (
     tokenizer_notes,
     why_version,
 )
+from mistral.formats.vllm import serving
 from mistral.formats.weights import Stored, file_names
 from mistral.formats.words import text_notes
 from mistral.parameters import EMBEDDINGS, active, parameters
@@ -78,7 +78,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
         ),
     ]
-    return {
+    report = {
         "folder": str(path),
         "release": None if release is None else _release(release, tokenizer["version"]),
         "layout": found.layout.name,
@@ -110,8 +110,8 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             ],
         },
         "suspicious": list(dict.fromkeys(suspicious)),
-        "serve": _serve(found, tokenizer),
     }
+    return report | {"serve": serving(found, report)}
 
 
 def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:
@@ -320,32 +320,6 @@ def _about_files(
         if 2 * dtypes.get(name, {}).get("parameters", 0) > sum(count["parameters"] for count in dtypes.values()):
             said.append(f"stored as {name}, {times} the size of bfloat16, which is what the releases have")
     return said
-
-
-def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """How vLLM serves it: commands in order, and why the first converts, if it does."""
-    others = (found.path / "tokenizer.json").is_file() and found.layout is not NATIVE  # vLLM reads it, we may not
-    if (tokenizer["error"] is not None and not others) or found.quant is not None:
-        return {"commands": [], "convert_first": None}
-    folder, serving = str(found.path), found.layout.serving(found.path, found.args, found.weights.files)
-    commands = []
-    if serving.convert_first:
-        folder = f"{folder}-converted"
-        # vLLM has Mistral's layout read with one of Mistral's own tokenizers.
-        target = WRITABLE["hf"] if found.path.is_file() and tokenizer["kind"] == "tokenizers" else NATIVE
-        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {target.to}")
-        flags = target.serving(Path(folder), found.args, ()).flags
-        if target is not NATIVE:  # its tokenizer.json will be there
-            flags = flags.removeprefix("--tokenizer_mode mistral ")
-        serving = serving._replace(flags=flags)
-    return {
-        "commands": [*commands, f"vllm serve {_word(folder)} {serving.flags}"],
-        "convert_first": serving.convert_first,
-    }
-
-
-def _word(path: str) -> str:
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 def as_json(report: dict[str, Any]) -> str:

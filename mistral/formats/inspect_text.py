@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mistral.formats.layouts import LAYOUTS
+from mistral.formats.vllm import as_argument
 from mistral.formats.weights import file_names
 from mistral.util import memory
 from mistral.util.english import counted
@@ -21,18 +23,27 @@ def as_text(report: dict[str, Any]) -> str:
         f"  {_printable(f['name']):{width}}  {memory.as_text(f['bytes']):>9}  {f['role']}" for f in report["files"]
     ]
     lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
-    first = report["serve"]["convert_first"]
-    if report["serve"]["commands"]:
-        lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
-        lines += [f"  {command}" for command in report["serve"]["commands"]]
-    else:
-        reason = (
-            "until it has a tokenizer"
-            if report["tokenizer"]["error"]
-            else "because it does not read the quantized weights of this library"
-        )
-        lines += ["", f"not served by vLLM {reason}"]
+    lines += ["", *_served(report["folder"], report["serve"])]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
+
+
+def _served(folder: str, serve: dict[str, Any]) -> list[str]:
+    """How vLLM serves the folder, or why it does not as it is."""
+    if serve["commands"]:
+        first = serve["convert_first"]
+        notes = (f"note: {note}" for note in serve["notes"])
+        return [f"served by vLLM{f' once converted: {first}' if first else ''}", *_within([*serve["commands"], *notes])]
+    refused = serve["refused"]
+    lines = ["not served by vLLM as it is", *_within(finding["text"] for finding in refused)]
+    words = sorted({finding["what"] for finding in refused})
+    if any(finding["fatal"] for finding in refused):
+        return lines
+    accept = "".join(f" --accept {word}" for word in words)
+    return [*lines, f"all the same: python -m main deploy {as_argument(folder)} --target vllm{accept}"]
+
+
+def _within(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from mistral.args import ModelArgs
 from mistral.deploy.plan import GIB, Wanted, _gpus, plan
-from mistral.deploy.preflight import preflight
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.vllm import preflight
 from mistral.util.errors import UsageError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, write_params
