@@ -78,6 +78,12 @@ class Tekken:
         return self._tekken
 
 
+def tekken_controls(path: Path) -> dict[int, str]:
+    """Texts of the control tokens by id, as far as a tekken.json gives them; one that `tekken_words` has looked at."""
+    given = json.loads(read_limited(path).decode("utf-8")).get("special_tokens") or ()
+    return {2: "</s>"} | {token["rank"]: str(token.get("token_str")) for token in given}
+
+
 def tekken_words(path: Path) -> int:
     """Words of a tekken.json, as it says itself; mistral-common takes a second to read it all.
 

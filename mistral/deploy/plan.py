@@ -15,6 +15,7 @@ from mistral.formats.inspect import ITEMSIZE, inspect_folder
 from mistral.formats.layout import trained_length
 from mistral.formats.vllm import ACCEPTABLE, flags_of, notes, preflight
 from mistral.util import memory
+from mistral.util.dtypes import full_name
 from mistral.util.errors import UsageError, short_repr
 
 VERSION = "0.33.0"  # of vLLM, in every recipe
@@ -154,6 +155,7 @@ def _about(report: dict[str, Any], dtype: str, weights: int, cache: int, length:
 
 
 def _dtype(found: Folder, report: dict[str, Any], wanted: str | None) -> tuple[str, list[str]]:
+    wanted = None if wanted is None else full_name(wanted)
     if wanted is not None and wanted not in ITEMSIZE:
         raise UsageError(f"--dtype is {wanted!r}; it must be {', '.join(ITEMSIZE)}")
     if any(tensor.widened for tensor in found.tensors.values()):  # quantized: the arithmetic is what is asked

@@ -24,6 +24,8 @@ from mistral.formats.layouts import LAYOUTS
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
+    ends_of,
+    eos_ids,
     is_gguf_file,
     missing_tokens,
     other_tokenizers,
@@ -38,7 +40,7 @@ from mistral.formats.vllm import serving
 from mistral.formats.weights import Stored, file_names
 from mistral.formats.words import text_notes
 from mistral.parameters import EMBEDDINGS, active, parameters
-from mistral.tekken import tekken_words
+from mistral.tekken import tekken_controls, tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import Unavailable
@@ -96,6 +98,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
+        "ends": _ends(path, tokenizer, args.vocab_size),
         "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {
@@ -187,6 +190,22 @@ def _tokenizer_of_gguf(path: Path) -> dict[str, Any]:
     except TokenizerError as error:
         return {"error": str(error)}
     return {"file": made.path.name, "kind": made.kind, "version": made.version, "words": made.n_words}
+
+
+def _ends(path: Path, tokenizer: dict[str, Any], vocab_size: int) -> list[dict[str, Any]]:
+    """What ends a sequence: the id, its text (None: unknown) and what names it."""
+    if tokenizer["error"] is not None or tokenizer["file"] is None:
+        ends, texts = ends_of(path, None, vocab_size)[0], dict[int, str]()
+    elif tokenizer["kind"] == "tekken":  # which mistral-common takes seconds to read
+        eos = 2  # of all of them
+        ends, texts = ends_of(path, None, vocab_size)[0], tekken_controls(path / tokenizer["file"])
+        ends[eos] = [tokenizer["file"], *ends.get(eos, ())]
+    else:
+        own = read_tokenizer(path)
+        own.settle_eos(eos_ids(path, None, vocab_size)[0])
+        ends, texts = ends_of(path, own, vocab_size)[0], {i: text for text, i in own.added_tokens.items()}
+        texts |= {i: own.decode([i]) for i in ends if i not in texts and i < own.n_words}
+    return [{"id": i, "text": texts.get(i), "from": ends[i]} for i in sorted(ends)]
 
 
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:

@@ -11,6 +11,7 @@ from mistral.formats.vllm import as_argument
 from mistral.formats.weights import file_names
 from mistral.util import memory
 from mistral.util.english import counted
+from mistral.util.errors import short_repr
 
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 
@@ -66,6 +67,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
+    if report["ends"]:
+        facts["ends"] = ", ".join(_end(end) for end in report["ends"])
     if (blocks := report["memory"]["blocks"]) is not None:
         types, size = ", ".join(blocks["types"]), memory.as_text(blocks["bytes"])
         facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
@@ -97,6 +100,11 @@ def _parts(report: dict[str, Any]) -> dict[str, str]:
     if parts["tied_embeddings"]:
         facts["output"] = "tied to the embeddings"
     return facts
+
+
+def _end(end: dict[str, Any]) -> str:
+    text = "" if end["text"] is None else f" {end['text'] if end['text'].strip() else short_repr(end['text'])}"
+    return f"{end['id']}{text} (by {' and '.join(end['from'])})"
 
 
 def _counted(dtypes: dict[str, dict[str, int]]) -> str:

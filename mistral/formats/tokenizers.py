@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
-from mistral.special_tokens import CONFIG, read_json
+from mistral.special_tokens import CONFIG, NAMES, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -20,6 +21,7 @@ from mistral.util.files import read_limited
 JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
+USUAL_NAME = "its usual name"  # what names an end where no file does
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides
 # And what it may ask for that changes texts: limits, words that must or must not come, stop strings.
 MORE_SAMPLING = (
@@ -163,17 +165,24 @@ def suggested_sampling(folder: Path) -> list[str]:
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:
-    """The ids that end a sequence, and notes on what was ignored.
+    """The ids that end a sequence, and notes on what was ignored; see `ends_of`."""
+    ends, notes = ends_of(folder, tokenizer, vocab_size)
+    return frozenset(ends), notes
+
+
+def ends_of(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[dict[int, list[str]], list[str]]:
+    """The ids that end a sequence, with what names each of them; and notes on what was ignored.
 
     They are all that generation_config.json, config.json and the tokenizer name: one of them in the place of another
     is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
     the shape too, reading the folder refuses it.
     """
-    found = set[int]() if tokenizer is None else own_ends(tokenizer)
+    ends: dict[int, list[str]] = {}
     notes: list[str] = []
     if is_gguf_file(folder):
-        ends = found if tokenizer is None else found | tokenizer.eos_ids
-        return frozenset(i for i in ends if i < vocab_size), notes
+        return {i: [what] for i, what in _ends_of_gguf(folder, tokenizer).items() if i < vocab_size}, notes
+    for i, what in () if tokenizer is None else own_ends(tokenizer).items():
+        ends[i] = [what]
     for name in ENDS:
         try:
             told = read_json(folder / name).get("eos_token_id")
@@ -184,15 +193,41 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
             if type(i) is not int or i >= vocab_size:
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
             elif i >= 0:  # -1 is how some write none
-                found.add(i)
-    return frozenset(found), notes
+                ends[i] = [*(what for what in ends.get(i, ()) if what not in (name, USUAL_NAME)), name]
+    return ends, notes
 
 
-def own_ends(tokenizer: Tokenizer) -> set[int]:
-    """The ids that a tokenizer ends sequences with: its own, and the eos_token that tokenizer_config.json beside it
-    names, which may be another."""
+def own_ends(tokenizer: Tokenizer) -> dict[int, str]:
+    """The ids that a tokenizer ends sequences with, and what names each: its own, and the eos_token that
+    tokenizer_config.json beside it names, which may be another."""
     named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
-    return {i for i in (tokenizer.eos_id, named) if i >= 0}
+    what = tokenizer.path.name
+    if tokenizer.is_json and tokenizer.guesses_eos:
+        what = USUAL_NAME
+    elif tokenizer.is_json or named != tokenizer.eos_id:
+        what = _file_of_eos(tokenizer.path.parent) or what
+    ends = {named: what, tokenizer.eos_id: what if tokenizer.is_json else tokenizer.path.name}
+    return {i: by for i, by in ends.items() if i >= 0}
+
+
+def _file_of_eos(folder: Path) -> str | None:
+    """The file beside a tokenizer that names its eos_token."""
+    for name in (CONFIG, NAMES):
+        with suppress(TokenizerError):
+            if read_json(folder / name).get("eos_token"):
+                return name
+    return None
+
+
+def _ends_of_gguf(file: Path, tokenizer: Tokenizer | None) -> dict[int, str]:
+    """The same of a GGUF file, or of the tokenizer beside it that is read in the place of its own."""
+    if tokenizer is None:
+        return {}
+    if tokenizer.path != file:
+        return own_ends(tokenizer)
+    metadata = read_gguf(file).metadata
+    told = {metadata.get(f"tokenizer.ggml.{name}_token_id"): f"{name}_token_id" for name in ("eom", "eot", "eos")}
+    return {i: told.get(i, USUAL_NAME) for i in sorted({*own_ends(tokenizer), *tokenizer.eos_ids})}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from mistral import backends
 from mistral.attention import Attend
 from mistral.loader.executions import EXECUTIONS, Execution
-from mistral.loader.options import CACHE_NAMES, DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.options import CACHE_NAMES, LoadOptions, OptionError
 from mistral.util import memory
+from mistral.util.dtypes import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
@@ -247,6 +248,8 @@ def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype)
     if options.cache_dtype in (None, "auto"):
         return compute
     chosen: torch.dtype = getattr(torch, CACHE_NAMES[options.cache_dtype])
+    if chosen == torch.float64 != compute:
+        raise OptionError(f"cache_dtype float64 is for arithmetic in float64, and this is in {_name(compute)}: omit it")
     if chosen == torch.float16 and device.type != "cpu" and compute != torch.float16:
         raise OptionError(
             f"cache_dtype float16 holds no key beyond 65,504, which is not looked after on {device.type} in "

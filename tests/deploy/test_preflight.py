@@ -117,6 +117,7 @@ def test_weights_of_several_dtypes(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", state)
     assert "weights are of several dtypes" in refusal(folder)
     assert plan(str(folder), Wanted(dtype="float32")).dtype == "float32"
+    assert plan(str(folder), Wanted(dtype="fp32")).dtype == "float32"
     assert plan(str(folder), Wanted(accept=("dtype",))).dtype == "bfloat16"
     assert "--dtype is 'int8'" in refusal(folder, dtype="int8")
 

@@ -318,6 +318,7 @@ KEYS = {
     "rope_theta": dict,
     "trained_length": (int, type(None)),
     "tokenizer": dict,
+    "ends": list,
     "template": dict,
     "memory": dict,
     "suspicious": list,
