@@ -201,13 +201,13 @@ def own_ends(tokenizer: Tokenizer) -> dict[int, str]:
     """The ids that a tokenizer ends sequences with, and what names each: its own, and the eos_token that
     tokenizer_config.json beside it names, which may be another."""
     named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
-    what = tokenizer.path.name
-    if tokenizer.is_json and tokenizer.guesses_eos:
-        what = USUAL_NAME
-    elif tokenizer.is_json or named != tokenizer.eos_id:
-        what = _file_of_eos(tokenizer.path.parent) or what
-    ends = {named: what, tokenizer.eos_id: what if tokenizer.is_json else tokenizer.path.name}
-    return {i: by for i, by in ends.items() if i >= 0}
+    beside = _file_of_eos(tokenizer.path.parent)
+    if tokenizer.is_json:  # which names none itself; without a file beside it, eos_id may be from the model's files
+        what = USUAL_NAME if tokenizer.guesses_eos else beside
+        ends = {} if what is None else {tokenizer.eos_id: what}
+    else:
+        ends = ({} if beside is None else {named: beside}) | {tokenizer.eos_id: tokenizer.path.name}
+    return {i: what for i, what in ends.items() if i >= 0}
 
 
 def _file_of_eos(folder: Path) -> str | None:
