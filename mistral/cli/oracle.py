@@ -21,8 +21,8 @@ from mistral.cli.prompts import (
 from mistral.cli.starting import starting
 from mistral.fast.layout import QUANTS
 from mistral.loader.options import LoadOptions
-from mistral.util.english import counted
 from mistral.util.dtypes import DTYPE_NAMES
+from mistral.util.english import counted
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
 

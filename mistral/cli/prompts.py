@@ -20,7 +20,7 @@ from mistral.cli.parallel import division
 from mistral.cli.starting import starting
 from mistral.util.errors import MistralError, UsageError, short_repr
 from mistral.util.files import decode_text, plain_ends, reason_of
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -150,6 +150,8 @@ def _one_prompt(line: str, where: str) -> PromptLine:
     try:
         entry = parse_json(line)
     except ValueError as error:
+        if isinstance(error, KeyTwice):
+            raise UsageError(f"{where} {error}") from None
         plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
         if where.startswith("stdin "):
             plain += "; without --file, all of stdin is one prompt"

@@ -45,6 +45,7 @@ from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import Unavailable
 from mistral.util.files import read_limited
+from mistral.util.parsed import parse_json
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -233,7 +234,7 @@ def _words_and_version(path: Path) -> tuple[int, str | None]:
         tokenizer = Tokenizer(path)
         return tokenizer.n_words, tokenizer.version
     words = tekken_words(path)  # looks at the file first
-    version = json.loads(read_limited(path))["config"].get("version")
+    version = parse_json(read_limited(path))["config"].get("version")
     return words, version if isinstance(version, str) else None
 
 

@@ -23,9 +23,9 @@ from mistral.loader.assemble import assemble
 from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import load
 from mistral.loader.options import ATTENTIONS, LoadOptions, OptionError
-from mistral.util.dtypes import DTYPE_NAMES
 from mistral.loader.options import EXECUTIONS as NAMES
 from mistral.model import FeedForward, Transformer
+from mistral.util.dtypes import DTYPE_NAMES
 from tests.support.folders import make_folder
 from tests.text.test_generate import Letters
 
