@@ -114,7 +114,7 @@ def complete(
         json: print JSON lines instead of text
         json_schema: a file with a JSON schema; each text is a value that fits it (needs llguidance)
         chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
-        max_batch_size: the most prompts in one batch; the others wait
+        max_batch_size: the most prompts in one batch, the others wait; 0: all of them at once
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     if params.top_logprobs and not json:
