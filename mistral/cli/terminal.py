@@ -11,7 +11,6 @@ import re
 import shutil
 import stat
 import sys
-import time
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral.cli.interrupts import Interrupt
 from mistral.cli.parallel import from_first
+from mistral.cli.pace import Pace, counting_stops, stops
 from mistral.cli.wrapping import Wrapped
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
@@ -84,9 +84,14 @@ def writer(stream: Any = None) -> Callable[[str], None]:
     """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in whole words."""
     to = sys.stdout if stream is None else stream
     lines = Wrapped() if is_screen(to) else None
+    stopped = stops()
 
     def put(text: str) -> None:
+        nonlocal stopped
         shown = visible(text) if to.isatty() else text
+        if lines is not None and stops() != stopped:
+            stopped = stops()
+            lines.begin()  # the shell has printed lines of its own
         to.write(shown if lines is None else lines.push(shown, shutil.get_terminal_size().columns))
         to.flush()
 
@@ -222,7 +227,30 @@ def _reader(ask: str) -> Callable[[], str]:
     session: Any = PromptSession(
         shown, output=create_output(stdout=asked_on), history=_history(), enable_suspend=True, key_bindings=_keys()
     )
-    return lambda: str(session.prompt())
+
+    def read() -> str:
+        if _end_is_waiting():
+            raise EOFError
+        return str(session.prompt())
+
+    return read
+
+
+def _end_is_waiting() -> bool:
+    """Whether Ctrl-D was typed before anybody asked: it is taken from the terminal, which would give a prompt that
+    edits lines a null character for it."""
+    try:
+        import fcntl
+        import select
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        if not select.select([descriptor], [], [], 0)[0]:
+            return False
+        waiting = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
+        return int.from_bytes(waiting, sys.byteorder) == 0 and os.read(descriptor, 1) == b""
+    except (ImportError, OSError, ValueError):  # a system that cannot tell
+        return False
 
 
 def _keys() -> Any:
@@ -333,33 +361,30 @@ def print_stream(
         more: what else to report at the end.
         thinking: whether thoughts are shown, on stderr.
     """
-    began = first = time.perf_counter()
-    generated, reason, interrupt, show = 0, "", None, writer()
+    generated, reason, interrupt, show, pace = 0, "", None, writer(), Pace()
     thoughts, thought, within = Thoughts(thinking), 0, False
     try:
-        show(echo)
-        for piece in pieces:
-            within = piece.thought if piece.token or piece.text else within
-            if piece.thought:
-                thoughts.push(piece.text)
-                thought += piece.token is not None
-            elif piece.text:
-                thoughts.end()
-                show(piece.text)
-            if piece.token:
-                generated += 1
-                first = first if generated > 1 else time.perf_counter()
-            reason = piece.finish_reason or reason
+        with counting_stops():
+            show(echo)
+            for piece in pieces:
+                within = piece.thought if piece.token or piece.text else within
+                if piece.thought:
+                    thoughts.push(piece.text)
+                    thought += piece.token is not None
+                elif piece.text:
+                    thoughts.end()
+                    show(piece.text)
+                if piece.token:
+                    generated += 1
+                    pace.token()
+                reason = piece.finish_reason or reason
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
-    seconds = time.perf_counter() - first
     thoughts.end()
     write("\n")
-    rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
-    wait = f"; first after {first - began:.2f} s" if generated else ""
     where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
     of_them = f", {thought} of them thought" if thought else ""
-    echo_err(f"[{counted(generated, 'token')}{of_them}{rate}{wait}{more()}; {reason}{where}]")
+    echo_err(f"[{counted(generated, 'token')}{of_them}{pace}{more()}; {reason}{where}]")
     if interrupt:
         raise interrupt
     return generated
