@@ -26,7 +26,7 @@ class ChatOptions:
         instruct: each prompt is a question, in the template of the model
         system: with --instruct: the system prompt
         system_file: with --instruct: a file with it, in which [THINK]..[/THINK] is a thought (SYSTEM_PROMPT.txt)
-        template: with --instruct: v1 to v15, mistrallite or a .jinja file; default: that of the tokenizer
+        template: with --instruct: v1 to v15 (also as v3-tekken), mistrallite or a .jinja file; default: the model's own
         reasoning_effort: with --instruct: none or high, for models that take it; default: the model's own
         thinking: with --instruct: show or hide what a reasoning model thinks, on stderr; default: show
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.interrupts import Interrupt
-from mistral.cli.parallel import from_first
 from mistral.cli.pace import Pace, counting_stops, stops
+from mistral.cli.parallel import from_first
 from mistral.cli.wrapping import Wrapped
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError

@@ -127,7 +127,9 @@ def preflight(found: Folder, report: dict[str, Any]) -> list[Finding]:
     Args:
         found, report: a folder, and what `inspect_folder` says of it, at least tokenizer, template and dtypes.
     """
-    convert = f"python -m main convert {as_argument(report['folder'])} {as_argument(report['folder'] + '-converted')} --to"
+    convert = (
+        f"python -m main convert {as_argument(report['folder'])} {as_argument(report['folder'] + '-converted')} --to"
+    )
     return [
         *_files(found, report, convert),
         *_window(found, convert),

@@ -85,9 +85,7 @@ OTHERS = (
 
 
 @pytest.mark.parametrize(("command", "theirs", "ours"), OTHERS)
-def test_a_flag_of_another_program_is_told_by_its_name_here(
-    cli: Command, command: str, theirs: str, ours: str
-) -> None:
+def test_a_flag_of_another_program_is_told_by_its_name_here(cli: Command, command: str, theirs: str, ours: str) -> None:
     error = cli(command, *NEEDED.get(command, ()), theirs, "1").error
     assert f"no flag {theirs}; did you mean {ours}?" in error
 

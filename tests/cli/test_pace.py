@@ -100,9 +100,7 @@ def test_the_answer_counts_them(clock: dict[str, float], capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("typed", "waits"), [(b"\x04", True), (b"", False), (b"a\n", False), (b"a", False)])
-def test_ctrl_d_that_was_typed_before_anybody_asked(
-    monkeypatch: pytest.MonkeyPatch, typed: bytes, waits: bool
-) -> None:
+def test_ctrl_d_that_was_typed_before_anybody_asked(monkeypatch: pytest.MonkeyPatch, typed: bytes, waits: bool) -> None:
     outer, inner = os.openpty()
     try:
         os.write(outer, typed)

@@ -703,10 +703,12 @@ def test_what_deploy_refuses_is_not_offered(
     refused = preflight(read_folder(folder), report)
     if not word:
         assert not [finding for finding in refused if not finding.mended]
-        assert "\nserved by vLLM" in text and text.splitlines()[-1].endswith("--generation_config vllm")
+        assert "\nserved by vLLM" in text
+        assert text.splitlines()[-1].endswith("--generation_config vllm")
         return
     assert word in {finding.what for finding in refused}
-    assert report["serve"]["commands"] == [] and "vllm serve" not in text
+    assert report["serve"]["commands"] == []
+    assert "vllm serve" not in text
     heading = text.splitlines().index("not served by vLLM as it is")
     assert text.splitlines()[heading + 1 : heading + 1 + len(refused)] == [f"  {f.text}" for f in refused]
     assert text.endswith(f"--target vllm --accept {word}") == (not any(f.fatal for f in refused))

@@ -30,6 +30,7 @@ from tests.support.tokenizer_json import CHATML, DATA, write_tokenizer
 def cli(capfd: pytest.CaptureFixture[str]) -> Command:
     return in_process(capfd)
 
+
 ORDER = ["tekken.json", "tokenizer.model.v11", "tokenizer.model.v7m1", "tokenizer.model.v7", "tokenizer.model.v3"]
 ORDER += ["tokenizer.model", "tokenizer.json"]
 NEVER = [
