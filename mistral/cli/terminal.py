@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import sys
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mistral.cli.interrupts import Interrupt
 from mistral.cli.pace import Pace, counting_stops, stops
 from mistral.cli.parallel import from_first
+from mistral.cli.waiting import end_is_waiting
 from mistral.cli.wrapping import Wrapped
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
@@ -229,28 +229,11 @@ def _reader(ask: str) -> Callable[[], str]:
     )
 
     def read() -> str:
-        if _end_is_waiting():
+        if end_is_waiting():
             raise EOFError
         return str(session.prompt())
 
     return read
-
-
-def _end_is_waiting() -> bool:
-    """Whether Ctrl-D was typed before anybody asked: it is taken from the terminal, which would give a prompt that
-    edits lines a null character for it."""
-    try:
-        import fcntl
-        import select
-        import termios
-
-        descriptor = sys.stdin.fileno()
-        if not select.select([descriptor], [], [], 0)[0]:
-            return False
-        waiting = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
-        return int.from_bytes(waiting, sys.byteorder) == 0 and os.read(descriptor, 1) == b""
-    except (ImportError, OSError, ValueError):  # a system that cannot tell
-        return False
 
 
 def _keys() -> Any:
@@ -388,37 +371,6 @@ def print_stream(
     if interrupt:
         raise interrupt
     return generated
-
-
-def stdin_has_data() -> bool:
-    """Whether stdin is a file or a pipe that already holds text."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        if stat.S_ISREG(mode):
-            return os.fstat(sys.stdin.fileno()).st_size > 0
-        if not stat.S_ISFIFO(mode):
-            return False
-        import fcntl
-        import termios
-
-        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
-        return int.from_bytes(waiting, sys.byteorder) > 0
-    except (AttributeError, ImportError, OSError, ValueError):  # no stdin, or a system that cannot tell
-        return False
-
-
-def stdin_may_have_data() -> bool:
-    """Whether a program may still write to stdin: it is a pipe that is open, or holds text already."""
-    if stdin_has_data():
-        return True
-    try:
-        if not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
-            return False
-        import select
-
-        return not select.select([sys.stdin.fileno()], [], [], 0)[0]  # readable without data is its end
-    except (AttributeError, ImportError, OSError, ValueError):
-        return False
 
 
 def stream_one(

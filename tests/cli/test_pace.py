@@ -16,6 +16,7 @@ import pytest
 
 from mistral.cli import terminal
 from mistral.cli.pace import Pace, counting_stops
+from mistral.cli.waiting import end_is_waiting
 
 if sys.platform == "win32":
     pytest.skip("no Ctrl-Z on Windows", allow_module_level=True)
@@ -108,8 +109,8 @@ def test_ctrl_d_that_was_typed_before_anybody_asked(monkeypatch: pytest.MonkeyPa
             assert select.select([inner], [], [], 10)[0], "it has arrived"
         with open(inner, closefd=False) as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            assert terminal._end_is_waiting() is waits
-            assert not terminal._end_is_waiting(), "it is taken once"
+            assert end_is_waiting() is waits
+            assert not end_is_waiting(), "it is taken once"
     finally:
         os.close(outer)
         os.close(inner)
