@@ -6,13 +6,13 @@ what it does not say. Knows nothing about models or templates; nothing here need
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited
+from mistral.util.parsed import KeyTwice, parse_json
 
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 WHOLE = "tokenizer.json"
@@ -129,10 +129,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        told = json.loads(read_limited(path).decode("utf-8-sig"))
+        told = parse_json(read_limited(path).decode("utf-8-sig"))
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except KeyTwice as error:
+        raise TokenizerError(f"{path} {error}: mend it") from None
+    except ValueError:
         raise TokenizerError(f"{path} holds no JSON: fetch it again") from None
     if not isinstance(told, dict):
         raise TokenizerError(f"{path} holds {short_repr(told)}, not an object: fetch it again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 from mistral.special_tokens import TokenizerError
 from mistral.util.errors import short_repr
 from mistral.util.files import read_limited
+from mistral.util.parsed import KeyTwice, parse_json
 
 # How every tekken.json that was published splits text. Others are refused: text may send one into a panic.
 PATTERN = (
@@ -78,6 +78,12 @@ class Tekken:
         return self._tekken
 
 
+def tekken_controls(path: Path) -> dict[int, str]:
+    """Texts of the control tokens by id, as far as a tekken.json gives them; one that `tekken_words` has looked at."""
+    given = parse_json(read_limited(path).decode("utf-8")).get("special_tokens") or ()
+    return {2: "</s>"} | {token["rank"]: str(token.get("token_str")) for token in given}
+
+
 def tekken_words(path: Path) -> int:
     """Words of a tekken.json, as it says itself; mistral-common takes a second to read it all.
 
@@ -85,7 +91,7 @@ def tekken_words(path: Path) -> int:
         TokenizerError: the file cannot be read, or has what makes mistral-common panic, or take any amount of memory.
     """
     try:
-        raw = json.loads(read_limited(path).decode("utf-8"))
+        raw = parse_json(read_limited(path).decode("utf-8"))
         config, given = raw["config"], raw.get("special_tokens") or ()
         words, special = config["default_vocab_size"], config["default_num_special_tokens"]
         counted = type(words) is type(special) is int and 0 < special <= words - special <= len(raw["vocab"])
@@ -93,7 +99,9 @@ def tekken_words(path: Path) -> int:
         sane = counted and words - special >= 256 and all(type(t["rank"]) is int for t in given)
         sane = sane and all(0 <= t["rank"] < special for t in given)
         pattern = config.get("pattern")
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except KeyTwice as error:
+        raise TokenizerError(f"{path} {error}: fetch it again") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
     if not sane:
         raise TokenizerError(

@@ -138,8 +138,16 @@ class Tokenizer:
     def settle_eos(self, told: Iterable[int]) -> None:
         """Where `eos_id` is that of a usual name only, as no file of the tokenizer names one: the least of the ids that
         the model's other files name, unless it is among them."""
-        if getattr(self._model, "guesses_eos", False) and (ids := set(told)) and self.eos_id not in ids:
+        if not self.guesses_eos or not (ids := set(told)):
+            return
+        if self.eos_id not in ids:
             self._model.eos_id = min(ids)
+        self._model.guesses_eos = False
+
+    @property
+    def guesses_eos(self) -> bool:
+        """Whether `eos_id` is that of a usual name, because no file names one."""
+        return bool(getattr(self._model, "guesses_eos", False))
 
     @property
     def pad_id(self) -> int:

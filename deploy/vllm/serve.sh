@@ -9,12 +9,12 @@ exec vllm serve mistralai/Mistral-7B-Instruct-v0.3 \
   --tokenizer-mode mistral \
   --config-format mistral \
   --load-format mistral \
+  --generation-config vllm \
   --served-model-name mistralai/Mistral-7B-Instruct-v0.3 \
   --dtype bfloat16 \
   --max-model-len 32768 \
   --tensor-parallel-size 1 \
   --gpu-memory-utilization 0.9 \
-  --generation-config vllm \
   --host 127.0.0.1 \
   --port 8000 \
   "$@"

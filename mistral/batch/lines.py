@@ -12,7 +12,7 @@ from typing import Any
 
 from mistral.util.errors import short_repr
 from mistral.util.files import not_text
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import not_json, parse_json
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
@@ -124,7 +124,7 @@ def read_line(text: bytes, line_id: str) -> Line:
     except UnicodeDecodeError as error:
         raise LineError(NOT_JSON, f"it is {not_text(error)}") from None
     except ValueError as error:
-        raise LineError(NOT_JSON, f"it is not JSON: {error}"[:300]) from None
+        raise LineError(NOT_JSON, f"it {not_json(error)}"[:300]) from None
     if not isinstance(fields, dict):
         raise LineError(NOT_JSON, f"it is {_kind(fields)}, and no object such as {EXAMPLE}")
     custom_id = fields.get("custom_id")

@@ -126,7 +126,7 @@ class Remote:
             there = response.headers.get("location", "somewhere else")
             raise Unavailable(f"{self._base} sends to {printable(there)} (status {status}): give that address")
         try:
-            body: Any = parse_json(response.content, parse_constant=_no_constant)
+            body: Any = parse_json(response.content, parse_constant=_no_constant, object_pairs_hook=None)
         except ValueError:
             body = None
         explained = isinstance(body, dict) and "error" in body

@@ -19,6 +19,7 @@ from mistral.formats.jinja import NotJinja, compile_template
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import Unavailable, printable
+from mistral.util.parsed import parse_json
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # what servers take; a template may know fewer
 Fim = Callable[[str, str], list[int]]
@@ -214,8 +215,8 @@ def _part(chunk: str | Thought) -> dict[str, Any]:
 def _call(call: ToolCall) -> dict[str, Any]:
     """A call; its arguments as an object, as templates expect them."""
     try:
-        arguments = json.loads(call.arguments or "{}")
-    except (ValueError, RecursionError):
+        arguments = parse_json(call.arguments or "{}")
+    except ValueError:
         arguments = call.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 

@@ -19,6 +19,7 @@ from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, reason_of, write_atomic
+from mistral.util.parsed import KeyTwice, parse_json
 
 FORMAT, VERSION = "mistral conversation", 2
 OLDEST = 1  # had a list of turns: question, answer (ids), text
@@ -108,10 +109,12 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(read_limited(path).decode("utf-8"))
+        told = parse_json(read_limited(path).decode("utf-8"))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {reason_of(error)}") from None
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
+    except KeyTwice as error:
+        raise SessionError(f"{path} {error}: mend it") from None
+    except ValueError:  # not UTF-8, not JSON, a number of thousands of digits, nested without end
         raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")

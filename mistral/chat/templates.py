@@ -6,7 +6,7 @@ Text that looks like a control token stays text; control ids come from here alon
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from mistral.util.files import decode_text, read_limited, reason_of
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 OF_TEKKEN = ("v11", "v13", "v15")  # there are no other tokenizers of these
 NAMES = (*VERSIONS, "mistrallite")
+OF_BYTES = "-tekken"  # behind a version in a template's name: of tokenizers whose words are made of bytes
 RELEASE = "the release"  # the source of a template
 PROMPTER, ASSISTANT = 32002, 32001  # MistralLite's added tokens
 
@@ -93,7 +94,8 @@ def find_template(
     there the release decides; so it does for a tokenizer.json.
 
     Args:
-        name: one of NAMES, a template of the folder by name, or a file in Jinja; it comes before all else.
+        name: one of NAMES, also as in `Template.name`; a template of the folder by its name or its file; or a file in
+            Jinja. It comes before all else.
         release: the template of the release that was recognised, if one was.
         folder: where the model is; None where it brings no template.
 
@@ -104,11 +106,10 @@ def find_template(
     require_tokenizer(tokenizer)
     require_kind("name", name, str | None, "a name, or a file in Jinja", TemplateError)
     place = None if folder is None else path_of("folder", folder, TemplateError)
-    if name in NAMES:
-        return _of_mistral(tokenizer, name, "--template")
+    if name is not None and (version := _version_of(tokenizer, name)):
+        return _of_mistral(tokenizer, version, "--template")
     own = {} if place is None else chat_templates(place)
-    if name is not None and (name in own or name.endswith(".jinja")):
-        found = own.get(name) or _read(name)
+    if name is not None and (found := _named(name, own)):
         return _of_folder(tokenizer, found, folder, "--template")
     if name is not None:
         choices = ", ".join([*NAMES, *map(printable, own)])
@@ -118,7 +119,7 @@ def find_template(
     if own:
         raise TemplateError(f"the folder has several templates and no default: --template {' or '.join(own)}")
     if release is not None and (release == "mistrallite" or tokenizer.is_json):
-        return _of_mistral(tokenizer, release.removesuffix("-tekken"), RELEASE)
+        return _of_mistral(tokenizer, release.removesuffix(OF_BYTES), RELEASE)
     return _of_mistral(tokenizer, tokenizer.version, tokenizer.path.name)
 
 
@@ -133,6 +134,32 @@ def assumed(template: Template, tokenizer: Tokenizer) -> str | None:
     if not why.startswith("assumed"):
         return None
     return f"no chat template is in the folder: {template.name} is {why} (--template takes another)"
+
+
+def _version_of(tokenizer: Tokenizer, name: str) -> str | None:
+    """The one of NAMES that a name is, also as `name` of a template has it, such as v3-tekken; None for others.
+
+    Raises:
+        TemplateError: it is that of another kind of tokenizer.
+    """
+    version = name.removesuffix(OF_BYTES)
+    if version not in VERSIONS or name == version:
+        return name if name in NAMES else None
+    if not tokenizer.is_byte_level:
+        raise TemplateError(
+            f"template {name} is for a tekken tokenizer, which {tokenizer.path.name} is not: use {version}"
+        )
+    return version
+
+
+def _named(name: str, own: Mapping[str, FolderTemplate]) -> FolderTemplate | None:
+    """A template of the folder by its name or by the file in which it is, or another file; None where it is neither."""
+    if name in own or (name.endswith(".jinja") and os.path.isfile(os.path.expanduser(name))):
+        return own.get(name) or _read(name)
+    in_file = [template for template in own.values() if template.file == name]
+    if in_file:  # the default comes first: the name of a file is what it is called
+        return next((template for template in in_file if template.name == "default"), in_file[0])
+    return _read(name) if name.endswith(".jinja") else None
 
 
 def _read(name: str) -> FolderTemplate:
@@ -180,7 +207,7 @@ def _of_mistral(tokenizer: Tokenizer, name: str, source: str) -> Template:
 
 
 def _full_name(tokenizer: Tokenizer, version: str) -> str:
-    return f"{version}-tekken" if tokenizer.is_byte_level else version
+    return f"{version}{OF_BYTES}" if tokenizer.is_byte_level else version
 
 
 class MistralCommon:

@@ -12,6 +12,7 @@ from mistral.chat.messages import TOOL, Message, TemplateError
 from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import ID, Tool
 from mistral.util.errors import short_repr
+from mistral.util.parsed import parse_json
 
 WITH_IDS = ("v3", "v7", "v11")  # versions that write the ids of calls
 
@@ -98,8 +99,8 @@ def _in_order(messages: Sequence[Message]) -> list[Message]:
 def _normal(text: str) -> str:
     """JSON as mistral-common writes it; other text as it is."""
     try:
-        return json.dumps(json.loads(text or "{}"), ensure_ascii=False)
-    except (ValueError, RecursionError):
+        return json.dumps(parse_json(text or "{}"), ensure_ascii=False)
+    except ValueError:
         return text
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from mistral.chat.messages import ToolCall, valid
 from mistral.chat.schemas import Schema
 from mistral.util.errors import UsageError, printable, short_repr
+from mistral.util.parsed import KeyTwice, parse_json
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 ID = re.compile(r"[a-zA-Z0-9]{9}")  # mistral-common refuses others
@@ -190,7 +191,10 @@ class ToolReader:
             return f"no function is called {short_repr(name)}: {', '.join(self._tools)}"
         if self._most is not None and self.calls >= self._most:
             return f"more than {self._most} call, and parallel_tool_calls is false"
-        problem = self._tools[name].schema.problem(json.loads(arguments))
+        try:
+            problem = self._tools[name].schema.problem(parse_json(arguments))
+        except KeyTwice as error:
+            problem = f"it {error}"
         return problem and f"the arguments of {name} do not fit its schema: {problem}"
 
 

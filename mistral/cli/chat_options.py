@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mistral.formats.tokenizers import TEMPLATE  # it may be that of the model's folder
 from mistral.util.errors import UsageError
 from mistral.util.files import not_text, read_limited, reason_of
 
@@ -25,7 +26,7 @@ class ChatOptions:
         instruct: each prompt is a question, in the template of the model
         system: with --instruct: the system prompt
         system_file: with --instruct: a file with it, in which [THINK]..[/THINK] is a thought (SYSTEM_PROMPT.txt)
-        template: with --instruct: v1 to v15, mistrallite or a .jinja file; default: that of the tokenizer
+        template: with --instruct: v1 to v15 (also as v3-tekken), mistrallite or a .jinja file; default: the model's own
         reasoning_effort: with --instruct: none or high, for models that take it; default: the model's own
         thinking: with --instruct: show or hide what a reasoning model thinks, on stderr; default: show
 
@@ -58,7 +59,8 @@ class ChatOptions:
             raise UsageError(f"--{given[0]} belongs to a conversation: add --instruct")
         if self.system_file is not None:
             self.system_message()
-        if (name := self.template or "").endswith(".jinja") and not os.path.isfile(os.path.expanduser(name)):
+        name = self.template or ""
+        if name.endswith(".jinja") and name != TEMPLATE and not os.path.isfile(os.path.expanduser(name)):
             what = "it is a folder, and a file is needed" if os.path.isdir(name) else "No such file or directory"
             raise UsageError(f"{name} cannot be read: {what}")
 

@@ -17,6 +17,7 @@ from typing import Any
 from mistral.util.english import did_you_mean
 from mistral.util.errors import UsageError
 from mistral.util.flat import parcels_of
+from mistral.util.other_names import called_here
 
 NUMBERS = {
     int: r"[+-]?[0-9]{1,300}",
@@ -150,7 +151,9 @@ def _refuse_dashes(word: str, parameters: dict[str, inspect.Parameter]) -> None:
     if not bare[:1].isalpha() or re.search(r"\s", word):
         return
     if len(name) == 1:
-        meant = next((f"; did you mean --{common}?" for common in COMMON if common[0] == name), "")
+        other = called_here(name, list(parameters))
+        near = [other] if other is not None else [common for common in COMMON if common[0] == name]
+        meant = f"; did you mean --{near[0]}?" if near else ""
     else:
         known_names = [n for n in (*parameters, *COMMON, *SHORT_FORMS) if len(n) > 1]
         meant = did_you_mean(name, known_names, "--")

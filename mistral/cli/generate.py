@@ -114,7 +114,7 @@ def complete(
         json: print JSON lines instead of text
         json_schema: a file with a JSON schema; each text is a value that fits it (needs llguidance)
         chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
-        max_batch_size: the most prompts in one batch; the others wait
+        max_batch_size: the most prompts in one batch, the others wait; 0: all of them at once
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     if params.top_logprobs and not json:
@@ -187,7 +187,7 @@ def _read_schema(file: str) -> dict[str, Any]:
     from pathlib import Path
 
     from mistral.util.files import decode_text, read_limited, reason_of
-    from mistral.util.parsed import parse_json
+    from mistral.util.parsed import not_json, parse_json
 
     try:
         text = decode_text(read_limited(Path(os.path.expanduser(file)), 1_000_000), file)
@@ -196,7 +196,7 @@ def _read_schema(file: str) -> dict[str, Any]:
     try:
         schema = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{file} holds no JSON: {error}") from None
+        raise UsageError(f"{file} {not_json(error)}") from None
     if not isinstance(schema, dict):
         raise UsageError(f"{file} holds {short_repr(schema)}; a JSON schema is an object")
     return schema

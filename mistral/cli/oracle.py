@@ -20,7 +20,8 @@ from mistral.cli.prompts import (
 )
 from mistral.cli.starting import starting
 from mistral.fast.layout import QUANTS
-from mistral.loader.options import DTYPE_NAMES, LoadOptions
+from mistral.loader.options import LoadOptions
+from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.english import counted
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
@@ -160,6 +161,8 @@ def compare(
         raise UsageError(f"--quantized {quantized!r} is not one of {', '.join(QUANTS)}")
     if dtype not in DTYPE_NAMES:  # before torch is imported
         raise UsageError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_NAMES)}")
+    if DTYPE_NAMES.get(options.cache_dtype or "") == "float64" != DTYPE_NAMES[dtype]:
+        raise UsageError("--cache_dtype float64 is for arithmetic in float64: add --dtype float64, or omit it")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
         raise UsageError("--model is a server's name for it, and neither side is a server")
     with starting("starting PyTorch"):

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral.cli import terminal
+from mistral.cli import terminal, waiting
 from mistral.cli.interrupts import keeping_interrupts
 from mistral.cli.parallel import division
 from mistral.cli.starting import starting
 from mistral.util.errors import MistralError, UsageError, short_repr
 from mistral.util.files import decode_text, plain_ends, reason_of
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 if TYPE_CHECKING:
     from mistral.chat.templates import Template
@@ -150,6 +150,8 @@ def _one_prompt(line: str, where: str) -> PromptLine:
     try:
         entry = parse_json(line)
     except ValueError as error:
+        if isinstance(error, KeyTwice):
+            raise UsageError(f"{where} {error}") from None
         plain = "; plain text, a prompt a line, must be in a file whose name ends in .txt"
         if where.startswith("stdin "):
             plain += "; without --file, all of stdin is one prompt"
@@ -327,9 +329,9 @@ def folder_or_prompt(word: str) -> str:
         )
     if re.match(r"/.|\.\.?/|~|.*/$", word) or ("/" in word and os.path.isdir(word.partition("/")[0])):
         return "folder"
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and terminal.stdin_may_have_data():
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@\S+)?", word) and waiting.stdin_may_have_data():
         return "folder"
-    if terminal.stdin_has_data():
+    if waiting.stdin_has_data():
         raise UsageError(
             f"no such folder: {word}, in which to continue the text on stdin; if {word} is the prompt, add < /dev/null"
         )
@@ -344,7 +346,7 @@ def folder_or_text(word: str) -> str:
     from mistral.formats.hub import is_hub_id
 
     an_id = is_hub_id(word) and not os.path.exists(word)
-    return "folder" if an_id and terminal.stdin_may_have_data() else "file"
+    return "folder" if an_id and waiting.stdin_may_have_data() else "file"
 
 
 @contextlib.contextmanager

@@ -9,9 +9,7 @@ import logging
 import os
 import re
 import shutil
-import stat
 import sys
-import time
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.cli.interrupts import Interrupt
+from mistral.cli.pace import Pace, counting_stops, stops
 from mistral.cli.parallel import from_first
+from mistral.cli.waiting import end_is_waiting
 from mistral.cli.wrapping import Wrapped
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
@@ -84,9 +84,14 @@ def writer(stream: Any = None) -> Callable[[str], None]:
     """How to write one text that comes in pieces, to stdout or another stream: at a terminal, in whole words."""
     to = sys.stdout if stream is None else stream
     lines = Wrapped() if is_screen(to) else None
+    stopped = stops()
 
     def put(text: str) -> None:
+        nonlocal stopped
         shown = visible(text) if to.isatty() else text
+        if lines is not None and stops() != stopped:
+            stopped = stops()
+            lines.begin()  # the shell has printed lines of its own
         to.write(shown if lines is None else lines.push(shown, shutil.get_terminal_size().columns))
         to.flush()
 
@@ -222,7 +227,13 @@ def _reader(ask: str) -> Callable[[], str]:
     session: Any = PromptSession(
         shown, output=create_output(stdout=asked_on), history=_history(), enable_suspend=True, key_bindings=_keys()
     )
-    return lambda: str(session.prompt())
+
+    def read() -> str:
+        if end_is_waiting():
+            raise EOFError
+        return str(session.prompt())
+
+    return read
 
 
 def _keys() -> Any:
@@ -333,67 +344,33 @@ def print_stream(
         more: what else to report at the end.
         thinking: whether thoughts are shown, on stderr.
     """
-    began = first = time.perf_counter()
-    generated, reason, interrupt, show = 0, "", None, writer()
+    generated, reason, interrupt, show, pace = 0, "", None, writer(), Pace()
     thoughts, thought, within = Thoughts(thinking), 0, False
     try:
-        show(echo)
-        for piece in pieces:
-            within = piece.thought if piece.token or piece.text else within
-            if piece.thought:
-                thoughts.push(piece.text)
-                thought += piece.token is not None
-            elif piece.text:
-                thoughts.end()
-                show(piece.text)
-            if piece.token:
-                generated += 1
-                first = first if generated > 1 else time.perf_counter()
-            reason = piece.finish_reason or reason
+        with counting_stops():
+            show(echo)
+            for piece in pieces:
+                within = piece.thought if piece.token or piece.text else within
+                if piece.thought:
+                    thoughts.push(piece.text)
+                    thought += piece.token is not None
+                elif piece.text:
+                    thoughts.end()
+                    show(piece.text)
+                if piece.token:
+                    generated += 1
+                    pace.token()
+                reason = piece.finish_reason or reason
     except KeyboardInterrupt as stopped:
         reason, interrupt = "interrupted", stopped
-    seconds = time.perf_counter() - first
     thoughts.end()
     write("\n")
-    rate = f", {(generated - 1) / seconds:.1f} tokens/s" if generated > 1 and seconds > 0 else ""
-    wait = f"; first after {first - began:.2f} s" if generated else ""
     where = ", within a thought (--max_tokens)" if reason == "length" and within else ""
     of_them = f", {thought} of them thought" if thought else ""
-    echo_err(f"[{counted(generated, 'token')}{of_them}{rate}{wait}{more()}; {reason}{where}]")
+    echo_err(f"[{counted(generated, 'token')}{of_them}{pace}{more()}; {reason}{where}]")
     if interrupt:
         raise interrupt
     return generated
-
-
-def stdin_has_data() -> bool:
-    """Whether stdin is a file or a pipe that already holds text."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        if stat.S_ISREG(mode):
-            return os.fstat(sys.stdin.fileno()).st_size > 0
-        if not stat.S_ISFIFO(mode):
-            return False
-        import fcntl
-        import termios
-
-        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
-        return int.from_bytes(waiting, sys.byteorder) > 0
-    except (AttributeError, ImportError, OSError, ValueError):  # no stdin, or a system that cannot tell
-        return False
-
-
-def stdin_may_have_data() -> bool:
-    """Whether a program may still write to stdin: it is a pipe that is open, or holds text already."""
-    if stdin_has_data():
-        return True
-    try:
-        if not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
-            return False
-        import select
-
-        return not select.select([sys.stdin.fileno()], [], [], 0)[0]  # readable without data is its end
-    except (AttributeError, ImportError, OSError, ValueError):
-        return False
 
 
 def stream_one(

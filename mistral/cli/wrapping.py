@@ -34,6 +34,10 @@ class Wrapped:
         self._column = 0
         self._word = ""  # the last one, as far as it was written on this line
 
+    def begin(self) -> None:
+        """The cursor is at the beginning of a line, whatever was written before."""
+        self._begin_line()
+
     def push(self, text: str, width: int) -> str:
         """What to write for more text.
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
-from mistral.deploy.preflight import ACCEPTABLE, flags_of, notes, preflight
 from mistral.formats.folder import Folder, read_folder
 from mistral.formats.huggingface import LENGTH
 from mistral.formats.inspect import ITEMSIZE, inspect_folder
 from mistral.formats.layout import trained_length
+from mistral.formats.vllm import ACCEPTABLE, flags_of, notes, preflight
 from mistral.util import memory
+from mistral.util.dtypes import full_name
 from mistral.util.errors import UsageError, short_repr
 
 VERSION = "0.33.0"  # of vLLM, in every recipe
@@ -115,9 +116,9 @@ def plan(folder: str | None, wanted: Wanted) -> Deployment:
     weights, cache = _weights(found, report, dtype), found.args.cache_bytes(length, dtype)
     gpu, gpus = _gpus(found.args, weights, cache, wanted)
     name, hub_id, revision = _name(report["folder"], wanted)
-    flags = [*flags_of(report).replace("_", "-").split(), "--served-model-name", name, "--dtype", dtype]
+    flags = [*flags_of(found, report).replace("_", "-").split(), "--served-model-name", name, "--dtype", dtype]
     flags += ["--max-model-len", str(length), "--tensor-parallel-size", str(gpus)]
-    flags += ["--gpu-memory-utilization", str(SHARE), "--generation-config", "vllm"]
+    flags += ["--gpu-memory-utilization", str(SHARE)]
     if revision is not None:
         flags += ["--revision", revision]
     accepted = (f"accepted: {f.text}" for f in preflight(found, report))
@@ -154,6 +155,7 @@ def _about(report: dict[str, Any], dtype: str, weights: int, cache: int, length:
 
 
 def _dtype(found: Folder, report: dict[str, Any], wanted: str | None) -> tuple[str, list[str]]:
+    wanted = None if wanted is None else full_name(wanted)
     if wanted is not None and wanted not in ITEMSIZE:
         raise UsageError(f"--dtype is {wanted!r}; it must be {', '.join(ITEMSIZE)}")
     if any(tensor.widened for tensor in found.tensors.values()):  # quantized: the arithmetic is what is asked

@@ -13,7 +13,7 @@ from typing import Any
 
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, read_limited, reason_of
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import not_json, parse_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _questions(path: str, text: str, task: str) -> Iterator[Question]:
         try:
             entry = parse_json(line)
         except ValueError as error:
-            raise FormatError(f"{path} line {number} is not JSON: {error}") from None
+            raise FormatError(f"{path} line {number} {not_json(error)}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise FormatError(f"{path} line {number} has no prompt")
         yield Question(name, number - 1, entry["prompt"], _answer(entry, task, f"{path} line {number}"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mistral.util.errors import FormatError, printable
 from mistral.util.files import LFS, POINTER, regular
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 # By a pattern for their names: files of JSON, of text, and all others that are no weights.
 JSON = (
@@ -88,14 +88,24 @@ def _problem(path: Path, name: str) -> str | None:
     if HTML.match(first):
         return f"is a web page, as of a download that failed: {again}"
     if re.fullmatch(JSON, name):
-        return None if _is_object(first, last, size) else f"holds no JSON object, or is cut short: {again}"
+        try:
+            return None if _is_object(first, last, size) else f"holds no JSON object, or is cut short: {again}"
+        except KeyTwice as error:
+            return f"{error}: mend it"
     return None
 
 
 def _is_object(first: bytes, last: bytes, size: int) -> bool:
+    """Whether it is an object, as far as it was read.
+
+    Raises:
+        KeyTwice: an object has a key twice.
+    """
     if size > WHOLE:
         return first.lstrip().startswith((b"{", b"\xef\xbb\xbf{")) and last.rstrip().endswith(b"}")
     try:
         return isinstance(parse_json(first.decode("utf-8-sig")), dict)
+    except KeyTwice:
+        raise
     except ValueError:
         return False

@@ -34,6 +34,7 @@ from mistral.parameters import parameters
 from mistral.special_tokens import CONFIG
 from mistral.util import memory
 from mistral.util.arguments import path_of, require_integer, require_kind
+from mistral.util.dtypes import full_name
 from mistral.util.errors import ConvertError
 from mistral.util.files import folder_atomic
 
@@ -220,7 +221,7 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
         raise ConvertError(
             f"quantized weights are written in {NATIVE.title} layout, for this library alone: --to {NATIVE.to}"
         )
-    target = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    target = DTYPES.get(full_name(dtype)) if isinstance(dtype, str) else dtype
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
     return layout, target

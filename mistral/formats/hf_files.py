@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mistral.formats.weights import (
 )
 from mistral.util.errors import short_repr
 from mistral.util.files import read_limited
+from mistral.util.parsed import KeyTwice, parse_json
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def _indexed_parts(index: Path, form: Form) -> tuple[Path, ...]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(read_limited(index).decode("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = parse_json(read_limited(index).decode("utf-8"))["weight_map"]
+    except KeyTwice as error:
+        raise WeightsError(f"{index} {error}: mend it") from None
+    except (OSError, ValueError, KeyError, TypeError):
         raise WeightsError(f"{index} is not an index of weights: fetch it again") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise WeightsError(f"{index} does not say which file holds which tensor: fetch it again")

@@ -7,7 +7,6 @@ model; all else that is odd is reported under "suspicious". Needs no PyTorch, ex
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -21,10 +20,12 @@ from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.jinja import NotJinja, compile_template
 from mistral.formats.layout import ParamsError, trained_length
-from mistral.formats.layouts import LAYOUTS, NATIVE, WRITABLE
+from mistral.formats.layouts import LAYOUTS
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
+    ends_of,
+    eos_ids,
     is_gguf_file,
     missing_tokens,
     other_tokenizers,
@@ -35,14 +36,16 @@ from mistral.formats.tokenizers import (
     tokenizer_notes,
     why_version,
 )
+from mistral.formats.vllm import serving
 from mistral.formats.weights import Stored, file_names
 from mistral.formats.words import text_notes
 from mistral.parameters import EMBEDDINGS, active, parameters
-from mistral.tekken import tekken_words
+from mistral.tekken import tekken_controls, tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import Unavailable
 from mistral.util.files import read_limited
+from mistral.util.parsed import parse_json
 
 POSITIONS = (2048, 8192, 32768, 131072)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -78,7 +81,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             path, files, dtypes, found.quant is not None or any(t.widened or t.computed for t in found.tensors.values())
         ),
     ]
-    return {
+    report = {
         "folder": str(path),
         "release": None if release is None else _release(release, tokenizer["version"]),
         "layout": found.layout.name,
@@ -96,6 +99,7 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "rope_theta": {"value": args.rope_theta, "rule": args.theta_rule},
         "trained_length": trained_length(found.raw),
         "tokenizer": tokenizer,
+        "ends": _ends(path, tokenizer, args.vocab_size),
         "template": _template(path, tokenizer, release),
         "memory": {
             "weights": {
@@ -110,8 +114,8 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
             ],
         },
         "suspicious": list(dict.fromkeys(suspicious)),
-        "serve": _serve(found, tokenizer),
     }
+    return report | {"serve": serving(found, report)}
 
 
 def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:
@@ -189,6 +193,22 @@ def _tokenizer_of_gguf(path: Path) -> dict[str, Any]:
     return {"file": made.path.name, "kind": made.kind, "version": made.version, "words": made.n_words}
 
 
+def _ends(path: Path, tokenizer: dict[str, Any], vocab_size: int) -> list[dict[str, Any]]:
+    """What ends a sequence: the id, its text (None: unknown) and what names it."""
+    if tokenizer["error"] is not None or tokenizer["file"] is None:
+        ends, texts = ends_of(path, None, vocab_size)[0], dict[int, str]()
+    elif tokenizer["kind"] == "tekken":  # which mistral-common takes seconds to read
+        eos = 2  # of all of them
+        ends, texts = ends_of(path, None, vocab_size)[0], tekken_controls(path / tokenizer["file"])
+        ends[eos] = [tokenizer["file"], *ends.get(eos, ())]
+    else:
+        own = read_tokenizer(path)
+        own.settle_eos(eos_ids(path, None, vocab_size)[0])
+        ends, texts = ends_of(path, own, vocab_size)[0], {i: text for text, i in own.added_tokens.items()}
+        texts |= {i: own.decode([i]) for i in ends if i not in texts and i < own.n_words}
+    return [{"id": i, "text": texts.get(i), "from": ends[i]} for i in sorted(ends)]
+
+
 def _template(path: Path, tokenizer: dict[str, Any], release: Release | None) -> dict[str, str] | None:
     """What a conversation is written in, and by which rule that is known; as `chat.templates.find_template` decides."""
     try:
@@ -214,7 +234,7 @@ def _words_and_version(path: Path) -> tuple[int, str | None]:
         tokenizer = Tokenizer(path)
         return tokenizer.n_words, tokenizer.version
     words = tekken_words(path)  # looks at the file first
-    version = json.loads(read_limited(path))["config"].get("version")
+    version = parse_json(read_limited(path))["config"].get("version")
     return words, version if isinstance(version, str) else None
 
 
@@ -320,32 +340,6 @@ def _about_files(
         if 2 * dtypes.get(name, {}).get("parameters", 0) > sum(count["parameters"] for count in dtypes.values()):
             said.append(f"stored as {name}, {times} the size of bfloat16, which is what the releases have")
     return said
-
-
-def _serve(found: Folder, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """How vLLM serves it: commands in order, and why the first converts, if it does."""
-    others = (found.path / "tokenizer.json").is_file() and found.layout is not NATIVE  # vLLM reads it, we may not
-    if (tokenizer["error"] is not None and not others) or found.quant is not None:
-        return {"commands": [], "convert_first": None}
-    folder, serving = str(found.path), found.layout.serving(found.path, found.args, found.weights.files)
-    commands = []
-    if serving.convert_first:
-        folder = f"{folder}-converted"
-        # vLLM has Mistral's layout read with one of Mistral's own tokenizers.
-        target = WRITABLE["hf"] if found.path.is_file() and tokenizer["kind"] == "tokenizers" else NATIVE
-        commands.append(f"python -m main convert {_word(str(found.path))} {_word(folder)} --to {target.to}")
-        flags = target.serving(Path(folder), found.args, ()).flags
-        if target is not NATIVE:  # its tokenizer.json will be there
-            flags = flags.removeprefix("--tokenizer_mode mistral ")
-        serving = serving._replace(flags=flags)
-    return {
-        "commands": [*commands, f"vllm serve {_word(folder)} {serving.flags}"],
-        "convert_first": serving.convert_first,
-    }
-
-
-def _word(path: str) -> str:
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 def as_json(report: dict[str, Any]) -> str:

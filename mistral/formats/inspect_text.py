@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mistral.formats.layouts import LAYOUTS
+from mistral.formats.vllm import as_argument
 from mistral.formats.weights import file_names
 from mistral.util import memory
 from mistral.util.english import counted
+from mistral.util.errors import short_repr
 
 KINDS = {"sentencepiece": "SentencePiece", "tekken": "tekken", "tokenizers": "as transformers writes it"}
 
@@ -21,18 +24,27 @@ def as_text(report: dict[str, Any]) -> str:
         f"  {_printable(f['name']):{width}}  {memory.as_text(f['bytes']):>9}  {f['role']}" for f in report["files"]
     ]
     lines += ["", "suspicious", *(f"  {said}" for said in report["suspicious"] or ["nothing"])]
-    first = report["serve"]["convert_first"]
-    if report["serve"]["commands"]:
-        lines += ["", f"served by vLLM{f' once converted: {first}' if first else ''}"]
-        lines += [f"  {command}" for command in report["serve"]["commands"]]
-    else:
-        reason = (
-            "until it has a tokenizer"
-            if report["tokenizer"]["error"]
-            else "because it does not read the quantized weights of this library"
-        )
-        lines += ["", f"not served by vLLM {reason}"]
+    lines += ["", *_served(report["folder"], report["serve"])]
     return "\n".join(line if line.isprintable() else _printable(line) for line in lines)
+
+
+def _served(folder: str, serve: dict[str, Any]) -> list[str]:
+    """How vLLM serves the folder, or why it does not as it is."""
+    if serve["commands"]:
+        first = serve["convert_first"]
+        notes = (f"note: {note}" for note in serve["notes"])
+        return [f"served by vLLM{f' once converted: {first}' if first else ''}", *_within([*serve["commands"], *notes])]
+    refused = serve["refused"]
+    lines = ["not served by vLLM as it is", *_within(finding["text"] for finding in refused)]
+    words = sorted({finding["what"] for finding in refused})
+    if any(finding["fatal"] for finding in refused):
+        return lines
+    accept = "".join(f" --accept {word}" for word in words)
+    return [*lines, f"all the same: python -m main deploy {as_argument(folder)} --target vllm{accept}"]
+
+
+def _within(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
@@ -55,6 +67,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         "rope_theta": f"{report['rope_theta']['value']:g} ({report['rope_theta']['rule']})",
         "tokenizer": f"{tokenizer['file']}: {_kind(tokenizer)}{words}" if tokenizer["file"] else "none",
     }
+    if report["ends"]:
+        facts["ends"] = ", ".join(_end(end) for end in report["ends"])
     if (blocks := report["memory"]["blocks"]) is not None:
         types, size = ", ".join(blocks["types"]), memory.as_text(blocks["bytes"])
         facts["in memory"] = f"blocks of few bits stay as they are on a CPU ({types}): {size} of weights"
@@ -86,6 +100,11 @@ def _parts(report: dict[str, Any]) -> dict[str, str]:
     if parts["tied_embeddings"]:
         facts["output"] = "tied to the embeddings"
     return facts
+
+
+def _end(end: dict[str, Any]) -> str:
+    text = "" if end["text"] is None else f" {end['text'] if end['text'].strip() else short_repr(end['text'])}"
+    return f"{end['id']}{text} (by {' and '.join(end['from'])})"
 
 
 def _counted(dtypes: dict[str, dict[str, int]]) -> str:

@@ -15,7 +15,7 @@ from mistral.args import ModelArgs
 from mistral.formats.weights import Reader, WeightFiles
 from mistral.util.errors import FormatError
 from mistral.util.files import read_limited
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import not_json, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         raw = parse_json(text)
     except ValueError as error:
-        raise ParamsError(f"{path} is not JSON: {error}") from None
+        raise ParamsError(f"{path} {not_json(error)}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds a {type(raw).__name__}, not an object")
     return raw

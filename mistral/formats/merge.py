@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
-from mistral.formats.adapter import Adapter, AdapterError, Pair, join
+from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
 from mistral.formats.huggingface import rows_to_mistral
+from mistral.formats.layout import read_object
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
@@ -216,11 +217,23 @@ def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
             f"the adapter was trained on {printable(adapter.base or '')}, which is {named.name}, and this model is "
             f"{here.name}: it fits by its sizes, but the weights are others"
         )
-    layers = {name.split(".")[1] for name in adapter.pairs if name.startswith("layers.")}
-    if 0 < len(layers) < folder.args.n_layers:
+    layers = {int(name.split(".")[1]) for name in adapter.pairs if name.startswith("layers.")}
+    first = layers == set(range(len(layers)))  # of a base with more layers than it has, they are the first ones
+    if 0 < len(layers) < folder.args.n_layers and first and not _chooses_layers(adapter):
         yield f"the adapter changes {len(layers)} of {folder.args.n_layers} layers: its base may have had no more"
     if not adapter.base and adapter.form == "peft":
         yield "the adapter does not name its base: its sizes fit this model, and nothing else is known"
+
+
+def _chooses_layers(adapter: Adapter) -> bool:
+    """Whether an adapter's config has it change some layers and not others."""
+    if adapter.form != "peft":
+        return False
+    place = adapter.path
+    config = read_object((place.parent if place.is_file() else place) / CONFIG)
+    # Which modules it changes, and which not, are patterns where they are a text; names may have a layer in them.
+    patterns = (str(config.get(key) or "") for key in ("target_modules", "exclude_modules"))
+    return config.get("layers_to_transform") is not None or any("layers" in pattern for pattern in patterns)
 
 
 def _release_named(base: str) -> Release | None:

@@ -6,7 +6,6 @@ A weight becomes (q - zero) * scale in fp32; what is computed with is another ma
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from mistral.formats.quantized import Get, Method, Parts
 from mistral.formats.quantized import require as _require
 from mistral.formats.weights import FLOATS, Stored, WeightsError
 from mistral.util.errors import printable, short_repr
+from mistral.util.parsed import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -324,5 +324,5 @@ def _nf4_state(stored: Stored, get: Get) -> dict[str, Any]:
 
 
 def _state_of(tensor: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(bytes(tensor.flatten().tolist()))
+    found: dict[str, Any] = parse_json(bytes(tensor.flatten().tolist()))
     return found

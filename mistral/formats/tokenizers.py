@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
-from mistral.special_tokens import CONFIG, read_json
+from mistral.special_tokens import CONFIG, NAMES, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -20,6 +21,7 @@ from mistral.util.files import read_limited
 JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
+USUAL_NAME = "its usual name"  # what names an end where no file does
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides
 # And what it may ask for that changes texts: limits, words that must or must not come, stop strings.
 MORE_SAMPLING = (
@@ -125,8 +127,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
             f"{tokenizer.path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
     told, _ = _ends_of_files(folder, vocab_size)
-    tokenizer.settle_eos(told)
-    tokenizer.eos_ids = _with_own(told, folder, tokenizer, vocab_size)
+    tokenizer.settle_eos(frozenset(told))
+    tokenizer.eos_ids = frozenset(_with_own(told, folder, tokenizer, vocab_size))
     return tokenizer
 
 
@@ -164,7 +166,13 @@ def suggested_sampling(folder: Path) -> list[str]:
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:
-    """The ids that end a sequence, and notes on what was ignored.
+    """The ids that end a sequence, and notes on what was ignored; see `ends_of`."""
+    ends, notes = ends_of(folder, tokenizer, vocab_size)
+    return frozenset(ends), notes
+
+
+def ends_of(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[dict[int, list[str]], list[str]]:
+    """The ids that end a sequence, with what names each of them; and notes on what was ignored.
 
     They are all that generation_config.json, config.json and the tokenizer name: one of them in the place of another
     is how models come to write without end. A file that names none that can be is ignored, with a note: where it gives
@@ -174,18 +182,21 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
     return _with_own(told, folder, tokenizer, vocab_size), notes
 
 
-def _with_own(told: set[int], folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+def _with_own(
+    told: dict[int, list[str]], folder: Path, tokenizer: Tokenizer | None, vocab_size: int
+) -> dict[int, list[str]]:
     """What the files beside a tokenizer name, and the tokenizer's own ends; of a GGUF file those that it has."""
-    if tokenizer is None:
-        return frozenset(told)
     if is_gguf_file(folder):
-        return frozenset(i for i in own_ends(tokenizer) | tokenizer.eos_ids if i < vocab_size)
-    return frozenset(told | own_ends(tokenizer))
+        return {i: [what] for i, what in _ends_of_gguf(folder, tokenizer).items() if i < vocab_size}
+    ends = {} if tokenizer is None else {i: [what] for i, what in own_ends(tokenizer).items()}
+    for i, names in told.items():
+        ends[i] = [*(what for what in ends.get(i, ()) if what != USUAL_NAME), *names]
+    return ends
 
 
-def _ends_of_files(folder: Path, vocab_size: int) -> tuple[set[int], list[str]]:
-    """The ids that the files beside the tokenizer name, and notes on what was ignored; none of a GGUF file."""
-    found: set[int] = set()
+def _ends_of_files(folder: Path, vocab_size: int) -> tuple[dict[int, list[str]], list[str]]:
+    """The ids that the files beside the tokenizer name, by whom, and notes on what was ignored; none of a GGUF file."""
+    found: dict[int, list[str]] = {}
     notes: list[str] = []
     for name in ENDS if folder.is_dir() else ():
         try:
@@ -196,16 +207,42 @@ def _ends_of_files(folder: Path, vocab_size: int) -> tuple[set[int], list[str]]:
         for i in ids:
             if type(i) is not int or i >= vocab_size:
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
-            elif i >= 0:  # -1 is how some write none
-                found.add(i)
+            elif i >= 0 and name not in found.setdefault(i, []):  # -1 is how some write none
+                found[i].append(name)
     return found, notes
 
 
-def own_ends(tokenizer: Tokenizer) -> set[int]:
-    """The ids that a tokenizer ends sequences with: its own, and the eos_token that tokenizer_config.json beside it
-    names, which may be another."""
+def own_ends(tokenizer: Tokenizer) -> dict[int, str]:
+    """The ids that a tokenizer ends sequences with, and what names each: its own, and the eos_token that
+    tokenizer_config.json beside it names, which may be another."""
     named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
-    return {i for i in (tokenizer.eos_id, named) if i >= 0}
+    beside = _file_of_eos(tokenizer.path.parent)
+    if tokenizer.is_json:  # which names none itself; without a file beside it, eos_id may be from the model's files
+        what = USUAL_NAME if tokenizer.guesses_eos else beside
+        ends = {} if what is None else {tokenizer.eos_id: what}
+    else:
+        ends = ({} if beside is None else {named: beside}) | {tokenizer.eos_id: tokenizer.path.name}
+    return {i: what for i, what in ends.items() if i >= 0}
+
+
+def _file_of_eos(folder: Path) -> str | None:
+    """The file beside a tokenizer that names its eos_token."""
+    for name in (CONFIG, NAMES):
+        with suppress(TokenizerError):
+            if read_json(folder / name).get("eos_token"):
+                return name
+    return None
+
+
+def _ends_of_gguf(file: Path, tokenizer: Tokenizer | None) -> dict[int, str]:
+    """The same of a GGUF file, or of the tokenizer beside it that is read in the place of its own."""
+    if tokenizer is None:
+        return {}
+    if tokenizer.path != file:
+        return own_ends(tokenizer)
+    metadata = read_gguf(file).metadata
+    told = {metadata.get(f"tokenizer.ggml.{name}_token_id"): f"{name}_token_id" for name in ("eom", "eot", "eos")}
+    return {i: told.get(i, USUAL_NAME) for i in sorted({*own_ends(tokenizer), *tokenizer.eos_ids})}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
         run = resolve("bfloat16")
         run = replace(run, notes=(*run.notes, note))
     run = replace(run, notes=(*run.notes, *about, *adapted.notes), adapter=adapted.text)
-    run = reported(found, run, kept)
+    run = replace(reported(found, run, kept), mixed=_mixed(found, run, kept))
     _require_memory(found, run, kept)
 
     def build(run: Runtime) -> Transformer:
@@ -165,6 +165,19 @@ def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
     own: torch.dtype = getattr(torch, str(tensor.dtype))
     fits = run.weights != run.compute and torch.promote_types(own, run.compute) == run.compute
     return own if fits else run.compute
+
+
+def _mixed(found: Folder, run: Runtime, kept: dict[str, str]) -> tuple[str, ...]:
+    """The dtypes of weights that stay as they are stored, where there are several: what most numbers have comes first.
+
+    Those beside weights of few bits are not counted: norms and embeddings always stay as they are.
+    """
+    if run.quant is not None or kept:
+        return ()
+    counts = Counter[str]()
+    for tensor in found.tensors.values():
+        counts[str(_kept(tensor, run)).removeprefix("torch.")] += tensor.parameters
+    return tuple(name for name, _ in counts.most_common()) if len(counts) > 1 else ()
 
 
 def _is_narrower(dtype: torch.dtype, tensor: Stored) -> bool:

@@ -13,7 +13,7 @@ from mistral.formats.folder import BUNDLED, Folder, read_folder, short, with_win
 from mistral.formats.hub import is_hub_id, locate
 from mistral.formats.layout import beyond_training, trained_length
 from mistral.formats.releases import Release, identify
-from mistral.formats.tokenizers import suggested_sampling
+from mistral.formats.tokenizers import USUAL_NAME, suggested_sampling
 from mistral.formats.weights import file_names
 from mistral.formats.words import unused_ids, words_of
 from mistral.loader.adapted import with_adapters
@@ -22,6 +22,7 @@ from mistral.loader.options import LoadOptions, OptionError
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.arguments import require_kind
 from mistral.util.english import did_you_mean
+from mistral.util.errors import printable
 from mistral.util.flat import flat
 
 if TYPE_CHECKING:
@@ -75,9 +76,12 @@ class Loaded:
             return "none"
         if not hasattr(found, "path"):
             return "your own"
-        ends = sorted(self.tokenizer.eos_ids)
-        usual = ends == [self.tokenizer.eos_id]
-        return self.tokenizer.path.name + ("" if usual else f", ends at ids {', '.join(map(str, ends)) or 'none'}")
+        ends, name = sorted(self.tokenizer.eos_ids), self.tokenizer.path.name
+        if ends != [self.tokenizer.eos_id]:
+            return f"{name}, ends at ids {', '.join(map(str, ends)) or 'none'}"
+        if getattr(self.tokenizer, "guesses_eos", False):  # no file names it
+            return f"{name}, ends at id {ends[0]}, {printable(self.tokenizer.named['eos_token'])}, by {USUAL_NAME}"
+        return name
 
     def beyond_training(self, longest: int) -> str | None:
         """A note where sequences of that many tokens are longer than those that the model was trained on."""

@@ -12,26 +12,27 @@ from dataclasses import dataclass
 from os import PathLike
 
 from mistral.fast.layout import QUANTS
+from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.errors import UsageError, short_repr
 
 EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
 ADAPTER_MODES = ("merge", "runtime")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
-# What may be typed, and PyTorch's name for it.
-DTYPE_NAMES = {
-    "float64": "float64",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "fp64": "float64",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-}
-# Of keys and values; in float64 they are where that is what is computed in.
-CACHE_NAMES = {**{name: full for name, full in DTYPE_NAMES.items() if full != "float64"}, "int8": "int8"}
+# Of keys and values; float64 is for arithmetic in float64.
+CACHE_NAMES = {**DTYPE_NAMES, "int8": "int8"}
 
 PROMPT_DTYPES = ("auto", "float32", "bfloat16", "fp32", "bf16")
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", *DTYPE_NAMES),
+    "cache_dtype": ("auto", *CACHE_NAMES),
+    "prompt_dtype": PROMPT_DTYPES,
+    "attention": ATTENTIONS,
+    "execution": EXECUTIONS,
+    "quant": (*QUANTS, "none"),
+    "adapter_mode": ADAPTER_MODES,
+}
 
 
 class OptionError(UsageError):
@@ -86,18 +87,10 @@ class LoadOptions:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         _check_device(self.device)
-        for name, known in (
-            ("dtype", ("auto", *DTYPE_NAMES)),
-            ("cache_dtype", ("auto", *CACHE_NAMES)),
-            ("prompt_dtype", PROMPT_DTYPES),
-            ("attention", ATTENTIONS),
-            ("execution", EXECUTIONS),
-            ("quant", (*QUANTS, "none")),
-            ("adapter_mode", ADAPTER_MODES),
-        ):
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in (*known, None) or (value is None and name == "execution"):
-                raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}")
+                raise OptionError(f"{name} {short_repr(value)} is not one of {', '.join(known)}{_of_others(value)}")
         for name, least, most in (("threads", 1, 1024), ("max_batch_size", 0, 2**31 - 1), ("parallel", 1, 1024)):
             value = getattr(self, name)
             if value is None and name == "threads":
@@ -107,6 +100,12 @@ class LoadOptions:
             if not least <= value <= most:
                 raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
         object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
+
+
+def _of_others(value: object) -> str:
+    """Which other options have a value, for the end of a sentence: the line of what was loaded names several."""
+    others = [f"--{name}" for name, known in CHOICES.items() if value in known]
+    return f"; it is a value of {' and '.join(others)}" if others else ""
 
 
 def _words(given: object) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ import torch
 from mistral import backends
 from mistral.attention import Attend
 from mistral.loader.executions import EXECUTIONS, Execution
-from mistral.loader.options import CACHE_NAMES, DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.options import CACHE_NAMES, LoadOptions, OptionError
 from mistral.util import memory
+from mistral.util.dtypes import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()}
 # Widened weights cost memory and, one row at a time, speed: only where there is plenty.
@@ -35,6 +36,7 @@ class Runtime:
         notes: what could not be had, a sentence each.
         adapter: which LoRA adapter is in use and how, for people; "" for none.
         blocks: GGML types of the weights that stay as they are in their file, most of them first; see `loader.blocks`.
+        mixed: dtypes of the stored weights where they are of several, that of most numbers first.
         rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 in prompts; see `fast.prompt`.
     """
 
@@ -50,6 +52,7 @@ class Runtime:
     adapter: str = ""
     blocks: tuple[str, ...] = ()
     rounds_prompts: bool = False
+    mixed: tuple[str, ...] = ()
 
     @property
     def how(self) -> Execution:
@@ -58,7 +61,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Every choice that was made, human-readable."""
-        weights = self.quant or "+".join(self.blocks) or _name(self.weights)
+        weights = self.quant or "+".join(self.blocks or self.mixed) or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention
         prompts = "; products of prompts round inputs to bfloat16" if self.rounds_prompts else ""
@@ -254,6 +257,8 @@ def pick_cache(options: LoadOptions, device: torch.device, compute: torch.dtype)
     if options.cache_dtype in (None, "auto"):
         return compute
     chosen: torch.dtype = getattr(torch, CACHE_NAMES[options.cache_dtype])
+    if chosen == torch.float64 != compute:
+        raise OptionError(f"cache_dtype float64 is for arithmetic in float64, and this is in {_name(compute)}: omit it")
     if chosen == torch.float16 and device.type != "cpu" and compute != torch.float16:
         raise OptionError(
             f"cache_dtype float16 holds no key beyond 65,504, which is not looked after on {device.type} in "

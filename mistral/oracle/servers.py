@@ -196,7 +196,7 @@ class Server:
         except (URLError, HTTPException, OSError, ValueError) as error:
             raise FormatError(f"{self.url}{path} cannot be asked: {_short(unreachable(error))}") from None
         try:
-            return parse_json(text)
+            return parse_json(text, object_pairs_hook=None)
         except ValueError:
             told = short_repr(text[:60].decode("utf-8", "replace"))
             raise FormatError(
@@ -232,7 +232,7 @@ def _reason(error: HTTPError) -> str:
     except (HTTPException, OSError) as broken:
         return f"and then nothing more ({type(broken).__name__})"
     try:
-        told = parse_json(text)
+        told = parse_json(text, object_pairs_hook=None)
         told = told.get("error") or told
         message = told if isinstance(told, str) else told.get("message") or told.get("detail")
     except (ValueError, AttributeError):

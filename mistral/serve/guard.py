@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mistral.serve.fields import ApiError
 from mistral.util.errors import short_repr
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import not_json, parse_json
 
 LARGEST_BODY = 16 << 20  # bytes
 PATIENCE = 60.0  # seconds in which a body must have come, or a piece of an answer must have been taken
@@ -121,7 +121,7 @@ async def read_json(request: Request) -> Any:
     try:
         return parse_json(bytes(body), parse_constant=_no_constant)
     except ValueError as error:  # no UTF-8 too
-        raise ApiError(f"the body is not JSON: {error}"[:300]) from None
+        raise ApiError(f"the body {not_json(error)}"[:300]) from None
 
 
 def _no_constant(name: str) -> None:

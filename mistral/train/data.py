@@ -23,7 +23,7 @@ from mistral.train.conversations import NO_ID, Marked, Turn
 from mistral.util.english import counted, did_you_mean
 from mistral.util.errors import FormatError, MistralError, printable, short_repr
 from mistral.util.files import LFS, POINTER, Lines, not_text
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 OF_A_LINE = {"text", "messages", "interactions", "tools", "prompt", "completion"}
@@ -151,6 +151,8 @@ def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Co
         entry = parse_json(line.decode("utf-8"))  # of bytes, json guesses the encoding
     except UnicodeDecodeError as error:
         raise NotJson(f"it is {not_text(error)}") from None
+    except KeyTwice as error:
+        raise DataError(f"it {error}") from None
     except ValueError as error:
         raise NotJson(f"it is not JSON: {error}") from None
     if not isinstance(entry, dict):

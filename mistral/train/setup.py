@@ -25,7 +25,7 @@ from mistral.formats.words import words_of
 from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
 from mistral.loader.load import windowed
-from mistral.loader.options import DTYPE_NAMES, LoadOptions, OptionError, adapter_names
+from mistral.loader.options import LoadOptions, OptionError, adapter_names
 from mistral.loader.runtime import WIDEN_SHARE, own_gpu, pick_device
 from mistral.model import Attention, Transformer
 from mistral.parameters import parameters
@@ -39,6 +39,7 @@ from mistral.train.lora import freeze, fresh, put_lora
 from mistral.train.options import TrainOptions
 from mistral.train.recompute import recompute
 from mistral.util import memory
+from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.errors import MistralError
 
 FP32 = 4  # bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mistral.util.other_names import called_here
+
 
 def counted(count: int, one: str, several: str = "") -> str:
     """A number and its noun, as in "1 step" and "2,000 steps".
@@ -16,10 +18,12 @@ def counted(count: int, one: str, several: str = "") -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
-    """ "; did you mean X?" with the known name that is most like a word; "" if none is like it.
+    """ "; did you mean X?" with the known name that a word is the other name of, or that is most like it; else "".
 
     Args:
         before: what is written before the name, such as dashes.
     """
-    close = difflib.get_close_matches(word, list(known), n=1)
+    names = list(known)
+    other = called_here(word, names)
+    close = [other] if other is not None else difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {before}{close[0]}?" if close else ""

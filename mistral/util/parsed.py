@@ -22,17 +22,24 @@ WORDS = (
 )
 
 
+class KeyTwice(ValueError):
+    """A key that stands twice in one object: Python would take the last of its values, and say nothing.
+
+    Its text is the end of a sentence that begins with what was read.
+    """
+
+
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """The value of a text in JSON.
+    """The value of a text in JSON. An object that has a key twice is refused.
 
     Args:
-        options: of json.loads.
+        options: of json.loads; object_pairs_hook=None takes the last of several values, for what a server answers.
 
     Raises:
         ValueError: it is none, or one that is not read here; its text says why in one line.
     """
     try:
-        return json.loads(text, **options)
+        return json.loads(text, **{"object_pairs_hook": _object, **options})
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -43,6 +50,20 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         if "digits" in str(error):  # Python's text names a function of its own
             raise ValueError("a number in it has thousands of digits") from None
         raise
+
+
+def not_json(error: ValueError) -> str:
+    """What `parse_json` found wrong, as the end of a sentence that begins with what was read."""
+    return str(error) if isinstance(error, KeyTwice) else f"is not JSON: {error}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise KeyTwice(f"has the key {short_repr(twice)} twice in one object, where only one value can count")
+    return found
 
 
 def _in_words(error: json.JSONDecodeError) -> str:

@@ -258,9 +258,11 @@ def test_order_of_templates(scratch: Path, tmp_path: Path) -> None:
 
     assert found() == ("tokenizer_config.json", "tokenizer_config.json")
     assert found("tool_use") == ("tool_use", "--template")
+    assert found("tokenizer_config.json") == ("tokenizer_config.json", "--template"), "as it is printed"
     assert found("v3") == ("v3", "--template")
     (folder / "chat_template.jinja").write_text(ZEPHYR)
     assert found() == ("chat_template.jinja", "chat_template.jinja")
+    assert found("chat_template.jinja") == ("chat_template.jinja", "--template"), "as it is printed"
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
     assert found("rag") == ("rag", "--template")

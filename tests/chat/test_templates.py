@@ -247,7 +247,13 @@ def test_a_template_may_be_named(tmp_path: Path) -> None:
     assert find_template(tokenizer("v3"), name="v7").name == "v7"
     assert find_template(tokenizer("v1"), name="mistrallite").name == "mistrallite"
     assert find_template(tokenizer("v1"), name="v1", release="mistrallite").name == "v1"
+    for words in ("v1", "v3", "v7", "tekken_240718"):
+        own = find_template(tokenizer(words))
+        assert find_template(tokenizer(words), name=own.name).name == own.name, "as it is printed"
     for words, name, message in (
+        ("v3", "v3-tekken", r"template v3-tekken is for a tekken tokenizer, which \S+ is not: use v3"),
+        ("tekken_240718", "v4-tekken", "no template is called 'v4-tekken'"),
+        ("tekken_240718", "mistrallite-tekken", "no template is called 'mistrallite-tekken'"),
         ("v3", "v4", "no template is called 'v4': v1, v2, v3, v7, v11, v13, v15, mistrallite"),
         ("v1", "v3", r"template v3 needs the control token \[INST\], which tokenizer.model.v1 lacks"),
         ("v3", "mistrallite", "template mistrallite needs a tokenizer of 32000 words"),

@@ -182,7 +182,8 @@ def test_overview_and_version(cli: Command) -> None:
 def test_no_command_and_no_such_command(cli: Command) -> None:
     assert {"demo", "interactive", "complete", "convert"} <= set(COMMANDS)
     assert cli().error == f"no command: {', '.join(COMMANDS)}; see --help"
-    assert cli("chat").error == f"no command 'chat': {', '.join(COMMANDS)}; see --help"
+    assert cli("chat").error == "no command 'chat'; did you mean interactive?"
+    assert cli("wolf").error == f"no command 'wolf': {', '.join(COMMANDS)}; see --help"
     assert cli("complte", "x").error == "no command 'complte'; did you mean complete?"
     assert cli("plants").error == "the command plants is now called mutants"
     assert cli("--max_tokens", 3, "demo").error.startswith("no command '--max_tokens'")

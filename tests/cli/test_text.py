@@ -127,16 +127,16 @@ def test_a_word_with_a_slash_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> Non
     done = process("complete", "and/or", "-n", "1", "-t", "0", stdin=subprocess.DEVNULL)
     assert (done.returncode, len(done.stdout) > 0) == (0, True), done.stderr
     assert "note: there is no folder 'and/or' here, so it is the prompt" in done.stderr
-    monkeypatch.setattr("mistral.cli.terminal.stdin_may_have_data", lambda: False)
-    monkeypatch.setattr("mistral.cli.terminal.stdin_has_data", lambda: False)
+    monkeypatch.setattr("mistral.cli.waiting.stdin_may_have_data", lambda: False)
+    monkeypatch.setattr("mistral.cli.waiting.stdin_has_data", lambda: False)
     for word in ("w/o", "either/or/both"):
         assert prompts.folder_or_prompt(word) == "prompt"
 
 
 def test_a_word_with_a_slash_is_a_hub_id_where_stdin_brings_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     for waits, meant in ((True, "folder"), (False, "prompt")):
-        monkeypatch.setattr("mistral.cli.terminal.stdin_may_have_data", lambda waits=waits: waits)
-        monkeypatch.setattr("mistral.cli.terminal.stdin_has_data", lambda: False)
+        monkeypatch.setattr("mistral.cli.waiting.stdin_may_have_data", lambda waits=waits: waits)
+        monkeypatch.setattr("mistral.cli.waiting.stdin_has_data", lambda: False)
         assert prompts.folder_or_prompt("mistralai/Mistral-7B-v0.1") == meant
         assert prompts.folder_or_text("mistralai/Mistral-7B-v0.1") == ("folder" if waits else "file")
     for path in ("./x", "/x/y", "~/x", "x/"):
@@ -144,7 +144,7 @@ def test_a_word_with_a_slash_is_a_hub_id_where_stdin_brings_the_prompt(monkeypat
 
 
 def test_an_open_pipe_may_still_bring_text() -> None:
-    code = "from mistral.cli.terminal import stdin_may_have_data as f; print(f())"
+    code = "from mistral.cli.waiting import stdin_may_have_data as f; print(f())"
     for close, want in ((False, "True\n"), (True, "False\n")):
         read, write = os.pipe()
         if close:

@@ -58,7 +58,7 @@ def test_words_that_were_meant_otherwise(cli: Command, folder: Path) -> None:
     behind = cli("complete", "--", "-5 degrees", "-n", "3").error
     assert behind == "unexpected argument '3' (-n is behind --: flags go before it)"
     assert "quote a prompt that contains spaces" in cli("complete", folder, "a", "b").error
-    with mock.patch("mistral.cli.terminal.stdin_has_data", return_value=True):
+    with mock.patch("mistral.cli.waiting.stdin_has_data", return_value=True):
         assert cli("complete", "prompt").error == (
             "no such folder: prompt, in which to continue the text on stdin; if prompt is the prompt, add < /dev/null"
         )

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from mistral.args import ModelArgs
 from mistral.deploy.plan import GIB, Wanted, _gpus, plan
-from mistral.deploy.preflight import preflight
 from mistral.formats import huggingface as hf
 from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.vllm import preflight
 from mistral.util.errors import UsageError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, write_params
@@ -117,6 +117,7 @@ def test_weights_of_several_dtypes(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", state)
     assert "weights are of several dtypes" in refusal(folder)
     assert plan(str(folder), Wanted(dtype="float32")).dtype == "float32"
+    assert plan(str(folder), Wanted(dtype="fp32")).dtype == "float32"
     assert plan(str(folder), Wanted(accept=("dtype",))).dtype == "bfloat16"
     assert "--dtype is 'int8'" in refusal(folder, dtype="int8")
 

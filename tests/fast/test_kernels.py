@@ -909,7 +909,7 @@ def test_a_folder_in_few_bits_is_not_rounded_again(tmp_path: Path, capfd: pytest
         assert done.code == 2
         assert done.error.startswith(error)
     told = cli("inspect", few).text
-    assert "not served by vLLM because it does not read the quantized weights of this library" in told
+    assert "it does not read int4 weights of this library" in told
     assert "dtypes:" not in told
     assert "the size of bfloat16" not in told
 

@@ -73,6 +73,10 @@ def test_what_speaks_against_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "does not name its base: its sizes fit this model, and nothing else is known" in notes_of(folder, unnamed)
     half = {name: tensor for name, tensor in peft_tensors().items() if ".layers.0." in name}
     assert "changes 1 of 2 layers: its base may have had no more" in notes_of(folder, write_peft(tmp_path / "h", half))
+    for i, chosen in enumerate(({"layers_to_transform": [0]}, {"target_modules": r"model\.layers\.0\..*_proj"})):
+        assert "may have had no more" not in notes_of(folder, write_peft(tmp_path / f"chosen{i}", half, **chosen))
+    last = {name: tensor for name, tensor in peft_tensors().items() if ".layers.1." in name}
+    assert "may have had no more" not in notes_of(folder, write_peft(tmp_path / "last", last))
 
 
 @pytest.mark.parametrize(

@@ -671,6 +671,7 @@ def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
     assert refused(cli, src, dst, "--to", "gguf") == "no layout is called 'gguf': mistral or hf"
     error = refused(cli, src, dst, "--to", "hf", "--dtype", "int8")
     assert error == "dtype 'int8' is not one of float32, bfloat16, float16"
+    assert cli("convert", src, tmp_path / "short", "--to", "hf", "--dtype", "bf16").code == 0, "as complete takes it"
     assert refused(cli, tmp_path / "none", dst, "--to", "hf") == f"no such folder: {tmp_path / 'none'}"
     assert_nothing_at(dst)
 

@@ -141,8 +141,19 @@ def test_weights_stay_narrow_where_memory_is_short(tmp_path: Path, monkeypatch: 
 def test_mixed_dtypes_become_one(tmp_path: Path) -> None:
     state = random_state(dtype=torch.bfloat16)
     state["norm.weight"] = state["norm.weight"].float()
-    model = load(make_folder(tmp_path, state), device="cpu", dtype="bfloat16").model
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    loaded = load(make_folder(tmp_path, state), device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert "weights/compute/cache bfloat16/bfloat16/bfloat16" in loaded.describe()
+
+
+def test_mixed_dtypes_that_stay_are_all_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {n: t if "norm" in n else t.bfloat16() for n, t in random_state().items()}
+    make_folder(tmp_path, state)
+    assert "weights/compute/cache float32/float32/float32" in load(tmp_path, device="cpu", kernels=False).describe()
+    monkeypatch.setattr("mistral.util.memory.available", lambda device: 1_200_000)
+    loaded = load(tmp_path, device="cpu", kernels=False)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16, torch.float32}
+    assert "weights/compute/cache bfloat16+float32/float32/float32" in loaded.describe()
 
 
 @pytest.mark.parametrize("form", FORMS)

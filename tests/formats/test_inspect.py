@@ -23,14 +23,16 @@ from mistral.args import ModelArgs
 from mistral.cache import RollingBufferCache
 from mistral.formats import huggingface as hf
 from mistral.formats import inspect as inspect_module
+from mistral.formats.folder import read_folder
 from mistral.formats.inspect import ITEMSIZE, POSITIONS, inspect_folder
 from mistral.formats.inspect_text import as_text
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, WrongCopy, identify
+from mistral.formats.vllm import preflight
 from mistral.loader.load import load
 from mistral.tekken import PATTERN
 from mistral.tokenizer import Tokenizer
 from tests.support.commands import ENVIRONMENT, Command, in_process
-from tests.support.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state
+from tests.support.folders import BUNDLED, PARAMS, ROOT, make_folder, random_state, write_params
 from tests.support.tiny import shapes_of
 
 # From the mistral-common wheel, under the names that the releases give them.
@@ -316,6 +318,7 @@ KEYS = {
     "rope_theta": dict,
     "trained_length": (int, type(None)),
     "tokenizer": dict,
+    "ends": list,
     "template": dict,
     "memory": dict,
     "suspicious": list,
@@ -340,7 +343,7 @@ def test_json_has_the_same_keys_always(cli: Command, tmp_path: Path) -> None:
         assert set(report["memory"]["quantized"]) == {"int8", "int4"}
         assert set(report["parts"]) == {"yarn", "llama_4_scaling", "moe", "tied_embeddings"}
         assert set(report["memory"]["weights"]) == set(ITEMSIZE)
-        assert set(report["serve"]) == {"commands", "convert_first"}
+        assert set(report["serve"]) == {"commands", "convert_first", "refused", "notes"}
         if folder:
             keys = {"name", "variants", "template", "tokenizer", "files", "md5"}
             assert set(report["release"]) == keys
@@ -630,8 +633,14 @@ def test_the_window_and_its_rule(tiny: Path, params: dict[str, Any], text: str, 
 
 
 def test_the_command_for_mistrals_layout(tiny: Path) -> None:
-    options = "--tokenizer_mode mistral --config_format mistral --load_format mistral"
-    assert inspect_folder(tiny)["serve"] == {"commands": [f"vllm serve {tiny} {options}"], "convert_first": None}
+    options = "--tokenizer_mode mistral --config_format mistral --load_format mistral --generation_config vllm"
+    serve = inspect_folder(tiny)["serve"]
+    assert serve == {
+        "commands": [f"vllm serve {tiny} {options}"],
+        "convert_first": None,
+        "refused": [],
+        "notes": [],
+    }
 
 
 def test_a_pth_folder_is_converted_first(tmp_path: Path) -> None:
@@ -648,7 +657,7 @@ def test_commands_for_hugging_faces_layout(tmp_path: Path) -> None:
     save_file({hf.to_hf(name): tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
     shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hf_config()))
-    options = "--config_format hf --load_format safetensors"
+    options = "--config_format hf --load_format safetensors --generation_config vllm"
     assert inspect_folder(tmp_path)["suspicious"] == []
     assert inspect_folder(tmp_path)["serve"]["commands"] == [
         f"vllm serve {tmp_path} --tokenizer_mode mistral {options}"
@@ -661,6 +670,57 @@ def test_commands_for_hugging_faces_layout(tmp_path: Path) -> None:
     assert report["window"] == {"text": "none x1 + 5 x1 layers", "layers": [None, 5], "rule": report["window"]["rule"]}
     assert report["window"]["rule"] == "given by layer_types in config.json"
     assert [command.split()[0] for command in report["serve"]["commands"]] == ["python", "vllm"]
+
+
+def plain_folder(path: Path, form: str = "single", **params: Any) -> Path:
+    """A folder in Mistral's layout of which vLLM changes nothing."""
+    folder = make_folder(path, random_state(dtype=torch.bfloat16), form=form)
+    write_params(folder, {**PARAMS, "rope_theta": 1e4, **params})
+    return folder
+
+
+REFUSED: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    ("single", "{{ messages }}", {}, "template"),
+    ("single", "", {"rope_theta": None, "sliding_window": None}, "theta"),
+    ("single", "", {"sliding_window": [5, 3]}, "window"),
+    ("single", "", {"sliding_window": "5"}, "window"),
+    ("single", "", {}, ""),
+    ("pth", "{{ messages }}", {}, ""),
+    ("pth", "", {"sliding_window": "5"}, ""),
+    ("pth", "", {"sliding_window": [5, 3]}, "window"),
+)
+
+
+@pytest.mark.parametrize(("form", "template", "params", "word"), REFUSED)
+def test_what_deploy_refuses_is_not_offered(
+    tmp_path: Path, form: str, template: str, params: dict[str, Any], word: str
+) -> None:
+    folder = plain_folder(tmp_path / "m", form, **params)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    report = inspect_folder(folder)
+    text = as_text(report)
+    refused = preflight(read_folder(folder), report)
+    if not word:
+        assert not [finding for finding in refused if not finding.mended]
+        assert "\nserved by vLLM" in text
+        assert text.splitlines()[-1].endswith("--generation_config vllm")
+        return
+    assert word in {finding.what for finding in refused}
+    assert report["serve"]["commands"] == []
+    assert "vllm serve" not in text
+    heading = text.splitlines().index("not served by vLLM as it is")
+    assert text.splitlines()[heading + 1 : heading + 1 + len(refused)] == [f"  {f.text}" for f in refused]
+    assert text.endswith(f"--target vllm --accept {word}") == (not any(f.fatal for f in refused))
+
+
+def test_a_folder_that_is_converted_for_its_template_is_one_that_deploy_takes(tmp_path: Path, cli: Command) -> None:
+    folder = plain_folder(tmp_path / "m", "pth")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    convert, vllm = (shlex.split(command) for command in inspect_folder(folder)["serve"]["commands"])
+    assert cli(*convert[3:]).code == 0
+    after = inspect_folder(vllm[2])["serve"]
+    assert [shlex.split(command) for command in after["commands"]] == [vllm]
 
 
 # --- the command
@@ -745,5 +805,9 @@ def test_a_folder_without_a_tokenizer_has_no_command_that_serves_it(tmp_path: Pa
     for path in (tmp_path / "model").glob("tokenizer*"):
         path.unlink()
     report = inspect_folder(tmp_path / "model")
-    assert report["serve"] == {"commands": [], "convert_first": None}
-    assert as_text(report).splitlines()[-1] == "not served by vLLM until it has a tokenizer"
+    assert report["serve"]["commands"] == []
+    (refused,) = report["serve"]["refused"]
+    assert (refused["what"], refused["fatal"]) == ("tokenizer", True)
+    heading, reason = as_text(report).splitlines()[-2:]
+    assert heading == "not served by vLLM as it is"
+    assert reason.startswith("  it has no tokenizer: no tokenizer in")

@@ -17,13 +17,20 @@ from mistral.chat.templates import TemplateError, find_template
 from mistral.formats.broken import broken_notes
 from mistral.formats.folder import BUNDLED
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
-from mistral.formats.tokenizers import chat_templates, eos_ids, load_tokenizer, tokenizer_files
+from mistral.formats.tokenizers import chat_templates, ends_of, eos_ids, load_tokenizer, tokenizer_files
 from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.special_tokens import read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
+from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder, random_state
 from tests.support.tokenizer_json import CHATML, DATA, write_tokenizer
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Command:
+    return in_process(capfd)
+
 
 ORDER = ["tekken.json", "tokenizer.model.v11", "tokenizer.model.v7m1", "tokenizer.model.v7", "tokenizer.model.v3"]
 ORDER += ["tokenizer.model", "tokenizer.json"]
@@ -257,14 +264,43 @@ def test_an_end_that_a_file_names_comes_before_a_usual_name(tmp_path: Path) -> N
     (folder / "tokenizer_config.json").unlink()
     usual = load_tokenizer(folder, 4096)
     assert usual.eos_ids == {usual.eos_id}
+    assert ends_of(folder, usual, 4096)[0] == {usual.eos_id: ["its usual name"]}
     end = usual.control_tokens["<|im_end|>"]
     assert end != usual.eos_id
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     tokenizer = load_tokenizer(folder, 4096)
     assert (tokenizer.eos_id, tokenizer.eos_ids) == (end, {end})
+    assert ends_of(folder, tokenizer, 4096)[0] == {end: ["generation_config.json"]}
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))  # named, not guessed
     named = load_tokenizer(folder, 4096)
     assert (named.eos_id, named.eos_ids) == (usual.eos_id, {usual.eos_id, end})
+    assert ends_of(folder, named, 4096)[0] == {
+        usual.eos_id: ["tokenizer_config.json"],
+        end: ["generation_config.json"],
+    }
+
+
+def test_an_end_by_its_usual_name_is_told(tmp_path: Path, cli: Command) -> None:
+    """No file names an end: the line of what was loaded says so, and inspect says where each end is from."""
+    scratch = write_tokenizer(tmp_path / "t", "byte level", tmp_path, added=("<|im_end|>",))
+    folder = make_folder(tmp_path / "m", tokenizer=False)
+    shutil.copy(scratch / "tokenizer.json", folder)
+    words = load_tokenizer(folder, 4096)
+    text, end = words.named["eos_token"], words.control_tokens["<|im_end|>"]
+    assert f"tokenizer tokenizer.json, ends at id {words.eos_id}, {text}, by its usual name" in (
+        load(folder, device="cpu").describe()
+    )
+    assert f"ends        {words.eos_id} {text} (by its usual name)" in cli("inspect", folder).text.splitlines()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, words.eos_id]}))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": end}))
+    first, second = sorted(
+        [
+            (words.eos_id, f"{words.eos_id} {text} (by generation_config.json)"),
+            (end, f"{end} <|im_end|> (by generation_config.json and config.json)"),
+        ]
+    )
+    assert f"ends        {first[1]}, {second[1]}" in cli("inspect", folder).text.splitlines()
+    assert "usual name" not in load(folder, device="cpu").describe()
 
 
 def test_a_template_that_begins_with_a_bos_needs_one(tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def test_vllm_reads_a_tokenizer_json(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path)
     (folder / "tokenizer.model").rename(folder / "tokenizer.json")
     assert inspect_folder(folder)["serve"]["commands"] == [
-        f"vllm serve {folder} --config_format hf --load_format safetensors"
+        f"vllm serve {folder} --config_format hf --load_format safetensors --generation_config vllm"
     ]
 
 

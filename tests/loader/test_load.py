@@ -22,9 +22,10 @@ from mistral.loader import runtime
 from mistral.loader.assemble import assemble
 from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import load
-from mistral.loader.options import ATTENTIONS, DTYPE_NAMES, LoadOptions, OptionError
+from mistral.loader.options import ATTENTIONS, LoadOptions, OptionError
 from mistral.loader.options import EXECUTIONS as NAMES
 from mistral.model import FeedForward, Transformer
+from mistral.util.dtypes import DTYPE_NAMES
 from tests.support.folders import make_folder
 from tests.text.test_generate import Letters
 
@@ -58,6 +59,8 @@ def test_names_that_are_checked_without_torch_are_those_that_torch_can_do() -> N
         ({"dtype": "float33"}, "dtype 'float33' is not one of auto, float64"),
         ({"attention": "flush"}, "attention 'flush' is not one of auto, sdpa, eager, flash, xformers"),
         ({"quant": "int3"}, "quant 'int3' is not one of int8, int4"),
+        ({"attention": "kernels"}, "flash, xformers; it is a value of --execution$"),
+        ({"dtype": "int8"}, "fp16; it is a value of --cache_dtype and --quant$"),
         ({"execution": None}, "execution None is not one of auto, eager, kernels, cuda_graph, bitwise"),
     ],
 )

@@ -175,6 +175,22 @@ def test_what_is_no_json_is_refused(client: httpx.Client) -> None:
         assert (answer.status_code, "not JSON" in answer.json()["error"]["message"]) == (400, True)
 
 
+def test_a_field_that_stands_twice_is_refused(client: httpx.Client) -> None:
+    for body in (
+        b'{"prompt": "a", "max_tokens": 1, "max_tokens": 2}',
+        b'{"prompt": "a", "max_tokens": 1, "stream_options": {"max_tokens": 1, "max_tokens": 1}}',
+    ):
+        answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        said = answer.json()["error"]["message"]
+        assert answer.status_code == 400
+        assert said == "the body has the key 'max_tokens' twice in one object, where only one value can count"
+
+
+def test_a_field_of_another_program_is_told_by_its_name_here(client: httpx.Client) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "a", "max_new_tokens": 1})
+    assert answer.json()["error"]["message"] == "no field is called 'max_new_tokens'; did you mean max_tokens?"
+
+
 def test_prompts_have_a_limit(client: httpx.Client) -> None:
     answer = client.post("/v1/completions", json={"prompt": [1] * 290, "max_tokens": 12})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")

@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 
 from mistral.batch.lines import LineError, read_line
+from mistral.chat.session import _read
+from mistral.cli.prompts import read_file
 from mistral.eval.longchat import read_questions
+from mistral.formats.broken import require_whole
+from mistral.formats.hf_files import _weight_map
 from mistral.formats.layout import ParamsError, read_object
+from mistral.special_tokens import read_json
+from mistral.tekken import tekken_words
 from mistral.train.conversations import Marked
 from mistral.train.data import DataError, read_samples
+from mistral.util.errors import FormatError, UsageError
 from mistral.util.parsed import parse_json
 
 DEEP = "[" * 100_000
@@ -63,6 +70,55 @@ def _questions(path: Path) -> None:
 
 def _line(path: Path) -> None:
     read_line(path.read_bytes(), "batch_req_1")
+
+
+def _prompts(path: Path) -> None:
+    read_file(str(path))
+
+
+def _beside(path: Path) -> None:
+    read_json(path)
+
+
+def _index(path: Path) -> None:
+    _weight_map(path)
+
+
+def _tekken(path: Path) -> None:
+    tekken_words(path)
+
+
+def _session(path: Path) -> None:
+    _read(path)
+
+
+def _folder(path: Path) -> None:
+    path.rename(path.with_name("generation_config.json"))
+    require_whole(path.parent)
+
+
+READERS = (_params, _samples, _questions, _line, _prompts, _beside, _index, _tekken, _session, _folder)
+TWICE = (
+    '{"custom_id": "a", "prompt": "Hi", "text": "a", "prompt": "Bye"}',
+    '{"text": "a", "prompt": [{"role": 1, "prompt": 2, "prompt": 2}]}',
+)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("text", TWICE)
+def test_a_key_that_stands_twice_is_refused_by_name(tmp_path: Path, read: Callable[[Path], None], text: str) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises((FormatError, UsageError, LineError)) as refused:
+        read(path)
+    told = str(refused.value) or refused.value.args[1]
+    assert re.search(r"\w has the key 'prompt' twice in one object", told), told
+    assert "not JSON" not in told
+    assert "no JSON" not in told
+
+
+def test_keys_of_several_objects_may_be_the_same() -> None:
+    assert parse_json('[{"a": 1, "b": {"a": 2}}, {"a": 3}]') == [{"a": 1, "b": {"a": 2}}, {"a": 3}]
 
 
 @pytest.mark.parametrize("read", [_params, _samples, _questions, _line])
