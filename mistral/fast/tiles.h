@@ -15,7 +15,6 @@
 
 enum {
     WIDE = LANES == 16 ? 4 : 2, /* vectors of a panel, as many as registers take */
-    TILE = 6,
     PANEL = WIDE * LANES,
     DEPTH = 256,
     BAND = 84 * TILE, /* rows of inputs that go by before the next panel */
