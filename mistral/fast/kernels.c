@@ -55,7 +55,8 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
             for (int64_t r = 0; r < rows; r++) memcpy(moved + r * ld, x + r * given, m->k * sizeof *x);
         if (is_quantized(m))
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
+            for (int64_t r = 0; r < rows; r++)
+                round_inputs_as(m->kind, takes_panels(m, rows), x + r * ldx, groups, rounded + r * groups);
         if (takes_panels(m, rows)) product_panels(m, rounded, rows, y);
         else
 #pragma omp for schedule(guided, 4)
