@@ -20,6 +20,12 @@ typedef struct {
     floats step[DEEP][2][SIDE], add[DEEP][2][SIDE]; /* of the halves of a group; of all of it in kinds that have one scale */
 } Panel;
 
+/* Rows of a tile where `left` are left: TILE or one less, so that few of the last tile are nobody's. */
+INLINE int64_t height(int64_t left) {
+    const int64_t tiles = (left + TILE - 1) / TILE;
+    return (left + tiles - 1) / tiles == TILE ? TILE : TILE - 1;
+}
+
 /* Whether `rows` rows times a matrix are best multiplied panel by panel. */
 INLINE int takes_panels(const Matrix *m, int64_t rows) { return VNNI && rows > ROWS && m->kind > INT8; }
 
@@ -95,12 +101,11 @@ static void panel_of(const Matrix *m, int64_t b, const Inputs *x, int64_t rows, 
 #define CALL(kind) unpack_panel(kind, m, b, first, count, panel)
         FOR_KIND(kind, CALL)
 #undef CALL
-        for (int64_t r = 0, done; r < rows; r += done) {
-            const int64_t left = rows - r, passes = (left + TILE - 1) / TILE;
-            const Inputs *from[TILE]; /* of few rows a tile's last ones may be nobody's */
-            done = (left + passes - 1) / passes;
+        for (int64_t r = 0, tall; r < rows; r += tall) {
+            const Inputs *from[TILE];
+            tall = height(rows - r);
             for (int64_t i = 0; i < TILE; i++) from[i] = x + (r + i < rows ? r + i : rows - 1) * groups + first;
-            if (done == TILE) tile_of(TILE, way, panel, count, from, totals + r * SIDE * ROWS);
+            if (tall == TILE) tile_of(TILE, way, panel, count, from, totals + r * SIDE * ROWS);
             else tile_of(TILE - 1, way, panel, count, from, totals + r * SIDE * ROWS);
         }
     }
