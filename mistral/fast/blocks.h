@@ -85,6 +85,19 @@ INLINE void place_bytes(int32_t q, int i, int16_t *to) {
     low[i] = (int8_t)q;
 }
 
+/* A group of numbers in 16 bits, in the order for products of pairs. */
+INLINE void place_pairs(const int32_t *q, int16_t *to) {
+    static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
+#if defined(__AVX512VBMI__)
+    int16_t in_order[GROUP], at[GROUP];
+    for (int i = 0; i < GROUP; i++) in_order[i] = (int16_t)q[i], at[i] = i / 8 * 8 + order[i % 8];
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(at), _mm512_loadu_si512(in_order)));
+#else
+    for (int j = 0; j < GROUP; j += 8)
+        for (int i = 0; i < 8; i++) to[j + i] = (int16_t)q[j + order[i]];
+#endif
+}
+
 /* A group of numbers in the order of `Inputs`, for all kinds but INT8. */
 INLINE void place_inputs(const int32_t *q, int16_t *to) {
 #if VNNI && defined(__AVX512VBMI__)
@@ -94,20 +107,16 @@ INLINE void place_inputs(const int32_t *q, int16_t *to) {
                              _mm512_cvtepi32_epi16(_mm512_loadu_si512(q + 16)), 1);
     high = _mm512_add_epi16(low, _mm512_set1_epi16(128));
     _mm512_storeu_si512(to, _mm512_permutex2var_epi8(low, order, high));
-#else
+#elif VNNI || DOTPROD
     for (int j = 0; j < GROUP; j += 8)
-        for (int i = 0; i < 8; i++) {
-#if VNNI || DOTPROD
-            place_bytes(q[j + i % 4 * 2 + i / 4], j + i, to);
+        for (int i = 0; i < 8; i++) place_bytes(q[j + i % 4 * 2 + i / 4], j + i, to);
 #else
-            static const int order[8] = {0, 4, 2, 6, 1, 5, 3, 7};
-            to[j + i] = (int16_t)q[j + order[i]];
-#endif
-        }
+    place_pairs(q, to);
 #endif
 }
 
-static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) {
+/* in_pairs: for products in 16 bits, also with VNNI. */
+static void round_inputs_as(int kind, int in_pairs, const float *x, int64_t groups, Inputs *out) {
     const int64_t most = kind == INT8 ? SPAN : 1;
     float scale = 0, step = 0;
     for (int64_t g = 0; g < groups; g++, x += GROUP, out++) {
@@ -125,9 +134,12 @@ static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) 
             for (int i = 0; i < GROUP; i++) place_bytes(q[i], i, out->q);
         else if (kind == INT8)
             for (int i = 0; i < GROUP; i++) out->q[i] = (int16_t)q[i];
+        else if (in_pairs) place_pairs(q, out->q);
         else place_inputs(q, out->q);
     }
 }
+
+static void round_inputs(int kind, const float *x, int64_t groups, Inputs *out) { round_inputs_as(kind, 0, x, groups, out); }
 
 /* 2 LANES bytes as as many halves, two in each word. */
 INLINE words load_halves(const int8_t *p) {

@@ -33,6 +33,8 @@ int64_t inputs_bytes(void) { return sizeof(Inputs); }
 /* Whether products of many rows with quantized weights are best made here too. */
 int64_t takes_many(void) { return VNNI || DOTPROD; }
 
+#include "panels.h"
+
 /* A row of n inputs, filled up to whole groups with zeros, and the way to the next row: not a whole number of pages, so that
    rows do not share places in the fastest cache. */
 static int64_t apart(int64_t n) { return groups_of(n) * GROUP + APART; }
@@ -53,7 +55,10 @@ void product(const Matrix *m, const float *x, int64_t ldx, int64_t rows, Inputs 
             for (int64_t r = 0; r < rows; r++) memcpy(moved + r * ld, x + r * given, m->k * sizeof *x);
         if (is_quantized(m))
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) round_inputs(m->kind, x + r * ldx, groups, rounded + r * groups);
+            for (int64_t r = 0; r < rows; r++)
+                round_inputs_as(m->kind, takes_panels(m, rows), x + r * ldx, groups, rounded + r * groups);
+        if (takes_panels(m, rows)) product_panels(m, rounded, rows, y);
+        else
 #pragma omp for schedule(guided, 4)
         for (int64_t strip = 0; strip < blocks_of(m); strip += few) {
             float out[ROWS * ROWS];

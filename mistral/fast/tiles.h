@@ -2,7 +2,8 @@
 
    A tile is TILE rows of inputs times PANEL rows of weights, whose sums stay in registers. A panel's weights are widened and
    transposed some columns at a time, so that a lane belongs to a row of weights; then all rows of inputs go by. An output is
-   the sum of the sums over DEPTH columns, each in the order of the columns: whatever the number of rows and threads.
+   the sum of the sums over DEPTH columns (of inputs in bf16 one sum), each in the order of the columns: whatever the number
+   of rows and threads.
 
    Where inputs are rounded to bf16, weights in bf16 are not widened: a pair of columns is a word, and processors with bf16
    arithmetic (avx512_bf16) multiply and add 32 numbers at once, in fp32; others widen both. */
@@ -15,9 +16,9 @@
 
 enum {
     WIDE = LANES == 16 ? 4 : 2, /* vectors of a panel, as many as registers take */
-    TILE = 6,
     PANEL = WIDE * LANES,
     DEPTH = 256,
+    NEAR = 192, /* columns of a panel in bf16: with them it stays in the fastest cache */
     BAND = 84 * TILE, /* rows of inputs that go by before the next panel */
 };
 
@@ -108,25 +109,21 @@ INLINE floats dot_pair(floats a, words w, words x) {
 #endif
 }
 
-/* To `sums` [TILE, PANEL] what `pairs` of columns bring; ld: words from a row of inputs to the next. */
-INLINE void dot_tile_bf16(const uint32_t *w, const uint32_t *x, int64_t ld, int64_t pairs, float *sums) {
+/* To `sums` [R, PANEL] what `pairs` of columns bring; ld: words from a row of inputs to the next. */
+INLINE void dot_tile_bf16(int R, const uint32_t *w, const uint32_t *x, int64_t ld, int64_t pairs, float *sums) {
     floats acc[TILE][WIDE];
-    UNROLL for (int r = 0; r < TILE; r++)
-        UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = (floats){0};
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = load_floats(sums + r * PANEL + j * LANES);
     for (int64_t i = 0; i < pairs; i++, w += PANEL) {
-        words ws[WIDE]; /* a panel is as large as the fastest cache, in which inputs and sums want places too */
-        UNROLL for (int j = 0; j < WIDE; j++) __builtin_prefetch(w + 16 * PANEL + j * LANES);
-        UNROLL for (int j = 0; j < WIDE; j++) ws[j] = *(const words_at *)(w + j * LANES);
-        UNROLL for (int r = 0; r < TILE; r++) {
+        words ws[WIDE];
+        UNROLL for (int j = 0; j < WIDE; j++) ws[j] = (words)held(load_floats((const float *)w + j * LANES));
+        UNROLL for (int r = 0; r < R; r++) {
             const words v = (words){0} + x[r * ld + i];
             UNROLL for (int j = 0; j < WIDE; j++) acc[r][j] = dot_pair(acc[r][j], ws[j], v);
         }
     }
-    UNROLL for (int r = 0; r < TILE; r++)
-        UNROLL for (int j = 0; j < WIDE; j++) {
-            float *at = sums + r * PANEL + j * LANES;
-            *(floats_at *)at = load_floats(at) + acc[r][j];
-        }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < WIDE; j++) *(floats_at *)(sums + r * PANEL + j * LANES) = acc[r][j];
 }
 
 /* As pack_panel, for weights of a kind, as floats: [columns, PANEL]. */
@@ -167,14 +164,13 @@ INLINE void multiply_tile(const float *const *a, const float *b, int64_t ldb, in
         }
 }
 
-/* Asks memory for the weights after those of a panel's columns from c on, a part for each of so many tiles: the machine itself
-   follows fewer rows than a panel has. */
-INLINE void ask_ahead(const Matrix *m, int64_t j, int64_t c, int64_t part, int64_t parts) {
-    const int64_t size = size_of(m->kind), lines = DEPTH * size / LINE + 1, all_lines = PANEL * lines;
-    const int64_t row = c + DEPTH < m->k ? j : j + PANEL, column = c + DEPTH < m->k ? c + DEPTH : 0;
-    const char *w = (const char *)m->data + (row * m->k + column) * size;
-    for (int64_t i = all_lines * part / parts; i < all_lines * (part + 1) / parts; i++)
-        __builtin_prefetch(w + i / lines * m->k * size + i % lines * LINE, 0, 2);
+/* Asks memory for the weights after those of a panel's columns from c on, `depth` columns of rows first .. last of it: the machine
+   itself follows fewer rows than a panel has. */
+INLINE void ask_ahead(const Matrix *m, int64_t j, int64_t c, int64_t depth, int64_t first, int64_t last) {
+    const int64_t size = size_of(m->kind), next = m->k * size, more = c + depth < m->k;
+    const char *w = (const char *)m->data + (more ? j : j + PANEL) * next + (more ? c + depth : 0) * size;
+    for (int64_t i = first; i < last; i++)
+        for (int64_t at = 0; at <= depth * size; at += LINE) __builtin_prefetch(w + i * next + at, 0, 2);
 }
 
 /* What n rows of weights from j on add to the sums [count, PANEL] of rows of inputs, DEPTH columns from c on. */
@@ -185,18 +181,23 @@ INLINE void float_panel(int kind, const Matrix *m, int64_t j, int64_t n, int64_t
     for (int64_t r = 0; r < count; r += TILE) {
         const float *from[TILE]; /* a tile's last rows may be nobody's */
         for (int64_t i = 0; i < TILE; i++) from[i] = x + (r + i < count ? r + i : count - 1) * k + c;
-        ask_ahead(m, j, c, r / TILE, (count + TILE - 1) / TILE);
+        ask_ahead(m, j, c, DEPTH, PANEL * r / count, PANEL * (r + TILE) / count);
         multiply_tile(from, panel, PANEL, columns, sums + r * PANEL, PANEL);
     }
 }
 
 static void bf16_panel(const Matrix *m, int64_t j, int64_t n, int64_t c, const uint32_t *rounded, int64_t count,
                        uint32_t *panel, float *sums) {
-    const int64_t ld = words_of(m->k), columns = m->k - c < DEPTH ? m->k - c : DEPTH;
+    const int64_t ld = words_of(m->k), columns = m->k - c < NEAR ? m->k - c : NEAR;
     pack_panel((const uint16_t *)m->data + j * m->k, n, m->k, c, columns, panel);
-    for (int64_t r = 0; r < count; r += TILE) {
-        ask_ahead(m, j, c, r / TILE, (count + TILE - 1) / TILE);
-        dot_tile_bf16(panel, rounded + r * ld + c / 2, ld, pairs_of(columns), sums + r * PANEL);
+    for (int64_t r = 0, tall, asked = 0; r < count; r += tall) {
+        const uint32_t *from = rounded + r * ld + c / 2;
+        tall = height(count - r);
+        const int64_t ask = PANEL * (r + tall) / count;
+        ask_ahead(m, j, c, NEAR, asked, ask);
+        asked = ask;
+        if (tall == TILE) dot_tile_bf16(TILE, panel, from, ld, pairs_of(columns), sums + r * PANEL);
+        else dot_tile_bf16(TILE - 1, panel, from, ld, pairs_of(columns), sums + r * PANEL);
     }
 }
 
@@ -218,7 +219,7 @@ void product_many(const Matrix *m, const float *x, int64_t rows, uint32_t *round
             for (int64_t j = 0; j < m->n; j += PANEL) {
                 const int64_t n = m->n - j < PANEL ? m->n - j : PANEL;
                 memset(sums, 0, full * PANEL * sizeof *sums);
-                for (int64_t c = 0; c < k; c += DEPTH) {
+                for (int64_t c = 0; c < k; c += rounded ? NEAR : DEPTH) {
                     if (rounded) bf16_panel(m, j, n, c, rounded, count, panel, sums);
                     else if (m->kind == F32) float_panel(F32, m, j, n, c, from, count, (float *)panel, sums);
                     else if (m->kind == BF16) float_panel(BF16, m, j, n, c, from, count, (float *)panel, sums);
