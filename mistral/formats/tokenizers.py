@@ -27,6 +27,8 @@ MORE_SAMPLING = (
     *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
     *("no_repeat_ngram_size", "encoder_repetition_penalty", "typical_p", "num_beams", "penalty_alpha"),
 )
+# Values of a config.json that stand there without being meant.
+USUAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -148,18 +150,23 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
 
 
 def suggested_sampling(folder: Path) -> list[str]:
-    """A note where generation_config.json says how to sample, which is for whoever asks to say."""
-    try:
-        told = {} if folder.is_file() else read_json(folder / ENDS[0])
-    except TokenizerError:
-        return []  # `broken` names it
-    values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
-    values += [
-        printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
-    ]
-    if not values:
-        return []
-    return [f"{ENDS[0]} suggests {', '.join(values)}, which is not used: give what you want of it"]
+    """A note where generation_config.json, or config.json as older ones do, says how to sample, which is for whoever
+    asks to say."""
+    notes = []
+    for file in ENDS:
+        try:
+            told = {} if folder.is_file() else read_json(folder / file)
+        except TokenizerError:
+            continue  # `broken` names it
+        if file != ENDS[0]:  # where older transformers wrote all values, whether they ask for anything or not
+            told = {name: value for name, value in told.items() if value != USUAL_SAMPLING.get(name)}
+        values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
+        values += [
+            printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
+        ]
+        if values:
+            notes.append(f"{file} suggests {', '.join(values)}, which is not used: give what you want of it")
+    return notes
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:

@@ -13,6 +13,7 @@ import torch
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.tokenizers import suggested_sampling
 from mistral.formats.words import unused_of, words_of
 from mistral.loader.load import load
 from mistral.tokenizer import outside
@@ -265,3 +266,17 @@ def test_a_tokenizer_that_is_another_models_is_named_by_convert(tmp_path: Path) 
     assert any(note.startswith(said) for note in convert(source, tmp_path / "b", "hf").notes)
     with pytest.raises(FormatError, match="has 4096 words, but the model knows 4000"):
         load(source, device="cpu")
+
+
+def test_sampling_of_a_config_json(folder: Path) -> None:
+    """transformers 4 wrote all values of that kind into a config.json, meant or not."""
+    put(folder / "config.json", temperature=1.0, top_p=1.0, top_k=50, max_length=20, num_beams=1, typical_p=1.0)
+    assert suggested_sampling(folder) == []
+    put(folder / "config.json", temperature=0.3, num_beams=4)
+    put(folder / "generation_config.json", top_p=0.9)
+    of = "suggests {}, which is not used: give what you want of it"
+    assert suggested_sampling(folder) == [
+        "generation_config.json " + of.format("top_p 0.9"),
+        "config.json " + of.format("temperature 0.3, num_beams"),
+    ]
+    assert suggested_sampling(folder)[1] in load(folder).notes
