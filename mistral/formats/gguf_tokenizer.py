@@ -27,6 +27,7 @@ MOST_TOKENS = 2**21
 # Types of tokens; SentencePiece has the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+BLANK = "\u2581"  # how SentencePiece spells a space
 SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
 KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
 
@@ -128,6 +129,24 @@ def special_ids(metadata: Metadata) -> SpecialIds:
     ends = frozenset({eos, named("eot"), named("eom")} - {-1})
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     return SpecialIds(bos, eos, unk, named("padding"), ends, add_bos if isinstance(add_bos, bool) else None)
+
+
+def notes_on_ends(metadata: Metadata) -> list[str]:
+    """What a file says about ends of texts that is odd, or not followed, a sentence each.
+
+    Raises:
+        GgufError: as `special_ids`, and without tokens.
+    """
+    texts, types = _tokens(metadata)
+    notes = [
+        f"sequences end with id {i}, which is the ordinary word {short_repr(texts[i].replace(BLANK, ' '))}: texts "
+        "that hold it are split without it; see eos_token_id and its like in the file"
+        for i in sorted(special_ids(metadata).ends)
+        if types[i] in (NORMAL, BYTE)
+    ]
+    if metadata.get("tokenizer.ggml.add_eos_token") is True:
+        notes.append("the file has add_eos_token true, which is for training: prompts end without eos here")
+    return notes
 
 
 def chat_templates(metadata: Metadata) -> dict[str, str]:

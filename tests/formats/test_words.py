@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mistral.loader.load import load
 from mistral.tokenizer import outside
 from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
-from tests.support.folders import make_folder, random_state
+from tests.support.folders import BUNDLED, make_folder, random_state
+from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 ADDED = {"4096": {"content": "<|im_start|>", "special": True}, "4097": {"content": "<|im_end|>", "special": False}}
@@ -280,3 +282,62 @@ def test_sampling_of_a_config_json(folder: Path) -> None:
         "config.json " + of.format("temperature 0.3, num_beams"),
     ]
     assert suggested_sampling(folder)[1] in load(folder).notes
+
+
+def test_an_eos_that_is_no_token(folder: Path) -> None:
+    """A fine-tune's template may end turns with what nobody added to the vocabulary."""
+    put(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    assert notes(folder) == [
+        "tokenizer_config.json has eos_token '<|im_end|>', for which the tokenizer has no token: it ends no sequence"
+    ]
+    put(folder / "tokenizer_config.json", eos_token={"content": "</s>", "lstrip": False})
+    assert notes(folder) == []
+
+
+def test_two_templates_called_default(folder: Path) -> None:
+    inside = folder / "additional_chat_templates"
+    inside.mkdir()
+    for path in (inside / "default.jinja", folder / "chat_template.jinja"):
+        path.write_text(TEMPLATE)
+    assert notes(folder) == []
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "another")
+    (note,) = notes(folder)
+    assert note == (
+        "two chat templates that differ: that of additional_chat_templates/default.jinja is used, that of "
+        "chat_template.jinja ignored"
+    )
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_an_added_word_that_is_normalized(folder: Path, model: bool) -> None:
+    """With tokenizer.json alone ids are transformers'; tokenizer.model knows no such words."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append({"id": 4096, "content": "<word>", "normalized": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    if not model:
+        (folder / "tokenizer.model").unlink()
+    tokenizer = words_of(folder, replace(read_folder(folder).args, vocab_size=4097))[0]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)("a <word>b")["input_ids"]
+    assert tokenizer is not None and (tokenizer.encode("a <word>b") == theirs) != model
+    named = [note for note in notes(folder) if "1 added word (<word>) with normalized true" in note]
+    assert len(named) == model
+
+
+def test_ends_of_a_gguf_file(tmp_path: Path) -> None:
+    path, keys = tmp_path / "a.gguf", tokenizer_keys(BUNDLED / "tokenizer.model")
+    args = gguf_args(vocab_size=4096)
+
+    def said(**changes: Any) -> list[str]:
+        write_gguf(path, args=args, extra={f"tokenizer.ggml.{k}": v for k, v in {**keys, **changes}.items()})
+        return words_of(path, args)[1]
+
+    assert said() == []
+    assert said(add_eos_token=True) == [
+        "the file has add_eos_token true, which is for training: prompts end without eos here"
+    ]
+    (note,) = said(eos_token_id=300)
+    assert note.startswith("sequences end with id 300, which is the ordinary word ' in': texts that hold it are split")
+    (note,) = said(eot_token_id=301)
+    assert note.startswith("sequences end with id 301, which is the ordinary word ")
