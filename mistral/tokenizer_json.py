@@ -85,7 +85,9 @@ class JsonTokenizer:
             tok.no_truncation()
             tok.no_padding()
             if getattr(tok.model, "dropout", None):  # by it ids of one text would be others each time
-                self.notes.append(f"{self._path.name} has dropout {tok.model.dropout:g}, which is for training: not used")
+                self.notes.append(
+                    f"{self._path.name} has dropout {tok.model.dropout:g}, which is for training: not used"
+                )
                 tok.model.dropout = None
             words = tok.get_vocab_size(with_added_tokens=True)
             ids = tok.get_vocab(with_added_tokens=True).values()

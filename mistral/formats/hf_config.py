@@ -105,7 +105,7 @@ HANDLED = {
     "tie_word_embeddings",
 }
 # Keys that are harmless with one of these values only.
-ONLY = {
+ONLY: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),

@@ -231,7 +231,9 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
         return {name: FolderTemplate(name, folder.name, text) for name, text in own.items()}
     found: dict[str, FolderTemplate] = {}
     told = read_json(folder / CONFIG).get("chat_template")
-    entries = told if isinstance(told, list) else [] if told is None else [{"name": "default", "template": told}]
+    if not isinstance(told, list | dict):
+        told = {} if told is None else {"default": told}
+    entries = told if isinstance(told, list) else [{"name": name, "template": text} for name, text in told.items()]
     for entry in entries:
         name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
         if not (isinstance(name, str) and isinstance(text, str)):

@@ -31,6 +31,7 @@ CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16
 CODES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 NAMES = {code: name for name, code in CODES.items()}
+GONE = "a link to a file that is gone: fetch it again"
 PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger
 
 
@@ -186,11 +187,14 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         except HeaderError as error:
             raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
         except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+            gone = f"it is {GONE}" if path.is_symlink() and not path.exists() else error.strerror
+            raise WeightsError(f"{path} cannot be read: {gone}") from None
         part = Part(path, 0, 0)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(f"{printable(name)} is in {path.name} and in an earlier part")
+                raise WeightsError(
+                    f"{printable(name)} is in {path.name} and in an earlier part: remove the file that is not meant"
+                )
             dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if not dtype:

@@ -182,6 +182,8 @@ def _default(told: Any) -> str | None:
     if isinstance(told, list):
         named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
         told = named.get("default")
+    if isinstance(told, dict):
+        told = told.get("default")
     return told if isinstance(told, str) else None
 
 

@@ -14,7 +14,7 @@ import torch
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
-from mistral.formats.tokenizers import suggested_sampling
+from mistral.formats.tokenizers import chat_templates, suggested_sampling
 from mistral.formats.words import unused_of, words_of
 from mistral.loader.load import load
 from mistral.tokenizer import outside
@@ -320,7 +320,8 @@ def test_an_added_word_that_is_normalized(folder: Path, model: bool) -> None:
         (folder / "tokenizer.model").unlink()
     tokenizer = words_of(folder, replace(read_folder(folder).args, vocab_size=4097))[0]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)("a <word>b")["input_ids"]
-    assert tokenizer is not None and (tokenizer.encode("a <word>b") == theirs) != model
+    assert tokenizer is not None
+    assert (tokenizer.encode("a <word>b") == theirs) != model
     named = [note for note in notes(folder) if "1 added word (<word>) with normalized true" in note]
     assert len(named) == model
 
@@ -341,3 +342,16 @@ def test_ends_of_a_gguf_file(tmp_path: Path) -> None:
     assert note.startswith("sequences end with id 300, which is the ordinary word ' in': texts that hold it are split")
     (note,) = said(eot_token_id=301)
     assert note.startswith("sequences end with id 301, which is the ordinary word ")
+
+
+def test_templates_as_an_object(folder: Path) -> None:
+    """tokenizer_config.json may have them by name, as transformers keeps them in memory."""
+    put(folder / "tokenizer_config.json", chat_template={"default": TEMPLATE, "tool_use": "T"})
+    assert {name: found.text for name, found in chat_templates(folder).items()} == {
+        "default": TEMPLATE,
+        "tool_use": "T",
+    }
+    (folder / "chat_template.jinja").write_text("another")
+    differ, more = notes(folder)
+    assert "that of chat_template.jinja is used, that of tokenizer_config.json ignored" in differ
+    assert more.startswith("more chat templates: tool_use")

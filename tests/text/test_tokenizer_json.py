@@ -286,7 +286,8 @@ def test_what_is_for_training_is_not_used(scratch: Path, tmp_path: Path) -> None
     path.write_text(json.dumps(raw))
     tokenizer = Tokenizer(path)
     assert tokenizer.adds_bos
-    assert plain.notes == () and [note.split(", which")[0] for note in tokenizer.notes] == [
+    assert plain.notes == ()
+    assert [note.split(", which")[0] for note in tokenizer.notes] == [
         "tokenizer.json has dropout 0.9",
         "tokenizer.json puts </s> behind a text",
     ]
