@@ -62,7 +62,12 @@ def text_notes(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> li
     """What a folder says about texts and conversations twice, or where it is not read, a sentence each."""
     if is_gguf_file(folder):
         return _about_a_file(folder, tokenizer)
-    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer, vocab_size), *_about_templates(folder)]
+    return [
+        *_about_words(folder, tokenizer),
+        *_beside_tekken(folder, tokenizer),
+        *_about_ends(folder, tokenizer, vocab_size),
+        *_about_templates(folder),
+    ]
 
 
 def _about_a_file(path: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -121,6 +126,24 @@ def _about_ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> l
             f"{CONFIG} has eos_token {short_repr(eos)}, for which the tokenizer has no token: it ends no sequence"
         )
     return notes + ([] if tokenizer is None else _about_ids(folder, tokenizer, vocab_size))
+
+
+def _beside_tekken(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where a fine-tune has tokens of its own, and the tekken.json of its base, which is read, is in the folder too."""
+    if tokenizer is None or tokenizer.kind != "tekken":
+        return []
+    try:
+        told, inside = read_special_tokens(folder).added, read_added_tokens(folder)
+    except TokenizerError:
+        return []
+    added = [t.content for t in {**inside, **told}.values() if not tokenizer.has_control(t.content)]
+    if not added:
+        return []
+    instead = f"remove {tokenizer.path.name} to have {JSON} read" if (folder / JSON).is_file() else f"add its {JSON}"
+    return [
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({_some(added)}) that {tokenizer.path.name}, "
+        f"which is read, has not: not used; {instead}"
+    ]
 
 
 def _is_token(tokenizer: Tokenizer, text: str) -> bool:

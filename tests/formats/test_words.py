@@ -13,15 +13,17 @@ import torch
 
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.tokenizers import chat_templates, suggested_sampling
 from mistral.formats.words import unused_of, words_of
 from mistral.loader.load import load
-from mistral.tokenizer import outside
+from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, make_folder, random_state
 from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
+from tests.support.tokenizer_json import small_tekken
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 ADDED = {"4096": {"content": "<|im_start|>", "special": True}, "4097": {"content": "<|im_end|>", "special": False}}
@@ -355,3 +357,32 @@ def test_templates_as_an_object(folder: Path) -> None:
     differ, more = notes(folder)
     assert "that of chat_template.jinja is used, that of tokenizer_config.json ignored" in differ
     assert more.startswith("more chat templates: tool_use")
+
+
+def test_tokens_that_a_tekken_json_has_not(folder: Path) -> None:
+    """A fine-tune renames control tokens in its tokenizer.json, and its folder has its base's tekken.json too."""
+    args = read_folder(folder).args
+    (folder / "tokenizer.model").unlink()
+    small_tekken(folder / "tekken.json", 3000)
+    text = to_tokenizer_json(Tokenizer(folder / "tekken.json"))
+    assert text is not None
+    (folder / "tokenizer.json").write_text(text)
+    assert not [note for note in words_of(folder, args)[1] if "which is read" in note]
+    raw = json.loads(text)
+    (renamed,) = [token for token in raw["added_tokens"] if token["content"] == "<SPECIAL_20>"]
+    renamed["content"] = "<|im_end|>"
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (note,) = [note for note in words_of(folder, args)[1] if "which is read" in note]
+    assert note == (
+        "tokenizer.json has 1 token (<|im_end|>) that tekken.json, which is read, has not: not used; remove tekken.json "
+        "to have tokenizer.json read"
+    )
+
+
+def test_a_tekken_json_of_a_later_version(folder: Path) -> None:
+    path = small_tekken(folder / "tekken.json", 3000)
+    raw = json.loads(path.read_text())
+    raw["config"]["version"] = "v99"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match=r"has version 'v99', which this mistral-common does not know: pip install"):
+        Tokenizer(path)
