@@ -19,6 +19,7 @@ from mistral.formats.elsewhere import wrapped
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
+from mistral.util.files import stamp_of
 
 if TYPE_CHECKING:
     import torch
@@ -183,13 +184,14 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     readers: dict[str, Reader] = {}
     for path in files:
         try:
+            stamp = stamp_of(path)
             entries = read_header(path)
         except HeaderError as error:
             raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
         except OSError as error:
             gone = f"it is {GONE}" if path.is_symlink() and not path.exists() else error.strerror
             raise WeightsError(f"{path} cannot be read: {gone}") from None
-        part = Part(path, 0, 0)
+        part = Part(path, 0, 0, stamp)
         for name, entry in entries.items():
             if name in tensors:
                 raise WeightsError(
@@ -200,7 +202,7 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
             if not dtype:
                 continue  # refused by name before anything is read
             if entry.end - part.begin > PART:
-                part = Part(path, entry.begin, entry.end)
+                part = Part(path, entry.begin, entry.end, stamp)
             part.end = entry.end
             readers[name] = partial(part.tensor, entry.begin, entry.end, entry.shape, dtype)
     return WeightFiles(files, tensors, readers)

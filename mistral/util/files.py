@@ -52,6 +52,16 @@ def read_limited(path: Path, most: int = MOST) -> bytes:
     return content
 
 
+def stamp_of(file: Path | int) -> tuple[int, int]:
+    """What changes where a file, or one that is open, is written or replaced: its size, and when it was written (ns).
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
+
+
 def unwritten(path: Path) -> int:
     """Bytes of a file that nobody wrote, and which are read as zeros: those of a download that has not ended, mostly.
 
