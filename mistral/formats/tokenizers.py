@@ -6,6 +6,7 @@ import filecmp
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
@@ -183,16 +184,23 @@ def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple
         return frozenset(i for i in ends if i < vocab_size), notes
     for name in ENDS:
         try:
-            told = read_json(folder / name).get("eos_token_id")
+            whole = read_json(folder / name)
         except TokenizerError:
             continue  # `formats.broken` names the file
-        ids = told if isinstance(told, list) else [] if told is None else [told]
+        inside = whole.get("text_config")  # of a model that reads images: the text model's own
+        ids = [*_listed(whole), *(_listed(inside) if isinstance(inside, dict) else [])]
         for i in ids:
             if type(i) is not int or i >= vocab_size:
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
             elif i >= 0:  # -1 is how some write none
                 found.add(i)
     return frozenset(found), notes
+
+
+def _listed(told: dict[str, Any]) -> list[Any]:
+    """What an object gives for eos_token_id, which may be one id or several."""
+    ids = told.get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def own_ends(tokenizer: Tokenizer) -> set[int]:

@@ -374,8 +374,8 @@ def test_tokens_that_a_tekken_json_has_not(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     (note,) = [note for note in words_of(folder, args)[1] if "which is read" in note]
     assert note == (
-        "tokenizer.json has 1 token (<|im_end|>) that tekken.json, which is read, has not: not used; remove tekken.json "
-        "to have tokenizer.json read"
+        "tokenizer.json has 1 token (<|im_end|>) that tekken.json, which is read, has not: not used; remove "
+        "tekken.json to have tokenizer.json read"
     )
 
 
@@ -386,3 +386,17 @@ def test_a_tekken_json_of_a_later_version(folder: Path) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(FormatError, match=r"has version 'v99', which this mistral-common does not know: pip install"):
         Tokenizer(path)
+
+
+def test_ends_of_a_text_model_inside_another(folder: Path, tmp_path: Path) -> None:
+    """A model that reads images has its text model's config inside its own, and ids in either."""
+    told = json.loads((folder / "config.json").read_text())
+    del told["eos_token_id"], told["architectures"]
+    whole = {"model_type": "mistral3", "text_config": {**told, "eos_token_id": [2, 307]}, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole | {"eos_token_id": 308, "tie_word_embeddings": False}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    want = {2, 307, 308}
+    assert load(folder).tokenizer.eos_ids == want
+    for to in ("hf", "mistral"):
+        convert(folder, tmp_path / to, to)
+        assert load(tmp_path / to).tokenizer.eos_ids == want
