@@ -170,6 +170,15 @@ def _tokens(metadata: Metadata) -> tuple[list[str], Sequence[int]]:
     return texts, known
 
 
+def _require_different(texts: Sequence[str]) -> dict[str, int]:
+    """Ids of tokens by text, of which no two are the same."""
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    if len(vocabulary) < len(texts):
+        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
+        raise GgufError(f"the file's tokenizer has {short_repr(twice)} twice")
+    return vocabulary
+
+
 # --- SentencePiece
 
 
@@ -191,6 +200,11 @@ def sentencepiece_model(metadata: Metadata) -> bytes:
     if len(unknown) > 1 or unknown[0] < 0 or unknown[0] in (special.bos, special.eos):
         raise GgufError(f"the file's tokenizer has {short_repr(unknown)} as unknown tokens: exactly one is needed")
     control = {i for i in (special.bos, special.eos) if i >= 0}
+    # A word of the user's has its spaces as they are; SentencePiece looks for it where they are spelled its way.
+    known = _require_different(texts)
+    for i, kind in enumerate(types):
+        if kind == USER_DEFINED and (spelled := texts[i].replace(" ", BLANK)) not in known:
+            texts[i] = spelled
     proto = bytearray()
     for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
         kind = UNKNOWN if i == unknown[0] else CONTROL if i in control else kind
@@ -267,10 +281,7 @@ def byte_level(metadata: Metadata) -> tuple[Theirs, list[str]]:
     if not isinstance(merges, StringArray) or merges.count > MOST_TOKENS:
         raise GgufError("the file's tokenizer lacks its merges")
     patterns, whole = PRE[pre]
-    vocabulary = {text: i for i, text in enumerate(texts)}
-    if len(vocabulary) < len(texts):
-        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
-        raise GgufError(f"the file's tokenizer has {short_repr(twice)} twice")
+    vocabulary = _require_different(texts)
     pairs = [_pair(merge, vocabulary) for merge in merges.decode()]
     added = [(text, kind) for text, kind in zip(texts, types, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
     assumed = "the file does not name how its tokenizer splits text: it is split as llama.cpp does"
