@@ -68,14 +68,14 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         TokenizerError: a file that cannot be read, or holds something else.
     """
     config, named = read_json(folder / CONFIG), read_json(folder / NAMES)
-    names = {key: text for key in NAMED if (text := _text(config.get(key)) or _text(named.get(key)))}
+    names = {key: text for key in NAMED if (text := token_text(config.get(key)) or token_text(named.get(key)))}
     special = set(names.values())
     for file, told in ((CONFIG, config), (NAMES, named)):
         for key in MORE_SPECIAL:
             listed = told.get(key) or []
             if not isinstance(listed, (list, dict)):
                 raise TokenizerError(f"{folder / file} has {key} {short_repr(listed)}: fetch it again")
-            special.update(filter(None, map(_text, listed.values() if isinstance(listed, dict) else listed)))
+            special.update(filter(None, map(token_text, listed.values() if isinstance(listed, dict) else listed)))
     added: dict[int, AddedToken] = {}
     for content, i in read_json(folder / ADDED).items():
         if type(i) is not int or not content:
@@ -85,7 +85,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{folder / CONFIG} has added_tokens_decoder {short_repr(decoder)}: fetch it again")
     for key, token in decoder.items():
-        text = _text(token)
+        text = token_text(token)
         if not (str(key).isdecimal() and len(str(key)) < 10 and isinstance(token, dict)):
             raise TokenizerError(
                 f"{folder / CONFIG} has {short_repr(token)} for the id {short_repr(key)}: fetch it again"
@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return told
 
 
-def _text(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """A token is written as its text, or as an object with it."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

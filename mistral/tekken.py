@@ -32,7 +32,9 @@ class Tekken:
             self._tekken = Tekkenizer.from_file(path)
             self.bos_id, self.eos_id, self.pad_id = self._tekken.bos_id, self._tekken.eos_id, self._tekken.pad_id
         except Exception as error:  # whatever the library makes of a broken file
-            raise TokenizerError(f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again") from None
+            raise TokenizerError(
+                _newer(path) or f"{path} is not a tekken tokenizer ({type(error).__name__}): fetch it again"
+            ) from None
         self._ignore = SpecialTokenPolicy.IGNORE
         self.version = str(self._tekken.version.value)
         self.n_words = self._tekken.n_words
@@ -82,6 +84,19 @@ def tekken_controls(path: Path) -> dict[int, str]:
     """Texts of the control tokens by id, as far as a tekken.json gives them; one that `tekken_words` has looked at."""
     given = parse_json(read_limited(path).decode("utf-8")).get("special_tokens") or ()
     return {2: "</s>"} | {token["rank"]: str(token.get("token_str")) for token in given}
+
+
+def _newer(path: Path) -> str | None:
+    """What to do about a file of a version that mistral-common does not know; None for other files."""
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+
+    version = json.loads(read_limited(path).decode("utf-8"))["config"].get("version")
+    if not isinstance(version, str) or version in [known.value for known in TokenizerVersion]:
+        return None
+    return (
+        f"{path} has version {short_repr(version)}, which this mistral-common does not know: pip install --upgrade "
+        "mistral-common, or fetch the file again if no such version exists"
+    )
 
 
 def tekken_words(path: Path) -> int:

@@ -55,9 +55,9 @@ class JsonTokenizer:
         self._path = path
         told = read_special_tokens(path.parent) if told is None else told
         self._lock = threading.Lock()
+        self.notes: list[str] = list(notes)
         self._tok = self._read() if tok is None else tok
         self.n_words: int = self._tok.get_vocab_size(with_added_tokens=False)
-        self.notes: list[str] = list(notes)
         self._add(told)
         self._special: dict[int, str] = {
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
@@ -84,6 +84,11 @@ class JsonTokenizer:
             tok = Tokenizer.from_str(text)
             tok.no_truncation()
             tok.no_padding()
+            if getattr(tok.model, "dropout", None):  # by it ids of one text would be others each time
+                self.notes.append(
+                    f"{self._path.name} has dropout {tok.model.dropout:g}, which is for training: not used"
+                )
+                tok.model.dropout = None
             words = tok.get_vocab_size(with_added_tokens=True)
             ids = tok.get_vocab(with_added_tokens=True).values()
         if not ids or max(ids) > 2 * words + 1000:
@@ -129,6 +134,11 @@ class JsonTokenizer:
         self.adds_bos = len(framed) > len(plain) and framed[0] in self._special and framed[0] != plain[0]
         if self.adds_bos:
             self.bos_id = framed[0]
+        if len(framed) > len(plain) and framed[-1] in self._special and framed[-1] != plain[-1]:
+            self.notes.append(
+                f"{self._path.name} puts {printable(self._special[framed[-1]])} behind a text, which is for training: "
+                "prompts end without it here"
+            )
         if told.add_bos not in (None, self.adds_bos):
             self.notes.append(
                 f"{self._path.name} {'puts bos' if self.adds_bos else 'puts no bos'} in front of a text, against "

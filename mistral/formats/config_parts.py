@@ -17,7 +17,10 @@ DEFAULT_THETA = 1e4  # transformers takes it where config.json leaves the key ou
 ORIGINAL = "original_max_position_embeddings"
 # Keys of rope_parameters: those that every kind may have, and those of YaRN.
 ANY_ROPE = ("rope_type", "type", "rope_theta")
-YARN_ROPE = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+YARN_ROPE = (
+    *("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    "finetuned",  # Yarn-Mistral's: whether it was trained so, which changes no number
+)
 SCALED = "llama_4_scaling_beta"  # only models of type ministral3 have it
 GROWS = (SCALED, ORIGINAL, "max_position_embeddings")
 

@@ -21,6 +21,11 @@ KINDS = {
 WRAPPED = {
     r"base_model\.model\..*|.*\.base_layer\..*": "they were saved by PEFT, before they were merged: save what "
     "merge_and_unload() gives, or give the base and the adapter with --adapter",
+    r"(score|classifier)(\.dense)?\.(weight|bias)": "they are a classifier's: there is no output over words to "
+    "continue a text with; use transformers",
+    r"(v_head|value_head)\..*": "they have the value head of reinforcement learning, as TRL saves it: save the model "
+    "inside (pretrained_model)",
+    r".*\.(self_attn|mlp)\.[a-z_]+\.bias": "this model has no biases: use transformers or vLLM",
     r"embed_tokens\.weight": "they were saved from AutoModel, which has no output: save AutoModelForCausalLM's",
 }
 

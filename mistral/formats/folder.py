@@ -18,10 +18,12 @@ from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.quantized import ACTIVATIONS
 from mistral.formats.releases import identify
-from mistral.formats.weights import Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
+from mistral.formats.weights import GONE, Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.english import counted
-from mistral.util.errors import FormatError
+from mistral.util.errors import FormatError, printable
+from mistral.util.files import unwritten
+from mistral.util.memory import as_text
 
 OLDER = "its 4-bit weights have no minima, as int4 was at first: convert the model that they were made from again"
 BESIDE = "a LoRA adapter is in the folder too, which only --adapter with the same folder uses"
@@ -92,10 +94,11 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
         weights = _checked(weights, args, layout, quant)
     except WeightsError as error:
         _, mistakes = identify(args)
+        mistakes = [*_other_heads(weights, args, layout), *mistakes]
         raise WeightsError("; ".join([str(error), *map(layout.in_its_words, mistakes)])) from None
     source = path.name if path.is_file() else layout.config
     older = [OLDER] if quant == SYMMETRIC else []
-    broken = [*broken_notes(path), *_unread(path, weights), *([BESIDE] if is_adapter(path) else [])]
+    broken = [*broken_notes(path), *_unread(path, weights), *_holes(weights), *([BESIDE] if is_adapter(path) else [])]
     return Folder(path, layout, source, raw, args, weights, (*notes, *assumed, *aside, *tied, *older, *broken), quant)
 
 
@@ -111,6 +114,16 @@ def _unread(path: Path, weights: WeightFiles) -> list[str]:
     if not others:
         return []
     return [f"weights that are not read: {file_names(tuple(others))}, beside {file_names(weights.files)}"]
+
+
+def _holes(weights: WeightFiles) -> list[str]:
+    """A note on weights that nobody wrote: what fetches a file may take its room first, and then not end."""
+    holes = {file.name: size for file in weights.files if (size := unwritten(file))}
+    return [
+        f"{printable(name)} has {as_text(size)} that were never written, and are read as zeros: a download that has "
+        "not ended, most likely; fetch it again"
+        for name, size in holes.items()
+    ]
 
 
 def nothing_at(path: str | PathLike[str]) -> str:
@@ -138,9 +151,19 @@ def _what_else(path: Path) -> str:
         return ""
     found = kind_of(entry.name for entry in os.scandir(path)) if os.path.isdir(path) else kind_of((path.name,))
     if found is None:
-        return adapters_inside(path)
+        return _no_files(path) or adapters_inside(path)
     base = base_of(path)
     return f"; there is {found}" + ("" if base is None else f"; its base is {base}")
+
+
+def _no_files(path: Path) -> str:
+    """What is named as weights are and is no file, to go behind a message; "" for nothing."""
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+        there = path / name
+        if name.endswith((".safetensors", ".pth", ".bin")) and not there.is_file():
+            what = GONE if there.is_symlink() else "a folder" if there.is_dir() else "a pipe or a device"
+            return f"; {printable(name)} is there, and is {what}"
+    return ""
 
 
 def _without(weights: WeightFiles, layout: Layout) -> tuple[WeightFiles, list[str]]:
@@ -188,6 +211,17 @@ def _checked(weights: WeightFiles, args: ModelArgs, layout: Layout, quant: str |
     in_order = sorted(names, key=lambda ours: place[names[ours]])
     readers = {ours: layout.fix(ours, args, weights.readers[names[ours]]) for ours in in_order}
     return WeightFiles(weights.files, {ours: stored[name] for ours, name in names.items()}, readers)
+
+
+def _other_heads(weights: WeightFiles, args: ModelArgs, layout: Layout) -> list[str]:
+    """A hint where the matrices of attention fit heads of another width: some programs leave head_dim out."""
+    q, k = (weights.tensors.get(layout.name_of(f"layers.0.attention.{name}.weight")) for name in ("wq", "wk"))
+    if q is None or k is None or q.shape == (args.n_heads * args.head_dim, args.dim):
+        return []
+    wide = q.shape[0] // args.n_heads
+    if q.shape != (args.n_heads * wide, args.dim) or k.shape != (args.n_kv_heads * wide, args.dim):
+        return []
+    return [f"the matrices fit heads of {wide}: is head_dim {wide} missing?"]
 
 
 def stored_shapes(

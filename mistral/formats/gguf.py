@@ -22,6 +22,7 @@ from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identif
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
 from mistral.util.errors import short_repr
+from mistral.util.files import stamp_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -303,7 +304,11 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
 
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
-    part = Part(gguf.files[0], 0, 0)
+    try:
+        stamps = {file: stamp_of(file) for file in gguf.files}
+    except OSError as error:
+        raise WeightsError(f"{error.filename} cannot be read: {error.strerror}") from None
+    part = Part(gguf.files[0], 0, 0, stamps[gguf.files[0]])
     for name, tensor in experts_apart(gguf.tensors).items():
         kind = tensor.kind.name
         dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
@@ -311,7 +316,7 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
         if not dtype:
             continue  # refused by name before anything is read
         if tensor.path != part.path or tensor.end - part.begin > PART:
-            part = Part(tensor.path, tensor.begin, tensor.end)
+            part = Part(tensor.path, tensor.begin, tensor.end, stamps[tensor.path])
         part.end = tensor.end
         if kind in MAPPED:
             readers[name] = partial(part.tensor, tensor.begin, tensor.end, tensor.shape, dtype)

@@ -27,6 +27,7 @@ MOST_TOKENS = 2**21
 # Types of tokens; SentencePiece has the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
+BLANK = "\u2581"  # how SentencePiece spells a space
 SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
 KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
 
@@ -130,6 +131,24 @@ def special_ids(metadata: Metadata) -> SpecialIds:
     return SpecialIds(bos, eos, unk, named("padding"), ends, add_bos if isinstance(add_bos, bool) else None)
 
 
+def notes_on_ends(metadata: Metadata) -> list[str]:
+    """What a file says about ends of texts that is odd, or not followed, a sentence each.
+
+    Raises:
+        GgufError: as `special_ids`, and without tokens.
+    """
+    texts, types = _tokens(metadata)
+    notes = [
+        f"sequences end with id {i}, which is the ordinary word {short_repr(texts[i].replace(BLANK, ' '))}: texts "
+        "that hold it are split without it; see eos_token_id and its like in the file"
+        for i in sorted(special_ids(metadata).ends)
+        if types[i] in (NORMAL, BYTE)
+    ]
+    if metadata.get("tokenizer.ggml.add_eos_token") is True:
+        notes.append("the file has add_eos_token true, which is for training: prompts end without eos here")
+    return notes
+
+
 def chat_templates(metadata: Metadata) -> dict[str, str]:
     """The chat templates of a file by name, as text that nothing has run; "default" is the unnamed one."""
     start = "tokenizer.chat_template"
@@ -149,6 +168,15 @@ def _tokens(metadata: Metadata) -> tuple[list[str], Sequence[int]]:
     if strange := next((i for i, kind in enumerate(known) if kind not in TYPES), None):
         raise GgufError(f"token {strange} of the file has type {known[strange]}, which is none")
     return texts, known
+
+
+def _require_different(texts: Sequence[str]) -> dict[str, int]:
+    """Ids of tokens by text, of which no two are the same."""
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    if len(vocabulary) < len(texts):
+        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
+        raise GgufError(f"the file's tokenizer has {short_repr(twice)} twice")
+    return vocabulary
 
 
 # --- SentencePiece
@@ -172,6 +200,11 @@ def sentencepiece_model(metadata: Metadata) -> bytes:
     if len(unknown) > 1 or unknown[0] < 0 or unknown[0] in (special.bos, special.eos):
         raise GgufError(f"the file's tokenizer has {short_repr(unknown)} as unknown tokens: exactly one is needed")
     control = {i for i in (special.bos, special.eos) if i >= 0}
+    # A word of the user's has its spaces as they are; SentencePiece looks for it where they are spelled its way.
+    known = _require_different(texts)
+    for i, kind in enumerate(types):
+        if kind == USER_DEFINED and (spelled := texts[i].replace(" ", BLANK)) not in known:
+            texts[i] = spelled
     proto = bytearray()
     for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
         kind = UNKNOWN if i == unknown[0] else CONTROL if i in control else kind
@@ -248,10 +281,7 @@ def byte_level(metadata: Metadata) -> tuple[Theirs, list[str]]:
     if not isinstance(merges, StringArray) or merges.count > MOST_TOKENS:
         raise GgufError("the file's tokenizer lacks its merges")
     patterns, whole = PRE[pre]
-    vocabulary = {text: i for i, text in enumerate(texts)}
-    if len(vocabulary) < len(texts):
-        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
-        raise GgufError(f"the file's tokenizer has {short_repr(twice)} twice")
+    vocabulary = _require_different(texts)
     pairs = [_pair(merge, vocabulary) for merge in merges.decode()]
     added = [(text, kind) for text, kind in zip(texts, types, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
     assumed = "the file does not name how its tokenizer splits text: it is split as llama.cpp does"

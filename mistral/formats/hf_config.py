@@ -11,6 +11,7 @@ from mistral.formats.config_parts import moe_of_config, positions_of_config, rop
 from mistral.formats.layout import ASSUMED, LENGTHS, ParamsError
 from mistral.formats.quantized_hf import method_of
 from mistral.formats.text_inside import text_config
+from mistral.formats.tokenizers import MORE_SAMPLING, SAMPLING
 from mistral.formats.weights import dtype_name
 from mistral.util.errors import ConvertError, short_repr
 
@@ -40,9 +41,21 @@ MIXTRAL = (
     "router_aux_loss_coef",
     "router_jitter_noise",
 )
+# What transformers 4 wrote into each config.json, or into those that it wrote whole: options of its own, other kinds of
+# models' keys, and sampling, which is for whoever asks (`tokenizers.suggested_sampling` has a note on it).
+GENERIC = (
+    *("_attn_implementation_autoset", "_commit_hash", "finetuning_task", "is_decoder", "prefix", "sep_token_id"),
+    *("decoder_start_token_id", "task_specific_params", "tf_legacy_loss", "torchscript", "use_bfloat16"),
+    *("do_sample", "early_stopping", "exponential_decay_length_penalty", "length_penalty", "max_length"),
+    *("diversity_penalty", "num_beam_groups", "num_return_sequences", "output_scores", "remove_invalid_values"),
+    *("return_dict_in_generate", "encoder_no_repeat_ngram_size", *SAMPLING, *MORE_SAMPLING),
+)
 # Known keys that change no number of a forward.
 HARMLESS = {
     "_attn_implementation": "an option of transformers",
+    "_attn_implementation_autoset": "an option of transformers",
+    "_attn_implementation_internal": "an option of transformers",
+    "_experts_implementation": "an option of transformers",
     "_flash_attn_2_enabled": "an option of transformers",
     "_name_or_path": "where it was exported",
     "architectures": "a label; model_type decides",
@@ -74,11 +87,13 @@ HARMLESS = {
     "unsloth_fixed": "where it was exported",
     "unsloth_version": "where it was exported",
     "use_cache": "an option of transformers",
+    **dict.fromkeys(GENERIC, "written by older transformers for every kind of model"),
 }
 # Those that are written anew, or say nothing about a model.
 LABELS = {
     *("_attn_implementation", "_name_or_path", "architectures", "dtype", "eos_token_id", "bos_token_id", "model_type"),
     *(ASSUMED, "max_position_embeddings", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
+    *GENERIC,
 }
 # Keys with a meaning that is worked out below.
 HANDLED = {
@@ -91,7 +106,7 @@ HANDLED = {
     "tie_word_embeddings",
 }
 # Keys that are harmless with one of these values only.
-ONLY = {
+ONLY: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -99,6 +114,8 @@ ONLY = {
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
     "pretraining_tp": (1,),
+    "pruned_heads": ({}, None),
+    "cross_attention_hidden_size": (None,),
     "rope_interleaved": (False, None),
     "use_sliding_window": (True, None),
 }

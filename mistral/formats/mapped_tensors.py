@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral.util.files import regular
+from mistral.util.files import regular, stamp_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,18 +33,23 @@ class Part:
     """Bytes `begin` to `end` of a file, mapped while any tensor of theirs is alive.
 
     Adjacent tensors share one part: each mapping keeps the file open once more, and macOS allows 256 open files.
+
+    Args:
+        stamp: `files.stamp_of` the file when its header was read; None: it is not compared. Bytes of another file at
+            the same places would be numbers too.
     """
 
     path: Path
     begin: int
     end: int
+    stamp: tuple[int, int] | None = None
     _mapping: weakref.ref[mmap.mmap] | None = field(default=None, repr=False)
 
     def tensor(self, begin: int, end: int, shape: tuple[int, ...], dtype: str, progress: Progress = None) -> Tensor:
         """The tensor at bytes begin to end of the file, on the CPU.
 
         Raises:
-            OSError: the file cannot be read, or is shorter than it was.
+            OSError: the file cannot be read, or is another one than it was.
         """
         import torch
 
@@ -73,6 +78,8 @@ class Part:
                 # A page beyond the end of a file can be mapped, and kills the process that reads it.
                 if os.fstat(file.fileno()).st_size < self.end:
                     raise OSError(f"{self.path} has become shorter since its header was read")
+                if self.stamp is not None and stamp_of(file.fileno()) != self.stamp:
+                    raise OSError(f"{self.path} has been written or replaced since its header was read: try again")
                 mapping = mmap.mmap(file.fileno(), self.end - start, access=mmap.ACCESS_COPY, offset=start)
             self._mapping = weakref.ref(mapping)
         return mapping, start

@@ -109,7 +109,10 @@ def dequantized(weights: WeightFiles, method: Method, source: str) -> WeightFile
     }
     if not modules:
         key = " or ".join(method.keys)
-        raise WeightsError(f"the files hold no {key}, which {method.title} has: {source} is another model's")
+        raise WeightsError(
+            f"the files hold no {key}, which {method.title} has: if the weights were merged or dequantized, remove "
+            f"what {source}, or a file beside it, says about quantization; else fetch the quantized ones"
+        )
     groups = {m: {end: f"{m}.{end}" for end in ends if f"{m}.{end}" in weights.tensors} for m in modules}
     if bare := [n for n, t in weights.tensors.items() if t.dtype == E4M3 and n.removesuffix(".weight") not in groups]:
         raise WeightsError(f"{printable(bare[0])} is in fp8, and has no scale beside it: the files are incomplete")

@@ -58,6 +58,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise HeaderError(LFS)
         if len(start) < 8:
             raise HeaderError(f"it has {size} bytes, and the length of its header alone takes 8")
+        if length > LONGEST and start.lstrip().startswith(b"<"):
+            raise HeaderError("it is a web page, as of a download that failed: fetch it again")
         if length > LONGEST:
             raise HeaderError(f"its header would take {length:,} bytes, and at most {LONGEST:,} are allowed")
         raw = file.read(min(length, size))  # a length that is wrong costs no memory

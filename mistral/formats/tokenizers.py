@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
@@ -29,6 +30,8 @@ MORE_SAMPLING = (
     *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
     *("no_repeat_ngram_size", "encoder_repetition_penalty", "typical_p", "num_beams", "penalty_alpha"),
 )
+# Values of a config.json that stand there without being meant.
+USUAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
 
 
 def missing_tokens(args: ModelArgs, words: int, release: Release | None) -> int:
@@ -151,18 +154,23 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
 
 
 def suggested_sampling(folder: Path) -> list[str]:
-    """A note where generation_config.json says how to sample, which is for whoever asks to say."""
-    try:
-        told = {} if folder.is_file() else read_json(folder / ENDS[0])
-    except TokenizerError:
-        return []  # `broken` names it
-    values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
-    values += [
-        printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
-    ]
-    if not values:
-        return []
-    return [f"{ENDS[0]} suggests {', '.join(values)}, which is not used: give what you want of it"]
+    """A note where generation_config.json, or config.json as older ones do, says how to sample, which is for whoever
+    asks to say."""
+    notes = []
+    for file in ENDS:
+        try:
+            told = {} if folder.is_file() else read_json(folder / file)
+        except TokenizerError:
+            continue  # `broken` names it
+        if file != ENDS[0]:  # where older transformers wrote all values, whether they ask for anything or not
+            told = {name: value for name, value in told.items() if value != USUAL_SAMPLING.get(name)}
+        values = [f"{name} {told[name]}" for name in SAMPLING if type(told.get(name)) in (int, float)]
+        values += [
+            printable(name) for name in told if name in MORE_SAMPLING and told[name] not in (None, [], 0, 1.0, False)
+        ]
+        if values:
+            notes.append(f"{file} suggests {', '.join(values)}, which is not used: give what you want of it")
+    return notes
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[frozenset[int], list[str]]:
@@ -200,16 +208,23 @@ def _ends_of_files(folder: Path, vocab_size: int) -> tuple[dict[int, list[str]],
     notes: list[str] = []
     for name in ENDS if folder.is_dir() else ():
         try:
-            told = read_json(folder / name).get("eos_token_id")
+            whole = read_json(folder / name)
         except TokenizerError:
             continue  # `formats.broken` names the file
-        ids = told if isinstance(told, list) else [] if told is None else [told]
+        inside = whole.get("text_config")  # of a model that reads images: the text model's own
+        ids = [*_listed(whole), *(_listed(inside) if isinstance(inside, dict) else [])]
         for i in ids:
             if type(i) is not int or i >= vocab_size:
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
             elif i >= 0 and name not in found.setdefault(i, []):  # -1 is how some write none
                 found[i].append(name)
     return found, notes
+
+
+def _listed(told: dict[str, Any]) -> list[Any]:
+    """What an object gives for eos_token_id, which may be one id or several."""
+    ids = told.get("eos_token_id")
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def own_ends(tokenizer: Tokenizer) -> dict[int, str]:
@@ -274,7 +289,9 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
         return {name: FolderTemplate(name, folder.name, text) for name, text in own.items()}
     found: dict[str, FolderTemplate] = {}
     told = read_json(folder / CONFIG).get("chat_template")
-    entries = told if isinstance(told, list) else [] if told is None else [{"name": "default", "template": told}]
+    if not isinstance(told, list | dict):
+        told = {} if told is None else {"default": told}
+    entries = told if isinstance(told, list) else [{"name": name, "template": text} for name, text in told.items()]
     for entry in entries:
         name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
         if not (isinstance(name, str) and isinstance(text, str)):

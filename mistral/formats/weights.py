@@ -19,6 +19,7 @@ from mistral.formats.elsewhere import wrapped
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
+from mistral.util.files import stamp_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16
 CODES |= {"int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 NAMES = {code: name for name, code in CODES.items()}
+GONE = "a link to a file that is gone: fetch it again"
 PART = 2**29  # bytes of a file that are mapped together, where a tensor is not larger
 
 
@@ -182,21 +184,25 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
     readers: dict[str, Reader] = {}
     for path in files:
         try:
+            stamp = stamp_of(path)
             entries = read_header(path)
         except HeaderError as error:
             raise WeightsError(f"{path} is not a complete safetensors file: {error}") from None
         except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
-        part = Part(path, 0, 0)
+            gone = f"it is {GONE}" if path.is_symlink() and not path.exists() else error.strerror
+            raise WeightsError(f"{path} cannot be read: {gone}") from None
+        part = Part(path, 0, 0, stamp)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(f"{printable(name)} is in {path.name} and in an earlier part")
+                raise WeightsError(
+                    f"{printable(name)} is in {path.name} and in an earlier part: remove the file that is not meant"
+                )
             dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if not dtype:
                 continue  # refused by name before anything is read
             if entry.end - part.begin > PART:
-                part = Part(path, entry.begin, entry.end)
+                part = Part(path, entry.begin, entry.end, stamp)
             part.end = entry.end
             readers[name] = partial(part.tensor, entry.begin, entry.end, entry.shape, dtype)
     return WeightFiles(files, tensors, readers)

@@ -5,16 +5,20 @@ Runs without torch.
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
+from mistral.formats.gguf_header import GgufError, read_gguf
+from mistral.formats.gguf_tokenizer import notes_on_ends
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import (
     ENDS,
     JSON,
     TEMPLATE,
+    FolderTemplate,
     chat_templates,
     eos_ids,
     has_tokenizer,
@@ -24,10 +28,11 @@ from mistral.formats.tokenizers import (
     read_tokenizer,
     tokenizer_notes,
 )
-from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens
+from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens, token_text
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
+from mistral.util.files import read_limited
 
 OF_PROCESSORS = "chat_template.json"  # what transformers reads for models that see images, and not for text
 
@@ -56,8 +61,22 @@ def unused_ids(args: ModelArgs, tokenizer: Tokenizer) -> list[str]:
 def text_notes(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
     """What a folder says about texts and conversations twice, or where it is not read, a sentence each."""
     if is_gguf_file(folder):
-        return []
-    return [*_about_words(folder, tokenizer), *_about_ends(folder, tokenizer, vocab_size), *_about_templates(folder)]
+        return _about_a_file(folder, tokenizer)
+    return [
+        *_about_words(folder, tokenizer),
+        *_beside_tekken(folder, tokenizer),
+        *_about_ends(folder, tokenizer, vocab_size),
+        *_about_templates(folder),
+    ]
+
+
+def _about_a_file(path: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """What a GGUF file says about ends, if its own tokenizer is read, and its chat templates."""
+    notes = []
+    with suppress(GgufError):
+        if tokenizer is not None and tokenizer.path == path:
+            notes += notes_on_ends(read_gguf(path).metadata)
+    return notes + _about_templates(path)
 
 
 def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -65,15 +84,21 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None or tokenizer.kind != "sentencepiece" or not (folder / JSON).is_file():
         return []
     try:
-        model, added = read_json(folder / JSON).get("model"), read_added_tokens(folder)
+        whole, added = read_json(folder / JSON), read_added_tokens(folder)
     except TokenizerError:
         return []  # `broken` names the file
-    notes, name = [], tokenizer.path.name
+    notes, name, model = [], tokenizer.path.name, whole.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict | list) and len(words) != tokenizer.n_words:
         notes.append(
             f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
             "another model's"
+        )
+    typed = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.normalized and not t.special]
+    if typed and '"Prepend"' in json.dumps(whole.get("normalizer")):  # which such a word goes through too
+        notes.append(
+            f"{JSON} has {counted(len(typed), 'added word')} ({_some(typed)}) with normalized true: transformers takes "
+            f"the space in front with it, and {name}, which is read, does not; without {name} ids are transformers'"
         )
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
@@ -96,7 +121,34 @@ def _about_ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> l
         )
     if told.get("add_eos_token") is True:
         notes.append(f"{CONFIG} has add_eos_token true, which is for training: prompts end without eos here")
+    if tokenizer is not None and (eos := token_text(told.get("eos_token"))) and not _is_token(tokenizer, eos):
+        notes.append(
+            f"{CONFIG} has eos_token {short_repr(eos)}, for which the tokenizer has no token: it ends no sequence"
+        )
     return notes + ([] if tokenizer is None else _about_ids(folder, tokenizer, vocab_size))
+
+
+def _beside_tekken(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where a fine-tune has tokens of its own, and the tekken.json of its base, which is read, is in the folder too."""
+    if tokenizer is None or tokenizer.kind != "tekken":
+        return []
+    try:
+        told, inside = read_special_tokens(folder).added, read_added_tokens(folder)
+    except TokenizerError:
+        return []
+    added = [t.content for t in {**inside, **told}.values() if not tokenizer.has_control(t.content)]
+    if not added:
+        return []
+    instead = f"remove {tokenizer.path.name} to have {JSON} read" if (folder / JSON).is_file() else f"add its {JSON}"
+    return [
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({_some(added)}) that {tokenizer.path.name}, "
+        f"which is read, has not: not used; {instead}"
+    ]
+
+
+def _is_token(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a text is one token: a control token, one that was added, or a word."""
+    return text in tokenizer.added_tokens or tokenizer.has_control(text) or len(tokenizer.encode(text, bos=False)) == 1
 
 
 def _about_ids(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
@@ -120,13 +172,16 @@ def _about_ids(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]
 def _about_templates(folder: Path) -> list[str]:
     """Chat templates of which there are several, or that count as none."""
     try:
-        own, told = chat_templates(folder), read_json(folder / CONFIG).get("chat_template")
+        own = chat_templates(folder)
+        told = None if is_gguf_file(folder) else read_json(folder / CONFIG).get("chat_template")
     except TokenizerError:
         return []  # whoever writes conversations refuses it
     notes: list[str] = []
     default, listed = own.get("default"), _default(told)
     if default is not None and default.file != CONFIG and listed and listed.strip() != default.text.strip():
         notes.append(f"two chat templates that differ: that of {default.file} is used, that of {CONFIG} ignored")
+    if default is not None and _differs(folder / TEMPLATE, default):
+        notes.append(f"two chat templates that differ: that of {default.file} is used, that of {TEMPLATE} ignored")
     if isinstance(listed, str) and not listed.strip() and default is None:
         notes.append(f"the chat template in {CONFIG} is empty: it counts as none")
     if others := [name for name in own if name != "default"] if default is not None else []:
@@ -137,11 +192,21 @@ def _about_templates(folder: Path) -> list[str]:
     return notes
 
 
+def _differs(path: Path, default: FolderTemplate) -> bool:
+    """Whether chat_template.jinja is there and another template than the default one: additional_chat_templates may
+    have one of that name."""
+    if default.file in (TEMPLATE, CONFIG) or not path.is_file():
+        return False
+    return read_limited(path, 1_000_000).decode("utf-8-sig", "replace").strip() != default.text.strip()
+
+
 def _default(told: Any) -> str | None:
     """The template that tokenizer_config.json has for all conversations."""
     if isinstance(told, list):
         named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
         told = named.get("default")
+    if isinstance(told, dict):
+        told = told.get("default")
     return told if isinstance(told, str) else None
 
 

@@ -66,7 +66,7 @@ class Loaded:
         return (
             f"{short(self.folder)}: {self.parameters / 1e6:.1f} M parameters from {file_names(self.files)}; "
             f"{self.runtime.describe()}; "
-            f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}); "
+            f"window {args.window_text}; rope_theta {args.rope_theta:g} ({args.theta_rule}){_positions(args)}; "
             f"tokenizer {self._tokenizer_text()}{f'; drafts by {self.draft}' if self.draft else ''}"
         )
 
@@ -99,6 +99,14 @@ class Loaded:
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
+
+
+def _positions(args: ModelArgs) -> str:
+    """What is done to positions or queries besides, human-readable."""
+    yarn, grows = args.yarn, args.llama_4_scaling
+    found = [] if yarn is None else [f"stretched {yarn.factor:g} times from {yarn.original_length:,} (YaRN)"]
+    found += [] if grows is None else [f"queries grow beyond {grows.original_length:,}"]
+    return "".join(f", {what}" for what in found)
 
 
 @flat(options=LoadOptions())

@@ -52,6 +52,42 @@ def read_limited(path: Path, most: int = MOST) -> bytes:
     return content
 
 
+def stamp_of(file: Path | int) -> tuple[int, int]:
+    """What changes where a file, or one that is open, is written or replaced: its size, and when it was written (ns).
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def unwritten(path: Path) -> int:
+    """Bytes of a file that nobody wrote, and which are read as zeros: those of a download that has not ended, mostly.
+
+    0 where the system cannot tell. A file system that compresses may have some for zeros that were written.
+    """
+    if not hasattr(os, "SEEK_HOLE"):
+        return 0
+    found = 0
+    try:
+        with open(path, "rb", opener=regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            begin = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+            while begin < size:
+                try:
+                    end = os.lseek(file.fileno(), begin, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # no data behind it
+                        raise
+                    end = size
+                found += end - begin
+                begin = os.lseek(file.fileno(), end, os.SEEK_HOLE) if end < size else size
+    except OSError:
+        return 0
+    return found
+
+
 def reason_of(error: OSError | ValueError) -> str:
     """Why a file cannot be read or written, for the end of a sentence."""
     if isinstance(error, IsADirectoryError):

@@ -109,6 +109,23 @@ def test_tokens_that_a_user_defined(tmp_path: Path) -> None:
         assert (len(given["tokens"]) - 1 in sp.encode("a <|im_end|> b")) is found
 
 
+def test_a_word_of_the_users_with_a_space(tmp_path: Path) -> None:
+    given = tokenizer_keys(BUNDLED / "tokenizer.model")
+    given["tokens"][4090], given["token_type"][4090] = "two words", 4
+    sp = SentencePieceProcessor()
+    sp.LoadFromSerializedProto(sentencepiece_model(metadata_of(tmp_path, **given)))
+    ids = sp.encode("say two words")
+    assert 4090 in ids
+    assert sp.decode(ids) == "say two words"
+
+
+def test_two_words_that_are_the_same(tmp_path: Path) -> None:
+    given = tokenizer_keys(BUNDLED / "tokenizer.model")
+    given["tokens"][4090] = given["tokens"][4089]
+    with pytest.raises(GgufError, match=r"tokenizer has '.*' twice"):
+        sentencepiece_model(metadata_of(tmp_path, **given))
+
+
 # --- byte-level
 
 

@@ -558,6 +558,27 @@ def test_all_that_transformers_writes_is_known(name: str) -> None:
         assert not notes
 
 
+def test_all_that_transformers_4_wrote_is_known() -> None:
+    """The keys that it had for every kind of model, and 4.48 to 4.50 wrote the first of them into each config.json."""
+    whole = {
+        **{"_attn_implementation_autoset": True, "return_dict": True, "torchscript": False, "is_decoder": False},
+        **{"pruned_heads": {}, "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "add_cross_attention": False},
+        **{"tie_encoder_decoder": False, "max_length": 20, "do_sample": False, "num_beams": 1, "temperature": 1.0},
+        **{"top_k": 50, "top_p": 1.0, "bad_words_ids": None, "id2label": {"0": "LABEL_0"}, "prefix": None},
+        **{"cross_attention_hidden_size": None, "tf_legacy_loss": False, "use_bfloat16": False},
+    }
+    assert hf.config_to_args(config(**whole)) == hf.config_to_args(config())
+    with pytest.raises(ParamsError, match="pruned_heads"):
+        hf.config_to_args(config(pruned_heads={"0": [1]}))
+
+
+def test_yarn_of_yarn_mistral() -> None:
+    scaling = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192}
+    assert hf.config_to_args(config(rope_scaling={**scaling, "finetuned": True})) == hf.config_to_args(
+        config(rope_scaling=scaling)
+    )
+
+
 def published(*sizes: int, drop: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
     """A config.json of a release, at full size, as transformers 4 wrote them."""
     dim, layers, hidden, heads, vocab = sizes

@@ -18,10 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mistral.formats import mapped_tensors, weights
+from mistral.formats.gguf import open_gguf
+from mistral.formats.gguf_header import read_gguf
 from mistral.formats.mapped_tensors import Part
 from mistral.formats.mistral import find_weights
 from mistral.formats.weights import ITEMSIZE, WeightFiles, WeightsError
 from tests.support.folders import ROOT
+from tests.support.gguf_files import write_gguf
 
 BYTES = bytes(range(256)) * 64
 
@@ -144,6 +147,25 @@ def test_a_file_that_became_shorter_once_it_was_mapped(opened: tuple[Path, Weigh
     with pytest.raises(WeightsError, match="b cannot be read: .*(Bad address|Errno 14)"):
         found.get("b", lambda nbytes: None)
     assert kept.shape == (100_000,)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_a_file_that_another_took_the_place_of(tmp_path: Path, form: str) -> None:
+    """A fetch that runs meanwhile puts a file there whose tensors may begin elsewhere: their bytes are numbers too."""
+    path, other = tmp_path / f"consolidated.{form}", tmp_path / "other"
+    if form == "gguf":
+        write_gguf(path)
+        found, name = open_gguf(read_gguf(path)), "output_norm.weight"
+        write_gguf(other, extra={"general.name": "x" * 500})
+    else:
+        save_file({"a": torch.ones(100_000), "b": torch.ones(100_000)}, path)
+        found, name = find_weights(tmp_path), "b"
+        save_file({"a": torch.ones(100_000), "b": torch.ones(100_000), "cc": torch.zeros(900)}, other)
+    assert os.stat(other).st_size > os.stat(path).st_size
+    os.replace(other, path)
+    with pytest.raises(WeightsError, match=f"{name} cannot be read: .* has been written or replaced since its header"):
+        found.get(name)
+    assert (find_weights(tmp_path) if form == "safetensors" else open_gguf(read_gguf(path))).get(name).shape
 
 
 def test_a_file_that_is_gone(opened: tuple[Path, WeightFiles]) -> None:

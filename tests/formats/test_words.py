@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.tokenizers import chat_templates, suggested_sampling
 from mistral.formats.words import unused_of, words_of
 from mistral.loader.load import load
-from mistral.tokenizer import outside
+from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import FormatError
 from tests.support.commands import Command, in_process
-from tests.support.folders import make_folder, random_state
+from tests.support.folders import BUNDLED, make_folder, random_state
+from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
+from tests.support.tokenizer_json import small_tekken
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 ADDED = {"4096": {"content": "<|im_start|>", "special": True}, "4097": {"content": "<|im_end|>", "special": False}}
@@ -265,3 +270,133 @@ def test_a_tokenizer_that_is_another_models_is_named_by_convert(tmp_path: Path) 
     assert any(note.startswith(said) for note in convert(source, tmp_path / "b", "hf").notes)
     with pytest.raises(FormatError, match="has 4096 words, but the model knows 4000"):
         load(source, device="cpu")
+
+
+def test_sampling_of_a_config_json(folder: Path) -> None:
+    """transformers 4 wrote all values of that kind into a config.json, meant or not."""
+    put(folder / "config.json", temperature=1.0, top_p=1.0, top_k=50, max_length=20, num_beams=1, typical_p=1.0)
+    assert suggested_sampling(folder) == []
+    put(folder / "config.json", temperature=0.3, num_beams=4)
+    put(folder / "generation_config.json", top_p=0.9)
+    of = "suggests {}, which is not used: give what you want of it"
+    assert suggested_sampling(folder) == [
+        "generation_config.json " + of.format("top_p 0.9"),
+        "config.json " + of.format("temperature 0.3, num_beams"),
+    ]
+    assert suggested_sampling(folder)[1] in load(folder).notes
+
+
+def test_an_eos_that_is_no_token(folder: Path) -> None:
+    """A fine-tune's template may end turns with what nobody added to the vocabulary."""
+    put(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    assert notes(folder) == [
+        "tokenizer_config.json has eos_token '<|im_end|>', for which the tokenizer has no token: it ends no sequence"
+    ]
+    put(folder / "tokenizer_config.json", eos_token={"content": "</s>", "lstrip": False})
+    assert notes(folder) == []
+
+
+def test_two_templates_called_default(folder: Path) -> None:
+    inside = folder / "additional_chat_templates"
+    inside.mkdir()
+    for path in (inside / "default.jinja", folder / "chat_template.jinja"):
+        path.write_text(TEMPLATE)
+    assert notes(folder) == []
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "another")
+    (note,) = notes(folder)
+    assert note == (
+        "two chat templates that differ: that of additional_chat_templates/default.jinja is used, that of "
+        "chat_template.jinja ignored"
+    )
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_an_added_word_that_is_normalized(folder: Path, model: bool) -> None:
+    """With tokenizer.json alone ids are transformers'; tokenizer.model knows no such words."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append({"id": 4096, "content": "<word>", "normalized": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    if not model:
+        (folder / "tokenizer.model").unlink()
+    tokenizer = words_of(folder, replace(read_folder(folder).args, vocab_size=4097))[0]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)("a <word>b")["input_ids"]
+    assert tokenizer is not None
+    assert (tokenizer.encode("a <word>b") == theirs) != model
+    named = [note for note in notes(folder) if "1 added word (<word>) with normalized true" in note]
+    assert len(named) == model
+
+
+def test_ends_of_a_gguf_file(tmp_path: Path) -> None:
+    path, keys = tmp_path / "a.gguf", tokenizer_keys(BUNDLED / "tokenizer.model")
+    args = gguf_args(vocab_size=4096)
+
+    def said(**changes: Any) -> list[str]:
+        write_gguf(path, args=args, extra={f"tokenizer.ggml.{k}": v for k, v in {**keys, **changes}.items()})
+        return words_of(path, args)[1]
+
+    assert said() == []
+    assert said(add_eos_token=True) == [
+        "the file has add_eos_token true, which is for training: prompts end without eos here"
+    ]
+    (note,) = said(eos_token_id=300)
+    assert note.startswith("sequences end with id 300, which is the ordinary word ' in': texts that hold it are split")
+    (note,) = said(eot_token_id=301)
+    assert note.startswith("sequences end with id 301, which is the ordinary word ")
+
+
+def test_templates_as_an_object(folder: Path) -> None:
+    """tokenizer_config.json may have them by name, as transformers keeps them in memory."""
+    put(folder / "tokenizer_config.json", chat_template={"default": TEMPLATE, "tool_use": "T"})
+    assert {name: found.text for name, found in chat_templates(folder).items()} == {
+        "default": TEMPLATE,
+        "tool_use": "T",
+    }
+    (folder / "chat_template.jinja").write_text("another")
+    differ, more = notes(folder)
+    assert "that of chat_template.jinja is used, that of tokenizer_config.json ignored" in differ
+    assert more.startswith("more chat templates: tool_use")
+
+
+def test_tokens_that_a_tekken_json_has_not(folder: Path) -> None:
+    """A fine-tune renames control tokens in its tokenizer.json, and its folder has its base's tekken.json too."""
+    args = read_folder(folder).args
+    (folder / "tokenizer.model").unlink()
+    small_tekken(folder / "tekken.json", 3000)
+    text = to_tokenizer_json(Tokenizer(folder / "tekken.json"))
+    assert text is not None
+    (folder / "tokenizer.json").write_text(text)
+    assert not [note for note in words_of(folder, args)[1] if "which is read" in note]
+    raw = json.loads(text)
+    (renamed,) = [token for token in raw["added_tokens"] if token["content"] == "<SPECIAL_20>"]
+    renamed["content"] = "<|im_end|>"
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (note,) = [note for note in words_of(folder, args)[1] if "which is read" in note]
+    assert note == (
+        "tokenizer.json has 1 token (<|im_end|>) that tekken.json, which is read, has not: not used; remove "
+        "tekken.json to have tokenizer.json read"
+    )
+
+
+def test_a_tekken_json_of_a_later_version(folder: Path) -> None:
+    path = small_tekken(folder / "tekken.json", 3000)
+    raw = json.loads(path.read_text())
+    raw["config"]["version"] = "v99"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(FormatError, match=r"has version 'v99', which this mistral-common does not know: pip install"):
+        Tokenizer(path)
+
+
+def test_ends_of_a_text_model_inside_another(folder: Path, tmp_path: Path) -> None:
+    """A model that reads images has its text model's config inside its own, and ids in either."""
+    told = json.loads((folder / "config.json").read_text())
+    del told["eos_token_id"], told["architectures"]
+    whole = {"model_type": "mistral3", "text_config": {**told, "eos_token_id": [2, 307]}, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(whole | {"eos_token_id": 308, "tie_word_embeddings": False}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    want = {2, 307, 308}
+    assert load(folder).tokenizer.eos_ids == want
+    for to in ("hf", "mistral"):
+        convert(folder, tmp_path / to, to)
+        assert load(tmp_path / to).tokenizer.eos_ids == want

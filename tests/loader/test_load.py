@@ -165,6 +165,14 @@ def test_a_module_put_in_place_later_is_not_skipped(folder: Path, caplog: pytest
     assert caplog.text.count("does not know the module") == 1
 
 
+def test_the_line_of_what_was_loaded_names_what_is_done_to_positions(tmp_path: Path) -> None:
+    assert "stretched" not in load(make_folder(tmp_path / "plain")).describe()
+    yarn, grows = {"factor": 4, "original_max_position_embeddings": 1024}, {"beta": 0.1}
+    grows["original_max_position_embeddings"] = 1024
+    said = load(make_folder(tmp_path / "a", yarn=yarn, llama_4_scaling=grows)).describe()
+    assert "), stretched 4 times from 1,024 (YaRN), queries grow beyond 1,024; tokenizer" in said
+
+
 def test_a_tokenizer_of_ones_own(folder: Path, tmp_path: Path) -> None:
     bare = make_folder(tmp_path / "bare", tokenizer=False)
     mine = Mine()

@@ -274,3 +274,22 @@ def test_text_that_is_not_unicode_is_refused(scratch: Path, tmp_path: Path) -> N
     with pytest.raises(TokenizerError, match="id -1 is below 0"):
         tokenizer.decode([-1])
     assert tokenizer.decode([300, 2**40]) == tokenizer.decode([300])
+
+
+def test_what_is_for_training_is_not_used(scratch: Path, tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "a", "sentencepiece", scratch)
+    path, plain = folder / "tokenizer.json", Tokenizer(folder / "tokenizer.json")
+    raw = json.loads(path.read_text())
+    raw["model"]["dropout"] = 0.9
+    raw["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    raw["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    path.write_text(json.dumps(raw))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.adds_bos
+    assert plain.notes == ()
+    assert [note.split(", which")[0] for note in tokenizer.notes] == [
+        "tokenizer.json has dropout 0.9",
+        "tokenizer.json puts </s> behind a text",
+    ]
+    for text in TEXTS[:50]:
+        assert tokenizer.encode(text) == plain.encode(text)
