@@ -90,7 +90,7 @@ def _newer(path: Path) -> str | None:
     """What to do about a file of a version that mistral-common does not know; None for other files."""
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
 
-    version = json.loads(read_limited(path).decode("utf-8"))["config"].get("version")
+    version = parse_json(read_limited(path).decode("utf-8"))["config"].get("version")
     if not isinstance(version, str) or version in [known.value for known in TokenizerVersion]:
         return None
     return (
