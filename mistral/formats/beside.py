@@ -73,7 +73,7 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     with suppress(ParamsError):  # `require_whole` has named a broken one
         generation = read_object(path) if path.is_file() else {}
     there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
-    there |= set() if tokenizer is None else set(own_ends(tokenizer))
+    there |= set() if tokenizer is None else own_ends(tokenizer)
     ends = eos_ids(folder.path, tokenizer, vocab_size)[0]
     missing = ends - there
     if not missing:

@@ -196,7 +196,7 @@ def _with_own(
     """What the files beside a tokenizer name, and the tokenizer's own ends; of a GGUF file those that it has."""
     if is_gguf_file(folder):
         return {i: [what] for i, what in _ends_of_gguf(folder, tokenizer).items() if i < vocab_size}
-    ends = {} if tokenizer is None else {i: [what] for i, what in own_ends(tokenizer).items()}
+    ends = {} if tokenizer is None else {i: [what] for i, what in _named_ends(tokenizer).items()}
     for i, names in told.items():
         ends[i] = [*(what for what in ends.get(i, ()) if what != USUAL_NAME), *names]
     return ends
@@ -227,9 +227,14 @@ def _listed(told: dict[str, Any]) -> list[Any]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def own_ends(tokenizer: Tokenizer) -> dict[int, str]:
-    """The ids that a tokenizer ends sequences with, and what names each: its own, and the eos_token that
-    tokenizer_config.json beside it names, which may be another."""
+def own_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids that a tokenizer ends sequences with: its own, and the eos_token that tokenizer_config.json beside it
+    names, which may be another."""
+    return set(_named_ends(tokenizer))
+
+
+def _named_ends(tokenizer: Tokenizer) -> dict[int, str]:
+    """The same, and what names each."""
     named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
     beside = _file_of_eos(tokenizer.path.parent)
     if tokenizer.is_json:  # which names none itself; without a file beside it, eos_id may be from the model's files
@@ -254,7 +259,7 @@ def _ends_of_gguf(file: Path, tokenizer: Tokenizer | None) -> dict[int, str]:
     if tokenizer is None:
         return {}
     if tokenizer.path != file:
-        return own_ends(tokenizer)
+        return _named_ends(tokenizer)
     metadata = read_gguf(file).metadata
     told = {metadata.get(f"tokenizer.ggml.{name}_token_id"): f"{name}_token_id" for name in ("eom", "eot", "eos")}
     return {i: told.get(i, USUAL_NAME) for i in sorted({*own_ends(tokenizer), *tokenizer.eos_ids})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from mistral.util.other_names import called_here
+from mistral.util.other_names import called_here, is_elsewhere
 
 
 def counted(count: int, one: str, several: str = "") -> str:
@@ -25,5 +25,5 @@ def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     """
     names = list(known)
     other = called_here(word, names)
-    close = [other] if other is not None else difflib.get_close_matches(word, names, n=1)
+    close = [other] if other is not None else difflib.get_close_matches(word, names, n=1) * (not is_elsewhere(word))
     return f"; did you mean {before}{close[0]}?" if close else ""

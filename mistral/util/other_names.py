@@ -74,6 +74,11 @@ for _ours, _names in _THEIRS.items():
         _HERE.setdefault(_name, []).append(_ours)
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether it is a name of another program: what is most like it here is then something else."""
+    return name.replace("-", "_").lower() in _HERE
+
+
 def called_here(name: str, known: list[str]) -> str | None:
     """What a name of another program is called, of the names that are known where it was typed; None: nothing."""
     return next((ours for ours in _HERE.get(name.replace("-", "_").lower(), ()) if ours in known), None)

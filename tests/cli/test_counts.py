@@ -93,6 +93,7 @@ def test_a_flag_of_another_program_is_told_by_its_name_here(cli: Command, comman
 def test_other_names_are_told_where_the_name_is_known_alone(cli: Command) -> None:
     assert "did you mean" not in cli("inspect", "--learning_rate", "1").error
     assert cli("inspect", "--ctx-size", "1").error == "no flag --ctx-size; see --help"
+    assert "did you mean" not in cli("interactive", "--ctx-size", "1").error, "which --chunk_size is like, and is not"
     assert cli("train", "x").error == "no command 'train'; did you mean finetune?"
     known = {p for function in COMMANDS.values() for p in inspect.signature(function).parameters} | set(COMMANDS)
     assert set(_THEIRS) <= known, "each is a name of ours"
