@@ -194,6 +194,7 @@ TEXT: list[Call] = [
     (lambda g: g.words.decode([[1]]), TokenizerError, r"ids is \[\[1\]\]"),
     (lambda g: g.words.decode([-1]), TokenizerError, "id -1 is below 0"),
     (lambda g: setattr(g.words, "eos_ids", ["x"]), TokenizerError, r"eos_ids is \['x'\]"),
+    (lambda g: g.words.has_control(5), TokenizerError, "5 is no text"),
     (lambda g: Tokenizer(5), TokenizerError, "the tokenizer is 5; it must be a path"),  # type: ignore[arg-type]
     (lambda g: Tokenizer("a\0b"), TokenizerError, "no name can have the character 0"),
     (lambda g: Tokenizer("nowhere"), TokenizerError, "no tokenizer at nowhere"),
