@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         self._check(input_ids, seqlens, cache)
         keys = NoCache(self.args, self.device) if cache is None else cache
         plan = keys.plan(seqlens)
-        h = self.step(input_ids, plan, keys)
+        h = self.step(input_ids.to(torch.int64), plan, keys)
         keys.commit(plan)
         return h
 

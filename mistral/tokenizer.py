@@ -207,6 +207,7 @@ class Tokenizer:
 
     def has_control(self, word: str) -> bool:
         """Whether a control token, such as "[INST]", has an id of its own."""
+        _check_unicode(word)
         return self._model.has_control(word)
 
     def pieces(self) -> tuple[list[str], list[float | None]]:

@@ -17,6 +17,7 @@ from mistral.chat.messages import ROLES, Message, TemplateError, Thought
 from mistral.chat.templates import check_effort
 from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
+from mistral.util.arguments import require_kind
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, reason_of, write_atomic
 from mistral.util.parsed import KeyTwice, parse_json
@@ -42,7 +43,7 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     """
     if chat.params.logits_processor is not None:
         raise SessionError("a conversation with a logits_processor cannot be saved: a file holds no functions")
-    target = Path(os.path.expanduser(path))
+    target = _place(path)
     if os.path.exists(target):
         try:
             _read(target)
@@ -83,7 +84,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     Raises:
         SessionError: no such file, or no conversation of this model; the present one is as before.
     """
-    source = Path(os.path.expanduser(path))
+    source = _place(path)
     told = _read(source)
     if told.get("model") != model:
         raise SessionError(f"{source} is a conversation with another model")
@@ -105,6 +106,11 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.seed, chat.answers, chat.messages = seed, answers, messages
     chat.params, chat.effort = params, effort
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    require_kind("the file of a conversation", path, str | os.PathLike, "a path", SessionError)
+    return Path(os.path.expanduser(path))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from mistral.eval.reach import NOTICEABLE, SHARE, Reach, edges, reach, samples, 
 from mistral.eval.results import ResultFile
 from mistral.eval.retrieval import TASKS, Item, answer, digest, items_of, make_items, report_rows
 from mistral.eval.tasks import Encode
-from mistral.formats.layout import beyond_training
 from mistral.loader.load import Loaded
 from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
@@ -94,7 +93,7 @@ def evaluate(
     """
     began = time.perf_counter()
     facts = _facts(loaded, asked, template)
-    within = partial(_note_length, facts["trained_length"], say)
+    within = partial(_note_length, loaded, say)
     if asked.task == "reach":
         done = _reach(loaded, asked, facts, bar, within)
     elif asked.task == "position":
@@ -105,9 +104,9 @@ def evaluate(
     return done
 
 
-def _note_length(trained: int | None, say: Callable[[str], None], longest: int) -> None:
+def _note_length(loaded: Loaded, say: Callable[[str], None], longest: int) -> None:
     """A sentence, if sequences go beyond what the model was trained on."""
-    if note := beyond_training(trained, longest):
+    if note := loaded.beyond_training(longest):
         say(note)
 
 

@@ -174,17 +174,8 @@ def write_folder(
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
     described = describe(folder, layout, tensors, quant, notes)
     notes += about_names(folder, dst, layout)
-    unpack, lost = unpacked(folder.path, folder.args.vocab_size)
-    notes += lost
-    if layout is not NATIVE and JSON not in unpack:
-        described = for_transformers(folder, notes, instruct) | described
-    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
-    found.update(tokenizer_files(folder.path))
-    carried = sorted(path for path in found if path.name not in described)
-    notes += not_carried(folder, carried, set(described))
-    rest = sum(path.stat().st_size for path in carried)
-    rest += sum(len(text.encode()) for text in described.values()) + sum(map(len, unpack.values()))
-    _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
+    beside = _beside(folder, layout, described, notes, instruct)
+    _check_disk(place, nbytes + beside.nbytes + sum(len(header(part)) for part in files.values()), notes)
     columns: Mapping[str, torch.Tensor] = {}
     if calibrate is not None:
         columns, about = calibrate(folder)
@@ -195,20 +186,56 @@ def write_folder(
             if len(files) > 1 and layout.index is not None:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
                 write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
-            for path in carried:
-                copy = work / path.relative_to(folder.path)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
-            for name, content in unpack.items():
-                (work / name).parent.mkdir(exist_ok=True)
-                (work / name).write_bytes(content)
-            for name, text in described.items():  # last, because no folder without them is taken for a model
-                write_text(work / name, text)
+            beside.write(folder.path, work)  # last, because no folder without them is taken for a model
             read_folder(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
     dtypes = Counter(tensor.dtype for tensor in tensors)
     return Converted(dst, layout, tuple(files), nbytes, tuple(dtypes), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The small files of a folder that is written.
+
+    Args:
+        carried: to be copied as they are.
+        unpacked: contents that were a part of another file, by name.
+        texts: that were made, by name.
+    """
+
+    carried: list[Path]
+    unpacked: Mapping[str, bytes]
+    texts: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        copied = sum(path.stat().st_size for path in self.carried)
+        return copied + sum(map(len, self.unpacked.values())) + sum(len(t.encode()) for t in self.texts.values())
+
+    def write(self, source: Path, folder: Path) -> None:
+        for path in self.carried:
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
+        for name, content in self.unpacked.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        for name, text in self.texts.items():
+            write_text(folder / name, text)
+
+
+def _beside(folder: Folder, layout: Layout, texts: dict[str, str], notes: list[str], instruct: bool) -> _Beside:
+    """What comes beside the weights: `texts`, and what a tokenizer and conversations need; notes are added to."""
+    unpack, lost = unpacked(folder.path, folder.args.vocab_size)
+    notes += lost
+    if layout is not NATIVE and JSON not in unpack:
+        texts = for_transformers(folder, notes, instruct) | texts
+    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
+    found.update(tokenizer_files(folder.path))
+    carried = sorted(path for path in found if path.name not in texts)
+    notes += not_carried(folder, carried, set(texts))
+    return _Beside(carried, unpack, texts)
 
 
 def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | None) -> tuple[Layout, torch.dtype | None]:

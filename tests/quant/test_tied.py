@@ -94,6 +94,12 @@ def test_one_table_of_int8_and_no_other(pair: tuple[str, Path], folder: Path) ->
             model.tok_embeddings(torch.tensor([4096]))
 
 
+def test_ids_of_32_bits_are_those_of_64(pair: tuple[str, Path]) -> None:
+    model = load(pair[1], device="cpu").model
+    ids = torch.tensor([4095, 0, 17, 17, 2047])
+    assert torch.equal(model(ids.int(), [5]), model(ids, [5]))
+
+
 def test_what_is_written(pair: tuple[str, Path]) -> None:
     quant, written = pair
     found = read_folder(written)

@@ -16,7 +16,9 @@ import mistral
 from mistral import Chat, LoadOptions, OutOfMemory, SamplingParams, complete, load, stream
 from mistral.args import ArgsError, ModelArgs
 from mistral.cache import CacheError, RollingBufferCache
+from mistral.chat import session
 from mistral.chat.messages import Message, TemplateError
+from mistral.chat.session import SessionError
 from mistral.chat.templates import Template, find_template
 from mistral.engine import Engine
 from mistral.formats.convert import convert
@@ -192,6 +194,7 @@ TEXT: list[Call] = [
     (lambda g: g.words.decode([[1]]), TokenizerError, r"ids is \[\[1\]\]"),
     (lambda g: g.words.decode([-1]), TokenizerError, "id -1 is below 0"),
     (lambda g: setattr(g.words, "eos_ids", ["x"]), TokenizerError, r"eos_ids is \['x'\]"),
+    (lambda g: g.words.has_control(5), TokenizerError, "5 is no text"),
     (lambda g: Tokenizer(5), TokenizerError, "the tokenizer is 5; it must be a path"),  # type: ignore[arg-type]
     (lambda g: Tokenizer("a\0b"), TokenizerError, "no name can have the character 0"),
     (lambda g: Tokenizer("nowhere"), TokenizerError, "no tokenizer at nowhere"),
@@ -267,6 +270,8 @@ CHAT: list[Call] = [
     (lambda g: g.template.encode_chat(["x"]), TemplateError, r"must be a list of Message\(role"),  # type: ignore[list-item]
     (lambda g: g.template.encode_chat([Message("x", "y")]), TemplateError, "no role is called 'x'"),
     (lambda g: g.template.encode_chat([Message("user", 5)]), TemplateError, "5 is no text"),  # type: ignore[arg-type]
+    (lambda g: session.save(g.chat(), 5, "m"), SessionError, "the file of a conversation is 5; it must be a path"),  # type: ignore[arg-type]
+    (lambda g: session.load(g.chat(), g.out / "nowhere", "m"), SessionError, "nowhere cannot be read: No such file"),
     (lambda g: find_template(g.words, name="nope"), TemplateError, "no template is called 'nope': v1, "),
     (lambda g: find_template(g.words, name=5), TemplateError, "name is 5"),  # type: ignore[arg-type]
     (lambda g: find_template(g.words, folder=5), TemplateError, "folder is 5; it must be a path"),  # type: ignore[arg-type]
