@@ -63,6 +63,7 @@ class JsonTokenizer:
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
         }
         self.bos_id, self.eos_id, self.pad_id = (self._named(told, n) for n in ("bos_token", "eos_token", "pad_token"))
+        self._names = told.names
         self.guesses_eos = "eos_token" not in told.names
         self._begin(told)
         self._check_pattern()
@@ -162,9 +163,10 @@ class JsonTokenizer:
 
     @property
     def named(self) -> dict[str, str]:
-        """Texts of bos, eos and padding, as chat templates ask for them."""
+        """Texts of bos, eos, padding and others that the files beside it name, as chat templates ask for them."""
+        others = {name: text for name, text in self._names.items() if self._tok.token_to_id(text) is not None}
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        return {name: self._tok.id_to_token(i) for name, i in ids.items() if i >= 0}
+        return others | {name: self._tok.id_to_token(i) for name, i in ids.items() if i >= 0}
 
     @property
     def is_byte_level(self) -> bool:

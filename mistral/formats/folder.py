@@ -118,11 +118,12 @@ def _unread(path: Path, weights: WeightFiles) -> list[str]:
 
 def _holes(weights: WeightFiles) -> list[str]:
     """A note on weights that nobody wrote: what fetches a file may take its room first, and then not end."""
-    holes = {file.name: size for file in weights.files if (size := unwritten(file))}
+    holes = {file: size for file in weights.files if (size := unwritten(file))}
+    if not holes:
+        return []
     return [
-        f"{printable(name)} has {as_text(size)} that were never written, and are read as zeros: a download that has "
-        "not ended, most likely; fetch it again"
-        for name, size in holes.items()
+        f"{printable(file_names(tuple(holes)))}: {as_text(sum(holes.values()))} were never written, and are read as "
+        "zeros: a download that has not ended, most likely; fetch it again"
     ]
 
 

@@ -73,7 +73,7 @@ def test_a_download_that_has_not_ended_is_a_note(tmp_path: Path, form: str) -> N
         pytest.skip("this file system tells of no holes")
     (note,) = [note for note in load(place).notes if "never written" in note]
     assert before == []
-    assert note.startswith(f"{file.name} has ")
+    assert note.startswith(f"{file.name}: ")
     assert note.endswith("fetch it again")
     assert note in inspect_folder(place)["suspicious"]
 

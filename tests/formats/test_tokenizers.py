@@ -191,7 +191,7 @@ def test_templates_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template.jinja cannot be read: it is not UTF-8"):
         chat_templates(tmp_path)
-    for wrong in (3, [3], [{"name": "a"}], [{"name": 3, "template": "x"}], {"a": "b"}):
+    for wrong in (3, [3], [{"name": "a"}], [{"name": 3, "template": "x"}], {"a": 3}):
         config.write_text(json.dumps({"chat_template": wrong}))
         with pytest.raises(TokenizerError, match="has the chat_template"):
             chat_templates(tmp_path)

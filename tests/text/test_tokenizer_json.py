@@ -293,3 +293,13 @@ def test_what_is_for_training_is_not_used(scratch: Path, tmp_path: Path) -> None
     ]
     for text in TEXTS[:50]:
         assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_named_tokens_are_those_that_templates_get_from_transformers(scratch: Path, tmp_path: Path) -> None:
+    named = {"unk_token": "<unk>", "pad_token": "</s>", "sep_token": "<0x41>"}
+    folder = write_tokenizer(tmp_path / "named", "sentencepiece", scratch, **named)
+    reference = theirs(folder)
+    template = "".join(f"{{{{ {name} }}}}|" for name in ("bos_token", "eos_token", *named, "cls_token"))
+    want = reference.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+    found = Tokenizer(folder / "tokenizer.json").named
+    assert "|".join([*(found[name] for name in ("bos_token", "eos_token", *named)), "", ""]) == want
