@@ -202,7 +202,7 @@ def test_inspect(tmp_path: Path) -> None:
     text = as_text(report)
     assert "GGUF: m.gguf" in text
     assert "the file does not give the sliding window" in text
-    assert "--to mistral" in text
+    assert "--to hf" in text  # where vLLM reads its template
     assert "several dtypes" not in text
 
 

@@ -100,7 +100,8 @@ def test_each_file_that_names_ends_is_read_once(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("mistral.formats.tokenizers.read_json", counted)
     assert load_tokenizer(tmp_path, 4096).eos_ids == {2, 7}
-    assert sorted(read) == ["config.json", "generation_config.json"]
+    names = ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"]
+    assert sorted(read) == names
 
 
 @pytest.mark.parametrize("value", [4096, "2", 1.0, True, {"id": 2}, [2, None]])
