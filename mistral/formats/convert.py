@@ -40,17 +40,9 @@ from mistral.util.files import folder_atomic
 Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What is carried along, as it is, into either layout, besides tokenizers.
-CARRIED = (
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "additional_chat_templates/*",
-    GENERATION,
-    "SYSTEM_PROMPT.txt",
-    "LICEN[CS]E*",
-)
+# What is carried along, as it is, into either layout: with the tokenizer, which may be an adapter's, and of the model.
+OF_WORDS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*")
+OF_MODEL = (GENERATION, "SYSTEM_PROMPT.txt", "LICEN[CS]E*")
 
 
 @dataclass(frozen=True)
@@ -169,15 +161,13 @@ def write_folder(
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
     described = describe(folder, layout, tensors, quant, notes)
     notes += about_names(folder, Path(dst), layout)
-    unpack, lost = unpacked(folder.path, folder.args.vocab_size)
+    unpack, lost = unpacked(folder.words, folder.args.vocab_size)
     notes += lost
     if layout is not NATIVE and JSON not in unpack:
         described = for_transformers(folder, notes, instruct) | described
-    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
-    found.update(tokenizer_files(folder.path))
-    carried = sorted(path for path in found if path.name not in described)
+    carried = {name: path for name, path in _carried(folder).items() if path.name not in described}
     notes += not_carried(folder, carried, set(described))
-    rest = sum(path.stat().st_size for path in carried)
+    rest = sum(path.stat().st_size for path in carried.values())
     rest += sum(len(text.encode()) for text in described.values()) + sum(map(len, unpack.values()))
     _check_disk(place, nbytes + rest + sum(len(header(part)) for part in files.values()), notes)
     columns: Mapping[str, torch.Tensor] = {}
@@ -190,8 +180,8 @@ def write_folder(
             if len(files) > 1 and layout.index is not None:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
                 write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
-            for path in carried:
-                copy = work / path.relative_to(folder.path)
+            for name, path in carried.items():
+                copy = work / name
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
             for name, content in unpack.items():
@@ -220,6 +210,16 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
     return layout, target
+
+
+def _carried(folder: Folder) -> dict[str, Path]:
+    """The files that are copied as they are, by their names in the destination."""
+    found = dict[str, Path]()
+    for place, patterns in ((folder.path, OF_MODEL), (folder.words, OF_WORDS)):
+        paths = (path for pattern in patterns for path in place.glob(pattern) if path.is_file())
+        found |= {path.relative_to(place).as_posix(): path for path in paths}
+    found |= {path.name: path for path in tokenizer_files(folder.words)}
+    return dict(sorted(found.items()))
 
 
 # --- where to

@@ -111,10 +111,13 @@ def tokenizer_content(folder: Path) -> bytes:
     return b"" if path is None else path.read_bytes()
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int, base: Path | None = None) -> Tokenizer:
     """The tokenizer of a model, see `read_tokenizer`, with the `eos_ids` of the folder.
 
     Tokens that were added may lie outside the model's vocabulary, as padding often does: see `tokenizer_notes`.
+
+    Args:
+        base: the model itself, where the tokenizer is that of an adapter: what ends its sequences ends these too.
 
     Raises:
         TokenizerError: none, broken, or with more words than the model.
@@ -126,7 +129,17 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         )
     tokenizer.settle_eos(eos_ids(folder, None, vocab_size)[0])
     tokenizer.eos_ids, _ = eos_ids(folder, tokenizer, vocab_size)
+    if base is not None and base != folder:
+        tokenizer.eos_ids |= _ends_of(base, vocab_size)
     return tokenizer
+
+
+def _ends_of(base: Path, vocab_size: int) -> frozenset[int]:
+    """The ids that end sequences by all files of a model, as far as they can be read."""
+    try:
+        return load_tokenizer(base, vocab_size).eos_ids
+    except TokenizerError:
+        return eos_ids(base, None, vocab_size)[0]
 
 
 def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:
