@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mistral.formats.mapped_tensors import Progress
 
 TABLES = (EMBEDDINGS, OUTPUT)
-SAVE = 'save it again with both (PEFT: save_embedding_layers=True, or modules_to_save=["embed_tokens", "lm_head"])'
+SAVE = 'save it again with both (PEFT: modules_to_save=["embed_tokens", "lm_head"])'
 
 
 @dataclass(frozen=True)
