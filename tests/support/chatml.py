@@ -46,15 +46,16 @@ def chatml(base: Path, folder: Path, *, more: int = 2, multiple: int | None = No
         lora: for `peft.LoraConfig`.
 
     Returns:
-        its folder, and PEFT's logits of `ids_of(base)` with it.
+        its folder, and PEFT's logits of `ids_of(more)` with it.
     """
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(5)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": WORDS})
-    tokenizer.eos_token, tokenizer.chat_template = WORDS[1], TEMPLATE
+    if more:
+        tokenizer.add_special_tokens({"additional_special_tokens": WORDS})
+        tokenizer.eos_token, tokenizer.chat_template = WORDS[1], TEMPLATE
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     if more:
         model.resize_token_embeddings(ROWS + more, pad_to_multiple_of=multiple)
@@ -64,15 +65,14 @@ def chatml(base: Path, folder: Path, *, more: int = 2, multiple: int | None = No
         for weight in theirs.parameters():
             if weight.requires_grad:
                 weight.add_(torch.rand(weight.shape) / 2 - 0.25)
-        logits = theirs(ids_of()[None]).logits[0]
+        logits = theirs(ids_of(more=more)[None]).logits[0]
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, logits
 
 
-def ids_of(words: bool = True) -> Tensor:
-    """Ids of a prompt that is longer than the window, the new words among them."""
+def ids_of(more: int = 2) -> Tensor:
+    """Ids of a prompt that is longer than the window: among them the new words, or else words of the base."""
     ids = torch.arange(3, 3 + 11 * 307, 307)
-    if words:
-        ids[4], ids[9] = ROWS, ROWS + 1
+    ids[4], ids[9] = (ROWS, ROWS + 1) if more else (5, 300)
     return ids
