@@ -247,7 +247,7 @@ def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
 
 def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
     """What speaks against this model being the one that an adapter was trained on, though all sizes fit."""
-    named, (here, _) = _release_named(adapter.base or ""), identify(folder.args)
+    named, (here, _) = release_named(adapter.base or ""), identify(folder.args)
     if named is not None and here is not None and named.shape != here.shape:
         yield (
             f"the adapter was trained on {printable(adapter.base or '')}, which is {named.name}, and this model is "
@@ -260,7 +260,7 @@ def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
         yield "the adapter does not name its base: its sizes fit this model, and nothing else is known"
 
 
-def _release_named(base: str) -> Release | None:
+def release_named(base: str) -> Release | None:
     """The release that the name of a base means, such as mistralai/Mistral-7B-Instruct-v0.3."""
     words = set(re.split(r"[^a-z0-9.]+", base.lower()))
     if not any(word.endswith("stral") or word == "mixtral" for word in words):

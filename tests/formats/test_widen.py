@@ -18,6 +18,7 @@ from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.loader.options import OptionError
 from tests.support.adapters import peft_tensors, write_peft
+from tests.support.commands import in_process
 from tests.support.chatml import KINDS, MESSAGES, ROWS, WORDS, chatml, hf_base, ids_of
 from tests.support.folders import BUNDLED, PARAMS, make_folder
 from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
@@ -27,11 +28,12 @@ pytest.importorskip("peft")
 HEADS = ("model.embed_tokens", "lm_head")
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", KINDS)
+# Other rows of a tied output than of the embeddings: see test_rows_of_an_output_that_is_tied_are_refused.
+TWO_ANSWERS = ("rows of both", True)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [(k, t) for k in KINDS for t in (False, True) if (k, t) != TWO_ANSWERS])
 def test_logits_are_pefts(tmp_path: Path, kind: str, tied: bool) -> None:
-    if tied and kind == "rows of both":
-        pytest.skip("PEFT itself has two answers; see test_what_has_no_rows_is_refused")
     base = hf_base(tmp_path / "base", tied)
     adapter, want = chatml(base, tmp_path / "adapter", **KINDS[kind])
     loaded = load(base, device="cpu", adapter=str(adapter))
@@ -242,3 +244,17 @@ def test_a_conversation_with_other_words_is_another_models(tmp_path: Path) -> No
     before = fingerprint(base, str(adapter))
     with_words(adapter, *WORDS)
     assert fingerprint(base, str(adapter)) != before
+
+
+def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli, base = in_process(capfd), make_folder(tmp_path / "base")
+    adapter = handmade(tmp_path / "adapter", ROWS + 64, ROWS + 64, base_model_name_or_path=str(base))
+    assert "\nvocabulary  4,160 rows, 64 more than its base; no tokenizer is beside it\n" in cli("inspect", adapter).text
+    with_words(adapter, *WORDS, chat_template="{{ messages }}")
+    said = "tokenizer.model beside it adds 2 words (<|im_start|>, <|im_end|>), with the chat template"
+    assert f"4,160 rows, 64 more than its base; {said} tokenizer_config.json\n" in cli("inspect", adapter).text
+    told = json.loads(cli("inspect", with_words(write_peft(tmp_path / "words"), *WORDS), "--json").text)["vocabulary"]
+    assert told == {"rows": None, "base_rows": 32000, "tokenizer": "tokenizer.model", "words": WORDS, "template": None}
+    assert json.loads(cli("inspect", write_peft(tmp_path / "plain"), "--json").text)["vocabulary"] is None
+    (adapter / "tokenizer.model").write_bytes(b"<html>")
+    assert "note: its tokenizer cannot be used: " in cli("inspect", adapter).text
