@@ -55,7 +55,9 @@ def rows_by_module(tensors: dict[str, Stored], indices: Any, config: str) -> dic
         if not isinstance(ids, list) or not ids or any(type(i) is not int or i < 0 for i in ids):
             raise AdapterError(f"{config} has {KEY} {short_repr(ids)} for {short_repr(word)}; it must be a list of ids")
         if len(set(ids)) < len(ids):
-            raise AdapterError(f"{config} has an id twice in {KEY} of {short_repr(word)}: which row counts is not known")
+            raise AdapterError(
+                f"{config} has an id twice in {KEY} of {short_repr(word)}: which row counts is not known"
+            )
     # An output that is tied to the embeddings has the same rows, which PEFT writes again and does not list.
     usual = next((ids for word, ids in listed.items() if _is_of(EMBED, word)), None)
     rows: dict[str, Rows] = {}

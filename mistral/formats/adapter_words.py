@@ -41,11 +41,12 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     rowless = [word for word, i in own.added.items() if i >= vocab_size]
     with_rows = [word for word in more if word not in rowless]
     if wrong := [word for word in rowless if word != own.named.get("pad_token")]:
+        no_rows = "is no row" if len(wrong) == 1 else "are no rows"
         raise AdapterError(
             f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_words(wrong)}) for which there "
-            f"{'is no row' if len(wrong) == 1 else 'are no rows'}: the model has {vocab_size:,}, and the adapter holds no "
-            "tables of its own with more. Save it again with them (PEFT: save_embedding_layers=True), or give "
-            "its file adapter_model.safetensors to use it with the base's own words"
+            f"{no_rows}: the tables have {vocab_size:,}, and the adapter has none with more. Save it again with them "
+            f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
+            "base's own words"
         )
     if not wider and not with_rows:
         return None, unused_of(folder, base)
@@ -54,7 +55,9 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
 
 def _taken(own: Tokenizer, more: list[str], folder: Path, base: Path) -> str:
     """What of an adapter's folder is used."""
-    words = f", which has {counted(len(more), 'token')} ({some_words(more)}) that {base.name} does not have" if more else ""
+    words = (
+        f", which has {counted(len(more), 'token')} ({some_words(more)}) that {base.name} does not have" if more else ""
+    )
     template = chat_templates(folder).get("default")
     if template is not None:
         chat = f"the chat template is that of {template.file} there"

@@ -5,7 +5,7 @@ Nothing that a folder says is lost without a note, and nothing is said that it d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
@@ -160,14 +160,14 @@ def _ids(value: Any) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
-def not_carried(folder: Folder, carried: dict[str, Path], written: set[str]) -> list[str]:
+def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> list[str]:
     """A note on the files of the source that have no copy and no counterpart in the destination.
 
     Args:
-        carried: what is copied, by its name in the destination.
+        carried: what is copied, by its names in the destination.
     """
     used = {folder.source, *folder.layout.indexes, *written, *(path.name for path in folder.weights.files)}
-    used |= {Path(name).parts[0] for name, path in carried.items() if path.is_relative_to(folder.path)}
+    used |= {Path(name).parts[0] for name in carried}
     there = folder.path.iterdir() if folder.path.is_dir() else ()
     rest = sorted(entry.name for entry in there if entry.name not in used)
     shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")

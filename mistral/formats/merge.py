@@ -14,7 +14,7 @@ from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
-from mistral.formats.widen import SAVE, WithRows, still_tied, widened
+from mistral.formats.widen import SAVE, TABLES, WithRows, still_tied, widened
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -115,18 +115,24 @@ def replaced(adapter: Adapter, args: ModelArgs, old: Mapping[str, Reader]) -> di
                 "the adapter is of another model"
             )
         found[name] = _Rows(adapter.weights, stored, known[name].heads)
-    for name, rows in adapter.rows.items():
-        if name not in (EMBEDDINGS, OUTPUT):
-            raise AdapterError(f"{adapter.path} has rows of its own in {name}, which has none for words")
-        n, dim = known[name].shape
-        if (width := adapter.weights.tensors[rows.name].shape[1]) != dim or max(rows.ids) >= n:
-            raise AdapterError(
-                f"{printable(rows.name)} has rows of {width} numbers up to id {max(rows.ids)}, but {name} is {[n, dim]}: "
-                f"the adapter is of another model, or the rows of words that were added are not saved: {SAVE}"
-            )
-        table = found.get(name, old.get(name, old[EMBEDDINGS]))
-        found[name] = WithRows(table, _Rows(adapter.weights, rows.name, None), rows.ids)
-    return found
+    if strange := [name for name in adapter.rows if name not in TABLES]:
+        raise AdapterError(f"{adapter.path} has rows of its own in {some_names(strange)}, which has none for words")
+    return found | {name: _with_rows(adapter, name, known[name], found.get(name), old) for name in adapter.rows}
+
+
+def _with_rows(
+    adapter: Adapter, name: str, parameter: Parameter, own: Reader | None, old: Mapping[str, Reader]
+) -> Reader:
+    """The reader of a table, the adapter's own or the model's, with the rows in it that the adapter has alone."""
+    rows = adapter.rows[name]
+    n, dim = parameter.shape
+    if (width := adapter.weights.tensors[rows.name].shape[1]) != dim or max(rows.ids) >= n:
+        raise AdapterError(
+            f"{printable(rows.name)} has rows of {width} numbers up to id {max(rows.ids)}, but {name} is {[n, dim]}: "
+            f"the adapter is of another model, or the rows of words that were added are not saved: {SAVE}"
+        )
+    table = own or old.get(name, old[EMBEDDINGS])
+    return WithRows(table, _Rows(adapter.weights, rows.name, None), rows.ids)
 
 
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
@@ -212,10 +218,12 @@ def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelAr
     args = widened(adapter, folder.args)
     readers, tensors, notes = dict(folder.weights.readers), dict(folder.weights.tensors), list[str]()
     own = replaced(adapter, args, readers)
-    tables = {name: own[name] for name in (EMBEDDINGS, OUTPUT) if name in own}
+    tables = {name: own[name] for name in TABLES if name in own}
     if args.vocab_size > folder.args.vocab_size:
         more = args.vocab_size - folder.args.vocab_size
-        notes.append(f"the adapter adds {counted(more, 'row')} to the vocabulary: {args.vocab_size:,}, by its own tables")
+        notes.append(
+            f"the adapter adds {counted(more, 'row')} to the vocabulary: {args.vocab_size:,}, by its own tables"
+        )
     if args.tied_embeddings and still_tied(adapter, args, tables, folder.args.vocab_size):
         own.pop(OUTPUT, None)  # the same
     elif args.tied_embeddings:
@@ -225,7 +233,9 @@ def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelAr
     for name, reader in own.items():
         stored = tensors[name]
         readers[name] = reader
-        tensors[name] = replace(stored, shape=parameters(args)[name].shape, dtype_name=stored.dtype, widened=False, computed="")
+        tensors[name] = replace(
+            stored, shape=parameters(args)[name].shape, dtype_name=stored.dtype, widened=False, computed=""
+        )
     return WeightFiles(folder.weights.files, tensors, readers), args, notes
 
 

@@ -72,9 +72,10 @@ def widened(adapter: Adapter, args: ModelArgs) -> ModelArgs:
     needed = (EMBEDDINGS,) if args.tied_embeddings else TABLES
     if len(set(sizes.values())) > 1 or any(name not in sizes for name in needed):
         lacking = [_called(name) for name in needed if sizes.get(name) != most]
+        more = most - args.vocab_size
         raise AdapterError(
-            f"{adapter.path} has {there}, and the rows of {counted(most - args.vocab_size, 'word')} that "
-            f"{'was' if most - args.vocab_size == 1 else 'were'} added are not saved for {' and '.join(lacking)}: {SAVE}"
+            f"{adapter.path} has {there}, and the rows of {counted(more, 'word')} that {'was' if more == 1 else 'were'}"
+            f" added are not saved for {' and '.join(lacking)}: {SAVE}"
         )
     return replace(args, vocab_size=most)
 

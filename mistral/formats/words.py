@@ -21,10 +21,9 @@ from mistral.formats.tokenizers import (
     is_gguf_file,
     load_tokenizer,
     missing_tokens,
-    read_tokenizer,
     tokenizer_notes,
 )
-from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens
+from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -82,7 +81,8 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
         notes.append(
-            f"{JSON} adds {counted(len(unread), 'token')} ({some_words(unread)}) that {CONFIG} and {ADDED} do not: not used"
+            f"{JSON} adds {counted(len(unread), 'token')} ({some_words(unread)}) that {CONFIG} and {ADDED} do not: "
+            "not used"
         )
     return notes
 

@@ -36,9 +36,7 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     return assemble_adapted(with_adapters(found, options), division, options)
 
 
-def assemble_adapted(
-    adapted: Adapted, division: Division | None, options: LoadOptions
-) -> tuple[Transformer, Runtime]:
+def assemble_adapted(adapted: Adapted, division: Division | None, options: LoadOptions) -> tuple[Transformer, Runtime]:
     """`assemble` of a folder that has its adapters already."""
     import torch
 

@@ -11,7 +11,7 @@ import torch
 from mistral.formats import merge
 from mistral.formats.adapter import AdapterError, read_adapter
 from mistral.formats.folder import Folder, read_folder
-from mistral.formats.merge import release_named, merge_into
+from mistral.formats.merge import merge_into, release_named
 from tests.support.adapters import peft_tensors, write_peft
 from tests.support.folders import make_folder
 

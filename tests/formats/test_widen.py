@@ -17,9 +17,10 @@ from mistral.formats.adapter import AdapterError
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
 from mistral.loader.options import OptionError
+from mistral.serve.settings import served_of
 from tests.support.adapters import peft_tensors, write_peft
+from tests.support.chatml import KINDS, MESSAGES, ROWS, TEMPLATE, WORDS, chatml, hf_base, ids_of
 from tests.support.commands import in_process
-from tests.support.chatml import KINDS, MESSAGES, ROWS, WORDS, chatml, hf_base, ids_of
 from tests.support.folders import BUNDLED, PARAMS, make_folder
 from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
 
@@ -159,7 +160,7 @@ def test_rows_of_an_output_that_is_tied_are_refused(tmp_path: Path) -> None:
 
 
 def test_words_without_tables_need_rows_of_the_base(tmp_path: Path) -> None:
-    """In padding of the base they have some; else the adapter is refused, and its file is used with the base's words."""
+    """In padding of the base they have some; else the adapter is refused, and its file goes with the base's words."""
     base, padded = make_folder(tmp_path / "base"), make_folder(tmp_path / "padded", vocab_size=ROWS + 64)
     adapter = with_words(write_peft(tmp_path / "adapter"), *WORDS, eos_token="<|im_end|>")
     for mode in ("merge", "runtime"):
@@ -167,7 +168,9 @@ def test_words_without_tables_need_rows_of_the_base(tmp_path: Path) -> None:
         assert loaded.tokenizer.added_tokens["<|im_end|>"] == ROWS + 1
         assert loaded.tokenizer.eos_ids == {2, ROWS + 1}
         assert loaded.words == adapter
-        with pytest.raises(AdapterError, match=r"2 tokens \(<\|im_start\|>, <\|im_end\|>\) for which there are no rows"):
+        with pytest.raises(
+            AdapterError, match=r"2 tokens \(<\|im_start\|>, <\|im_end\|>\) for which there are no rows"
+        ):
             load(base, device="cpu", adapter=str(adapter), adapter_mode=mode)
     alone = load(base, device="cpu", adapter=str(adapter / "adapter_model.safetensors"))
     assert alone.words == base
@@ -249,7 +252,9 @@ def test_a_conversation_with_other_words_is_another_models(tmp_path: Path) -> No
 def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cli, base = in_process(capfd), make_folder(tmp_path / "base")
     adapter = handmade(tmp_path / "adapter", ROWS + 64, ROWS + 64, base_model_name_or_path=str(base))
-    assert "\nvocabulary  4,160 rows, 64 more than its base; no tokenizer is beside it\n" in cli("inspect", adapter).text
+    assert (
+        "\nvocabulary  4,160 rows, 64 more than its base; no tokenizer is beside it\n" in cli("inspect", adapter).text
+    )
     with_words(adapter, *WORDS, chat_template="{{ messages }}")
     said = "tokenizer.model beside it adds 2 words (<|im_start|>, <|im_end|>), with the chat template"
     assert f"4,160 rows, 64 more than its base; {said} tokenizer_config.json\n" in cli("inspect", adapter).text
@@ -258,3 +263,35 @@ def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert json.loads(cli("inspect", write_peft(tmp_path / "plain"), "--json").text)["vocabulary"] is None
     (adapter / "tokenizer.model").write_bytes(b"<html>")
     assert "note: its tokenizer cannot be used: " in cli("inspect", adapter).text
+
+
+def test_the_command_line_writes_in_the_adapters_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli, base = in_process(capfd), make_folder(tmp_path / "base")
+    adapter = with_words(
+        handmade(tmp_path / "adapter", ROWS + 2, ROWS + 2), *WORDS, eos_token=WORDS[1], chat_template=TEMPLATE
+    )
+    assert cli("convert", base, tmp_path / "merged", "--to", "mistral", "--adapter", adapter).code == 0
+    asked = ("Who?", "--instruct", "--temperature", "0", "--max_tokens", "9", "--json")
+    one, other = cli("complete", base, *asked, "--adapter", adapter), cli("complete", tmp_path / "merged", *asked)
+    assert one.text == other.text
+    assert json.loads(one.text)["prompt_tokens"].count(ROWS) == 2
+    assert (
+        "the tokenizer is the adapter's tokenizer.model, which has 2 tokens (<|im_start|>, <|im_end|>) that base"
+        in (one.err)
+    )
+    assert "ends at ids 2, 4097" in one.err
+    raw = cli("complete", base, "Who?", "--max_tokens", "1", "--adapter", adapter)
+    assert "this is an instruct model, and the prompt is continued as raw text" in raw.err
+    refused = cli("finetune", base, "--data", "none.jsonl", "--out", tmp_path / "out", "--adapter", adapter)
+    assert f"merge it first (convert {base} MERGED --to hf --adapter {adapter}), and train that" in refused.err
+
+
+def test_a_server_has_the_adapters_template(tmp_path: Path) -> None:
+    adapter = with_words(handmade(tmp_path / "adapter", ROWS + 2, ROWS + 2), *WORDS, chat_template=TEMPLATE)
+    loaded = load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
+    served = served_of(loaded, rows=1, most=64, name=None, template=None)
+    assert served.template is not None
+    assert served.template.encode_chat([Message("user", "Hi")])[0] == ROWS
+    written = loaded.save(tmp_path / "saved").path
+    assert load(written, device="cpu").tokenizer.added_tokens.keys() >= set(WORDS)
+    assert find_template(loaded.tokenizer, folder=written).encode_chat([Message("user", "Hi")])[0] == ROWS

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from mistral.formats.adapter_words import unused_of
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
-from mistral.formats.adapter_words import unused_of
 from mistral.formats.words import words_of
 from mistral.loader.load import load
 from mistral.tokenizer import outside
