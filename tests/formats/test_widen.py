@@ -16,8 +16,10 @@ from mistral.chat.templates import find_template
 from mistral.formats.adapter import AdapterError
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
+from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.loader.options import OptionError
 from mistral.serve.settings import served_of
+from mistral.tokenizer import Tokenizer
 from tests.support.adapters import peft_tensors, write_peft
 from tests.support.chatml import KINDS, MESSAGES, ROWS, TEMPLATE, WORDS, chatml, hf_base, ids_of
 from tests.support.commands import in_process
@@ -230,6 +232,10 @@ def test_a_gguf_file_gets_words_too(tmp_path: Path, kind: str) -> None:
     at = "base_model.model.model.layers.0.mlp.up_proj"
     tensors |= {f"{at}.lora_A.weight": torch.rand(3, args.dim), f"{at}.lora_B.weight": torch.rand(args.hidden_dim, 3)}
     adapter = with_words(write_peft(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens"]), *WORDS)
+    made = to_tokenizer_json(Tokenizer(adapter / "tokenizer.model"))
+    assert made is not None
+    (adapter / "tokenizer.json").write_text(made, encoding="utf-8")
+    (adapter / "tokenizer.model").unlink()
     loaded = load(base, device="cpu", adapter=str(adapter), quant="none")
     assert loaded.args.tied_embeddings
     assert torch.equal(loaded.model.output.weight, own)
@@ -238,6 +244,7 @@ def test_a_gguf_file_gets_words_too(tmp_path: Path, kind: str) -> None:
     merged = load(tmp_path / "merged", device="cpu")
     assert merged.tokenizer.added_tokens[WORDS[0]] == loaded.tokenizer.added_tokens[WORDS[0]] == ROWS
     assert merged.tokenizer.eos_ids == loaded.tokenizer.eos_ids == {2}
+    assert not (tmp_path / "merged" / "tokenizer.model").exists()  # that of the GGUF file
     with torch.inference_mode():
         assert torch.equal(*(one.model.forward(ids_of(), [11]) for one in (loaded, merged)))
 
@@ -295,3 +302,16 @@ def test_a_server_has_the_adapters_template(tmp_path: Path) -> None:
     written = loaded.save(tmp_path / "saved").path
     assert load(written, device="cpu").tokenizer.added_tokens.keys() >= set(WORDS)
     assert find_template(loaded.tokenizer, folder=written).encode_chat([Message("user", "Hi")])[0] == ROWS
+
+
+def test_words_may_be_in_the_vocabulary_proper(tmp_path: Path) -> None:
+    """A tokenizer that was trained further adds no tokens: its own vocabulary is larger."""
+    adapter = handmade(tmp_path / "adapter", ROWS + 64, ROWS + 64)
+    made = to_tokenizer_json(Tokenizer(BUNDLED / "tokenizer.model"))
+    assert made is not None
+    told = json.loads(made)
+    told["model"]["vocab"]["\u2581永和"] = ROWS
+    (adapter / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    loaded = load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
+    assert loaded.words == adapter
+    assert loaded.tokenizer.n_words == ROWS + 1
