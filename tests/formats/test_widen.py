@@ -13,11 +13,14 @@ import torch
 from mistral import load
 from mistral.chat.messages import Message
 from mistral.chat.templates import find_template
-from mistral.formats.adapter import AdapterError
+from mistral.formats.adapter import AdapterError, read_adapter
 from mistral.formats.convert import convert
 from mistral.formats.fingerprint import fingerprint
+from mistral.formats.folder import read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_json
+from mistral.formats.merge import merge_into
 from mistral.loader.options import OptionError
+from mistral.parameters import parameters
 from mistral.serve.settings import served_of
 from mistral.tokenizer import Tokenizer
 from tests.support.adapters import peft_tensors, write_peft
@@ -202,6 +205,10 @@ def test_tables_without_a_tokenizer_keep_the_bases_words(tmp_path: Path) -> None
     loaded = load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
     assert loaded.args.vocab_size == ROWS + 2
     assert loaded.tokenizer.n_ids == ROWS
+    merged = merge_into(read_folder(tmp_path / "base"), read_adapter(adapter))
+    assert {name: tensor.shape for name, tensor in merged.tensors.items()} == {
+        name: parameter.shape for name, parameter in parameters(loaded.args).items()
+    }
     assert "the adapter's folder has no tokenizer: the words that it adds have ids, and no text" in loaded.notes
     assert "the model has 2 ids that the tokenizer has no token for, and so without text" in loaded.notes
 
