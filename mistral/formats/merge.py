@@ -226,6 +226,10 @@ def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelAr
         )
     if args.tied_embeddings and still_tied(adapter, args, tables, folder.args.vocab_size):
         own.pop(OUTPUT, None)  # the same
+        if EMBEDDINGS in adapter.whole and OUTPUT not in adapter.whole:
+            notes.append(
+                "the output stays tied to the embeddings, which are the adapter's: it has no rows for the output"
+            )
     elif args.tied_embeddings:
         args = replace(args, tied_embeddings=False)
         readers[OUTPUT], tensors[OUTPUT] = readers[EMBEDDINGS], tensors[EMBEDDINGS]

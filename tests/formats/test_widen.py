@@ -245,6 +245,7 @@ def test_a_gguf_file_gets_words_too(tmp_path: Path, kind: str) -> None:
     (adapter / "tokenizer.model").unlink()
     loaded = load(base, device="cpu", adapter=str(adapter), quant="none")
     assert loaded.args.tied_embeddings
+    assert any(note.startswith("the output stays tied to the embeddings") for note in loaded.notes)
     assert torch.equal(loaded.model.output.weight, own)
     assert loaded.words == adapter
     convert(base, tmp_path / "merged", "hf", adapter=adapter)
