@@ -38,7 +38,7 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
         lacking = ["the adapter's folder has no tokenizer: the words that it adds have ids, and no text"]
         return None, lacking if wider else unused_of(folder, base)
     own, more = read_tokenizer(folder), more_words(folder, base)
-    rowless = [word for word, i in own.added.items() if i >= vocab_size]
+    rowless = [word for word in more if own.added.get(word, 0) >= vocab_size]  # those of the base have a note already
     with_rows = [word for word in more if word not in rowless]
     if wrong := [word for word in rowless if word != own.named.get("pad_token")]:
         no_rows = "is no row" if len(wrong) == 1 else "are no rows"

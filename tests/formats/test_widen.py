@@ -189,6 +189,13 @@ def test_a_word_for_padding_needs_no_row(tmp_path: Path) -> None:
     assert any("1 added token (<pad>) that base does not have: not used" in note for note in loaded.notes)
 
 
+def test_a_word_that_the_base_has_no_row_for_either_is_no_news(tmp_path: Path) -> None:
+    base = with_words(make_folder(tmp_path / "base"), "<odd>")
+    loaded = load(base, device="cpu", adapter=str(with_words(write_peft(tmp_path / "adapter"), "<odd>")))
+    assert loaded.words == base
+    assert any("the model has no weights for 1 added token of its tokenizer (<odd>)" in note for note in loaded.notes)
+
+
 def test_several_adapters_leave_the_words_to_the_base(tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", vocab_size=ROWS + 64)
     words = with_words(write_peft(tmp_path / "words"), *WORDS)
