@@ -173,7 +173,7 @@ def _ends(loaded: Loaded, template: Template | None) -> tuple[frozenset[int], bo
     from mistral.chat.templates import ends_of
     from mistral.formats.tokenizers import eos_ids, has_tokenizer
 
-    if has_tokenizer(loaded.folder):
+    if has_tokenizer(loaded.words):
         return ends_of(loaded.tokenizer, template), True
     return eos_ids(loaded.folder, None, loaded.args.vocab_size)[0], False
 

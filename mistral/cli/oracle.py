@@ -339,9 +339,9 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
     if any(isinstance(one.prompt, str) for one in asked):
         if found is None:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
-        tokenizer, notes = words_of(found.path, found.args)
+        tokenizer, notes = words_of(found.words, found.args, found.path)
         if tokenizer is None:
-            tokenizer = load_tokenizer(found.path, found.args.vocab_size)  # which says what is missing
+            tokenizer = load_tokenizer(found.words, found.args.vocab_size)  # which says what is missing
         for note in notes:
             terminal.echo_err(f"note: {note}")
     if found is not None:

@@ -118,7 +118,7 @@ class MistralLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """For lm-eval's caches of requests."""
-        return f"{self.loaded.folder.name}/{self._tokens.path.name}".replace("/", "__")
+        return f"{self.loaded.words.name}/{self._tokens.path.name}".replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The name of the template of conversations; for lm-eval's caches."""
@@ -154,7 +154,7 @@ class MistralLM(TemplateLM):
     @cached_property
     def _template(self) -> Template:
         release = None if self.loaded.release is None else self.loaded.release.template
-        found = find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.folder)
+        found = find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.words)
         if note := assumed(found, self._tokens):
             log.warning("note: %s", note)
         return found

@@ -14,13 +14,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mistral.formats.adapter_rows import KEY, ROWS, Rows, rows_by_module
+from mistral.formats.adapter_rows import AdapterError as AdapterError
 from mistral.formats.huggingface import NAMES, to_hf, to_mistral
 from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.pth import open_pth
 from mistral.formats.text_inside import VISION, alone
 from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
 from mistral.util.english import counted
-from mistral.util.errors import FormatError, printable, short_repr
+from mistral.util.errors import printable, short_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 OLDER = "adapter_model.bin"  # what PEFT wrote before 2023
@@ -32,12 +34,11 @@ KNOWN = {
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
-    *("alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+    *("alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", KEY),
 }
 # Keys that add to a model what is no product of two matrices, unless they are empty.
 REFUSED = {
     "lora_bias": "it adds biases",
-    "trainable_token_indices": "it replaces rows of the embeddings",
     "layer_replication": "it repeats layers of its base",
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which works from some tokens on",
     "use_bdlora": "BD-LoRA, whose matrices are in blocks",
@@ -47,15 +48,13 @@ REFUSED = {
 # How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed output.
-WHOLE = re.compile(r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.base_layer|\.modules_to_save)?\.weight")
+WHOLE = re.compile(
+    r"(?:base_model\.model\.)?((?!.*\.lora_).+?)(?:\.token_adapter)?(?:\.base_layer|\.modules_to_save)?\.weight"
+)
 # The base's own weight below one that was trained whole: PEFT writes it too where words were added to the vocabulary.
 UNTRAINED = re.compile(r".+\.original_module\.weight")
 # A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
 PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
-
-
-class AdapterError(FormatError):
-    """An adapter that is broken, cannot be merged exactly, or belongs to another model."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class Adapter:
         weights: its tensors, under their own names.
         pairs: by Mistral's name of the weight that they change.
         whole: names of tensors that stand in the place of the base's, by Mistral's name of the weight.
+        rows: single rows that stand in the place of some of a weight's, by Mistral's name of it.
         notes: what was assumed or ignored, a sentence each.
     """
 
@@ -89,6 +89,7 @@ class Adapter:
     weights: WeightFiles
     pairs: dict[str, Pair] = field(repr=False)
     whole: dict[str, str] = field(default_factory=dict, repr=False)
+    rows: dict[str, Rows] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,8 +106,10 @@ class Adapter:
 
     @property
     def replaces(self) -> str:
-        """The modules whose weights it has of its own, by PEFT's names of them, human-readable."""
-        return some_names([to_hf(name).removesuffix(".weight") for name in self.whole])
+        """The modules whose weights it has of its own, by PEFT's names of them, human-readable; "" for none."""
+        some = {name: rows for name, rows in self.rows.items() if name not in self.whole}
+        parts = [f"{counted(len(rows.ids), 'row')} of {_module(name)}" for name, rows in some.items()]
+        return " and ".join([*([some_names([*map(_module, self.whole)])] if self.whole else []), *parts])
 
     def describe(self) -> str:
         """What it is: kind, rank, scale, matrices."""
@@ -114,11 +117,16 @@ class Adapter:
         scales = sorted({pair.scale for pair in self.pairs.values()})
         layers = len({name.split(".")[1] for name in self.pairs if name.startswith("layers.")})
         where = f" in {counted(layers, 'layer')}" if layers else ""
-        whole = f", and weights of its own in the place of {self.replaces}" if self.whole else ""
+        whole = f", and weights of its own in the place of {self.replaces}" if self.replaces else ""
         return (
             f"{'DoRA' if self.dora else 'LoRA'} of {FORMS[self.form]}, rank {join(map(str, ranks))}, "
             f"scale {join(f'{s:g}' for s in scales)}, of {', '.join(self.targets)}{where}{whole}"
         )
+
+
+def _module(weight: str) -> str:
+    """PEFT's name of the module that has a weight, from Mistral's name of that."""
+    return to_hf(weight).removesuffix(".weight")
 
 
 def is_adapter(path: str | PathLike[str]) -> bool:
@@ -185,8 +193,9 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
     weights = _peft_weights(folder)
     file = weights.files[0]
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
-    whole = _whole(weights)
-    found = _grouped((name for name in weights.tensors if not WHOLE.fullmatch(name)), pattern, file)
+    whole, rows = _whole(weights), rows_by_module(weights.tensors, config.get(KEY), CONFIG)
+    rest = (name for name in weights.tensors if not (WHOLE.fullmatch(name) or ROWS.fullmatch(name)))
+    found = _grouped(rest, pattern, file)
     pairs: dict[str, Pair] = {}
     seeing = [module for module in (*found, *whole) if VISION.fullmatch(module)]
     if seeing:
@@ -208,9 +217,11 @@ def _read_peft(folder: Path, place: Path) -> Adapter:
         raise AdapterError(f"{file} changes nothing of the text model")
     _check_saved(config.get("modules_to_save"), whole, file)
     own = {_weight_of(module, file): name for module, name in whole.items() if module not in seeing}
-    _check_floats(weights, own.values())
-    base = config.get("base_model_name_or_path")
-    return Adapter(place, "peft", base if isinstance(base, str) and base else None, weights, pairs, own, tuple(notes))
+    single = {_weight_of(module, file): some for module, some in rows.items()}
+    _check_floats(weights, [*own.values(), *(some.name for some in single.values())])
+    named = config.get("base_model_name_or_path")
+    base = named if isinstance(named, str) and named else None
+    return Adapter(place, "peft", base, weights, pairs, own, single, tuple(notes))
 
 
 def _peft_weights(folder: Path) -> WeightFiles:

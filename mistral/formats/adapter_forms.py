@@ -158,7 +158,7 @@ def _as_finetune(adapter: Adapter, args: ModelArgs) -> dict[str, Any]:
     names = [name for name in adapter.pairs if not name.startswith("layers.") or ".experts." in name]
     for wrong, what in (
         (adapter.dora, "DoRA"),
-        (bool(adapter.whole), f"weights of its own in the place of {adapter.replaces}"),
+        (bool(adapter.replaces), f"weights of its own in the place of {adapter.replaces}"),
         (len(ranks) > 1, f"ranks of {join(map(str, ranks))}, where it has one for all"),
         (len(scales) > 1, f"scales of {join(f'{scale:g}' for scale in scales)}, where it has one for all"),
         (bool(names), f"a LoRA of {some_names(names)}"),

@@ -5,7 +5,7 @@ Nothing that a folder says is lost without a note, and nothing is said that it d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial, reduce
 from pathlib import Path
@@ -66,30 +66,33 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     """
     vocab_size, tokenizer = folder.args.vocab_size, None
     with suppress(TokenizerError):
-        tokenizer = load_tokenizer(folder.path, vocab_size)
-    if folder.path.is_file():
+        tokenizer = load_tokenizer(folder.words, vocab_size, folder.path)
+    if folder.path.is_file() and folder.own_words is None:
         return {}  # `unpacked` writes them
     path, generation = folder.path / GENERATION, dict[str, Any]()
     with suppress(ParamsError):  # `require_whole` has named a broken one
         generation = read_object(path) if path.is_file() else {}
     there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
-    there |= set() if tokenizer is None else own_ends(tokenizer)
-    ends = eos_ids(folder.path, tokenizer, vocab_size)[0]
+    if tokenizer is not None and folder.own_words is None:  # with an adapter's, transformers goes by this file alone
+        there |= own_ends(tokenizer)
+    ends = eos_ids(folder.path, None, vocab_size)[0] if tokenizer is None else tokenizer.eos_ids
     missing = ends - there
     if not missing:
         return {}
-    named = [i for i in _ids(folder.raw.get("eos_token_id")) if i in ends]  # transformers goes by this file alone
+    others = (*_ids(folder.raw.get("eos_token_id")), *_ids(described.get("eos_token_id")))
+    named = [i for i in others if i in ends]  # transformers goes by this file alone
     ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named, *sorted(missing)]))
-    notes.append(f"{GENERATION} has the ids that end a sequence in config.json: {', '.join(map(str, ids))}")
+    where = "config.json" if folder.own_words is None else "the base or the adapter"
+    notes.append(f"{GENERATION} has the ids that end a sequence in {where}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
 
 
 def for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
-    if (folder.path / JSON).is_file():
+    if (folder.words / JSON).is_file():
         return {}
     try:
-        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size)
     except TokenizerError:
         return {}
 
@@ -101,7 +104,7 @@ def for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[s
         )
         return {}
     texts = {JSON: made}
-    if not (folder.path / CONFIG).is_file():
+    if not (folder.words / CONFIG).is_file():
         texts[CONFIG] = as_json(to_tokenizer_config(tokenizer))
     were = "was" if len(texts) == 1 else "were"
     notes.append(
@@ -117,7 +120,7 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
     """
     release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
     of_its_own = release is not None and release.template == "mistrallite"
-    if chat_templates(folder.path) or of_its_own or (made := to_chat_template(tokenizer)) is None:
+    if chat_templates(folder.words) or of_its_own or (made := to_chat_template(tokenizer)) is None:
         return {}
     why = "as asked" if instruct else why_instruct(folder.path, release)
     if why is None:
@@ -137,7 +140,7 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
 def about_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
     """A note where nothing but the source's name says that a model is for conversations, and the new one does not."""
     try:
-        why = None if chat_templates(folder.path) or layout is not NATIVE else why_instruct(folder.path, None)
+        why = None if chat_templates(folder.words) or layout is not NATIVE else why_instruct(folder.path, None)
     except TokenizerError:
         return []
     if why is None or why_instruct(dst, None) is not None:
@@ -148,7 +151,7 @@ def about_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
 def about_tokenizer(folder: Folder) -> list[str]:
     """What should be known about the source's tokenizer, a sentence each."""
     try:
-        return words_of(folder.path, folder.args)[1]
+        return words_of(folder.words, folder.args, folder.path)[1]
     except TokenizerError as error:
         return [f"the tokenizer cannot be used: {error}"]
 
@@ -157,10 +160,14 @@ def _ids(value: Any) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
-def not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[str]:
-    """A note on the files of the source that have no copy and no counterpart in the destination."""
+def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> list[str]:
+    """A note on the files of the source that have no copy and no counterpart in the destination.
+
+    Args:
+        carried: what is copied, by its names in the destination.
+    """
     used = {folder.source, *folder.layout.indexes, *written, *(path.name for path in folder.weights.files)}
-    used |= {path.relative_to(folder.path).parts[0] for path in carried}
+    used |= {Path(name).parts[0] for name in carried}
     there = folder.path.iterdir() if folder.path.is_dir() else ()
     rest = sorted(entry.name for entry in there if entry.name not in used)
     shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
@@ -169,7 +176,7 @@ def not_carried(folder: Folder, carried: list[Path], written: set[str]) -> list[
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
     try:
-        tokenizer = load_tokenizer(folder.path, folder.args.vocab_size)
+        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size)
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     except TokenizerError as error:
         notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")

@@ -42,17 +42,9 @@ from mistral.util.files import folder_atomic
 Calibrate = Callable[[Folder], tuple[Mapping[str, torch.Tensor], str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What is carried along, as it is, into either layout, besides tokenizers.
-CARRIED = (
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "additional_chat_templates/*",
-    GENERATION,
-    "SYSTEM_PROMPT.txt",
-    "LICEN[CS]E*",
-)
+# What is carried along, as it is, into either layout: with the tokenizer, which may be an adapter's, and of the model.
+OF_WORDS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*")
+OF_MODEL = (GENERATION, "SYSTEM_PROMPT.txt", "LICEN[CS]E*")
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,7 @@ def write_folder(
             if len(files) > 1 and layout.index is not None:
                 names = {tensor.name: file for file, part in files.items() for tensor in part}
                 write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
-            beside.write(folder.path, work)  # last, because no folder without them is taken for a model
+            beside.write(work)  # last, because no folder without them is taken for a model
             read_folder(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error
@@ -199,23 +191,23 @@ class _Beside:
     """The small files of a folder that is written.
 
     Args:
-        carried: to be copied as they are.
+        carried: to be copied as they are, by the names they get.
         unpacked: contents that were a part of another file, by name.
         texts: that were made, by name.
     """
 
-    carried: list[Path]
+    carried: Mapping[str, Path]
     unpacked: Mapping[str, bytes]
     texts: Mapping[str, str]
 
     @property
     def nbytes(self) -> int:
-        copied = sum(path.stat().st_size for path in self.carried)
+        copied = sum(path.stat().st_size for path in self.carried.values())
         return copied + sum(map(len, self.unpacked.values())) + sum(len(t.encode()) for t in self.texts.values())
 
-    def write(self, source: Path, folder: Path) -> None:
-        for path in self.carried:
-            copy = folder / path.relative_to(source)
+    def write(self, folder: Path) -> None:
+        for name, path in self.carried.items():
+            copy = folder / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
         for name, content in self.unpacked.items():
@@ -227,13 +219,11 @@ class _Beside:
 
 def _beside(folder: Folder, layout: Layout, texts: dict[str, str], notes: list[str], instruct: bool) -> _Beside:
     """What comes beside the weights: `texts`, and what a tokenizer and conversations need; notes are added to."""
-    unpack, lost = unpacked(folder.path, folder.args.vocab_size)
+    unpack, lost = unpacked(folder.words, folder.args.vocab_size)
     notes += lost
     if layout is not NATIVE and JSON not in unpack:
         texts = for_transformers(folder, notes, instruct) | texts
-    found = {path for pattern in CARRIED for path in folder.path.glob(pattern) if path.is_file()}
-    found.update(tokenizer_files(folder.path))
-    carried = sorted(path for path in found if path.name not in texts)
+    carried = {name: path for name, path in _carried(folder).items() if path.name not in texts}
     notes += not_carried(folder, carried, set(texts))
     return _Beside(carried, unpack, texts)
 
@@ -252,6 +242,16 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
     if dtype is not None and target not in DTYPES.values():
         raise ConvertError(f"dtype {str(dtype)!r} is not one of {', '.join(DTYPES)}")
     return layout, target
+
+
+def _carried(folder: Folder) -> dict[str, Path]:
+    """The files that are copied as they are, by their names in the destination."""
+    found = dict[str, Path]()
+    for place, patterns in ((folder.path, OF_MODEL), (folder.words, OF_WORDS)):
+        paths = (path for pattern in patterns for path in place.glob(pattern) if path.is_file())
+        found |= {path.relative_to(place).as_posix(): path for path in paths}
+    found |= {path.name: path for path in tokenizer_files(folder.words)}
+    return dict(sorted(found.items()))
 
 
 # --- where to

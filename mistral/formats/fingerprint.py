@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral.formats.adapter import read_adapter
+from mistral.formats.adapter_words import own_words
 from mistral.formats.folder import read_folder
 from mistral.formats.gguf import BlockReader
 from mistral.formats.releases import COMPARED
@@ -22,7 +23,7 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
     """A digest of a model's shape, a row of each of its tensors, and its tokenizer; a page of each tensor is read.
 
     Rows of q and k are left out: in one of the layouts they would have to be put in order first. Of an adapter, a row
-    of each of its tensors and the scales count.
+    of each of its tensors and the scales count, and its tokenizer where that is used.
 
     Raises:
         ValueError: a subclass that says what is wrong with the folder.
@@ -41,6 +42,9 @@ def fingerprint(folder: Path, adapter: str | None = None) -> str:
     digest.update(tokenizer_content(found.path))
     if adapter is not None:
         lora = read_adapter(adapter)
+        words, _ = own_words(lora, found.path, found.args)
+        if words is not None:
+            digest.update(tokenizer_content(words))
         digest.update(repr(sorted((name, pair.scale) for name, pair in lora.pairs.items())).encode())
         for name in sorted(lora.weights.tensors):
             digest.update(name.encode() + lora.weights.get(name)[0].float().numpy().tobytes())

@@ -42,6 +42,7 @@ class Folder:
         quant: "int8", "int4" or `SYMMETRIC` where the matrices are stored quantized, under the names of
             `fast.layout.stored_as`; else None. Older folders have a tied table as it was: see `has_quantized`.
         notes: what was assumed or ignored, a sentence each.
+        own_words: the folder of an adapter whose tokenizer and templates stand in the place of the model's; None: none.
     """
 
     path: Path
@@ -52,6 +53,12 @@ class Folder:
     weights: WeightFiles
     notes: tuple[str, ...]
     quant: str | None = None
+    own_words: Path | None = None
+
+    @property
+    def words(self) -> Path:
+        """Where its tokenizer and its chat templates are."""
+        return self.path if self.own_words is None else self.own_words
 
     @property
     def tensors(self) -> dict[str, Stored]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mistral.formats.adapter import CONFIG, FORMS, is_adapter, read_adapter
+from mistral.formats.adapter import CONFIG, FORMS, Adapter, is_adapter, read_adapter
+from mistral.formats.adapter_words import more_words
+from mistral.formats.folder import read_folder
 from mistral.formats.layouts import LAYOUTS
+from mistral.formats.merge import release_named
+from mistral.formats.tokenizers import chat_templates, has_tokenizer, read_tokenizer
+from mistral.formats.widen import TABLES
+from mistral.formats.words import some_words
+from mistral.tokenizer import TokenizerError
 from mistral.util import memory
 from mistral.util.english import counted
+from mistral.util.errors import MistralError
 
 
 def is_one(path: str | PathLike[str]) -> bool:
@@ -26,7 +35,11 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         AdapterError, ParamsError, WeightsError: it is broken, or cannot be merged exactly.
     """
     found = read_adapter(path)
-    pairs = found.pairs.values()
+    pairs, vocabulary, notes = found.pairs.values(), None, list(found.notes)
+    try:
+        vocabulary = _vocabulary(found)
+    except TokenizerError as error:
+        notes.append(f"its tokenizer cannot be used: {error}")
     dtypes = sorted({tensor.dtype for tensor in found.weights.tensors.values()})
     return {
         "folder": str(path),
@@ -39,11 +52,53 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         "targets": list(found.targets),
         "matrices": len(found.pairs),
         "replaces": found.replaces,
+        "vocabulary": vocabulary,
         "parameters": sum(tensor.parameters for tensor in found.weights.tensors.values()),
         "bytes": found.weights.nbytes,
         "dtypes": dtypes,
-        "notes": list(found.notes),
+        "notes": notes,
     }
+
+
+def _vocabulary(found: Adapter) -> dict[str, Any] | None:
+    """What an adapter makes of the vocabulary: rows of its tables, words of its tokenizer, beside those of its base;
+    None where it has neither."""
+    rows = max((found.weights.tensors[found.whole[name]].shape[0] for name in TABLES if name in found.whole), default=0)
+    folder, template, words, file = found.path, None, list[str](), None
+    before, base = _base_rows(found.base)
+    if folder.is_dir() and has_tokenizer(folder):
+        own = read_tokenizer(folder)
+        past = sorted(own.added, key=own.added.__getitem__)
+        words, file = past if base is None else more_words(folder, base), own.path.name
+        template = getattr(chat_templates(folder).get("default"), "file", None)
+    if not rows and not words:
+        return None
+    return {"rows": rows or None, "base_rows": before, "tokenizer": file, "words": words, "template": template}
+
+
+def _base_rows(base: str | None) -> tuple[int | None, Path | None]:
+    """The rows of the vocabulary of the base that an adapter names, and where it is, as far as either is known."""
+    if base is None:
+        return None, None
+    try:
+        if os.path.isdir(base) or os.path.isfile(base):
+            found = read_folder(base)
+            return found.args.vocab_size, found.path
+    except MistralError:
+        pass
+    release = release_named(base)
+    return None if release is None else release.vocab_size, None
+
+
+def _of_vocabulary(told: dict[str, Any]) -> str:
+    rows, before, words = told["rows"], told["base_rows"], told["words"]
+    shown = f"{counted(len(words), 'word')} ({some_words(words)})" if words else "no words"
+    of = f"{told['tokenizer']} beside it adds {shown}" if told["tokenizer"] else "no tokenizer is beside it"
+    chat = f", with the chat template {told['template']}" if told["template"] else ""
+    if rows is None:
+        return f"{of}{chat}; no rows for them are in it"
+    more = "" if before is None or rows <= before else f", {rows - before:,} more than its base"
+    return f"{counted(rows, 'row')}{more}; {of}{chat}"
 
 
 def as_text(told: dict[str, Any]) -> str:
@@ -57,6 +112,7 @@ def as_text(told: dict[str, Any]) -> str:
         "scale": " and ".join(f"{scale:g}" for scale in told["scales"]),
         "changes": f"{counted(told['matrices'], 'matrix', 'matrices')}: {', '.join(told['targets'])}",
         **({"replaces": f"{told['replaces']}, by weights of its own"} if told["replaces"] else {}),
+        **({"vocabulary": _of_vocabulary(told["vocabulary"])} if told["vocabulary"] else {}),
         "parameters": f"{told['parameters'] / 1e6:,.1f} M, stored as {' and '.join(told['dtypes'])}, "
         f"{memory.as_text(told['bytes'])}",
     }

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
+from mistral.formats.adapter_words import own_words
 from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
 from mistral.formats.weights import Reader, WeightFiles, some_names
-from mistral.formats.words import unused_of
+from mistral.formats.widen import SAVE, TABLES, WithRows, still_tied, widened
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
+from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
@@ -94,30 +96,44 @@ def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
     return {name: _update(adapter, known[name], pair) for name, pair in adapter.pairs.items()}
 
 
-def replaced(adapter: Adapter, args: ModelArgs) -> dict[str, Reader]:
+def replaced(adapter: Adapter, args: ModelArgs, old: Mapping[str, Reader]) -> dict[str, Reader]:
     """Readers of the weights that an adapter has of its own in the place of a model's, rows in Mistral's order.
+
+    Args:
+        args: of the model with the adapter; see `widened`.
+        old: readers of the model's weights, of which an adapter may have some rows only.
 
     Raises:
         AdapterError: the model has no such weight, or one of another size.
     """
-    known, found = parameters(args), dict[str, Reader]()
+    known, found = parameters(replace(args, tied_embeddings=False)), dict[str, Reader]()
     for name, stored in adapter.whole.items():
-        if name not in known or (name == EMBEDDINGS and args.tied_embeddings):
-            tied = ": its output is tied to its embeddings" if args.tied_embeddings else ""
-            raise AdapterError(f"{adapter.path} has {name} of its own, which this model cannot have{tied}")
+        if name not in known:
+            raise AdapterError(f"{adapter.path} has {name} of its own, which this model does not have")
         if (shape := adapter.weights.tensors[stored].shape) != known[name].shape:
-            words = (
-                ", or words were added to its vocabulary: then merge it with PEFT, into its base with as many words, "
-                "and give that model"
-                if name in (EMBEDDINGS, OUTPUT)
-                else ""
-            )
             raise AdapterError(
                 f"{printable(stored)} is {short_repr(list(shape))}, but the model makes it {list(known[name].shape)}: "
-                f"the adapter is of another model{words}"
+                "the adapter is of another model"
             )
         found[name] = _Rows(adapter.weights, stored, known[name].heads)
-    return found
+    if strange := [name for name in adapter.rows if name not in TABLES]:
+        raise AdapterError(f"{adapter.path} has rows of its own in {some_names(strange)}, which has none for words")
+    return found | {name: _with_rows(adapter, name, known[name], found.get(name), old) for name in adapter.rows}
+
+
+def _with_rows(
+    adapter: Adapter, name: str, parameter: Parameter, own: Reader | None, old: Mapping[str, Reader]
+) -> Reader:
+    """The reader of a table, the adapter's own or the model's, with the rows in it that the adapter has alone."""
+    rows = adapter.rows[name]
+    n, dim = parameter.shape
+    if (width := adapter.weights.tensors[rows.name].shape[1]) != dim or max(rows.ids) >= n:
+        raise AdapterError(
+            f"{printable(rows.name)} has rows of {width} numbers up to id {max(rows.ids)}, but {name} is {[n, dim]}: "
+            f"the adapter is of another model, or the rows of words that were added are not saved: {SAVE}"
+        )
+    table = own or old.get(name, old[EMBEDDINGS])
+    return WithRows(table, _Rows(adapter.weights, rows.name, None), rows.ids)
 
 
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
@@ -181,16 +197,51 @@ def merge_into(folder: Folder, adapter: Adapter, asked: str | None = None) -> Fo
         AdapterError: the adapter is of another model, or the folder's weights are quantized already.
     """
     if folder.quant is not None:
+        beside = "" if adapter.replaces or adapter.dora else ", or use --adapter_mode runtime"
         raise AdapterError(
             f"the weights of {folder.path} are quantized to {folder.quant}, and merging would round them again: "
-            "merge into what they were made from, or use --adapter_mode runtime"
+            f"merge into what they were made from{beside}"
         )
-    found = updates(adapter, folder.args)
-    old = {**folder.weights.readers, **replaced(adapter, folder.args)}
+    weights, args, said = _with_tables(folder, adapter)
+    found = updates(adapter, args)
+    old = weights.readers
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
-    dtypes = [asked] if asked else sorted({folder.weights.tensors[name].dtype for name in (*found, *adapter.whole)})
-    notes = (*folder.notes, *about(adapter, f"merged, rounded once to {join(dtypes)}", folder))
-    return replace(folder, weights=replace(folder.weights, readers=readers), notes=notes)
+    changed = {*found, *adapter.whole, *adapter.rows} & old.keys()
+    dtypes = [asked] if asked else sorted({weights.tensors[name].dtype for name in changed})
+    words, about_words = own_words(adapter, folder.path, folder.args)
+    said = [*about(adapter, f"merged, rounded once to {join(dtypes)}", folder), *said, *about_words]
+    weights = replace(weights, readers=readers)
+    return replace(folder, args=args, weights=weights, notes=(*folder.notes, *said), own_words=words)
+
+
+def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelArgs, list[str]]:
+    """A folder's weights with those that an adapter has of its own in their place, their shape, and notes on it."""
+    args = widened(adapter, folder.args)
+    readers, tensors, notes = dict(folder.weights.readers), dict(folder.weights.tensors), list[str]()
+    own = replaced(adapter, args, readers)
+    tables = {name: own[name] for name in TABLES if name in own}
+    if args.vocab_size > folder.args.vocab_size:
+        more = args.vocab_size - folder.args.vocab_size
+        notes.append(
+            f"the adapter adds {counted(more, 'row')} to the vocabulary: {args.vocab_size:,}, by its own tables"
+        )
+    if args.tied_embeddings and still_tied(adapter, args, tables, folder.args.vocab_size):
+        own.pop(OUTPUT, None)  # the same
+        if EMBEDDINGS in adapter.whole and OUTPUT not in adapter.whole:
+            notes.append(
+                "the output stays tied to the embeddings, which are the adapter's: it has no rows for the output"
+            )
+    elif args.tied_embeddings:
+        args = replace(args, tied_embeddings=False)
+        readers[OUTPUT], tensors[OUTPUT] = readers[EMBEDDINGS], tensors[EMBEDDINGS]
+        notes.append("the output is no longer tied to the embeddings: with the adapter the two are different tables")
+    for name, reader in own.items():
+        stored = tensors[name]
+        readers[name] = reader
+        tensors[name] = replace(
+            stored, shape=parameters(args)[name].shape, dtype_name=stored.dtype, widened=False, computed=""
+        )
+    return WeightFiles(folder.weights.files, tensors, readers), args, notes
 
 
 def has_adapter(folder: Folder) -> bool:
@@ -199,19 +250,19 @@ def has_adapter(folder: Folder) -> bool:
 
 
 def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
-    """Notes on an adapter in use, a sentence each.
+    """Notes on an adapter in use, a sentence each; those on its words are by `own_words`.
 
     Args:
         folder: the model that it is used with.
     """
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
     notes = (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
-    return (*notes, *_doubts(adapter, folder), *unused_of(adapter.path, folder.path))
+    return (*notes, *_doubts(adapter, folder))
 
 
 def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
     """What speaks against this model being the one that an adapter was trained on, though all sizes fit."""
-    named, (here, _) = _release_named(adapter.base or ""), identify(folder.args)
+    named, (here, _) = release_named(adapter.base or ""), identify(folder.args)
     if named is not None and here is not None and named.shape != here.shape:
         yield (
             f"the adapter was trained on {printable(adapter.base or '')}, which is {named.name}, and this model is "
@@ -236,7 +287,7 @@ def _chooses_layers(adapter: Adapter) -> bool:
     return config.get("layers_to_transform") is not None or any("layers" in pattern for pattern in patterns)
 
 
-def _release_named(base: str) -> Release | None:
+def release_named(base: str) -> Release | None:
     """The release that the name of a base means, such as mistralai/Mistral-7B-Instruct-v0.3."""
     words = set(re.split(r"[^a-z0-9.]+", base.lower()))
     if not any(word.endswith("stral") or word == "mixtral" for word in words):

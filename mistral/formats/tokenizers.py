@@ -116,10 +116,13 @@ def tokenizer_content(folder: Path) -> bytes:
     return b"" if path is None else path.read_bytes()
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int, base: Path | None = None) -> Tokenizer:
     """The tokenizer of a model, see `read_tokenizer`, with the `eos_ids` of the folder.
 
     Tokens that were added may lie outside the model's vocabulary, as padding often does: see `tokenizer_notes`.
+
+    Args:
+        base: the model itself, where the tokenizer is that of an adapter: what ends its sequences ends these too.
 
     Raises:
         TokenizerError: none, broken, or with more words than the model.
@@ -132,7 +135,17 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     told, _ = _ends_of_files(folder, vocab_size)
     tokenizer.settle_eos(frozenset(told))
     tokenizer.eos_ids = frozenset(_with_own(told, folder, tokenizer, vocab_size))
+    if base is not None and base != folder:
+        tokenizer.eos_ids |= _ends_of(base, vocab_size)
     return tokenizer
+
+
+def _ends_of(base: Path, vocab_size: int) -> frozenset[int]:
+    """The ids that end sequences by all files of a model, as far as they can be read."""
+    try:
+        return load_tokenizer(base, vocab_size).eos_ids
+    except TokenizerError:
+        return eos_ids(base, None, vocab_size)[0]
 
 
 def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:

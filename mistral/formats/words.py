@@ -25,7 +25,6 @@ from mistral.formats.tokenizers import (
     is_gguf_file,
     load_tokenizer,
     missing_tokens,
-    read_tokenizer,
     tokenizer_notes,
 )
 from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens, token_text
@@ -37,15 +36,19 @@ from mistral.util.files import read_limited
 OF_PROCESSORS = "chat_template.json"  # what transformers reads for models that see images, and not for text
 
 
-def words_of(folder: Path, args: ModelArgs) -> tuple[Tokenizer | None, list[str]]:
+def words_of(folder: Path, args: ModelArgs, base: Path | None = None) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer of a model, None where there is none, and all that whoever uses it should know, a sentence each.
+
+    Args:
+        folder: where the tokenizer is; see `Folder.words`.
+        base: the model itself; see `load_tokenizer`.
 
     Raises:
         TokenizerError: as `load_tokenizer`.
     """
     if not has_tokenizer(folder):
         return None, [NO_TOKENIZER]
-    found = load_tokenizer(folder, args.vocab_size)
+    found = load_tokenizer(folder, args.vocab_size, base)
     notes = tokenizer_notes(folder, found, args.vocab_size) + text_notes(folder, found, args.vocab_size)
     return found, notes + unused_ids(args, found)
 
@@ -97,13 +100,14 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     typed = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.normalized and not t.special]
     if typed and '"Prepend"' in json.dumps(whole.get("normalizer")):  # which such a word goes through too
         notes.append(
-            f"{JSON} has {counted(len(typed), 'added word')} ({_some(typed)}) with normalized true: transformers takes "
-            f"the space in front with it, and {name}, which is read, does not; without {name} ids are transformers'"
+            f"{JSON} has {counted(len(typed), 'added word')} ({some_words(typed)}) with normalized true: transformers "
+            f"takes the space in front with it, and {name}, which is read, does not; without {name} ids are transformers'"
         )
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
         notes.append(
-            f"{JSON} adds {counted(len(unread), 'token')} ({_some(unread)}) that {CONFIG} and {ADDED} do not: not used"
+            f"{JSON} adds {counted(len(unread), 'token')} ({some_words(unread)}) that {CONFIG} and {ADDED} do not: "
+            "not used"
         )
     return notes
 
@@ -141,8 +145,8 @@ def _beside_tekken(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         return []
     instead = f"remove {tokenizer.path.name} to have {JSON} read" if (folder / JSON).is_file() else f"add its {JSON}"
     return [
-        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({_some(added)}) that {tokenizer.path.name}, "
-        f"which is read, has not: not used; {instead}"
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that "
+        f"{tokenizer.path.name}, which is read, has not: not used; {instead}"
     ]
 
 
@@ -185,7 +189,7 @@ def _about_templates(folder: Path) -> list[str]:
     if isinstance(listed, str) and not listed.strip() and default is None:
         notes.append(f"the chat template in {CONFIG} is empty: it counts as none")
     if others := [name for name in own if name != "default"] if default is not None else []:
-        notes.append(f"more chat templates: {_some(others)}; --template takes one of them")
+        notes.append(f"more chat templates: {some_words(others)}; --template takes one of them")
     if (folder / OF_PROCESSORS).is_file():
         instead = "" if own else f"; a template for text is in {TEMPLATE} or {CONFIG}"
         notes.append(f"{OF_PROCESSORS} is not read: it is for models that see images{instead}")
@@ -210,27 +214,6 @@ def _default(told: Any) -> str | None:
     return told if isinstance(told, str) else None
 
 
-def unused_of(adapter: Path, base: Path) -> list[str]:
-    """A note where an adapter's folder brings a chat template or tokens that its base does not have: fine-tunes with
-    some of their own are saved so."""
-    if not (adapter.is_dir() and base.is_dir()):
-        return []
-    try:
-        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
-        added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
-        known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
-        known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
-    except TokenizerError:
-        return []
-    what = []
-    if template is not None and (own is None or own.text.strip() != template.text.strip()):
-        what.append(f"a chat template ({template.file}; --template takes a file)")
-    if more := sorted({token.content for token in added.values()} - known):
-        what.append(f"{counted(len(more), 'added token')} ({_some(more)})")
-    if not what:
-        return []
-    return [f"the adapter's folder has {' and '.join(what)} that {base.name} does not have: not used"]
-
-
-def _some(names: list[str], most: int = 3) -> str:
+def some_words(names: list[str], most: int = 3) -> str:
+    """Words or names for people: the first few."""
     return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mistral.formats.adapter import Adapter, join, read_adapter
+from mistral.formats.adapter_words import own_words, unused_of
 from mistral.formats.folder import Folder
-from mistral.formats.merge import Update, about, merge_into, replaced, updates
+from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
 
 if TYPE_CHECKING:
@@ -66,15 +67,18 @@ def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
         if adapter.dora:
             why = "DoRA, which scales whole rows of the weights"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
-        if adapter.whole:
-            replaced(adapter, found.args)  # one that cannot be merged either is refused for that
+        if adapter.replaces:
+            merge_into(found, adapter)  # one that cannot be merged either is refused for that
             why = f"weights of its own in the place of {adapter.replaces}"
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
     beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}
     notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time", found)]
     if len(adapters) == 1:
         (adapter,) = adapters.values()
-        return Adapted(found, beside, f"adapter {adapter.path} at run time", tuple(notes))
+        words, about_words = own_words(adapter, found.path, found.args)
+        found = replace(found, own_words=words)
+        return Adapted(found, beside, f"adapter {adapter.path} at run time", (*notes, *about_words))
+    notes += [note for adapter in adapters.values() for note in unused_of(adapter.path, found.path)]
     if expert := next((n for added in beside.values() for n in added if _of_expert(n)), None):
         raise OptionError(f"an adapter changes {expert}, of an expert: such a one must be the only one")
     notes.append(f"{len(beside)} adapters: a prompt that names none of them is continued by the base alone")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mistral.fast.layout import bytes_of, stored_as
 from mistral.formats.folder import Folder
 from mistral.formats.weights import Stored, some_names
-from mistral.loader.adapted import put_adapters, with_adapters
+from mistral.loader.adapted import Adapted, put_adapters, with_adapters
 from mistral.loader.blocks import blocks_bytes, kept_blocks, load_blocks, put_blocks, reported
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.parameters import parameters
@@ -33,11 +33,17 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     Raises:
         MistralError: a subclass that names what is wrong with the options, the adapter or the memory.
     """
+    return assemble_adapted(with_adapters(found, options), division, options)
+
+
+def assemble_adapted(adapted: Adapted, division: Division | None, options: LoadOptions) -> tuple[Transformer, Runtime]:
+    """`assemble` of a folder that has its adapters already."""
     import torch
 
     from mistral.fast.known import unknown_module
     from mistral.loader import runtime
 
+    found = adapted.folder
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if division is not None:
@@ -45,8 +51,6 @@ def assemble(found: Folder, division: Division | None = None, *, options: LoadOp
     elif options.parallel > 1:
         those = "complete, interactive, demo, perplexity, serve, batch and finetune"
         raise OptionError(f"parallel {options.parallel} is for {those}: omit it")
-    adapted = with_adapters(found, options)
-    found = adapted.folder
     about = () if division is None else division.notes(found.args, options.quant)
     found = found if division is None else division.part(found)
     args = found.args

@@ -48,7 +48,7 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
         text = decode_text(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {reason_of(error)}") from None
-    tokenizer = load_tokenizer(found.path, found.args.vocab_size)
+    tokenizer = load_tokenizer(found.words, found.args.vocab_size, found.path)
     ids = encode(tokenizer, text)
     if (what := outside(ids, tokenizer, found.args.vocab_size)) is not None:
         raise UsageError(f"{file} has {what}: remove that token from the text")

@@ -17,7 +17,7 @@ from mistral.formats.tokenizers import USUAL_NAME, suggested_sampling
 from mistral.formats.weights import file_names
 from mistral.formats.words import unused_ids, words_of
 from mistral.loader.adapted import with_adapters
-from mistral.loader.assemble import assemble, narrowed
+from mistral.loader.assemble import assemble_adapted, narrowed
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.arguments import require_kind
@@ -46,6 +46,7 @@ class Loaded:
         notes: what was assumed or left aside and what is odd, a sentence each.
         draft: what guesses its tokens, for people; "" for nothing.
         trained_length: tokens of the longest sequences that it was trained on, by its files; None: they do not say.
+        own_words: the folder of an adapter whose tokenizer and templates stand in the place of the model's; None: none.
     """
 
     model: Transformer
@@ -59,6 +60,12 @@ class Loaded:
     notes: tuple[str, ...] = ()
     draft: str = ""
     trained_length: int | None = None
+    own_words: Path | None = None
+
+    @property
+    def words(self) -> Path:
+        """Where its tokenizer and its chat templates are."""
+        return self.folder if self.own_words is None else self.own_words
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -95,7 +102,7 @@ class Loaded:
         """
         from mistral.loader.save import save
 
-        return save(self.model, folder, self.folder)
+        return save(self.model, folder, self.folder, self.own_words)
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
@@ -137,19 +144,20 @@ def load(
     """
     options = _spelled_out(options, kernels, deterministic)
     _check_draft(options.draft)
-    found = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
+    base = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
+    adapted = with_adapters(windowed(base, options), options)
+    found = adapted.folder
     own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None:
-        own, about = words_of(found.path, found.args)
+        own, about = words_of(found.words, found.args, found.path)
         about += suggested_sampling(found.path) if own is not None else ()
     elif isinstance(own, Tokenizer):
         about = unused_ids(found.args, own)
     known = (own.kind, own.version) if isinstance(own, Tokenizer) else (None, None)
-    release, odd = identify(found.args, *known)
-    found = windowed(found, options)
-    model, run = assemble(found, division, options=options)
+    release, odd = identify(base.args, *known)
+    model, run = assemble_adapted(adapted, division, options)
     draft, of_draft = _put_draft(model, own, options)
-    notes = (*found.notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
+    notes = (*windowed(base, options).notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
     files, parameters = found.weights.files, found.parameters
     known_length = trained_length(found.raw)
     return Loaded(
@@ -164,6 +172,7 @@ def load(
         notes,
         draft,
         known_length,
+        found.own_words,
     )
 
 

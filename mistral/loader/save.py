@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 TOGETHER = 1024  # rows that are dequantized at once
 
 
-def save(model: Transformer, folder: str | PathLike[str], source: Path | None = None) -> Converted:
+def save(
+    model: Transformer, folder: str | PathLike[str], source: Path | None = None, words: Path | None = None
+) -> Converted:
     """Write the weights of a model as they are, each in its own dtype. The folder appears when it is complete.
 
     Weights that are a GGUF file's blocks of few bits are written as the float32 numbers that they stand for.
@@ -39,6 +41,7 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
         folder: one that is not there yet, or is empty.
         source: the folder that it was loaded from, whose tokenizer and templates are copied; None: only weights and
             shape are written.
+        words: the folder of an adapter whose tokenizer and templates it has instead; None: none.
 
     Raises:
         UsageError: quantized weights: `convert --quant` writes those.
@@ -69,7 +72,7 @@ def save(model: Transformer, folder: str | PathLike[str], source: Path | None = 
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
         layout, raw = (NATIVE, {}) if source is None else _described(source)
-        whole = Folder(path, layout, layout.config, raw, model.args, weights, notes=())
+        whole = Folder(path, layout, layout.config, raw, model.args, weights, notes=(), own_words=words)
         return write_folder(whole, folder, NATIVE.to)
 
 

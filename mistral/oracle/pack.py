@@ -132,7 +132,7 @@ def next_logprobs(scores: Tensor, prompts: Sequence[Tensor]) -> Tensor:
 
 def _facts(found: Folder, stored: torch.dtype, names: list[str], budgets: list[ErrorBudget]) -> dict[str, Any]:
     args, (layout, config) = dataclasses.asdict(found.args), _config(found)
-    files = [found.path / found.source, *found.weights.files, *tokenizer_files(found.path)]
+    files = [found.path / found.source, *found.weights.files, *tokenizer_files(found.words)]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -82,8 +82,9 @@ class FolderSide(Side):
 
     def tokenizer(self) -> Tokenizer | None:
         """That of the folder, if it has one; read once."""
-        if self._tokenizer is None and has_tokenizer(self.found.path):
-            self._tokenizer = load_tokenizer(self.found.path, self.found.args.vocab_size)
+        found = self.found
+        if self._tokenizer is None and has_tokenizer(found.words):
+            self._tokenizer = load_tokenizer(found.words, found.args.vocab_size, found.path)
         return self._tokenizer
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:

@@ -15,12 +15,14 @@ from torch import Tensor
 from mistral.chat.templates import Template, assumed, find_template
 from mistral.fast.layout import bytes_of
 from mistral.formats.adapter import read_adapter
+from mistral.formats.adapter_words import own_words
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
 from mistral.formats.merge import updates
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import load_tokenizer
+from mistral.formats.widen import TABLES, widened
 from mistral.formats.words import words_of
 from mistral.loader.assemble import assemble
 from mistral.loader.blocks import blocks_bytes
@@ -77,7 +79,12 @@ class Setup:
 
     @cached_property
     def base(self) -> Folder:
-        """The same with the window and theta that were asked for."""
+        """The same with the window and theta that were asked for.
+
+        Raises:
+            OptionError: an adapter to begin with that has more words, or words of its own.
+        """
+        self._check_words()
         found, theta = windowed(self.found, self.load), self.options.rope_theta
         if theta is None:
             return found
@@ -85,10 +92,22 @@ class Setup:
         note = f"rope_theta {theta:g}: as requested, in the place of {found.args.rope_theta:g}"
         return replace(found, args=args, notes=(*found.notes, note))
 
+    def _check_words(self) -> None:
+        if self.adapter is None:
+            return
+        adapter, args = read_adapter(self.adapter), self.found.args
+        words, _ = own_words(adapter, self.found.path, args)
+        loose = args.tied_embeddings and not adapter.whole.keys().isdisjoint(TABLES)
+        if loose or words is not None or widened(adapter, args) != args:
+            raise OptionError(
+                f"{self.adapter} has words or tables of its own, and training goes on with the base's: merge it first "
+                f"(convert {self.base_name} MERGED --to hf --adapter {self.adapter}), and train that"
+            )
+
     @property
     def base_name(self) -> str:
         """The model as it was given, or where it is."""
-        return str(short(self.base.path) if self.folder is None else self.folder)
+        return str(short(self.found.path) if self.folder is None else self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,7 +11,7 @@ import torch
 from mistral.formats import merge
 from mistral.formats.adapter import AdapterError, read_adapter
 from mistral.formats.folder import Folder, read_folder
-from mistral.formats.merge import _release_named, merge_into
+from mistral.formats.merge import merge_into, release_named
 from tests.support.adapters import peft_tensors, write_peft
 from tests.support.folders import make_folder
 
@@ -63,7 +63,7 @@ def notes_of(folder: Folder, adapter: Path) -> str:
 
 def test_what_speaks_against_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = read_folder(make_folder(tmp_path / "base"))
-    monkeypatch.setattr(merge, "identify", lambda args: (_release_named("mistralai/Mistral-7B-v0.1"), []))
+    monkeypatch.setattr(merge, "identify", lambda args: (release_named("mistralai/Mistral-7B-v0.1"), []))
     same = notes_of(folder, write_peft(tmp_path / "same"))
     assert "trained on mistralai/Mistral-7B-v0.1" in same
     assert "the weights are others" not in same
@@ -94,5 +94,5 @@ def test_what_speaks_against_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_names_of_bases(base: str, release: str | None) -> None:
-    found: Any = _release_named(base)
+    found: Any = release_named(base)
     assert (found.name if found else None) == release

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from mistral.formats.adapter_words import unused_of
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.tokenizers import chat_templates, suggested_sampling
-from mistral.formats.words import unused_of, words_of
+from mistral.formats.words import words_of
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import FormatError
@@ -131,7 +132,7 @@ def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
     (note,) = unused_of(adapter, folder)
     assert note == (
         "the adapter's folder has a chat template (chat_template.jinja; --template takes a file) and 2 added tokens "
-        "(<|im_end|>, <|im_start|>) that folder does not have: not used"
+        "(<|im_start|>, <|im_end|>) that folder does not have: not used"
     )
     put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,0 +1,107 @@
+"""The words of an adapter: whether the tokenizer beside it is the model's with it, and what is said about that.
+
+Runs without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mistral.args import ModelArgs
+from mistral.formats.adapter import Adapter, AdapterError
+from mistral.formats.tokenizers import chat_templates, has_tokenizer, read_tokenizer
+from mistral.formats.widen import widened
+from mistral.formats.words import some_words
+from mistral.special_tokens import read_added_tokens, read_special_tokens
+from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.english import counted
+
+
+def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | None, list[str]]:
+    """The folder of an adapter whose tokenizer is the model's with it, None for the base's own; and notes, a sentence
+    each.
+
+    It is where the adapter adds rows to the vocabulary, or where its tokenizer has tokens that the base's lacks, with
+    rows of the base's padding. An adapter that is given as a file is used with the base's words.
+
+    Args:
+        base: the model, a folder or a GGUF file.
+        args: of the model, without the adapter.
+
+    Raises:
+        AdapterError: its tokenizer has tokens for which neither has rows, or as `widened`.
+        TokenizerError: its tokenizer is broken, and needed.
+    """
+    folder, vocab_size = adapter.path, widened(adapter, args).vocab_size
+    wider = vocab_size > args.vocab_size
+    if not folder.is_dir() or not has_tokenizer(folder):
+        lacking = ["the adapter's folder has no tokenizer: the words that it adds have ids, and no text"]
+        return None, lacking if wider else unused_of(folder, base)
+    own, more = read_tokenizer(folder), more_words(folder, base)
+    rowless = [word for word in more if own.added.get(word, 0) >= vocab_size]  # those of the base have a note already
+    with_rows = [word for word in more if word not in rowless]
+    if wrong := [word for word in rowless if word != own.named.get("pad_token")]:
+        no_rows = "is no row" if len(wrong) == 1 else "are no rows"
+        raise AdapterError(
+            f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_words(wrong)}) for which there "
+            f"{no_rows}: the tables have {vocab_size:,}, and the adapter has none with more. Save it again with them "
+            f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
+            "base's own words"
+        )
+    if not wider and not with_rows:
+        return None, unused_of(folder, base)
+    return folder, [_taken(own, more, folder, base)]
+
+
+def _taken(own: Tokenizer, more: list[str], folder: Path, base: Path) -> str:
+    """What of an adapter's folder is used."""
+    words = (
+        f", which has {counted(len(more), 'token')} ({some_words(more)}) that {base.name} does not have" if more else ""
+    )
+    template = chat_templates(folder).get("default")
+    if template is not None:
+        chat = f"the chat template is that of {template.file} there"
+    elif _has_template(base):
+        chat = f"no chat template is there, and that of {base.name} is not used"
+    else:
+        chat = "no chat template is there"
+    return f"the tokenizer is the adapter's {own.path.name}{words}; {chat}"
+
+
+def _has_template(base: Path) -> bool:
+    try:
+        return bool(chat_templates(base))
+    except TokenizerError:
+        return False
+
+
+def more_words(adapter: Path, base: Path) -> list[str]:
+    """The tokens that the files of an adapter's folder add and its base does not have, by id.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
+    known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
+    known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
+    return [token.content for _, token in sorted(added.items()) if token.content not in known]
+
+
+def unused_of(adapter: Path, base: Path) -> list[str]:
+    """A note where an adapter's folder brings a chat template or tokens that its base does not have and that are not
+    used: fine-tunes with some of their own are saved so."""
+    if not adapter.is_dir():
+        return []
+    try:
+        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
+        more = more_words(adapter, base)
+    except TokenizerError:
+        return []
+    what = []
+    if template is not None and (own is None or own.text.strip() != template.text.strip()):
+        what.append(f"a chat template ({template.file}; --template takes a file)")
+    if more:
+        what.append(f"{counted(len(more), 'added token')} ({some_words(more)})")
+    if not what:
+        return []
+    return [f"the adapter's folder has {' and '.join(what)} that {base.name} does not have: not used"]
