@@ -147,5 +147,8 @@ def find_adapter(adapters: Adapters | None, name: str | None) -> str:
     if adapters is not None:
         return adapters.find(name)
     if name:
-        raise UsageError(f"no adapter is called {short_repr(name)}: the model was loaded without any at run time")
+        raise UsageError(
+            f"no adapter is called {short_repr(name)}: none is beside the weights (one alone is merged into them, and "
+            "has no name then: --adapter_mode runtime leaves it beside them)"
+        )
     return BASE

@@ -53,6 +53,15 @@ WHOLE = re.compile(
 )
 # The base's own weight below one that was trained whole: PEFT writes it too where words were added to the vocabulary.
 UNTRAINED = re.compile(r".+\.original_module\.weight")
+# What a model with another task gives in the place of logits; names of its modules may be others too.
+OTHER_TASKS = {
+    "SEQ_CLS": "classes of a text",
+    "TOKEN_CLS": "classes of tokens",
+    "QUESTION_ANS": "places of answers in a text",
+    "FEATURE_EXTRACTION": "embeddings of a text",
+}
+# Where trainers save adapters in a folder of theirs: that of PEFT, and mistral-finetune.
+INSIDE = ("*", "checkpoints/*/consolidated")
 # A pattern of a rank_pattern or alpha_pattern: a regular expression that cannot take long.
 PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
 
@@ -139,7 +148,8 @@ def is_adapter(path: str | PathLike[str]) -> bool:
 def adapters_inside(folder: Path) -> str:
     """The adapters in the folders of a folder, as trainers save them, to go behind a message; "" for none."""
     try:
-        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_adapter(entry))
+        entries = [entry for pattern in INSIDE for entry in folder.glob(pattern) if entry.is_dir()]
+        found = sorted(entry.relative_to(folder).as_posix() for entry in entries if is_adapter(entry))
     except OSError:
         return ""
     return f"; there is an adapter in {some_names(found)}: give that folder" if found else ""
@@ -170,7 +180,15 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
     folder = place.parent if place.is_file() else place
     peft = place.name in (CONFIG, WEIGHTS, OLDER) if place.is_file() else (folder / CONFIG).is_file()
     if peft:
-        return _read_peft(folder, place)
+        config = read_object(folder / CONFIG)
+        try:
+            return _read_peft(folder, place, config)
+        except AdapterError as error:
+            task = config.get("task_type")
+            gives = OTHER_TASKS.get(task) if isinstance(task, str) else None
+            if gives is None:
+                raise
+            raise AdapterError(f"{error}; {CONFIG} has task_type {task}: its model gives {gives}, not text") from None
     file = place if place.is_file() else folder / NATIVE_WEIGHTS
     blocks = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     if not (folder / NATIVE_WEIGHTS).is_file() and any(path.suffix.lower() == ".gguf" for path in blocks):
@@ -187,8 +205,7 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
 # --- PEFT's form
 
 
-def _read_peft(folder: Path, place: Path) -> Adapter:
-    config = read_object(folder / CONFIG)
+def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
     notes = _check_config(config)
     weights = _peft_weights(folder)
     file = weights.files[0]
@@ -350,6 +367,11 @@ def _grouped(stored: Iterable[str], pattern: str, file: Path) -> dict[str, dict[
             others.append(name)
         elif found.setdefault(match[1], {}).setdefault(match[2], name) != name:
             raise AdapterError(f"{file} has {printable(name)} twice, under two names")
+    if any(re.search(r"\.lora_[AB]\.\w+\.weight", name) for name in others):
+        raise AdapterError(
+            f"{file} holds {some_names(others)}: names of PEFT's model in memory (state_dict()), which PEFT does not "
+            "read either: save it with save_pretrained"
+        )
     if others:
         raise AdapterError(f"{file} holds {some_names(others)}, which is no LoRA of a matrix and cannot be merged here")
     if not found:

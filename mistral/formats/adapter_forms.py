@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -25,7 +26,7 @@ from mistral.formats.adapter import (
     join,
     read_adapter,
 )
-from mistral.formats.convert import destination
+from mistral.formats.convert import destination, files_of_words
 from mistral.formats.folder import read_folder
 from mistral.formats.hub import locate
 from mistral.formats.huggingface import rows_to_hf, rows_to_mistral, to_hf
@@ -33,9 +34,11 @@ from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.layouts import WRITABLE
 from mistral.formats.merge import updates
 from mistral.formats.mistral import to_args
+from mistral.formats.tokenizers import JSON
 from mistral.formats.weights import some_names
 from mistral.formats.writer import as_json, write_text
 from mistral.parameters import parameters
+from mistral.special_tokens import CONFIG as OF_TOKENIZER
 from mistral.util.english import counted
 from mistral.util.errors import ConvertError, MistralError
 from mistral.util.files import folder_atomic
@@ -95,6 +98,9 @@ def convert_adapter(
     notes = list(adapter.notes)
     described = _as_peft(adapter, args, named, notes) if form == "peft" else _as_finetune(adapter, args)
     place = destination(adapter.path, Path(dst))
+    words = files_of_words(adapter.path)  # it may have more than its base: see `own_words`
+    if not words.keys() & {JSON, OF_TOKENIZER}:
+        words = {}  # of mistral-finetune, which adds none: the base's again
     from safetensors.torch import save_file
 
     config, weights, named_as = (CONFIG, WEIGHTS, _peft_name) if form == "peft" else (PARAMS, NATIVE_WEIGHTS, _own_name)
@@ -103,6 +109,9 @@ def convert_adapter(
         with folder_atomic(place) as work:
             save_file(tensors, work / weights, metadata={"format": "pt"})
             write_text(work / config, as_json(described))
+            for name, path in words.items():
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, work / name)
             read_adapter(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error

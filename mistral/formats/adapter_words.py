@@ -35,8 +35,12 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     folder, vocab_size = adapter.path, widened(adapter, args).vocab_size
     wider = vocab_size > args.vocab_size
     if not folder.is_dir() or not has_tokenizer(folder):
-        lacking = ["the adapter's folder has no tokenizer: the words that it adds have ids, and no text"]
-        return None, lacking if wider else unused_of(folder, base)
+        why = (
+            "the adapter's folder has no tokenizer"
+            if folder.is_dir()
+            else "the adapter's file is used without a tokenizer"
+        )
+        return None, [f"{why}: the words that it adds have ids, and no text"] if wider else unused_of(folder, base)
     own, more = read_tokenizer(folder), more_words(folder, base)
     rowless = [word for word in more if own.added.get(word, 0) >= vocab_size]  # those of the base have a note already
     with_rows = [word for word in more if word not in rowless]
@@ -104,4 +108,4 @@ def unused_of(adapter: Path, base: Path) -> list[str]:
         what.append(f"{counted(len(more), 'added token')} ({some_words(more)})")
     if not what:
         return []
-    return [f"the adapter's folder has {' and '.join(what)} that {base.name} does not have: not used"]
+    return [f"adapter {adapter} has {' and '.join(what)} that {base.name} does not have: not used"]

@@ -10,7 +10,7 @@ import glob
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -246,12 +246,17 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
 
 def _carried(folder: Folder) -> dict[str, Path]:
     """The files that are copied as they are, by their names in the destination."""
-    found = dict[str, Path]()
-    for place, patterns in ((folder.path, OF_MODEL), (folder.words, OF_WORDS)):
-        paths = (path for pattern in patterns for path in place.glob(pattern) if path.is_file())
-        found |= {path.relative_to(place).as_posix(): path for path in paths}
-    found |= {path.name: path for path in tokenizer_files(folder.words)}
-    return dict(sorted(found.items()))
+    return dict(sorted((_matching(folder.path, OF_MODEL) | files_of_words(folder.words)).items()))
+
+
+def files_of_words(folder: Path) -> dict[str, Path]:
+    """The tokenizers and chat templates of a folder, and what is said of them, by their names; none of a file."""
+    return _matching(folder, OF_WORDS) | {path.name: path for path in tokenizer_files(folder)}
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    paths = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
 # --- where to

@@ -64,16 +64,19 @@ def _vocabulary(found: Adapter) -> dict[str, Any] | None:
     """What an adapter makes of the vocabulary: rows of its tables, words of its tokenizer, beside those of its base;
     None where it has neither."""
     rows = max((found.weights.tensors[found.whole[name]].shape[0] for name in TABLES if name in found.whole), default=0)
-    folder, template, words, file = found.path, None, list[str](), None
+    folder, template, words, file, ids = found.path, None, list[str](), None, dict[str, int]()
     before, base = _base_rows(found.base)
     if folder.is_dir() and has_tokenizer(folder):
         own = read_tokenizer(folder)
-        past = sorted(own.added, key=own.added.__getitem__)
+        ids = own.added
+        past = sorted(ids, key=ids.__getitem__)
         words, file = past if base is None else more_words(folder, base), own.path.name
         template = getattr(chat_templates(folder).get("default"), "file", None)
     if not rows and not words:
         return None
-    return {"rows": rows or None, "base_rows": before, "tokenizer": file, "words": words, "template": template}
+    beyond = None if before is None else [word for word in words if ids.get(word, 0) >= before]
+    told = {"rows": rows or None, "base_rows": before, "tokenizer": file, "words": words, "template": template}
+    return told | {"words_beyond_base": beyond}
 
 
 def _base_rows(base: str | None) -> tuple[int | None, Path | None]:
@@ -96,7 +99,8 @@ def _of_vocabulary(told: dict[str, Any]) -> str:
     of = f"{told['tokenizer']} beside it adds {shown}" if told["tokenizer"] else "no tokenizer is beside it"
     chat = f", with the chat template {told['template']}" if told["template"] else ""
     if rows is None:
-        return f"{of}{chat}; no rows for them are in it"
+        where = "in rows that its base has" if told["words_beyond_base"] == [] else "no rows for them are in it"
+        return f"{of}{chat}; {where}"
     more = "" if before is None or rows <= before else f", {rows - before:,} more than its base"
     return f"{counted(rows, 'row')}{more}; {of}{chat}"
 

@@ -79,6 +79,8 @@ class Update:
             if lengths is not None:
                 piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
             if not torch.isfinite(piece.to(weight.dtype)).all():
+                if not all(torch.isfinite(part).all() for part in (a, b, *([] if lengths is None else [lengths]))):
+                    raise AdapterError(f"the adapter has NaN or infinity for {name}: fetch it or train it again")
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
             yield piece
 
@@ -272,6 +274,10 @@ def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
     first = layers == set(range(len(layers)))  # of a base with more layers than it has, they are the first ones
     if 0 < len(layers) < folder.args.n_layers and first and not _chooses_layers(adapter):
         yield f"the adapter changes {len(layers)} of {folder.args.n_layers} layers: its base may have had no more"
+    if not (adapter.dora or adapter.replaces) and not any(
+        adapter.weights.get(p.b).any() for p in adapter.pairs.values()
+    ):
+        yield "every lora_B of the adapter is zero, as before training: it changes nothing"
     if not adapter.base and adapter.form == "peft":
         yield "the adapter does not name its base: its sizes fit this model, and nothing else is known"
 

@@ -84,9 +84,9 @@ def compare(
 
 def _check_vocabularies(a: Side, b: Side, prompts: Sequence[Tensor]) -> None:
     """Refuse sides of different vocabularies, and prompts with ids outside of them."""
-    sizes = {s.args.vocab_size for s in (a, b) if s.args is not None}
-    if len(sizes) > 1:
-        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes.pop()} and {sizes.pop()} tokens")
+    sizes = [s.args.vocab_size for s in (a, b) if s.args is not None]
+    if len(set(sizes)) > 1:
+        raise UsageError(f"the vocabularies differ: {a.name} and {b.name} know {sizes[0]} and {sizes[1]} tokens")
     if any(int(p.max()) >= min(sizes, default=2**62) or int(p.min()) < 0 for p in prompts):
         raise UsageError(f"a prompt has an id outside the vocabulary of {min(sizes)}")
 

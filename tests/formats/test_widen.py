@@ -281,7 +281,15 @@ def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[s
     said = "tokenizer.model beside it adds 2 words (<|im_start|>, <|im_end|>), with the chat template"
     assert f"4,160 rows, 64 more than its base; {said} tokenizer_config.json\n" in cli("inspect", adapter).text
     told = json.loads(cli("inspect", with_words(write_peft(tmp_path / "words"), *WORDS), "--json").text)["vocabulary"]
-    assert told == {"rows": None, "base_rows": 32000, "tokenizer": "tokenizer.model", "words": WORDS, "template": None}
+    assert told == {
+        "rows": None,
+        "base_rows": 32000,
+        "tokenizer": "tokenizer.model",
+        "words": WORDS,
+        "template": None,
+    } | {"words_beyond_base": []}
+    few = write_peft(tmp_path / "few", base_model_name_or_path=str(base))
+    assert "; no rows for them are in it\n" in cli("inspect", with_words(few, *WORDS)).text
     assert json.loads(cli("inspect", write_peft(tmp_path / "plain"), "--json").text)["vocabulary"] is None
     (adapter / "tokenizer.model").write_bytes(b"<html>")
     assert "note: its tokenizer cannot be used: " in cli("inspect", adapter).text

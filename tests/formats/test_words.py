@@ -131,7 +131,7 @@ def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
     put(adapter / "tokenizer_config.json", added_tokens_decoder=ADDED)
     (note,) = unused_of(adapter, folder)
     assert note == (
-        "the adapter's folder has a chat template (chat_template.jinja; --template takes a file) and 2 added tokens "
+        f"adapter {adapter} has a chat template (chat_template.jinja; --template takes a file) and 2 added tokens "
         "(<|im_start|>, <|im_end|>) that folder does not have: not used"
     )
     put(folder / "tokenizer_config.json", added_tokens_decoder=ADDED)

@@ -141,7 +141,7 @@ def test_names_that_are_not_there(places: tuple[Path, Path, Path]) -> None:
     assert engine.add([1, 2], SamplingParams()).adapter == BASE
     plain = Engine(load(folder, device="cpu").model, eos_ids=())
     assert plain.add([1, 2], SamplingParams(), adapter=BASE).adapter == BASE
-    with pytest.raises(UsageError, match="the model was loaded without any at run time"):
+    with pytest.raises(UsageError, match="none is beside the weights"):
         plain.add([1, 2], SamplingParams(), adapter="one")
     assert "adapters first and a.b-c at run time" in mixed.describe()
     assert any("a prompt that names none of them is continued by the base alone" in note for note in mixed.notes)

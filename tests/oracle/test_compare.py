@@ -328,7 +328,7 @@ def test_what_is_no_side(tmp_path, folder, packed):
 
 def test_sides_that_have_nothing_in_common(folder, packed, tmp_path):
     other = make_folder(tmp_path / "other", vocab_size=50, tokenizer=False)
-    with pytest.raises(UsageError, match="vocabularies differ: .* know (61 and 50|50 and 61) tokens"):
+    with pytest.raises(UsageError, match="vocabularies differ: .* know 61 and 50 tokens"):
         compare(side(str(folder)), side(str(other)))
     with pytest.raises(UsageError, match="outside the vocabulary of 61"):
         compare(side(str(folder)), side(str(folder)), prompts=[torch.tensor([1, 61])])
