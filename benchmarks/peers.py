@@ -49,7 +49,7 @@ FILES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M")  # the same file for both, in the row
 
 
 def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float]]:
-    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT][:cache=DTYPE]`.
+    """`ours:WEIGHTS[:DTYPE[:WINDOW:LAYERS]]`, or `ours:FILE.gguf[:QUANT][:cache=DTYPE][:prompts=DTYPE]`.
 
     DTYPE prompts: only prompts are rounded to bfloat16.
     """
@@ -68,6 +68,7 @@ def ours(name: str, threads: int, folder: Path) -> dict[str, Callable[..., float
         quant = next((word for word in quant.split(":")[1:] if "=" not in word), "")
         no_window = {"sliding_window": "none"} if "context" in more else {}
         given: dict[str, Any] = {"quant": quant or None, "cache_dtype": more.get("cache"), **no_window}
+        given["prompt_dtype"] = more.get("prompts")
         found = windowed(read_folder(f"{file}.gguf"), LoadOptions(**given))
         model, run = assemble(found, device="cpu", **given)
         print(run.describe(), file=sys.stderr)

@@ -248,11 +248,11 @@ class Transformer(nn.Module):
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         """All layers: [T] ids to [T, dim], normalised, in the compute dtype. Whoever made the plan commits it."""
         cos, sin, q_scale = (x.to(self.device) for x in self.rope.angles(plan.positions))
-        with self.share_cores():
-            h = self.tok_embeddings(input_ids).to(self.dtype)
-            for i, layer in enumerate(self.layers):
+        h = self.tok_embeddings(input_ids).to(self.dtype)
+        for i, layer in enumerate(self.layers):
+            with self.share_cores():
                 h = layer(h, cos, sin, plan, cache.layer(i), q_scale)
-            return self.norm(h)
+        return self.norm(h)
 
     def forward_partial(
         self, input_ids: Tensor, seqlens: Sequence[int], cache: RollingBufferCache | None = None

@@ -150,14 +150,15 @@ def step(
         attention, ffn = block.attention, block.feed_forward
         assert isinstance(ffn, FeedForward)
         store: Any = cache.layer(i)  # a `LayerStore`, but for attributes that it cannot set
-        x = norm(h, block.attention_norm)
-        q, k, v = (
-            multiply(w, x, parts).unflatten(-1, (-1, attention.head_dim))
-            for w in (attention.wq, attention.wk, attention.wv)
-        )
-        which = look if attention.attend == tiled(sdpa) else attention.attend
-        seen = which(turn(q, q_cos, q_sin), turn(k, cos, sin), v, store, plan)
-        h += multiply(attention.wo, seen.flatten(-2), parts)
-        x = norm(h, block.ffn_norm)
-        h += multiply(ffn.w2, gate(multiply(ffn.w1, x, parts), multiply(ffn.w3, x, parts)), parts)
+        with model.share_cores():
+            x = norm(h, block.attention_norm)
+            q, k, v = (
+                multiply(w, x, parts).unflatten(-1, (-1, attention.head_dim))
+                for w in (attention.wq, attention.wk, attention.wv)
+            )
+            which = look if attention.attend == tiled(sdpa) else attention.attend
+            seen = which(turn(q, q_cos, q_sin), turn(k, cos, sin), v, store, plan)
+            h += multiply(attention.wo, seen.flatten(-2), parts)
+            x = norm(h, block.ffn_norm)
+            h += multiply(ffn.w2, gate(multiply(ffn.w1, x, parts), multiply(ffn.w3, x, parts)), parts)
     return norm(h, model.norm)

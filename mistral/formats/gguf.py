@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mistral.args import ArgsError, ModelArgs
 from mistral.fast.layout import BLOCKS
 from mistral.formats.gguf_header import Gguf, GgufError, GgufTensor, Metadata, StringArray
-from mistral.formats.gguf_parts import EXPERTS, SCALING, experts_apart, experts_of, positions_of
+from mistral.formats.gguf_parts import EXPERTS, SCALING, YARN, experts_apart, experts_of, positions_of
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
@@ -182,15 +182,14 @@ def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:
     """ModelArgs' values without the window, and how rope_theta was found."""
     arch = str(metadata["general.architecture"])
     raw = {key.removeprefix(f"{arch}."): _one(key, v) for key, v in metadata.items() if key.startswith(f"{arch}.")}
-    known = SHAPE.keys() | HANDLED | HARMLESS.keys() | (SCALING if arch == SCALED else set())
+    scaling = SCALING if arch == SCALED else YARN if raw.get("rope.scaling.type") == "yarn" else set()
+    known = SHAPE.keys() | HANDLED | HARMLESS.keys() | scaling
     for key, value in raw.items():
-        if key in ONLY and not (arch == SCALED and key in SCALING):
+        if key in ONLY and key not in scaling:
             if value not in ONLY[key]:
                 raise GgufError(f"{arch}.{key} is {short_repr(value)}, which this model does not have: use llama.cpp")
         elif key not in known:
             raise GgufError(f"the file has {short_repr(f'{arch}.{key}')}, which is not known here: use llama.cpp")
-    if arch != SCALED and raw.get("rope.scaling.type", "none") != "none":
-        raise GgufError(f"the file has scaled rotary positions ({short_repr(raw['rope.scaling.type'])}): use llama.cpp")
     if missing := [key for key in SHAPE if key not in raw]:
         raise GgufError(f"the file lacks {', '.join(f'{arch}.{key}' for key in missing)}")
     values = {ours: raw[key] for key, ours in SHAPE.items()}
@@ -201,7 +200,7 @@ def _shape(metadata: Metadata) -> tuple[dict[str, Any], str]:
     if values["vocab_size"] is None:
         raise GgufError(f"the file lacks {arch}.vocab_size, and has no tokenizer")
     values["moe"] = experts_of(raw)
-    values |= positions_of(raw) if arch == SCALED else {}
+    values |= positions_of(raw)
     values["rope_theta"] = raw.get("rope.freq_base", DEFAULT_THETA)
     given = "rope.freq_base" in raw
     return values, "given in the file" if given else "absent from the file, which means llama.cpp's default"

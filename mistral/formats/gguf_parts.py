@@ -19,10 +19,11 @@ from mistral.util.errors import short_repr
 # Keys, without the architecture before them, that describe scaled positions.
 ORIGINAL = "rope.scaling.original_context_length"
 GROWS = "attention.temperature_scale"
-SCALING = {
+YARN = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-    *("rope.scaling.yarn_log_multiplier", ORIGINAL, GROWS),
+    ORIGINAL,
 }
+SCALING = {*YARN, "rope.scaling.yarn_log_multiplier", GROWS}  # of the architecture mistral3
 # Experts of a layer in one tensor [experts, out, in], as files have had them since 2024; older ones have one for each.
 STACK = re.compile(r"(blk\.\d+\.ffn_(?:gate|down|up))_exps\.weight")
 EXPERTS = {"expert_count", "expert_used_count"}
@@ -46,7 +47,7 @@ def experts_of(raw: Mapping[str, object]) -> Moe | None:
 
 
 def positions_of(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`yarn` and `llama_4_scaling` of ModelArgs, as far as a file of the architecture mistral3 has them.
+    """`yarn` and `llama_4_scaling` of ModelArgs, as far as a file has them; the latter in the architecture mistral3.
 
     The attention factor is the quotient of two: 0.1 ln(factor) + 1, and the same with yarn_log_multiplier before the
     logarithm, which is 1 where none is wanted and absent where the usual one is.
@@ -61,7 +62,7 @@ def positions_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if kind == "yarn":
             multiplier = raw.get("rope.scaling.yarn_log_multiplier", 0.0)
-            factor, original = raw.get("rope.scaling.factor"), raw.get(ORIGINAL)
+            factor, original = raw.get("rope.scaling.factor"), raw.get(ORIGINAL, raw.get("context_length"))
             betas = raw.get("rope.scaling.yarn_beta_fast", 32.0), raw.get("rope.scaling.yarn_beta_slow", 1.0)
             usual = Yarn(factor, original, *betas)  # type: ignore[arg-type]
             if not isinstance(multiplier, int | float) or not 0 <= multiplier < math.inf:

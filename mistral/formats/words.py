@@ -101,7 +101,8 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     if typed and '"Prepend"' in json.dumps(whole.get("normalizer")):  # which such a word goes through too
         notes.append(
             f"{JSON} has {counted(len(typed), 'added word')} ({some_words(typed)}) with normalized true: transformers "
-            f"takes the space in front with it, and {name}, which is read, does not; without {name} ids are transformers'"
+            f"takes the space in front with it, and {name}, which is read, does not; without {name} ids are "
+            "transformers'"
         )
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:

@@ -15,28 +15,31 @@ from mistral.util.cores import FREE_CORES
 class Sharing:
     """As many threads as there are free cores.
 
+    Work that takes long asks again in between: what was busy before it began may have ended.
+
     Attributes:
         few: whether there are fewer now than without this, so that nothing is left to be tried.
     """
 
     def __init__(self, free_cores: Callable[[], int] = FREE_CORES) -> None:
         self._free_cores = free_cores
+        self._most: int | None = None  # without this; None: not inside
         self.few = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Around work for which the number is decided once; within itself it changes nothing."""
+        """Around work, and within it around each part that may have another number."""
         import torch
 
-        before = torch.get_num_threads()
-        free = before if self.few else self._free_cores()
-        if free >= before:
-            yield
-            return
-        torch.set_num_threads(free)
-        self.few = True
+        before, most, few = torch.get_num_threads(), self._most, self.few
+        self._most = before if most is None else most
+        now = min(self._most, self._free_cores())
+        self.few = now < self._most
+        if now != before:
+            torch.set_num_threads(now)
         try:
             yield
         finally:
-            self.few = False
-            torch.set_num_threads(before)
+            self._most, self.few = most, few
+            if now != before:
+                torch.set_num_threads(before)

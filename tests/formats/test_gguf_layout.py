@@ -282,12 +282,16 @@ MINISTRAL = {"yarn": Yarn(16, 8, 32, 1, 1.0), "llama_4_scaling": QueryScaling(8,
 MEDIUM = {"yarn": Yarn(64, 8, 4, 1)}
 
 
-@pytest.mark.parametrize("parts", [MINISTRAL, MEDIUM], ids=["Ministral 3", "Medium 3.5"])
-def test_a_file_of_arch_mistral3(tmp_path: Path, parts: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "arch"),
+    [(MINISTRAL, "mistral3"), (MEDIUM, "mistral3"), ({"yarn": Yarn(4, 8)}, "llama")],
+    ids=["Ministral 3", "Medium 3.5", "Yarn-Mistral"],
+)
+def test_a_file_with_scaled_positions(tmp_path: Path, parts: dict[str, Any], arch: str) -> None:
     """Its keys give the shape that the same model has in Mistral's layout, and the same logits."""
     args = gguf_args(vocab_size=4096, **parts)
     without = ("output.weight",) if args.tied_embeddings else ()
-    held = write_gguf(tmp_path / "m.gguf", "F32", args, extra=TOKENIZER, arch="mistral3", without=without)
+    held = write_gguf(tmp_path / "m.gguf", "F32", args, extra=TOKENIZER, arch=arch, without=without)
     loaded = load(tmp_path / "m.gguf", device="cpu")
     assert (loaded.args.yarn, loaded.args.llama_4_scaling) == (args.yarn, args.llama_4_scaling)
     assert loaded.args.tied_embeddings == args.tied_embeddings

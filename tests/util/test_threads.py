@@ -38,12 +38,27 @@ def test_cores_that_others_leave_are_no_matter_of_trying() -> None:
     for free, few in ((4, False), (3, True), (9, False), (1, True)):
         with sharing():
             assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
-            with sharing():  # decided already
+            with sharing():
                 assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
             assert (torch.get_num_threads(), sharing.few) == (min(free, 4), few)
         assert (torch.get_num_threads(), sharing.few) == (4, False)
     with pytest.raises(KeyError), sharing():
         raise KeyError
+    assert (torch.get_num_threads(), sharing.few) == (4, False)
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_takes_long_asks_again_in_between() -> None:
+    free = iter((1, 4, 2, 4))
+    sharing = Sharing(lambda: next(free))
+    torch.set_num_threads(4)
+    with sharing():
+        seen = [(torch.get_num_threads(), sharing.few)]
+        for _ in range(3):
+            with sharing():
+                seen.append((torch.get_num_threads(), sharing.few))
+            assert (torch.get_num_threads(), sharing.few) == (1, True)
+    assert seen == [(1, True), (4, False), (2, True), (4, False)]
     assert (torch.get_num_threads(), sharing.few) == (4, False)
 
 
