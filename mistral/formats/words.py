@@ -69,6 +69,7 @@ def text_notes(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> li
         *_about_words(folder, tokenizer),
         *_beside_tekken(folder, tokenizer),
         *_about_ends(folder, tokenizer, vocab_size),
+        *_named_in_vain(folder, tokenizer),
         *_about_templates(folder),
     ]
 
@@ -148,6 +149,25 @@ def _beside_tekken(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     return [
         f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that "
         f"{tokenizer.path.name}, which is read, has not: not used; {instead}"
+    ]
+
+
+def _named_in_vain(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Where files beside a tokenizer name special tokens that it lacks, those aside of which there is another note."""
+    if tokenizer is None or tokenizer.kind == "tekken":
+        return []
+    try:
+        told = read_special_tokens(folder)
+    except TokenizerError:
+        return []
+    aside = {told.names.get(key) for key in ("eos_token", "pad_token", "unk_token")} | {"<unk>"}
+    aside |= {token.content for token in told.added.values()}
+    lacking = [text for text in sorted(told.special) if text not in aside and not _is_token(tokenizer, text)]
+    if not lacking:
+        return []
+    return [
+        f"the files beside {tokenizer.path.name} name {counted(len(lacking), 'special token')} "
+        f"({some_words(lacking)}) for which it has no token: transformers gives them new ids, and here they are text"
     ]
 
 

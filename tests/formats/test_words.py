@@ -401,3 +401,23 @@ def test_ends_of_a_text_model_inside_another(folder: Path, tmp_path: Path) -> No
     for to in ("hf", "mistral"):
         convert(folder, tmp_path / to, to)
         assert load(tmp_path / to).tokenizer.eos_ids == want
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "tokenizer.model"])
+def test_special_tokens_that_the_tokenizer_has_not(folder: Path, whole: bool) -> None:
+    if whole:
+        (folder / "tokenizer.model").unlink()
+    put(folder / "tokenizer_config.json", additional_special_tokens=["</s>", "<unk>", "king"], pad_token="[PAD]")
+    assert notes(folder) == []
+    put(folder / "tokenizer_config.json", extra_special_tokens={"image_token": "<image>"})
+    (folder / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_start|>"]}')
+    (note,) = notes(folder)
+    assert note == (
+        f"the files beside tokenizer.{'json' if whole else 'model'} name 2 special tokens (<image>, <|im_start|>) for "
+        "which it has no token: transformers gives them new ids, and here they are text"
+    )
+    if whole:
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert theirs.convert_tokens_to_ids("<image>") >= 4096
