@@ -141,7 +141,9 @@ def preflight(found: Folder, report: dict[str, Any]) -> list[Finding]:
 def _files(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Finding]:
     command = _command(found, report)
     if found.quant is not None:
-        yield Finding("weights", f"it does not read {found.quant} weights of this library: take those before", True)
+        yield Finding(
+            "weights", f"it does not read {found.quant} weights of this library: take what they were made from", True
+        )
     elif command is None:
         yield Finding("tokenizer", f"it has no tokenizer: {report['tokenizer']['error']}", True)
     elif command.convert is not None:
@@ -172,7 +174,8 @@ def _window(found: Folder, convert: str) -> Iterator[Finding]:
 def _numbers(found: Folder, report: dict[str, Any], convert: str) -> Iterator[Finding]:
     if found.layout is NATIVE:
         yield from _left_out(found, convert)
-    if len(report["dtypes"]) > 1 and not any(tensor.widened for tensor in found.tensors.values()):
+    several = len(report["dtypes"]) > 1 and not any(tensor.widened for tensor in found.tensors.values())
+    if several and found.quant is None:
         counts = " and ".join(f"{n['tensors']} {name}" for name, n in report["dtypes"].items())
         yield Finding(
             "dtype", f"weights are of several dtypes ({counts}), and it rounds all to one: name it by --dtype"

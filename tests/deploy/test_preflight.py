@@ -101,6 +101,7 @@ def test_files_that_vllm_does_not_read(tmp_path: Path, cli: Command) -> None:
     quantized = tmp_path / "int8"
     assert cli("convert", folder, quantized, "--to", "mistral", "--quant", "int8").code == 0
     assert "does not read int8 weights of this library" in refusal(quantized)
+    assert "several dtypes" not in refusal(quantized)  # which naming one by --dtype would not help
     (folder / "tokenizer.model").unlink()
     assert "it has no tokenizer: no tokenizer in" in refusal(folder)
 

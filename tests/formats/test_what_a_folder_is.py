@@ -97,6 +97,23 @@ def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        ("zero_to_fp32.py", "DeepSpeed trains in: run its zero_to_fp32.py"),
+        ("global_step10/mp_rank_00_model_states.pt", "DeepSpeed trains in: run its zero_to_fp32.py"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "FSDP trains in: run accelerate merge-weights"),
+        ("hf_model_0001_0.pt", "torchtune's .pt files: have it write safetensors"),
+    ],
+)
+def test_weights_in_the_parts_of_a_training(tmp_path: Path, inside: str, said: str) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / "hf" / inside).write_bytes(b"x")
+    assert said in refusal(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
     ("before", "after", "said"),
     [
         ("", "base_model.model.", "merge_and_unload()"),
