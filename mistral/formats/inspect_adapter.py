@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def _vocabulary(found: Adapter) -> dict[str, Any] | None:
     """What an adapter makes of the vocabulary: rows of its tables, words of its tokenizer, beside those of its base;
     None where it has neither."""
     rows = max((found.weights.tensors[found.whole[name]].shape[0] for name in TABLES if name in found.whole), default=0)
-    folder, template, words, file, ids = found.path, None, list[str](), None, dict[str, int]()
+    folder, template, words, file = found.path, None, list[str](), None
+    ids: Mapping[str, int] = {}
     before, base = _base_rows(found.base)
     if folder.is_dir() and has_tokenizer(folder):
         own = read_tokenizer(folder)
