@@ -15,10 +15,10 @@ KINDS = {
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
     r"(?!consolidated|model(-.*)?\.safetensors)(.*)\.safetensors": "a safetensors file under another "
     "name: give it the release's name",
-    r"zero_to_fp32\.py|global_step\d+|.*_model_states\.pt": "the parts that DeepSpeed trains in: run its "
+    r"zero_to_fp32\.py|global_step\d+|.*_model_states\.pt": "what DeepSpeed saves while it trains: run its "
     "zero_to_fp32.py, which writes the weights",
-    r"pytorch_model_fsdp_\d+|.*\.distcp": "the parts that FSDP trains in: run accelerate merge-weights first",
-    r"hf_model_\d+_\d+\.pt": "torchtune's .pt files: have it write safetensors",
+    r"pytorch_model_fsdp_\d+|.*\.distcp": "what FSDP saves while it trains: run accelerate merge-weights first",
+    r"hf_model_\d+_\d+\.pt": "a .pt file of torchtune: have it write safetensors",
     r".*\.onnx": "ONNX files: give the folder that they were made from",
 }
 # A pattern for names of weights, and why a program that trains gives them such names.

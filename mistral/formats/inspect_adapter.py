@@ -101,7 +101,7 @@ def _of_vocabulary(told: dict[str, Any]) -> str:
     of = f"{told['tokenizer']} beside it adds {shown}" if told["tokenizer"] else "no tokenizer is beside it"
     chat = f", with the chat template {told['template']}" if told["template"] else ""
     if rows is None:
-        where = "in rows that its base has" if told["words_beyond_base"] == [] else "no rows for them are in it"
+        where = "its base has rows for them" if told["words_beyond_base"] == [] else "no rows for them are in it"
         return f"{of}{chat}; {where}"
     more = "" if before is None or rows <= before else f", {rows - before:,} more than its base"
     return f"{counted(rows, 'row')}{more}; {of}{chat}"

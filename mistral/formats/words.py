@@ -167,7 +167,7 @@ def _named_in_vain(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         return []
     return [
         f"the files beside {tokenizer.path.name} name {counted(len(lacking), 'special token')} "
-        f"({some_words(lacking)}) for which it has no token: transformers gives them new ids, and here they are text"
+        f"({some_words(lacking)}) for which it has no token: text here, new ids in transformers"
     ]
 
 

@@ -82,7 +82,7 @@ def renamed(adapter: Path) -> Path:
 def test_words_in_the_place_of_others_have_rows(tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base")
     adapter = renamed(write_peft(tmp_path / "adapter", base_model_name_or_path=str(base)))
-    assert "(<|im_end|>), with the chat template chat_template.jinja; in rows that its base has" in as_text(
+    assert "(<|im_end|>), with the chat template chat_template.jinja; its base has rows for them" in as_text(
         report(adapter)
     )
 

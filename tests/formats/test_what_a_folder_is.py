@@ -99,10 +99,13 @@ def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        ("zero_to_fp32.py", "DeepSpeed trains in: run its zero_to_fp32.py"),
-        ("global_step10/mp_rank_00_model_states.pt", "DeepSpeed trains in: run its zero_to_fp32.py"),
-        ("pytorch_model_fsdp_0/__0_0.distcp", "FSDP trains in: run accelerate merge-weights"),
-        ("hf_model_0001_0.pt", "torchtune's .pt files: have it write safetensors"),
+        ("zero_to_fp32.py", "there is what DeepSpeed saves while it trains: run its zero_to_fp32.py"),
+        (
+            "global_step10/mp_rank_00_model_states.pt",
+            "there is what DeepSpeed saves while it trains: run its zero_to_fp32.py",
+        ),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "there is what FSDP saves while it trains: run accelerate merge-weights"),
+        ("hf_model_0001_0.pt", "there is a .pt file of torchtune: have it write safetensors"),
     ],
 )
 def test_weights_in_the_parts_of_a_training(tmp_path: Path, inside: str, said: str) -> None:
