@@ -34,7 +34,7 @@ from mistral.formats.layouts import WRITABLE
 from mistral.formats.merge import updates
 from mistral.formats.mistral import to_args
 from mistral.formats.weights import some_names
-from mistral.formats.writer import as_json, write_text
+from mistral.formats.writer import as_json, save_tensors, write_text
 from mistral.parameters import parameters
 from mistral.util.english import counted
 from mistral.util.errors import ConvertError, MistralError
@@ -95,13 +95,11 @@ def convert_adapter(
     notes = list(adapter.notes)
     described = _as_peft(adapter, args, named, notes) if form == "peft" else _as_finetune(adapter, args)
     place = destination(adapter.path, Path(dst))
-    from safetensors.torch import save_file
-
     config, weights, named_as = (CONFIG, WEIGHTS, _peft_name) if form == "peft" else (PARAMS, NATIVE_WEIGHTS, _own_name)
     tensors = _tensors(adapter, args, rows_to_hf if form == "peft" else rows_to_mistral, named_as)
     try:
         with folder_atomic(place) as work:
-            save_file(tensors, work / weights, metadata={"format": "pt"})
+            save_tensors(work / weights, tensors, {"format": "pt"})
             write_text(work / config, as_json(described))
             read_adapter(work)
     except OSError as error:
