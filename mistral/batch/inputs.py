@@ -27,6 +27,8 @@ def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
     Raises:
         UsageError: there is none for a name, it is no file that can be read twice, or it is the output.
     """
+    if output == "-":
+        raise UsageError("OUTPUT is a file, with which an ended job goes on: - is not stdout here")
     found: dict[Path, None] = {}
     for pattern in patterns:
         named = os.path.lexists(pattern)
@@ -35,7 +37,8 @@ def find_inputs(patterns: Sequence[str], output: str) -> list[Path]:
             matched = sorted(glob.glob(pattern, recursive=True))
             names = [name for name in matched if _is_file(name) and not _same(name, output)]
         if not names:
-            raise UsageError(f"no file {pattern}")
+            stdin = ": INPUT is read twice, which stdin cannot be" if pattern == "-" else ""
+            raise UsageError(f"no file {pattern}{stdin}")
         for name in names:
             if not _is_file(name):
                 raise UsageError(f"{name} is {_no_input(name)}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from mistral.cli import flags
@@ -85,11 +86,22 @@ def batch(
     )
     flags.require_at_least(1, concurrency=concurrency, timeout=timeout)
     if engine is not None:
-        ours = {"model": model, "max_positions": max_positions, "name": name, "template": template, "ray": ray or None}
-        given = [f"--{flag}" for flag, value in {**ours, "chunk_size": chunk_size}.items() if value is not None]
+        given = _given(
+            model=model,
+            rows=rows,
+            max_positions=max_positions,
+            name=name,
+            template=template,
+            chunk_size=chunk_size,
+            ray=ray,
+        )
         if given or options != LoadOptions():
             what = ", ".join(given) or "options of how a model is loaded"
             raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
+    elif given := _given(key_env=key_env, concurrency=concurrency, attempts=attempts, timeout=timeout):
+        raise UsageError(f"{given[0]} is about a server: add --engine and its address, or omit it")
+    if not ray and _given(workers=workers):
+        raise UsageError("--workers is about a Ray cluster: add --ray, or omit it")
     if ray and options.parallel > 1:
         raise UsageError("--ray gives each worker all of the model, and --parallel divides it: omit one of them")
     from mistral.batch import inputs
@@ -114,6 +126,12 @@ def batch(
         partial(open_model, model, replace(options, max_batch_size=rows)),
         lambda load: answer(files, output, retry, known, settings is None, partial(runner, load)),
     )
+
+
+def _given(**values: object) -> list[str]:
+    """The flags, with dashes, whose values are not those that they have by default."""
+    known = signature(batch).parameters
+    return [f"--{name}" for name, value in values.items() if value != known[name].default]
 
 
 def answer(

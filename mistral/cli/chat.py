@@ -76,7 +76,7 @@ def _continue_lines(loaded: Loaded, params: SamplingParams, chunk_size: int | No
         if prompt.strip() == "/quit":
             return
         if prompt.strip() == "/help":
-            echo_err(RAW_HELP)
+            echo_err(RAW_HELP, asked=True)
             continue
         try:
             terminal.stream_one(loaded, prompt, params, echo=prompt, chunk_size=chunk_size)

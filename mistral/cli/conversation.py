@@ -134,9 +134,9 @@ class Conversation:
 
     def _help(self, rest: str) -> None:
         for name, (takes, what, _) in self._commands.items():
-            echo_err(f"{f'{name} {takes}'.strip():16} {what}")
-        echo_err(f"{'//...':16} ask a question that begins with a slash")
-        echo_err(f"{QUOTES:16} begin a question of several lines, which ends with the next {QUOTES}")
+            echo_err(f"{f'{name} {takes}'.strip():16} {what}", asked=True)
+        echo_err(f"{'//...':16} ask a question that begins with a slash", asked=True)
+        echo_err(f"{QUOTES:16} begin a question of several lines, which ends with the next {QUOTES}", asked=True)
 
     def _retry(self, rest: str) -> None:
         if not self._chat.messages:
@@ -159,7 +159,7 @@ class Conversation:
     def _system(self, rest: str) -> None:
         if rest:
             self._chat.set_system("" if rest == "-" else rest)
-        echo_err(f"system prompt: {self._chat.system or 'none'}")
+        echo_err(f"system prompt: {self._chat.system or 'none'}", asked=not rest)
 
     def _adapter(self, rest: str) -> None:
         beside = self._chat.model.adapters
@@ -168,7 +168,7 @@ class Conversation:
         if rest:
             self._chat.set_adapter(beside.find("" if rest == "-" else rest))
         now = beside.find(self._chat.adapter)
-        echo_err(f"adapter: {now or 'none'}, of {', '.join(beside.names)}")
+        echo_err(f"adapter: {now or 'none'}, of {', '.join(beside.names)}", asked=not rest)
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -196,15 +196,15 @@ class Conversation:
         return ", ".join(told)
 
     def _show(self, rest: str) -> None:
-        echo_err(self._settings())
-        echo_err(f"system prompt: {self._chat.system or 'none'}")
+        echo_err(self._settings(), asked=True)
+        echo_err(f"system prompt: {self._chat.system or 'none'}", asked=True)
         for message in self._chat.messages:
             if self._thinking:
                 thoughts = Thoughts(shown=True)
                 for thought in message.thinking:
                     thoughts.push(thought.text)
                     thoughts.end()
-            echo_err(f"> {message.content}" if message.role == "user" else message.content)
+            echo_err(f"> {message.content}" if message.role == "user" else message.content, asked=True)
 
     def _save(self, rest: str) -> None:
         from mistral.chat.session import save

@@ -72,6 +72,8 @@ def convert(
         return
     if base is not None:
         raise UsageError("--base is the base model of an adapter, and SRC is none")
+    if instruct and to == "mistral":
+        raise UsageError("--instruct is for --to hf: Mistral's layout has no template in a file; omit it")
     calibration: Calibrate | None = None
     if calibrate is not None:
         if quant != "int4":

@@ -114,7 +114,7 @@ def pack(
         note = inside(found.args, [len(p) for p in prompts])
     terminal.echo_err(f"wrote {written}: {counted(len(prompts), 'prompt')}, {written.stat().st_size / 1e6:.1f} MB")
     if note:
-        terminal.echo_err(f"note: {note}: --full uses longer ones")
+        terminal.echo_err(f"note: {note}: {'--full uses' if file is None else 'give'} longer ones")
 
 
 @flat(options=LoadOptions(), omit=WITHOUT_CACHE)

@@ -98,9 +98,9 @@ def writer(stream: Any = None) -> Callable[[str], None]:
     return put
 
 
-def echo_err(line: str) -> None:
-    """A line for stderr, unless --quiet was given."""
-    if not _quiet:
+def echo_err(line: str, asked: bool = False) -> None:
+    """A line for stderr, unless --quiet was given; one that was asked for all the same."""
+    if asked or not _quiet:
         _tell(visible(line))
 
 

@@ -22,7 +22,7 @@ from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.train.conversations import NO_ID, Marked, Turn
 from mistral.util.english import counted, did_you_mean
 from mistral.util.errors import FormatError, MistralError, printable, short_repr
-from mistral.util.files import LFS, POINTER, Lines, not_text
+from mistral.util.files import LFS, POINTER, Lines, not_text, reason_of
 from mistral.util.parsed import KeyTwice, parse_json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -142,7 +142,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise DataError(f"{path} cannot be read: {LFS}")
                 yield number, line
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def _marked(line: bytes, mark_text: MarkText, mark_turns: MarkTurns, ignored: Counter[str]) -> tuple[Marked, bool]:

@@ -153,6 +153,8 @@ def _tell(
     """What there is to learn, in a line, and every note."""
     for note in found.notes:
         setup.note(note)
+    if setup.options.steps is not None and setup.options.epochs != TrainOptions.epochs:
+        setup.note(f"epochs {setup.options.epochs:g} has no effect beside steps {steps}")
     tokens = sum(len(sample.ids) - 1 for sample in samples)
     learned = sum(sum(weight > 0 for weight in sample.weights) for sample in samples)
     fill = tokens / (len(schedule.rows) * setup.options.seq_len)

@@ -98,6 +98,8 @@ def reason_of(error: OSError | ValueError) -> str:
         return "it is a file, and a folder is needed"
     if isinstance(error, ValueError) and "null" in str(error):
         return "its name has a character that no name can have (0)"
+    if isinstance(error, FileNotFoundError) and str(error.filename) == "-":
+        return "a name of a file is needed here, and - is not stdin"
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -205,6 +207,8 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         if not os.fspath(path):
             raise FormatError("'' cannot be written: the name is empty")
+        if os.fspath(path) == "-":
+            raise FormatError("- cannot be written: a name of a file is needed here, and it is not stdout")
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(target) and not target.is_file():  # a device, which would be replaced; a link in a loop

@@ -122,6 +122,15 @@ def test_flags_of_one_way_do_not_go_with_another(tmp_path: Path, cli: Command) -
         assert "--engine asks a server" in cli("batch", path, out, "--engine", "http://localhost:1", *flags).error
     assert cli("batch", tmp_path / "nothing.jsonl", out).error == f"no file {tmp_path / 'nothing.jsonl'}"
     assert cli("batch", path).error == "missing: OUTPUT"
+    assert "--rows cannot go with it" in cli("batch", path, out, "--engine", "http://localhost:1", "--rows", 3).error
+    for flag in ("--concurrency", "--attempts", "--timeout"):
+        assert (
+            cli("batch", path, out, flag, 3).error
+            == f"{flag} is about a server: add --engine and its address, or omit it"
+        )
+    assert cli("batch", path, out, "--workers", 3).error == "--workers is about a Ray cluster: add --ray, or omit it"
+    assert cli("batch", "-", out).error == "no file -: INPUT is read twice, which stdin cannot be"
+    assert "- is not stdout here" in cli("batch", path, "-").error
     assert "--rows is 0" in cli("batch", path, out, "--rows", 0).error
     assert not out.exists()
 

@@ -85,6 +85,14 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
     assert [line.split()[0] for line in done.err.splitlines()[3:]] == [*commands, "//...", QUOTES]
 
 
+def test_what_is_asked_for_is_printed_with_quiet(cli: Command, folder: Path) -> None:
+    done = cli("interactive", folder, "--instruct", "--quiet", *SHORT, stdin="/system Hm.\n/system\n/show\n/help\n")
+    lines = done.err.splitlines()
+    assert lines[0] == lines[2] == "system prompt: Hm."
+    assert lines[1].startswith("max_tokens")
+    assert lines[3].startswith("/help")
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [

@@ -462,6 +462,12 @@ def test_no_prompt_and_not_utf8(cli: Command, good: Path) -> None:
 # --- flags
 
 
+def test_a_template_that_nothing_would_hold_is_refused(cli: Command, good: Path, tmp_path: Path) -> None:
+    error = cli("convert", good, tmp_path / "out", "--to", "mistral", "--instruct").error
+    assert error == "--instruct is for --to hf: Mistral's layout has no template in a file; omit it"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -139,7 +139,7 @@ def test_a_pack_of_a_folder(folder, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"model", "x.safetensors"}
 
 
-def test_prompts_of_a_file(folder, tmp_path):
+def test_prompts_of_a_file(folder, tmp_path, capsys):
     out, file = tmp_path / "x.safetensors", tmp_path / "p.jsonl"
     file.write_text('"Once upon a time"\n{"prompt": [1, 5, 9]}\n')
     assert cli.main(["pack", str(folder), "-o", str(out), "--file", str(file)]) == 0
@@ -147,6 +147,9 @@ def test_prompts_of_a_file(folder, tmp_path):
     assert told.prompts[1].tolist() == [1, 5, 9]
     assert told.prompts[0][0] == 1
     assert len(told.prompts[0]) > 3
+    file.write_text('{"prompt": [1, 5]}\n')
+    assert cli.main(["pack", str(folder), "-o", str(out), "--file", str(file)]) == 0
+    assert "which therefore hides nothing: give longer ones" in capsys.readouterr().err  # --full is for random prompts
 
 
 def test_a_pack_becomes_a_folder_in_either_layout(tmp_path):

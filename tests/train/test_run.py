@@ -183,6 +183,14 @@ def test_control_tokens_that_samples_spell_are_told(folder: Path, tmp_path: Path
     assert note.startswith(f"note: {path}: 3 samples spell control tokens (</s>, <s>), which are learned as text")
 
 
+def test_epochs_beside_steps_are_told(folder: Path, data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    tune(folder, data, tmp_path / "out", {"say": said.append}, steps=2, epochs=3.0)
+    assert "note: epochs 3 has no effect beside steps 2" in said
+    tune(folder, data, tmp_path / "again", {"say": said.append}, steps=2)
+    assert len([line for line in said if "has no effect" in line]) == 1
+
+
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_an_adapter_beside_quantized_weights(folder: Path, data: Path, tmp_path: Path, quant: str) -> None:
     done = tune(folder, data, tmp_path / "out", quant=quant)

@@ -15,7 +15,7 @@ from mistral.formats.mistral import read_object
 from mistral.tekken import tekken_words
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
-from mistral.util.files import Lines, folder_atomic, read_limited, regular, require_writable, write_atomic
+from mistral.util.files import Lines, folder_atomic, read_limited, reason_of, regular, require_writable, write_atomic
 
 
 def test_the_limit_is_exact(tmp_path: Path) -> None:
@@ -67,6 +67,17 @@ def stop(path: Path, error: type[BaseException]) -> None:
 
 def failing(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_dash_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not stdin or stdout: no file of that name appears, and what is missing is no file of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FormatError, match="- cannot be written: a name of a file is needed here"):
+        require_writable("-")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError) as told:
+        read_limited(Path("-"))
+    assert reason_of(told.value) == "a name of a file is needed here, and - is not stdin"
 
 
 def test_a_file_is_new_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
