@@ -20,6 +20,7 @@ from mistral.sampling_params import SamplingParams
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import NO_TOKENIZER, NoText, TokenizerError, TokenizerLike, encode, outside, require_tokenizer
 from mistral.util.arguments import require_kind
+from mistral.util.english import counted
 from mistral.util.errors import short_repr
 from mistral.util.flat import flat
 
@@ -146,7 +147,7 @@ def _is_list(value: object) -> bool:
 def _one_each(name: str, given: Any, count: int) -> list[Any]:
     each = list(given) if _is_list(given) else [given] * count
     if len(each) != count:
-        raise GenerationError(f"{len(each)} values of {name} for {count} prompts")
+        raise GenerationError(f"{counted(len(each), 'value')} of {name} for {counted(count, 'prompt')}")
     return each
 
 
@@ -227,7 +228,7 @@ def stream(
             (`temperature=0`), and `max_tokens` then as a list, one a prompt. Without a seed each request takes one
             from PyTorch's default generator, so `torch.manual_seed` decides.
         eos_ids: ids that end a continuation; None: those of the tokenizer.
-        chunk_size: the most prompt tokens of a sequence in a step; changes no number.
+        chunk_size: the most prompt tokens of a sequence in a step; changes rounding only.
         cache: one that holds the beginnings of the prompts, prompt i in row i; they are not processed again.
         progress: called between steps with the prompt tokens processed so far and in all. What it
             raises ends the generation there, with the cache whole.

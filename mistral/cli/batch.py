@@ -71,7 +71,7 @@ def batch(
         max_positions: the most tokens of a prompt and its answer; default: the training length, or what memory holds
         name: what bodies call the model; default: the name of its folder
         template: of conversations: v1 to v15, mistrallite or a .jinja file; default: the one that goes with the model
-        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, on a GPU 2048; changes no number
+        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, GPU: 2048; changes rounding only
         engine: the address of a server that speaks OpenAI's protocol: it answers, and no model is loaded here
         key_env: the variable that holds the server's key, if it wants one
         concurrency: the most requests at once to the server

@@ -48,7 +48,7 @@ def interactive(
     the conversation; /set thinking hide hides it.
 
     Args:
-        chunk_size: the most prompt tokens in one step; default: 2048; changes no number
+        chunk_size: the most prompt tokens in one step; default: 2048; changes rounding only
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     chat.require_instruct()

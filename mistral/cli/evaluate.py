@@ -60,7 +60,7 @@ def perplexity(
 
     Args:
         json: print one JSON object instead of text
-        chunk_size: tokens of a step; default: 2048; changes no number
+        chunk_size: tokens of a step; default: 2048; changes rounding only
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     if folder is not None and file is not None and os.path.isfile(folder) and os.path.isdir(file):

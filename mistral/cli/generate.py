@@ -59,7 +59,7 @@ def demo(
     Without FOLDER: the bundled model, with prompts that suit it.
 
     Args:
-        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
+        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes rounding only
     """
     flags.require_at_least(1, chunk_size=chunk_size)
     prompts: Sequence[str] = DEMO_PROMPTS
@@ -113,7 +113,7 @@ def complete(
         file: prompts, one JSON value a line; one a line if it ends in .txt; ids if it ends in .npy; - is stdin
         json: print JSON lines instead of text
         json_schema: a file with a JSON schema; each text is a value that fits it (needs llguidance)
-        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes no number
+        chunk_size: the most prompt tokens of a sequence in one step; default: 2048 for all; changes rounding only
         max_batch_size: the most prompts in one batch, the others wait; 0: all of them at once
     """
     flags.require_at_least(1, chunk_size=chunk_size)

@@ -57,7 +57,7 @@ def serve(
         max_positions: the most tokens of a prompt and its answer; default: the training length, or what memory holds
         name: of the model, for clients; default: that of the folder
         template: of conversations: v1 to v15, mistrallite or a .jinja file; default: the one that goes with the model
-        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, on a GPU 2048; changes no number
+        chunk_size: most prompt tokens of a sequence in a step; default: 512 of all, GPU: 2048; changes rounding only
     """
     flags.require_at_least(1, port=port, rows=rows, chunk_size=chunk_size, max_positions=max_positions)
     flags.require_at_least(0, max_queue=max_queue)

@@ -36,7 +36,7 @@ from mistral.formats.merge import updates
 from mistral.formats.mistral import to_args
 from mistral.formats.tokenizers import JSON
 from mistral.formats.weights import some_names
-from mistral.formats.writer import as_json, write_text
+from mistral.formats.writer import as_json, save_tensors, write_text
 from mistral.parameters import parameters
 from mistral.special_tokens import CONFIG as OF_TOKENIZER
 from mistral.util.english import counted
@@ -101,13 +101,11 @@ def convert_adapter(
     words = files_of_words(adapter.path)  # it may have more than its base: see `own_words`
     if not words.keys() & {JSON, OF_TOKENIZER}:
         words = {}  # of mistral-finetune, which adds none: the base's again
-    from safetensors.torch import save_file
-
     config, weights, named_as = (CONFIG, WEIGHTS, _peft_name) if form == "peft" else (PARAMS, NATIVE_WEIGHTS, _own_name)
     tensors = _tensors(adapter, args, rows_to_hf if form == "peft" else rows_to_mistral, named_as)
     try:
         with folder_atomic(place) as work:
-            save_file(tensors, work / weights, metadata={"format": "pt"})
+            save_tensors(work / weights, tensors, {"format": "pt"})
             write_text(work / config, as_json(described))
             for name, path in words.items():
                 (work / name).parent.mkdir(exist_ok=True)

@@ -1,9 +1,11 @@
-"""Files out: safetensors written a piece at a time, and small JSON files."""
+"""Files out: safetensors written at once or a piece at a time, and small JSON files."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,23 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file of tensors that are in memory, on any device, contiguous or not.
+
+    Raises:
+        OSError: it cannot be written, with the system's reason; the library's own error is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(found, path, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error)) from None
 
 
 def header(tensors: list[PlannedTensor]) -> bytes:

@@ -51,7 +51,7 @@ class LoadOptions:
         attention: eager, sdpa, flash or xformers; default: what suits the device
         execution: how steps are computed: eager, kernels (C, on a CPU), cuda_graph (on a GPU), bitwise or auto
         quant: int8 or int4: round the weights at load (changes numbers); none: dequantize a GGUF file's blocks
-        threads: CPU threads; default: as many as PyTorch takes
+        threads: the most CPU threads, fewer beside busy programs; default: as many as PyTorch takes
         max_batch_size: the most sequences in one step; 0 sets no limit
         adapter: a LoRA adapter: a folder of PEFT's or of mistral-finetune's, or NAME=FOLDER; may be repeated
         adapter_mode: merge (one, into the weights) or runtime (beside them); default: merge, for several runtime

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mistral.formats.safetensors_header import HeaderError, read_header
+from mistral.formats.writer import save_tensors
 from mistral.util.errors import FormatError
 from mistral.util.files import real_path, reason_of, regular, write_atomic
 
@@ -26,15 +27,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     Raises:
         FormatError: the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     metadata = {name: as_json(value) for name, value in facts.items()}
     with write_atomic(path) as beside:
-        try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        save_tensors(beside, tensors, metadata)
     return real_path(path)
 
 

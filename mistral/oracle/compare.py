@@ -210,7 +210,9 @@ def differences(a: Outputs, b: Outputs) -> Tensor:
     if b.ids is None:
         V = b.logprobs.shape[1]
         if int(a.ids.max()) >= V:
-            raise UsageError(f"one side tells of token {int(a.ids.max())}, but the other knows only {V}")
+            raise UsageError(
+                f"one side tells of token {int(a.ids.max())}, but the other has {V} tokens: the vocabularies differ"
+            )
         theirs = b.logprobs.gather(1, a.ids.clamp(min=0))
         return _largest(a.logprobs - theirs, (a.ids >= 0) & b.told[:, None])
     both = (a.ids[:, :, None] == b.ids[:, None]) & (a.ids >= 0)[:, :, None]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral.formats import writer
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import write_atomic
 
@@ -120,11 +121,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         FormatError: it cannot be written.
     """
-    from safetensors.torch import save_file
-
     with write_atomic(path) as beside:
-        found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(found, beside, metadata={"format": "pt", **(metadata or {})})
+        writer.save_tensors(beside, tensors, {"format": "pt", **(metadata or {})})
 
 
 def load_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,10 @@ _THEIRS = {
     "inspect": "info show",
     "eval": "evaluate",
     "deploy": "export",
+    # commands in a conversation
+    "quit": "exit bye q",
+    "reset": "clear new",
+    "retry": "regenerate regen redo",
 }
 _HERE: dict[str, list[str]] = {}
 for _ours, _names in _THEIRS.items():

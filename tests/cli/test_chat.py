@@ -88,6 +88,7 @@ def test_help_names_every_command(cli: Command, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
+        ("/exit", "no command /exit; did you mean /quit?; // begins a question with a slash"),
         ("/nope", "no command /nope: /help lists them; // begins a question with a slash"),
         ("/undo", "there is nothing to undo"),
         ("/undo twice", "/undo takes nothing after it"),

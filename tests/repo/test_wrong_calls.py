@@ -223,7 +223,7 @@ TEXT: list[Call] = [
     (lambda g: complete(["a"], g.model, None), TokenizerError, "prompts must be lists of ids"),
     (bad_option(params=5), UsageError, r"params is 5; it must be SamplingParams\(\.\.\)"),
     (bad_option(params=[5]), UsageError, "params is 5"),
-    (bad_option(max_tokens=[1, 2]), GenerationError, "2 values of max_tokens for 1 prompts"),
+    (bad_option(max_tokens=[1, 2]), GenerationError, "2 values of max_tokens for 1 prompt"),
     (bad_option(eos_ids="x"), GenerationError, "eos_ids is 'x'; it must be a list of whole numbers"),
     (bad_option(eos_ids=[1.5]), GenerationError, r"eos_ids is \[1.5\]"),
     (bad_option(chunk_size=0), GenerationError, "chunk_size is 0; it must be at least 1"),

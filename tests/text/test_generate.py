@@ -281,7 +281,7 @@ def test_params_for_all_one_each_and_by_name() -> None:
     assert texts(params=each, stop="z") == ["bc", "cdef"]
     assert [c.text for c in complete(iter(prompts), model, Letters(), max_tokens=[1, 2], temperature=0)] == ["b", "cd"]
     for wrong, message in (
-        ({"params": [one]}, "1 values of params for 2 prompts"),
+        ({"params": [one]}, "1 value of params for 2 prompts"),
         ({"params": [one, None]}, "params is"),
         ({"params": "greedy"}, "params is 'greedy'"),
     ):
@@ -781,8 +781,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[2]], {"max_tokens": None}, "max_tokens is None"),
     ([[2]], {"max_tokens": -1}, "max_tokens is -1"),
     ([[2], [3]], {"max_tokens": [4, -2]}, "max_tokens is -2"),
-    ([[2], [3]], {"max_tokens": [4]}, "1 values of max_tokens for 2 prompts"),
-    ([[2]], {"max_tokens": [4, 4]}, "2 values of max_tokens for 1 prompts"),
+    ([[2], [3]], {"max_tokens": [4]}, "1 value of max_tokens for 2 prompts"),
+    ([[2]], {"max_tokens": [4, 4]}, "2 values of max_tokens for 1 prompt"),
     ([[2]], {"chunk_size": 0}, "chunk_size is 0"),
     ([[2]], {"chunk_size": -3}, "chunk_size is -3"),
     ([[2]], {"temperature": -0.1}, "temperature is -0.1"),
