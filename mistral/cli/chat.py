@@ -98,7 +98,8 @@ def _converse(
     template = template_of(loaded, options.template)
     echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
     if template.source == template.name:
-        echo_err("note: this chat template is the folder's own; --template takes one of Mistral's instead")
+        whose = "folder's" if loaded.own_words is None else "adapter's"
+        echo_err(f"note: this chat template is the {whose} own; --template takes one of Mistral's instead")
     note_if_assumed(template, loaded.tokenizer)
     more = {"params": params, "chunk_size": chunk_size, "effort": options.reasoning_effort}
     chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message(), **more)

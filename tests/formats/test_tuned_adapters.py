@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mistral import complete, load
+from mistral import Chat, complete, load
+from mistral.chat.templates import TemplateError, find_template
 from mistral.formats.adapter import AdapterError, read_adapter
 from mistral.formats.adapter_forms import convert_adapter
 from mistral.formats.hf_tokenizer import to_tokenizer_json
@@ -95,6 +96,9 @@ def test_the_other_form_keeps_the_words(tmp_path: Path) -> None:
     for folder in (adapter, tmp_path / "native", tmp_path / "again"):
         loaded = load(base, device="cpu", adapter=str(folder))
         assert loaded.words == folder
+        with pytest.raises(TemplateError, match=r"find_template\(tokenizer, folder=loaded\.words\)"):
+            Chat(loaded.model, loaded.tokenizer, None)
+        assert find_template(loaded.tokenizer, folder=loaded.words).name == "chat_template.jinja"
         assert loaded.tokenizer.has_control("<|im_end|>")
     (tmp_path / "native" / "tokenizer_config.json").unlink()
     (tmp_path / "native" / "tokenizer.json").rename(tmp_path / "native" / "tokenizer.model.v3")

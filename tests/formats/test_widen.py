@@ -310,6 +310,8 @@ def test_the_command_line_writes_in_the_adapters_words(tmp_path: Path, capfd: py
         in (one.err)
     )
     assert "ends at ids 2, 4097" in one.err
+    for whose, place in (("adapter", (base, "--adapter", adapter)), ("folder", (tmp_path / "merged",))):
+        assert f"this chat template is the {whose}'s own" in cli("interactive", *place, "--instruct").err
     raw = cli("complete", base, "Who?", "--max_tokens", "1", "--adapter", adapter)
     assert "this is an instruct model, and the prompt is continued as raw text" in raw.err
     refused = cli("finetune", base, "--data", "none.jsonl", "--out", tmp_path / "out", "--adapter", adapter)
