@@ -210,11 +210,12 @@ class Conversation:
         from mistral.chat.session import save
 
         file = _file("/save", rest)
-        if os.path.exists(os.path.expanduser(file)) and not confirm(f"{file} exists: replace it?"):
+        there = os.path.exists(os.path.expanduser(file))
+        if there and not confirm(f"{file} exists: replace it?"):
             echo_err("not saved")
             return
         save(self._chat, file, self._fingerprint())
-        echo_err(f"saved {_turns(self._chat)} in {rest}")
+        echo_err(f"saved {_turns(self._chat)} in {rest}{', in the place of what was there' if there else ''}")
 
     def _load(self, rest: str) -> None:
         from mistral.chat.session import load

@@ -16,7 +16,7 @@ from mistral.formats.weights import (
     parts_among,
     some_names,
 )
-from mistral.util.errors import short_repr
+from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 from mistral.util.parsed import KeyTwice, parse_json
 
@@ -81,7 +81,17 @@ def find_hf_weights(folder: Path) -> WeightFiles:
     if parts:
         return form.open(parts)
     names = " or ".join(f"{form.single}, or {form.stem}-00001-of-0000N{form.end}," for form in FORMS).rstrip(",")
-    raise WeightsError(f"no weights in {folder}: expected {names}")
+    inside = _weights_inside(folder)
+    there = f"; there are some in {', '.join(map(printable, inside[:3]))} there: give that folder" if inside else ""
+    raise WeightsError(f"no weights in {folder}: expected {names}{there}")
+
+
+def _weights_inside(folder: Path) -> list[str]:
+    """The folders within one that have weights, as a training leaves checkpoints beside a config.json."""
+    try:
+        return sorted(place.name for place in folder.iterdir() if place.is_dir() and has_hf_weights(place))
+    except OSError:
+        return []
 
 
 def _indexed_parts(index: Path, form: Form) -> tuple[Path, ...]:

@@ -53,6 +53,7 @@ def test_a_conversation_over_a_pipe(cli: Command, folder: Path, tmp_path: Path) 
         "Bye",
         "/undo",
         f"/save {kept}",
+        f"/save {kept}",
         "/system",
         "/system Be brief.",
         "/reset",
@@ -70,7 +71,14 @@ def test_a_conversation_over_a_pipe(cli: Command, folder: Path, tmp_path: Path) 
     assert "cached" not in reads[0]
     assert " cached; " in reads[1]
     assert said[said.index(reads[1]) + 1] == "dropped: Bye"
-    for line in (f"saved 1 turn in {kept}", "system prompt: none", "system prompt: Be brief.", "a new conversation"):
+    saved = f"saved 1 turn in {kept}"
+    for line in (
+        saved,
+        f"{saved}, in the place of what was there",
+        "system prompt: none",
+        "system prompt: Be brief.",
+        "a new conversation",
+    ):
         assert line in said
     (loaded,) = [line for line in said if line.startswith("loaded 1 turn from")]
     assert "temperature 0.0" in loaded

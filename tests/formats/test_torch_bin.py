@@ -155,6 +155,8 @@ def test_what_a_trainer_leaves_is_no_weights(tmp_path: Path) -> None:
     make_bin_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "training_args.bin")
     assert refusal(tmp_path).startswith(f"no weights in {tmp_path}: expected model.safetensors, or ")
+    make_bin_folder(tmp_path / "checkpoint-10")
+    assert refusal(tmp_path).endswith("; there are some in checkpoint-10 there: give that folder")
 
 
 def test_the_pickle_of_an_old_torch(tmp_path: Path) -> None:
