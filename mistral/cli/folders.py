@@ -57,6 +57,7 @@ def convert(
     from mistral.formats.convert import convert as convert_folder
     from mistral.formats.convert import write_folder
     from mistral.formats.folder import with_window
+    from mistral.formats.layouts import NATIVE
     from mistral.loader.options import window_of
 
     window = window_of(sliding_window)
@@ -72,7 +73,7 @@ def convert(
         return
     if base is not None:
         raise UsageError("--base is the base model of an adapter, and SRC is none")
-    if instruct and to == "mistral":
+    if instruct and to == NATIVE.to:
         raise UsageError("--instruct is for --to hf: Mistral's layout has no template in a file; omit it")
     calibration: Calibrate | None = None
     if calibrate is not None:

@@ -266,9 +266,18 @@ def test_what_cannot_be_divided_is_refused(
     changes: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    mistral.save(tiny_model(tiny_args(**{"vocab_size": 62, **changes})), tmp_path / "m")
+    args = tiny_args(**{"vocab_size": 62, **changes})
+    mistral.save(tiny_model(args), tmp_path / "m")
+    options["adapter"] = tuple(str(small_adapter(tmp_path / name, args)) for name in options.get("adapter", ()))
     with pytest.raises(OptionError, match=said):
         assemble(read_folder(tmp_path / "m"), Shard(0, 2), options=replace(OPTIONS, **options))
+
+
+def small_adapter(folder: Path, args: ModelArgs) -> Path:
+    """LoRA of one matrix."""
+    at, wide = "base_model.model.model.layers.0.self_attn.q_proj", args.n_heads * args.head_dim
+    tensors = {f"{at}.lora_A.weight": torch.ones(3, args.dim), f"{at}.lora_B.weight": torch.ones(wide, 3)}
+    return write_peft(folder, tensors, target_modules=["q_proj"])
 
 
 def test_stored_quantized_weights_are_refused(folders: dict[str, str], tmp_path: Path) -> None:
