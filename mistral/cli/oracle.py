@@ -165,6 +165,8 @@ def compare(
         raise UsageError("--cache_dtype float64 is for arithmetic in float64: add --dtype float64, or omit it")
     if model is not None and not any(s.startswith(("http://", "https://")) for s in (a, b)):
         raise UsageError("--model is a server's name for it, and neither side is a server")
+    if file is not None:
+        _require_random(full, seed)
     with starting("starting PyTorch"):
         from mistral.loader.runtime import DTYPES
         from mistral.oracle import comparison
@@ -325,9 +327,15 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
 
     if file is None:
         return prompts_for(found.args, full, seed)
-    if full:
-        raise UsageError("--full is about random prompts, and --file gives others: omit one")
+    _require_random(full, seed)
     return _read_prompts(file, found)
+
+
+def _require_random(full: bool, seed: int) -> None:
+    """Refuse what says how random prompts are made, where a file gives the prompts."""
+    for flag, given in (("--full", full), ("--seed", seed)):
+        if given:
+            raise UsageError(f"{flag} is about random prompts, and --file gives others: omit one")
 
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:

@@ -174,14 +174,15 @@ def _kept(tensor: Stored, run: Runtime) -> torch.dtype:
 def _mixed(found: Folder, run: Runtime, kept: dict[str, str]) -> tuple[str, ...]:
     """The dtypes of weights that stay as they are stored, where there are several: what most numbers have comes first.
 
-    Those beside weights of few bits are not counted: norms and embeddings always stay as they are.
+    Beside blocks of few bits those of matrices and tables; norms and routers always stay as they are.
     """
-    if run.quant is not None or kept:
+    if run.quant is not None:
         return ()
-    counts = Counter[str]()
-    for tensor in found.tensors.values():
-        counts[str(_kept(tensor, run)).removeprefix("torch.")] += tensor.parameters
-    return tuple(name for name, _ in counts.most_common()) if len(counts) > 1 else ()
+    known, counts = parameters(found.args), Counter[str]()
+    for name, tensor in found.tensors.items():
+        if name not in kept and not (kept and known[name].role in ("norm", "router")):
+            counts[str(_kept(tensor, run)).removeprefix("torch.")] += tensor.parameters
+    return tuple(name for name, _ in counts.most_common()) if kept or len(counts) > 1 else ()
 
 
 def _is_narrower(dtype: torch.dtype, tensor: Stored) -> bool:

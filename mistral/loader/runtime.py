@@ -36,7 +36,8 @@ class Runtime:
         notes: what could not be had, a sentence each.
         adapter: which LoRA adapter is in use and how, for people; "" for none.
         blocks: GGML types of the weights that stay as they are in their file, most of them first; see `loader.blocks`.
-        mixed: dtypes of the stored weights where they are of several, that of most numbers first.
+        mixed: dtypes of the stored weights where they are of several, that of most numbers first; beside blocks, those
+            of matrices that are none.
         rounds_prompts: whether inputs of products with bf16 weights are rounded to bf16 in prompts; see `fast.prompt`.
     """
 
@@ -61,7 +62,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Every choice that was made, human-readable."""
-        weights = self.quant or "+".join(self.blocks or self.mixed) or _name(self.weights)
+        weights = self.quant or "+".join((*self.blocks, *self.mixed)) or _name(self.weights)
         execution = f"; {self.how.what}" if self.how.what else ""
         attention = "kernels" if self.execution == "bitwise" else self.attention
         prompts = "; products of prompts round inputs to bfloat16" if self.rounds_prompts else ""

@@ -249,3 +249,14 @@ def test_a_pack_of_version_1_is_still_read(tmp_path: Path) -> None:
         factor = 2 if was.of.endswith(("fp32", "fp64")) else 1
         assert (was.of, was.rms, was.logprobs) == (now.of, factor * now.rms, factor * now.logprobs)
         assert was.prints == {name: factor * x for name, x in now.prints.items()}
+
+
+@pytest.mark.parametrize("flag", [["--full"], ["--seed", "3"]])
+@pytest.mark.parametrize("command", ["pack", "compare", "mutants"])
+def test_what_random_prompts_are_like_goes_with_no_file(command, flag, folder, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": [1, 5]}\n')
+    more = {"compare": [str(folder)], "mutants": ["--mutant", "no_window", "-o", str(tmp_path / "o")]}
+    words = [command, str(folder), *more.get(command, ["-o", str(tmp_path / "x.safetensors")])]
+    assert cli.main([*words, "--file", str(file), *flag]) == 2
+    assert f"error: {flag[0]} is about random prompts, and --file gives others" in capsys.readouterr().err
