@@ -34,7 +34,7 @@ class Threads:
         self._usual = 0.0  # seconds of a step when the choice was made
         self._patience = PATIENCE
         self._steps = self._slow = 0
-        self._cold = True
+        self._cold = True  # the first step, which finds nothing in memory, says nothing about threads
 
     def pick(self, most: int) -> int:
         """Threads of the next step, out of `most`: the same until `took` is called."""
@@ -52,9 +52,7 @@ class Threads:
         """Learn how long a step took with so many threads."""
         if threads not in (1, self._most) or self._most <= 1:
             return
-        if (
-            self._cold
-        ):  # the first step finds weights in the file's cache and keys in memory never touched: it says nothing
+        if self._cold:
             self._cold = False
             return
         if self._tried:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -26,7 +25,7 @@ from mistral.formats.adapter import (
     join,
     read_adapter,
 )
-from mistral.formats.convert import destination, files_of_words
+from mistral.formats.convert import copy_files, destination, files_of_words
 from mistral.formats.folder import read_folder
 from mistral.formats.hub import locate
 from mistral.formats.huggingface import rows_to_hf, rows_to_mistral, to_hf
@@ -107,9 +106,7 @@ def convert_adapter(
         with folder_atomic(place) as work:
             save_tensors(work / weights, tensors, {"format": "pt"})
             write_text(work / config, as_json(described))
-            for name, path in words.items():
-                (work / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, work / name)
+            copy_files(words, work)
             read_adapter(work)
     except OSError as error:
         raise ConvertError(f"{place} was not written: {error.strerror or error}") from error

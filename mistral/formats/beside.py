@@ -20,7 +20,7 @@ from mistral.formats.instruct import why_instruct
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, load_tokenizer, own_ends
+from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, listed_ids, load_tokenizer, own_ends
 from mistral.formats.unpack import GENERATION
 from mistral.formats.weights import dtype_name
 from mistral.formats.words import words_of
@@ -72,16 +72,16 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     path, generation = folder.path / GENERATION, dict[str, Any]()
     with suppress(ParamsError):  # `require_whole` has named a broken one
         generation = read_object(path) if path.is_file() else {}
-    there = {*_ids(generation.get("eos_token_id")), *_ids(described.get("eos_token_id"))}
+    there = {*_ids(generation), *_ids(described)}
     if tokenizer is not None and folder.own_words is None:  # with an adapter's, transformers goes by this file alone
         there |= own_ends(tokenizer)
     ends = eos_ids(folder.path, None, vocab_size)[0] if tokenizer is None else tokenizer.eos_ids
     missing = ends - there
     if not missing:
         return {}
-    others = (*_ids(folder.raw.get("eos_token_id")), *_ids(described.get("eos_token_id")))
+    others = (*_ids(folder.raw), *_ids(described))
     named = [i for i in others if i in ends]  # transformers goes by this file alone
-    ids = list(dict.fromkeys([*_ids(generation.get("eos_token_id")), *named, *sorted(missing)]))
+    ids = list(dict.fromkeys([*_ids(generation), *named, *sorted(missing)]))
     where = "config.json" if folder.own_words is None else "the base or the adapter"
     notes.append(f"{GENERATION} has the ids that end a sequence in {where}: {', '.join(map(str, ids))}")
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
@@ -156,8 +156,8 @@ def about_tokenizer(folder: Folder) -> list[str]:
         return [f"the tokenizer cannot be used: {error}"]
 
 
-def _ids(value: Any) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+def _ids(told: Mapping[str, Any]) -> list[int]:
+    return [i for i in listed_ids(told) if type(i) is int]
 
 
 def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> list[str]:

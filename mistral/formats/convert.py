@@ -206,10 +206,7 @@ class _Beside:
         return copied + sum(map(len, self.unpacked.values())) + sum(len(t.encode()) for t in self.texts.values())
 
     def write(self, folder: Path) -> None:
-        for name, path in self.carried.items():
-            copy = folder / name
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)  # what a link leads to, with the modes of a new file
+        copy_files(self.carried, folder)
         for name, content in self.unpacked.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
@@ -247,6 +244,14 @@ def _layout_and_dtype(to: str, dtype: torch.dtype | str | None, quant: str | Non
 def _carried(folder: Folder) -> dict[str, Path]:
     """The files that are copied as they are, by their names in the destination."""
     return dict(sorted((_matching(folder.path, OF_MODEL) | files_of_words(folder.words)).items()))
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files into a folder, by the names they get there: what a link leads to, with the modes of a new file."""
+    for name, path in files.items():
+        copy = folder / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def files_of_words(folder: Path) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ def _ends_of_files(folder: Path, vocab_size: int) -> tuple[dict[int, list[str]],
         except TokenizerError:
             continue  # `formats.broken` names the file
         inside = whole.get("text_config")  # of a model that reads images: the text model's own
-        ids = [*_listed(whole), *(_listed(inside) if isinstance(inside, dict) else [])]
+        ids = [*listed_ids(whole), *(listed_ids(inside) if isinstance(inside, dict) else [])]
         for i in ids:
             if type(i) is not int or i >= vocab_size:
                 notes.append(f"{name} ends sequences with {short_repr(i)}, which is no id of the model: ignored")
@@ -234,7 +235,7 @@ def _ends_of_files(folder: Path, vocab_size: int) -> tuple[dict[int, list[str]],
     return found, notes
 
 
-def _listed(told: dict[str, Any]) -> list[Any]:
+def listed_ids(told: Mapping[str, Any]) -> list[Any]:
     """What an object gives for eos_token_id, which may be one id or several."""
     ids = told.get("eos_token_id")
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -293,6 +294,15 @@ class FolderTemplate:
     text: str
 
 
+def listed_templates(told: Any) -> list[Any]:
+    """What tokenizer_config.json has for chat_template, as a list of names and templates: it may be one text, an object
+    of names or such a list."""
+    if isinstance(told, list):
+        return told
+    named = told if isinstance(told, dict) else {} if told is None else {"default": told}
+    return [{"name": name, "template": text} for name, text in named.items()]
+
+
 def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
     """The chat templates of a folder by name, as transformers finds them.
 
@@ -306,11 +316,7 @@ def chat_templates(folder: Path) -> dict[str, FolderTemplate]:
         own = gguf_tokenizer.chat_templates(read_gguf(folder).metadata)
         return {name: FolderTemplate(name, folder.name, text) for name, text in own.items()}
     found: dict[str, FolderTemplate] = {}
-    told = read_json(folder / CONFIG).get("chat_template")
-    if not isinstance(told, list | dict):
-        told = {} if told is None else {"default": told}
-    entries = told if isinstance(told, list) else [{"name": name, "template": text} for name, text in told.items()]
-    for entry in entries:
+    for entry in listed_templates(read_json(folder / CONFIG).get("chat_template")):
         name, text = (entry.get(key) for key in ("name", "template")) if isinstance(entry, dict) else (None, None)
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TokenizerError(f"{folder / CONFIG} has the chat_template {short_repr(entry)}: fetch it again")

@@ -23,6 +23,7 @@ from mistral.formats.tokenizers import (
     eos_ids,
     has_tokenizer,
     is_gguf_file,
+    listed_templates,
     load_tokenizer,
     missing_tokens,
     tokenizer_notes,
@@ -227,12 +228,9 @@ def _differs(path: Path, default: FolderTemplate) -> bool:
 
 def _default(told: Any) -> str | None:
     """The template that tokenizer_config.json has for all conversations."""
-    if isinstance(told, list):
-        named = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
-        told = named.get("default")
-    if isinstance(told, dict):
-        told = told.get("default")
-    return told if isinstance(told, str) else None
+    named = {one.get("name"): one.get("template") for one in listed_templates(told) if isinstance(one, dict)}
+    text = named.get("default")
+    return text if isinstance(text, str) else None
 
 
 def some_words(names: list[str], most: int = 3) -> str:
