@@ -83,7 +83,8 @@ def test_memory_does_not_grow_with_the_prompt(tmp_path: Path, monkeypatch: pytes
         return peak
 
     most(2_000)
-    assert most(10_000) < most(2_000) + 20_000  # a list of them takes 80,000
+    # A list of them takes 80,000; what the interpreter keeps of its own varied by up to 16,000 over ten runs.
+    assert most(10_000) < most(2_000) + 40_000
 
 
 def test_files_that_are_refused(tmp_path: Path) -> None:
