@@ -68,6 +68,9 @@ def _vocabulary(found: Adapter) -> dict[str, Any] | None:
     folder, template, words, file = found.path, None, list[str](), None
     ids: Mapping[str, int] = {}
     before, base = _base_rows(found.base)
+    last = max((max(found.rows[name].ids) for name in TABLES if name in found.rows), default=-1)
+    if before is not None and last >= before:  # rows of words that were added, saved one by one
+        rows = max(rows, last + 1)
     if folder.is_dir() and has_tokenizer(folder):
         own = read_tokenizer(folder)
         ids = own.added

@@ -213,6 +213,11 @@ def test_an_adapter_with_weights_of_its_own_is_not_trained_on(folder: Path, data
     adapter = write_peft(tmp_path / "own", peft_tensors() | own, modules_to_save=["lm_head"])
     with pytest.raises(OptionError, match="has lm_head of its own, which is not trained here"):
         tune(folder, data, tmp_path / "out", adapter=adapter)
+    at = "base_model.model.model.embed_tokens.lora_embedding_"
+    table = {f"{at}A": torch.rand(3, PARAMS["vocab_size"]), f"{at}B": torch.rand(PARAMS["dim"], 3)}
+    adapter = write_peft(tmp_path / "table", peft_tensors() | table)
+    with pytest.raises(OptionError, match="has a LoRA of embed_tokens, which is not trained here: merge it first"):
+        tune(folder, data, tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
 
 
