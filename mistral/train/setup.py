@@ -15,7 +15,7 @@ from torch import Tensor
 from mistral.chat.templates import Template, assumed, find_template
 from mistral.fast.layout import bytes_of
 from mistral.formats.adapter import read_adapter
-from mistral.formats.adapter_words import own_words
+from mistral.formats.adapter_words import more_words, own_words, unused_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
@@ -98,11 +98,14 @@ class Setup:
         adapter, args = read_adapter(self.adapter), self.found.args
         words, _ = own_words(adapter, self.found.path, args)
         loose = args.tied_embeddings and not (adapter.whole.keys() | adapter.pairs.keys()).isdisjoint(TABLES)
-        if loose or words is not None or widened(adapter, args) != args:
+        added = words is not None and bool(more_words(words, self.found.path))
+        if loose or added or widened(adapter, args) != args:
             raise OptionError(
                 f"{self.adapter} has words or tables of its own, and training goes on with the base's: merge it first "
                 f"(convert {self.base_name} MERGED --to hf --adapter {self.adapter}), and train that"
             )
+        for note in unused_of(adapter.path, self.found.path):
+            self.note(note)
 
     @property
     def base_name(self) -> str:

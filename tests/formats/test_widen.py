@@ -245,6 +245,51 @@ def test_a_word_for_padding_needs_no_row(tmp_path: Path) -> None:
     assert any("1 added token (<pad>) that base does not have: not used" in note for note in loaded.notes)
 
 
+def test_ends_of_a_tokenizer_json_alone_are_those_that_the_base_names(tmp_path: Path) -> None:
+    """As in transformers, whose generate() has the base's; a usual name is for where no file has any."""
+    base = hf_base(tmp_path / "base")
+    adapter, _ = chatml(base, tmp_path / "adapter", **KINDS["modules_to_save"])
+    (adapter / "tokenizer_config.json").unlink()
+    (base / "tokenizer.model").unlink()
+    for name, changes in (("config.json", {"eos_token_id": 1}), ("tokenizer_config.json", {"eos_token": "<s>"})):
+        told = json.loads((base / name).read_text(encoding="utf-8"))
+        (base / name).write_text(json.dumps(told | changes), encoding="utf-8")
+    loaded = load(base, device="cpu", adapter=str(adapter))
+    assert loaded.words == adapter
+    assert loaded.tokenizer.eos_ids == {1}
+    assert "usual name" not in loaded.describe()
+    convert(base, tmp_path / "merged", "hf", adapter=adapter)
+    assert load(tmp_path / "merged", device="cpu").tokenizer.eos_ids == {1}
+    for name in ("config.json", "tokenizer_config.json"):
+        told = json.loads((base / name).read_text(encoding="utf-8"))
+        told.pop("eos_token_id", None), told.pop("eos_token", None)
+        (base / name).write_text(json.dumps(told), encoding="utf-8")
+    assert "ends at id 2, </s>, by its usual name" in load(base, device="cpu", adapter=str(adapter)).describe()
+
+
+def test_a_template_beside_a_tokenizer_is_the_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Conversations were written so in training; one without a tokenizer beside it is named, and not used."""
+    base, form = make_folder(tmp_path / "base"), "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    adapter = with_words(write_peft(tmp_path / "adapter"), chat_template=form)
+    for mode in ("merge", "runtime"):
+        loaded = load(base, device="cpu", adapter=str(adapter), adapter_mode=mode)
+        assert loaded.words == adapter
+        assert find_template(loaded.tokenizer, folder=loaded.words).source == "tokenizer_config.json"
+        said = (
+            "the tokenizer is the adapter's tokenizer.model; the chat template is that of tokenizer_config.json there"
+        )
+        assert said in loaded.notes
+    convert(base, tmp_path / "merged", "hf", adapter=adapter)
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())["chat_template"] == form
+    shutil.copy(adapter / "tokenizer_config.json", base)
+    assert load(base, device="cpu", adapter=str(adapter)).words == base
+    (base / "tokenizer_config.json").unlink()
+    (adapter / "tokenizer.model").unlink()
+    alone = load(base, device="cpu", adapter=str(adapter))
+    assert alone.words == base
+    assert any("has a chat template (tokenizer_config.json; --template takes a file)" in note for note in alone.notes)
+
+
 def test_a_word_that_the_base_has_no_row_for_either_is_no_news(tmp_path: Path) -> None:
     base = with_words(make_folder(tmp_path / "base"), "<odd>")
     loaded = load(base, device="cpu", adapter=str(with_words(write_peft(tmp_path / "adapter"), "<odd>")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,14 @@ def test_training_goes_on_from_an_adapter(folder: Path, data: Path, adapter: Pat
     assert config["r"] == 3
     with pytest.raises(OptionError, match="training goes on with the same: omit --lora"):
         tune(folder, data, tmp_path / "other", adapter=adapter, lora=4)
+
+
+def test_the_template_of_an_adapter_is_named_where_training_goes_on(folder: Path, data: Path, tmp_path: Path) -> None:
+    adapter, said = write_peft(tmp_path / "own"), list[str]()
+    shutil.copy(folder / "tokenizer.model", adapter)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    tune(folder, data, tmp_path / "out", {"say": said.append}, adapter=adapter, steps=1)
+    assert any("has a chat template (chat_template.jinja; --template takes a file)" in line for line in said)
 
 
 def test_an_adapter_with_weights_of_its_own_is_not_trained_on(folder: Path, data: Path, tmp_path: Path) -> None:
