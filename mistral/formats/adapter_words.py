@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import Adapter, AdapterError
-from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer
+from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer, suggested_sampling
 from mistral.formats.widen import widened
 from mistral.formats.words import some_words
 from mistral.special_tokens import read_added_tokens, read_special_tokens
@@ -100,6 +100,11 @@ def more_words(adapter: Path, base: Path) -> list[str]:
     known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
     known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
     return [token.content for _, token in sorted(added.items()) if token.content not in known]
+
+
+def sampling_of(adapter: Path) -> list[str]:
+    """A note where files of an adapter's folder say how to sample; see `suggested_sampling`."""
+    return [f"adapter {adapter}: {note}" for note in (suggested_sampling(adapter) if adapter.is_dir() else ())]
 
 
 def unused_of(adapter: Path, base: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
-from mistral.formats.adapter_words import own_words
+from mistral.formats.adapter_words import own_words, sampling_of
 from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
@@ -286,7 +286,7 @@ def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
     """
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
     notes = (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
-    return (*notes, *_doubts(adapter, folder))
+    return (*notes, *sampling_of(adapter.path), *_doubts(adapter, folder))
 
 
 def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from mistral.formats.adapter import WEIGHTS
 from mistral.formats.adapter_words import unused_of
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_adapter import report
 from mistral.formats.tokenizers import chat_templates, suggested_sampling
 from mistral.formats.words import words_of
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import FormatError
+from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, make_folder, random_state
 from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
@@ -117,6 +120,16 @@ def test_ids_that_a_tokenizer_has_for_something_else(folder: Path, file: str) ->
     bos, eos = notes(folder)
     assert bos.startswith("tokenizer_config.json has add_bos_token false, and texts begin with bos here")
     assert eos.startswith("tokenizer_config.json has add_eos_token true, which is for training")
+
+
+def test_how_an_adapters_folder_would_sample(tmp_path: Path, folder: Path) -> None:
+    adapter, said = write_peft(tmp_path / "adapter"), "generation_config.json suggests temperature 0.6, which is not"
+    put(adapter / "generation_config.json", temperature=0.6)
+    for given in (str(adapter), [f"one={adapter}", f"two={write_peft(tmp_path / 'other')}"]):
+        notes = load(folder, device="cpu", adapter=given).notes
+        assert sum(note.startswith(f"adapter {adapter}: {said}") for note in notes) == 1
+    assert any(said in note for note in report(adapter)["notes"])
+    assert not any(said in note for note in load(folder, device="cpu", adapter=str(adapter / WEIGHTS)).notes)
 
 
 def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
