@@ -192,7 +192,7 @@ def compare(
         prompts=prompts,
         full=full,
         seed=seed,
-        progress=terminal.Bar("comparing", "mutant"),
+        progress=terminal.Bar("comparing", "step"),
     )
     print(comparison.as_json(report) if json else comparison.as_text(report))
     if not report.same:

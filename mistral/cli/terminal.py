@@ -21,9 +21,11 @@ from mistral.cli.pace import Pace, counting_stops, stops
 from mistral.cli.parallel import from_first
 from mistral.cli.waiting import end_is_waiting
 from mistral.cli.wrapping import Wrapped
+from mistral.util import progress
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
+from mistral.util.progress import Bar as Bar
 
 if TYPE_CHECKING:
     from mistral.generate import Piece
@@ -102,6 +104,9 @@ def echo_err(line: str, asked: bool = False) -> None:
     """A line for stderr, unless --quiet was given; one that was asked for all the same."""
     if asked or not _quiet:
         _tell(visible(line))
+
+
+progress.tell = echo_err
 
 
 def _tell(line: str, end: str = "\n") -> None:
@@ -277,29 +282,6 @@ def _plain(ask: str, asked_on: Any) -> str:
         return input(ask)
     print(ask, end="", file=asked_on, flush=True)
     return input()
-
-
-class Bar:
-    """Progress through work: shown after two seconds, on stderr, not when that is piped.
-
-    Args:
-        what, unit: what is being done, and what it is counted in.
-    """
-
-    def __init__(self, what: str, unit: str) -> None:
-        self._what, self._unit = what, unit
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=total, initial=done, desc=self._what, unit=self._unit, delay=2, disable=None, leave=False
-            )
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self._bar.close()
 
 
 class Thoughts:
