@@ -375,6 +375,24 @@ def test_a_conversation_with_other_words_is_another_models(tmp_path: Path) -> No
     assert fingerprint(base, str(adapter)) != before
 
 
+def test_an_added_tokens_json_that_is_left_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A word with another id is that of tokenizer.json, as in transformers; one that is there alone has no row."""
+    cli, base = in_process(capfd), hf_base(tmp_path / "base")
+    adapter, _ = chatml(base, tmp_path / "adapter", **KINDS["modules_to_save"])
+    (adapter / "added_tokens.json").write_text(json.dumps({WORDS[1]: ROWS + 4}))
+    said = f"tokenizer.json gives {WORDS[1]} the id {ROWS + 1}, the files beside it {ROWS + 4}: {ROWS + 1} is used"
+    loaded = load(base, device="cpu", adapter=str(adapter))
+    assert said in loaded.notes
+    assert any(f"which has 2 tokens ({', '.join(WORDS)}) that base" in note for note in loaded.notes)
+    assert f"note: {said}\n" in cli("inspect", adapter).text
+    (adapter / "added_tokens.json").write_text(json.dumps({"<old>": ROWS + 2}))
+    left = "; nothing but added_tokens.json there names <old>: if it is left over from before, remove it"
+    with pytest.raises(AdapterError, match=left):
+        load(base, device="cpu", adapter=str(adapter))
+    inspected = cli("inspect", adapter).text
+    assert f"note: its tokenizer has 1 token (<old>) for which it has no row: refused{left}\n" in inspected
+
+
 def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cli, base = in_process(capfd), make_folder(tmp_path / "base")
     adapter = handmade(tmp_path / "adapter", ROWS + 64, ROWS + 64, base_model_name_or_path=str(base))
