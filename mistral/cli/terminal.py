@@ -242,7 +242,9 @@ def _reader(ask: str) -> Callable[[], str]:
 
 
 def _keys() -> Any:
-    """Alt-Enter begins a new line of the same text.
+    """Alt-Enter begins a new line of the same text; a null character where nothing is typed yet is Ctrl-D.
+
+    Where Ctrl-D was typed behind a whole line before anybody asked, the terminal gives a null character for it.
 
     An escape sequence that sets a colour begins like an event of a mouse, of which prompt_toolkit then misses the
     place. Nothing here has to do with a mouse: what looks like one is text, as it is where a terminal tells what was
@@ -253,8 +255,14 @@ def _keys() -> Any:
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add(Keys.ControlAt)(_end_of_null)
     keys.add(Keys.Vt100MouseEvent)(lambda event: event.current_buffer.insert_text(event.data))
     return keys
+
+
+def _end_of_null(event: Any) -> None:
+    if not event.current_buffer.text:
+        event.app.exit(exception=EOFError)
 
 
 def _history() -> Any:
