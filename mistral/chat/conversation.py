@@ -105,6 +105,21 @@ class Chat:
         return self._system
 
     @property
+    def messages(self) -> list[Message]:
+        """The conversation, without the system prompt; may be changed, or replaced by another list.
+
+        Raises:
+            TemplateError: what it is replaced by is no list of messages.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message]) -> None:
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
+            raise TemplateError(f"messages is {short_repr(messages)}; it must be a list of Message(role, content)")
+        self._messages = list(messages)
+
+    @property
     def params(self) -> SamplingParams:
         """How questions are answered."""
         return self._params
