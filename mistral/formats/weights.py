@@ -40,6 +40,20 @@ class WeightsError(FormatError):
     """Weights that are missing, broken, or not those of the model described."""
 
 
+class TensorTwice(WeightsError):
+    """A tensor that is in two files.
+
+    Args:
+        message: what is wrong, and what to do.
+        name: of the tensor.
+        last: the name of the second file.
+    """
+
+    def __init__(self, message: str, name: str = "", last: str = "") -> None:
+        super().__init__(message)
+        self.name, self.last = name, last
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor in a file.
@@ -222,9 +236,8 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         part = Part(path, 0, 0, stamp)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(
-                    f"{printable(name)} is in {path.name} and in an earlier part: remove the file that is not meant"
-                )
+                twice = f"{printable(name)} is in {path.name} and in an earlier part"
+                raise TensorTwice(f"{twice}: remove the file that is not meant", name, path.name)
             dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if not dtype:

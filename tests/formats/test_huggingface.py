@@ -857,6 +857,22 @@ def test_an_absolute_path_in_an_index_is_refused_even_if_it_is_there(tmp_path: P
     assert "which is no safetensors file beside it" in spoilt(folder)
 
 
+def test_what_to_do_with_files_that_are_laid_over_others(tmp_path: Path) -> None:
+    """The advice is run: transformers takes the last file's tensor, and writes a folder that is read."""
+    transformers = pytest.importorskip("transformers")
+    where, name = read_index(make_hf_folder(tmp_path / "a", 2)), "model.layers.0.mlp.up_proj.weight"
+    own = load_file(tmp_path / "a" / where[name])[name] + 1
+    save_file({name: own}, tmp_path / "a" / "model-overlay.safetensors", {"format": "pt"})
+    said = f"{name} is in model-overlay.safetensors and in an earlier part: {INDEX} gives "
+    write_index(tmp_path / "a", {**where, name: "model-overlay.safetensors"})
+    assert f"{said}the last file for it, which transformers reads: have it write one set" in spoilt(tmp_path / "a")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto").save_pretrained(tmp_path / "b")
+    whole = read_folder(tmp_path / "b").weights.get("layers.0.feed_forward.w3.weight")
+    assert torch.equal(whole, own)
+    write_index(tmp_path / "a", {**where, "lm_head.weight": "model-overlay.safetensors"})
+    assert f"{said}{where[name]} for it, and transformers reads the last file: remove the" in spoilt(tmp_path / "a")
+
+
 def test_an_index_that_promises_more_than_the_files_hold(tmp_path: Path) -> None:
     make_hf_folder(tmp_path, 2)
     where = read_index(tmp_path)
