@@ -100,7 +100,8 @@ def assemble_adapted(adapted: Adapted, division: Division | None, options: LoadO
         model = build(run)
     if division is not None:
         division.shape(model)
-    _fill(model, found, run, kept)
+    zeros = _fill(model, found, run, kept)
+    run = replace(run, notes=(*run.notes, *_of_zeros(zeros)))
     model.kept_in = {run.compute: run.cache}
     if division is not None:
         division.connect(model)
@@ -208,8 +209,25 @@ def narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
     return (f"rounded to {to}, but stored in more: {counted(len(wider), 'tensor')} ({some_names(wider)})",)
 
 
-def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str]) -> None:
-    """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
+def _of_zeros(names: list[str]) -> list[str]:
+    """A note on matrices that are zeros and nothing else."""
+    if not names:
+        return []
+    what = f"{counted(len(names), 'matrix is', 'matrices are')} all zeros ({some_names(names)})"
+    return [f"{what}: a merge or a download that failed, unless the model has blocks that do nothing on purpose"]
+
+
+def _is_zero(weight: Tensor) -> bool:
+    """Whether a matrix is all zeros; of one that is not, a row is looked at, so that this takes no time."""
+    return weight.dim() == 2 and not weight[len(weight) // 2].any() and not weight.any()
+
+
+def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str]) -> list[str]:
+    """Give a model on the meta device its weights: each is in memory, on its device, before the next is read.
+
+    Returns:
+        The matrices that are all zeros; blocks and quantized weights as they are stored are not looked at.
+    """
     from mistral.fast import pages
     from mistral.fast.linear import use_kernels
     from mistral.quant import from_stored, put_quantized, quantize
@@ -218,6 +236,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedLinear] = {}
     blocks: dict[str, nn.Module] = {}
+    zeros: list[str] = []
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with Bar("loading", "B", total) as bar:
         expected = parameters(found.args)
@@ -232,6 +251,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
                 blocks |= load_blocks(found, name, bar.update)
             elif run.quant is not None and found.quant is None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update, exact=True)
+                zeros += [name] if _is_zero(weight) else []
                 quantized[name] = quantize(expected[name], weight, run.quant, run.device)
             else:
                 # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
@@ -240,6 +260,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
                 dtype = _kept(found.weights.tensors[name], run)
                 exact = _is_narrower(dtype, found.weights.tensors[name])
                 weight = found.weights.get(name, bar.update, exact)
+                zeros += [name] if _is_zero(weight) else []
                 mapped = weight.dtype == dtype and not own and bool(found.weights.files)
                 on_cpu = run.device.type == "cpu" and not mapped
                 tensors[name] = pages.copied(weight, dtype) if on_cpu else weight.to(run.device, dtype, copy=own)
@@ -255,3 +276,4 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
         use_kernels(model)
     model.rounds_prompts = run.rounds_prompts
     model.eval()
+    return zeros
