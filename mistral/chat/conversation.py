@@ -70,7 +70,7 @@ class Chat:
         require_model(model)
         require_tokenizer(tokenizer)
         if not hasattr(template, "encode_chat"):
-            advice = "it must be what find_template(tokenizer, folder=loaded.words) gives"
+            advice = "it must be what find_template(tokenizer, folder=loaded.templates) gives"
             raise TemplateError(f"template is {short_repr(template)}; {advice}")
         self.model = model
         self.tokenizer = tokenizer
