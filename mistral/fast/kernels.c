@@ -7,13 +7,13 @@
    Every output is summed in one order, whatever the number of rows and of threads: LANES partial sums
    over the columns, then the sum of these. So a row's bits do not depend on what else is in the batch. */
 
-#include "lanes.h"
+#include "lanes.h" /* vectors of floats, the kinds of weights, what the kernels are given */
 
 /* ---- products: y[r, j] = w[j] . x[r] */
 
-#include "floats.h"
+#include "floats.h" /* with weights that are floats */
 
-#include "blocks.h"
+#include "blocks.h" /* with weights of few bits, by kinds.h, unpack.h and (on Arm) arm_blocks.h */
 
 INLINE int is_quantized(const Matrix *m) { return is_blocks(m->kind); }
 
@@ -33,7 +33,7 @@ int64_t inputs_bytes(void) { return sizeof(Inputs); }
 /* Whether products of many rows with quantized weights are best made here too. */
 int64_t takes_many(void) { return VNNI || DOTPROD; }
 
-#include "panels.h"
+#include "panels.h" /* with such weights, of many rows */
 
 /* A row of n inputs, filled up to whole groups with zeros, and the way to the next row: not a whole number of pages, so that
    rows do not share places in the fastest cache. */
@@ -110,17 +110,17 @@ void widen(const Matrix *m, int64_t first, int64_t n, float *out, int64_t thread
     }
 }
 
-#include "repack.h"
-#include "rounding.h"
-#include "affine.h"
+#include "repack.h" /* GGML's blocks, as files have them, to those of blocks.h */
+#include "rounding.h" /* to int8, and to int4 as it was at first */
+#include "affine.h" /* to int4 */
 
 /* ---- a decode step */
 
-#include "keys.h"
+#include "keys.h" /* keys and values as the cache keeps them */
 
-#include "attention.h"
+#include "attention.h" /* a few queries, by parts of their positions */
 
-#include "experts.h"
+#include "experts.h" /* a router, and the chosen experts */
 
 /* Floats for the scores of all heads of a team in a part, and what decode wants as scratch: for `rows` tokens, each of which
    sees up to `keys` positions. */
@@ -271,6 +271,6 @@ void decode(Model *m, int64_t rows, const int64_t *which, const int64_t *positio
 
 /* ---- prompts */
 
-#include "tiles.h"
-#include "queries.h"
-#include "rowwise.h"
+#include "tiles.h" /* products of many rows with weights that are floats */
+#include "queries.h" /* attention of many queries */
+#include "rowwise.h" /* norms, rotations and gates of many rows */
