@@ -199,7 +199,7 @@ REFUSED = {
     "the file has 0 of 8 experts for a token": keys(expert_count=8),
     "the file has 9 of 8 experts for a token": keys(expert_count=8, expert_used_count=9),
     "lacks llama.block_count, llama.embedding_length": keys(block_count=None, embedding_length=None),
-    "n_layers must be an integer": keys(block_count="2"),
+    "n_layers is '2'; it must be a whole number": keys(block_count="2"),
     "n_kv_heads 3 does not divide n_heads 4": keys(attention__head_count_kv=3),
     "llama.attention.value_length is 32, but heads are 24 wide": keys(attention__value_length=32),
     "llama.rope.dimension_count is 16, but heads are 24 wide": keys(rope__dimension_count=16),
