@@ -389,8 +389,8 @@ def test_options_that_do_not_go_together(
         ({"full": True, "lora": 4}, "lora is of an adapter, and --full trains all weights"),
         ({"lora_targets": "wq,wx"}, "lora_targets has 'wx'"),
         ({"lora_alpha": 0}, "lora_alpha is 0; it must be above 0"),  # nothing would be learned
-        ({"lora": 0}, "lora is 0; it must be a whole number, at least 1"),
-        ({"seq_len": 1}, "seq_len is 1; it must be a whole number, at least 2"),
+        ({"lora": 0}, "lora is 0; it must be at least 1"),
+        ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
         ({"epochs": 0.0}, "epochs is 0.0; it must be above 0"),
         ({"lr": float("nan")}, "lr is nan; it must be a finite number"),
         ({"eval_split": 0.9}, "eval_split is 0.9; it must be at least 0 and at most 0.5"),
