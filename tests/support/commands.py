@@ -19,6 +19,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "C
 for name in ("PYTHONUNBUFFERED", "MISTRAL_MODEL", "NO_COLOR"):
     ENVIRONMENT.pop(name, None)
 ENVIRONMENT["XDG_STATE_HOME"] = "/dev/null/state"  # what tests type is not kept: no folder can be there
+PATIENCE = 120  # seconds that a test waits for what a process says: none takes so long, however busy the machine is
 
 
 @dataclass(frozen=True)
