@@ -7,6 +7,7 @@ Hypothesis draws the same examples every time, without deadlines; `make test` dr
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -32,6 +33,12 @@ none_of_ours = providers._local_constants
 providers._get_local_constants = lambda: none_of_ours
 # As many threads as a test asks for, whatever else the machine does: sums of two threads have other last bits.
 FREE_CORES._clock = float  # it stands still, so that nobody looks again; and can be pickled, as models are
+
+# What a shell may have set for this project, for terminals, or for the way to other machines.
+for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "PYTHONUNBUFFERED"):
+    os.environ.pop(name, None)
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
