@@ -281,7 +281,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(folder: Path, data: Path, tmp
         "--lr",
         "0.01",
     ]
-    words += ["--steps", "80", "--save_every", "7", "--threads", "1", "--device", "cpu", "--out"]
+    words += ["--steps", "240", "--save_every", "7", "--threads", "1", "--device", "cpu", "--out"]
     options: dict[str, Any] = {"cwd": ROOT, "env": ENVIRONMENT, "stderr": subprocess.DEVNULL}
     killed = subprocess.Popen([*words, str(tmp_path / "killed")], **options)
     log = tmp_path / "killed" / "log.jsonl"
@@ -293,12 +293,12 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(folder: Path, data: Path, tmp
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert (tmp_path / "killed" / STATE).is_file()
-    assert 10 <= len(read_log(log)) < 80
+    assert 10 <= len(read_log(log)) < 240
     again = [*words, str(tmp_path / "killed"), "--resume"]
     subprocess.run(again, check=True, timeout=200, **options)
     subprocess.run([*words, str(tmp_path / "whole")], check=True, timeout=200, **options)
     assert same_bits(tmp_path / "killed", tmp_path / "whole")
-    assert [entry["step"] for entry in read_log(log)] == list(range(1, 81))
+    assert [entry["step"] for entry in read_log(log)] == list(range(1, 241))
 
 
 @pytest.mark.slow
