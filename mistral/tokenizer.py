@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.special_tokens import SpecialTokens, TokenizerError
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer
 from mistral.tokenizer_model import SentencePiece
@@ -198,6 +198,11 @@ class Tokenizer:
     def added_tokens(self) -> Mapping[str, int]:
         """Ids of the tokens by text that are no words: the control tokens, and what was added to the vocabulary."""
         return {**self._model.control_tokens(), **self._model.added_tokens()}
+
+    @property
+    def flags(self) -> Mapping[str, AddedToken]:
+        """Of a SentencePiece model, the tokens that were added to it, by text."""
+        return {token.content: token for token in self._model._added.values()} if self.kind == "sentencepiece" else {}
 
     @property
     def named(self) -> Mapping[str, str]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_added_tokens, read_special_tokens
+from mistral.special_tokens import (
+    AddedToken,
+    SpecialTokens,
+    TokenizerError,
+    WordFinder,
+    as_spelled,
+    read_added_tokens,
+    read_special_tokens,
+    spaced,
+)
 from mistral.tokenizer_json import piece_bytes
 from mistral.util.files import read_limited
 
@@ -43,11 +52,14 @@ class SentencePiece:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
         added = told.added or (read_added_tokens(path.parent) if content is None else {})
+        added = added if content is not None else as_spelled(added, path.parent)
         self._added = {i: token for i, token in added.items() if i >= self.n_words}
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
-        words = sorted((t.content for t in self._added.values() if not t.special), key=len, reverse=True)
-        self._words = re.compile("|".join(map(re.escape, words))) if words else None
+        words = {i: token for i, token in self._added.items() if not token.special}
+        self._as_it_stands = WordFinder({i: token for i, token in words.items() if not token.normalized})
+        normalized = {i: token for i, token in words.items() if token.normalized}
+        self._normalized = WordFinder(normalized) if normalized else None
 
     @property
     def named(self) -> dict[str, str]:
@@ -55,20 +67,42 @@ class SentencePiece:
         return {**{name: self._pieces[i] for name, i in ids.items()}, **self._names}
 
     def encode(self, s: str) -> list[int]:
-        if self._words is None:
-            return self._sp.encode(s)
-        ids, done = [], 0
-        for match in self._words.finditer(s):
-            ids += [*self._sp.encode(s[done : match.start()]), self.added[match[0]]]
-            done = match.end()
-        return ids + self._sp.encode(s[done:])
+        ids: list[int] = []
+        for text, i in self._as_it_stands.split(s):
+            ids += [*self._encode_spaced(text), *([] if i is None else [i])]
+        return ids
+
+    def _encode_spaced(self, text: str) -> list[int]:
+        """Ids of a text with a space in front, in which words that are normalized are found with theirs."""
+        if self._normalized is None:
+            return self._sp.encode(text)
+        ids: list[int] = []
+        for part, i in self._normalized.split(spaced(text)):
+            # The model puts a space in front, which a part has already or has not: it goes to a letter of no word.
+            ids += [*self._sp.encode(self._no_word + part)[self._skipped :], *([] if i is None else [i])]
+        return ids
+
+    @cached_property
+    def _no_word(self) -> str:
+        return next(letter for letter in map(chr, range(10, 200)) if not any(letter in word for word in self._pieces))
+
+    @cached_property
+    def _skipped(self) -> int:
+        return len(self._sp.encode(self._no_word))
 
     def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int]) -> list[int]:
         """Each text is encoded by itself, with a space in front: so were the chats that such models learned from."""
         ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self._sp.encode(part)
+        for part, before, after in zip(parts, [None, *parts], [*parts[1:], None], strict=False):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            text = part.lstrip() if self._strips(before, "rstrip") else part
+            ids += self.encode(text.rstrip() if self._strips(after, "lstrip") else text)
         return ids
+
+    def _strips(self, part: str | int | None, side: str) -> bool:
+        return isinstance(part, int) and bool(getattr(self._added.get(part), side, False))
 
     def decode(self, ids: list[int]) -> str:
         if not self._added:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import Adapter, AdapterError
-from mistral.formats.tokenizers import chat_templates, has_tokenizer, read_tokenizer
+from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer, suggested_sampling
 from mistral.formats.widen import widened
 from mistral.formats.words import some_words
 from mistral.special_tokens import read_added_tokens, read_special_tokens
@@ -21,8 +21,9 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     """The folder of an adapter whose tokenizer is the model's with it, None for the base's own; and notes, a sentence
     each.
 
-    It is where the adapter adds rows to the vocabulary, or where its tokenizer has tokens that the base's lacks, with
-    rows of the base's padding. An adapter that is given as a file is used with the base's words.
+    It is where the adapter adds rows to the vocabulary, where its tokenizer has tokens that the base's lacks, with
+    rows of the base's padding, or where a chat template is beside it that the base does not have: trainers save the
+    tokenizer that they wrote conversations with. An adapter that is given as a file is used with the base's words.
 
     Args:
         base: the model, a folder or a GGUF file.
@@ -52,7 +53,7 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
             f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
             "base's own words"
         )
-    if not wider and not with_rows:
+    if not wider and not with_rows and _new_template(folder, base) is None:
         return None, unused_of(folder, base)
     return folder, [_taken(own, more, folder, base)]
 
@@ -79,6 +80,16 @@ def _has_template(base: Path) -> bool:
         return False
 
 
+def _new_template(adapter: Path, base: Path) -> FolderTemplate | None:
+    """The chat template of an adapter's folder, unless its base has the same.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
+    return None if template is None or (own is not None and own.text.strip() == template.text.strip()) else template
+
+
 def more_words(adapter: Path, base: Path) -> list[str]:
     """The tokens that the files of an adapter's folder add and its base does not have, by id.
 
@@ -91,18 +102,22 @@ def more_words(adapter: Path, base: Path) -> list[str]:
     return [token.content for _, token in sorted(added.items()) if token.content not in known]
 
 
+def sampling_of(adapter: Path) -> list[str]:
+    """A note where files of an adapter's folder say how to sample; see `suggested_sampling`."""
+    return [f"adapter {adapter}: {note}" for note in (suggested_sampling(adapter) if adapter.is_dir() else ())]
+
+
 def unused_of(adapter: Path, base: Path) -> list[str]:
     """A note where an adapter's folder brings a chat template or tokens that its base does not have and that are not
     used: fine-tunes with some of their own are saved so."""
     if not adapter.is_dir():
         return []
     try:
-        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
-        more = more_words(adapter, base)
+        template, more = _new_template(adapter, base), more_words(adapter, base)
     except TokenizerError:
         return []
     what = []
-    if template is not None and (own is None or own.text.strip() != template.text.strip()):
+    if template is not None:
         what.append(f"a chat template ({template.file}; --template takes a file)")
     if more:
         what.append(f"{counted(len(more), 'added token')} ({some_words(more)})")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.formats.adapter import CONFIG, FORMS, Adapter, is_adapter, read_adapter
-from mistral.formats.adapter_words import more_words
+from mistral.formats.adapter_words import more_words, sampling_of
 from mistral.formats.folder import read_folder
 from mistral.formats.layouts import LAYOUTS
 from mistral.formats.merge import release_named
@@ -36,7 +36,7 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         AdapterError, ParamsError, WeightsError: it is broken, or cannot be merged exactly.
     """
     found = read_adapter(path)
-    pairs, vocabulary, notes = found.pairs.values(), None, list(found.notes)
+    pairs, vocabulary, notes = found.pairs.values(), None, [*found.notes, *sampling_of(found.path)]
     try:
         vocabulary = _vocabulary(found)
     except TokenizerError as error:
@@ -68,6 +68,9 @@ def _vocabulary(found: Adapter) -> dict[str, Any] | None:
     folder, template, words, file = found.path, None, list[str](), None
     ids: Mapping[str, int] = {}
     before, base = _base_rows(found.base)
+    last = max((max(found.rows[name].ids) for name in TABLES if name in found.rows), default=-1)
+    if before is not None and last >= before:  # rows of words that were added, saved one by one
+        rows = max(rows, last + 1)
     if folder.is_dir() and has_tokenizer(folder):
         own = read_tokenizer(folder)
         ids = own.added

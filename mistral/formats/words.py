@@ -5,7 +5,6 @@ Runs without torch.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,13 +97,6 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         notes.append(
             f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
             "another model's"
-        )
-    typed = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.normalized and not t.special]
-    if typed and '"Prepend"' in json.dumps(whole.get("normalizer")):  # which such a word goes through too
-        notes.append(
-            f"{JSON} has {counted(len(typed), 'added word')} ({some_words(typed)}) with normalized true: transformers "
-            f"takes the space in front with it, and {name}, which is read, does not; without {name} ids are "
-            "transformers'"
         )
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:

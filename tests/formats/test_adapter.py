@@ -293,7 +293,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]
     "embeddings": (
         {},
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}),
-        "which is no LoRA",
+        "lacks lora_B of model.embed_tokens",
     ),
     "DeepSpeed": ({}, lambda t: t.update({n: torch.zeros(0) for n in t}), "is empty, as DeepSpeed leaves"),
     "ints": ({}, lambda t: t.update({f"{AT}.lora_A.weight": torch.ones(3, 24).int()}), "is I32; it must be floats"),
