@@ -244,16 +244,6 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     return find_template(loaded.tokenizer, name=name, release=release, folder=loaded.templates)
 
 
-def require_instruct(instruct: bool, template: str | None) -> None:
-    """Refuse a template that only a conversation has.
-
-    Raises:
-        UsageError: there is one, without --instruct.
-    """
-    if not instruct and template is not None:
-        raise UsageError("--template belongs to a conversation: add --instruct")
-
-
 def as_ids(asked: list[PromptLine], loaded: Loaded, template: Template | None, chat: ChatOptions) -> list[Any]:
     """The prompts; as ids where a template writes them: questions, and fill-in-the-middle.
 

@@ -37,11 +37,11 @@ PRODUCTS = (
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A description of a model and a cache, and what was where when it was made.
+class Description:
+    """A model and a cache as the kernels have them, and what was where when this was made.
 
     Args:
-        model: the description.
+        model: what the kernels are given.
         places: the dictionaries of the modules in which there are modules and tensors.
         stores: the cache's, of each layer.
         found, ids: all that was in both; kept, so that nothing else has their ids.
@@ -79,7 +79,7 @@ def _where(tensors: list[Tensor]) -> list[list[object]]:
 
 
 # By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
-_kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]] = WeakKeyDictionary()
+_descriptions: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Description]] = WeakKeyDictionary()
 
 
 class FastTransformer(Transformer):
@@ -95,10 +95,6 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        with self.share_cores():
-            return self._step(input_ids, plan, cache)
-
-    def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         prompts = self.rounds_prompts and any(plan.seqlens[row] for row in plan.prompts)
         if prompts or not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
             if len(input_ids) and prompt.takes(self):
@@ -107,6 +103,11 @@ class FastTransformer(Transformer):
         model = self.described(cache)
         if model is None:
             return super().step(input_ids, plan, cache)
+        with self.share_cores():
+            return self._in_one_call(model, input_ids, plan, cache)
+
+    def _in_one_call(self, model: Model, input_ids: Tensor, plan: Plan, cache: RollingBufferCache) -> Tensor:
+        """A step by `decode`; made again where a key or value does not fit the cache, in one that is wider."""
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         angles = self.rope.angles(plan.positions)
         for i in range(len(self.layers)):
@@ -181,23 +182,23 @@ class FastTransformer(Transformer):
         What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
         then made again.
         """
-        mine = _kept.setdefault(self, WeakKeyDictionary())
-        kept = mine.get(cache)
-        if kept is None or not kept.holds():
-            kept = self._describe(cache)
-            if kept is None:
+        mine = _descriptions.setdefault(self, WeakKeyDictionary())
+        found = mine.get(cache)
+        if found is None or not found.holds():
+            found = self._describe(cache)
+            if found is None:
                 return None
-            mine[cache] = kept
-        elif kept.wide:
-            torch._foreach_copy_(kept.wide, kept.narrow)
-        return kept.model
+            mine[cache] = found
+        elif found.wide:
+            torch._foreach_copy_(found.wide, found.narrow)
+        return found.model
 
     def stands_aside(self) -> str | None:
         """Why the kernels leave this model's steps to the plain path; None if they take them."""
         found = matrices_of(self)
         return found if isinstance(found, str) else None
 
-    def _describe(self, cache: RollingBufferCache) -> Kept | None:
+    def _describe(self, cache: RollingBufferCache) -> Description | None:
         args = self.args
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
         if any(hooks):
@@ -247,7 +248,7 @@ class FastTransformer(Transformer):
         kept = sum(len(store.storage) for store in cache.layers)
         tensors = [x for x in found[kept:] if isinstance(x, Tensor) and x.dim()]
         ids = [*map(id, found)]
-        return Kept(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
+        return Description(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
 
 
 def widen_stores(model: Model, cache: RollingBufferCache) -> None:

@@ -65,7 +65,7 @@ class KernelsUnavailable(Unavailable):
 
 
 class Matrix(ctypes.Structure):
-    """A weight matrix as kernels.c has it: [n, k], and how it is stored."""
+    """A weight matrix as lanes.h has it: [n, k], and how it is stored."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -77,13 +77,13 @@ class Matrix(ctypes.Structure):
 
 
 class Expert(ctypes.Structure):
-    """An expert of a mixture as kernels.c has it."""
+    """An expert of a mixture as lanes.h has it."""
 
     _fields_ = tuple((name, Matrix) for name in ("w1", "w2", "w3"))
 
 
 class Layer(ctypes.Structure):
-    """A layer as kernels.c has it."""
+    """A layer as lanes.h has it."""
 
     _fields_ = (
         *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
@@ -98,7 +98,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """A model as kernels.c has it."""
+    """A model as lanes.h has it."""
 
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),

@@ -17,8 +17,9 @@ from mistral.formats.tokenizers import USUAL_NAME, suggested_sampling
 from mistral.formats.weights import file_names
 from mistral.formats.words import unused_ids, words_of
 from mistral.loader.adapted import with_adapters
-from mistral.loader.assemble import assemble_adapted, narrowed
+from mistral.loader.assemble import assemble_adapted
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.loader.sizes import narrowed
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.arguments import require_kind
 from mistral.util.english import did_you_mean
@@ -66,7 +67,7 @@ class Loaded:
 
     @property
     def words(self) -> Path:
-        """Where its tokenizer and its chat templates are."""
+        """Where its tokenizer is."""
         return self.folder if self.own_words is None else self.own_words
 
     @property
@@ -165,22 +166,20 @@ def load(
     model, run = assemble_adapted(adapted, division, options)
     draft, of_draft = _put_draft(model, own, options)
     notes = (*windowed(base, options).notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
-    files, parameters = found.weights.files, found.parameters
-    known_length = trained_length(found.raw)
     return Loaded(
-        model,
-        cast("Tokenizer", own),
-        found.args,
-        run,
-        found.path,
-        files,
-        parameters,
-        release,
-        notes,
-        draft,
-        known_length,
-        found.own_words,
-        found.own_template,
+        model=model,
+        tokenizer=cast("Tokenizer", own),
+        args=found.args,
+        runtime=run,
+        folder=found.path,
+        files=found.weights.files,
+        parameters=found.parameters,
+        release=release,
+        notes=notes,
+        draft=draft,
+        trained_length=trained_length(found.raw),
+        own_words=found.own_words,
+        own_template=found.own_template,
     )
 
 

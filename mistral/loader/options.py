@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from mistral.fast.layout import QUANTS
+from mistral.util.arguments import require_integer
 from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.errors import UsageError, short_repr
 
@@ -95,10 +96,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
-            if not least <= value <= most:
-                raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
+            object.__setattr__(self, name, require_integer(name, value, least, most, OptionError))
         object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
 
 

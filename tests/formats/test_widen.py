@@ -151,7 +151,9 @@ def test_a_lora_of_a_table_that_its_file_has_alone(tmp_path: Path, tied: bool) -
         load(base, device="cpu", adapter=str(adapter), adapter_mode="runtime")
     if tied:
         head = "base_model.model.lm_head.lora_"
-        output = write_peft(tmp_path / "output", {f"{head}A.weight": b.T.contiguous(), f"{head}B.weight": a.T.clone()})
+        output = write_peft(
+            tmp_path / "output", {f"{head}A.weight": b.T.contiguous(), f"{head}B.weight": a.T.contiguous()}
+        )
         with pytest.raises(OptionError, match="has a LoRA of lm_head, which is tied to the embeddings of this model"):
             load(base, device="cpu", adapter=str(output), adapter_mode="runtime")
     wrong = write_peft(tmp_path / "wrong", {at.replace("embedding_", f"{one}.weight"): a.clone() for one in "AB"})
