@@ -1,4 +1,4 @@
-"""kernels.c, compiled once for this machine and kept; called through ctypes.
+"""csrc/kernels.c, compiled once for this machine and kept; called through ctypes.
 
 The compiler is the machine's own `cc` (or what CC names): GCC or Clang, on x86-64 or 64-bit Arm. Without one that knows
 OpenMP there are no kernels, which costs speed and nothing else.
@@ -26,7 +26,7 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
 PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 TORCH = Path(torch.__file__).with_name("lib")
 
