@@ -28,7 +28,7 @@ from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
 from mistral.rope import Angles
 
-KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
+CACHE_KINDS = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
@@ -128,7 +128,7 @@ class FastTransformer(Transformer):
             and max(plan.seqlens) <= min(store.block for store in cache.layers)
             and self.device.type == "cpu"
             and self.dtype == torch.float32
-            and cache.layer(0).k.dtype in KEPT
+            and cache.layer(0).k.dtype in CACHE_KINDS
         )
 
     def decode(
@@ -273,7 +273,7 @@ def describe_layer(
     layer.ffn_norm = norms.place(block.get_parameter("ffn_norm.weight"))
     layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
     layer.capacity, layer.window = store.capacity, store.window or 0
-    layer.kept = KEPT[store.k.dtype]
+    layer.kept = CACHE_KINDS[store.k.dtype]
     if isinstance(store, Int8Buffer):
         layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
 

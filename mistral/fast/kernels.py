@@ -27,7 +27,7 @@ from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
 SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
-PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 TORCH = Path(torch.__file__).with_name("lib")
 
 
@@ -148,7 +148,7 @@ def library() -> ctypes.CDLL:
 
 def _place(compiler: list[str]) -> Path:
     """Where the library belongs: its name tells source, compiler, flags and processor."""
-    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *PARTS)]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
     told = [*sources, *compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
     try:
