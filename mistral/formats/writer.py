@@ -198,8 +198,10 @@ class Rounding:
 
 
 def as_json(value: dict[str, Any]) -> str:
+    """The text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with the line ends of Unix, on every system."""
     path.write_text(text, encoding="utf-8", newline="\n")
