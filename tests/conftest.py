@@ -40,6 +40,8 @@ for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES",
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
 
+THREADS: dict[str, int] = {}  # of PyTorch, before any test asked for others
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutant", metavar="NAME", help="inject a mistake into the library: the tests must notice")
@@ -68,9 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed of its own does not depend on those before it."""
+    """What a test draws without a seed of its own, and its threads, do not depend on those before it."""
     random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+        torch.set_num_threads(THREADS.setdefault("at first", torch.get_num_threads()))
