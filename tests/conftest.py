@@ -35,7 +35,7 @@ providers._get_local_constants = lambda: none_of_ours
 FREE_CORES._clock = float  # it stands still, so that nobody looks again; and can be pickled, as models are
 
 # What a shell may have set for this project, for terminals, or for the way to other machines.
-for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "PYTHONUNBUFFERED"):
+for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "LC_ALL", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
