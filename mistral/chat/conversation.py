@@ -70,7 +70,7 @@ class Chat:
         require_model(model)
         require_tokenizer(tokenizer)
         if not hasattr(template, "encode_chat"):
-            advice = "it must be what find_template(tokenizer, folder=loaded.words) gives"
+            advice = "it must be what find_template(tokenizer, folder=loaded.templates) gives"
             raise TemplateError(f"template is {short_repr(template)}; {advice}")
         self.model = model
         self.tokenizer = tokenizer
@@ -103,6 +103,21 @@ class Chat:
     def system_message(self) -> Message:
         """The system prompt."""
         return self._system
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, without the system prompt; may be changed, or replaced by another list.
+
+        Raises:
+            TemplateError: what it is replaced by is no list of messages.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message]) -> None:
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
+            raise TemplateError(f"messages is {short_repr(messages)}; it must be a list of Message(role, content)")
+        self._messages = list(messages)
 
     @property
     def params(self) -> SamplingParams:

@@ -12,7 +12,15 @@ from mistral.formats.adapter import Adapter, AdapterError
 from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer, suggested_sampling
 from mistral.formats.widen import widened
 from mistral.formats.words import some_words
-from mistral.special_tokens import read_added_tokens, read_special_tokens
+from mistral.special_tokens import (
+    ADDED,
+    CONFIG,
+    AddedToken,
+    read_added_tokens,
+    read_json,
+    read_special_tokens,
+    token_text,
+)
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 
@@ -41,7 +49,11 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
             if folder.is_dir()
             else "the adapter's file is used without a tokenizer"
         )
-        return None, [f"{why}: the words that it adds have ids, and no text"] if wider else unused_of(folder, base)
+        notes = [f"{why}: the words that it adds have ids, and no text"] if wider else _unused_tokens(folder, base)
+        alone = own_template(adapter, base)
+        return None, notes + (
+            [] if alone is None else [f"the chat template is that of {alone.file} beside the adapter"]
+        )
     own, more = read_tokenizer(folder), more_words(folder, base)
     rowless = [word for word in more if own.added.get(word, 0) >= vocab_size]  # those of the base have a note already
     with_rows = [word for word in more if word not in rowless]
@@ -51,11 +63,29 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
             f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_words(wrong)}) for which there "
             f"{no_rows}: the tables have {vocab_size:,}, and the adapter has none with more. Save it again with them "
             f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
-            "base's own words"
+            f"base's own words{left_over(folder, wrong)}"
         )
     if not wider and not with_rows and _new_template(folder, base) is None:
         return None, unused_of(folder, base)
     return folder, [_taken(own, more, folder, base)]
+
+
+def own_template(adapter: Adapter, base: Path) -> FolderTemplate | None:
+    """The chat template that is beside an adapter without a tokenizer, unless its base has the same: it is meant for
+    the adapter, and used with the base's tokenizer.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    folder = adapter.path
+    return _new_template(folder, base) if folder.is_dir() and not has_tokenizer(folder) else None
+
+
+def _unused_tokens(adapter: Path, base: Path) -> list[str]:
+    """A note on tokens that an adapter's folder names without a tokenizer, and that its base does not have."""
+    more = more_words(adapter, base) if adapter.is_dir() else []
+    what = f"{counted(len(more), 'added token')} ({some_words(more)})"
+    return [f"adapter {adapter} has {what} that {base.name} does not have: not used"] if more else []
 
 
 def _taken(own: Tokenizer, more: list[str], folder: Path, base: Path) -> str:
@@ -90,6 +120,20 @@ def _new_template(adapter: Path, base: Path) -> FolderTemplate | None:
     return None if template is None or (own is not None and own.text.strip() == template.text.strip()) else template
 
 
+def left_over(folder: Path, words: list[str]) -> str:
+    """That nothing but added_tokens.json names some words, to go behind a message; "" where another file does.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    decoder = read_json(folder / CONFIG).get("added_tokens_decoder")
+    told = [*(decoder.values() if isinstance(decoder, dict) else ()), *read_added_tokens(folder).values()]
+    named = {token.content if isinstance(token, AddedToken) else token_text(token) for token in told}
+    if not read_json(folder / ADDED).keys() >= set(words) or named & set(words):
+        return ""
+    return f"; nothing but {ADDED} there names {some_words(words)}: if it is left over from before, remove it"
+
+
 def more_words(adapter: Path, base: Path) -> list[str]:
     """The tokens that the files of an adapter's folder add and its base does not have, by id.
 
@@ -97,6 +141,7 @@ def more_words(adapter: Path, base: Path) -> list[str]:
         TokenizerError: a file that cannot be read.
     """
     added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
+    added = dict({token.content: (i, token) for i, token in added.items()}.values())  # one may be there with two ids
     known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
     known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
     return [token.content for _, token in sorted(added.items()) if token.content not in known]

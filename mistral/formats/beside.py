@@ -126,7 +126,7 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
     """
     release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
     of_its_own = release is not None and release.template == "mistrallite"
-    if chat_templates(folder.words) or of_its_own or (made := to_chat_template(tokenizer)) is None:
+    if chat_templates(folder.templates) or of_its_own or (made := to_chat_template(tokenizer)) is None:
         return {}
     why = "as asked" if instruct else why_instruct(folder.path, release)
     if why is None:
@@ -146,7 +146,7 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
 def about_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
     """A note where nothing but the source's name says that a model is for conversations, and the new one does not."""
     try:
-        why = None if chat_templates(folder.words) or layout is not NATIVE else why_instruct(folder.path, None)
+        why = None if chat_templates(folder.templates) or layout is not NATIVE else why_instruct(folder.path, None)
     except TokenizerError:
         return []
     if why is None or why_instruct(dst, None) is not None:

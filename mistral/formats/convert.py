@@ -26,7 +26,7 @@ from mistral.formats.hub import locate
 from mistral.formats.layout import Layout
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
-from mistral.formats.tokenizers import JSON, tokenizer_files
+from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
@@ -225,9 +225,13 @@ def _beside(
     """What comes beside the weights: `texts`, and what a tokenizer and conversations need; notes are added to."""
     unpack, lost = unpacked(folder.words, tokenizer)
     notes += lost
+    if folder.own_template is not None:  # which comes before one in tokenizer_config.json
+        texts = texts | {TEMPLATE: chat_templates(folder.own_template)["default"].text}
     if layout is not NATIVE and JSON not in unpack:
         texts = for_transformers(folder, tokenizer, notes, instruct) | texts
     carried = {name: path for name, path in _carried(folder).items() if path.name not in texts}
+    if folder.own_template is not None:  # and behind one of this name
+        carried.pop(f"{MORE_TEMPLATES}/default.jinja", None)
     notes += not_carried(folder, carried, set(texts))
     return _Beside(carried, unpack, texts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
-from mistral.formats.adapter_words import own_words, sampling_of
+from mistral.formats.adapter_words import own_template, own_words, sampling_of
 from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
-from mistral.formats.weights import Reader, Stored, WeightFiles, some_names
+from mistral.formats.weights import Reader, Stored, WeightFiles, file_names, some_names
 from mistral.formats.widen import TABLES, Transposed, WithRows, one_table, same_lora, still_tied, widened
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.english import counted
@@ -83,8 +84,6 @@ class Update:
             elif lengths is not None:
                 piece *= (lengths[rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
             if not torch.isfinite(piece.to(weight.dtype)).all():
-                if not all(torch.isfinite(part).all() for part in (a, b, *([] if lengths is None else [lengths]))):
-                    raise AdapterError(f"the adapter has NaN or infinity for {name}: fetch it or train it again")
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
             yield piece
 
@@ -179,7 +178,11 @@ def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Reads a tensor of an adapter, its rows from the order of Hugging Face's layout where there are heads."""
+    """Reads a tensor of an adapter, its rows from the order of Hugging Face's layout where there are heads.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, which would be taken for the model's.
+    """
 
     weights: WeightFiles
     name: str
@@ -187,6 +190,9 @@ class _Rows:
 
     def __call__(self, progress: Progress = None) -> Tensor:
         tensor = self.weights.get(self.name, progress)
+        if tensor.numel() and not all(math.isfinite(end) for end in tensor.aminmax()):
+            name, file = printable(self.name), file_names(self.weights.files)
+            raise AdapterError(f"the adapter has NaN or infinity in {name} of {file}: fetch it or train it again")
         if self.heads is None:
             return tensor
         return rows_to_mistral(tensor.reshape(len(tensor), -1), self.heads).view(tensor.shape)
@@ -233,7 +239,9 @@ def merge_into(folder: Folder, adapter: Adapter, asked: str | None = None) -> Fo
     words, about_words = own_words(adapter, folder.path, folder.args)
     said = [*about(adapter, f"merged, rounded once to {join(dtypes)}", folder), *said, *about_words]
     weights = replace(weights, readers=readers)
-    return replace(folder, args=args, weights=weights, notes=(*folder.notes, *said), own_words=words)
+    template = None if own_template(adapter, folder.path) is None else adapter.path
+    notes = (*folder.notes, *said)
+    return replace(folder, args=args, weights=weights, notes=notes, own_words=words, own_template=template)
 
 
 def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelArgs, list[str]]:

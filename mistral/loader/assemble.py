@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from mistral.fast.layout import stored_as
 from mistral.formats.folder import Folder
+from mistral.formats.weights import some_names
 from mistral.loader.adapted import Adapted, put_adapters, with_adapters
 from mistral.loader.blocks import kept_blocks, load_blocks, put_blocks, reported
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.loader.sizes import kept_dtype, loses, mixed, narrower, require_memory, too_wide
 from mistral.parameters import Parameter, parameters
+from mistral.util.english import counted
 from mistral.util.flat import flat
+from mistral.util.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +61,8 @@ def assemble_adapted(adapted: Adapted, division: Division | None, options: LoadO
     model, run = _without_weights(found.args, run, division, bool(adapted.beside))
     if division is not None:
         division.shape(model)
-    _fill(model, found, run, blocks)
+    zeros = _fill(model, found, run, blocks)
+    run = replace(run, notes=(*run.notes, *_of_zeros(zeros)))
     model.kept_in = {run.compute: run.cache}
     if division is not None:
         division.connect(model)
@@ -143,10 +147,25 @@ def _on_meta(args: ModelArgs, run: Runtime) -> Transformer:
         return run.how.transformer()(args, run.attend, None if follows else run.compute)
 
 
-def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str]) -> None:
-    """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
-    from tqdm import tqdm
+def _of_zeros(names: list[str]) -> list[str]:
+    """A note on matrices that are zeros and nothing else."""
+    if not names:
+        return []
+    what = f"{counted(len(names), 'matrix is', 'matrices are')} all zeros ({some_names(names)})"
+    return [f"{what}: a merge or a download that failed, unless the model has blocks that do nothing on purpose"]
 
+
+def _is_zero(weight: Tensor) -> bool:
+    """Whether a matrix is all zeros; of one that is not, a row is looked at, so that this takes no time."""
+    return weight.dim() == 2 and not weight[len(weight) // 2].any() and not weight.any()
+
+
+def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str]) -> list[str]:
+    """Give a model on the meta device its weights: each is in memory, on its device, before the next is read.
+
+    Returns:
+        The matrices that are all zeros; blocks and quantized weights as they are stored are not looked at.
+    """
     from mistral.fast.linear import use_kernels
     from mistral.quant import put_quantized, quantize
 
@@ -158,8 +177,9 @@ def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str
     # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its whole part of
     # the file in memory.
     own = bool(blocks) or quant is not None
+    zeros: list[str] = []
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+    with Bar("loading", "B", total) as bar:
         for name in found.tensors if found.quant is None else expected:
             # No name for what is read: its part of the file is let go before the next one is mapped.
             if found.has_quantized(expected[name]):
@@ -168,10 +188,12 @@ def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str
                 of_blocks |= load_blocks(found, name, bar.update)
             elif quant is not None and expected[name].quantized:
                 weight = found.weights.get(name, bar.update, exact=True)
+                zeros += [name] if _is_zero(weight) else []
                 quantized[name] = quantize(expected[name], weight, quant, run.device)
                 del weight
             else:
                 tensors[name] = _read(found, name, run, own, bar.update)
+                zeros += [name] if _is_zero(tensors[name]) else []
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():
@@ -183,6 +205,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str
         use_kernels(model)
     model.rounds_prompts = run.rounds_prompts
     model.eval()
+    return zeros
 
 
 def _as_stored(

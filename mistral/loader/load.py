@@ -48,6 +48,7 @@ class Loaded:
         draft: what guesses its tokens, for people; "" for nothing.
         trained_length: tokens of the longest sequences that it was trained on, by its files; None: they do not say.
         own_words: the folder of an adapter whose tokenizer and templates stand in the place of the model's; None: none.
+        own_template: that of an adapter whose chat template alone does; None: none.
     """
 
     model: Transformer
@@ -62,11 +63,17 @@ class Loaded:
     draft: str = ""
     trained_length: int | None = None
     own_words: Path | None = None
+    own_template: Path | None = None
 
     @property
     def words(self) -> Path:
         """Where its tokenizer and its chat templates are."""
         return self.folder if self.own_words is None else self.own_words
+
+    @property
+    def templates(self) -> Path:
+        """Where its chat templates are, as `find_template` takes it."""
+        return self.words if self.own_template is None else self.own_template
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -103,7 +110,7 @@ class Loaded:
         """
         from mistral.loader.save import save
 
-        return save(self.model, folder, self.folder, self.own_words)
+        return save(self.model, folder, self.folder, self.own_words, self.own_template)
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
@@ -173,6 +180,7 @@ def load(
         draft=draft,
         trained_length=trained_length(found.raw),
         own_words=found.own_words,
+        own_template=found.own_template,
     )
 
 

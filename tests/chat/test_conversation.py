@@ -318,3 +318,18 @@ def test_the_largest_seed_is_followed_by_the_smallest(v1: Tokenizer) -> None:
     other = make_chat(v1, seed=-largest, temperature=5.0, top_p=1.0)
     other.messages = [replace(message) for message in chat.messages[:2]]
     assert ask(other, "And?") == second
+
+
+@pytest.mark.parametrize("messages", [5, None, "Hi", ["Hi"], [{"role": "user", "content": "Hi"}]])
+def test_messages_that_are_none_are_refused_when_they_are_set(v1: Tokenizer, messages: Any) -> None:
+    chat = make_chat(v1, None)
+    ask(chat, "Hi")
+    before = list(chat.messages)
+    with pytest.raises(TemplateError, match=r"^messages is .*; it must be a list of Message\(role, content\)$"):
+        chat.messages = messages
+    assert chat.messages == before
+    chat.messages = before[:0]
+    assert ask(chat, "Hi")
+    chat.messages = tuple(before)
+    assert chat.messages == before
+    assert ask(chat, "And?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd:
     adapter = write_peft(tmp_path / "more", peft_tensors() | more, modules_to_save=["embed_tokens"])
     with pytest.raises(AdapterError, match="2 words that were added are not saved for lm_head: save it again"):
         merged_state(tmp_path / "base", adapter)
+
+
+HEAD = "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight", mode)
+        for part in "AB"
+        for mode in ("merge", "runtime")
+    ]
+    + [(HEAD, "merge")],
+)
+def test_a_number_that_is_none_is_the_adapters(tmp_path: Path, name: str, mode: str) -> None:
+    """And not the model's, which is what its results would be blamed on."""
+    tensors, changes = peft_tensors(), {"modules_to_save": ["lm_head"]} if name == HEAD else {}
+    tensors |= {name: torch.rand(PARAMS["vocab_size"], 24)} if name == HEAD else {}
+    tensors[name][1, 1] = math.nan
+    adapter = write_peft(tmp_path / "adapter", tensors, **changes)
+    with pytest.raises(AdapterError, match=f"the adapter has NaN or infinity in {name} of adapter_model.safetensors"):
+        load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter), adapter_mode=mode)
 
 
 def test_an_adapter_in_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
