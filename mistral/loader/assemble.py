@@ -16,6 +16,7 @@ from mistral.parameters import parameters
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.flat import flat
+from mistral.util.threads import Sharing
 
 if TYPE_CHECKING:
     import torch
@@ -219,32 +220,33 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedLinear] = {}
     blocks: dict[str, nn.Module] = {}
-    total = sum(tensor.nbytes for tensor in found.tensors.values())
+    total, sharing = sum(tensor.nbytes for tensor in found.tensors.values()), Sharing()
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
         expected = parameters(found.args)
         for name in found.tensors if found.quant is None else expected:
-            # No name for what is read: its part of the file is let go before the next one is mapped.
-            if found.has_quantized(expected[name]):
-                assert found.quant is not None
-                parts = stored_as(expected[name], found.quant)
-                stored = [found.weights.get(part, bar.update) for part in parts]
-                quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
-            elif name in kept:
-                blocks |= load_blocks(found, name, bar.update)
-            elif run.quant is not None and found.quant is None and expected[name].quantized:
-                weight = found.weights.get(name, bar.update, exact=True)
-                quantized[name] = quantize(expected[name], weight, run.quant, run.device)
-            else:
-                # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
-                # whole part of the file in memory.
-                own = bool(kept) or (run.quant is not None and found.quant is None)
-                dtype = _kept(found.weights.tensors[name], run)
-                exact = _is_narrower(dtype, found.weights.tensors[name])
-                weight = found.weights.get(name, bar.update, exact)
-                mapped = weight.dtype == dtype and not own and bool(found.weights.files)
-                on_cpu = run.device.type == "cpu" and not mapped
-                tensors[name] = pages.copied(weight, dtype) if on_cpu else weight.to(run.device, dtype, copy=own)
-                del weight  # or what is mapped of the file would stay in memory until the last tensor
+            with sharing():
+                # No name for what is read: its part of the file is let go before the next one is mapped.
+                if found.has_quantized(expected[name]):
+                    assert found.quant is not None
+                    parts = stored_as(expected[name], found.quant)
+                    stored = [found.weights.get(part, bar.update) for part in parts]
+                    quantized[name] = from_stored(expected[name], found.quant, stored, run.device)
+                elif name in kept:
+                    blocks |= load_blocks(found, name, bar.update)
+                elif run.quant is not None and found.quant is None and expected[name].quantized:
+                    weight = found.weights.get(name, bar.update, exact=True)
+                    quantized[name] = quantize(expected[name], weight, run.quant, run.device)
+                else:
+                    # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its
+                    # whole part of the file in memory.
+                    own = bool(kept) or (run.quant is not None and found.quant is None)
+                    dtype = _kept(found.weights.tensors[name], run)
+                    exact = _is_narrower(dtype, found.weights.tensors[name])
+                    weight = found.weights.get(name, bar.update, exact)
+                    mapped = weight.dtype == dtype and not own and bool(found.weights.files)
+                    on_cpu = run.device.type == "cpu" and not mapped
+                    tensors[name] = pages.copied(weight, dtype) if on_cpu else weight.to(run.device, dtype, copy=own)
+                    del weight  # or what is mapped of the file would stay in memory until the last tensor
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():
