@@ -214,7 +214,7 @@ def test_whatever_is_asked_ends_an_answer_that_nobody_reads_on(v3: Tokenizer, th
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
 def test_an_answer_that_goes_on_has_the_text_of_its_ids(v1: Tokenizer, most: int) -> None:
-    """Where it was cut within a character its bytes came out as U+FFFD, and a template that writes texts would say so."""
+    """Cut within a character, its bytes came out as U+FFFD, which a template that writes texts put into the prompt."""
     text = "a永🙂 日"
     wanted = [*v1.encode(text, bos=False), v1.eos_id]
 
