@@ -21,6 +21,12 @@ PATTERN = (
 
 
 class Tekken:
+    """A tekken.json, as mistral-common reads it.
+
+    Raises:
+        TokenizerError: it cannot be read, or is none of Mistral's.
+    """
+
     def __init__(self, path: Path) -> None:
         try:
             from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy

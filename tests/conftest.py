@@ -35,10 +35,12 @@ providers._get_local_constants = lambda: none_of_ours
 FREE_CORES._clock = float  # it stands still, so that nobody looks again; and can be pickled, as models are
 
 # What a shell may have set for this project, for terminals, or for the way to other machines.
-for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "PYTHONUNBUFFERED"):
+for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "LC_ALL", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost")))
+
+THREADS: dict[str, int] = {}  # of PyTorch, before any test asked for others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,9 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed of its own does not depend on those before it."""
+    """What a test draws without a seed of its own, and its threads, do not depend on those before it."""
     random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+        torch.set_num_threads(THREADS.setdefault("at first", torch.get_num_threads()))

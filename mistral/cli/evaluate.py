@@ -198,7 +198,7 @@ def _asked(
 def _lengths(text: str) -> tuple[int, ...]:
     """Numbers of tokens, with commas between; k is 1024."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}k?(,[1-9][0-9]{0,8}k?)*", text.lower()):
-        what = "whole numbers of at most 9 digits with commas between, such as 512,4k,16k"
+        what = "whole numbers from 1 on, of at most nine digits, with commas between, such as 512,4k,16k"
         raise UsageError(f"--lengths is {text!r}; it must be {what}")
     words = text.lower().split(",")
     found = tuple(int(word.removesuffix("k")) * (1024 if word.endswith("k") else 1) for word in words)

@@ -28,7 +28,7 @@ from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
 from mistral.rope import Angles
 
-KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
+CACHE_KINDS = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
@@ -128,7 +128,7 @@ class FastTransformer(Transformer):
             and max(plan.seqlens) <= min(store.block for store in cache.layers)
             and self.device.type == "cpu"
             and self.dtype == torch.float32
-            and cache.layer(0).k.dtype in KEPT
+            and cache.layer(0).k.dtype in CACHE_KINDS
         )
 
     def decode(
@@ -199,7 +199,6 @@ class FastTransformer(Transformer):
         return found if isinstance(found, str) else None
 
     def _describe(self, cache: RollingBufferCache) -> Description | None:
-        args = self.args
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
         if any(hooks):
             return None
@@ -207,48 +206,76 @@ class FastTransformer(Transformer):
         if isinstance(matrices, str):
             report(self, matrices)
             return None
+        args, norms = self.args, Norms()
         layers = (Layer * len(self.layers))()
-        wide, narrow = [], []
-
-        def floats(tensor: Tensor) -> int:
-            if tensor.dtype == torch.float32 and tensor.is_contiguous():
-                return tensor.data_ptr()
-            narrow.append(tensor.detach())
-            wide.append(tensor.detach().float().contiguous())
-            return wide[-1].data_ptr()
-
         for i, block in enumerate(self.layers):
-            layer, store = layers[i], cache.layer(i)
-            for name, matrix in matrices[i].items():
-                setattr(layer, name, matrix)
-            if experts := experts_of(block):
-                layer.experts = (Expert * len(experts))(*experts)
-            layer.attention_norm = floats(block.get_parameter("attention_norm.weight"))
-            layer.ffn_norm = floats(block.get_parameter("ffn_norm.weight"))
-            layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
-            layer.capacity, layer.window = store.capacity, store.window or 0
-            layer.kept = KEPT[store.k.dtype]
-            if isinstance(store, Int8Buffer):
-                layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
+            describe_layer(layers[i], block, matrices[i], norms, cache.layer(i))
         model = Model(
-            layers,
-            floats(self.norm.weight),
-            len(self.layers),
-            args.dim,
-            args.hidden_dim,
-            args.n_heads,
-            args.n_kv_heads,
-            args.head_dim,
-            args.norm_eps,
-            args.moe.num_experts_per_tok if args.moe is not None else 0,
+            layers=layers,
+            norm=norms.place(self.norm.weight),
+            n_layers=len(self.layers),
+            dim=args.dim,
+            hidden_dim=args.hidden_dim,
+            n_heads=args.n_heads,
+            n_kv_heads=args.n_kv_heads,
+            head_dim=args.head_dim,
+            eps=args.norm_eps,
+            chosen=args.moe.num_experts_per_tok if args.moe is not None else 0,
         )
         kinds = "_modules", "_parameters", "_buffers"
         places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
         found = _found(places, cache.layers)
         kept = sum(len(store.storage) for store in cache.layers)
         tensors = [x for x in found[kept:] if isinstance(x, Tensor) and x.dim()]
-        ids = [*map(id, found)]
-        return Description(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
+        return Description(
+            model=model,
+            places=places,
+            stores=cache.layers,
+            found=found,
+            ids=[*map(id, found)],
+            tensors=tensors,
+            where=_where(tensors),
+            hooks=hooks,
+            wide=norms.wide,
+            narrow=norms.narrow,
+        )
+
+
+class Norms:
+    """Weights of norms in fp32, as the kernels have them: where they are, or widened.
+
+    Attributes:
+        wide, narrow: those that were widened, and what they were widened from.
+    """
+
+    def __init__(self) -> None:
+        self.wide: list[Tensor] = []
+        self.narrow: list[Tensor] = []
+
+    def place(self, weight: Tensor) -> int:
+        """The address of a weight's numbers."""
+        if weight.dtype == torch.float32 and weight.is_contiguous():
+            return weight.data_ptr()
+        self.narrow.append(weight.detach())
+        self.wide.append(weight.detach().float().contiguous())
+        return self.wide[-1].data_ptr()
+
+
+def describe_layer(
+    layer: Layer, block: nn.Module, matrices: dict[str, Matrix], norms: Norms, store: RollingBuffer
+) -> None:
+    """Fill in a layer as the kernels have it: its products, by the fields of `Layer`, its norms, and its cache."""
+    for name, matrix in matrices.items():
+        setattr(layer, name, matrix)
+    if experts := experts_of(block):
+        layer.experts = (Expert * len(experts))(*experts)
+    layer.attention_norm = norms.place(block.get_parameter("attention_norm.weight"))
+    layer.ffn_norm = norms.place(block.get_parameter("ffn_norm.weight"))
+    layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
+    layer.capacity, layer.window = store.capacity, store.window or 0
+    layer.kept = CACHE_KINDS[store.k.dtype]
+    if isinstance(store, Int8Buffer):
+        layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
 
 
 def widen_stores(model: Model, cache: RollingBufferCache) -> None:

@@ -1,4 +1,4 @@
-"""kernels.c, compiled once for this machine and kept; called through ctypes.
+"""csrc/kernels.c, compiled once for this machine and kept; called through ctypes.
 
 The compiler is the machine's own `cc` (or what CC names): GCC or Clang, on x86-64 or 64-bit Arm. Without one that knows
 OpenMP there are no kernels, which costs speed and nothing else.
@@ -26,8 +26,8 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
-SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
+SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 TORCH = Path(torch.__file__).with_name("lib")
 
 
@@ -149,7 +149,7 @@ def library() -> ctypes.CDLL:
 
 def _place(compiler: list[str]) -> Path:
     """Where the library belongs: its name tells source, compiler, flags and processor."""
-    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *PARTS)]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
     told = [*sources, *compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
     try:

@@ -22,12 +22,11 @@ from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, listed_ids, own_ends
 from mistral.formats.unpack import GENERATION
-from mistral.formats.weights import dtype_name
+from mistral.formats.weights import dtype_name, some_names
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
 from mistral.special_tokens import CONFIG
 from mistral.tokenizer import Tokenizer, TokenizerError
-from mistral.util.errors import printable
 
 
 def tokenizer_of(folder: Folder) -> tuple[Tokenizer | None, list[str]]:
@@ -169,8 +168,7 @@ def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> li
     used |= {Path(name).parts[0] for name in carried}
     there = folder.path.iterdir() if folder.path.is_dir() else ()
     rest = sorted(entry.name for entry in there if entry.name not in used)
-    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
-    return [f"not carried along: {shown}"] if rest else []
+    return [f"not carried along: {some_names(rest, most=8)}"] if rest else []
 
 
 def _special_tokens(tokenizer: Tokenizer | None, notes: list[str]) -> dict[str, int]:

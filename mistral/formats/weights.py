@@ -192,6 +192,11 @@ def file_names(files: tuple[Path, ...]) -> str:
 
 
 def numbered_parts(folder: Path, stem: str, end: str = ".safetensors") -> tuple[Path, ...]:
+    """The files of weights in parts, such as model-00001-of-00002.safetensors, in order; none where there are none.
+
+    Raises:
+        WeightsError: some are missing, or are of another set.
+    """
     found: dict[int, dict[int, Path]] = {}
     for path in folder.glob(f"{stem}-*-of-*{end}"):
         match = re.fullmatch(stem + r"-(\d+)-of-(\d+)" + re.escape(end), path.name)
@@ -222,6 +227,11 @@ def parts_among(names: Collection[str], stem: str, end: str = ".safetensors") ->
 
 
 def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
+    """The tensors of safetensors files, by the names in their headers; no tensor is read.
+
+    Raises:
+        WeightsError: a file that cannot be read, is not complete, or holds what another one holds too.
+    """
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
     for path in files:
@@ -308,10 +318,12 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def some_names(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def some_names(names: list[str], most: int = 3) -> str:
+    """The first of some names for people, and how many more there are."""
+    shown = ", ".join(map(printable, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
+    """Such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -18,6 +18,7 @@ from mistral.parameters import Parameter, parameters
 from mistral.util.english import counted
 from mistral.util.flat import flat
 from mistral.util.progress import Bar
+from mistral.util.threads import Sharing
 
 if TYPE_CHECKING:
     import torch
@@ -172,28 +173,30 @@ def _fill(model: Transformer, found: Folder, run: Runtime, blocks: dict[str, str
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedLinear] = {}
     of_blocks: dict[str, nn.Module] = {}
-    zeros: list[str] = []
     expected = parameters(found.args)
     quant = run.quant if found.quant is None else None  # that weights are rounded to here
     # Beside weights that are rounded, those that are not are copied: one page of theirs would keep its whole part of
     # the file in memory.
     own = bool(blocks) or quant is not None
+    zeros: list[str] = []
+    sharing = Sharing()
     total = sum(tensor.nbytes for tensor in found.tensors.values())
     with Bar("loading", "B", total) as bar:
         for name in found.tensors if found.quant is None else expected:
-            # No name for what is read: its part of the file is let go before the next one is mapped.
-            if found.has_quantized(expected[name]):
-                quantized[name] = _as_stored(found, expected[name], run.device, bar.update)
-            elif name in blocks:
-                of_blocks |= load_blocks(found, name, bar.update)
-            elif quant is not None and expected[name].quantized:
-                weight = found.weights.get(name, bar.update, exact=True)
-                zeros += [name] if _is_zero(weight) else []
-                quantized[name] = quantize(expected[name], weight, quant, run.device)
-                del weight
-            else:
-                tensors[name] = _read(found, name, run, own, bar.update)
-                zeros += [name] if _is_zero(tensors[name]) else []
+            with sharing():
+                # No name for what is read: its part of the file is let go before the next one is mapped.
+                if found.has_quantized(expected[name]):
+                    quantized[name] = _as_stored(found, expected[name], run.device, bar.update)
+                elif name in blocks:
+                    of_blocks |= load_blocks(found, name, bar.update)
+                elif quant is not None and expected[name].quantized:
+                    weight = found.weights.get(name, bar.update, exact=True)
+                    zeros += [name] if _is_zero(weight) else []
+                    quantized[name] = quantize(expected[name], weight, quant, run.device)
+                    del weight
+                else:
+                    tensors[name] = _read(found, name, run, own, bar.update)
+                    zeros += [name] if _is_zero(tensors[name]) else []
     if quantized:
         tensors |= put_quantized(model, quantized)
         for module in quantized.values():

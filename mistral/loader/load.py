@@ -153,7 +153,8 @@ def load(
     options = _spelled_out(options, kernels, deterministic)
     _check_draft(options.draft)
     base = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
-    adapted = with_adapters(windowed(base, options), options)
+    asked = windowed(base, options)
+    adapted = with_adapters(asked, options)
     found = adapted.folder
     own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None:
@@ -165,7 +166,7 @@ def load(
     release, odd = identify(base.args, *known)
     model, run = assemble_adapted(adapted, division, options)
     draft, of_draft = _put_draft(model, own, options)
-    notes = (*windowed(base, options).notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
+    notes = (*asked.notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
     return Loaded(
         model=model,
         tokenizer=cast("Tokenizer", own),

@@ -16,7 +16,7 @@ from mistral.util.arguments import require_integer
 from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.errors import UsageError, short_repr
 
-EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
+EXECUTION_NAMES = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
 ADAPTER_MODES = ("merge", "runtime")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
 # Of keys and values; float64 is for arithmetic in float64.
@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cache_dtype": ("auto", *CACHE_NAMES),
     "prompt_dtype": PROMPT_DTYPES,
     "attention": ATTENTIONS,
-    "execution": EXECUTIONS,
+    "execution": EXECUTION_NAMES,
     "quant": (*QUANTS, "none"),
     "adapter_mode": ADAPTER_MODES,
 }

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mistral.chat.conversation import Chat
-from mistral.chat.messages import Message, TemplateError
+from mistral.chat.conversation import Chat, _take_back
+from mistral.chat.messages import Message, TemplateError, Thought
 from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
@@ -210,6 +210,49 @@ def test_whatever_is_asked_ends_an_answer_that_nobody_reads_on(v3: Tokenizer, th
     fresh.messages = list(chat.messages)
     fresh.answers, fresh.seed = chat.answers, chat.seed
     assert ask(chat, "And when?") == ask(fresh, "And when?")
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_an_answer_that_goes_on_has_the_text_of_its_ids(v1: Tokenizer, most: int) -> None:
+    """Cut within a character, its bytes came out as U+FFFD, which a template that writes texts put into the prompt."""
+    text = "a永🙂 日"
+    wanted = [*v1.encode(text, bos=False), v1.eos_id]
+
+    def give(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        begun.append(len(prompt))
+        forced = torch.full_like(logits, -torch.inf)
+        forced[wanted[len(prompt) + len(output) - begun[0]]] = 0
+        return forced
+
+    begun: list[int] = []
+    whole = make_chat(v1, max_tokens=len(wanted), logits_processor=give)
+    assert ask(whole, "Who are you?") == text
+    begun.clear()
+    chat = make_chat(v1, max_tokens=most, logits_processor=give)
+    pieces = [ask(chat, "Who are you?")]
+    while len(chat.messages[-1].ids or []) < len(wanted) - 1:
+        pieces.append("".join(piece.text for piece in chat.resume()))
+    assert any("\ufffd" in piece for piece in pieces)
+    assert chat.messages == whole.messages
+
+
+def test_a_thought_that_goes_on_is_told_without_its_broken_end() -> None:
+    answer = Message("assistant", "\ufffd", thinking=(Thought("so\ufffd", closed=False),))
+    _take_back(answer, "\ufffd")
+    assert (answer.content, answer.thinking[0].text) == ("\ufffd", "so")
+    closed = Message("assistant", "so\ufffd", thinking=(Thought("\ufffd"),))
+    _take_back(closed, "\ufffd")
+    assert (closed.content, closed.thinking[0].text) == ("so", "\ufffd")
+
+
+def test_going_on_that_nobody_reads_loses_nothing(v3: Tokenizer) -> None:
+    chat = make_chat(v3)
+    ask(chat, "Who are you?")
+    before = [replace(message) for message in chat.messages]
+    chat.resume()
+    assert chat.messages == before
+    assert "".join(piece.text for piece in chat.resume())
+    assert [m.role for m in chat.messages] == ["user", "assistant"]
 
 
 def test_what_is_no_text_is_named(v1: Tokenizer) -> None:

@@ -685,3 +685,10 @@ def test_json_lines_of_good_files_are_json(cli: Command, good: Path, tmp_path: P
     file.write_text('"a"\n\n[1, 5, 6]\n{"prompt": "b", "max_tokens": 0}\n', encoding="utf-8-sig")
     lines = cli("complete", good, "--file", file, "--json", "--max_tokens", 2).text.splitlines()
     assert [len(json.loads(line)["tokens"]) for line in lines] == [2, 2, 0]
+
+
+def test_a_python_without_the_packages_is_named(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most often the environment is not the one in use: nothing is broken, and memory is not short."""
+    monkeypatch.setattr("mistral.cli.run._dispatch", lambda words: __import__("no_such_package"))
+    said = f"No module named 'no_such_package' in {sys.executable}: what requirements.txt lists is missing in it"
+    assert cli("complete", "The king").error.startswith(said)

@@ -772,12 +772,12 @@ def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine on which nothing has been built yet, and functions that do nothing, which take no time to build."""
     stub, parts = (
         tmp_path / "kernels.c",
-        [path.read_text(encoding="utf-8") for path in (kernels.SOURCE, *kernels.PARTS)],
+        [path.read_text(encoding="utf-8") for path in (kernels.SOURCE, *kernels.HEADERS)],
     )
     names = re.findall(r"^(?:void|int64_t) (\w+)\(", "\n".join(parts), re.MULTILINE)
     stub.write_text("\n".join(f"void {name}(void) {{}}" for name in names))
     monkeypatch.setattr(kernels, "SOURCE", stub)
-    monkeypatch.setattr(kernels, "PARTS", ())
+    monkeypatch.setattr(kernels, "HEADERS", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.cache_clear()
     yield tmp_path / "cache" / "mistral-ref"

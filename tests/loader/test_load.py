@@ -22,8 +22,7 @@ from mistral.loader import runtime
 from mistral.loader.assemble import assemble
 from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import load
-from mistral.loader.options import ATTENTIONS, LoadOptions, OptionError
-from mistral.loader.options import EXECUTIONS as NAMES
+from mistral.loader.options import ATTENTIONS, EXECUTION_NAMES, LoadOptions, OptionError
 from mistral.model import FeedForward, Transformer
 from mistral.util.dtypes import DTYPE_NAMES
 from tests.support.folders import make_folder, random_state
@@ -49,7 +48,7 @@ needs_kernels = pytest.mark.skipif(not has_kernels(), reason="no C compiler here
 def test_names_that_are_checked_without_torch_are_those_that_torch_can_do() -> None:
     assert set(ATTENTIONS) == {"auto", *backends.BACKENDS}
     assert {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()} == runtime.DTYPES
-    assert set(NAMES) - {"auto"} == set(EXECUTIONS) - {"products"}
+    assert set(EXECUTION_NAMES) - {"auto"} == set(EXECUTIONS) - {"products"}
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_a_full_queue_says_try_again(tmp_path: Path) -> None:
             answers = list(pool.map(lambda url: httpx.post(url, json=LONG, timeout=60), urls))
         assert [answer.status_code for answer in answers] == [429] * 3
         assert answers[0].headers["retry-after"] == "1"
+        assert "1 continuation waits already, of 1 that may: try again later" in answers[0].text
         assert answers[0].json()["error"]["type"] == "rate_limit_error"
         too_many = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "n": 3}, timeout=60)
         assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")

@@ -417,6 +417,22 @@ def test_options_that_cannot_be(options: dict[str, Any], said: str) -> None:
         TrainOptions(**options)
 
 
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        ({"execution": "kernels"}, "execution kernels computes no gradients"),
+        ({"attention": "eager"}, "attention eager is not for training"),
+        ({"cache_dtype": "int8"}, "cache_dtype int8 is of a cache, and training has none"),
+    ],
+    ids=str,
+)
+def test_options_of_generating_are_refused(
+    folder: Path, data: Path, tmp_path: Path, load: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(OptionError, match=said):
+        finetune(folder, data, tmp_path / "out", options=TrainOptions(), load=LoadOptions(**load))
+
+
 def test_memory_and_disk_are_asked_for_first(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
