@@ -173,7 +173,7 @@ class HuggingFaceLayout(Layout):
         found = f"rope_theta {theta:.4g}" if theta > 1 and math.isfinite(theta) else "no rope_theta"
         return [
             f"{printable(name)} in the files is that of {found}, and {self.config} has {args.rope_theta:g}, which is "
-            "used, as in transformers from 4.32 on: the model may have been trained with the other"
+            "used, as transformers does since 2023: the model may have been trained with the other"
         ]
 
     def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:

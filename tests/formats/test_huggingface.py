@@ -724,7 +724,7 @@ def test_buffers_of_old_exports_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_buffers_of_another_theta_are_named(tmp_path: Path, dtype: torch.dtype, form: str) -> None:
-    """They are not used, as config.json's is transformers' since 4.32; older ones used them."""
+    """They are not used, as config.json's is transformers' since 2023; older ones used them."""
 
     def said(folder: str, theta: float) -> list[str]:
         def with_buffers(state: dict[str, Tensor]) -> None:
