@@ -19,6 +19,7 @@ from mistral.formats.fingerprint import fingerprint
 from mistral.formats.folder import read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.merge import merge_into
+from mistral.formats.tokenizers import chat_templates
 from mistral.loader.options import OptionError
 from mistral.oracle.verify import has_kernels
 from mistral.parameters import parameters
@@ -295,8 +296,11 @@ def test_a_template_beside_a_tokenizer_is_the_models(tmp_path: Path, capfd: pyte
         done = in_process(capfd)("complete", base, "Hi", "--instruct", "--adapter", adapter, "--max_tokens", 1)
         assert done.code == 0
         assert "beside the adapter" in done.err
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
     for n, to in enumerate(("hf", "mistral")):
         convert(base, tmp_path / f"both{n}", to, adapter=adapter)
+        assert chat_templates(tmp_path / f"both{n}")["default"].text == form
         assert (tmp_path / f"both{n}" / "chat_template.jinja").read_text(encoding="utf-8") == form
     load(base, device="cpu", adapter=str(adapter)).save(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == form
