@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import pytest
 
@@ -48,3 +49,12 @@ def test_a_bar_at_a_terminal_and_no_lines(
     bar(3, 3)
     assert bar._bar is None
     assert lines == []
+
+
+def test_what_a_bar_is_like() -> None:
+    with mock.patch("tqdm.tqdm") as bar:
+        bar.return_value.n = 0
+        Bar("loading", "B", 10).update(4)
+    options = bar.call_args.kwargs
+    assert (options["total"], options["unit"], options["unit_scale"], options["delay"]) == (10, "B", True, 2)
+    assert options["disable"] is None  # off where stderr is no terminal
