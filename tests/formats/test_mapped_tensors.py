@@ -100,7 +100,7 @@ def test_adjacent_tensors_share_parts(tmp_path: Path) -> None:
         found = find_weights(tmp_path)
     for name, tensor in load_file(tmp_path / "consolidated.safetensors").items():
         assert torch.equal(found.get(name), tensor)
-    parts = {id(reader.func.__self__): reader.func.__self__ for reader in found.readers.values()}  # type: ignore[attr-defined]
+    parts = {id(reader.part): reader.part for reader in found.readers.values()}  # type: ignore[attr-defined]
     sizes = sorted(part.end - part.begin for part in parts.values())
     assert sizes[-1] == 20_000
     assert sizes[-2] <= 4000
