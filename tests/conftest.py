@@ -11,11 +11,13 @@ import os
 import random
 import signal
 import sys
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
+from mistral.util import progress
 from mistral.util.cores import FREE_CORES
 
 for name, examples in {"stable": 50, "quick": 25}.items():
@@ -33,7 +35,7 @@ none_of_ours = providers._local_constants
 providers._get_local_constants = lambda: none_of_ours
 # As many threads as a test asks for, whatever else the machine does: sums of two threads have other last bits.
 FREE_CORES._clock = float  # it stands still, so that nobody looks again; and can be pickled, as models are
-
+progress.EVERY = float("inf")  # no lines about what takes long
 # What a shell may have set for this project, for terminals, or for the way to other machines.
 for name in ("MISTRAL_MODEL", "MISTRAL_API_KEY", "NO_COLOR", "COLUMNS", "LINES", "LC_ALL", "PYTHONUNBUFFERED"):
     os.environ.pop(name, None)
@@ -66,6 +68,15 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     config.add_cleanup(lambda: mistake.__exit__(None, None, None))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have the kernels compiled before the first test, on a new machine: it is said on stderr, and takes a while."""
+    if session.items and "torch" in sys.modules:
+        from mistral.fast import kernels
+
+        with suppress(kernels.KernelsUnavailable):
+            kernels.library()
 
 
 @pytest.hookimpl(tryfirst=True)

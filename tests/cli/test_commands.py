@@ -30,7 +30,9 @@ from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
 NOTHING: Any = SimpleNamespace(
-    folder=Path("/nowhere"), words=Path("/nowhere"), release=None, args=SimpleNamespace(vocab_size=10)
+    **dict.fromkeys(("folder", "words", "templates"), Path("/nowhere")),
+    release=None,
+    args=SimpleNamespace(vocab_size=10),
 )
 PARROT = "é🙂漢 x"
 SHORT = ("--max_tokens", 6, "--temperature", 0)

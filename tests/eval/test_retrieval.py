@@ -363,7 +363,7 @@ def test_needle_and_topics_and_filler(cli: Command, tmp_path: Path) -> None:
         (("--task", "reach", "--windows", "4,x"), "--windows has 'x'"),
         (("--task", "reach", "--windows", "4,none,none"), "--windows 4,none,none has a window twice"),
         (("--task", "reach", "--lengths", "1"), "--lengths must be at least 2"),
-        (("--task", "passkey", "--lengths", "1000000000"), "whole numbers of at most 9 digits"),
+        (("--task", "passkey", "--lengths", "1000000000"), "whole numbers from 1 on, of at most nine digits"),
         (("--task", "reach", "--windows", "auto"), "--windows has 'auto'"),
         (("--task", "reach", "--lengths", "40,50"), "reach measures texts of one length"),
         (("--task", "reach", "--instruct"), "--instruct is for questions; reach measures plain text"),
