@@ -80,7 +80,9 @@ class Grammars:
         problem = llguidance.LLMatcher.validate_grammar(source, self._words)
         if problem:
             first = next((line for line in problem.splitlines() if line.strip()), problem)
-            why = "it is nested too deeply" if "recursion limit" in first else printable(" ".join(first.split()), 300)
+            reason = [line for line in problem.splitlines() if line.startswith("error: ")]  # of a regular expression
+            told = " ".join([*first.split(), *reason[-1:]])
+            why = "it is nested too deeply" if "recursion limit" in first else printable(told, 300)
             raise SamplingError(f"the grammar cannot be used: {why}")
         return Grammar(self._words, source, tuple(self._ends), after)
 

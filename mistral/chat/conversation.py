@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -261,7 +262,8 @@ class Chat:
                 self.messages += [*asked, answer]
 
     def resume(self, progress: Progress | None = None) -> Iterator[Piece]:
-        """Go on with the last answer, where it stopped; text, as `answer` gives it.
+        """Go on with the last answer, where it stopped; text, as `answer` gives it. A stop string that ended it, which
+        the model has written, comes first.
 
         Raises:
             ValueError: a subclass that names what cannot be; the conversation is as before.
@@ -275,9 +277,27 @@ class Chat:
         made = self.tokenizer.encode(last.content, bos=False) if last.ids is None else last.ids
         ids = [*self._encode(self.messages[:-1]), *made]
         begun = replace(last, ids=list(made))
-        _take_back(begun, Detokenizer(self.tokenizer, ids).flush())
+        again = Detokenizer(self.tokenizer, ids).flush()
+        _take_back(begun, again)
+        pieces = self._stream(ids, progress)
+        if untold := self._untold(begun, again):
+            pieces = chain([Piece(0, untold, None)], pieces)
         prompt = ids[: len(ids) - len(made)]
-        return self._opened(self._answer([], begun, prompt, self._stream(ids, progress), instead_of=last))
+        return self._opened(self._answer([], begun, prompt, pieces, instead_of=last))
+
+    def _untold(self, answer: Message, again: str) -> str:
+        """What an answer's ids say behind its content: the stop string that ended it, or what may have become one.
+
+        Args:
+            again: the end of the text of the ids that will be told again.
+        """
+        made = answer.ids or []
+        if answer.thinking and answer.thinking[-1].closed and self._thought_end in made:
+            made = made[len(made) - made[::-1].index(self._thought_end) :]
+        elif answer.thinking:
+            return ""
+        text = self.tokenizer.decode(made).removesuffix(again)
+        return text[len(answer.content) :] if text.startswith(answer.content) else ""
 
     def undo(self) -> Message:
         """Drop the last question and its answer, and return the question.

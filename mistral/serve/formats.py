@@ -12,6 +12,11 @@ from mistral.util.errors import short_repr
 MOST_CHOICES = 1000
 
 
+def format_field(given: Mapping[str, Any]) -> str:
+    """The field of a request that says what an answer must fit."""
+    return "structured_outputs" if given.get("structured_outputs") is not None else "response_format"
+
+
 def read_format(given: Mapping[str, Any], grammars: Callable[[], Grammars]) -> str | None:
     """The right side of the rule that an answer must fit, in llguidance's form of Lark; None where it may be any text.
 

@@ -25,7 +25,7 @@ from mistral.serve.fields import (
     is_int,
     is_number,
 )
-from mistral.serve.formats import read_format, whole
+from mistral.serve.formats import format_field, read_format, whole
 from mistral.serve.tools import ToolUse, read_messages, read_tools
 from mistral.serve.words import Words
 from mistral.tokenizer import Tokenizer, outside
@@ -165,8 +165,9 @@ def read_completion(body: Any, served: Served) -> Asked:
     prompts, texts = _prompts(given, served)
     logprobs = given.get("logprobs")
     grammars = partial(served.grammars, False)
-    rule = read_format(given, grammars)
-    grammar = None if rule is None else whole(rule, grammars())
+    with blamed(format_field(given)):
+        rule = read_format(given, grammars)
+        grammar = None if rule is None else whole(rule, grammars())
     most = given.get("max_tokens", COMPLETION_TOKENS)
     return _asked(given, served, prompts, texts, logprobs, most, chat=False, grammar=grammar)
 
@@ -183,7 +184,8 @@ def read_chat(body: Any, served: Served) -> Asked:
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise ApiError("top_logprobs needs logprobs: true", "top_logprobs")
     grammars = partial(served.grammars, True)
-    rule = read_format(given, grammars)
+    with blamed(format_field(given)):
+        rule = read_format(given, grammars)
     tools = read_tools(given, served.chats(), served.tokenizer, grammars, rule)
     ids = _conversation(given, served, tools.tools if tools else ())
     if given["messages"][-1].get("role") == "assistant":
@@ -193,7 +195,8 @@ def read_chat(body: Any, served: Served) -> Asked:
     most = given.get("max_completion_tokens", given.get("max_tokens"))
     most = max(0, min(CHAT_TOKENS, served.context - len(ids))) if most is None else most
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    grammar = tools.grammar if tools else None if rule is None else whole(rule, grammars())
+    with blamed(format_field(given)):
+        grammar = tools.grammar if tools else None if rule is None else whole(rule, grammars())
     return _asked(given, served, [ids], [None], logprobs, most, chat=True, tools=tools, grammar=grammar)
 
 
@@ -209,7 +212,8 @@ def read_tokenize(body: Any, served: Served) -> list[int]:
     if "prompt" in given:
         for name in sorted({"add_generation_prompt", "tools", "reasoning_effort"} & given.keys()):
             raise ApiError(f"{name} goes with messages", name)
-        return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
+        with blamed("prompt"):
+            return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
     if given.get("add_special_tokens"):
         raise ApiError("add_special_tokens goes with prompt: the template has its own", "add_special_tokens")
     with blamed("tools"):
@@ -246,7 +250,8 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
             suffix = given.get("suffix")
             with blamed("suffix"):
                 fim = None if suffix is None else served.chats().encode_fim(one, suffix)
-            ids = served.tokenizer.encode(one) if fim is None else fim
+            with blamed("prompt"):
+                ids = served.tokenizer.encode(one) if fim is None else fim
             _check_ids(ids, "prompt", served)
             prompts.append(ids)
             texts.append(one)

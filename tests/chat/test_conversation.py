@@ -236,6 +236,24 @@ def test_an_answer_that_goes_on_has_the_text_of_its_ids(v1: Tokenizer, most: int
     assert chat.messages == whole.messages
 
 
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_an_answer_that_goes_on_has_the_stop_string_that_ended_it(v1: Tokenizer, broken_off: bool) -> None:
+    """The model has written it and goes on behind it; what is broken off may have held back the beginning of one."""
+    whole = make_chat(v1, max_tokens=12)
+    text = ask(whole, "Who are you?")
+    middle = text[len(text) // 2 : len(text) // 2 + 3]
+    chat = make_chat(v1, max_tokens=12, stop=(text[len(text) // 2 :] + "never",) if broken_off else (middle,))
+    answer = chat.answer("Who are you?")
+    told = "".join(next(answer).text for _ in range(12)) if broken_off else "".join(piece.text for piece in answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert text.startswith(told)
+    assert len(told) < len(text)
+    made = len(chat.messages[-1].ids or [])
+    chat.params = replace(chat.params, stop=(), max_tokens=12 - made)
+    assert told + "".join(piece.text for piece in chat.resume()) == text
+    assert chat.messages == whole.messages
+
+
 def test_a_thought_that_goes_on_is_told_without_its_broken_end() -> None:
     answer = Message("assistant", "\ufffd", thinking=(Thought("so\ufffd", closed=False),))
     _take_back(answer, "\ufffd")

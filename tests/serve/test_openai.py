@@ -194,6 +194,10 @@ def test_metrics_health_and_document(running: Running) -> None:
     assert "/v1/chat/completions" in document["paths"]
 
 
+FORMAT = "response_format"
+FOO = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -211,6 +215,10 @@ def test_metrics_health_and_document(running: Running) -> None:
         ("completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("completions", {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        ("completions", {"prompt": "\ud800"}, "prompt"),
+        ("completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ("completions", {"prompt": "a", "response_format": FOO}, FORMAT),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "response_format": FOO}, FORMAT),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "functions": [{}]}, "functions"),
@@ -227,7 +235,8 @@ def test_metrics_health_and_document(running: Running) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: object, param: str | None) -> None:
-    answer = httpx.post(f"{running.url}/v1/{path}", json=body, timeout=60)
+    told = {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}  # httpx writes no surrogates
+    answer = httpx.post(f"{running.url}/v1/{path}", timeout=60, **told)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert error["message"]

@@ -116,6 +116,8 @@ def test_schemas_that_cannot_be_are_refused(schema: dict[str, Any]) -> None:
     tokenizer = Tokenizer(BUNDLED / "tokenizer.model")
     with pytest.raises(SamplingError, match="grammar cannot be used"):
         Grammars(tokenizer, [2]).json(schema)
+    with pytest.raises(SamplingError, match=r"invalid regex .* error: unclosed group$"):
+        Grammars(tokenizer, [2]).regex("(")
     with pytest.raises(SamplingError, match="not valid Unicode"):
         Grammars(tokenizer, [2]).choice(["\ud800"])
     with pytest.raises(SamplingError, match="not valid Unicode"):
