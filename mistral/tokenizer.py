@@ -10,7 +10,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,19 +64,22 @@ class Tokenizer:
         self._model = model
 
     @classmethod
-    def from_sentencepiece(cls, path: Path, content: bytes, adds_bos: bool = True) -> Tokenizer:
+    def from_sentencepiece(
+        cls, path: Path, content: bytes, adds_bos: bool = True, added: Mapping[int, AddedToken] | None = None
+    ) -> Tokenizer:
         """The tokenizer that a SentencePiece model in another file is.
 
         Args:
             path: that file, for messages.
             content: of a tokenizer.model.
             adds_bos: whether a text begins with bos.
+            added: words that were added to it, by id, which it gives to no text itself.
 
         Raises:
             TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
         """
         made = cls.__new__(cls)
-        made._set(path, _SentencePiece(path, content, adds_bos))
+        made._set(path, _SentencePiece(path, content, adds_bos, added))
         return made
 
     @classmethod
@@ -103,12 +106,12 @@ class Tokenizer:
 
     @property
     def n_words(self) -> int:
-        """Size of the vocabulary, without tokens that were added to it."""
+        """Size of the vocabulary, without tokens that were added past it."""
         return self._model.n_words
 
     @cached_property
     def added(self) -> Mapping[str, int]:
-        """Ids past the vocabulary, by text."""
+        """Ids of the tokens that were added to the vocabulary, by text: past it, or in the place of what it has there."""
         return dict(self._model.added)
 
     @cached_property
@@ -283,8 +286,20 @@ def _check_unicode(text: object) -> None:
         raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
 
 
+@lru_cache(maxsize=8)
+def _longest_first(words: frozenset[str]) -> re.Pattern[str]:
+    """Finds words; where one begins as another does, the longer one."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+
 class _SentencePiece:
-    def __init__(self, path: Path, content: bytes | None = None, adds_bos: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        content: bytes | None = None,
+        adds_bos: bool = True,
+        added: Mapping[int, AddedToken] | None = None,
+    ) -> None:
         from sentencepiece import SentencePieceProcessor
 
         self._path, self._content, self.adds_bos = path, content, adds_bos
@@ -301,12 +316,18 @@ class _SentencePiece:
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        added = told.added or (read_added_tokens(path.parent) if content is None else {})
-        self._added = {i: token for i, token in added.items() if i >= self.n_words}
+        if added is None:
+            added = told.added or (read_added_tokens(path.parent) if content is None else {})
+        self._added = {i: token for i, token in added.items() if i >= self.n_words or self._is_another(i, token)}
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
-        words = sorted((t.content for t in self._added.values() if not t.special), key=len, reverse=True)
-        self._words = re.compile("|".join(map(re.escape, words))) if words else None
+        self._plain = frozenset(t.content for t in self._added.values() if not t.special)
+
+    def _is_another(self, i: int, token: AddedToken) -> bool:
+        """Whether an added token takes the place of a piece: of one that no text is split into, or a control token, as
+        fine-tunes call spare ones by names of their own."""
+        is_control = self._sp.IsControl(i) or self._sp.IsUnknown(i)
+        return bool(self._sp.IsUnused(i) or (is_control and token.content != self._pieces[i]))
 
     @property
     def named(self) -> dict[str, str]:
@@ -314,19 +335,22 @@ class _SentencePiece:
         return {**{name: self._pieces[i] for name, i in ids.items()}, **self._names}
 
     def encode(self, s: str) -> list[int]:
-        if self._words is None:
-            return self._sp.encode(s)
+        return self._encode(s, self._plain)
+
+    def _encode(self, s: str, words: frozenset[str]) -> list[int]:
+        """Ids of a text that is cut at the words that were added."""
         ids, done = [], 0
-        for match in self._words.finditer(s):
+        for match in _longest_first(words).finditer(s) if words else ():
             ids += [*self._sp.encode(s[done : match.start()]), self.added[match[0]]]
             done = match.end()
         return ids + self._sp.encode(s[done:])
 
     def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int]) -> list[int]:
         """Each text is encoded by itself, with a space in front: so were the chats that such models learned from."""
+        words = self._plain.difference(control)
         ids: list[int] = []
         for part in parts:
-            ids += [part] if isinstance(part, int) else self._sp.encode(part)
+            ids += [part] if isinstance(part, int) else self._encode(part, words)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -334,7 +358,7 @@ class _SentencePiece:
             return self._sp.decode(ids)
         text, run = "", []
         for i in [*ids, None]:
-            if i is not None and i < self.n_words:
+            if i is not None and i not in self._added and i < self.n_words:
                 run.append(i)
                 continue
             # A space in front is dropped at the start of a text, and only there.
@@ -349,10 +373,13 @@ class _SentencePiece:
             unused = self._sp.IsControl(i) or self._sp.IsByte(i) or self._sp.IsUnknown(i)
             return None if unused else self._sp.get_score(i)
 
-        return self._pieces, [score(i) for i in range(self.n_words)]
+        places = {i: token.content for i, token in self._added.items() if i < self.n_words}
+        scores = [None if i in places else score(i) for i in range(self.n_words)]
+        return [places.get(i, piece) for i, piece in enumerate(self._pieces)], scores
 
     def token_bytes(self) -> list[bytes | None]:
-        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)}
+        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)} - self._added.keys()
+        silent |= {i for i, token in self._added.items() if token.special}
         added = {i: token.content.encode() for i, token in self._added.items() if not token.special}
         pieces = [piece_bytes(piece, byte=bool(self._sp.IsByte(i))) for i, piece in enumerate(self._pieces)]
         found = {**dict(enumerate(pieces)), **added}
@@ -361,10 +388,11 @@ class _SentencePiece:
     def has_control(self, word: str) -> bool:
         if word in self.added:
             return self._added[self.added[word]].special
-        return self._sp.IsControl(self._sp.piece_to_id(word))
+        i = self._sp.piece_to_id(word)
+        return self._sp.IsControl(i) and i not in self._added
 
     def control_tokens(self) -> dict[str, int]:
-        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i)}
+        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i) and i not in self._added}
         return {**ids, **{token.content: i for i, token in self._added.items() if token.special}}
 
     def added_tokens(self) -> dict[str, int]:

@@ -51,7 +51,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str | None:
     if any(made.token_to_id(t) != i for t, i in tokenizer.added_tokens.items()):
         return None
     made.encode_special_tokens = True
-    if any(made.encode(text).ids != tokenizer.encode(text) for text in TEXTS):
+    around = [f"a {word} b{word}c" for word in list(plain)[:3]]
+    if any(made.encode(text).ids != tokenizer.encode(text) for text in (*TEXTS, *around)):
         return None
     return str(made.to_str())
 
@@ -65,7 +66,18 @@ def to_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1000000000000000019884624838656,
+        **added_tokens(tokenizer),
     }
+
+
+def added_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer_config.json says of the tokens that were added; nothing where there are none."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    decoder = {
+        str(i): {"content": text, **flags, "special": text in tokenizer.control_tokens}
+        for text, i in sorted(tokenizer.added.items(), key=lambda pair: pair[1])
+    }
+    return {"added_tokens_decoder": decoder} if decoder else {}
 
 
 def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
