@@ -45,6 +45,8 @@ REFUSED = {
     "use_qalora": "QALoRA, which pools its inputs",
     "target_parameters": "it changes parameters that are no linear layers",
 }
+# Kinds of PEFT that change no weights, so that nothing can be merged.
+IN_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 # How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed output.
@@ -281,7 +283,8 @@ def _check_config(config: dict[str, Any]) -> list[str]:
     """Refuse what is no LoRA that can be merged exactly; notes on the rest."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{CONFIG} has peft_type {short_repr(kind)}: only LORA adapters are read here")
+        what = "use PEFT" if kind in IN_PROMPTS else "have PEFT merge it (merge_and_unload) and give what that saves"
+        raise AdapterError(f"{CONFIG} has peft_type {short_repr(kind)}: only LORA adapters are read here; {what}")
     for key, reason in REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{CONFIG} has {key}: {reason}, so it cannot be merged exactly here: use PEFT")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 ADAPTER = "give its base model, and the adapter with --adapter"
 # A pattern for names of files, and what they are. The first that matches says most about the folder.
@@ -14,7 +14,7 @@ KINDS = {
     r"consolidated\.01\.pth?": ".pth files in several parts: download the folder, and give its path",
     r"weights(\.\d+)?\.npz": "MLX's weights.npz: convert it to safetensors first",
     r"(?!consolidated|model(-.*)?\.safetensors)(.*)\.safetensors": "a safetensors file under another "
-    "name: give it the release's name",
+    "name: rename it to one of these",
     r"zero_to_fp32\.py|global_step\d+|.*_model_states\.pt": "what DeepSpeed saves while it trains: run its "
     "zero_to_fp32.py, which writes the weights",
     r"pytorch_model_fsdp_\d+|.*\.distcp": "what FSDP saves while it trains: run accelerate merge-weights first",
@@ -27,11 +27,16 @@ WRAPPED = {
     "merge_and_unload() gives, or give the base and the adapter with --adapter",
     r"(score|classifier)(\.dense)?\.(weight|bias)": "they are a classifier's: there is no output over words to "
     "continue a text with; use transformers",
-    r"(v_head|value_head)\..*": "they have the value head of reinforcement learning, as TRL saves it: save the model "
-    "inside (pretrained_model)",
+    r"(v_head|value_head)\..*": "they have the value head of reinforcement learning, as TRL saves it: load it with TRL, "
+    "and save its pretrained_model",
+    r"medusa_head\..*": "they have heads that guess several tokens ahead (Medusa): give the model that those were "
+    "trained for",
     r".*\.(self_attn|mlp)\.[a-z_]+\.bias": "this model has no biases: use transformers or vLLM",
     r"embed_tokens\.weight": "they were saved from AutoModel, which has no output: save AutoModelForCausalLM's",
 }
+
+# What a folder that lacks this one weight may be.
+OUTPUTS = {"lm_head.weight": '"tie_word_embeddings": true', "output.weight": '"tied_embeddings": true'}
 
 
 def kind_of(names: Iterable[str]) -> str | None:
@@ -40,7 +45,12 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((what for pattern, what in KINDS.items() if any(re.fullmatch(pattern, n) for n in last)), None)
 
 
-def wrapped(names: Iterable[str]) -> str:
-    """What to do about names of weights that another program gave, to go behind a message; "" if none is known."""
+def wrapped(names: Iterable[str], lacking: Sequence[str] = ()) -> str:
+    """What to do about names of weights that another program gave, or about those that are lacking, to go behind a
+    message; "" if nothing is known."""
+    if not (names := list(names)) and len(lacking) == 1 and lacking[0] in OUTPUTS:
+        return (
+            f": if the output is the table of the embeddings, the file that gives the shape says {OUTPUTS[lacking[0]]}"
+        )
     known = next((what for name in names for pattern, what in WRAPPED.items() if re.fullmatch(pattern, name)), None)
     return "" if known is None else f": {known}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
     said = refusal(tmp_path / "hf")
     assert "or pytorch_model.bin" in said
-    assert said.endswith("; there is a safetensors file under another name: give it the release's name")
+    assert said.endswith("; there is a safetensors file under another name: rename it to one of these")
 
 
 @pytest.mark.parametrize(
@@ -400,3 +401,25 @@ def test_names_from_within_a_wrapper(tmp_path: Path, wrapper: str) -> None:
     save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
     got = load(tmp_path, device="cpu").model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def with_weights(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
+    """What is said of a folder in Hugging Face's layout whose weights were changed."""
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(change(load_file(path)), path)
+    return refusal(tmp_path / "hf")
+
+
+def test_weights_that_training_programs_leave(tmp_path: Path) -> None:
+    head = {"v_head.summary.weight": torch.zeros(1, 8)}
+    assert "as TRL saves it: load it with TRL, and save its" in with_weights(tmp_path / "a", lambda t: t | head)
+    guesses = {"medusa_head.0.0.linear.weight": torch.zeros(8, 8)}
+    assert "(Medusa): give the model that" in with_weights(tmp_path / "b", lambda t: t | guesses)
+    said = with_weights(tmp_path / "c", lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
+    assert said.endswith(
+        "lack lm_head.weight: if the output is the table of the embeddings, the file that gives the "
+        'shape says "tie_word_embeddings": true'
+    )
+    said = with_weights(tmp_path / "d", lambda t: {n: torch.empty(0) for n in t})
+    assert "has the shape [0]: DeepSpeed saves such in ZeRO-3 without its weights: run the zero_to_fp32.py" in said

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from tokenizers import Tokenizer as JsonFile
 
 from mistral.formats.adapter_words import unused_of
