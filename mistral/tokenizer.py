@@ -111,7 +111,7 @@ class Tokenizer:
 
     @cached_property
     def added(self) -> Mapping[str, int]:
-        """Ids of the tokens that were added to the vocabulary, by text: past it, or in the place of what it has there."""
+        """Ids of the tokens that were added to the vocabulary, by text: past it, or in places of it."""
         return dict(self._model.added)
 
     @cached_property

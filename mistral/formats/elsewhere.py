@@ -27,8 +27,8 @@ WRAPPED = {
     "merge_and_unload() gives, or give the base and the adapter with --adapter",
     r"(score|classifier)(\.dense)?\.(weight|bias)": "they are a classifier's: there is no output over words to "
     "continue a text with; use transformers",
-    r"(v_head|value_head)\..*": "they have the value head of reinforcement learning, as TRL saves it: load it with TRL, "
-    "and save its pretrained_model",
+    r"(v_head|value_head)\..*": "they have the value head of reinforcement learning, as TRL saves it: load it with "
+    "TRL, and save its pretrained_model",
     r"medusa_head\..*": "they have heads that guess several tokens ahead (Medusa): give the model that those were "
     "trained for",
     r".*\.(self_attn|mlp)\.[a-z_]+\.bias": "this model has no biases: use transformers or vLLM",
@@ -49,8 +49,6 @@ def wrapped(names: Iterable[str], lacking: Sequence[str] = ()) -> str:
     """What to do about names of weights that another program gave, or about those that are lacking, to go behind a
     message; "" if nothing is known."""
     if not (names := list(names)) and len(lacking) == 1 and lacking[0] in OUTPUTS:
-        return (
-            f": if the output is the table of the embeddings, the file that gives the shape says {OUTPUTS[lacking[0]]}"
-        )
+        return f": if the output is the table of the embeddings, the file of the shape says {OUTPUTS[lacking[0]]}"
     known = next((what for name in names for pattern, what in WRAPPED.items() if re.fullmatch(pattern, name)), None)
     return "" if known is None else f": {known}"

@@ -66,7 +66,6 @@ def to_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1000000000000000019884624838656,
-        **added_tokens(tokenizer),
     }
 
 

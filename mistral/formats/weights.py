@@ -252,8 +252,8 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name].shape != shape and 0 in found[name].shape:
             raise WeightsError(
-                f"{name} in {where} has the shape {short_repr(list(found[name].shape))}: DeepSpeed saves such in ZeRO-3 "
-                "without its weights: run the zero_to_fp32.py of its checkpoint"
+                f"{name} in {where} has the shape {short_repr(list(found[name].shape))}: DeepSpeed saves such in "
+                "ZeRO-3 without its weights: run the zero_to_fp32.py of its checkpoint"
             )
         if found[name].shape != shape:
             raise WeightsError(

@@ -195,8 +195,8 @@ def _beside_tekken(folder: Path) -> list[str]:
     is_whole = (folder / JSON).is_file()
     used = "conversations have them, other texts do not" if is_whole and own else "not used"
     return [
-        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that {path.name}, which "
-        f"is read, has not: {used}; {f'remove {path.name} to have {JSON} read' if is_whole else f'add its {JSON}'}"
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that {path.name}, "
+        f"which is read, has not: {used}; {f'remove {path.name} to have {JSON} read' if is_whole else f'add its {JSON}'}"
     ]
 
 

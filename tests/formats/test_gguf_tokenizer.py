@@ -118,7 +118,7 @@ def test_words_of_the_users(word: str, tmp_path: Path) -> None:
 
 
 def test_a_word_of_the_users_that_ends_sequences_is_a_control_token(tmp_path: Path) -> None:
-    given = {**tokenizer_keys(BUNDLED / "tokenizer.model"), "eos_token_id": 4090}
+    given = {**tokenizer_keys(BUNDLED / "tokenizer.model"), "eot_token_id": 4090}
     given["tokens"][4090], given["token_type"][4090] = "<|im_end|>", 4
     own = tokenizer_of(tmp_path / "m.gguf", metadata_of(tmp_path, **given))
     assert own.has_control("<|im_end|>")

@@ -418,7 +418,7 @@ def test_weights_that_training_programs_leave(tmp_path: Path) -> None:
     assert "(Medusa): give the model that" in with_weights(tmp_path / "b", lambda t: t | guesses)
     said = with_weights(tmp_path / "c", lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
     assert said.endswith(
-        "lack lm_head.weight: if the output is the table of the embeddings, the file that gives the "
+        "lack lm_head.weight: if the output is the table of the embeddings, the file of the "
         'shape says "tie_word_embeddings": true'
     )
     said = with_weights(tmp_path / "d", lambda t: {n: torch.empty(0) for n in t})
