@@ -194,9 +194,10 @@ def _beside_tekken(folder: Path) -> list[str]:
         return []
     is_whole = (folder / JSON).is_file()
     used = "conversations have them, other texts do not" if is_whole and own else "not used"
+    instead = f"remove {path.name} to have {JSON} read" if is_whole else f"add its {JSON}"
     return [
         f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that {path.name}, "
-        f"which is read, has not: {used}; {f'remove {path.name} to have {JSON} read' if is_whole else f'add its {JSON}'}"
+        f"which is read, has not: {used}; {instead}"
     ]
 
 
