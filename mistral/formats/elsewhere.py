@@ -19,6 +19,12 @@ KINDS = {
     "zero_to_fp32.py, which writes the weights",
     r"pytorch_model_fsdp_\d+|.*\.distcp": "what FSDP saves while it trains: run accelerate merge-weights first",
     r"hf_model_\d+_\d+\.pt": "a .pt file of torchtune: have it write safetensors",
+    r".*\.incomplete": "a download that did not end: fetch it again",
+    r"tf_model\.h5|flax_model\.msgpack": "weights for TensorFlow or Flax: have transformers save them as safetensors",
+    r"model_weights|.*\.nemo": "a checkpoint of NeMo: export it for transformers first",
+    r".*\.(zip|tar|tgz|tar\.gz|7z)": "an archive: unpack it",
+    r"(?!optimizer|scheduler|scaler|rng_state|training_args|consolidated)(.*)\.(pt|pth|ckpt)": "a file of torch.save "
+    "under another name: if it holds a model's tensors by name and nothing else, rename it to one of these",
     r".*\.onnx": "ONNX files: give the folder that they were made from",
 }
 # A pattern for names of weights, and why a program that trains gives them such names.

@@ -98,6 +98,24 @@ def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors.incomplete", "a download that did not end"),
+        ("tf_model.h5", "weights for TensorFlow or Flax: have transformers save"),
+        ("model.zip", "an archive: unpack it"),
+        ("epoch_3.ckpt", "a file of torch.save under another name: if it holds"),
+        ("optimizer.pt", None),
+        ("training_args.bin", None),
+    ],
+)
+def test_other_files_in_the_place_of_weights(tmp_path: Path, name: str, said: str | None) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
+    what = refusal(tmp_path / "hf")
+    assert f"; there is {said}" in what if said else what.endswith("or pytorch_model-00001-of-0000N.bin")
+
+
+@pytest.mark.parametrize(
     ("inside", "said"),
     [
         ("zero_to_fp32.py", "there is what DeepSpeed saves while it trains: run its zero_to_fp32.py"),
