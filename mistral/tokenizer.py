@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
@@ -322,12 +322,29 @@ class _SentencePiece:
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
         self._plain = frozenset(t.content for t in self._added.values() if not t.special)
+        self.notes = tuple(self._taken_words())
 
     def _is_another(self, i: int, token: AddedToken) -> bool:
-        """Whether an added token takes the place of a piece: of one that no text is split into, or a control token, as
-        fine-tunes call spare ones by names of their own."""
-        is_control = self._sp.IsControl(i) or self._sp.IsUnknown(i)
-        return bool(self._sp.IsUnused(i) or (is_control and token.content != self._pieces[i]))
+        """Whether an added token takes the place of a piece: a control token that has another name there, as fine-tunes
+        call spare ones, or a word: texts are cut at added words first, as transformers does, and then split."""
+        if self._sp.IsControl(i) or self._sp.IsUnknown(i):
+            return token.content != self._pieces[i]
+        return not token.normalized and not self._sp.IsByte(i)
+
+    def _taken_words(self) -> Iterator[str]:
+        """A note where the files beside the model give ids of its words to other tokens, as those of another model do."""
+        words = {i: self._pieces[i].replace("\u2581", " ") for i in self._added if i < self.n_words}
+        taken = [
+            i
+            for i, word in words.items()
+            if not self._sp.IsControl(i) and self._added[i].content.strip() != word.strip()
+        ]
+        if taken:
+            token, word = printable(self._added[taken[0]].content), short_repr(words[taken[0]])
+            yield (
+                f"the files beside {self._path.name} give ids of its words to added tokens, such as {taken[0]} of {word} "
+                f"to {token}: those are used, {len(taken)} in all; if they are another model's, remove them"
+            )
 
     @property
     def named(self) -> dict[str, str]:

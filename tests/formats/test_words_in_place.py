@@ -9,6 +9,7 @@ from typing import Any
 
 import mistral_common
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer
 
 from mistral.chat.messages import Message
@@ -115,3 +116,38 @@ def test_spare_control_tokens_that_have_other_names(tmp_path: Path) -> None:
 def test_the_fixture_is_what_converters_write(chatml: Path) -> None:
     types = read_gguf(chatml).metadata["tokenizer.ggml.token_type"]
     assert [types[4090], types[4091]] == [4, 4]
+
+
+def test_words_that_a_tokenizer_model_and_the_files_beside_it_have(tmp_path: Path) -> None:
+    """SentencePiece's own words of the user's would have a space in front; transformers cuts a text at them first."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the king and the wolf said user and no more"] * 50),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<|im_start|>"],
+        minloglevel=2,
+    )
+    alone = Tokenizer(tmp_path / "tokenizer.model")
+    pieces, _ = alone.pieces()
+    word = pieces.index("<|im_start|>")
+    assert alone.encode("<|im_start|>user", bos=False)[1] == word
+    told = {"added_tokens_decoder": {str(word): {"content": "<|im_start|>", "special": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    own = Tokenizer(tmp_path / "tokenizer.model")
+    assert own.encode("<|im_start|>user", bos=False) == [word, *alone.encode("user", bos=False)]
+    assert own.added == {"<|im_start|>": word}
+
+
+def test_ids_of_words_that_other_tokens_have(tmp_path: Path) -> None:
+    """As where added_tokens.json is that of a model with fewer words."""
+    shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 4000, "<|im_start|>": 4001}))
+    own = Tokenizer(tmp_path / "tokenizer.model")
+    assert own.encode("a<|im_end|>", bos=False)[-1] == 4000
+    (note,) = own.notes
+    assert note.startswith("the files beside tokenizer.model give ids of its words to added tokens, such as 4000 of '")
+    assert "to <|im_end|>: those are used, 2 in all; if they are another model's, remove them" in note
+    assert not Tokenizer(BUNDLED / "tokenizer.model").notes
