@@ -140,7 +140,7 @@ def _stop(given: object) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in stop):
         raise SamplingError(f"stop is {short_repr(given)}; it must be strings")
     if "" in stop:
-        raise SamplingError("an empty stop string would stop everything at once")
+        raise SamplingError("stop has an empty text, which would stop everything at once")
     return stop
 
 

@@ -6,7 +6,10 @@ what it does not say. Knows nothing about models or templates; nothing here need
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from mistral.util.parsed import KeyTwice, parse_json
 
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 WHOLE = "tokenizer.json"
+LETTER, SPACE = re.compile(r"\w"), re.compile(r"\s+")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
@@ -33,7 +37,8 @@ class AddedToken:
         content: its text.
         special: whether it is a control token: no text gives it, and it has no text.
         lstrip, rstrip: whether it takes the spaces before or after it along.
-        normalized, single_word: see the `tokenizers` library.
+        normalized: whether it is looked for in a text with spaces as words have them, one in front of it too.
+        single_word: whether letters and digits beside it make it an ordinary text.
     """
 
     content: str
@@ -42,6 +47,41 @@ class AddedToken:
     rstrip: bool = False
     normalized: bool = False
     single_word: bool = False
+
+
+def spaced(text: str) -> str:
+    """A text with spaces as the words of a SentencePiece model have them, and one in front."""
+    return "\u2581" + text.replace(" ", "\u2581") if text else ""
+
+
+class WordFinder:
+    """Words that were added, found in texts as the `tokenizers` library does: the longest of those at one place.
+
+    Args:
+        words: by id; those that are normalized are found in texts that are `spaced`.
+    """
+
+    def __init__(self, words: Mapping[int, AddedToken]) -> None:
+        texts = {spaced(token.content) if token.normalized else token.content: i for i, token in words.items()}
+        self._words, self._ids = words, texts
+        ordered = sorted(texts, key=len, reverse=True)
+        self._found = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def split(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """What is before each word, and the word's id; last what is left, and None."""
+        done = 0
+        for match in self._found.finditer(text) if self._found is not None else ():
+            i, (start, stop) = self._ids[match[0]], match.span()
+            token = self._words[i]
+            if token.single_word and LETTER.search(text[max(start - 1, 0) : start] + text[stop : stop + 1]):
+                continue
+            if token.lstrip:
+                start = done + len(text[done:start].rstrip())
+            if token.rstrip and (space := SPACE.match(text, stop)):
+                stop = space.end()
+            yield text[done:start], i
+            done = stop
+        yield text[done:], None
 
 
 @dataclass(frozen=True)
@@ -91,7 +131,8 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
                 f"{folder / CONFIG} has {short_repr(token)} for the id {short_repr(key)}: fetch it again"
             )
         if text:
-            added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **_flags(token))
+            flags = _flags({"normalized": token.get("special") is not True, **token})  # transformers' default
+            added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **flags)
     special.update(token.content for token in added.values() if token.special)
     add_bos = config.get("add_bos_token")
     return SpecialTokens(names, frozenset(special), added, add_bos if isinstance(add_bos, bool) else None)
@@ -114,6 +155,15 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
             raise TokenizerError(f"{path} has {short_repr(token)} for an added token: fetch it again")
         added[i] = AddedToken(text, token.get("special") is True, **_flags(token))
     return added
+
+
+def as_spelled(added: dict[int, AddedToken], folder: Path) -> dict[int, AddedToken]:
+    """Added tokens for a SentencePiece model in a folder: where the tokenizer.json beside it puts no space in front of
+    texts, a normalized one is found as it stands."""
+    normalizer = json.dumps(read_json(folder / WHOLE).get("normalizer"))
+    if not (folder / WHOLE).is_file() or '"Prepend"' in normalizer:
+        return added
+    return {i: replace(token, normalized=False) for i, token in added.items()}
 
 
 def _flags(token: dict[str, Any]) -> dict[str, bool]:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import inspect
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_added_tokens, read_special_tokens
+from mistral.sentence_pieces import SentencePieceModel
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError
 from mistral.tekken import Tekken
-from mistral.tokenizer_json import JsonTokenizer, piece_bytes
+from mistral.tokenizer_json import JsonTokenizer
 from mistral.util.arguments import path_of, require_kind, whole_numbers
 from mistral.util.errors import printable, short_repr
-from mistral.util.files import read_limited
 
 
 class TokenizerLike(Protocol):
@@ -50,7 +49,7 @@ class Tokenizer:
         path = path_of("the tokenizer", model_path, TokenizerError)
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
-        kind: Any = _SentencePiece
+        kind: Any = SentencePieceModel
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
         self._set(path, kind(path))
@@ -79,7 +78,7 @@ class Tokenizer:
             TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
         """
         made = cls.__new__(cls)
-        made._set(path, _SentencePiece(path, content, adds_bos, added))
+        made._set(path, SentencePieceModel(path, content, adds_bos, added))
         return made
 
     @classmethod
@@ -204,6 +203,11 @@ class Tokenizer:
         return {**self._model.control_tokens(), **self._model.added_tokens()}
 
     @property
+    def flags(self) -> Mapping[str, AddedToken]:
+        """Of a SentencePiece model, the tokens that were added to it, by text."""
+        return {token.content: token for token in self._model._added.values()} if self.kind == "sentencepiece" else {}
+
+    @property
     def named(self) -> Mapping[str, str]:
         """Texts of bos_token and eos_token (unk_token, pad_token), as chat templates ask for them."""
         return self._model.named
@@ -284,152 +288,6 @@ def _check_unicode(text: object) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
-
-
-@lru_cache(maxsize=8)
-def _longest_first(words: frozenset[str]) -> re.Pattern[str]:
-    """Finds words; where one begins as another does, the longer one."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
-
-
-class _SentencePiece:
-    def __init__(
-        self,
-        path: Path,
-        content: bytes | None = None,
-        adds_bos: bool = True,
-        added: Mapping[int, AddedToken] | None = None,
-    ) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._path, self._content, self.adds_bos = path, content, adds_bos
-        self._sp = SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(read_limited(path, 10_000_000) if content is None else content)
-            self.n_words = self._sp.vocab_size()
-            self._pieces = self._sp.id_to_piece(list(range(self.n_words)))  # some may be no UTF-8
-        except OSError as error:
-            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-        except (RuntimeError, ValueError):
-            raise TokenizerError(f"{path} is not a SentencePiece model: fetch it again") from None
-        self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
-        if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
-            raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
-        told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        if added is None:
-            added = told.added or (read_added_tokens(path.parent) if content is None else {})
-        self._added = {i: token for i, token in added.items() if i >= self.n_words or self._is_another(i, token)}
-        self.added = {token.content: i for i, token in self._added.items()}
-        self._names = told.names
-        self._plain = frozenset(t.content for t in self._added.values() if not t.special)
-        self.notes = tuple(self._taken_words())
-
-    def _is_another(self, i: int, token: AddedToken) -> bool:
-        """Whether an added token takes the place of a piece: a control token that has another name there, as fine-tunes
-        call spare ones, or a word: texts are cut at added words first, as transformers does, and then split."""
-        if self._sp.IsControl(i) or self._sp.IsUnknown(i):
-            return token.content != self._pieces[i]
-        return not token.normalized and not self._sp.IsByte(i)
-
-    def _taken_words(self) -> Iterator[str]:
-        """A note where the files beside the model give ids of its words to other tokens, as those of another model do."""
-        words = {i: self._pieces[i].replace("\u2581", " ") for i in self._added if i < self.n_words}
-        taken = [
-            i
-            for i, word in words.items()
-            if not self._sp.IsControl(i) and self._added[i].content.strip() != word.strip()
-        ]
-        if taken:
-            token, word = printable(self._added[taken[0]].content), short_repr(words[taken[0]])
-            yield (
-                f"the files beside {self._path.name} give ids of its words to added tokens, such as {taken[0]} of {word} "
-                f"to {token}: those are used, {len(taken)} in all; if they are another model's, remove them"
-            )
-
-    @property
-    def named(self) -> dict[str, str]:
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._sp.unk_id()}
-        return {**{name: self._pieces[i] for name, i in ids.items()}, **self._names}
-
-    def encode(self, s: str) -> list[int]:
-        return self._encode(s, self._plain)
-
-    def _encode(self, s: str, words: frozenset[str]) -> list[int]:
-        """Ids of a text that is cut at the words that were added."""
-        ids, done = [], 0
-        for match in _longest_first(words).finditer(s) if words else ():
-            ids += [*self._sp.encode(s[done : match.start()]), self.added[match[0]]]
-            done = match.end()
-        return ids + self._sp.encode(s[done:])
-
-    def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int]) -> list[int]:
-        """Each text is encoded by itself, with a space in front: so were the chats that such models learned from."""
-        words = self._plain.difference(control)
-        ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self._encode(part, words)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        if not self._added:
-            return self._sp.decode(ids)
-        text, run = "", []
-        for i in [*ids, None]:
-            if i is not None and i not in self._added and i < self.n_words:
-                run.append(i)
-                continue
-            # A space in front is dropped at the start of a text, and only there.
-            text += self._sp.decode([self._sp.piece_to_id("\u2581"), *run] if text else run)
-            run = []
-            token: AddedToken | None = self._added.get(i) if i is not None else None
-            text += token.content if token and not token.special else ""
-        return text
-
-    def pieces(self) -> tuple[list[str], list[float | None]]:
-        def score(i: int) -> float | None:
-            unused = self._sp.IsControl(i) or self._sp.IsByte(i) or self._sp.IsUnknown(i)
-            return None if unused else self._sp.get_score(i)
-
-        places = {i: token.content for i, token in self._added.items() if i < self.n_words}
-        scores = [None if i in places else score(i) for i in range(self.n_words)]
-        return [places.get(i, piece) for i, piece in enumerate(self._pieces)], scores
-
-    def token_bytes(self) -> list[bytes | None]:
-        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)} - self._added.keys()
-        silent |= {i for i, token in self._added.items() if token.special}
-        added = {i: token.content.encode() for i, token in self._added.items() if not token.special}
-        pieces = [piece_bytes(piece, byte=bool(self._sp.IsByte(i))) for i, piece in enumerate(self._pieces)]
-        found = {**dict(enumerate(pieces)), **added}
-        return [None if i in silent else found.get(i) for i in range(max(found) + 1)]
-
-    def has_control(self, word: str) -> bool:
-        if word in self.added:
-            return self._added[self.added[word]].special
-        i = self._sp.piece_to_id(word)
-        return self._sp.IsControl(i) and i not in self._added
-
-    def control_tokens(self) -> dict[str, int]:
-        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i) and i not in self._added}
-        return {**ids, **{token.content: i for i, token in self._added.items() if token.special}}
-
-    def added_tokens(self) -> dict[str, int]:
-        return self.added
-
-    def for_mistral_common(self, version: str) -> Any:
-        try:
-            from mistral_common.tokens.tokenizers.base import TokenizerVersion
-            from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-        except ImportError:
-            raise TokenizerError("templates need mistral-common: pip install mistral-common") from None
-        if self._content is None:
-            return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
-        with tempfile.TemporaryDirectory() as folder:  # it reads files alone
-            path = Path(folder) / "tokenizer.model"
-            path.write_bytes(self._content)
-            return SentencePieceTokenizer(str(path), tokenizer_version=TokenizerVersion(version))
-
-    def as_file(self) -> tuple[str, bytes]:
-        return "tokenizer.model", self._sp.serialized_model_proto()
 
 
 # What a folder without one lacks. Ids need none; text does.

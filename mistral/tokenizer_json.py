@@ -108,12 +108,11 @@ class JsonTokenizer:
         for i, token in sorted(told.added.items()):
             if token.content not in known:
                 self._tok.add_tokens([theirs(token)])
-                got = self._tok.token_to_id(token.content)
-                if got != i:
-                    self.notes.append(
-                        f"{self._path.name} gives {printable(token.content)} the id {got}, the files beside it {i}: "
-                        f"{got} is used"
-                    )
+            if (got := self._tok.token_to_id(token.content)) != i:
+                self.notes.append(
+                    f"{self._path.name} gives {printable(token.content)} the id {got}, the files beside it {i}: "
+                    f"{got} is used"
+                )
         for content in sorted(told.special):
             there = known.get(content)
             if self._tok.token_to_id(content) is not None and not (there and there.special):

@@ -19,7 +19,7 @@ from mistral.batch.job import Write
 from mistral.batch.lines import Answered, Line, answer, failure
 from mistral.util.errors import Unavailable, UsageError, printable, short_repr
 from mistral.util.network import behind_v1, unreachable
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 if TYPE_CHECKING:
     import httpx
@@ -126,9 +126,12 @@ class Remote:
             there = response.headers.get("location", "somewhere else")
             raise Unavailable(f"{self._base} sends to {printable(there)} (status {status}): give that address")
         try:
-            body: Any = parse_json(response.content, parse_constant=_no_constant, object_pairs_hook=None)
-        except ValueError:
+            body: Any = parse_json(response.content, parse_constant=_no_constant)
+            wrong = ""
+        except ValueError as error:
             body = None
+            shown = f"is not JSON: {short_repr(response.text[:60])}"
+            wrong = f"the answer {error if isinstance(error, KeyTwice) else shown}"
         explained = isinstance(body, dict) and "error" in body
         if status in (403, 404, 405) and not explained:  # nothing that is about this line alone
             advice = "is it the address of a server of OpenAI's protocol, up to its /v1?"
@@ -136,7 +139,7 @@ class Remote:
         if body is None and "html" in response.headers.get("content-type", "") and status == 200:
             raise Unavailable(f"{self._base} is no server of OpenAI's protocol: it answers {line.url} with a web page")
         if body is None and status == 200:
-            return failure(line, "invalid_response", f"the answer is not JSON: {short_repr(response.text[:60])}")
+            return failure(line, "invalid_response", wrong)
         if body is None:
             body = {"error": {"message": response.text[:1000]}}
         request_id = response.headers.get("x-request-id") or (body.get("id") if isinstance(body, dict) else None)

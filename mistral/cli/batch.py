@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from mistral.cli import flags
 from mistral.cli.parallel import divisible, in_first
 from mistral.cli.prompts import default_folder, key_of, note_if_assumed, open_model
-from mistral.cli.terminal import Bar, echo_err
+from mistral.cli.terminal import echo_err
 from mistral.loader.options import LoadOptions
 from mistral.util.english import counted
 from mistral.util.errors import ChecksFailed, UsageError
 from mistral.util.flat import flat
+from mistral.util.progress import Bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,7 +199,7 @@ class Report:
     """The progress on stderr: a bar at a terminal, else a line now and then."""
 
     def __init__(self) -> None:
-        self._bar = Bar("batch", "line")
+        self._bar = Bar("batch", "line", lines=False)  # this one has more to tell
         self._told = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:

@@ -192,7 +192,7 @@ def compare(
         prompts=prompts,
         full=full,
         seed=seed,
-        progress=terminal.Bar("comparing", "mutant"),
+        progress=terminal.Bar("comparing", "step"),
     )
     print(comparison.as_json(report) if json else comparison.as_text(report))
     if not report.same:
@@ -349,7 +349,7 @@ def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:
             raise UsageError(f"{file} has texts, and no side has a tokenizer: give lists of ids")
         tokenizer, notes = words_of(found.words, found.args, found.path)
         if tokenizer is None:
-            tokenizer = load_tokenizer(found.words, found.args.vocab_size)  # which says what is missing
+            tokenizer = load_tokenizer(found.words, found.args.vocab_size, found.path)  # which says what is missing
         for note in notes:
             terminal.echo_err(f"note: {note}")
     if found is not None:

@@ -21,9 +21,11 @@ from mistral.cli.pace import Pace, counting_stops, stops
 from mistral.cli.parallel import from_first
 from mistral.cli.waiting import end_is_waiting
 from mistral.cli.wrapping import Wrapped
+from mistral.util import progress
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
 from mistral.util.files import decode_text, is_wide
+from mistral.util.progress import Bar as Bar
 
 if TYPE_CHECKING:
     from mistral.generate import Piece
@@ -102,6 +104,9 @@ def echo_err(line: str, asked: bool = False) -> None:
     """A line for stderr, unless --quiet was given; one that was asked for all the same."""
     if asked or not _quiet:
         _tell(visible(line))
+
+
+progress.tell = echo_err
 
 
 def _tell(line: str, end: str = "\n") -> None:
@@ -237,7 +242,9 @@ def _reader(ask: str) -> Callable[[], str]:
 
 
 def _keys() -> Any:
-    """Alt-Enter begins a new line of the same text.
+    """Alt-Enter begins a new line of the same text; a null character where nothing is typed yet is Ctrl-D.
+
+    Where Ctrl-D was typed behind a whole line before anybody asked, the terminal gives a null character for it.
 
     An escape sequence that sets a colour begins like an event of a mouse, of which prompt_toolkit then misses the
     place. Nothing here has to do with a mouse: what looks like one is text, as it is where a terminal tells what was
@@ -248,8 +255,14 @@ def _keys() -> Any:
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add(Keys.ControlAt)(_end_of_null)
     keys.add(Keys.Vt100MouseEvent)(lambda event: event.current_buffer.insert_text(event.data))
     return keys
+
+
+def _end_of_null(event: Any) -> None:
+    if not event.current_buffer.text:
+        event.app.exit(exception=EOFError)
 
 
 def _history() -> Any:
@@ -277,29 +290,6 @@ def _plain(ask: str, asked_on: Any) -> str:
         return input(ask)
     print(ask, end="", file=asked_on, flush=True)
     return input()
-
-
-class Bar:
-    """Progress through work: shown after two seconds, on stderr, not when that is piped.
-
-    Args:
-        what, unit: what is being done, and what it is counted in.
-    """
-
-    def __init__(self, what: str, unit: str) -> None:
-        self._what, self._unit = what, unit
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=total, initial=done, desc=self._what, unit=self._unit, delay=2, disable=None, leave=False
-            )
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self._bar.close()
 
 
 class Thoughts:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mistral.args import ModelArgs, Moe
 from mistral.engine import STEP_TOKENS
@@ -30,6 +29,7 @@ from mistral.parameters import EMBEDDINGS, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.util import memory
 from mistral.util.errors import UsageError
+from mistral.util.progress import Bar
 
 # Shapes that can be measured without weights.
 SHAPES = {
@@ -287,7 +287,11 @@ def report(
     first = prefill(model, 8)
     total = len(batches) + len(contexts) - 1 + len(generate) + len(prompts)
     measured = measure(model, prompts=prompts, generate=generate, contexts=contexts, batches=batches, repeats=repeats)
-    rows = list(tqdm(measured, total=total, desc="measuring", disable=None, leave=False))
+    rows = []
+    with Bar("measuring", "row", total) as bar:
+        for row in measured:
+            rows.append(row)
+            bar.update(1)
     return {
         "model": what,
         "name": f"{name} {run.quant or '+'.join(run.blocks) or str(run.weights).removeprefix('torch.')}",

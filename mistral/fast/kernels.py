@@ -56,6 +56,7 @@ RETURN_NOTHING = (
     *("to_int8", "to_int4", "affine4_search", "to_affine4"),
     *("product_many", "attend_many", "norm_rows", "rotate_rows", "gate_rows"),
 )
+ROOM = 2**20  # bytes that the library may need; it has half of that
 PATIENCE = 300  # seconds; it takes about 16, and many times that on a busy machine
 
 
@@ -197,6 +198,8 @@ def _compile(compiler: list[str], library: Path) -> None:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / "kernels.so"
+            built.write_bytes(bytes(ROOM))  # a disk that is full says so now, not after each run's compiling
+            built.unlink()
             done = subprocess.run(
                 [*compiler, "-o", str(built), str(SOURCE), *FLAGS],
                 capture_output=True,

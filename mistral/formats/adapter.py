@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mistral.args import ModelArgs
 from mistral.formats.adapter_rows import KEY, ROWS, Rows, rows_by_module
 from mistral.formats.adapter_rows import AdapterError as AdapterError
 from mistral.formats.huggingface import NAMES, to_hf, to_mistral
@@ -21,6 +22,7 @@ from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.pth import open_pth
 from mistral.formats.text_inside import VISION, alone
 from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
+from mistral.parameters import EMBEDDINGS, OUTPUT
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
 
@@ -70,7 +72,10 @@ PATTERN = re.compile(r"[\w.\\^$|\[\]-]*([*+?][\w.\\^$|\[\]-]*){0,3}")
 
 @dataclass(frozen=True)
 class Pair:
-    """The LoRA of one matrix: names of tensors in the adapter's file, its rank, and what B @ A is multiplied by."""
+    """The LoRA of one matrix: names of tensors in the adapter's file, its rank, and what B @ A is multiplied by.
+
+    That of the embeddings is the transpose: A [rank, words] and B [dim, rank], which add scale * (B @ A).T.
+    """
 
     a: str
     b: str
@@ -121,6 +126,18 @@ class Adapter:
         some = {name: rows for name, rows in self.rows.items() if name not in self.whole}
         parts = [f"{counted(len(rows.ids), 'row')} of {_module(name)}" for name, rows in some.items()]
         return " and ".join([*([some_names([*map(_module, self.whole)])] if self.whole else []), *parts])
+
+    def why_merged(self, args: ModelArgs) -> str:
+        """What it has that no product beside the weights of a model gives; "" where it can be used at run time."""
+        if self.dora:
+            return "DoRA, which scales whole rows of the weights"
+        if self.replaces:
+            return f"weights of its own in the place of {self.replaces}"
+        if EMBEDDINGS in self.pairs:
+            return "a LoRA of embed_tokens, which are no product"
+        if args.tied_embeddings and OUTPUT in self.pairs:
+            return "a LoRA of lm_head, which is tied to the embeddings of this model"
+        return ""
 
     def describe(self) -> str:
         """What it is: kind, rank, scale, matrices."""
@@ -211,7 +228,7 @@ def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
     notes = _check_config(config)
     weights = _peft_weights(folder)
     file = weights.files[0]
-    pattern = r"(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
+    pattern = r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?"
     whole, rows = _whole(weights), rows_by_module(weights.tensors, config.get(KEY), CONFIG)
     rest = (name for name in weights.tensors if not (WHOLE.fullmatch(name) or ROWS.fullmatch(name)))
     found = _grouped(rest, pattern, file)
@@ -226,6 +243,10 @@ def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
         name = _weight_of(module, file)
         if name in pairs:
             raise AdapterError(f"{file} changes {name} twice, under two names")
+        if any(("lora_embedding_" in names[part]) != (name == EMBEDDINGS) for part in ("A", "B") if part in names):
+            raise AdapterError(
+                f"{file} changes {printable(module)} by {some_names([*names.values()])}, as PEFT does not"
+            )
         rank, scale = _rank_and_scale(config, module)
         if (magnitude := names.get("magnitude_vector")) is None and config.get("use_dora"):
             raise AdapterError(f"{CONFIG} has use_dora, but {file.name} lacks the magnitude of {printable(module)}")
@@ -351,7 +372,7 @@ def _read_native(file: Path, place: Path) -> Adapter:
     weights = open_safetensors((file,))
     pairs = {}
     for module, names in _grouped(weights.tensors, r"(.+)\.lora_(A|B)\.weight", file).items():
-        if to_hf(f"{module}.weight") == f"{module}.weight":
+        if to_hf(f"{module}.weight") in (f"{module}.weight", to_hf(EMBEDDINGS)):
             raise AdapterError(f"{file} changes {printable(module)}, which is no matrix of this model")
         pairs[f"{module}.weight"] = _pair(weights, names, module, None, float(scaling))
     return Adapter(place, "finetune", None, weights, pairs)

@@ -9,10 +9,18 @@ from pathlib import Path
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import Adapter, AdapterError
-from mistral.formats.tokenizers import chat_templates, has_tokenizer, read_tokenizer
+from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer, suggested_sampling
 from mistral.formats.widen import widened
 from mistral.formats.words import some_words
-from mistral.special_tokens import read_added_tokens, read_special_tokens
+from mistral.special_tokens import (
+    ADDED,
+    CONFIG,
+    AddedToken,
+    read_added_tokens,
+    read_json,
+    read_special_tokens,
+    token_text,
+)
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 
@@ -21,8 +29,9 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     """The folder of an adapter whose tokenizer is the model's with it, None for the base's own; and notes, a sentence
     each.
 
-    It is where the adapter adds rows to the vocabulary, or where its tokenizer has tokens that the base's lacks, with
-    rows of the base's padding. An adapter that is given as a file is used with the base's words.
+    It is where the adapter adds rows to the vocabulary, where its tokenizer has tokens that the base's lacks, with
+    rows of the base's padding, or where a chat template is beside it that the base does not have: trainers save the
+    tokenizer that they wrote conversations with. An adapter that is given as a file is used with the base's words.
 
     Args:
         base: the model, a folder or a GGUF file.
@@ -50,9 +59,9 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
             f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_words(wrong)}) for which there "
             f"{no_rows}: the tables have {vocab_size:,}, and the adapter has none with more. Save it again with them "
             f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
-            "base's own words"
+            f"base's own words{left_over(folder, wrong)}"
         )
-    if not wider and not with_rows:
+    if not wider and not with_rows and _new_template(folder, base) is None:
         return None, unused_of(folder, base)
     return folder, [_taken(own, more, folder, base)]
 
@@ -79,6 +88,30 @@ def _has_template(base: Path) -> bool:
         return False
 
 
+def _new_template(adapter: Path, base: Path) -> FolderTemplate | None:
+    """The chat template of an adapter's folder, unless its base has the same.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
+    return None if template is None or (own is not None and own.text.strip() == template.text.strip()) else template
+
+
+def left_over(folder: Path, words: list[str]) -> str:
+    """That nothing but added_tokens.json names some words, to go behind a message; "" where another file does.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    decoder = read_json(folder / CONFIG).get("added_tokens_decoder")
+    told = [*(decoder.values() if isinstance(decoder, dict) else ()), *read_added_tokens(folder).values()]
+    named = {token.content if isinstance(token, AddedToken) else token_text(token) for token in told}
+    if not read_json(folder / ADDED).keys() >= set(words) or named & set(words):
+        return ""
+    return f"; nothing but {ADDED} there names {some_words(words)}: if it is left over from before, remove it"
+
+
 def more_words(adapter: Path, base: Path) -> list[str]:
     """The tokens that the files of an adapter's folder add and its base does not have, by id.
 
@@ -86,9 +119,15 @@ def more_words(adapter: Path, base: Path) -> list[str]:
         TokenizerError: a file that cannot be read.
     """
     added = {**read_special_tokens(adapter).added, **read_added_tokens(adapter)}
+    added = dict({token.content: (i, token) for i, token in added.items()}.values())  # one may be there with two ids
     known = set(read_tokenizer(base).added_tokens) if added and has_tokenizer(base) else set()
     known |= {token.content for token in read_special_tokens(base).added.values()} | {"<unk>"}
     return [token.content for _, token in sorted(added.items()) if token.content not in known]
+
+
+def sampling_of(adapter: Path) -> list[str]:
+    """A note where files of an adapter's folder say how to sample; see `suggested_sampling`."""
+    return [f"adapter {adapter}: {note}" for note in (suggested_sampling(adapter) if adapter.is_dir() else ())]
 
 
 def unused_of(adapter: Path, base: Path) -> list[str]:
@@ -97,12 +136,11 @@ def unused_of(adapter: Path, base: Path) -> list[str]:
     if not adapter.is_dir():
         return []
     try:
-        template, own = chat_templates(adapter).get("default"), chat_templates(base).get("default")
-        more = more_words(adapter, base)
+        template, more = _new_template(adapter, base), more_words(adapter, base)
     except TokenizerError:
         return []
     what = []
-    if template is not None and (own is None or own.text.strip() != template.text.strip()):
+    if template is not None:
         what.append(f"a chat template ({template.file}; --template takes a file)")
     if more:
         what.append(f"{counted(len(more), 'added token')} ({some_words(more)})")

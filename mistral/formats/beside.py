@@ -92,7 +92,7 @@ def for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[s
     if (folder.words / JSON).is_file():
         return {}
     try:
-        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size)
+        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size, folder.path)
     except TokenizerError:
         return {}
 
@@ -176,7 +176,7 @@ def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> li
 
 def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
     try:
-        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size)
+        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size, folder.path)
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     except TokenizerError as error:
         notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")

@@ -95,6 +95,7 @@ def read_folder(folder: str | PathLike[str], max_batch_size: int = 0) -> Folder:
     except (ParamsError, WeightsError) as error:
         raise type(error)(f"{error}{_what_else(path)}") from None
     weights, aside = _without(weights, layout)
+    aside += layout.about_ignored(weights, args)
     args, tied = _untied(args, weights, layout)
     quant = layout.quantization(raw)
     try:

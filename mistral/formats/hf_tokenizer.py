@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mistral.special_tokens import FLAGS
 from mistral.tekken import PATTERN
 from mistral.tokenizer import Tokenizer
 
@@ -41,9 +42,15 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str | None:
     special = [(t, i) for t, i in sorted(tokenizer.control_tokens.items(), key=lambda pair: pair[1])]
     unknown = tokenizer.named.get("unk_token")
     names = [unknown, *(t for t, _ in special)] if unknown else [t for t, _ in special]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in dict.fromkeys(names)])
+
+    def token(text: str) -> AddedToken:
+        told = tokenizer.flags.get(text)
+        flags = {name: told is not None and getattr(told, name) for name in FLAGS}
+        return AddedToken(text, special=text in names, **flags)
+
+    made.add_special_tokens([token(t) for t in dict.fromkeys(names)])
     plain = {t: i for t, i in tokenizer.added.items() if t not in tokenizer.control_tokens}
-    made.add_tokens([AddedToken(t, normalized=False) for t in sorted(plain, key=plain.__getitem__)])
+    made.add_tokens([token(t) for t in sorted(plain, key=plain.__getitem__)])
     bos = tokenizer.named["bos_token"]
     made.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
@@ -51,8 +58,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> str | None:
     if any(made.token_to_id(t) != i for t, i in tokenizer.added_tokens.items()):
         return None
     made.encode_special_tokens = True
-    around = [f"a {word} b{word}c" for word in list(plain)[:3]]
-    if any(made.encode(text).ids != tokenizer.encode(text) for text in (*TEXTS, *around)):
+    with_words = [form.replace("{}", text) for text in plain for form in ("{}", "a {} b", "a{}b", "1  {}\n\n{}, {} ")]
+    if any(made.encode(text).ids != tokenizer.encode(text) for text in (*TEXTS, *with_words)):
         return None
     return str(made.to_str())
 

@@ -5,6 +5,7 @@ Mistral's rows rotate adjacent pairs, Hugging Face's halves; nothing else in a t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection
 from functools import partial
@@ -31,8 +32,9 @@ from mistral.formats.layout import Layout, Serving, trained_length
 from mistral.formats.quantized import check_plain, dequantized
 from mistral.formats.quantized_hf import config_beside, method_of
 from mistral.formats.text_inside import VISION, text_config, text_names
-from mistral.formats.weights import Reader, WeightFiles, unwrapped
+from mistral.formats.weights import InFile, Reader, WeightFiles, unwrapped
 from mistral.parameters import parameters
+from mistral.util.errors import printable
 
 if TYPE_CHECKING:
     import torch
@@ -156,6 +158,23 @@ class HuggingFaceLayout(Layout):
 
     def ignores(self, stored: str) -> bool:
         return to_mistral(stored) is None
+
+    def about_ignored(self, weights: WeightFiles, args: ModelArgs) -> list[str]:
+        name = next((name for name in weights.tensors if IGNORED.fullmatch(name)), None)
+        size = args.head_dim // 2
+        if name is None or args.yarn is not None or size < 2 or weights.tensors[name].shape != (size,):
+            return []
+        reader = weights.readers.get(name)
+        numbers = reader.numbers() if isinstance(reader, InFile) else weights.get(name).tolist()
+        # The last turns slowest: theta ** (2 / D - 1). In 16 bits theta is known to about 1%.
+        theta = numbers[-1] ** (1 / (1 / size - 1)) if numbers and numbers[-1] > 0 else math.nan
+        if abs(theta / args.rope_theta - 1) < 0.02:
+            return []
+        found = f"rope_theta {theta:.4g}" if theta > 1 and math.isfinite(theta) else "no rope_theta"
+        return [
+            f"{printable(name)} in the files is that of {found}, and {self.config} has {args.rope_theta:g}, which is "
+            "used, as in transformers from 4.32 on: the model may have been trained with the other"
+        ]
 
     def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:
         heads = heads_of(name, args)

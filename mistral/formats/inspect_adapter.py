@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.formats.adapter import CONFIG, FORMS, Adapter, is_adapter, read_adapter
-from mistral.formats.adapter_words import more_words
+from mistral.formats.adapter_words import left_over, more_words, sampling_of
 from mistral.formats.folder import read_folder
 from mistral.formats.layouts import LAYOUTS
 from mistral.formats.merge import release_named
@@ -36,9 +36,9 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
         AdapterError, ParamsError, WeightsError: it is broken, or cannot be merged exactly.
     """
     found = read_adapter(path)
-    pairs, vocabulary, notes = found.pairs.values(), None, list(found.notes)
+    pairs, vocabulary, notes = found.pairs.values(), None, [*found.notes, *sampling_of(found.path)]
     try:
-        vocabulary = _vocabulary(found)
+        vocabulary = _vocabulary(found, notes)
     except TokenizerError as error:
         notes.append(f"its tokenizer cannot be used: {error}")
     dtypes = sorted({tensor.dtype for tensor in found.weights.tensors.values()})
@@ -61,21 +61,28 @@ def report(path: str | PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _vocabulary(found: Adapter) -> dict[str, Any] | None:
+def _vocabulary(found: Adapter, notes: list[str]) -> dict[str, Any] | None:
     """What an adapter makes of the vocabulary: rows of its tables, words of its tokenizer, beside those of its base;
-    None where it has neither."""
+    None where it has neither. Adds to the notes what is odd about its tokenizer."""
     rows = max((found.weights.tensors[found.whole[name]].shape[0] for name in TABLES if name in found.whole), default=0)
     folder, template, words, file = found.path, None, list[str](), None
     ids: Mapping[str, int] = {}
     before, base = _base_rows(found.base)
+    last = max((max(found.rows[name].ids) for name in TABLES if name in found.rows), default=-1)
+    if before is not None and last >= before:  # rows of words that were added, saved one by one
+        rows = max(rows, last + 1)
     if folder.is_dir() and has_tokenizer(folder):
         own = read_tokenizer(folder)
         ids = own.added
+        notes += own.notes
         past = sorted(ids, key=ids.__getitem__)
         words, file = past if base is None else more_words(folder, base), own.path.name
         template = getattr(chat_templates(folder).get("default"), "file", None)
     if not rows and not words:
         return None
+    if rows and (lost := [word for word in words if ids.get(word, 0) >= rows and word != own.named.get("pad_token")]):
+        has = f"{counted(len(lost), 'token')} ({some_words(lost)})"
+        notes.append(f"its tokenizer has {has} for which it has no row: refused{left_over(folder, lost)}")
     beyond = None if before is None else [word for word in words if ids.get(word, 0) >= before]
     told = {"rows": rows or None, "base_rows": before, "tokenizer": file, "words": words, "template": template}
     return told | {"words_beyond_base": beyond}

@@ -118,6 +118,10 @@ class Layout(ABC):
         """Whether a tensor of this name in its files is known, and of no use here."""
         return False
 
+    def about_ignored(self, weights: WeightFiles, args: ModelArgs) -> list[str]:
+        """Notes on tensors that it ignores and that contradict the shape, a sentence each."""
+        return []
+
     def fix(self, name: str, args: ModelArgs, reader: Reader) -> Reader:
         """The reader of a tensor that Mistral calls `name`, with rows in Mistral's order."""
         return reader

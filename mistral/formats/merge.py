@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
-from mistral.formats.adapter_words import own_words
+from mistral.formats.adapter_words import own_words, sampling_of
 from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
-from mistral.formats.weights import Reader, WeightFiles, some_names
-from mistral.formats.widen import SAVE, TABLES, WithRows, still_tied, widened
+from mistral.formats.weights import Reader, Stored, WeightFiles, file_names, some_names
+from mistral.formats.widen import TABLES, Transposed, WithRows, one_table, same_lora, still_tied, widened
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -37,6 +38,7 @@ class Update:
         a, b: readers of A [rank, in] and B [out, rank].
         magnitude: reader of the lengths of rows [out] that DoRA learned, or None.
         scale: what B @ A is multiplied by.
+        of_columns: whether the lengths are those of columns [in], as PEFT has them for embeddings.
     """
 
     a: Reader
@@ -44,6 +46,7 @@ class Update:
     magnitude: Reader | None
     rank: int
     scale: float
+    of_columns: bool = False
 
     def merged(self, weight: Tensor, name: str) -> Tensor:
         """A weight [out, in] with the adapter in it, in fp32 (fp64 for fp64): whoever keeps it rounds it, once.
@@ -71,18 +74,28 @@ class Update:
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = self.a().to(wide), self.b().to(wide)
         lengths = None if self.magnitude is None else self.magnitude().to(wide).flatten()
-        rows = max(1, PIECE // weight.shape[1])
-        for at in range(0, len(weight), rows):
-            piece = b[at : at + rows] @ a
-            piece *= self.scale
-            piece += weight[at : at + rows].to(wide)
-            if lengths is not None:
-                piece *= (lengths[at : at + rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
+        columns = None
+        if lengths is not None and self.of_columns:
+            norms = [torch.linalg.vector_norm(piece, dim=0) for _, piece in self._sums(weight, a, b)]
+            columns = lengths / torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        for rows, piece in self._sums(weight, a, b):
+            if columns is not None:
+                piece *= columns
+            elif lengths is not None:
+                piece *= (lengths[rows] / torch.linalg.vector_norm(piece, dim=1))[:, None]
             if not torch.isfinite(piece.to(weight.dtype)).all():
-                if not all(torch.isfinite(part).all() for part in (a, b, *([] if lengths is None else [lengths]))):
-                    raise AdapterError(f"the adapter has NaN or infinity for {name}: fetch it or train it again")
                 raise AdapterError(f"{name} with its adapter is beyond {str(weight.dtype).removeprefix('torch.')}")
             yield piece
+
+    def _sums(self, weight: Tensor, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """W + scale * B @ A in stretches of rows, and which rows each has."""
+        step = max(1, PIECE // weight.shape[1])
+        for at in range(0, len(weight), step):
+            rows = slice(at, at + step)
+            piece = b[rows] @ a
+            piece *= self.scale
+            piece += weight[rows].to(a.dtype)
+            yield rows, piece
 
 
 def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
@@ -129,19 +142,20 @@ def _with_rows(
     """The reader of a table, the adapter's own or the model's, with the rows in it that the adapter has alone."""
     rows = adapter.rows[name]
     n, dim = parameter.shape
-    if (width := adapter.weights.tensors[rows.name].shape[1]) != dim or max(rows.ids) >= n:
+    if (width := adapter.weights.tensors[rows.name].shape[1]) != dim:
         raise AdapterError(
-            f"{printable(rows.name)} has rows of {width} numbers up to id {max(rows.ids)}, but {name} is {[n, dim]}: "
-            f"the adapter is of another model, or the rows of words that were added are not saved: {SAVE}"
+            f"{printable(rows.name)} has rows of {width} numbers, but {name} is {[n, dim]}: the adapter is of another "
+            "model"
         )
     table = own or old.get(name, old[EMBEDDINGS])
     return WithRows(table, _Rows(adapter.weights, rows.name, None), rows.ids)
 
 
 def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
-    if parameter.role not in ("matrix", "router", "output"):
+    if parameter.role == "norm":
         raise AdapterError(f"{adapter.path} changes {parameter.name}, which is no matrix of a product")
-    out, inner = parameter.shape
+    table = parameter.role == "embedding"  # of which PEFT has the transpose
+    out, inner = reversed(parameter.shape) if table else parameter.shape
     expected: dict[str, tuple[int, ...]] = {pair.a: (pair.rank, inner), pair.b: (out, pair.rank)}
     expected |= {} if pair.magnitude is None else {pair.magnitude: (out,)}
     for name, shape in expected.items():
@@ -156,12 +170,19 @@ def _update(adapter: Adapter, parameter: Parameter, pair: Pair) -> Update:
         return _Rows(adapter.weights, name, heads)
 
     magnitude = None if pair.magnitude is None else rows(pair.magnitude)
-    return Update(_Rows(adapter.weights, pair.a, None), rows(pair.b), magnitude, pair.rank, pair.scale)
+    a, b = _Rows(adapter.weights, pair.a, None), rows(pair.b)
+    if table:
+        return Update(Transposed(b), Transposed(a), magnitude, pair.rank, pair.scale, of_columns=True)
+    return Update(a, b, magnitude, pair.rank, pair.scale)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Reads a tensor of an adapter, its rows from the order of Hugging Face's layout where there are heads."""
+    """Reads a tensor of an adapter, its rows from the order of Hugging Face's layout where there are heads.
+
+    Raises:
+        AdapterError: a value is NaN or infinite, which would be taken for the model's.
+    """
 
     weights: WeightFiles
     name: str
@@ -169,6 +190,9 @@ class _Rows:
 
     def __call__(self, progress: Progress = None) -> Tensor:
         tensor = self.weights.get(self.name, progress)
+        if tensor.numel() and not all(math.isfinite(end) for end in tensor.aminmax()):
+            name, file = printable(self.name), file_names(self.weights.files)
+            raise AdapterError(f"the adapter has NaN or infinity in {name} of {file}: fetch it or train it again")
         if self.heads is None:
             return tensor
         return rows_to_mistral(tensor.reshape(len(tensor), -1), self.heads).view(tensor.shape)
@@ -199,13 +223,15 @@ def merge_into(folder: Folder, adapter: Adapter, asked: str | None = None) -> Fo
         AdapterError: the adapter is of another model, or the folder's weights are quantized already.
     """
     if folder.quant is not None:
-        beside = "" if adapter.replaces or adapter.dora else ", or use --adapter_mode runtime"
+        beside = "" if adapter.why_merged(folder.args) else ", or use --adapter_mode runtime"
         raise AdapterError(
             f"the weights of {folder.path} are quantized to {folder.quant}, and merging would round them again: "
             f"merge into what they were made from{beside}"
         )
+    adapter = one_table(adapter, folder.args)
     weights, args, said = _with_tables(folder, adapter)
-    found = updates(adapter, args)
+    once = {name: pair for name, pair in adapter.pairs.items() if not (args.tied_embeddings and name == OUTPUT)}
+    found = updates(replace(adapter, pairs=once), args)
     old = weights.readers
     readers = {name: _Merged(old[name], found[name], name) if name in found else old[name] for name in old}
     changed = {*found, *adapter.whole, *adapter.rows} & old.keys()
@@ -234,16 +260,23 @@ def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelAr
                 "the output stays tied to the embeddings, which are the adapter's: it has no rows for the output"
             )
     elif args.tied_embeddings:
-        args = replace(args, tied_embeddings=False)
-        readers[OUTPUT], tensors[OUTPUT] = readers[EMBEDDINGS], tensors[EMBEDDINGS]
-        notes.append("the output is no longer tied to the embeddings: with the adapter the two are different tables")
+        args = _untie(args, readers, tensors, notes)
     for name, reader in own.items():
         stored = tensors[name]
         readers[name] = reader
         tensors[name] = replace(
             stored, shape=parameters(args)[name].shape, dtype_name=stored.dtype, widened=False, computed=""
         )
+    if args.tied_embeddings and not same_lora(adapter):  # beside the one table, as PEFT trains it
+        args = _untie(args, readers, tensors, notes)
     return WeightFiles(folder.weights.files, tensors, readers), args, notes
+
+
+def _untie(args: ModelArgs, readers: dict[str, Reader], tensors: dict[str, Stored], notes: list[str]) -> ModelArgs:
+    """Make the output a table of its own, as the embeddings are now."""
+    readers[OUTPUT], tensors[OUTPUT] = readers[EMBEDDINGS], tensors[EMBEDDINGS]
+    notes.append("the output is no longer tied to the embeddings: with the adapter the two are different tables")
+    return replace(args, tied_embeddings=False)
 
 
 def has_adapter(folder: Folder) -> bool:
@@ -259,7 +292,7 @@ def about(adapter: Adapter, how: str, folder: Folder) -> tuple[str, ...]:
     """
     base = f"; trained on {printable(adapter.base)}" if adapter.base else ""
     notes = (f"adapter {adapter.path}: {adapter.describe()}; {how}{base}", *adapter.notes)
-    return (*notes, *_doubts(adapter, folder))
+    return (*notes, *sampling_of(adapter.path), *_doubts(adapter, folder))
 
 
 def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
@@ -274,8 +307,9 @@ def _doubts(adapter: Adapter, folder: Folder) -> Iterator[str]:
     first = layers == set(range(len(layers)))  # of a base with more layers than it has, they are the first ones
     if 0 < len(layers) < folder.args.n_layers and first and not _chooses_layers(adapter):
         yield f"the adapter changes {len(layers)} of {folder.args.n_layers} layers: its base may have had no more"
+    get = adapter.weights.get
     if not (adapter.dora or adapter.replaces) and not any(
-        adapter.weights.get(p.b).any() for p in adapter.pairs.values()
+        get(pair.b).any() and get(pair.a).any() for pair in adapter.pairs.values()
     ):
         yield "every lora_B of the adapter is zero, as before training: it changes nothing"
     if not adapter.base and adapter.form == "peft":

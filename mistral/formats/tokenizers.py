@@ -134,19 +134,18 @@ def load_tokenizer(folder: Path, vocab_size: int, base: Path | None = None) -> T
             f"{tokenizer.path} has {tokenizer.n_words} words, but the model knows {vocab_size}: it is another model's"
         )
     told, _ = _ends_of_files(folder, vocab_size)
-    tokenizer.settle_eos(frozenset(told))
-    tokenizer.eos_ids = frozenset(_with_own(told, folder, tokenizer, vocab_size))
-    if base is not None and base != folder:
-        tokenizer.eos_ids |= _ends_of(base, vocab_size)
+    ends = {} if base is None or base == folder else _ends_of(base, vocab_size)
+    tokenizer.settle_eos([*told, *(i for i, names in ends.items() if names != [USUAL_NAME])])
+    tokenizer.eos_ids = frozenset(_with_own(told, folder, tokenizer, vocab_size)) | ends.keys()
     return tokenizer
 
 
-def _ends_of(base: Path, vocab_size: int) -> frozenset[int]:
-    """The ids that end sequences by all files of a model, as far as they can be read."""
+def _ends_of(base: Path, vocab_size: int) -> dict[int, list[str]]:
+    """The ids that end sequences by all files of a model, as far as they can be read, with what names each of them."""
     try:
-        return load_tokenizer(base, vocab_size).eos_ids
+        return ends_of(base, load_tokenizer(base, vocab_size), vocab_size)[0]
     except TokenizerError:
-        return eos_ids(base, None, vocab_size)[0]
+        return ends_of(base, None, vocab_size)[0]
 
 
 def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list[str]:

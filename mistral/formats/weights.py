@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from mistral.formats.elsewhere import wrapped
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.util.errors import FormatError, printable, short_repr
-from mistral.util.files import stamp_of
+from mistral.util.files import regular, stamp_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,34 @@ class RowReader(Protocol):
     """A reader that can also give its tensor in stretches of rows, so that the whole of it is never in memory."""
 
     def stretches(self) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class InFile:
+    """Reads a tensor that is in a file as it is."""
+
+    part: Part
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        return self.part.tensor(self.begin, self.end, self.shape, self.dtype, progress)
+
+    def numbers(self) -> list[float]:
+        """Those of a small one, without torch; none of a dtype that has no floats of 2 or 4 bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open(self.part.path, "rb", opener=regular) as file:
+            file.seek(self.begin)
+            raw = file.read(self.end - self.begin)
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+        code = {"bfloat16": "f", "float32": "f", "float16": "e"}.get(self.dtype)
+        return [] if code is None else [number for (number,) in struct.iter_unpack(f"<{code}", raw)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +232,7 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
             if entry.end - part.begin > PART:
                 part = Part(path, entry.begin, entry.end, stamp)
             part.end = entry.end
-            readers[name] = partial(part.tensor, entry.begin, entry.end, entry.shape, dtype)
+            readers[name] = InFile(part, entry.begin, entry.end, entry.shape, dtype)
     return WeightFiles(files, tensors, readers)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mistral.formats.mapped_tensors import Progress
 
 TABLES = (EMBEDDINGS, OUTPUT)
+BELOW = ".base_layer.weight"  # ends PEFT's name of a weight as it was, below a LoRA of it
 SAVE = 'save it again with both (PEFT: modules_to_save=["embed_tokens", "lm_head"])'
 
 
@@ -43,12 +44,24 @@ class WithRows:
 
         table, rows = self.table(progress), self.rows()
         whole = table.to(torch.promote_types(table.dtype, rows.dtype), copy=True)
+        if more := max(self.ids) + 1 - len(whole):  # words that were added, all of them among the rows
+            whole = torch.cat([whole, whole.new_empty(max(0, more), whole.shape[1])])
         whole[torch.tensor(self.ids)] = rows.to(whole.dtype)
         return whole
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """Reads a matrix of an adapter as its transpose."""
+
+    of: Reader
+
+    def __call__(self, progress: Progress = None) -> Tensor:
+        return self.of(progress).T.contiguous()
+
+
 def widened(adapter: Adapter, args: ModelArgs) -> ModelArgs:
-    """The shape of a model with as many words as the adapter's own tables have rows.
+    """The shape of a model with as many words as the adapter's own tables have rows, single ones with them.
 
     Raises:
         AdapterError: they have fewer than the model's, or only one of the two has more.
@@ -60,18 +73,25 @@ def widened(adapter: Adapter, args: ModelArgs) -> ModelArgs:
             if len(shape) != 2 or shape[1] != args.dim:
                 return args  # of another model, which whoever takes the table says
             sizes[name] = shape[0]
-    there = " and ".join(f"{rows:,} rows for {_called(name)}" for name, rows in sizes.items())
+    single = {name: adapter.rows[name].ids for name in TABLES if name in adapter.rows}
+    parts = [f"{rows:,} rows for {_called(name)}" for name, rows in sizes.items()]
+    parts += [f"single rows up to id {max(ids):,} for {_called(name)}" for name, ids in single.items()]
+    there = " and ".join(parts)
     if any(rows < args.vocab_size for rows in sizes.values()):
         raise AdapterError(
             f"{adapter.path} has {there}, fewer than the {args.vocab_size:,} of the model: the adapter is of another "
             "model, or its base was cut to fewer words: then merge it with PEFT into that, and give the result"
         )
-    most = max(sizes.values(), default=args.vocab_size)
+    most = max([args.vocab_size, *sizes.values(), *(max(ids) + 1 for ids in single.values())])
     if most == args.vocab_size:
         return args
-    needed = (EMBEDDINGS,) if args.tied_embeddings else TABLES
-    if len(set(sizes.values())) > 1 or any(name not in sizes for name in needed):
-        lacking = [_called(name) for name in needed if sizes.get(name) != most]
+
+    def lacks(name: str) -> bool:
+        rows = sizes.get(name, args.vocab_size)
+        return rows + sum(i >= rows for i in single.get(name, ())) < most  # no id is there twice
+
+    needed = (EMBEDDINGS,) if args.tied_embeddings and OUTPUT not in sizes else TABLES
+    if lacking := [_called(name) for name in needed if lacks(name)]:
         more = most - args.vocab_size
         raise AdapterError(
             f"{adapter.path} has {there}, and the rows of {counted(more, 'word')} that {'was' if more == 1 else 'were'}"
@@ -101,7 +121,7 @@ def still_tied(adapter: Adapter, args: ModelArgs, tables: dict[str, Reader], row
             f"{adapter.path} has rows of its own for lm_head, and the output of this model is tied to its embeddings: "
             "what PEFT merges of that is not what was trained"
         )
-    if OUTPUT in adapter.pairs or not tables:
+    if not tables:
         return True
     if len(tables) == 2:
         import torch
@@ -109,6 +129,30 @@ def still_tied(adapter: Adapter, args: ModelArgs, tables: dict[str, Reader], row
         one, other = (reader() for reader in tables.values())
         return one.dtype == other.dtype and torch.equal(one, other)
     return EMBEDDINGS in tables and (EMBEDDINGS not in adapter.whole or args.vocab_size > rows)
+
+
+def one_table(adapter: Adapter, args: ModelArgs) -> Adapter:
+    """An adapter of a model whose output is tied, with its own table for both where it has what is below a LoRA of
+    the output: that is the one table as it was before training."""
+    stored = adapter.whole.get(OUTPUT, "")
+    if not args.tied_embeddings or EMBEDDINGS in adapter.whole or not stored.endswith(BELOW):
+        return adapter
+    return replace(adapter, whole={**adapter.whole, EMBEDDINGS: stored})
+
+
+def same_lora(adapter: Adapter) -> bool:
+    """Whether an adapter adds the same to the embeddings and to the output: PEFT trains one LoRA for both on request,
+    and writes it twice, once transposed."""
+    import torch
+
+    pairs = [adapter.pairs.get(name) for name in TABLES]
+    below, output = pairs
+    if below is None or output is None:
+        return below is output
+    if below.scale != output.scale or below.magnitude or output.magnitude:
+        return False
+    get = adapter.weights.get
+    return torch.equal(get(below.a).T, get(output.b)) and torch.equal(get(below.b).T, get(output.a))
 
 
 def _called(name: str) -> str:

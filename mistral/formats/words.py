@@ -5,7 +5,6 @@ Runs without torch.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,14 +95,7 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         whole, added = read_json(folder / JSON), read_added_tokens(folder)
     except TokenizerError:
         return []  # `broken` names the file
-    notes, name = _other_words(whole, tokenizer), tokenizer.path.name
-    typed = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.normalized and not t.special]
-    if typed and '"Prepend"' in json.dumps(whole.get("normalizer")):  # which such a word goes through too
-        notes.append(
-            f"{JSON} has {counted(len(typed), 'added word')} ({some_words(typed)}) with normalized true: transformers "
-            f"takes the space in front with it, and {name}, which is read, does not; without {name} ids are "
-            "transformers'"
-        )
+    notes = _other_words(whole, tokenizer)
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
         notes.append(

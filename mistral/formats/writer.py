@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mistral import quant
 from mistral.formats.folder import Folder
@@ -21,6 +20,7 @@ from mistral.formats.layout import Layout
 from mistral.formats.weights import CODES, dtype_name
 from mistral.parameters import Parameter
 from mistral.util.errors import ConvertError
+from mistral.util.progress import Bar
 
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
 PIECE = 2**24  # weights written at a time
@@ -88,8 +88,7 @@ def write_weights(
     """
     rounding, quantized = Rounding(), Quantized(folder, columns)
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
-    bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=2, disable=None, leave=False)
-    with bar:
+    with Bar("writing", "B", total) as bar:
         for name, part in files.items():
             with open(work / name, "wb") as file:
                 file.write(header(part))
@@ -122,7 +121,7 @@ class Quantized:
 
 
 def _write_tensor(
-    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: tqdm
+    file: BinaryIO, tensor: PlannedTensor, folder: Folder, to: Layout, rounding: Rounding, bar: Bar
 ) -> None:
     rows = max(1, PIECE // math.prod(tensor.shape[1:]))
     for piece in (piece for stretch in _stretches(tensor, folder, to) for piece in stretch.split(rows)):

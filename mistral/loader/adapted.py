@@ -64,12 +64,9 @@ def _asked(options: LoadOptions) -> str | None:
 
 def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
     for adapter in adapters.values():
-        if adapter.dora:
-            why = "DoRA, which scales whole rows of the weights"
-            raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
-        if adapter.replaces:
-            merge_into(found, adapter)  # one that cannot be merged either is refused for that
-            why = f"weights of its own in the place of {adapter.replaces}"
+        if why := adapter.why_merged(found.args):
+            if not adapter.dora:
+                merge_into(found, adapter)  # one that cannot be merged either is refused for that
             raise OptionError(f"{adapter.path} has {why}: it can only be merged, alone (omit --adapter_mode)")
     beside = {name: updates(adapter, found.args) for name, adapter in adapters.items()}
     notes = [note for adapter in adapters.values() for note in about(adapter, "beside the weights at run time", found)]

@@ -16,6 +16,7 @@ from mistral.parameters import parameters
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.flat import flat
+from mistral.util.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -209,8 +210,6 @@ def narrowed(found: Folder, run: Runtime) -> tuple[str, ...]:
 
 def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str]) -> None:
     """Give a model on the meta device its weights: each is in memory, on its device, before the next is read."""
-    from tqdm import tqdm
-
     from mistral.fast import pages
     from mistral.fast.linear import use_kernels
     from mistral.quant import from_stored, put_quantized, quantize
@@ -220,7 +219,7 @@ def _fill(model: Transformer, found: Folder, run: Runtime, kept: dict[str, str])
     quantized: dict[str, QuantizedLinear] = {}
     blocks: dict[str, nn.Module] = {}
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+    with Bar("loading", "B", total) as bar:
         expected = parameters(found.args)
         for name in found.tensors if found.quant is None else expected:
             # No name for what is read: its part of the file is let go before the next one is mapped.

@@ -18,6 +18,7 @@ from mistral.tokenizer import encode, outside
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
 from mistral.util.files import decode_text, reason_of
+from mistral.util.progress import Bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,10 +57,8 @@ def calibrate(found: Folder, file: Path) -> tuple[dict[str, Tensor], str]:
         raise UsageError(
             f"{file} has {counted(len(ids), 'token')}, and calibration needs {LEAST} or more: give a longer text"
         )
-    from tqdm import tqdm
-
     model, _ = assemble(found, options=LoadOptions(device="cpu"))
-    with tqdm(total=len(ids), desc="calibrating", unit="token", delay=2, disable=None, leave=False) as bar:
+    with Bar("calibrating", "token", len(ids)) as bar:
         columns = mean_squares(model, ids, bar.update)
     missing = sum(p.role == "matrix" and name not in columns for name, p in parameters(found.args).items())
     unseen = (

@@ -57,7 +57,8 @@ def compare(
         prompts: what to ask where neither side is bound to prompts of its own; None takes random ones.
         full: see `reading.prompts_for`.
         seed: of random prompts.
-        progress: told how many of the mistakes were tried, and how many there are.
+        progress: told how much of what is being done is done, and how much of that there is: the truth about a side,
+            its error budget, the mistakes that are tried, each from its beginning.
 
     Raises:
         UsageError: the sides speak of different prompts, or have no shape in common.
@@ -67,6 +68,9 @@ def compare(
     _check_vocabularies(a, b, asked)
     _lend_tokenizer(a, b)
     lens = [len(p) for p in asked]
+    for one in (a, b):
+        if isinstance(one, FolderSide):
+            one.progress = progress
     found_a, found_b = a.evidence(asked), b.evidence(asked)
     ours, side = _ours(a, b)
     limits = _limits(a, b, ours, found_a if side == "A" else found_b, asked, compute, quantized)

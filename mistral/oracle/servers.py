@@ -23,7 +23,7 @@ from mistral.oracle.outputs import Outputs
 from mistral.tokenizer import TokenizerLike, encode
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.network import unreachable
-from mistral.util.parsed import parse_json
+from mistral.util.parsed import KeyTwice, parse_json
 
 log = logging.getLogger("mistral")
 LARGEST = 2**28  # bytes of an answer that are read
@@ -196,7 +196,9 @@ class Server:
         except (URLError, HTTPException, OSError, ValueError) as error:
             raise FormatError(f"{self.url}{path} cannot be asked: {_short(unreachable(error))}") from None
         try:
-            return parse_json(text, object_pairs_hook=None)
+            return parse_json(text)
+        except KeyTwice as error:  # of which one value would be compared, and which is not known
+            raise FormatError(f"{self.url}{path}: its answer {error}") from None
         except ValueError:
             told = short_repr(text[:60].decode("utf-8", "replace"))
             raise FormatError(

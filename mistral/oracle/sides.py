@@ -26,6 +26,7 @@ from mistral.logprobs import logprobs
 from mistral.model import Transformer
 from mistral.oracle import pack
 from mistral.oracle.inputs import QuantizedReader, WeightReader
+from mistral.oracle.metrics import Progress
 from mistral.oracle.mutants import mutated
 from mistral.oracle.outputs import ErrorBudget, Outputs, fingerprint, reference_outputs
 from mistral.oracle.servers import Server
@@ -62,11 +63,15 @@ class FolderSide(Side):
 
     Args:
         cache: dtype in which the other side keeps keys and values, where it is coarser than its arithmetic.
+
+    Attributes:
+        progress: told how much of what is being computed of it is done, and how much there is.
     """
 
     def __init__(self, found: Folder, name: str, cache: torch.dtype | None = None) -> None:
         super().__init__(name, args=found.args)
         self.found, self.cache = found, cache
+        self.progress: Progress | None = None
         self.reading = WeightReader(found)
         self._tokenizer: Tokenizer | None = None
 
@@ -88,16 +93,17 @@ class FolderSide(Side):
         return self._tokenizer
 
     def evidence(self, prompts: Sequence[Tensor]) -> Outputs:
-        return reference_outputs(self.reading, self.found.args, prompts)[0]
+        return reference_outputs(self.reading, self.found.args, prompts, progress=self.progress)[0]
 
     def rounded(self, prompts: Sequence[Tensor], weights: torch.dtype, compute: torch.dtype) -> ErrorBudget:
         """The error budget of these dtypes, and of the cache."""
         dtypes = (weights, compute) if self.cache in (None, compute) else (weights, compute, self.cache)
-        return reference_outputs(self.reading, self.found.args, prompts, [dtypes])[1][0]
+        return reference_outputs(self.reading, self.found.args, prompts, [dtypes], self.progress)[1][0]
 
     def in_few_bits(self, prompts: Sequence[Tensor], kind: str) -> Outputs:
         """What would be true if the weights of products were rounded as `--quant` rounds them."""
-        return reference_outputs(QuantizedReader(self.found, kind), self.found.args, prompts)[0]
+        reading = QuantizedReader(self.found, kind)
+        return reference_outputs(reading, self.found.args, prompts, progress=self.progress)[0]
 
     def model(self, mutant: str | None = None) -> Transformer:
         """The library's own, on its plain path, in float64.

@@ -5,12 +5,13 @@ Knows nothing about HTTP but the numbers of its errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from mistral.util.english import did_you_mean
-from mistral.util.errors import short_repr
+from mistral.util.errors import MistralError, short_repr
 
 
 class ApiError(Exception):
@@ -138,6 +139,22 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     **{"audio": (), "prediction": (), "web_search_options": (), "store": (False,)},
     **{"service_tier": ("auto", "default"), "metadata": ({},), "verbosity": ()},
 }
+
+
+@contextmanager
+def blamed(param: str, *others: str) -> Iterator[None]:
+    """While open, what is wrong is wrong with this field, or with the one of the others that a message begins with.
+
+    Raises:
+        ApiError: with its name.
+    """
+    try:
+        yield
+    except ApiError:
+        raise
+    except MistralError as error:
+        first = str(error).partition(" ")[0]
+        raise ApiError(str(error), first if first in others else param) from None
 
 
 def fields_of(body: Any, known: Mapping[str, Kind]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mistral.serve.fields import (
     TOKENIZE,
     ApiError,
     Kind,
+    blamed,
     fields_of,
     is_ids,
     is_int,
@@ -211,7 +212,9 @@ def read_tokenize(body: Any, served: Served) -> list[int]:
         return served.tokenizer.encode(given["prompt"], bos=given.get("add_special_tokens", True))
     if given.get("add_special_tokens"):
         raise ApiError("add_special_tokens goes with prompt: the template has its own", "add_special_tokens")
-    ids = _conversation(given, served, [Tool(tool) for tool in given.get("tools", [])])
+    with blamed("tools"):
+        tools = [Tool(tool) for tool in given.get("tools", [])]
+    ids = _conversation(given, served, tools)
     answered = given["messages"][-1].get("role") == "assistant"
     if given.get("add_generation_prompt", not answered) == answered:
         ends = "an answer, after which nothing is to be generated" if answered else "a question, which asks for one"
@@ -241,7 +244,8 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
     for one in several:
         if isinstance(one, str):
             suffix = given.get("suffix")
-            fim = None if suffix is None else served.chats().encode_fim(one, suffix)
+            with blamed("suffix"):
+                fim = None if suffix is None else served.chats().encode_fim(one, suffix)
             ids = served.tokenizer.encode(one) if fim is None else fim
             _check_ids(ids, "prompt", served)
             prompts.append(ids)
@@ -258,8 +262,10 @@ def _prompts(given: dict[str, Any], served: Served) -> tuple[list[list[int]], li
 
 
 def _conversation(given: Mapping[str, Any], served: Served, tools: Sequence[Tool]) -> list[int]:
+    template, effort = served.chats(), given.get("reasoning_effort")
     try:
-        ids = served.chats().encode_chat(read_messages(given["messages"]), tools, given.get("reasoning_effort"))
+        with blamed("messages", "reasoning_effort"):
+            ids = template.encode_chat(read_messages(given["messages"]), tools, effort)
     except RecursionError:
         raise ApiError("the messages are nested too deep", "messages") from None
     _check_ids(ids, "messages", served)

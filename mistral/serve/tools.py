@@ -12,7 +12,7 @@ from mistral.chat.templates import Template
 from mistral.chat.thinking import FIELDS, of_field, of_part
 from mistral.chat.tools import ARGS, CALL_ID, CALLS, CLOSE, MARKERS, OPEN, Form, Tool
 from mistral.grammar import SPACE, Grammar, Grammars, as_text
-from mistral.serve.fields import ApiError
+from mistral.serve.fields import ApiError, blamed
 from mistral.serve.formats import whole
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import short_repr
@@ -64,7 +64,8 @@ def read_tools(
         return None
     if len(given["tools"]) > MOST_TOOLS:
         raise ApiError(f"{len(given['tools'])} tools; at most {MOST_TOOLS} can be offered", "tools")
-    tools = tuple(Tool(tool) for tool in given["tools"])
+    with blamed("tools"):
+        tools = tuple(Tool(tool) for tool in given["tools"])
     if len({tool.name for tool in tools}) < len(tools):
         raise ApiError("two tools have the same name", "tools")
     wanted = _wanted(choice, tools)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mistral.chat.templates import Template, assumed, find_template
 from mistral.fast.layout import bytes_of
 from mistral.formats.adapter import read_adapter
-from mistral.formats.adapter_words import own_words
+from mistral.formats.adapter_words import more_words, own_words, unused_of
 from mistral.formats.folder import BUNDLED, Folder, read_folder, short
 from mistral.formats.gguf import multiplied_as_they_are
 from mistral.formats.hub import locate
@@ -30,7 +30,7 @@ from mistral.loader.load import windowed
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
 from mistral.loader.runtime import WIDEN_SHARE, own_gpu, pick_device
 from mistral.model import Attention, Transformer
-from mistral.parameters import parameters
+from mistral.parameters import EMBEDDINGS, parameters
 from mistral.quant.linear import QuantizedLinear
 from mistral.tokenizer import Tokenizer, outside
 from mistral.train import needs
@@ -97,12 +97,15 @@ class Setup:
             return
         adapter, args = read_adapter(self.adapter), self.found.args
         words, _ = own_words(adapter, self.found.path, args)
-        loose = args.tied_embeddings and not adapter.whole.keys().isdisjoint(TABLES)
-        if loose or words is not None or widened(adapter, args) != args:
+        loose = args.tied_embeddings and not (adapter.whole.keys() | adapter.pairs.keys()).isdisjoint(TABLES)
+        added = words is not None and bool(more_words(words, self.found.path))
+        if loose or added or widened(adapter, args) != args:
             raise OptionError(
                 f"{self.adapter} has words or tables of its own, and training goes on with the base's: merge it first "
                 f"(convert {self.base_name} MERGED --to hf --adapter {self.adapter}), and train that"
             )
+        for note in unused_of(adapter.path, self.found.path):
+            self.note(note)
 
     @property
     def base_name(self) -> str:
@@ -217,8 +220,10 @@ class Setup:
         scales = {pair.scale for pair in found.pairs.values()}
         if found.dora or len(ranks) > 1 or len(scales) > 1:
             raise OptionError(f"{self.adapter} has DoRA, or several ranks or scales, which is not trained here")
-        if found.whole:
+        if found.replaces:
             raise OptionError(f"{self.adapter} has {found.replaces} of its own, which is not trained here")
+        if EMBEDDINGS in found.pairs:
+            raise OptionError(f"{self.adapter} has a LoRA of embed_tokens, which is not trained here: merge it first")
         if options.lora not in (None, *ranks) or options.lora_targets or options.lora_alpha:
             raise OptionError(
                 f"{self.adapter} is a {found.describe()}, and training goes on with the same: omit --lora, "

@@ -33,7 +33,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     """The value of a text in JSON. An object that has a key twice is refused.
 
     Args:
-        options: of json.loads; object_pairs_hook=None takes the last of several values, for what a server answers.
+        options: of json.loads; object_pairs_hook=None takes the last of several values, for what is only shown.
 
     Raises:
         ValueError: it is none, or one that is not read here; its text says why in one line.

@@ -69,17 +69,19 @@ def test_what_stays_wrong_is_written(tmp_path: Path, cli: Command) -> None:
             return 400, {}, {"error": {"message": "not like this"}}
         if kind == "garbage":
             return 200, {}, b"{NaN"
+        if kind == "twice":
+            return 200, {}, b'{"usage": {}, "usage": {"total_tokens": 3}}'
         if kind == "slow":
             time.sleep(1.5)
         return well(number, body)
 
-    kinds = ("busy", "no", "garbage", "slow", "good")
+    kinds = ("busy", "no", "garbage", "twice", "slow", "good")
     path, out = write_lines(tmp_path / "in", *(request(kind, kind) for kind in kinds)), tmp_path / "out"
     with pretending(stubborn) as server:
         done = cli("batch", path, out, "--engine", server.url, "--attempts", 2, "--timeout", 1)
     assert done.code == 1
     asked = [body["prompt"] for body in server.asked]
-    assert {kind: asked.count(kind) for kind in kinds} == {"busy": 2, "no": 1, "garbage": 1, "slow": 2, "good": 1}
+    assert {kind: asked.count(kind) for kind in kinds} == dict.fromkeys(kinds, 1) | {"busy": 2, "slow": 2}
     found = by_name(out)
     assert found["busy"]["response"]["status_code"] == 503
     assert found["busy"]["response"]["body"] == {"error": {"message": "<html>busy</html>"}}
@@ -89,6 +91,7 @@ def test_what_stays_wrong_is_written(tmp_path: Path, cli: Command) -> None:
         "body": {"error": {"message": "not like this"}},
     }
     assert found["garbage"]["error"] == {"code": "invalid_response", "message": "the answer is not JSON: '{NaN'"}
+    assert found["twice"]["error"]["message"].startswith("the answer has the key 'usage' twice in one object")
     assert found["slow"]["error"] == {"code": "timeout", "message": "no answer within 1 seconds, 2 times"}
     assert found["good"]["error"] is None
 

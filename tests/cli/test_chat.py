@@ -245,6 +245,25 @@ def test_lines_are_edited_and_remembered_by_prompt_toolkit(folder: Path) -> None
     assert child.exitstatus == 0
 
 
+@pytest.mark.parametrize("typed", ["/undo\n\x04", "\x04"])
+def test_an_end_that_is_typed_during_an_answer(folder: Path, typed: str) -> None:
+    """Behind a whole line too: both wait until somebody asks, when the terminal gives a null character for the end."""
+    pytest.importorskip("prompt_toolkit")
+    child = at_terminal(folder, "--max_tokens", 100_000, "--temperature", 0, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+    child.expect(r"\x1b\[\?2004h")
+    child.send("Hi\r")
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.send(typed)
+    child.expect(r"\w+ \w+ \w+ \w+")
+    os.kill(child.pid, signal.SIGINT)  # Ctrl-C at the terminal would drop what was typed
+    child.expect(r"interrupted\]")
+    if "undo" in typed:
+        child.expect("dropped: Hi")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_pasted_lines_are_one_question_and_bytes_that_are_no_text_an_error(folder: Path) -> None:
     pytest.importorskip("prompt_toolkit")
     child = at_terminal(folder, *SHORT, TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import json
+import os
 import re
+import resource
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -866,6 +869,23 @@ def test_a_place_that_cannot_be_written(unbuilt: Path, monkeypatch: pytest.Monke
     unbuilt.parent.write_text("a file")
     with pytest.raises(KernelsUnavailable, match="cannot be written"):
         library()
+
+
+def test_a_full_disk_is_told_before_anything_is_compiled(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each run would compile first and then find out. A limit on files is what a test can have of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("subprocess.run", None)  # whoever compiles fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kernels.ROOM - 1, hard))
+    try:
+        with pytest.raises(KernelsUnavailable, match=f"cannot be written: {os.strerror(errno.EFBIG)}"):
+            library()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(unbuilt.iterdir())
+
+
+def test_the_library_takes_less_room_than_is_tried() -> None:
+    assert Path(library()._name).stat().st_size < kernels.ROOM
 
 
 # --- quantized weights on disk

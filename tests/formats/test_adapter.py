@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,28 @@ def test_weights_of_its_own_are_told_and_need_their_place(tmp_path: Path, capfd:
         merged_state(tmp_path / "base", adapter)
 
 
+HEAD = "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight", mode)
+        for part in "AB"
+        for mode in ("merge", "runtime")
+    ]
+    + [(HEAD, "merge")],
+)
+def test_a_number_that_is_none_is_the_adapters(tmp_path: Path, name: str, mode: str) -> None:
+    """And not the model's, which is what its results would be blamed on."""
+    tensors, changes = peft_tensors(), {"modules_to_save": ["lm_head"]} if name == HEAD else {}
+    tensors |= {name: torch.rand(PARAMS["vocab_size"], 24)} if name == HEAD else {}
+    tensors[name][1, 1] = math.nan
+    adapter = write_peft(tmp_path / "adapter", tensors, **changes)
+    with pytest.raises(AdapterError, match=f"the adapter has NaN or infinity in {name} of adapter_model.safetensors"):
+        load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter), adapter_mode=mode)
+
+
 def test_an_adapter_in_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "lora.gguf").write_bytes(b"GGUF")
@@ -294,7 +317,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]
     "embeddings": (
         {},
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}),
-        "which is no LoRA",
+        "lacks lora_B of model.embed_tokens",
     ),
     "DeepSpeed": ({}, lambda t: t.update({n: torch.zeros(0) for n in t}), "is empty, as DeepSpeed leaves"),
     "ints": ({}, lambda t: t.update({f"{AT}.lora_A.weight": torch.ones(3, 24).int()}), "is I32; it must be floats"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from mistral.formats.inspect import inspect_folder
 from mistral.formats.mistral import ParamsError, to_args
 from mistral.formats.weights import WeightsError
 from mistral.loader.load import Loaded, load
+from mistral.rope import inverse_frequencies
 from mistral.util.memory import OutOfMemory
 from tests.support.commands import in_process
 from tests.support.folders import BUNDLED, PARAMS, make_folder, random_state, write_params, write_weights
@@ -717,6 +719,28 @@ def test_buffers_of_old_exports_are_ignored(tmp_path: Path) -> None:
     assert list(found.weights.tensors) == list(random_state())
     assert found.parameters == sum(t.numel() for t in random_state().values())
     assert_same(load(tmp_path, device="cpu").model.state_dict(), random_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_buffers_of_another_theta_are_named(tmp_path: Path, dtype: torch.dtype, form: str) -> None:
+    """They are not used, as config.json's is transformers' since 4.32; older ones used them."""
+
+    def said(folder: str, theta: float) -> list[str]:
+        def with_buffers(state: dict[str, Tensor]) -> None:
+            state["model.layers.0.self_attn.rotary_emb.inv_freq"] = inverse_frequencies(8, theta).to(dtype)
+
+        path = make_hf_folder(tmp_path / folder, change=with_buffers, rope_theta=10000.0)
+        if form == "bin":
+            (weights,) = path.glob("*.safetensors")
+            torch.save(load_file(weights), path / "pytorch_model.bin")
+            weights.unlink()
+        return [note for note in read_folder(path).notes if "inv_freq" in note]
+
+    assert said("same", 10000.0) == []
+    (note,) = said("other", 1e6)
+    assert re.search(r"rope_theta (1e\+06|(9.9|1.0)\d*e\+0[56]), and config.json has 10000, which is used", note)
+    assert "is that of no rope_theta" in said("none", 0.0)[0]
 
 
 def test_an_output_of_its_own_is_not_tied(tmp_path: Path) -> None:

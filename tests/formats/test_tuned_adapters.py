@@ -25,7 +25,7 @@ def test_an_adapter_with_nan_is_not_said_to_be_large(tmp_path: Path) -> None:
     tensors = peft_tensors()
     tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][3, 1] = math.nan
     adapter = write_peft(tmp_path / "adapter", tensors)
-    with pytest.raises(AdapterError, match=r"^the adapter has NaN or infinity for layers\.1\.feed_forward\.w2\.weight"):
+    with pytest.raises(AdapterError, match=r"^the adapter has NaN or infinity in .*layers\.1\.mlp\.down_proj\.lora"):
         load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
 
 

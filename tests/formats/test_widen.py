@@ -105,6 +105,60 @@ def test_a_tie_ends_where_pefts_does(tmp_path: Path, kind: str) -> None:
     assert any("no longer tied" in note for note in loaded.notes) != loaded.args.tied_embeddings
 
 
+# A LoRA of either table, and what recipes put beside it: arguments of PEFT, words added, whether the base is tied.
+LORA: dict[str, tuple[dict[str, Any], int, tuple[bool, ...]]] = {
+    "embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, 0, (False, True)),
+    "embeddings alone, rsLoRA": ({"target_modules": ["embed_tokens"], "use_rslora": True}, 0, (False,)),
+    "embeddings, DoRA": ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, 0, (False, True)),
+    "embeddings, words": ({"target_modules": ["embed_tokens"]}, 2, (True,)),
+    "embeddings, own output": ({"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}, 0, (True,)),
+    "both": ({"target_modules": ["embed_tokens", "lm_head"]}, 2, (False, True)),
+    "both, tied": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, 0, (True,)),
+    "output": ({"target_modules": ["lm_head"]}, 0, (True,)),
+    "output, words": ({"target_modules": ["lm_head"]}, 2, (True,)),
+    "output, own embeddings": ({"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}, 2, (True,)),
+    "output, rows": ({"target_modules": ["lm_head"], "trainable_token_indices": [5, 300]}, 0, (True,)),
+    "output, new rows": ({"target_modules": ["lm_head"], **KINDS["trainable_token_indices"]}, 2, (False, True)),
+}
+
+
+@pytest.mark.parametrize(("kind", "tied"), [(kind, tied) for kind, found in LORA.items() for tied in found[2]])
+def test_a_lora_of_a_table_is_pefts(tmp_path: Path, kind: str, tied: bool) -> None:
+    lora, more, _ = LORA[kind]
+    base = hf_base(tmp_path / "base", tied)
+    adapter, want = chatml(base, tmp_path / "adapter", more=more, **lora)
+    loaded = load(base, device="cpu", adapter=str(adapter))
+    with torch.inference_mode():
+        got = loaded.model.forward(ids_of(more), [11])
+    assert got.shape == want.shape
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    assert loaded.args.tied_embeddings == (kind == "both, tied")
+    with pytest.raises(OptionError, match="it can only be merged, alone"):
+        load(base, device="cpu", adapter=str(adapter), adapter_mode="runtime")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lora_of_a_table_that_its_file_has_alone(tmp_path: Path, tied: bool) -> None:
+    """As where PEFT does not save the base's tables: A is [rank, words], B is [dim, rank]."""
+    at, a, b = "base_model.model.model.embed_tokens.lora_embedding_", torch.rand(3, ROWS), torch.rand(24, 3)
+    adapter = write_peft(tmp_path / "adapter", {f"{at}A": a, f"{at}B": b})
+    base = hf_base(tmp_path / "base", tied)
+    plain = read_folder(base).weights.get("tok_embeddings.weight")
+    merged = merge_into(read_folder(base), read_adapter(adapter)).weights
+    torch.testing.assert_close(merged.get("tok_embeddings.weight"), plain + 2 * (b @ a).T)
+    assert torch.equal(merged.get("output.weight"), plain) == tied
+    with pytest.raises(OptionError, match="has a LoRA of embed_tokens, which are no product: it can only be merged"):
+        load(base, device="cpu", adapter=str(adapter), adapter_mode="runtime")
+    if tied:
+        head = "base_model.model.lm_head.lora_"
+        output = write_peft(tmp_path / "output", {f"{head}A.weight": b.T.contiguous(), f"{head}B.weight": a.T.clone()})
+        with pytest.raises(OptionError, match="has a LoRA of lm_head, which is tied to the embeddings of this model"):
+            load(base, device="cpu", adapter=str(output), adapter_mode="runtime")
+    wrong = write_peft(tmp_path / "wrong", {at.replace("embedding_", f"{one}.weight"): a.clone() for one in "AB"})
+    with pytest.raises(AdapterError, match="changes model.embed_tokens by .*, as PEFT does not"):
+        read_adapter(wrong)
+
+
 def handmade(folder: Path, embed: int | None, head: int | None, **changes: Any) -> Path:
     """An adapter with tables of so many rows, and no tokenizer."""
     rows = {"model.embed_tokens": embed, "lm_head": head}
@@ -144,7 +198,8 @@ def test_tables_that_do_not_go_together_are_refused(tmp_path: Path, kind: str) -
         ([1, 1], "has an id twice"),
         ([1], "is .2, 24., but adapter_config.json has trainable_token_indices of 1 rows"),
         ([1, -1], "it must be a list of ids"),
-        ([1, ROWS], "has rows of 24 numbers up to id 4096, but tok_embeddings.weight is .4096, 24."),
+        ([1, ROWS], "has single rows up to id 4,096 for model.embed_tokens, and the rows of 1 word that was added are"),
+        ([1, ROWS + 1], "the rows of 2 words that were added are not saved for model.embed_tokens and lm_head"),
         (None, "but adapter_config.json has no trainable_token_indices"),
         ({"embed_tokens": [1, 2], "lm_head": [1, 3]}, "of 'lm_head', which the adapter's file does not hold"),
     ],
@@ -188,6 +243,51 @@ def test_a_word_for_padding_needs_no_row(tmp_path: Path) -> None:
     loaded = load(make_folder(tmp_path / "base"), device="cpu", adapter=str(adapter))
     assert loaded.words == tmp_path / "base"
     assert any("1 added token (<pad>) that base does not have: not used" in note for note in loaded.notes)
+
+
+def test_ends_of_a_tokenizer_json_alone_are_those_that_the_base_names(tmp_path: Path) -> None:
+    """As in transformers, whose generate() has the base's; a usual name is for where no file has any."""
+    base = hf_base(tmp_path / "base")
+    adapter, _ = chatml(base, tmp_path / "adapter", **KINDS["modules_to_save"])
+    (adapter / "tokenizer_config.json").unlink()
+    (base / "tokenizer.model").unlink()
+    for name, changes in (("config.json", {"eos_token_id": 1}), ("tokenizer_config.json", {"eos_token": "<s>"})):
+        told = json.loads((base / name).read_text(encoding="utf-8"))
+        (base / name).write_text(json.dumps(told | changes), encoding="utf-8")
+    loaded = load(base, device="cpu", adapter=str(adapter))
+    assert loaded.words == adapter
+    assert loaded.tokenizer.eos_ids == {1}
+    assert "usual name" not in loaded.describe()
+    convert(base, tmp_path / "merged", "hf", adapter=adapter)
+    assert load(tmp_path / "merged", device="cpu").tokenizer.eos_ids == {1}
+    for name in ("config.json", "tokenizer_config.json"):
+        told = json.loads((base / name).read_text(encoding="utf-8"))
+        told.pop("eos_token_id", None), told.pop("eos_token", None)
+        (base / name).write_text(json.dumps(told), encoding="utf-8")
+    assert "ends at id 2, </s>, by its usual name" in load(base, device="cpu", adapter=str(adapter)).describe()
+
+
+def test_a_template_beside_a_tokenizer_is_the_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Conversations were written so in training; one without a tokenizer beside it is named, and not used."""
+    base, form = make_folder(tmp_path / "base"), "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    adapter = with_words(write_peft(tmp_path / "adapter"), chat_template=form)
+    for mode in ("merge", "runtime"):
+        loaded = load(base, device="cpu", adapter=str(adapter), adapter_mode=mode)
+        assert loaded.words == adapter
+        assert find_template(loaded.tokenizer, folder=loaded.words).source == "tokenizer_config.json"
+        said = (
+            "the tokenizer is the adapter's tokenizer.model; the chat template is that of tokenizer_config.json there"
+        )
+        assert said in loaded.notes
+    convert(base, tmp_path / "merged", "hf", adapter=adapter)
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())["chat_template"] == form
+    shutil.copy(adapter / "tokenizer_config.json", base)
+    assert load(base, device="cpu", adapter=str(adapter)).words == base
+    (base / "tokenizer_config.json").unlink()
+    (adapter / "tokenizer.model").unlink()
+    alone = load(base, device="cpu", adapter=str(adapter))
+    assert alone.words == base
+    assert any("has a chat template (tokenizer_config.json; --template takes a file)" in note for note in alone.notes)
 
 
 def test_a_word_that_the_base_has_no_row_for_either_is_no_news(tmp_path: Path) -> None:
@@ -275,6 +375,24 @@ def test_a_conversation_with_other_words_is_another_models(tmp_path: Path) -> No
     assert fingerprint(base, str(adapter)) != before
 
 
+def test_an_added_tokens_json_that_is_left_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A word with another id is that of tokenizer.json, as in transformers; one that is there alone has no row."""
+    cli, base = in_process(capfd), hf_base(tmp_path / "base")
+    adapter, _ = chatml(base, tmp_path / "adapter", **KINDS["modules_to_save"])
+    (adapter / "added_tokens.json").write_text(json.dumps({WORDS[1]: ROWS + 4}))
+    said = f"tokenizer.json gives {WORDS[1]} the id {ROWS + 1}, the files beside it {ROWS + 4}: {ROWS + 1} is used"
+    loaded = load(base, device="cpu", adapter=str(adapter))
+    assert said in loaded.notes
+    assert any(f"which has 2 tokens ({', '.join(WORDS)}) that base" in note for note in loaded.notes)
+    assert f"note: {said}\n" in cli("inspect", adapter).text
+    (adapter / "added_tokens.json").write_text(json.dumps({"<old>": ROWS + 2}))
+    left = "; nothing but added_tokens.json there names <old>: if it is left over from before, remove it"
+    with pytest.raises(AdapterError, match=left):
+        load(base, device="cpu", adapter=str(adapter))
+    inspected = cli("inspect", adapter).text
+    assert f"note: its tokenizer has 1 token (<old>) for which it has no row: refused{left}\n" in inspected
+
+
 def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cli, base = in_process(capfd), make_folder(tmp_path / "base")
     adapter = handmade(tmp_path / "adapter", ROWS + 64, ROWS + 64, base_model_name_or_path=str(base))
@@ -292,6 +410,10 @@ def test_inspect_says_which_words(tmp_path: Path, capfd: pytest.CaptureFixture[s
         "words": WORDS,
         "template": None,
     } | {"words_beyond_base": []}
+    own = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.rand(1, 24)}
+    changes = {"base_model_name_or_path": str(base), "trainable_token_indices": [ROWS]}
+    single = write_peft(tmp_path / "single", peft_tensors() | own, **changes)
+    assert "\nvocabulary  4,097 rows, 1 more than its base" in cli("inspect", single).text
     few = write_peft(tmp_path / "few", base_model_name_or_path=str(base))
     assert "; no rows for them are in it\n" in cli("inspect", with_words(few, *WORDS)).text
     assert json.loads(cli("inspect", write_peft(tmp_path / "plain"), "--json").text)["vocabulary"] is None

@@ -12,16 +12,19 @@ import pytest
 import torch
 from tokenizers import Tokenizer as JsonFile
 
+from mistral.formats.adapter import WEIGHTS
 from mistral.formats.adapter_words import unused_of
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.hf_tokenizer import to_tokenizer_json
 from mistral.formats.inspect import inspect_folder
+from mistral.formats.inspect_adapter import report
 from mistral.formats.tokenizers import chat_templates, suggested_sampling
 from mistral.formats.words import words_of
 from mistral.loader.load import load
 from mistral.tokenizer import Tokenizer, outside
 from mistral.util.errors import FormatError
+from tests.support.adapters import write_peft
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED, make_folder, random_state
 from tests.support.gguf_files import gguf_args, tokenizer_keys, write_gguf
@@ -146,6 +149,16 @@ def test_ids_that_a_tokenizer_has_for_something_else(folder: Path, file: str) ->
     bos, eos = notes(folder)
     assert bos.startswith("tokenizer_config.json has add_bos_token false, and texts begin with bos here")
     assert eos.startswith("tokenizer_config.json has add_eos_token true, which is for training")
+
+
+def test_how_an_adapters_folder_would_sample(tmp_path: Path, folder: Path) -> None:
+    adapter, said = write_peft(tmp_path / "adapter"), "generation_config.json suggests temperature 0.6, which is not"
+    put(adapter / "generation_config.json", temperature=0.6)
+    for given in (str(adapter), [f"one={adapter}", f"two={write_peft(tmp_path / 'other')}"]):
+        notes = load(folder, device="cpu", adapter=given).notes
+        assert sum(note.startswith(f"adapter {adapter}: {said}") for note in notes) == 1
+    assert any(said in note for note in report(adapter)["notes"])
+    assert not any(said in note for note in load(folder, device="cpu", adapter=str(adapter / WEIGHTS)).notes)
 
 
 def test_what_an_adapters_folder_brings(tmp_path: Path, folder: Path) -> None:
@@ -342,7 +355,8 @@ def test_two_templates_called_default(folder: Path) -> None:
 
 @pytest.mark.parametrize("model", [True, False])
 def test_an_added_word_that_is_normalized(folder: Path, model: bool) -> None:
-    """With tokenizer.json alone ids are transformers'; tokenizer.model knows no such words."""
+    """Ids are transformers', by tokenizer.json alone and by a tokenizer.model beside it; where tokenizer.json puts no
+    space in front, the word is found without one."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     flags = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
     raw = json.loads((folder / "tokenizer.json").read_text())
@@ -353,9 +367,12 @@ def test_an_added_word_that_is_normalized(folder: Path, model: bool) -> None:
     tokenizer = words_of(folder, replace(read_folder(folder).args, vocab_size=4097))[0]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)("a <word>b")["input_ids"]
     assert tokenizer is not None
-    assert (tokenizer.encode("a <word>b") == theirs) != model
-    named = [note for note in notes(folder) if "1 added word (<word>) with normalized true" in note]
-    assert len(named) == model
+    assert tokenizer.encode("a <word>b") == theirs
+    assert 4096 in theirs
+    assert not any("normalized" in note for note in notes(folder))
+    raw["normalizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert 4096 in words_of(folder, replace(read_folder(folder).args, vocab_size=4097))[0].encode("a<word>b")  # type: ignore[union-attr]
 
 
 def test_ends_of_a_gguf_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mistral.oracle.compare import compare, differences
 from mistral.oracle.inputs import prompts_for
 from mistral.oracle.outputs import Outputs
 from mistral.oracle.sides import FolderSide, side
+from mistral.util import progress
 from mistral.util.errors import FormatError, UsageError
 from tests.support.folders import make_folder, random_state
 from tests.support.tiny import tiny_args, tiny_model
@@ -433,3 +434,16 @@ def test_a_window_that_is_given(folder, tmp_path, capsys):
 def test_an_adapter_needs_a_folder(packed, capsys):
     assert cli.main(["compare", str(packed), str(packed), "--adapter", "x"]) == 2
     assert "neither side is one" in capsys.readouterr().err
+
+
+def test_where_there_is_no_terminal_lines_report_how_far_it_is(folder, tmp_path, capsys, monkeypatch):
+    """The truth about both sides, the error budget, and mutants: each of them takes minutes for a model of 1 B."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    one, other = (make_folder(tmp_path / str(seed), random_state(seed)) for seed in (2, 3))
+    assert cli.main(["compare", str(one), str(other)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("comparing: ")]
+    starts = [i for i, line in enumerate(lines) if line.startswith("comparing: 1 of ")]
+    assert len(starts) == 4
+    assert all(line.endswith(" steps") for line in lines)
+    assert cli.main(["compare", str(folder), str(folder), "--quiet"]) == 0
+    assert "comparing" not in capsys.readouterr().err

@@ -226,6 +226,9 @@ def test_what_is_asked_for_wrongly_is_said_first(
     assert error(url, "--key_env", "MY_KEY").startswith("wants another key than it was given (")
     monkeypatch.setattr(Server, "do_GET", lambda self: self.answer(200, b"<html>hello</html>"))
     assert error(url) == "is no server of OpenAI's protocol: /v1/models answers '<html>hello</html>', which is no JSON"
+    twice = b'{"data": [{"id": "tiny", "id": "huge"}]}'
+    monkeypatch.setattr(Server, "do_GET", lambda self: self.answer(200, twice))
+    assert "/v1/models: its answer has the key 'id' twice in one object" in error(url)
 
 
 def test_a_key_is_sent(folder: Path, serve: Start, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

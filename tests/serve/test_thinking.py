@@ -114,6 +114,7 @@ def test_thoughts_that_are_refused(running: Running, message: dict[str, Any], wh
 
 def test_effort_is_refused_where_it_has_no_place(running: Running) -> None:
     body = post(running, {"messages": ASKED, "reasoning_effort": "high"})
+    assert body["error"]["param"] == "reasoning_effort"
     assert "reasoning_effort is 'high'; template v13-tekken has no place for one" in body["error"]["message"]
 
 

@@ -277,7 +277,7 @@ def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> No
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tools": [{}]}, None),
+        ({"tools": [{}]}, "tools"),
         ({"tools": [DEFINITIONS[0]] * 2}, "tools"),
         ({"tools": [DEFINITIONS[0]] * 129}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),

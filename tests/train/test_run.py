@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,10 +209,23 @@ def test_training_goes_on_from_an_adapter(folder: Path, data: Path, adapter: Pat
         tune(folder, data, tmp_path / "other", adapter=adapter, lora=4)
 
 
+def test_the_template_of_an_adapter_is_named_where_training_goes_on(folder: Path, data: Path, tmp_path: Path) -> None:
+    adapter, said = write_peft(tmp_path / "own"), list[str]()
+    shutil.copy(folder / "tokenizer.model", adapter)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    tune(folder, data, tmp_path / "out", {"say": said.append}, adapter=adapter, steps=1)
+    assert any("has a chat template (chat_template.jinja; --template takes a file)" in line for line in said)
+
+
 def test_an_adapter_with_weights_of_its_own_is_not_trained_on(folder: Path, data: Path, tmp_path: Path) -> None:
     own = {"base_model.model.lm_head.weight": torch.rand(PARAMS["vocab_size"], 24)}
     adapter = write_peft(tmp_path / "own", peft_tensors() | own, modules_to_save=["lm_head"])
     with pytest.raises(OptionError, match="has lm_head of its own, which is not trained here"):
+        tune(folder, data, tmp_path / "out", adapter=adapter)
+    at = "base_model.model.model.embed_tokens.lora_embedding_"
+    table = {f"{at}A": torch.rand(3, PARAMS["vocab_size"]), f"{at}B": torch.rand(PARAMS["dim"], 3)}
+    adapter = write_peft(tmp_path / "table", peft_tensors() | table)
+    with pytest.raises(OptionError, match="has a LoRA of embed_tokens, which is not trained here: merge it first"):
         tune(folder, data, tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,50 @@
+"""Progress where stderr is no terminal: a line now and then, to whoever takes them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from mistral.util import progress
+from mistral.util.progress import Bar
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(progress, "tell", said.append)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    return said
+
+
+def test_lines_where_there_is_no_bar(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = Bar("comparing", "step")
+    for done in (1, 2, 3, 1, 2):  # all of it, and something else
+        bar(done, 3)
+    assert lines == [f"comparing: {n} of 3 steps" for n in (1, 2, 1, 2)]
+    lines.clear()
+    with Bar("loading", "B", 3_000_000) as loading:
+        loading.update(1_000_000)
+    assert lines == ["loading: 1.0 MB of 3.0 MB"]
+    Bar("batch", "line", lines=False)(1, 2)
+    monkeypatch.setattr(progress, "EVERY", 1000.0)
+    Bar("comparing", "step")(1, 3)
+    monkeypatch.setattr(progress, "tell", None)  # as for programs that use the library
+    Bar("comparing", "step")(1, 3)
+    assert len(lines) == 1
+
+
+def test_a_bar_at_a_terminal_and_no_lines(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = Bar("comparing", "step")
+    bar(1, 3)
+    assert bar._bar is not None
+    assert bar._bar.n == 1
+    bar.update(1)
+    assert bar._bar.n == 2
+    bar(3, 3)
+    assert bar._bar is None
+    assert lines == []
