@@ -64,10 +64,11 @@ class SentencePieceModel:
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        if added is None:
-            added = told.added or (read_added_tokens(path.parent) if content is None else {})
-        added = added if content is not None else as_spelled(added, path.parent)
-        self._added = {i: token for i, token in added.items() if i >= self.n_words or self._is_another(i, token)}
+        if content is None:
+            added = as_spelled(told.added or read_added_tokens(path.parent), path.parent)
+        self._added = {
+            i: token for i, token in (added or {}).items() if i >= self.n_words or self._is_another(i, token)
+        }
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
         self.notes = tuple(self._taken_words())
