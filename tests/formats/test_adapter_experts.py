@@ -76,6 +76,17 @@ def test_logits_are_pefts(base: Path, tmp_path: Path, config: dict[str, Any]) ->
             assert (model(IDS, seqlens=[len(IDS)]) - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
 
+def test_either_parameter_may_be_below_the_other(base: Path, tmp_path: Path) -> None:
+    theirs = trained(base, tmp_path / "a", **CONFIGS["all"])
+    path, below = tmp_path / "a" / "adapter_model.safetensors", "experts.base_layer.lora_"
+    names = {name: name.replace("experts.lora_", below) for name in load_file(path) if "experts.lora_" in name}
+    names |= {there: name for name, there in names.items()}
+    save_file({names.get(name, name): tensor for name, tensor in load_file(path).items()}, path)
+    model = load(base, adapter=tmp_path / "a", device="cpu").model
+    with torch.inference_mode():
+        assert (model(IDS, seqlens=[len(IDS)]) - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
 def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Path:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
