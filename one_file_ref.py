@@ -86,7 +86,7 @@ class ModelArgs:
     def from_folder(folder: Path) -> ModelArgs:
         """Read params.json. A key that this file does not know is refused: it might describe another model."""
         if not (path := folder / "params.json").is_file():
-            raise ValueError(f"no params.json in {folder}" if folder.is_dir() else f"no such folder: {folder}")
+            raise ValueError(f"no params.json in {folder}" if folder.is_dir() else f"no folder is at {folder}")
         known = [f.name for f in fields(ModelArgs) if f.init]
         try:
             params = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from mistral.util.arguments import require_integer
 from mistral.util.errors import FormatError, short_repr
 from mistral.window import Window, shortest_pattern, slots_for
 
@@ -50,7 +51,7 @@ class Yarn:
     attention_factor: float = None  # type: ignore[assignment]  # a float once constructed
 
     def __post_init__(self) -> None:
-        _check_int("yarn.original_length", self.original_length, least=1)
+        object.__setattr__(self, "original_length", _size("yarn.original_length", self.original_length))
         given: object = self.attention_factor
         if given is None:
             _check_positive("yarn.factor", self.factor)
@@ -90,7 +91,7 @@ class QueryScaling:
     beta: float
 
     def __post_init__(self) -> None:
-        _check_int("llama_4_scaling.original_length", self.original_length, least=1)
+        object.__setattr__(self, "original_length", _size("llama_4_scaling.original_length", self.original_length))
         _check_positive("llama_4_scaling.beta", self.beta)
         object.__setattr__(self, "beta", float(self.beta))
 
@@ -113,7 +114,7 @@ class Moe:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_experts_per_tok"):
-            _check_int(f"moe.{name}", getattr(self, name), least=1)
+            object.__setattr__(self, name, _size(f"moe.{name}", getattr(self, name)))
         if self.num_experts_per_tok > self.num_experts:
             raise ArgsError(f"moe.num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts")
 
@@ -169,8 +170,8 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            _check_int(name, getattr(self, name), least=1)
-        _check_int("max_batch_size", self.max_batch_size, least=0)
+            object.__setattr__(self, name, _size(name, getattr(self, name)))
+        object.__setattr__(self, "max_batch_size", _size("max_batch_size", self.max_batch_size, least=0))
         _check_positive("norm_eps", self.norm_eps)
         object.__setattr__(self, "norm_eps", float(self.norm_eps))
         if self.n_heads % self.n_kv_heads:
@@ -203,11 +204,9 @@ class ModelArgs:
                     f"sliding_window lists {len(window)} windows: they do not repeat evenly over {self.n_layers} layers"
                 )
             object.__setattr__(self, "sliding_window", tuple(window))
-        for w in self._distinct_windows:
-            if w is not None:
-                _check_int("sliding_window", w, least=1)
+        windows = tuple(None if w is None else _size("sliding_window", w) for w in self._distinct_windows)
         # One spelling of each pattern, so that equal models have equal args.
-        pattern = shortest_pattern(self._distinct_windows)
+        pattern = shortest_pattern(windows)
         object.__setattr__(self, "sliding_window", tuple(pattern) if isinstance(pattern, list) else pattern)
 
     @property
@@ -260,13 +259,8 @@ class ModelArgs:
         return " + ".join(f"{name} x{n}" for name, n in counts.items()) + " layers"
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgsError(f"{name} must be an integer, not {short_repr(value)}")
-    if value < least:
-        raise ArgsError(f"{name} is {short_repr(value)}; it must be at least {least}")
-    if value > LARGEST:
-        raise ArgsError(f"{name} is {short_repr(value)}; nothing that large exists (at most {LARGEST})")
+def _size(name: str, value: object, least: int = 1) -> int:
+    return require_integer(name, value, least, LARGEST, ArgsError)
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -1,8 +1,8 @@
-"""Sliding-window attention: what a query may see, and how it looks.
+"""Sliding-window attention: how queries look at the keys that the window shows them.
 
-`visible` is the one definition of the window. `attend` walks a step in tiles of query rows: a
-tile's keys are written, then its queries look. It asks neither whether a step is prefill or
-decode nor where keys are kept; that is the store's business (cache.py).
+`Tiled` walks a step in tiles of query rows: a tile's keys are written, then its queries look, by a kernel (`eager` or
+`sdpa`). What a query sees is `window.visible`'s to say. The walk asks neither whether a step is prefill or decode nor
+where keys are kept; that is the store's business (cache.py, buffers.py).
 
 Shapes: T packed tokens, R sequences, n queries of a tile, S keys, H / K query / key heads, D.
 """

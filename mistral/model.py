@@ -1,7 +1,8 @@
 """The transformer of Mistral 7B (arXiv 2310.06825): RMSNorm, Attention, FeedForward, Transformer.
 
-Pure arithmetic on (tokens, plan, store): no files, no devices, no options, no sampling. Module
-names are the names in Mistral's checkpoints. T is the number of packed tokens of a step.
+Arithmetic on (tokens, plan, store). It knows nothing about files, options or sampling: `from_folder` and `save` hand
+on to `mistral.load` and `mistral.save`. Module names are the names in Mistral's checkpoints. T is the number of packed
+tokens of a step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import mistral
+import mistral  # the front door, which imports nothing until it is asked for something
 from mistral.adapters import Adapters
 from mistral.args import ModelArgs
 from mistral.attention import Attend, sdpa, tiled
@@ -207,8 +208,6 @@ class Transformer(nn.Module):
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write shape and weights into a new folder that loads with the same bits; see `mistral.save`."""
-        import mistral
-
         mistral.save(self, folder)
 
     @property

@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = route(self.gate(x), self.num_experts_per_tok)
         out = torch.zeros_like(x)
-        if len(x) == 1:  # decoding: nothing to gather, and calls of PyTorch would take as long as a small product
+        if len(x) == 1:  # nothing to gather, and calls of PyTorch would take as long as a small product
             for expert, weight in sorted(zip(chosen[0].tolist(), weights[0].unbind(), strict=True)):
                 out = out + weight * self.experts[expert](x)
             return out

@@ -27,6 +27,12 @@ CONTROLS_OF_2024 = (
 
 
 class Tekken:
+    """A tekken.json, as mistral-common reads it.
+
+    Raises:
+        TokenizerError: it cannot be read, or is none of Mistral's.
+    """
+
     def __init__(self, path: Path) -> None:
         try:
             from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy

@@ -1,7 +1,7 @@
 """Text to ids and back.
 
-SentencePiece models are read here; tekken.json goes through mistral-common and tokenizer.json through `tokenizers`,
-each imported only then.
+Which file is read by what: a SentencePiece model by `sentencepiece` (tokenizer_model.py), tekken.json by mistral-common
+(tekken.py), tokenizer.json by `tokenizers` (tokenizer_json.py), each imported only then.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
-from mistral.sentence_pieces import SentencePieceModel
 from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError
 from mistral.tekken import Tekken
 from mistral.tokenizer_json import JsonTokenizer
+from mistral.tokenizer_model import SentencePiece
 from mistral.util.arguments import path_of, require_kind, whole_numbers
 from mistral.util.errors import printable, short_repr
 
@@ -49,7 +49,7 @@ class Tokenizer:
         path = path_of("the tokenizer", model_path, TokenizerError)
         if not path.is_file():
             raise TokenizerError(f"no tokenizer at {path}")
-        kind: Any = SentencePieceModel
+        kind: Any = SentencePiece
         if path.suffix == ".json":
             kind = JsonTokenizer if path.name.endswith("tokenizer.json") else Tekken
         self._set(path, kind(path))
@@ -78,7 +78,7 @@ class Tokenizer:
             TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
         """
         made = cls.__new__(cls)
-        made._set(path, SentencePieceModel(path, content, adds_bos, added))
+        made._set(path, SentencePiece(path, content, adds_bos, added))
         return made
 
     @classmethod

@@ -18,8 +18,8 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import sentencepiece as spm
@@ -127,7 +127,7 @@ def initialise(model: Transformer) -> None:
             torch.nn.init.normal_(p, std=0.02 / scale)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
@@ -137,35 +137,37 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    books = sorted(options.corpus.glob("*.txt"))
+
+def read_corpus(folder: Path) -> tuple[list[str], str, dict[str, str]]:
+    """The stories to learn from, the one that is held out, and the digest of each book."""
+    books = sorted(folder.glob("*.txt"))
     sha256 = {b.name: hashlib.sha256(b.read_bytes()).hexdigest() for b in books}
     told = [s for b in books for s in stories(b.read_text(encoding="utf-8"))]
     texts = ["\n\n".join(paragraphs) for title, paragraphs in told if title != HELD_OUT]
     (held_out,) = ["\n\n".join(paragraphs) for title, paragraphs in told if title == HELD_OUT]
-    (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")
+    return texts, held_out, sha256
 
-    tokenizer = options.out / "tokenizer.model"
-    if not tokenizer.exists():
-        train_tokenizer(texts, tokenizer)
-    sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
-    data = samples(texts, sp)
-    print(f"{len(texts)} stories, {sum(map(len, texts))} characters, {len(data)} samples", flush=True)
 
-    torch.manual_seed(options.seed)
-    model = Transformer(ARGS)
-    initialise(model)
-    model.to(options.device)
+def optimizer_of(model: Transformer, lr: float) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def batch_of(data: Tensor, step: int, options: argparse.Namespace) -> Tensor:
+    """The samples of a step: every epoch has an order of its own."""
+    epoch, place = divmod(step, len(data) // options.batch)
+    order = list(range(len(data)))
+    random.Random(f"{options.seed}:{epoch}").shuffle(order)
+    return data[order[place * options.batch : (place + 1) * options.batch]].to(options.device)
+
+
+def train(model: Transformer, data: Tensor, options: argparse.Namespace, evaluate: Callable[[], float]) -> float:
+    """Train to the last step, from the first or from the state that was saved; return the seconds of all of them."""
+    optimizer = optimizer_of(model, options.lr)
     first, seconds = 0, 0.0
     state_file = options.out / "state.pt"
     if state_file.exists():
@@ -173,19 +175,13 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
-
     autocast = torch.autocast(options.device, torch.bfloat16) if options.bf16 else nullcontext()
-    per_epoch = len(data) // options.batch
     began, recent = time.time() - seconds, []
     for step in range(first, options.steps):
-        epoch, place = divmod(step, per_epoch)
-        order = list(range(len(data)))
-        random.Random(f"{options.seed}:{epoch}").shuffle(order)
-        batch = data[order[place * options.batch : (place + 1) * options.batch]].to(options.device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr)
         with autocast:
-            loss = loss_of(model, batch)
+            loss = loss_of(model, batch_of(data, step, options))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -197,22 +193,45 @@ def main() -> None:
         if (step + 1) % 250 == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save({**state, "seconds": time.time() - began}, state_file)
-            print(f"step {step + 1} held-out {held_out_loss(model, held_out, sp):.4f}", flush=True)
+            print(f"step {step + 1} held-out {evaluate():.4f}", flush=True)
+    return time.time() - began
 
+
+def write_model(model: Transformer, out: Path) -> None:
+    """Shape and weights, which are rounded to bf16; the model is left with what was written."""
     model.to("cpu", torch.bfloat16)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, options.out / "consolidated.safetensors")
-    params = {k: v for k, v in asdict(ARGS).items() if k not in ("max_batch_size", "theta_rule")}
-    (options.out / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "consolidated.safetensors")
+    (out / "params.json").write_text(json.dumps(ARGS.to_params(), indent=2) + "\n")
     model.float()
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    texts, held_out, sha256 = read_corpus(options.corpus)
+    (options.out / "held_out.txt").write_text(held_out + "\n", encoding="utf-8")
+    tokenizer = options.out / "tokenizer.model"
+    if not tokenizer.exists():
+        train_tokenizer(texts, tokenizer)
+    sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
+    data = samples(texts, sp)
+    print(f"{len(texts)} stories, {sum(map(len, texts))} characters, {len(data)} samples", flush=True)
+
+    torch.manual_seed(options.seed)
+    model = Transformer(ARGS)
+    initialise(model)
+    model.to(options.device)
+    seconds = train(model, data, options, lambda: held_out_loss(model, held_out, sp))
+    write_model(model, options.out)
     record = {
         "command": f"python -m tools.train_bundled CORPUS OUT --steps {options.steps} --batch {options.batch} "
         f"--lr {options.lr} --seed {options.seed}" + (" --bf16" if options.bf16 else ""),
         "torch": torch.__version__,
         "device": options.device,
-        "seconds": round(time.time() - began),
+        "seconds": round(seconds),
         "parameters": sum(p.numel() for p in model.parameters()),
         "samples": len(data),
-        "epochs": round(options.steps / per_epoch, 2),
+        "epochs": round(options.steps / (len(data) // options.batch), 2),
         "held_out_story": HELD_OUT,
         "held_out_nats_per_token": round(held_out_loss(model, held_out, sp), 4),
         "held_out_tokens": len(sp.encode(held_out)) + 1,

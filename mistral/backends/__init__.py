@@ -77,6 +77,6 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype, head_dim
             continue
         if failed:
             # Nobody asked for what "auto" tried first.
-            log.log(logging.INFO if asked == "auto" else logging.WARNING, "%s; using %r instead", failed, used)
+            log.log(logging.INFO if asked == "auto" else logging.WARNING, "note: %s; using %r instead", failed, used)
         return used, attend
     raise AssertionError("the last default runs anywhere")

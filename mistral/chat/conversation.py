@@ -16,6 +16,7 @@ from mistral.adapters import find_adapter
 from mistral.chat.messages import Message, TemplateError
 from mistral.chat.templates import Template, check_effort, ends_of
 from mistral.chat.thinking import add_thought
+from mistral.detokenizer import Detokenizer
 from mistral.engine import LESS, Progress
 from mistral.generate import Piece, stream
 from mistral.model import Transformer
@@ -70,7 +71,7 @@ class Chat:
         require_model(model)
         require_tokenizer(tokenizer)
         if not hasattr(template, "encode_chat"):
-            advice = "it must be what find_template(tokenizer, folder=loaded.words) gives"
+            advice = "it must be what find_template(tokenizer, folder=loaded.templates) gives"
             raise TemplateError(f"template is {short_repr(template)}; {advice}")
         self.model = model
         self.tokenizer = tokenizer
@@ -103,6 +104,21 @@ class Chat:
     def system_message(self) -> Message:
         """The system prompt."""
         return self._system
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, without the system prompt; may be changed, or replaced by another list.
+
+        Raises:
+            TemplateError: what it is replaced by is no list of messages.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message]) -> None:
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, Message) for message in messages):
+            raise TemplateError(f"messages is {short_repr(messages)}; it must be a list of Message(role, content)")
+        self._messages = list(messages)
 
     @property
     def params(self) -> SamplingParams:
@@ -211,9 +227,19 @@ class Chat:
         return self.template.encode_chat([self._system, *messages], effort=self.effort)
 
     def _answer(
-        self, asked: list[Message], answer: Message, ids: list[int], pieces: Iterator[Piece]
+        self,
+        asked: list[Message],
+        answer: Message,
+        ids: list[int],
+        pieces: Iterator[Piece],
+        instead_of: Message | None = None,
     ) -> Generator[Piece, None, None]:
-        """Hand out the pieces of an answer, which joins the conversation at the end, what was asked before it."""
+        """Hand out the pieces of an answer, which joins the conversation at the end, what was asked before it.
+
+        One that is gone on with leaves when this is begun: an iterator that nobody reads changes nothing.
+        """
+        if instead_of is not None and self.messages[-1:] and self.messages[-1] is instead_of:
+            self.messages.pop()
         made = answer.ids = answer.ids or []
         ended = False
         try:
@@ -248,9 +274,10 @@ class Chat:
             raise GenerationError("an answer with a thought of which only the text is known cannot be gone on with")
         made = self.tokenizer.encode(last.content, bos=False) if last.ids is None else last.ids
         ids = [*self._encode(self.messages[:-1]), *made]
-        pieces = self._stream(ids, progress)
-        self.messages.pop()
-        return self._opened(self._answer([], replace(last, ids=list(made)), ids[: len(ids) - len(made)], pieces))
+        begun = replace(last, ids=list(made))
+        _take_back(begun, Detokenizer(self.tokenizer, ids).flush())
+        prompt = ids[: len(ids) - len(made)]
+        return self._opened(self._answer([], begun, prompt, self._stream(ids, progress), instead_of=last))
 
     def undo(self) -> Message:
         """Drop the last question and its answer, and return the question.
@@ -281,6 +308,15 @@ class Chat:
         self._end_answer()
         self.template.encode_chat([message, Message("user", "")])
         self._system = message
+
+
+def _take_back(answer: Message, end: str) -> None:
+    """Drop the bytes of a character that is not whole from the end of an answer: what goes on tells them again."""
+    if answer.thinking and not answer.thinking[-1].closed:
+        last = answer.thinking[-1]
+        answer.thinking = (*answer.thinking[:-1], replace(last, text=last.text.removesuffix(end)))
+    else:
+        answer.content = answer.content.removesuffix(end)
 
 
 def _system_message(given: str | Message) -> Message:

@@ -18,6 +18,7 @@ from mistral.chat.templates import check_effort
 from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
 from mistral.util.arguments import require_kind
+from mistral.util.english import counted
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import read_limited, reason_of, write_atomic
 from mistral.util.parsed import KeyTwice, parse_json
@@ -121,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
     except KeyTwice as error:
         raise SessionError(f"{path} {error}: mend it") from None
     except ValueError:  # not UTF-8, not JSON, a number of thousands of digits, nested without end
-        raise SessionError(f"{path} is not a conversation: it holds no JSON") from None
+        raise SessionError(f"{path} is not a conversation: {_what(path)}") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
     if type(told.get("version")) is not int or not OLDEST <= told["version"] <= VERSION:
@@ -129,6 +130,18 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is of version {short_repr(told.get('version'))} of the format; this reads {OLDEST} to {VERSION}"
         )
     return told
+
+
+def _what(path: Path) -> str:
+    """What a file holds that is not one value in JSON, to go behind a message."""
+    lines = [line for line in read_limited(path).splitlines() if line.strip()]
+    try:
+        values = [parse_json(line) for line in lines[:2]]
+    except ValueError:
+        return "it holds no JSON"
+    if len(values) < 2:
+        return "it holds no JSON"
+    return f"it holds {counted(len(lines), 'line')} of JSON, as files of prompts and samples do; /save writes one value"
 
 
 def _of(told: dict[str, Any], name: str, kind: type) -> Any:

@@ -98,7 +98,7 @@ def _converse(
     template = template_of(loaded, options.template)
     echo_err(f"template {template.name}" + ("" if template.source == template.name else f", by {template.source}"))
     if template.source == template.name:
-        whose = "folder's" if loaded.own_words is None else "adapter's"
+        whose = "folder's" if loaded.templates == loaded.folder else "adapter's"
         echo_err(f"note: this chat template is the {whose} own; --template takes one of Mistral's instead")
     note_if_assumed(template, loaded.tokenizer)
     more = {"params": params, "chunk_size": chunk_size, "effort": options.reasoning_effort}

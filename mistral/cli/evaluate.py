@@ -19,7 +19,6 @@ from mistral.cli.prompts import (
     open_model,
     read_ids,
     read_text,
-    require_instruct,
     template_of,
 )
 from mistral.loader.options import LoadOptions, OptionError, window_of
@@ -139,7 +138,8 @@ def evaluate(
         plot: a file for a picture (.svg, .png; needs matplotlib)
         max_batch_size: the most prompts in one batch; 0: as many as memory takes
     """
-    require_instruct(instruct, template)
+    chat = ChatOptions(instruct=instruct, template=template)
+    chat.require_instruct()
     asked = _asked(task, lengths, n, seed, questions, windows, output, filler)
     if task not in RETRIEVAL and instruct:
         raise UsageError(f"--instruct is for questions; {task} measures plain text")
@@ -156,7 +156,7 @@ def evaluate(
         options = replace(options, execution=plain, dtype=options.dtype or "float32")
     loaded = open_model(folder, options)
     if task in RETRIEVAL and not instruct:
-        note_if_instruct(loaded, ChatOptions())
+        note_if_instruct(loaded, chat)
     _report(loaded, replace(asked, rows=options.max_batch_size or 2**31), instruct, template, json, plot)
 
 
@@ -198,7 +198,7 @@ def _asked(
 def _lengths(text: str) -> tuple[int, ...]:
     """Numbers of tokens, with commas between; k is 1024."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}k?(,[1-9][0-9]{0,8}k?)*", text.lower()):
-        what = "whole numbers of at most 9 digits with commas between, such as 512,4k,16k"
+        what = "whole numbers from 1 on, of at most nine digits, with commas between, such as 512,4k,16k"
         raise UsageError(f"--lengths is {text!r}; it must be {what}")
     words = text.lower().split(",")
     found = tuple(int(word.removesuffix("k")) * (1024 if word.endswith("k") else 1) for word in words)

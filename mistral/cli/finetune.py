@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mistral.train.loop import Report
 
 # Of LoadOptions: what training decides for itself, and what is for generating.
-OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft", "prompt_dtype")
+OMITTED = ("max_batch_size", "adapter_mode", "execution", "attention", "draft", "prompt_dtype", "cache_dtype")
 EVERY = 10  # seconds between lines where there is no terminal
 
 

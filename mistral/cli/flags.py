@@ -349,6 +349,6 @@ def numbers(name: str, text: str, least: int = 1) -> list[int]:
     """
     one = "[1-9][0-9]{0,8}" if least else "(0|[1-9][0-9]{0,8})"
     if not re.fullmatch(f"{one}(,{one})*", text):
-        needed = "whole numbers of at most nine digits with commas between, such as 32,4096"
+        needed = f"whole numbers from {least} on, of at most nine digits, with commas between, such as 32,4096"
         raise UsageError(f"--{name} is {text!r}; it must be {needed}")
     return [int(n) for n in text.split(",")]

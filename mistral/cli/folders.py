@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mistral.cli import prompts, terminal
 from mistral.util.errors import UsageError
@@ -63,45 +63,49 @@ def convert(
     window = window_of(sliding_window)
     if inspect_adapter.is_one(src):
         given = {"--dtype": dtype, "--quant": quant, "--calibrate": calibrate, "--adapter": adapter}
-        given["--sliding_window"] = None if window == "auto" else "given"
-        given["--instruct"] = "given" if instruct else None
-        if extra := [flag for flag, value in given.items() if value is not None]:
-            raise UsageError(f"{src} is an adapter, whose numbers stay the same: omit {extra[0]}")
-        from mistral.formats.adapter_forms import convert_adapter
-
-        _report(convert_adapter(src, dst, to, base))
+        given |= {
+            "--sliding_window": None if window == "auto" else "given",
+            "--instruct": "given" if instruct else None,
+        }
+        _convert_adapter(src, dst, to, base, [flag for flag, value in given.items() if value is not None])
         return
     if base is not None:
         raise UsageError("--base is the base model of an adapter, and SRC is none")
     if instruct and to == NATIVE.to:
         raise UsageError("--instruct is for --to hf: Mistral's layout has no template in a file; omit it")
-    calibration: Calibrate | None = None
-    if calibrate is not None:
-        if quant != "int4":
-            raise UsageError("--calibrate is for --quant int4: add that, or omit it")
-        from mistral.loader.calibration import calibrate as calibrate_on
-
-        calibration = partial(calibrate_on, file=Path(calibrate))
+    how: dict[str, Any] = {"dtype": dtype, "quant": quant, "adapter": adapter, "instruct": instruct}
+    how["calibrate"] = _calibration(calibrate, quant)
     if src.endswith(".safetensors"):
         with prompts.model_of(src) as found:
-            if not isinstance(window, str):
-                found = with_window(found, window)
-            written = write_folder(
-                found, dst, to, dtype=dtype, quant=quant, adapter=adapter, calibrate=calibration, instruct=instruct
-            )
+            windowed = found if isinstance(window, str) else with_window(found, window)
+            written = write_folder(windowed, dst, to, **how)
     else:
-        written = convert_folder(
-            src,
-            dst,
-            to,
-            dtype=dtype,
-            quant=quant,
-            adapter=adapter,
-            sliding_window=window,
-            calibrate=calibration,
-            instruct=instruct,
-        )
+        written = convert_folder(src, dst, to, sliding_window=window, **how)
     _report(written)
+
+
+def _convert_adapter(src: str, dst: str, to: str, base: str | None, given: list[str]) -> None:
+    """`convert` of a LoRA adapter.
+
+    Args:
+        given: flags that are about models.
+    """
+    if given:
+        raise UsageError(f"{src} is an adapter, whose numbers stay the same: omit {given[0]}")
+    from mistral.formats.adapter_forms import convert_adapter
+
+    _report(convert_adapter(src, dst, to, base))
+
+
+def _calibration(file: str | None, quant: str | None) -> Calibrate | None:
+    """What finds out on a text where int4 must err least."""
+    if file is None:
+        return None
+    if quant != "int4":
+        raise UsageError("--calibrate is for --quant int4: add that, or omit it")
+    from mistral.loader.calibration import calibrate
+
+    return partial(calibrate, file=Path(file))
 
 
 def _report(written: Converted | ConvertedAdapter) -> None:

@@ -141,28 +141,31 @@ def complete(
     each = [params if one.max_tokens is None else replace(params, max_tokens=one.max_tokens) for one in asked]
     if any(not one.max_tokens for one in each) and not json:
         terminal.echo_err("note: nothing is computed for --max_tokens 0; with --json prompts are scored")
+    how: dict[str, Any] = {"chunk_size": chunk_size, "thoughts": thoughts, "eos_ids": ends}
     if file is None and not json and params.n == 1:
-        show = chat.shows_thoughts
-        how: dict[str, Any] = {"thoughts": thoughts, "thinking": show, "eos_ids": ends}
-        terminal.stream_one(loaded, prompts[0], each[0], chunk_size=chunk_size, **how)
+        terminal.stream_one(loaded, prompts[0], each[0], thinking=chat.shows_thoughts, **how)
         return
+    _print_all(loaded, prompts, each, json, adapter=[one.adapter for one in asked], **how)
+
+
+def _print_all(loaded: Loaded, prompts: Sequence[Any], params: list[SamplingParams], json: bool, **how: Any) -> None:
+    """Continue prompts, and print what came of each, in their order.
+
+    Args:
+        params: of each prompt; all have one n.
+        json: as JSON lines, with scores of prompts of which nothing is generated.
+        how: goes to `generate.completions`.
+    """
     from mistral.generate import completions, encode_prompts
 
-    prompts = encode_prompts(prompts, loaded.tokenizer)
-    noted = terminal.note_length(loaded, max(map(len, prompts)))
-    bar = terminal.Bar("prompt", "token") if len(prompts) == 1 else None
-    more = {
-        "adapter": [one.adapter for one in asked],
-        "progress": bar,
-        "thoughts": thoughts,
-        "eos_ids": ends,
-        "score": json,
-    }
-    ended = completions(prompts, loaded.model, loaded.tokenizer, params=each, chunk_size=chunk_size, **more)
+    ids = encode_prompts(prompts, loaded.tokenizer)
+    noted = terminal.note_length(loaded, max(map(len, ids)))
+    bar = terminal.Bar("prompt", "token") if len(ids) == 1 else None
+    ended = completions(ids, loaded.model, loaded.tokenizer, params=params, progress=bar, score=json, **how)
     longest = 0
-    for result, index in _in_order(ended, len(prompts), params.n):
+    for result, index in _in_order(ended, len(ids), params[0].n):
         longest = max(longest, len(result.prompt_tokens) + len(result.tokens))
-        text = _as_json(index, result, params) if json else f"{result.text}\n{SEPARATOR}"
+        text = _as_json(index, result, params[index]) if json else f"{result.text}\n{SEPARATOR}"
         terminal.write(f"{text}\n")
     if not noted:
         terminal.note_length(loaded, longest)

@@ -177,6 +177,9 @@ def compare(
     first = side(a, model, options, key)
     adapted = bool(options.adapter) and isinstance(first, FolderSide)
     sides = [first, side(b, model, replace(options, adapter=()) if adapted else options, key)]
+    for one in sides:
+        if one.prompts is not None:
+            _require_random(full, seed, f"{one.name} has its own")
     if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
         raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
     if options.cache_dtype not in (None, "auto") and not any(isinstance(s, FolderSide) for s in sides):
@@ -233,7 +236,7 @@ def mutants(
     for name in mutant or ():
         find_mutant(name)  # refuse an unknown one before anything is loaded
     if output is None:
-        if folder is not None or file is not None or mutant:
+        if folder is not None or file is not None or mutant or full or seed:
             raise UsageError("give --output, a folder to write to; without any flag the mutants are listed")
         width = max(map(len, MUTANTS))
         for one in MUTANTS.values():
@@ -244,6 +247,7 @@ def mutants(
 
     with model_of(folder, options) as found:
         if folder is not None and packing.is_pack(folder) and file is None:
+            _require_random(full, seed, f"{folder} has its own")
             prompts = packing.read(folder).prompts
         else:
             prompts = _prompts(found, file, full, seed)
@@ -331,11 +335,11 @@ def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Ten
     return _read_prompts(file, found)
 
 
-def _require_random(full: bool, seed: int) -> None:
-    """Refuse what says how random prompts are made, where a file gives the prompts."""
+def _require_random(full: bool, seed: int, others: str = "--file gives others") -> None:
+    """Refuse what says how random prompts are made, where something else gives the prompts."""
     for flag, given in (("--full", full), ("--seed", seed)):
         if given:
-            raise UsageError(f"{flag} is about random prompts, and --file gives others: omit one")
+            raise UsageError(f"{flag} is about random prompts, and {others}: omit one")
 
 
 def _read_prompts(file: str, found: Folder | None) -> list[Tensor]:

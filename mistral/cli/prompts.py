@@ -241,17 +241,7 @@ def template_of(loaded: Loaded, name: str | None) -> Template:
     from mistral.chat.templates import find_template
 
     release = None if loaded.release is None else loaded.release.template
-    return find_template(loaded.tokenizer, name=name, release=release, folder=loaded.words)
-
-
-def require_instruct(instruct: bool, template: str | None) -> None:
-    """Refuse a template that only a conversation has.
-
-    Raises:
-        UsageError: there is one, without --instruct.
-    """
-    if not instruct and template is not None:
-        raise UsageError("--template belongs to a conversation: add --instruct")
+    return find_template(loaded.tokenizer, name=name, release=release, folder=loaded.templates)
 
 
 def as_ids(asked: list[PromptLine], loaded: Loaded, template: Template | None, chat: ChatOptions) -> list[Any]:
@@ -281,7 +271,7 @@ def note_if_instruct(loaded: Loaded, chat: ChatOptions | None = None) -> None:
     if chat is not None and chat.instruct:
         if told := chat.note_of(loaded.folder):
             terminal.echo_err(f"note: {told}")
-    elif is_instruct(loaded.folder, loaded.release) or is_instruct(loaded.words):
+    elif is_instruct(loaded.folder, loaded.release) or is_instruct(loaded.templates):
         terminal.echo_err("note: this is an instruct model, and the prompt is continued as raw text: see --instruct")
 
 

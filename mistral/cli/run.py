@@ -39,6 +39,12 @@ def run(words: list[str]) -> int:
     except BrokenPipeError:  # the reader has gone, as `head` does; nothing more is expected
         terminal.drop(sys.stdout)
         return 0
+    except ModuleNotFoundError as error:  # most often the environment that has them is not the one in use
+        advice = "what requirements.txt lists is missing in it; use the environment that has it, as .venv/bin/python"
+        terminal.echo_error(UsageError(f"{error} in {sys.executable}: {advice}"))
+        if verbose:
+            _trace(error)
+        return 2
     except (ImportError, MemoryError) as error:
         what = str(error) or "out of memory"
         terminal.echo_error(UsageError(f"{what}: too little memory, or an installation that is not whole"))

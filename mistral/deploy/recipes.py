@@ -21,6 +21,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "kubernetes": ("pvc.yaml", "deployment.yaml", "service.yaml", "secret.yaml.example"),
     "skypilot": ("single.yaml", "service.yaml"),
 }
+WIDTH = 100  # of a line of a comment
 
 
 def recipes(target: str, deployment: Deployment) -> dict[str, str]:
@@ -91,11 +92,11 @@ def _yaml(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _lines(text: str, width: int = 100) -> list[str]:
+def _lines(text: str) -> list[str]:
     """A sentence in lines, for a comment; what is not printable in it cannot end one."""
     lines = [""]
     for word in re.sub(r"[^\x20-\x7e]", "?", text).split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
+        if lines[-1] and len(lines[-1]) + len(word) >= WIDTH:
             lines.append("")
         lines[-1] += f" {word}" if lines[-1] else word
     return lines

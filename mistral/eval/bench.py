@@ -60,6 +60,7 @@ SHAPES = {
 }
 PROBE = 1 << 28  # bytes read to see how fast memory is
 EXPERTS = ".experts."  # in the names of experts' weights
+STEPS = 8  # decode steps in a repeat
 PRODUCT = 2048  # rows and columns of the product to see how fast arithmetic is
 
 
@@ -199,7 +200,6 @@ def measure(
     generate: Sequence[int] = (128,),
     contexts: Sequence[int] = (32, 4096),
     batches: Sequence[int] = (1, 8),
-    steps: int = 8,
     repeats: int = 5,
 ) -> Iterator[Row]:
     """Measure, one row after the other; see `Row`.
@@ -209,7 +209,6 @@ def measure(
         generate: tokens to generate, from an empty cache.
         contexts: positions in the cache when decoding.
         batches: sequences decoded together, at the first of the contexts; the other contexts have one.
-        steps: decode steps in a repeat.
         repeats: of everything.
     """
     device = model.device
@@ -220,11 +219,11 @@ def measure(
     for _ in range(repeats):  # in turn: a machine's variance lasts longer than a case, and their ratios matter
         for context, batch in cases:
             memory[context, batch].append(read_rate(device))
-            taken[context, batch].append(batch / statistics.median(decode(model, context, batch, steps)))
+            taken[context, batch].append(batch / statistics.median(decode(model, context, batch, STEPS)))
     for (context, batch), rates in taken.items():
         keys = batch * model.cache_bytes(context + 1)
         rate = statistics.median(memory[context, batch])
-        yield _row("decode", context, batch, steps, rates, batch * rate / (weight_bytes(model, batch) + keys))
+        yield _row("decode", context, batch, STEPS, rates, batch * rate / (weight_bytes(model, batch) + keys))
     for tokens in generate:
         rates, reading = [], []
         for _ in range(repeats):

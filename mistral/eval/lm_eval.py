@@ -154,7 +154,7 @@ class MistralLM(TemplateLM):
     @cached_property
     def _template(self) -> Template:
         release = None if self.loaded.release is None else self.loaded.release.template
-        found = find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.words)
+        found = find_template(self._tokens, name=self._template_name, release=release, folder=self.loaded.templates)
         if note := assumed(found, self._tokens):
             log.warning("note: %s", note)
         return found

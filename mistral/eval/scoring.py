@@ -71,14 +71,13 @@ class Scorer:
     Args:
         model: the model.
         rows: the most sequences in a step.
-        chunk_size: see `Engine`.
 
     Attributes:
         processed, shared: tokens that were processed, and that a row held already.
     """
 
-    def __init__(self, model: Transformer, rows: int, chunk_size: int | None = None) -> None:
-        self._model, self._rows, self._chunk_size = model, rows, chunk_size
+    def __init__(self, model: Transformer, rows: int) -> None:
+        self._model, self._rows = model, rows
         self.processed = self.shared = 0
 
     def __call__(
@@ -104,7 +103,7 @@ class Scorer:
         longest = max(len(one.ids) for one in continuations)
         count = rows_that_fit(self._model, min(self._rows, len(groups)), longest)
         cache = self._model.make_cache(count)
-        engine = Engine(self._model, eos_ids=(), cache=cache, chunk_size=self._chunk_size)
+        engine = Engine(self._model, eos_ids=(), cache=cache)
         rows = [_Row(deque(), []) for _ in range(count)]
         while True:
             for number, row in enumerate(rows):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import NoCache, RollingBufferCache
-from mistral.fast.decode import KEPT, FastTransformer
+from mistral.fast.decode import CACHE_KINDS, FastTransformer
 from mistral.fast.kernels import Matrix
 from mistral.fast.linear import HasMatrix, product, use_kernels
 from mistral.fast.prompt import aligned_angles
@@ -46,7 +46,7 @@ class BitwiseTransformer(FastTransformer):
         if isinstance(cache, NoCache):
             sequences = max(1, len(plan.seqlens))
             cache = self.make_cache(sequences, max(plan.seqlens, default=0))
-        model = self.described(cache) if cache.layer(0).k.dtype in KEPT else None
+        model = self.described(cache) if cache.layer(0).k.dtype in CACHE_KINDS else None
         if model is None:
             reason = self.stands_aside()
             raise NotDeterministic(

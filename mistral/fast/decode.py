@@ -28,7 +28,7 @@ from mistral.moe import MixtureOfExperts
 from mistral.plan import Plan
 from mistral.rope import Angles
 
-KEPT = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
+CACHE_KINDS = KINDS | {torch.int8: INT8}  # dtypes of keys and values that the kernels read, as they number them
 # Of a layer, by their paths in it; the last part is the field of `Layer`.
 PRODUCTS = (
     *("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
@@ -37,11 +37,11 @@ PRODUCTS = (
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A description of a model and a cache, and what was where when it was made.
+class Description:
+    """A model and a cache as the kernels have them, and what was where when this was made.
 
     Args:
-        model: the description.
+        model: what the kernels are given.
         places: the dictionaries of the modules in which there are modules and tensors.
         stores: the cache's, of each layer.
         found, ids: all that was in both; kept, so that nothing else has their ids.
@@ -79,7 +79,7 @@ def _where(tensors: list[Tensor]) -> list[list[object]]:
 
 
 # By model and cache, for as long as there are both. Looking whether one holds takes a tenth of the time of making it.
-_kept: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Kept]] = WeakKeyDictionary()
+_descriptions: WeakKeyDictionary[nn.Module, WeakKeyDictionary[RollingBufferCache, Description]] = WeakKeyDictionary()
 
 
 class FastTransformer(Transformer):
@@ -95,10 +95,6 @@ class FastTransformer(Transformer):
         return torch.promote_types(self.norm.weight.dtype, torch.float32)
 
     def step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
-        with self.share_cores():
-            return self._step(input_ids, plan, cache)
-
-    def _step(self, input_ids: Tensor, plan: Plan, cache: RollingBufferCache | NoCache) -> Tensor:
         prompts = self.rounds_prompts and any(plan.seqlens[row] for row in plan.prompts)
         if prompts or not isinstance(cache, RollingBufferCache) or not self._is_for_kernels(plan, cache):
             if len(input_ids) and prompt.takes(self):
@@ -107,6 +103,11 @@ class FastTransformer(Transformer):
         model = self.described(cache)
         if model is None:
             return super().step(input_ids, plan, cache)
+        with self.share_cores():
+            return self._in_one_call(model, input_ids, plan, cache)
+
+    def _in_one_call(self, model: Model, input_ids: Tensor, plan: Plan, cache: RollingBufferCache) -> Tensor:
+        """A step by `decode`; made again where a key or value does not fit the cache, in one that is wider."""
         rows = [row for row, n in enumerate(plan.seqlens) for _ in range(n)]
         angles = self.rope.angles(plan.positions)
         for i in range(len(self.layers)):
@@ -127,7 +128,7 @@ class FastTransformer(Transformer):
             and max(plan.seqlens) <= min(store.block for store in cache.layers)
             and self.device.type == "cpu"
             and self.dtype == torch.float32
-            and cache.layer(0).k.dtype in KEPT
+            and cache.layer(0).k.dtype in CACHE_KINDS
         )
 
     def decode(
@@ -181,24 +182,23 @@ class FastTransformer(Transformer):
         What it points at may have moved since the last step (storage that grew, weights that were replaced): it is
         then made again.
         """
-        mine = _kept.setdefault(self, WeakKeyDictionary())
-        kept = mine.get(cache)
-        if kept is None or not kept.holds():
-            kept = self._describe(cache)
-            if kept is None:
+        mine = _descriptions.setdefault(self, WeakKeyDictionary())
+        found = mine.get(cache)
+        if found is None or not found.holds():
+            found = self._describe(cache)
+            if found is None:
                 return None
-            mine[cache] = kept
-        elif kept.wide:
-            torch._foreach_copy_(kept.wide, kept.narrow)
-        return kept.model
+            mine[cache] = found
+        elif found.wide:
+            torch._foreach_copy_(found.wide, found.narrow)
+        return found.model
 
     def stands_aside(self) -> str | None:
         """Why the kernels leave this model's steps to the plain path; None if they take them."""
         found = matrices_of(self)
         return found if isinstance(found, str) else None
 
-    def _describe(self, cache: RollingBufferCache) -> Kept | None:
-        args = self.args
+    def _describe(self, cache: RollingBufferCache) -> Description | None:
         hooks = [vars(m)[kind] for m in self.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
         if any(hooks):
             return None
@@ -206,48 +206,76 @@ class FastTransformer(Transformer):
         if isinstance(matrices, str):
             report(self, matrices)
             return None
+        args, norms = self.args, Norms()
         layers = (Layer * len(self.layers))()
-        wide, narrow = [], []
-
-        def floats(tensor: Tensor) -> int:
-            if tensor.dtype == torch.float32 and tensor.is_contiguous():
-                return tensor.data_ptr()
-            narrow.append(tensor.detach())
-            wide.append(tensor.detach().float().contiguous())
-            return wide[-1].data_ptr()
-
         for i, block in enumerate(self.layers):
-            layer, store = layers[i], cache.layer(i)
-            for name, matrix in matrices[i].items():
-                setattr(layer, name, matrix)
-            if experts := experts_of(block):
-                layer.experts = (Expert * len(experts))(*experts)
-            layer.attention_norm = floats(block.get_parameter("attention_norm.weight"))
-            layer.ffn_norm = floats(block.get_parameter("ffn_norm.weight"))
-            layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
-            layer.capacity, layer.window = store.capacity, store.window or 0
-            layer.kept = KEPT[store.k.dtype]
-            if isinstance(store, Int8Buffer):
-                layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
+            describe_layer(layers[i], block, matrices[i], norms, cache.layer(i))
         model = Model(
-            layers,
-            floats(self.norm.weight),
-            len(self.layers),
-            args.dim,
-            args.hidden_dim,
-            args.n_heads,
-            args.n_kv_heads,
-            args.head_dim,
-            args.norm_eps,
-            args.moe.num_experts_per_tok if args.moe is not None else 0,
+            layers=layers,
+            norm=norms.place(self.norm.weight),
+            n_layers=len(self.layers),
+            dim=args.dim,
+            hidden_dim=args.hidden_dim,
+            n_heads=args.n_heads,
+            n_kv_heads=args.n_kv_heads,
+            head_dim=args.head_dim,
+            eps=args.norm_eps,
+            chosen=args.moe.num_experts_per_tok if args.moe is not None else 0,
         )
         kinds = "_modules", "_parameters", "_buffers"
         places = [names for m in self.modules() for kind in kinds if (names := vars(m)[kind])]  # few are not empty
         found = _found(places, cache.layers)
         kept = sum(len(store.storage) for store in cache.layers)
         tensors = [x for x in found[kept:] if isinstance(x, Tensor) and x.dim()]
-        ids = [*map(id, found)]
-        return Kept(model, places, cache.layers, found, ids, tensors, _where(tensors), hooks, wide, narrow)
+        return Description(
+            model=model,
+            places=places,
+            stores=cache.layers,
+            found=found,
+            ids=[*map(id, found)],
+            tensors=tensors,
+            where=_where(tensors),
+            hooks=hooks,
+            wide=norms.wide,
+            narrow=norms.narrow,
+        )
+
+
+class Norms:
+    """Weights of norms in fp32, as the kernels have them: where they are, or widened.
+
+    Attributes:
+        wide, narrow: those that were widened, and what they were widened from.
+    """
+
+    def __init__(self) -> None:
+        self.wide: list[Tensor] = []
+        self.narrow: list[Tensor] = []
+
+    def place(self, weight: Tensor) -> int:
+        """The address of a weight's numbers."""
+        if weight.dtype == torch.float32 and weight.is_contiguous():
+            return weight.data_ptr()
+        self.narrow.append(weight.detach())
+        self.wide.append(weight.detach().float().contiguous())
+        return self.wide[-1].data_ptr()
+
+
+def describe_layer(
+    layer: Layer, block: nn.Module, matrices: dict[str, Matrix], norms: Norms, store: RollingBuffer
+) -> None:
+    """Fill in a layer as the kernels have it: its products, by the fields of `Layer`, its norms, and its cache."""
+    for name, matrix in matrices.items():
+        setattr(layer, name, matrix)
+    if experts := experts_of(block):
+        layer.experts = (Expert * len(experts))(*experts)
+    layer.attention_norm = norms.place(block.get_parameter("attention_norm.weight"))
+    layer.ffn_norm = norms.place(block.get_parameter("ffn_norm.weight"))
+    layer.keys, layer.values = store.k.data_ptr(), store.v.data_ptr()
+    layer.capacity, layer.window = store.capacity, store.window or 0
+    layer.kept = CACHE_KINDS[store.k.dtype]
+    if isinstance(store, Int8Buffer):
+        layer.key_scales, layer.value_scales = store.k_scale.data_ptr(), store.v_scale.data_ptr()
 
 
 def widen_stores(model: Model, cache: RollingBufferCache) -> None:

@@ -45,11 +45,10 @@ class ModelDraft:
     Args:
         small: the model that guesses.
         costs: of the large model's steps, shared by all its drafts.
-        most_tokens: of a step of the large model, guesses included.
     """
 
-    def __init__(self, small: Transformer, costs: Costs, most_tokens: int = MOST_TOKENS) -> None:
-        self._small, self._costs, self._most_tokens = small, costs, most_tokens
+    def __init__(self, small: Transformer, costs: Costs) -> None:
+        self._small, self._costs = small, costs
         self._cache: RollingBufferCache | None = None
         self._followed: WeakKeyDictionary[Request, Followed] = WeakKeyDictionary()
         self._each = 0.0  # seconds of a guess
@@ -61,7 +60,7 @@ class ModelDraft:
         counts, tokens = [], len(requests)
         for request, its_most in zip(requests, most, strict=True):
             rate = self._follow(request).rate.value
-            room = max(0, min(its_most, self._most_tokens - tokens))
+            room = max(0, min(its_most, MOST_TOKENS - tokens))
             counts.append(how_many(self._costs, tokens, rate, room, self._each / len(requests)))
             tokens += counts[-1]
         proposed: list[list[int]] = [[] for _ in requests]

@@ -1,4 +1,4 @@
-"""kernels.c, compiled once for this machine and kept; called through ctypes.
+"""csrc/kernels.c, compiled once for this machine and kept; called through ctypes.
 
 The compiler is the machine's own `cc` (or what CC names): GCC or Clang, on x86-64 or 64-bit Arm. Without one that knows
 OpenMP there are no kernels, which costs speed and nothing else.
@@ -26,8 +26,8 @@ from torch import Tensor
 from mistral.util.errors import Unavailable
 
 log = logging.getLogger("mistral")
-SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
+SOURCE = Path(__file__).with_name("csrc") / "kernels.c"
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))  # which it includes
 TORCH = Path(torch.__file__).with_name("lib")
 
 
@@ -65,7 +65,7 @@ class KernelsUnavailable(Unavailable):
 
 
 class Matrix(ctypes.Structure):
-    """A weight matrix as kernels.c has it: [n, k], and how it is stored."""
+    """A weight matrix as lanes.h has it: [n, k], and how it is stored."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -77,13 +77,13 @@ class Matrix(ctypes.Structure):
 
 
 class Expert(ctypes.Structure):
-    """An expert of a mixture as kernels.c has it."""
+    """An expert of a mixture as lanes.h has it."""
 
     _fields_ = tuple((name, Matrix) for name in ("w1", "w2", "w3"))
 
 
 class Layer(ctypes.Structure):
-    """A layer as kernels.c has it."""
+    """A layer as lanes.h has it."""
 
     _fields_ = (
         *((name, Matrix) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
@@ -98,7 +98,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """A model as kernels.c has it."""
+    """A model as lanes.h has it."""
 
     _fields_ = (
         ("layers", ctypes.POINTER(Layer)),
@@ -149,7 +149,7 @@ def library() -> ctypes.CDLL:
 
 def _place(compiler: list[str]) -> Path:
     """Where the library belongs: its name tells source, compiler, flags and processor."""
-    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *PARTS)]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *HEADERS)]
     told = [*sources, *compiler, *FLAGS, _processor()]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
     try:

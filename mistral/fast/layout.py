@@ -1,6 +1,6 @@
 """How quantized weights lie in memory and on disk: names, shapes, bytes. Arithmetic on shapes, without PyTorch.
 
-Rows are interleaved in blocks of 16 and columns filled up to groups of 32, as fast/kernels.c reads them; what the bits
+Rows are interleaved in blocks of 16 and columns filled up to groups of 32, as csrc/kernels.c reads them; what the bits
 mean is in quant/rounding.py.
 """
 

@@ -49,7 +49,11 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
             if folder.is_dir()
             else "the adapter's file is used without a tokenizer"
         )
-        return None, [f"{why}: the words that it adds have ids, and no text"] if wider else unused_of(folder, base)
+        notes = [f"{why}: the words that it adds have ids, and no text"] if wider else _unused_tokens(folder, base)
+        alone = own_template(adapter, base)
+        return None, notes + (
+            [] if alone is None else [f"the chat template is that of {alone.file} beside the adapter"]
+        )
     own, more = read_tokenizer(folder), more_words(folder, base)
     rowless = [word for word in more if own.added.get(word, 0) >= vocab_size]  # those of the base have a note already
     with_rows = [word for word in more if word not in rowless]
@@ -64,6 +68,24 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     if not wider and not with_rows and _new_template(folder, base) is None:
         return None, unused_of(folder, base)
     return folder, [_taken(own, more, folder, base)]
+
+
+def own_template(adapter: Adapter, base: Path) -> FolderTemplate | None:
+    """The chat template that is beside an adapter without a tokenizer, unless its base has the same: it is meant for
+    the adapter, and used with the base's tokenizer.
+
+    Raises:
+        TokenizerError: a file that cannot be read.
+    """
+    folder = adapter.path
+    return _new_template(folder, base) if folder.is_dir() and not has_tokenizer(folder) else None
+
+
+def _unused_tokens(adapter: Path, base: Path) -> list[str]:
+    """A note on tokens that an adapter's folder names without a tokenizer, and that its base does not have."""
+    more = more_words(adapter, base) if adapter.is_dir() else []
+    what = f"{counted(len(more), 'added token')} ({some_words(more)})"
+    return [f"adapter {adapter} has {what} that {base.name} does not have: not used"] if more else []
 
 
 def _taken(own: Tokenizer, more: list[str], folder: Path, base: Path) -> str:

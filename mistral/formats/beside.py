@@ -20,23 +20,35 @@ from mistral.formats.instruct import why_instruct
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
-from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, listed_ids, load_tokenizer, own_ends
+from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, listed_ids, own_ends
 from mistral.formats.unpack import GENERATION
-from mistral.formats.weights import dtype_name
+from mistral.formats.weights import dtype_name, some_names
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
 from mistral.special_tokens import CONFIG
 from mistral.tokenizer import Tokenizer, TokenizerError
-from mistral.util.errors import printable
+
+
+def tokenizer_of(folder: Folder) -> tuple[Tokenizer | None, list[str]]:
+    """The source's tokenizer, None where there is none that can be used, and what should be known about it."""
+    try:
+        return words_of(folder.words, folder.args, folder.path)
+    except TokenizerError as error:
+        return None, [f"the tokenizer cannot be used: {error}"]
 
 
 def describe(
-    folder: Folder, layout: Layout, tensors: list[PlannedTensor], quant: str | None, notes: list[str]
+    folder: Folder,
+    layout: Layout,
+    tensors: list[PlannedTensor],
+    quant: str | None,
+    tokenizer: Tokenizer | None,
+    notes: list[str],
 ) -> dict[str, str]:
-    """The file that gives the shape: its name and its text."""
+    """The file that gives the shape, and one that says what ends sequences where it is wanted: names and texts."""
     dtype = holds_all(tensors)
     described, assumed = layout.describe(
-        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, folder, notes)
+        folder.args, folder.raw, dtype=dtype, quant=quant, tokens=partial(_special_tokens, tokenizer, notes)
     )
     notes += assumed
     if described.get("dtype") and any(tensor.dtype != dtype for tensor in tensors):
@@ -46,7 +58,7 @@ def describe(
         )
     if lost := [key for key in folder.layout.unused(folder.raw) if key not in described]:
         notes.append(f"{layout.config} has no place for {', '.join(lost)} of {folder.source}, which change no number")
-    return {layout.config: as_json(described)} | _ends(folder, described, notes)
+    return {layout.config: as_json(described)} | _ends(folder, described, tokenizer, notes)
 
 
 def holds_all(tensors: list[PlannedTensor]) -> torch.dtype:
@@ -58,15 +70,14 @@ def holds_all(tensors: list[PlannedTensor]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dict[str, str]:
+def _ends(
+    folder: Folder, described: Mapping[str, Any], tokenizer: Tokenizer | None, notes: list[str]
+) -> dict[str, str]:
     """A generation_config.json with the ids that end sequences, where no other file of the destination has all.
 
     Args:
         described: the file that gives the shape there.
     """
-    vocab_size, tokenizer = folder.args.vocab_size, None
-    with suppress(TokenizerError):
-        tokenizer = load_tokenizer(folder.words, vocab_size, folder.path)
     if folder.path.is_file() and folder.own_words is None:
         return {}  # `unpacked` writes them
     path, generation = folder.path / GENERATION, dict[str, Any]()
@@ -75,7 +86,7 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     there = {*_ids(generation), *_ids(described)}
     if tokenizer is not None and folder.own_words is None:  # with an adapter's, transformers goes by this file alone
         there |= own_ends(tokenizer)
-    ends = eos_ids(folder.path, None, vocab_size)[0] if tokenizer is None else tokenizer.eos_ids
+    ends = eos_ids(folder.path, None, folder.args.vocab_size)[0] if tokenizer is None else tokenizer.eos_ids
     missing = ends - there
     if not missing:
         return {}
@@ -87,15 +98,10 @@ def _ends(folder: Folder, described: Mapping[str, Any], notes: list[str]) -> dic
     return {GENERATION: as_json({**generation, "eos_token_id": ids[0] if len(ids) == 1 else ids})}
 
 
-def for_transformers(folder: Folder, notes: list[str], instruct: bool) -> dict[str, str]:
+def for_transformers(folder: Folder, tokenizer: Tokenizer | None, notes: list[str], instruct: bool) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json with which AutoTokenizer gives our ids, where the source has none."""
-    if (folder.words / JSON).is_file():
+    if tokenizer is None or (folder.words / JSON).is_file():
         return {}
-    try:
-        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size, folder.path)
-    except TokenizerError:
-        return {}
-
     made = to_tokenizer_json(tokenizer)
     if made is None:
         notes.append(
@@ -120,7 +126,7 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
     """
     release, _ = identify(folder.args, tokenizer.kind, tokenizer.version)
     of_its_own = release is not None and release.template == "mistrallite"
-    if chat_templates(folder.words) or of_its_own or (made := to_chat_template(tokenizer)) is None:
+    if chat_templates(folder.templates) or of_its_own or (made := to_chat_template(tokenizer)) is None:
         return {}
     why = "as asked" if instruct else why_instruct(folder.path, release)
     if why is None:
@@ -140,20 +146,12 @@ def _chat_template(folder: Folder, tokenizer: Tokenizer, notes: list[str], instr
 def about_names(folder: Folder, dst: Path, layout: Layout) -> list[str]:
     """A note where nothing but the source's name says that a model is for conversations, and the new one does not."""
     try:
-        why = None if chat_templates(folder.words) or layout is not NATIVE else why_instruct(folder.path, None)
+        why = None if chat_templates(folder.templates) or layout is not NATIVE else why_instruct(folder.path, None)
     except TokenizerError:
         return []
     if why is None or why_instruct(dst, None) is not None:
         return []
     return [f"that the model is for conversations is known from {why} alone, and {dst.name} does not say so"]
-
-
-def about_tokenizer(folder: Folder) -> list[str]:
-    """What should be known about the source's tokenizer, a sentence each."""
-    try:
-        return words_of(folder.words, folder.args, folder.path)[1]
-    except TokenizerError as error:
-        return [f"the tokenizer cannot be used: {error}"]
 
 
 def _ids(told: Mapping[str, Any]) -> list[int]:
@@ -170,14 +168,11 @@ def not_carried(folder: Folder, carried: Iterable[str], written: set[str]) -> li
     used |= {Path(name).parts[0] for name in carried}
     there = folder.path.iterdir() if folder.path.is_dir() else ()
     rest = sorted(entry.name for entry in there if entry.name not in used)
-    shown = ", ".join(map(printable, rest[:8])) + (f" and {len(rest) - 8} more" if len(rest) > 8 else "")
-    return [f"not carried along: {shown}"] if rest else []
+    return [f"not carried along: {some_names(rest, most=8)}"] if rest else []
 
 
-def _special_tokens(folder: Folder, notes: list[str]) -> dict[str, int]:
-    try:
-        tokenizer = load_tokenizer(folder.words, folder.args.vocab_size, folder.path)
+def _special_tokens(tokenizer: Tokenizer | None, notes: list[str]) -> dict[str, int]:
+    if tokenizer is not None:
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    except TokenizerError as error:
-        notes.append(f"config.json has bos_token_id 1 and eos_token_id 2, as all releases do: {error}")
-        return {"bos_token_id": 1, "eos_token_id": 2}
+    notes.append("config.json has bos_token_id 1 and eos_token_id 2, as all releases do: no tokenizer says otherwise")
+    return {"bos_token_id": 1, "eos_token_id": 2}

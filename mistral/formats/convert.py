@@ -19,19 +19,20 @@ import torch
 
 from mistral.fast.layout import QUANTS, stored_as
 from mistral.formats.adapter import read_adapter
-from mistral.formats.beside import about_names, about_tokenizer, describe, for_transformers, not_carried
+from mistral.formats.beside import about_names, describe, for_transformers, not_carried, tokenizer_of
 from mistral.formats.broken import require_whole
 from mistral.formats.folder import Folder, read_folder, with_window
 from mistral.formats.hub import locate
 from mistral.formats.layout import Layout
 from mistral.formats.layouts import NATIVE, WRITABLE
 from mistral.formats.merge import merge_into
-from mistral.formats.tokenizers import JSON, tokenizer_files
+from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, tokenizer_files
 from mistral.formats.unpack import GENERATION, unpacked
 from mistral.formats.weights import dtype_name, file_names
 from mistral.formats.writer import SHARD, PlannedTensor, as_json, header, write_text, write_weights
 from mistral.parameters import parameters
 from mistral.special_tokens import CONFIG
+from mistral.tokenizer import Tokenizer
 from mistral.util import memory
 from mistral.util.arguments import path_of, require_integer, require_kind
 from mistral.util.dtypes import full_name
@@ -158,26 +159,25 @@ def write_folder(
         folder = merge_into(folder, read_adapter(adapter), asked)
     place = destination(folder.path, dst)
     require_whole(folder.path, ", to convert without")
-    notes = [*folder.notes, *about_tokenizer(folder)]
+    tokenizer, about = tokenizer_of(folder)
+    notes = [*folder.notes, *about]
     files = _plan(folder, layout, target, quant, shard_size)
     tensors = [tensor for part in files.values() for tensor in part]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     if target is None and quant is None and any(tensor.widened for tensor in folder.tensors.values()):
         notes.append("blocks of few bits are written as the float32 numbers that they stand for: --dtype rounds them")
-    described = describe(folder, layout, tensors, quant, notes)
+    described = describe(folder, layout, tensors, quant, tokenizer, notes)
     notes += about_names(folder, dst, layout)
-    beside = _beside(folder, layout, described, notes, instruct)
+    beside = _beside(folder, layout, described, tokenizer, notes, instruct)
     _check_disk(place, nbytes + beside.nbytes + sum(len(header(part)) for part in files.values()), notes)
     columns: Mapping[str, torch.Tensor] = {}
     if calibrate is not None:
-        columns, about = calibrate(folder)
-        notes.append(about)
+        columns, of_text = calibrate(folder)
+        notes.append(of_text)
     try:
         with folder_atomic(place) as work:
             notes += write_weights(folder, work, files, layout, columns)
-            if len(files) > 1 and layout.index is not None:
-                names = {tensor.name: file for file, part in files.items() for tensor in part}
-                write_text(work / layout.index, as_json({"metadata": {"total_size": nbytes}, "weight_map": names}))
+            _write_index(work, layout, files)
             beside.write(work)  # last, because no folder without them is taken for a model
             read_folder(work)
     except OSError as error:
@@ -214,13 +214,24 @@ class _Beside:
             write_text(folder / name, text)
 
 
-def _beside(folder: Folder, layout: Layout, texts: dict[str, str], notes: list[str], instruct: bool) -> _Beside:
+def _beside(
+    folder: Folder,
+    layout: Layout,
+    texts: dict[str, str],
+    tokenizer: Tokenizer | None,
+    notes: list[str],
+    instruct: bool,
+) -> _Beside:
     """What comes beside the weights: `texts`, and what a tokenizer and conversations need; notes are added to."""
-    unpack, lost = unpacked(folder.words, folder.args.vocab_size)
+    unpack, lost = unpacked(folder.words, tokenizer)
     notes += lost
+    if folder.own_template is not None:  # which comes before one in tokenizer_config.json
+        texts = texts | {TEMPLATE: chat_templates(folder.own_template)["default"].text}
     if layout is not NATIVE and JSON not in unpack:
-        texts = for_transformers(folder, notes, instruct) | texts
+        texts = for_transformers(folder, tokenizer, notes, instruct) | texts
     carried = {name: path for name, path in _carried(folder).items() if path.name not in texts}
+    if folder.own_template is not None:  # and behind one of this name
+        carried.pop(f"{MORE_TEMPLATES}/default.jinja", None)
     notes += not_carried(folder, carried, set(texts))
     return _Beside(carried, unpack, texts)
 
@@ -326,3 +337,11 @@ def _plan(
         # So that every tensor is aligned to its own dtype. What is quantized comes in multiples of four bytes.
         part.sort(key=lambda tensor: -4 if tensor.quant else -tensor.dtype.itemsize)
     return {layout.file_name(i, len(parts)): part for i, part in enumerate(parts, 1)}
+
+
+def _write_index(place: Path, layout: Layout, files: dict[str, list[PlannedTensor]]) -> None:
+    """Write which file holds which tensor, where there are several and the layout says so."""
+    if len(files) > 1 and layout.index is not None:
+        total = sum(tensor.nbytes for part in files.values() for tensor in part)
+        names = {tensor.name: file for file, part in files.items() for tensor in part}
+        write_text(place / layout.index, as_json({"metadata": {"total_size": total}, "weight_map": names}))

@@ -43,6 +43,7 @@ class Folder:
             `fast.layout.stored_as`; else None. Older folders have a tied table as it was: see `has_quantized`.
         notes: what was assumed or ignored, a sentence each.
         own_words: the folder of an adapter whose tokenizer and templates stand in the place of the model's; None: none.
+        own_template: that of an adapter whose chat template alone does; None: none.
     """
 
     path: Path
@@ -54,11 +55,17 @@ class Folder:
     notes: tuple[str, ...]
     quant: str | None = None
     own_words: Path | None = None
+    own_template: Path | None = None
 
     @property
     def words(self) -> Path:
-        """Where its tokenizer and its chat templates are."""
+        """Where its tokenizer is."""
         return self.path if self.own_words is None else self.own_words
+
+    @property
+    def templates(self) -> Path:
+        """Where its chat templates are."""
+        return self.words if self.own_template is None else self.own_template
 
     @property
     def tensors(self) -> dict[str, Stored]:

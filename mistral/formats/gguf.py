@@ -331,17 +331,6 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     return weights
 
 
-def raw_blocks(tensor: GgufTensor, progress: Progress = None) -> Tensor:
-    """The bytes of a tensor as they lie in its file: [nbytes] uint8, mapped, not read.
-
-    Raises:
-        OSError: the file cannot be read, or is shorter than it was.
-    """
-    return Part(tensor.path, tensor.begin, tensor.end).tensor(
-        tensor.begin, tensor.end, (tensor.nbytes,), "uint8", progress
-    )
-
-
 @dataclass(frozen=True)
 class BlockReader:
     """Reads a tensor that is blocks of few bits in its file: widened to fp32, or the blocks themselves.

@@ -152,6 +152,32 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
+    _check_keys(raw, kind)
+    missing = [key for key in SHAPE if key not in raw]
+    if missing:
+        raise ParamsError(f"config.json lacks {', '.join(missing)}")
+    values = {ours: raw[theirs] for theirs, ours in SHAPE.items()}
+    notes: list[str] = []
+    values["head_dim"] = _head_dim(raw, values["dim"], values["n_heads"])
+    if raw.get(QUANTIZATION) is not None:
+        notes.append(method_of(raw[QUANTIZATION]).note)
+    if isinstance(raw.get("auto_map"), dict) and any(name.startswith("AutoModel") for name in raw["auto_map"]):
+        notes.append(f"config.json has auto_map: code of its own, which is never run: this is computed as {kind} is")
+    values["sliding_window"] = _window(raw, kind, notes)
+    if raw.get("tie_word_embeddings") is not None:
+        values["tied_embeddings"] = raw["tie_word_embeddings"]
+    if kind == "mixtral":
+        values["moe"] = moe_of_config(raw)
+    positions = positions_of_config(raw)
+    try:
+        args = ModelArgs(**values, **positions)
+    except ArgsError as error:
+        raise ParamsError(f"config.json: {in_their_words(str(error))}") from None
+    return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
+
+
+def _check_keys(raw: dict[str, Any], kind: str) -> None:
+    """Refuse keys that mean something which this model does not have, and those that nobody knows."""
     for key, value in raw.items():
         if key in ONLY:
             if value not in ONLY[key]:
@@ -172,33 +198,15 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
             )
-    missing = [key for key in SHAPE if key not in raw]
-    if missing:
-        raise ParamsError(f"config.json lacks {', '.join(missing)}")
-    values = {ours: raw[theirs] for theirs, ours in SHAPE.items()}
-    notes: list[str] = []
+
+
+def _head_dim(raw: dict[str, Any], dim: Any, heads: Any) -> Any:
+    """What the file says, or else the width that each head has its share of."""
     if raw.get("head_dim") is not None:
-        values["head_dim"] = raw["head_dim"]
-    else:
-        dim, heads = values["dim"], values["n_heads"]
-        if not (type(dim) is int and type(heads) is int and heads > 0 and dim % heads == 0):
-            raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
-        values["head_dim"] = dim // heads
-    if raw.get(QUANTIZATION) is not None:
-        notes.append(method_of(raw[QUANTIZATION]).note)
-    if isinstance(raw.get("auto_map"), dict) and any(name.startswith("AutoModel") for name in raw["auto_map"]):
-        notes.append(f"config.json has auto_map: code of its own, which is never run: this is computed as {kind} is")
-    values["sliding_window"] = _window(raw, kind, notes)
-    if raw.get("tie_word_embeddings") is not None:
-        values["tied_embeddings"] = raw["tie_word_embeddings"]
-    if kind == "mixtral":
-        values["moe"] = moe_of_config(raw)
-    positions = positions_of_config(raw)
-    try:
-        args = ModelArgs(**values, **positions)
-    except ArgsError as error:
-        raise ParamsError(f"config.json: {in_their_words(str(error))}") from None
-    return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
+        return raw["head_dim"]
+    if not (type(dim) is int and type(heads) is int and heads > 0 and dim % heads == 0):
+        raise ParamsError("config.json has no head_dim, and hidden_size is no multiple of num_attention_heads")
+    return dim // heads
 
 
 def in_their_words(text: str) -> str:

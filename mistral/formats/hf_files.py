@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mistral.formats.pth import open_archives
 from mistral.formats.weights import (
+    TensorTwice,
     WeightFiles,
     WeightsError,
     numbered_parts,
@@ -74,7 +75,10 @@ def find_hf_weights(folder: Path) -> WeightFiles:
             raise WeightsError(
                 f"{folder} holds {single.name} and an index of other files: remove those of another model"
             )
-        return _check_index(form.open(parts), index)
+        try:
+            return _check_index(form.open(parts), index)
+        except TensorTwice as error:
+            raise WeightsError(f"{str(error).rpartition(': ')[0]}: {_of_overlay(error, index)}") from None
     if single.is_file():
         return form.open((single,))
     parts = numbered_parts(folder, form.stem, form.end)
@@ -115,6 +119,18 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise WeightsError(f"{index} does not say which file holds which tensor: fetch it again")
     return found
+
+
+def _of_overlay(error: TensorTwice, index: Path) -> str:
+    """What to do where an index names files that hold a tensor twice, as those that lay a few tensors over others."""
+    listed = _weight_map(index).get(error.name)
+    if listed != error.last:
+        said = "does not list it" if listed is None else f"gives {printable(listed)} for it"
+        return f"{index.name} {said}, and transformers reads the last file: remove the one that is not meant"
+    return (
+        f"{index.name} gives the last file for it, which transformers reads: have it write one set of files "
+        f"(AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(OTHER)), and give that"
+    )
 
 
 def _check_index(weights: WeightFiles, index: Path) -> WeightFiles:

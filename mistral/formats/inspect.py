@@ -103,21 +103,26 @@ def inspect_folder(folder: str | PathLike[str] | None = None) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "ends": _ends(path, tokenizer, args.vocab_size),
         "template": _template(path, tokenizer, release),
-        "memory": {
-            "weights": {
-                dtype: _weight_bytes(found, found.quant, _rest_itemsize(found) if found.quant else n)
-                for dtype, n in ITEMSIZE.items()
-            },
-            "quantized": _quantized_bytes(found),
-            "blocks": _blocks(found),
-            "cache": [
-                {"positions": n, "bytes": {dtype: args.cache_bytes(n, dtype) for dtype in (*ITEMSIZE, "int8")}}
-                for n in POSITIONS
-            ],
-        },
+        "memory": _memory(found),
         "suspicious": list(dict.fromkeys(suspicious)),
     }
     return report | {"serve": serving(found, report)}
+
+
+def _memory(found: Folder) -> dict[str, Any]:
+    """Bytes of the weights in each dtype, of those that may be fewer, and of the cache of one sequence."""
+    return {
+        "weights": {
+            dtype: _weight_bytes(found, found.quant, _rest_itemsize(found) if found.quant else n)
+            for dtype, n in ITEMSIZE.items()
+        },
+        "quantized": _quantized_bytes(found),
+        "blocks": _blocks(found),
+        "cache": [
+            {"positions": n, "bytes": {dtype: found.args.cache_bytes(n, dtype) for dtype in (*ITEMSIZE, "int8")}}
+            for n in POSITIONS
+        ],
+    }
 
 
 def _weight_bytes(found: Folder, quant: str | None, itemsize: int) -> int:

@@ -28,10 +28,22 @@ def compile_template(text: str, source: str) -> Any:
     """
     try:
         import jinja2
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise Unavailable(f"the template of {source} needs jinja2: pip install jinja2") from None
+    try:
+        return _sandbox().from_string(text)
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        reason = printable(error.message or "a syntax error", 300)
+        raise NotJinja(f"the template of {source} is no Jinja: {reason} in line {error.lineno}") from None
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise NotJinja(f"the template of {source} is no Jinja: {type(error).__name__}") from None
+
+
+def _sandbox() -> Any:
+    """An environment of jinja2 with what templates of models expect to find."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks what the model writes, for training; here it is just its content."""
@@ -75,10 +87,4 @@ def compile_template(text: str, source: str) -> Any:
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": Namespace,
     }
-    try:
-        return environment.from_string(text)
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        reason = printable(error.message or "a syntax error", 300)
-        raise NotJinja(f"the template of {source} is no Jinja: {reason} in line {error.lineno}") from None
-    except (RecursionError, ValueError, OverflowError) as error:
-        raise NotJinja(f"the template of {source} is no Jinja: {type(error).__name__}") from None
+    return environment

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mistral.args import ModelArgs
 from mistral.formats.adapter import CONFIG, Adapter, AdapterError, Pair, join
-from mistral.formats.adapter_words import own_words, sampling_of
+from mistral.formats.adapter_words import own_template, own_words, sampling_of
 from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
@@ -245,7 +245,9 @@ def merge_into(folder: Folder, adapter: Adapter, asked: str | None = None) -> Fo
     words, about_words = own_words(adapter, folder.path, folder.args)
     said = [*about(adapter, f"merged, rounded once to {join(dtypes)}", folder), *said, *about_words]
     weights = replace(weights, readers=readers)
-    return replace(folder, args=args, weights=weights, notes=(*folder.notes, *said), own_words=words)
+    template = None if own_template(adapter, folder.path) is None else adapter.path
+    notes = (*folder.notes, *said)
+    return replace(folder, args=args, weights=weights, notes=notes, own_words=words, own_template=template)
 
 
 def _with_tables(folder: Folder, adapter: Adapter) -> tuple[WeightFiles, ModelArgs, list[str]]:

@@ -101,6 +101,11 @@ def open_archives(paths: tuple[Path, ...]) -> WeightFiles:
 
 
 def open_pth(path: Path) -> WeightFiles:
+    """The tensors of a file of torch.save's, by name, each mapped until it is read. Nothing in the file is executed.
+
+    Raises:
+        WeightsError: it cannot be read, is not complete, or holds more than tensors.
+    """
     try:
         with open(path, "rb", opener=regular) as file:
             complete = zipfile.is_zipfile(file)  # the directory of a zip file is its end

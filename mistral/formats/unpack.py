@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from mistral.formats.hf_tokenizer import added_tokens
-from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, is_gguf_file, load_tokenizer
+from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, is_gguf_file
 from mistral.formats.writer import as_json
 from mistral.special_tokens import CONFIG
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.tokenizer import Tokenizer
 from mistral.util.errors import printable
 
 GENERATION = "generation_config.json"
 
 
-def unpacked(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
+def unpacked(path: Path, tokenizer: Tokenizer | None) -> tuple[dict[str, bytes], list[str]]:
     """Files by name, and what was lost, a sentence each; none of either where a model is a folder.
+
+    Args:
+        tokenizer: the model's; None where there is none that can be used.
 
     Raises:
         TokenizerError: the file's templates cannot be read.
@@ -26,10 +29,8 @@ def unpacked(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
         return {}, []
     files: dict[str, bytes] = {}
     notes: list[str] = []
-    try:
-        tokenizer = load_tokenizer(path, vocab_size)
-    except TokenizerError as error:
-        notes.append(f"no tokenizer was written: {error}")
+    if tokenizer is None:
+        notes.append("no tokenizer was written")
     else:
         files |= _tokenizer(path, tokenizer, notes)
         files[GENERATION] = _json(_ids(tokenizer))

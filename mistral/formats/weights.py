@@ -40,6 +40,20 @@ class WeightsError(FormatError):
     """Weights that are missing, broken, or not those of the model described."""
 
 
+class TensorTwice(WeightsError):
+    """A tensor that is in two files.
+
+    Args:
+        message: what is wrong, and what to do.
+        name: of the tensor.
+        last: the name of the second file.
+    """
+
+    def __init__(self, message: str, name: str = "", last: str = "") -> None:
+        super().__init__(message)
+        self.name, self.last = name, last
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor in a file.
@@ -178,6 +192,11 @@ def file_names(files: tuple[Path, ...]) -> str:
 
 
 def numbered_parts(folder: Path, stem: str, end: str = ".safetensors") -> tuple[Path, ...]:
+    """The files of weights in parts, such as model-00001-of-00002.safetensors, in order; none where there are none.
+
+    Raises:
+        WeightsError: some are missing, or are of another set.
+    """
     found: dict[int, dict[int, Path]] = {}
     for path in folder.glob(f"{stem}-*-of-*{end}"):
         match = re.fullmatch(stem + r"-(\d+)-of-(\d+)" + re.escape(end), path.name)
@@ -208,6 +227,11 @@ def parts_among(names: Collection[str], stem: str, end: str = ".safetensors") ->
 
 
 def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
+    """The tensors of safetensors files, by the names in their headers; no tensor is read.
+
+    Raises:
+        WeightsError: a file that cannot be read, is not complete, or holds what another one holds too.
+    """
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
     for path in files:
@@ -222,9 +246,8 @@ def open_safetensors(files: tuple[Path, ...]) -> WeightFiles:
         part = Part(path, 0, 0, stamp)
         for name, entry in entries.items():
             if name in tensors:
-                raise WeightsError(
-                    f"{printable(name)} is in {path.name} and in an earlier part: remove the file that is not meant"
-                )
+                twice = f"{printable(name)} is in {path.name} and in an earlier part"
+                raise TensorTwice(f"{twice}: remove the file that is not meant", name, path.name)
             dtype = NAMES.get(entry.dtype, "")
             tensors[name] = Stored(entry.shape, dtype, entry.dtype)
             if not dtype:
@@ -300,10 +323,12 @@ def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def some_names(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+def some_names(names: list[str], most: int = 3) -> str:
+    """The first of some names for people, and how many more there are."""
+    shown = ", ".join(map(printable, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
+    """Such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -273,6 +273,6 @@ def _default(told: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def some_words(names: list[str], most: int = 3) -> str:
+def some_words(names: list[str]) -> str:
     """Words or names for people: the first few."""
-    return ", ".join(map(printable, names[:most])) + (", ..." if len(names) > most else "")
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")

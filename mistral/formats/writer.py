@@ -21,6 +21,7 @@ from mistral.formats.weights import CODES, dtype_name
 from mistral.parameters import Parameter
 from mistral.util.errors import ConvertError
 from mistral.util.progress import Bar
+from mistral.util.threads import Sharing
 
 SHARD = 5_000_000_000  # bytes of a file in Hugging Face's layout; Mistral's has one file
 PIECE = 2**24  # weights written at a time
@@ -86,19 +87,20 @@ def write_weights(
     Args:
         columns: how much each column of a weight counts where it is quantized; see `quant.quantize`.
     """
-    rounding, quantized = Rounding(), Quantized(folder, columns)
+    rounding, quantized, sharing = Rounding(), Quantized(folder, columns), Sharing()
     total = sum(tensor.nbytes for part in files.values() for tensor in part)
     with Bar("writing", "B", total) as bar:
         for name, part in files.items():
             with open(work / name, "wb") as file:
                 file.write(header(part))
                 for tensor in part:
-                    if tensor.quant is not None:
-                        rounded = quantized.part(tensor)
-                        file.write(rounded.view(torch.uint8).numpy().data)
-                        bar.update(rounded.nbytes)
-                    else:
-                        _write_tensor(file, tensor, folder, to, rounding, bar)
+                    with sharing():
+                        if tensor.quant is not None:
+                            rounded = quantized.part(tensor)
+                            file.write(rounded.view(torch.uint8).numpy().data)
+                            bar.update(rounded.nbytes)
+                        else:
+                            _write_tensor(file, tensor, folder, to, rounding, bar)
     return rounding.verdict()
 
 
@@ -197,8 +199,10 @@ class Rounding:
 
 
 def as_json(value: dict[str, Any]) -> str:
+    """The text of a JSON file."""
     return json.dumps(value, indent=2) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 with the line ends of Unix, on every system."""
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mistral.formats.adapter import Adapter, join, read_adapter
-from mistral.formats.adapter_words import own_words, unused_of
+from mistral.formats.adapter_words import own_template, own_words, unused_of
 from mistral.formats.folder import Folder
 from mistral.formats.merge import Update, about, merge_into, updates
 from mistral.loader.options import LoadOptions, OptionError, adapter_names
@@ -73,7 +73,8 @@ def _beside(found: Folder, adapters: dict[str, Adapter]) -> Adapted:
     if len(adapters) == 1:
         (adapter,) = adapters.values()
         words, about_words = own_words(adapter, found.path, found.args)
-        found = replace(found, own_words=words)
+        template = None if own_template(adapter, found.path) is None else adapter.path
+        found = replace(found, own_words=words, own_template=template)
         return Adapted(found, beside, f"adapter {adapter.path} at run time", (*notes, *about_words))
     notes += [note for adapter in adapters.values() for note in unused_of(adapter.path, found.path)]
     if expert := next((n for added in beside.values() for n in added if _of_expert(n)), None):

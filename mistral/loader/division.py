@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from mistral.args import ModelArgs
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 class Division(Protocol):
-    """The part of a model that this process has, and how the parts work together."""
+    """The part of a model that this process has, and how the parts work together.
+
+    Attributes:
+        unknown: name and class of a module of every such model that no fast path knows.
+    """
+
+    unknown: ClassVar[str]
 
     def notes(self, args: ModelArgs, quant: str | None) -> tuple[str, ...]:
         """Sentences on it for people: `args` is the whole model's shape, `quant` what its weights are rounded to."""

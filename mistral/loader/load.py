@@ -17,8 +17,9 @@ from mistral.formats.tokenizers import USUAL_NAME, suggested_sampling
 from mistral.formats.weights import file_names
 from mistral.formats.words import unused_ids, words_of
 from mistral.loader.adapted import with_adapters
-from mistral.loader.assemble import assemble_adapted, narrowed
+from mistral.loader.assemble import assemble_adapted
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.loader.sizes import narrowed
 from mistral.tokenizer import Tokenizer, TokenizerLike, require_tokenizer
 from mistral.util.arguments import require_kind
 from mistral.util.english import did_you_mean
@@ -47,6 +48,7 @@ class Loaded:
         draft: what guesses its tokens, for people; "" for nothing.
         trained_length: tokens of the longest sequences that it was trained on, by its files; None: they do not say.
         own_words: the folder of an adapter whose tokenizer and templates stand in the place of the model's; None: none.
+        own_template: that of an adapter whose chat template alone does; None: none.
     """
 
     model: Transformer
@@ -61,11 +63,17 @@ class Loaded:
     draft: str = ""
     trained_length: int | None = None
     own_words: Path | None = None
+    own_template: Path | None = None
 
     @property
     def words(self) -> Path:
         """Where its tokenizer and its chat templates are."""
         return self.folder if self.own_words is None else self.own_words
+
+    @property
+    def templates(self) -> Path:
+        """Where its chat templates are, as `find_template` takes it."""
+        return self.words if self.own_template is None else self.own_template
 
     def describe(self) -> str:
         """One line: what was loaded, from where, and every choice that was made."""
@@ -102,7 +110,7 @@ class Loaded:
         """
         from mistral.loader.save import save
 
-        return save(self.model, folder, self.folder, self.own_words)
+        return save(self.model, folder, self.folder, self.own_words, self.own_template)
 
     def __repr__(self) -> str:
         return f"<Loaded {short(self.folder)}: {self.parameters / 1e6:.1f} M parameters; {self.runtime.describe()}>"
@@ -145,7 +153,8 @@ def load(
     options = _spelled_out(options, kernels, deterministic)
     _check_draft(options.draft)
     base = read_folder(BUNDLED if folder is None else locate(folder), options.max_batch_size)
-    adapted = with_adapters(windowed(base, options), options)
+    asked = windowed(base, options)
+    adapted = with_adapters(asked, options)
     found = adapted.folder
     own, about = None if tokenizer is None else require_tokenizer(tokenizer), list[str]()
     if own is None:
@@ -157,22 +166,21 @@ def load(
     release, odd = identify(base.args, *known)
     model, run = assemble_adapted(adapted, division, options)
     draft, of_draft = _put_draft(model, own, options)
-    notes = (*windowed(base, options).notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
-    files, parameters = found.weights.files, found.parameters
-    known_length = trained_length(found.raw)
+    notes = (*asked.notes, *odd, *about, *narrowed(found, run), *run.notes, *of_draft)
     return Loaded(
-        model,
-        cast("Tokenizer", own),
-        found.args,
-        run,
-        found.path,
-        files,
-        parameters,
-        release,
-        notes,
-        draft,
-        known_length,
-        found.own_words,
+        model=model,
+        tokenizer=cast("Tokenizer", own),
+        args=found.args,
+        runtime=run,
+        folder=found.path,
+        files=found.weights.files,
+        parameters=found.parameters,
+        release=release,
+        notes=notes,
+        draft=draft,
+        trained_length=trained_length(found.raw),
+        own_words=found.own_words,
+        own_template=found.own_template,
     )
 
 

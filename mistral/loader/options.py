@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from os import PathLike
 
 from mistral.fast.layout import QUANTS
+from mistral.util.arguments import require_integer
 from mistral.util.dtypes import DTYPE_NAMES
 from mistral.util.errors import UsageError, short_repr
 
-EXECUTIONS = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
+EXECUTION_NAMES = ("auto", "eager", "kernels", "cuda_graph", "bitwise")
 ADAPTER_MODES = ("merge", "runtime")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash", "xformers")
 # Of keys and values; float64 is for arithmetic in float64.
@@ -29,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cache_dtype": ("auto", *CACHE_NAMES),
     "prompt_dtype": PROMPT_DTYPES,
     "attention": ATTENTIONS,
-    "execution": EXECUTIONS,
+    "execution": EXECUTION_NAMES,
     "quant": (*QUANTS, "none"),
     "adapter_mode": ADAPTER_MODES,
 }
@@ -95,10 +96,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise OptionError(f"{name} is {short_repr(value)}; it must be a whole number")
-            if not least <= value <= most:
-                raise OptionError(f"{name} is {short_repr(value)}; it must be between {least} and {most:,}")
+            object.__setattr__(self, name, require_integer(name, value, least, most, OptionError))
         object.__setattr__(self, "sliding_window", window_of(self.sliding_window))
 
 

@@ -128,7 +128,16 @@ def resolve(options: LoadOptions, *, stored: torch.dtype, called: str, parameter
     if rounds:
         notes = (*notes, *_check_prompts(execution, compute, weights, called, options.quant))
     return Runtime(
-        *(place, weights, compute, cache, name, attend, execution, options.quant, notes), rounds_prompts=rounds
+        device=place,
+        weights=weights,
+        compute=compute,
+        cache=cache,
+        attention=name,
+        attend=attend,
+        execution=execution,
+        quant=options.quant,
+        notes=notes,
+        rounds_prompts=rounds,
     )
 
 

@@ -30,7 +30,11 @@ TOGETHER = 1024  # rows that are dequantized at once
 
 
 def save(
-    model: Transformer, folder: str | PathLike[str], source: Path | None = None, words: Path | None = None
+    model: Transformer,
+    folder: str | PathLike[str],
+    source: Path | None = None,
+    words: Path | None = None,
+    template: Path | None = None,
 ) -> Converted:
     """Write the weights of a model as they are, each in its own dtype. The folder appears when it is complete.
 
@@ -42,6 +46,7 @@ def save(
         source: the folder that it was loaded from, whose tokenizer and templates are copied; None: only weights and
             shape are written.
         words: the folder of an adapter whose tokenizer and templates it has instead; None: none.
+        template: that of an adapter whose chat template alone it has; None: none.
 
     Raises:
         UsageError: quantized weights: `convert --quant` writes those.
@@ -72,7 +77,9 @@ def save(
     with tempfile.TemporaryDirectory() as nothing:
         path = Path(nothing) if source is None else source
         layout, raw = (NATIVE, {}) if source is None else _described(source)
-        whole = Folder(path, layout, layout.config, raw, model.args, weights, notes=(), own_words=words)
+        whole = Folder(
+            path, layout, layout.config, raw, model.args, weights, notes=(), own_words=words, own_template=template
+        )
         return write_folder(whole, folder, NATIVE.to)
 
 

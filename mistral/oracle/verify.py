@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,24 +138,14 @@ def verify(
         UsageError: a weight that is not finite.
         WeightsError: a file that cannot be read.
     """
-    notes: list[str] = []
     lens = _lens(found.args, full) if lens is None else list(lens)
     prompts = random_prompts(found.args, lens, seed)
     groups = [found.args]
     if not full and any(w is not None and w > WINDOW for w in found.args.windows):
         groups.append(narrowed(found.args))
-        notes.append(f"rolled with windows of {WINDOW} in place of wider ones; --full rolls the model's own")
-    elif all(w is None for w in found.args.windows):
-        notes.append("no layer has a window: nothing rolls")
+    notes = [*_about(found, len(groups) > 1), *_not_at_hand()]
     reading = WeightReader(found)
     stored = reading.get(OUTPUT).dtype
-    if found.quant is not None:
-        notes.append(
-            f"weights in {found.quant} are taken as the fp32 numbers that they mean, not as the kernels compute"
-        )
-    if multiplied_as_they_are(found.weights, found.args):
-        notes.append("blocks of few bits are taken as the fp32 numbers that they mean, not as the kernels compute")
-    notes += _not_at_hand()
     each = [(args, _variants(args, prompts, stored)) for args in groups]
     for _, variants in each[1:]:  # what has no buffer does not roll
         variants[:] = [v for v in variants if v.name not in ("whole", "batched")]
@@ -179,6 +170,21 @@ def verify(
         for dtype in beyond
     ]
     return Report(len(found.tensors), tuple(lens), tuple(rows), tuple(notes))
+
+
+def _about(found: Folder, rolls_narrowed: bool) -> list[str]:
+    """What should be known about how a folder is verified, a sentence each."""
+    notes = []
+    if rolls_narrowed:
+        notes.append(f"rolled with windows of {WINDOW} in place of wider ones; --full rolls the model's own")
+    elif all(w is None for w in found.args.windows):
+        notes.append("no layer has a window: nothing rolls")
+    meant = "taken as the fp32 numbers that they mean, not as the kernels compute"
+    if found.quant is not None:
+        notes.append(f"weights in {found.quant} are {meant}")
+    if multiplied_as_they_are(found.weights, found.args):
+        notes.append(f"blocks of few bits are {meant}")
+    return notes
 
 
 def _lens(args: ModelArgs, full: bool) -> list[int]:
@@ -245,7 +251,6 @@ def _rounding(reading: WeightReader, variant: Variant) -> Rounding:
 def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -> list[Variant]:
     """What is available: one_file_ref, transformers, and ours in every schedule, backend and dtype. Neighbours share
     a dtype of weights."""
-    lens = [len(p) for p in prompts]
     narrow = min(stored, torch.float32, key=lambda dtype: dtype.itemsize)
     fp32 = (torch.float32, torch.float32)
     made: list[Variant] = []
@@ -254,36 +259,8 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
     if args.moe is None and importlib.util.find_spec("transformers") is not None:
         made.append(Variant("transformers", "eager", fp32, TransformersRunner(args, prompts, torch.float32)))
 
-    def ours(
-        name: str,
-        attention: str,
-        attend: Attend,
-        dtypes: Dtypes,
-        device: str = "cpu",
-        fast: bool = False,
-        cache: torch.dtype | None = None,
-    ) -> None:
-        schedule, cached = {
-            "whole": (whole(lens), False),
-            "batched": (batched(lens), False),
-            "chunked": (chunked(lens, CHUNK), True),
-            "stepwise": (stepwise(lens), True),
-        }[name]
-        kind = DecodeRunner if fast else LibraryRunner
-        stream = kind(
-            args,
-            prompts,
-            schedule,
-            attend,
-            weights=dtypes[0],
-            compute=dtypes[1],
-            cached=cached,
-            device=device,
-            kernels=fast,
-            cache=cache,
-        )
-        kept = (cache or dtypes[1]) if cached else None
-        made.append(Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device, kept))
+    def ours(*given: Any, **named: Any) -> None:
+        made.append(_ours(args, prompts, *given, **named))
 
     sdpa, eager = BACKENDS["sdpa"](), BACKENDS["eager"]()
     for name in ("whole", "batched", "chunked", "stepwise"):
@@ -304,6 +281,45 @@ def _variants(args: ModelArgs, prompts: Sequence[Tensor], stored: torch.dtype) -
         for name in ("batched", "stepwise"):
             ours(name, attention, attend, (dtype, dtype), device)
     return made
+
+
+def _ours(
+    args: ModelArgs,
+    prompts: Sequence[Tensor],
+    name: str,
+    attention: str,
+    attend: Attend,
+    dtypes: Dtypes,
+    device: str = "cpu",
+    fast: bool = False,
+    cache: torch.dtype | None = None,
+) -> Variant:
+    """The library's own way of a schedule.
+
+    Args:
+        fast: by the kernels.
+        cache: dtype of keys and values, where it is another than that of the arithmetic.
+    """
+    lens = [len(p) for p in prompts]
+    schedule, cached = {
+        "whole": (whole(lens), False),
+        "batched": (batched(lens), False),
+        "chunked": (chunked(lens, CHUNK), True),
+        "stepwise": (stepwise(lens), True),
+    }[name]
+    weights, compute = dtypes
+    runner = DecodeRunner if fast else LibraryRunner
+    how: dict[str, Any] = {
+        "weights": weights,
+        "compute": compute,
+        "cached": cached,
+        "device": device,
+        "kernels": fast,
+        "cache": cache,
+    }
+    stream = runner(args, prompts, schedule, attend, **how)
+    kept = (cache or compute) if cached else None
+    return Variant(name, f"{attention}, kernels" if fast else attention, dtypes, stream, device, kept)
 
 
 def has_kernels() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,8 @@ class Shard:
         rank: from 0.
         ranks: how many there are.
     """
+
+    unknown: ClassVar[str] = "layers.0.attention.wo (Summed)"  # as `connect` puts it in place
 
     rank: int
     ranks: int

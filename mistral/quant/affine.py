@@ -6,7 +6,8 @@ weight in all. A group with a minimum of its own uses all sixteen steps, which o
 What is looked for is the least squared error, where each column may have a weight of its own (loader/calibration.py).
 For given q the best s and m are those of a least-squares line; for given s and m the best q are the nearest. So each
 group starts from several scales and does both in turn (`search`), and again among the codes that are near (`coded`).
-fast/affine.h does the same by the kernels and sums in another order: where two choices are as good, they may differ.
+fast/csrc/affine.h does the same by the kernels and sums in another order: where two choices are as good, they may
+differ.
 """
 
 from __future__ import annotations

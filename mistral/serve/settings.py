@@ -130,7 +130,7 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
     release = None if loaded.release is None else loaded.release.template
     found, why = None, ""
     try:
-        found = find_template(loaded.tokenizer, name=template, release=release, folder=loaded.words)
+        found = find_template(loaded.tokenizer, name=template, release=release, folder=loaded.templates)
     except MistralError as error:
         if template is not None:
             raise

@@ -19,6 +19,7 @@ from mistral.model import Transformer
 from mistral.request import Finish, Request, Token, common_prefix
 from mistral.sampling_params import SamplingParams
 from mistral.tokenizer import TokenizerLike
+from mistral.util.english import counted
 from mistral.util.errors import Fatal, MistralError, Unavailable
 
 log = logging.getLogger("mistral")
@@ -172,7 +173,10 @@ class Worker:
                 raise Ended("the server is shutting down" if self._closing else "the server's engine has died")
             free = self.rows - len(self._running) - len(self._admitted)
             if len(self._waiting) + len(jobs) > self.max_queue + free:
-                raise Busy(f"{len(self._waiting)} requests wait already, of {self.max_queue} that may: try again later")
+                wait = max(0, len(self._waiting) - free)
+                these = f", and this request asks for {len(jobs)}" if len(jobs) > 1 else ""
+                waiting = f"{counted(wait, 'continuation')} {'waits' if wait == 1 else 'wait'}"
+                raise Busy(f"{waiting} already, of {self.max_queue} that may{these}: try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 

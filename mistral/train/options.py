@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from mistral.loader.options import OptionError
+from mistral.util.arguments import require_integer
 from mistral.util.errors import short_repr
 
 # Matrices of a layer: Mistral's name of each by PEFT's, in a layer's order.
@@ -20,6 +21,11 @@ TARGETS = {
     "gate_proj": "w1",
     "down_proj": "w2",
     "up_proj": "w3",
+}
+# Options that are whole numbers, and the least of each.
+LEAST = {
+    **dict.fromkeys(("lora", "batch_size", "accumulate", "steps", "eval_every", "patience", "save_every"), 1),
+    **{"seq_len": 2, "seed": 0},
 }
 RECOMPUTE = ("none", "cheap", "layers")
 USUAL_RANK = 16
@@ -82,9 +88,10 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lora", "seq_len", "batch_size", "accumulate", "steps", "eval_every", "patience", "save_every"):
-            _check_int(name, getattr(self, name), 2 if name == "seq_len" else 1)
-        _check_int("seed", self.seed, 0)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None or getattr(TrainOptions, name) is not None:
+                object.__setattr__(self, name, require_integer(name, value, least, 2**31 - 1, OptionError))
         for name, least, most in (
             ("lora_alpha", 0, math.inf),
             ("lora_dropout", 0, 0.95),
@@ -137,16 +144,6 @@ class TrainOptions:
 
 
 _OF_LORA = ("lora", "lora_alpha", "lora_dropout", "lora_targets")
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-        what = f"a whole number, at least {least}"
-        if isinstance(value, int) and value > least:
-            what += " and below 2**31"
-        raise OptionError(f"{name} is {short_repr(value)}; it must be {what}")
 
 
 def _check_float(name: str, value: object, least: float, most: float, open_end: bool) -> None:

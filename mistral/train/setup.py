@@ -176,6 +176,8 @@ class Setup:
             raise OptionError(f"execution {load.execution} computes no gradients: omit --execution")
         if load.attention not in (None, "auto", "sdpa"):
             raise OptionError(f"attention {load.attention} is not for training, which uses sdpa: omit --attention")
+        if load.cache_dtype not in (None, "auto"):
+            raise OptionError(f"cache_dtype {load.cache_dtype} is of a cache, and training has none: omit cache_dtype")
         if load.dtype is not None and DTYPE_NAMES.get(load.dtype) == "float16":
             raise OptionError("float16 needs a loss that is scaled, which is not supported: use --dtype bfloat16")
         if full and load.quant not in (None, "none"):

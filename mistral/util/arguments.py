@@ -26,14 +26,24 @@ def require_kind(name: str, given: object, kind: Any, advice: str = "", error: t
 
 def require_integer(
     name: str, given: object, least: int, most: int | None = None, error: type[MistralError] = UsageError
-) -> None:
-    """Refuse what is no whole number, or not between two."""
+) -> int:
+    """A whole number as Python's own; NumPy's are accepted too.
+
+    Args:
+        name: of the argument, for the message.
+        least, most: what it may be; None: there is no most.
+
+    Raises:
+        MistralError: `error`, where it is no whole number, or not between the two.
+    """
     if isinstance(given, bool) or not isinstance(given, Integral):
         raise error(f"{name} is {short_repr(given)}; it must be a whole number")
-    if given < least:  # type: ignore[operator]
-        raise error(f"{name} is {short_repr(given)}; it must be at least {least}")
-    if most is not None and given > most:  # type: ignore[operator]
-        raise error(f"{name} is {short_repr(given)}; it must be at most {most:,}")
+    number = operator.index(given)
+    if number < least:
+        raise error(f"{name} is {short_repr(number)}; it must be at least {least}")
+    if most is not None and number > most:
+        raise error(f"{name} is {short_repr(number)}; it must be at most {most:,}")
+    return number
 
 
 def whole_numbers(

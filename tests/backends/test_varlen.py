@@ -272,6 +272,7 @@ def test_a_backend_that_does_not_run_here_warns_in_one_line(name, dtype, caplog,
     lines = [r for r in caplog.records if r.name == "mistral"]
     assert [r.levelname for r in lines] == ["WARNING"]
     message = lines[0].getMessage()
+    assert message.startswith("note: ")
     assert "\n" not in message
     assert len(message) < 300
     assert all(word in message for word in (name, "cpu", str(dtype)[6:], "using 'sdpa'"))

@@ -138,7 +138,7 @@ def test_flags_of_one_way_do_not_go_with_another(tmp_path: Path, cli: Command) -
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 def test_ctrl_c_ends_it_and_the_same_command_goes_on(tmp_path: Path, cli: Command) -> None:
-    lines = [request(f"r{i}", max_tokens=5 if i < 6 else 200, ignore_eos=True) for i in range(12)]
+    lines = [request(f"r{i}", max_tokens=5 if i < 6 else 400, ignore_eos=True) for i in range(12)]
     path, out = write_lines(tmp_path / "in", *lines), tmp_path / "out"
     command = [sys.executable, "-m", "main", "batch", str(path), str(out), "--rows", "2", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

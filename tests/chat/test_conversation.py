@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mistral.chat.conversation import Chat
-from mistral.chat.messages import Message, TemplateError
+from mistral.chat.conversation import Chat, _take_back
+from mistral.chat.messages import Message, TemplateError, Thought
 from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
 from mistral.model import Transformer
@@ -212,6 +212,49 @@ def test_whatever_is_asked_ends_an_answer_that_nobody_reads_on(v3: Tokenizer, th
     assert ask(chat, "And when?") == ask(fresh, "And when?")
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_an_answer_that_goes_on_has_the_text_of_its_ids(v1: Tokenizer, most: int) -> None:
+    """Cut within a character, its bytes came out as U+FFFD, which a template that writes texts put into the prompt."""
+    text = "a永🙂 日"
+    wanted = [*v1.encode(text, bos=False), v1.eos_id]
+
+    def give(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        begun.append(len(prompt))
+        forced = torch.full_like(logits, -torch.inf)
+        forced[wanted[len(prompt) + len(output) - begun[0]]] = 0
+        return forced
+
+    begun: list[int] = []
+    whole = make_chat(v1, max_tokens=len(wanted), logits_processor=give)
+    assert ask(whole, "Who are you?") == text
+    begun.clear()
+    chat = make_chat(v1, max_tokens=most, logits_processor=give)
+    pieces = [ask(chat, "Who are you?")]
+    while len(chat.messages[-1].ids or []) < len(wanted) - 1:
+        pieces.append("".join(piece.text for piece in chat.resume()))
+    assert any("\ufffd" in piece for piece in pieces)
+    assert chat.messages == whole.messages
+
+
+def test_a_thought_that_goes_on_is_told_without_its_broken_end() -> None:
+    answer = Message("assistant", "\ufffd", thinking=(Thought("so\ufffd", closed=False),))
+    _take_back(answer, "\ufffd")
+    assert (answer.content, answer.thinking[0].text) == ("\ufffd", "so")
+    closed = Message("assistant", "so\ufffd", thinking=(Thought("\ufffd"),))
+    _take_back(closed, "\ufffd")
+    assert (closed.content, closed.thinking[0].text) == ("so", "\ufffd")
+
+
+def test_going_on_that_nobody_reads_loses_nothing(v3: Tokenizer) -> None:
+    chat = make_chat(v3)
+    ask(chat, "Who are you?")
+    before = [replace(message) for message in chat.messages]
+    chat.resume()
+    assert chat.messages == before
+    assert "".join(piece.text for piece in chat.resume())
+    assert [m.role for m in chat.messages] == ["user", "assistant"]
+
+
 def test_what_is_no_text_is_named(v1: Tokenizer) -> None:
     chat: Any = make_chat(v1)
     with pytest.raises(GenerationError, match="a question is text, and not None"):
@@ -318,3 +361,18 @@ def test_the_largest_seed_is_followed_by_the_smallest(v1: Tokenizer) -> None:
     other = make_chat(v1, seed=-largest, temperature=5.0, top_p=1.0)
     other.messages = [replace(message) for message in chat.messages[:2]]
     assert ask(other, "And?") == second
+
+
+@pytest.mark.parametrize("messages", [5, None, "Hi", ["Hi"], [{"role": "user", "content": "Hi"}]])
+def test_messages_that_are_none_are_refused_when_they_are_set(v1: Tokenizer, messages: Any) -> None:
+    chat = make_chat(v1, None)
+    ask(chat, "Hi")
+    before = list(chat.messages)
+    with pytest.raises(TemplateError, match=r"^messages is .*; it must be a list of Message\(role, content\)$"):
+        chat.messages = messages
+    assert chat.messages == before
+    chat.messages = before[:0]
+    assert ask(chat, "Hi")
+    chat.messages = tuple(before)
+    assert chat.messages == before
+    assert ask(chat, "And?")

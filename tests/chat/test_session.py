@@ -243,6 +243,21 @@ def test_broken_files_change_nothing(loaded: Any, tmp_path: Path) -> None:
 # --- which model
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"prompt": "a"}\n\n{"prompt": "b"}\n["c"]\n', "it holds 3 lines of JSON, as files of prompts and samples do"),
+        ('{"prompt": "a"}\n{"prompt":\n', "it holds no JSON"),
+        ("", "it holds no JSON"),
+        ("Hi", "it holds no JSON"),
+    ],
+)
+def test_what_a_file_holds_that_is_no_conversation(loaded: Any, tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(SessionError, match=f"a.jsonl is not a conversation: {said}"):
+        load_session(make_chat(loaded), tmp_path / "a.jsonl", MODEL)
+
+
 def test_a_model_is_the_same_in_any_layout_and_form(tmp_path: Path) -> None:
     state = random_state()
     folder = make_folder(tmp_path / "single", state)

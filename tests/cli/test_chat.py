@@ -21,7 +21,7 @@ from mistral.formats.convert import convert
 from mistral.generate import complete
 from mistral.tokenizer import Tokenizer
 from tests.support.adapters import write_native
-from tests.support.commands import ENVIRONMENT, Command, in_process
+from tests.support.commands import ENVIRONMENT, PATIENCE, Command, in_process
 from tests.support.folders import ROOT, make_folder, random_state, write_weights
 from tests.support.thinker import ANSWER, SYSTEM_PROMPT, THOUGHT, make_thinker
 
@@ -194,7 +194,9 @@ def test_a_second_ctrl_c_breaks_off_at_once() -> None:
 def at_terminal(folder: Path, *words: object, **environment: str) -> Any:
     arguments = ["-m", "main", "interactive", str(folder), "--instruct", *map(str, words)]
     env = {**ENVIRONMENT, **environment}
-    child = pexpect.spawn(sys.executable, arguments, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8", echo=True)
+    child = pexpect.spawn(
+        sys.executable, arguments, cwd=str(ROOT), env=env, timeout=PATIENCE, encoding="utf-8", echo=True
+    )
     child.expect("Ctrl-D the conversation")
     return child
 
@@ -287,7 +289,7 @@ def test_without_prompt_toolkit_lines_are_read_plainly(folder: Path) -> None:
     blocked = "import sys; sys.modules['prompt_toolkit'] = None; from mistral.cli import main; sys.exit(main())"
     words = ["-c", blocked, "interactive", str(folder), "--instruct", *map(str, SHORT)]
     env = {**ENVIRONMENT, "TERM": "xterm"}
-    child = pexpect.spawn(sys.executable, words, cwd=str(ROOT), env=env, timeout=60, encoding="utf-8")
+    child = pexpect.spawn(sys.executable, words, cwd=str(ROOT), env=env, timeout=PATIENCE, encoding="utf-8")
     child.expect("> ")
     child.sendline("Hi")
     child.expect(r"prompt tokens? prefilled; \w+\]")

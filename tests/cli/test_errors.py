@@ -120,14 +120,14 @@ def test_params_that_are_no_text_or_no_file(cli: Command, folder: Path) -> None:
         ("sliding_window", -4096, "sliding_window is -4096"),
         ("sliding_window", [None, 0], "sliding_window is 0"),
         ("dim", -24, "dim is -24; it must be at least 1"),
-        ("dim", 24.0, "dim must be an integer, not 24.0"),
-        ("dim", "24", "dim must be an integer, not '24'"),
-        ("dim", None, "dim must be an integer, not None"),
-        ("dim", [24], "dim must be an integer, not [24]"),
-        ("n_layers", True, "n_layers must be an integer, not True"),
+        ("dim", 24.0, "dim is 24.0; it must be a whole number"),
+        ("dim", "24", "dim is '24'; it must be a whole number"),
+        ("dim", None, "dim is None; it must be a whole number"),
+        ("dim", [24], "dim is [24]; it must be a whole number"),
+        ("n_layers", True, "n_layers is True; it must be a whole number"),
         ("n_layers", 0, "n_layers is 0"),
         ("n_layers", 10**9, "n_layers 1000000000, but consolidated.safetensors holds 21 tensors"),
-        ("n_layers", 10**30, "nothing that large exists"),
+        ("n_layers", 10**30, "it must be at most 2,147,483,647"),
         ("head_dim", 7, "head_dim 7 is odd"),
         ("head_dim", 2**31 - 2, "params.json makes layers.0.attention.wq.weight [8589934584, 24], but"),
         ("hidden_dim", 2**31 - 1, "params.json makes layers.0.feed_forward.w1.weight [2147483647, 24], but"),
@@ -140,11 +140,11 @@ def test_params_that_are_no_text_or_no_file(cli: Command, folder: Path) -> None:
         ("rope_theta", 10**400, "it must be a finite number above 0"),
         ("rope_theta", -1, "rope_theta is -1"),
         ("rope_theta", True, "rope_theta must be a number, not True"),
-        ("vocab_size", 2**31, "vocab_size is 2147483648; nothing that large exists"),
+        ("vocab_size", 2**31, "vocab_size is 2147483648; it must be at most 2,147,483,647"),
         ("moe", {"num_experts": 8}, "params.json: moe lacks num_experts_per_tok"),
         ("n_experts", 8, "params.json has 'n_experts', which no supported release has"),
-        ("dim", "x" * 10**5, "dim must be an integer, not 'xxx"),
-        ("dim", [[0] * 10**5] * 9, "dim must be an integer, not [[0, 0,"),
+        ("dim", "x" * 10**5, "dim is 'xxx"),
+        ("dim", [[0] * 10**5] * 9, "dim is [[0, 0,"),
         ("dim", -(10**4000), "dim is -1000"),
         ("x" * 10**5, 1, "params.json has 'xxx"),
         ("\x1b[31m", 1, "params.json has '\\x1b[31m'"),
@@ -483,10 +483,10 @@ def test_a_template_that_nothing_would_hold_is_refused(cli: Command, good: Path,
         (["--min_p", "2"], "--min_p is 2.0; it must be at most 1"),
         (["--min_p", "-1"], "--min_p is -1.0; it must be at least 0"),
         (["--chunk_size", "0"], "--chunk_size is 0; it must be at least 1"),
-        (["--threads", "0"], "--threads is 0; it must be between 1 and 1,024"),
-        (["--threads", "99999999999"], "--threads is 99999999999; it must be between 1 and 1,024"),
-        (["--max_batch_size", "-1"], "--max_batch_size is -1; it must be between 0 and"),
-        (["--max_batch_size", "99999999999"], "--max_batch_size is 99999999999; it must be between 0 and"),
+        (["--threads", "0"], "--threads is 0; it must be at least 1"),
+        (["--threads", "99999999999"], "--threads is 99999999999; it must be at most 1,024"),
+        (["--max_batch_size", "-1"], "--max_batch_size is -1; it must be at least 0"),
+        (["--max_batch_size", "99999999999"], "--max_batch_size is 99999999999; it must be at most"),
         (["--top_logprobs", "-1", "--json"], "--top_logprobs is -1"),
         (["--top_logprobs", "3"], "--top_logprobs are printed with --json only"),
         (["--stop="], "--stop is empty"),
@@ -662,11 +662,12 @@ def test_a_limit_holds_without_statistics(tmp_path: Path) -> None:
     assert available_on_host(tmp_path) == 3 * GB
 
 
-def test_memory_left_where_meminfo_is_absent(tmp_path: Path) -> None:
+def test_memory_left_where_meminfo_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = available_on_host(tmp_path)
     assert left is None or left > 0
-    assert memory.available("cpu") == pytest.approx(available_on_host(), rel=0.5)
     assert memory.available("meta") is None
+    monkeypatch.setattr(memory, "available_on_host", lambda: 5 * GB)  # it changes from one moment to the next
+    assert memory.available("cpu") == 5 * GB
 
 
 def test_a_full_disk_is_one_line(good: Path) -> None:
@@ -684,3 +685,10 @@ def test_json_lines_of_good_files_are_json(cli: Command, good: Path, tmp_path: P
     file.write_text('"a"\n\n[1, 5, 6]\n{"prompt": "b", "max_tokens": 0}\n', encoding="utf-8-sig")
     lines = cli("complete", good, "--file", file, "--json", "--max_tokens", 2).text.splitlines()
     assert [len(json.loads(line)["tokens"]) for line in lines] == [2, 2, 0]
+
+
+def test_a_python_without_the_packages_is_named(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most often the environment is not the one in use: nothing is broken, and memory is not short."""
+    monkeypatch.setattr("mistral.cli.run._dispatch", lambda words: __import__("no_such_package"))
+    said = f"No module named 'no_such_package' in {sys.executable}: what requirements.txt lists is missing in it"
+    assert cli("complete", "The king").error.startswith(said)

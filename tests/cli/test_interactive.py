@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from mistral.cli import terminal
-from tests.support.commands import ENVIRONMENT, Command, in_process
+from tests.support.commands import ENVIRONMENT, PATIENCE, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
 
 pexpect = pytest.importorskip("pexpect")
@@ -22,7 +23,6 @@ if sys.platform == "win32":
 
 PARROT = "é🙂漢"
 ASK = "Prompt: "
-PATIENCE = 120
 
 
 class Terminal:
@@ -111,8 +111,11 @@ def interrupt_after(terminal: Terminal, prompt: str, pattern: str) -> str:
 
 
 def test_text_appears_as_it_is_made_and_ctrl_c_stops_the_answer(session: Terminal) -> None:
-    before = len(session.pieces)
-    text = interrupt_after(session, "go on", f"(?:{PARROT}){{20}}")
+    for _ in range(10):
+        before = len(session.pieces)
+        text = interrupt_after(session, "go on", f"(?:{PARROT}){{20}}")
+        if len(session.pieces) - before > 5:
+            break  # else this process was kept from reading, and found several pieces as one
     # It cannot have been finished: a million tokens were asked for.
     said = text.replace("^C", "")  # the terminal's echo may stand anywhere in what was still being written
     match = re.fullmatch(rf"go on\ngo on((?:{PARROT})+é?🙂?)\n{STATS}{ASK}", said)
@@ -216,20 +219,26 @@ def test_an_error_in_piped_lines_ends_with_exit_code_2(cli: Command, tmp_path: P
 
 
 def test_no_half_character_is_ever_written(parrot: Path) -> None:
-    """Every write of the process is whole UTF-8: it is read unbuffered, as it comes."""
+    """Every write of the process is whole UTF-8: they are received one by one."""
     words = [sys.executable, "-m", "main", "interactive", str(parrot), "--max_tokens", "90", "--temperature", "0"]
     pipe: Any = subprocess.PIPE
-    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as running:
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM)
+    with (
+        ours,
+        subprocess.Popen(
+            words, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=theirs, stderr=pipe, bufsize=0
+        ) as running,
+    ):
+        theirs.close()
         assert running.stdin is not None
-        assert running.stdout is not None
         running.stdin.write("é!\n".encode())
         running.stdin.close()
         chunks = []
-        while chunk := running.stdout.read(4096):
+        while chunk := ours.recv(4096):
             chunks.append(chunk.decode())  # strictly
         assert running.wait(timeout=PATIENCE) == 0
     assert "".join(chunks) == f"é!{PARROT * 10}\n"
-    assert len(chunks) > 2
+    assert len(chunks) > (30 if sys.platform == "linux" else 2)
 
 
 def test_escape_sequences_that_are_typed_are_text() -> None:

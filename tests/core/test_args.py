@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ def test_a_good_shape_passes_and_keeps_its_values():
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", NOT_INTEGERS, ids=repr)
 def test_counts_must_be_integers(name, value):
-    with pytest.raises(ArgsError, match=rf"^{name} must be an integer"):
+    with pytest.raises(ArgsError, match=rf"^{name} is .*; it must be a whole number"):
         tiny_args(**{name: value})
 
 
@@ -188,3 +190,10 @@ def test_anything_else_is_an_args_error_that_names_a_field(changes):
     assert all(math.isfinite(getattr(args, name)) and getattr(args, name) > 0 for name in SCALARS)
     assert len(args.windows) == args.n_layers
     assert all(w is None or (type(w) is int and w >= 1) for w in args.windows)
+
+
+def test_whole_numbers_of_numpy_become_pythons_own() -> None:
+    """So that a params.json can be written from them."""
+    args = tiny_args(dim=np.int64(24), sliding_window=[np.int32(4), None])
+    assert type(args.dim) is int
+    assert json.loads(json.dumps(args.to_params()))["sliding_window"] == [4, None]

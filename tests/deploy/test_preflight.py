@@ -91,9 +91,8 @@ def test_a_theta_that_is_not_written(tmp_path: Path) -> None:
 
 def test_files_that_vllm_does_not_read(tmp_path: Path, cli: Command) -> None:
     pth = make_folder(tmp_path / "pth", form="pth")
-    assert f"vLLM does not read .pth files: run `python -m main convert {pth} {pth}-converted --to mistral`" in (
-        refusal(pth, "window")
-    )
+    words = f"{shlex.quote(str(pth))} {shlex.quote(f'{pth}-converted')}"
+    assert f"vLLM does not read .pth files: run `python -m main convert {words} --to mistral`" in refusal(pth, "window")
     shutil.copy(BUNDLED / "tokenizer.model", tmp_path)
     write_gguf(tmp_path / "m.gguf", args=gguf_args(vocab_size=4096))
     assert "reads safetensors: run `python -m main convert" in refusal(tmp_path / "m.gguf")

@@ -97,7 +97,7 @@ def test_a_picture(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_words_that_are_refused(cli: Command, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model")
     for words, message in (
-        (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers of at most nine digits"),
+        (("--contexts", "32,"), "--contexts is '32,'; it must be whole numbers from 0 on, of at most nine digits"),
         (("--batches", "0"), "--batches is '0'"),
         (("--generate", "-1"), "--generate is '-1'"),
         (("--prompts", "1e3"), "--prompts is '1e3'"),

@@ -16,7 +16,7 @@ from mistral import load
 from mistral.buffers import Int8Buffer, RollingBuffer, buffer_for
 from mistral.cache import RollingBufferCache
 from mistral.fast.bitwise import BitwiseTransformer, NotDeterministic
-from mistral.fast.decode import KEPT, FastTransformer
+from mistral.fast.decode import CACHE_KINDS, FastTransformer
 from mistral.fast.kernels import KernelsUnavailable, library, pointer
 from mistral.fast.linear import use_kernels
 from mistral.generate import stream
@@ -59,7 +59,7 @@ def test_the_kernels_keep_the_bits_that_buffers_do(dtype: torch.dtype, values: l
     beyond = dtype == torch.float16 and bool((x.half().isinf() & x.isfinite()).any())
     want = RollingBuffer.encode(store, x, x) if dtype != torch.int8 else store.encode(x, x)
     got, got_scale = torch.empty_like(want[0]), torch.full((1,), 7.0)
-    kind, size = ctypes.c_int64(KEPT[dtype]), ctypes.c_int64(len(values))
+    kind, size = ctypes.c_int64(CACHE_KINDS[dtype]), ctypes.c_int64(len(values))
     assert bool(library().keep(kind, pointer(x), size, pointer(got), pointer(got_scale))) == beyond
     torch.testing.assert_close(got, want[0], rtol=0, atol=0, equal_nan=True)
     if dtype == torch.int8:

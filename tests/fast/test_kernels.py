@@ -620,7 +620,7 @@ def test_what_changes_between_two_steps_on_one_cache(change: Callable[[FastTrans
             before = fast.forward(torch.tensor([3]), [1], cache)
             change(fast)
             if forget:
-                decode._kept.clear()
+                decode._descriptions.clear()
             found.append(fast.forward(torch.tensor([3]), [1], cache))
             assert not torch.equal(before, found[-1])
             assert fast.described(cache) is fast.described(cache)
@@ -646,7 +646,7 @@ def test_one_cache_for_two_models() -> None:
     cache = make_cache(a, 1)
     with torch.inference_mode():
         found = [model.forward(torch.tensor([3]), [1], cache) for model in (a, b, a)]
-        decode._kept.clear()
+        decode._descriptions.clear()
         cache.reset()
         again = [model.forward(torch.tensor([3]), [1], cache) for model in (a, b, a)]
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
@@ -657,7 +657,7 @@ def test_a_description_goes_with_its_cache() -> None:
     with torch.inference_mode():
         cache = make_cache(fast, 1)
         fast.forward(torch.tensor([3]), [1], cache)
-        assert cache in decode._kept[fast]
+        assert cache in decode._descriptions[fast]
         gone = weakref.ref(cache)
         del cache
         gc.collect()
@@ -772,12 +772,12 @@ def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine on which nothing has been built yet, and functions that do nothing, which take no time to build."""
     stub, parts = (
         tmp_path / "kernels.c",
-        [path.read_text(encoding="utf-8") for path in (kernels.SOURCE, *kernels.PARTS)],
+        [path.read_text(encoding="utf-8") for path in (kernels.SOURCE, *kernels.HEADERS)],
     )
     names = re.findall(r"^(?:void|int64_t) (\w+)\(", "\n".join(parts), re.MULTILINE)
     stub.write_text("\n".join(f"void {name}(void) {{}}" for name in names))
     monkeypatch.setattr(kernels, "SOURCE", stub)
-    monkeypatch.setattr(kernels, "PARTS", ())
+    monkeypatch.setattr(kernels, "HEADERS", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.cache_clear()
     yield tmp_path / "cache" / "mistral-ref"

@@ -23,7 +23,7 @@ try:
 except KernelsUnavailable as reason:
     pytest.skip(f"no kernels here: {reason}", allow_module_level=True)
 
-PART = 128  # of fast/lanes.h: where the positions of a query are divided
+PART = 128  # of fast/csrc/lanes.h: where the positions of a query are divided
 MOST = 4096  # positions that a query may see before its parts grow
 
 

@@ -335,12 +335,12 @@ def test_window_and_theta(given: dict[str, Any], windows: tuple[int | None, ...]
         ({"sliding_window": "-3"}, "'-3', neither a number nor null"),
         ({"sliding_window": "9" * 5000}, "neither a number nor null"),
         ({"sliding_window": "0"}, "sliding_window is 0; it must be at least 1"),
-        ({"sliding_window": ["4"]}, "sliding_window must be an integer, not '4'"),
+        ({"sliding_window": ["4"]}, "sliding_window is '4'; it must be a whole number"),
         ({"sliding_window": []}, "lists 0 windows"),
         ({"sliding_window": [1, 2, 3]}, "do not repeat evenly over 2 layers"),
-        ({"sliding_window": {}}, "sliding_window must be an integer"),
-        ({"sliding_window": False}, "sliding_window must be an integer"),
-        ({"sliding_window": 4096.0}, "sliding_window must be an integer"),
+        ({"sliding_window": {}}, "sliding_window is {}; it must be a whole number"),
+        ({"sliding_window": False}, "sliding_window is False; it must be a whole number"),
+        ({"sliding_window": 4096.0}, "sliding_window is 4096.0; it must be a whole number"),
     ],
 )
 def test_impossible_windows(given: dict[str, Any], said: str) -> None:

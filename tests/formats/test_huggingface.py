@@ -505,10 +505,10 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
         ({"layer_types": "full_attention"}, "layer_types must list full_attention or "),
         ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "but sliding_window is null"),
         ({"sliding_window": 0}, "sliding_window is 0"),
-        ({"sliding_window": "5"}, "sliding_window must be an integer, not '5'"),
+        ({"sliding_window": "5"}, "sliding_window is '5'; it must be a whole number"),
         ({"hidden_size": ...}, "lacks hidden_size"),
         ({"rms_norm_eps": ..., "vocab_size": ...}, "lacks rms_norm_eps, vocab_size"),
-        ({"num_key_value_heads": None}, "num_key_value_heads must be an integer, not None"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is None; it must be a whole number"),
         ({"head_dim": ..., "hidden_size": 25}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": ..., "num_attention_heads": 0}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": 0}, "head_dim is 0"),
@@ -524,9 +524,9 @@ def test_configs_that_are_refused(changes: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": "dim"}, "config.json: hidden_size must be an integer, not 'dim'"),
+        ({"hidden_size": "dim"}, "config.json: hidden_size is 'dim'; it must be a whole number"),
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers is 0; it must be at least 1"),
-        ({"intermediate_size": True}, "config.json: intermediate_size must be an integer, not True"),
+        ({"intermediate_size": True}, "config.json: intermediate_size is True; it must be a whole number"),
         ({"num_key_value_heads": 3}, "config.json: num_key_value_heads 3 does not divide num_attention_heads 4"),
         ({"rms_norm_eps": 0}, "config.json: rms_norm_eps is 0; it must be a finite number above 0"),
         ({"head_dim": 7}, "config.json: head_dim 7 is odd: RoPE turns pairs, so it must be even"),
@@ -855,6 +855,22 @@ def test_an_absolute_path_in_an_index_is_refused_even_if_it_is_there(tmp_path: P
     where = {name: str(folder / file) for name, file in read_index(folder).items()}
     write_index(folder, where)
     assert "which is no safetensors file beside it" in spoilt(folder)
+
+
+def test_what_to_do_with_files_that_are_laid_over_others(tmp_path: Path) -> None:
+    """The advice is run: transformers takes the last file's tensor, and writes a folder that is read."""
+    transformers = pytest.importorskip("transformers")
+    where, name = read_index(make_hf_folder(tmp_path / "a", 2)), "model.layers.0.mlp.up_proj.weight"
+    own = load_file(tmp_path / "a" / where[name])[name] + 1
+    save_file({name: own}, tmp_path / "a" / "model-overlay.safetensors", {"format": "pt"})
+    said = f"{name} is in model-overlay.safetensors and in an earlier part: {INDEX} gives "
+    write_index(tmp_path / "a", {**where, name: "model-overlay.safetensors"})
+    assert f"{said}the last file for it, which transformers reads: have it write one set" in spoilt(tmp_path / "a")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto").save_pretrained(tmp_path / "b")
+    whole = read_folder(tmp_path / "b").weights.get("layers.0.feed_forward.w3.weight")
+    assert torch.equal(whole, own)
+    write_index(tmp_path / "a", {**where, "lm_head.weight": "model-overlay.safetensors"})
+    assert f"{said}{where[name]} for it, and transformers reads the last file: remove the" in spoilt(tmp_path / "a")
 
 
 def test_an_index_that_promises_more_than_the_files_hold(tmp_path: Path) -> None:

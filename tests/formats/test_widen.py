@@ -151,7 +151,9 @@ def test_a_lora_of_a_table_that_its_file_has_alone(tmp_path: Path, tied: bool) -
         load(base, device="cpu", adapter=str(adapter), adapter_mode="runtime")
     if tied:
         head = "base_model.model.lm_head.lora_"
-        output = write_peft(tmp_path / "output", {f"{head}A.weight": b.T.contiguous(), f"{head}B.weight": a.T.clone()})
+        output = write_peft(
+            tmp_path / "output", {f"{head}A.weight": b.T.contiguous(), f"{head}B.weight": a.T.contiguous()}
+        )
         with pytest.raises(OptionError, match="has a LoRA of lm_head, which is tied to the embeddings of this model"):
             load(base, device="cpu", adapter=str(output), adapter_mode="runtime")
     wrong = write_peft(tmp_path / "wrong", {at.replace("embedding_", f"{one}.weight"): a.clone() for one in "AB"})
@@ -268,7 +270,7 @@ def test_ends_of_a_tokenizer_json_alone_are_those_that_the_base_names(tmp_path: 
 
 
 def test_a_template_beside_a_tokenizer_is_the_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Conversations were written so in training; one without a tokenizer beside it is named, and not used."""
+    """Conversations were written so in training; one without a tokenizer beside it goes with the base's."""
     base, form = make_folder(tmp_path / "base"), "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     adapter = with_words(write_peft(tmp_path / "adapter"), chat_template=form)
     for mode in ("merge", "runtime"):
@@ -285,9 +287,21 @@ def test_a_template_beside_a_tokenizer_is_the_models(tmp_path: Path, capfd: pyte
     assert load(base, device="cpu", adapter=str(adapter)).words == base
     (base / "tokenizer_config.json").unlink()
     (adapter / "tokenizer.model").unlink()
-    alone = load(base, device="cpu", adapter=str(adapter))
-    assert alone.words == base
-    assert any("has a chat template (tokenizer_config.json; --template takes a file)" in note for note in alone.notes)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    for mode in ("merge", "runtime"):
+        alone = load(base, device="cpu", adapter=str(adapter), adapter_mode=mode)
+        assert (alone.words, alone.templates) == (base, adapter)
+        assert "the chat template is that of tokenizer_config.json beside the adapter" in alone.notes
+        done = in_process(capfd)("complete", base, "Hi", "--instruct", "--adapter", adapter, "--max_tokens", 1)
+        assert done.code == 0
+        assert "beside the adapter" in done.err
+    for n, to in enumerate(("hf", "mistral")):
+        convert(base, tmp_path / f"both{n}", to, adapter=adapter)
+        assert (tmp_path / f"both{n}" / "chat_template.jinja").read_text(encoding="utf-8") == form
+    load(base, device="cpu", adapter=str(adapter)).save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == form
+    alone = load(base, device="cpu", adapter=str(adapter / "adapter_model.safetensors"))
+    assert alone.templates == base
 
 
 def test_a_word_that_the_base_has_no_row_for_either_is_no_news(tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from mistral.loader import runtime
 from mistral.loader.assemble import assemble
 from mistral.loader.executions import EXECUTIONS
 from mistral.loader.load import load
-from mistral.loader.options import ATTENTIONS, LoadOptions, OptionError
-from mistral.loader.options import EXECUTIONS as NAMES
+from mistral.loader.options import ATTENTIONS, EXECUTION_NAMES, LoadOptions, OptionError
 from mistral.model import FeedForward, Transformer
 from mistral.util.dtypes import DTYPE_NAMES
-from tests.support.folders import make_folder
+from tests.support.folders import make_folder, random_state
 from tests.text.test_generate import Letters
 
 
@@ -49,7 +48,7 @@ needs_kernels = pytest.mark.skipif(not has_kernels(), reason="no C compiler here
 def test_names_that_are_checked_without_torch_are_those_that_torch_can_do() -> None:
     assert set(ATTENTIONS) == {"auto", *backends.BACKENDS}
     assert {name: getattr(torch, full) for name, full in DTYPE_NAMES.items()} == runtime.DTYPES
-    assert set(NAMES) - {"auto"} == set(EXECUTIONS) - {"products"}
+    assert set(EXECUTION_NAMES) - {"auto"} == set(EXECUTIONS) - {"products"}
 
 
 @pytest.mark.parametrize(
@@ -229,3 +228,16 @@ def test_a_model_padded_past_its_tokenizer(tmp_path: Path) -> None:
     assert any("64 ids" in note for note in loaded.notes)
     results = complete(["Once"], loaded.model, loaded.tokenizer, max_tokens=50, temperature=3.0, top_p=1.0, seed=1)
     assert any(token >= 4096 for token in results[0].tokens)
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_matrices_of_zeros_are_named(tmp_path: Path, quant: str | None) -> None:
+    """A row of zeros is no such matrix, wherever it is."""
+    state = random_state()
+    state["layers.1.attention.wo.weight"].zero_()
+    state["layers.0.feed_forward.w2.weight"][12] = 0  # the one in the middle
+    loaded = load(make_folder(tmp_path / "one", state), device="cpu", quant=quant)
+    said = "1 matrix is all zeros (layers.1.attention.wo.weight): a merge or a download that failed"
+    assert sum(note.startswith(said) for note in loaded.notes) == 1
+    plain = load(make_folder(tmp_path / "none", random_state()), device="cpu", quant=quant)
+    assert not any("all zeros" in note for note in plain.notes)

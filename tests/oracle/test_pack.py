@@ -260,3 +260,15 @@ def test_what_random_prompts_are_like_goes_with_no_file(command, flag, folder, t
     words = [command, str(folder), *more.get(command, ["-o", str(tmp_path / "x.safetensors")])]
     assert cli.main([*words, "--file", str(file), *flag]) == 2
     assert f"error: {flag[0]} is about random prompts, and --file gives others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--full"], ["--seed", "3"]])
+def test_what_random_prompts_are_like_goes_with_no_prompts_of_a_pack(flag, folder, tmp_path, capsys):
+    packed = tmp_path / "x.safetensors"
+    assert cli.main(["pack", str(folder), "-o", str(packed), "--weights"]) == 0
+    for words in (["compare", packed, folder], ["compare", folder, packed], ["mutants", packed, "-o", tmp_path / "o"]):
+        assert cli.main([*map(str, words), *flag]) == 2
+        assert f"error: {flag[0]} is about random prompts, and {packed}" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert cli.main(["mutants", *flag]) == 2
+    assert "error: give --output" in capsys.readouterr().err

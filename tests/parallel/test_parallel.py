@@ -316,7 +316,8 @@ def test_a_rank_that_does_not_start_is_not_waited_for(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("how", "said"), [("raises", "rank 1: no room here$"), ("killed", "rank 1 was ended by SIGKILL; is there enough")]
 )
-def test_a_rank_that_stops_ends_all(how: str, said: str) -> None:
+def test_a_rank_that_stops_ends_all(how: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 120)  # a machine may be so busy that it takes a while to end
     with pytest.raises(launch.RankFailed, match=said):
         launch.run(2, fail, how)
 
@@ -342,7 +343,7 @@ def test_other_commands_refuse(command: Command) -> None:
         assert command(*words, "--parallel", 2).error.startswith("no flag --parallel")
     with pytest.raises(OptionError, match="parallel 2 is for complete, interactive, .* and finetune"):
         load(device="cpu", parallel=2)
-    assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be between 1 and 1,024"
+    assert command("complete", "x", "--parallel", 0).error == "--parallel is 0; it must be at least 1"
 
 
 def test_torchrun_must_start_as_many(monkeypatch: pytest.MonkeyPatch) -> None:

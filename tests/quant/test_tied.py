@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def pair(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Path]:
-    """A kind, and the folder converted to it."""
-    written = folder.parent / request.param
+def pair(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A kind, and the folder converted to it; made again where a test of another kind came between."""
+    written = tmp_path_factory.mktemp("pair") / request.param
     convert(folder, written, "mistral", quant=request.param)
     return request.param, written
 
@@ -100,7 +100,7 @@ def test_ids_of_32_bits_are_those_of_64(pair: tuple[str, Path]) -> None:
     assert torch.equal(model(ids.int(), [5]), model(ids, [5]))
 
 
-def test_what_is_written(pair: tuple[str, Path]) -> None:
+def test_what_is_written(pair: tuple[str, Path], folder: Path) -> None:
     quant, written = pair
     found = read_folder(written)
     table = parameters(found.args)[EMBEDDINGS]
@@ -111,7 +111,7 @@ def test_what_is_written(pair: tuple[str, Path]) -> None:
     assert len(fingerprint(written)) == 64
     assert inspect_folder(written)["parameters"] == sum(p.numel for p in parameters(found.args).values())
     # Rounded while it is loaded it is measured, before it is written, as after.
-    source = read_folder(written.parent / "model")
+    source = read_folder(folder)
     for name in parameters(found.args):
         assert torch.equal(WeightReader(found).get(name), QuantizedReader(source, quant).get(name)), name
     assert torch.equal(WeightReader(found).get(OUTPUT), QuantizedReader(source, quant).get(OUTPUT))
@@ -173,11 +173,10 @@ def test_an_adapter_beside_it(pair: tuple[str, Path], tmp_path: Path) -> None:
     assert distance(got, plain) > 0.01
 
 
-def test_through_the_commands(pair: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_through_the_commands(pair: tuple[str, Path], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     quant, written = pair
     run = in_process(capfd)
     assert run("verify", written).code == 0
     one = run("complete", written, "The king", "--max_tokens", 5, "--temperature", 0).text
-    source = written.parent / "model"
-    other = run("complete", source, "The king", "--max_tokens", 5, "--temperature", 0, "--quant", quant)
+    other = run("complete", folder, "The king", "--max_tokens", 5, "--temperature", 0, "--quant", quant)
     assert one == other.text

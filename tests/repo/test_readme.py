@@ -22,7 +22,7 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 IGNORED = {"__pycache__", "site", "build", "dist", "out"}
 # Folders that are named, and not listed.
 WHOLE = {"tests", "tools", "benchmarks", "docs", "deploy", "notebooks"}
-WHOLE |= {"mistral/bundled", "mistral/oracle/packs", "mistral/deploy/templates"}
+WHOLE |= {"mistral/bundled", "mistral/fast/csrc", "mistral/oracle/packs", "mistral/deploy/templates"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

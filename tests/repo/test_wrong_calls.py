@@ -171,15 +171,15 @@ MODEL: list[Call] = [
     (lambda g: Transformer(ARGS, None, "float32"), UsageError, "compute_dtype is 'float32'"),  # type: ignore[arg-type]
     (lambda g: Transformer.from_folder("nowhere"), FormatError, "no such folder: nowhere"),
     (bad_args(dim=0), ArgsError, "dim is 0; it must be at least 1"),
-    (bad_args(dim="48"), ArgsError, "dim must be an integer, not '48'"),
+    (bad_args(dim="48"), ArgsError, "dim is '48'; it must be a whole number"),
     (bad_args(n_kv_heads=3), ArgsError, "n_kv_heads 3 does not divide n_heads 4"),
     (bad_args(head_dim=5), ArgsError, "head_dim 5 is odd"),
     (bad_args(norm_eps=float("nan")), ArgsError, "norm_eps is nan"),
-    (bad_args(sliding_window=4.5), ArgsError, "sliding_window must be an integer, not 4.5"),
-    (bad_args(sliding_window=[4, "x"]), ArgsError, "sliding_window must be an integer, not 'x'"),
+    (bad_args(sliding_window=4.5), ArgsError, "sliding_window is 4.5; it must be a whole number"),
+    (bad_args(sliding_window=[4, "x"]), ArgsError, "sliding_window is 'x'; it must be a whole number"),
     (bad_args(rope_theta="x"), ArgsError, "rope_theta must be a number"),
     (bad_args(yarn={}), ArgsError, r"yarn must be a Yarn or None, not \{\}"),
-    (bad_args(vocab_size=2**40), ArgsError, "nothing that large exists"),
+    (bad_args(vocab_size=2**40), ArgsError, "it must be at most"),
 ]
 
 TEXT: list[Call] = [

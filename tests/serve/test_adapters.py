@@ -36,10 +36,10 @@ def test_each_model_id_has_its_adapter(tmp_path: Path, rows: int) -> None:
             found = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()
             return found["model"], found["choices"][0]["token_ids"]
 
-        listed = httpx.get(f"{running.url}/v1/models").json()["data"]
+        listed = httpx.get(f"{running.url}/v1/models", timeout=60).json()["data"]
         assert [(m["id"], m["parent"]) for m in listed] == [("base", None), ("one", "base"), ("two", "base")]
-        assert httpx.get(f"{running.url}/v1/models/two").json()["parent"] == "base"
-        missing = httpx.get(f"{running.url}/v1/models/three")
+        assert httpx.get(f"{running.url}/v1/models/two", timeout=60).json()["parent"] == "base"
+        missing = httpx.get(f"{running.url}/v1/models/three", timeout=60)
         assert missing.status_code == 404
         assert "base, one, two are" in missing.json()["error"]["message"]
         for name in ("base", "one", "two", "one", "one", "base"):
@@ -48,7 +48,7 @@ def test_each_model_id_has_its_adapter(tmp_path: Path, rows: int) -> None:
         names = ["one", "two", "base"] * 4
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(ask, names)) == [(name, want[name]) for name in names]
-        refused = httpx.post(f"{running.url}/v1/completions", json={**given, "model": "x"})
+        refused = httpx.post(f"{running.url}/v1/completions", json={**given, "model": "x"}, timeout=60)
         assert refused.status_code == 404
 
 

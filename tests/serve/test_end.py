@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ import pytest
 from mistral import cli
 from tests.support.commands import ENVIRONMENT
 from tests.support.folders import ROOT
+from tests.support.serving import answers, free_port, soon
 
 
 def serve(port: str, log: Path) -> subprocess.Popen[bytes]:
@@ -25,25 +25,24 @@ def serve(port: str, log: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.long
 def test_ctrl_c_lets_what_runs_finish_and_a_second_one_does_not(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        free_port = probe.getsockname()[1]
+    port = free_port()
     for twice in (False, True):
         log = tmp_path / f"log{twice}"
-        process = serve(str(free_port), log)
-        url = f"http://127.0.0.1:{free_port}"
+        process = serve(str(port), log)
+        url = f"http://127.0.0.1:{port}"
         try:
-            while not answers(url):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.1)
+            assert soon(lambda process=process, url=url: process.poll() is not None or answers(url))
+            assert process.poll() is None, log.read_text()
             most = 10**6 if twice else 200
             body = {"prompt": "a", "max_tokens": most, "stream": True, "ignore_eos": True}
             said = []
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
                 lines = answer.iter_lines()
                 said.append(next(lines))
-                for _ in range(1 + twice):
+                process.send_signal(signal.SIGINT)
+                if twice:  # two at the same time would be one
+                    assert soon(lambda url=url: not answers(url))
                     process.send_signal(signal.SIGINT)
-                    time.sleep(0.3)
                 try:
                     said += [line for line in lines if line]
                 except httpx.RemoteProtocolError:
@@ -54,13 +53,6 @@ def test_ctrl_c_lets_what_runs_finish_and_a_second_one_does_not(tmp_path: Path) 
         finally:
             process.kill()
             process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def test_an_address_that_is_taken_is_found_before_the_model_is_loaded(capfd: pytest.CaptureFixture[str]) -> None:

@@ -177,20 +177,20 @@ def test_a_prefix_is_not_computed_again(client: openai.OpenAI, running: Running)
 
 def test_text_to_ids_and_back(running: Running) -> None:
     for body in ({"prompt": "The königin"}, {"messages": [{"role": "user", "content": "Who?"}]}):
-        told = httpx.post(f"{running.url}/tokenize", json=body).json()
+        told = httpx.post(f"{running.url}/tokenize", json=body, timeout=60).json()
         assert told["count"] == len(told["tokens"])
-    ids = httpx.post(f"{running.url}/tokenize", json={"prompt": "The königin"}).json()["tokens"]
+    ids = httpx.post(f"{running.url}/tokenize", json={"prompt": "The königin"}, timeout=60).json()["tokens"]
     assert ids == running.loaded.tokenizer.encode("The königin")
-    assert httpx.post(f"{running.url}/detokenize", json={"tokens": ids}).json() == {"prompt": "The königin"}
+    assert httpx.post(f"{running.url}/detokenize", json={"tokens": ids}, timeout=60).json() == {"prompt": "The königin"}
 
 
 def test_metrics_health_and_document(running: Running) -> None:
-    assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
-    text = httpx.get(f"{running.url}/metrics").text
+    assert httpx.get(f"{running.url}/health", timeout=60).json() == {"status": "ok"}
+    text = httpx.get(f"{running.url}/metrics", timeout=60).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert all(math.isfinite(float(value)) for value in values.values())
     assert float(values["mistral_rows"]) == 4
-    document = httpx.get(f"{running.url}/openapi.json").json()
+    document = httpx.get(f"{running.url}/openapi.json", timeout=60).json()
     assert "/v1/chat/completions" in document["paths"]
 
 
@@ -227,7 +227,7 @@ def test_metrics_health_and_document(running: Running) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: object, param: str | None) -> None:
-    answer = httpx.post(f"{running.url}/v1/{path}", json=body)
+    answer = httpx.post(f"{running.url}/v1/{path}", json=body, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert error["message"]
@@ -254,7 +254,7 @@ def test_what_cannot_be_is_refused_by_name(running: Running, path: str, body: ob
 )
 def test_what_asks_for_nothing_is_as_good_as_absent(running: Running, more: dict[str, object]) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, **more}
-    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
 
 
@@ -278,8 +278,8 @@ def test_usage_in_each_part_of_a_stream(client: openai.OpenAI) -> None:
 
 
 def test_a_slash_too_many_is_forgiven(running: Running) -> None:
-    assert httpx.get(f"{running.url}/v1/models/").json()["object"] == "list"
-    with httpx.Client(follow_redirects=True) as follows:
+    assert httpx.get(f"{running.url}/v1/models/", timeout=60).json()["object"] == "list"
+    with httpx.Client(follow_redirects=True, timeout=60) as follows:
         answer = follows.post(f"{running.url}/v1/completions/", json={"prompt": "a", "max_tokens": 1})
     assert answer.json()["object"] == "text_completion"
 

@@ -178,7 +178,7 @@ def test_without_tools_nothing_is_a_call(client: openai.OpenAI, running: Running
 
 
 def count(running: Running, **more: Any) -> int:
-    answer = httpx.post(f"{running.url}/tokenize", json={"messages": ASKED, **more})
+    answer = httpx.post(f"{running.url}/tokenize", json={"messages": ASKED, **more}, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()["count"]
 
@@ -298,7 +298,7 @@ def test_completions_fit_a_format(client: openai.OpenAI, running: Running) -> No
     ],
 )
 def test_what_cannot_be_is_refused(one: Running, body: dict[str, Any], param: str | None) -> None:
-    answer = httpx.post(f"{one.url}/v1/chat/completions", json={"messages": ASKED, **body})
+    answer = httpx.post(f"{one.url}/v1/chat/completions", json={"messages": ASKED, **body}, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
 

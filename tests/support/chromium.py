@@ -59,7 +59,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 20) -> None:
+    def wait(self, script: str, seconds: float = 60) -> None:
         """Until an expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):

@@ -16,9 +16,8 @@ from tests.support.folders import ROOT
 
 # For commands that run as processes: the CPU, one thread, and buffers as usual, so that a missing flush shows.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-for name in ("PYTHONUNBUFFERED", "MISTRAL_MODEL", "NO_COLOR"):
-    ENVIRONMENT.pop(name, None)
 ENVIRONMENT["XDG_STATE_HOME"] = "/dev/null/state"  # what tests type is not kept: no folder can be there
+PATIENCE = 120  # seconds that a test waits for what a process says: none takes so long, however busy the machine is
 
 
 @dataclass(frozen=True)

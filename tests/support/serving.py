@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
+import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import uvicorn
 
 from mistral.loader.load import Loaded, load
@@ -59,3 +64,45 @@ def serving(
     finally:
         server.should_exit = True
         thread.join()
+
+
+def free_port() -> int:
+    """A port where nobody listens.
+
+    It is below those that the system hands out: one of these may be another test's before a server has started.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def soon(true: Callable[[], bool]) -> bool:
+    """Whether something comes true within two minutes: nothing takes so long, however busy the machine is."""
+    end = time.monotonic() + 120
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
+def as_sent(url: str, body: Any, *, length: int | None = None, key: str = "none") -> bytes:
+    """A request for a completion as it goes over a connection; its body is as long as it says, if `length` does not."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content) if length is None else length}\r\n\r\n"
+    return head.encode() + content
+
+
+def connected(url: str) -> socket.socket:
+    """A connection to a server."""
+    place = urlsplit(url)
+    return socket.create_connection((place.hostname, place.port), timeout=120)
+
+
+def answers(url: str) -> bool:
+    """Whether a server is ready."""
+    try:
+        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -63,7 +63,7 @@ def tiny_model(
             uniform = torch.rand(weight.shape, generator=generator) * 2 - 1
             if weight.dim() == 1:
                 weight.copy_(1 + 0.25 * uniform)
-            elif name == "tok_embeddings.weight":
+            elif name == "tok_embeddings.weight" and not args.tied_embeddings:  # tied, it is a matrix too
                 weight.copy_(uniform * 3**0.5)
             else:
                 weight.copy_(uniform * scale * weight.shape[1] ** -0.5)

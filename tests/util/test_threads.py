@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mistral import quant
+from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
+from mistral.loader.load import load
 from mistral.loader.options import LoadOptions
 from mistral.oracle.inputs import WeightReader, random_prompts, through
 from mistral.oracle.truth import Truth
@@ -104,3 +107,28 @@ def test_training_leaves_cores_to_others_and_gives_the_same_bits(
     assert seen == [1] * 3 + [2] * 3
     one, two = ((tmp_path / free / "adapter_model.safetensors").read_bytes() for free in "12")
     assert one == two
+
+
+@pytest.mark.usefixtures("threads")
+def test_loading_and_converting_leave_cores_to_others_and_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two threads beside a busy program `--quant int4` of a GGUF file took twice as long to load as with one."""
+    seen, quantize = [], quant.quantize
+
+    def noted(*given: Any, **named: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return quantize(*given, **named)
+
+    monkeypatch.setattr(quant, "quantize", noted)
+    torch.set_num_threads(2)
+    folder, written, loaded = make_folder(tmp_path / "model"), [], []
+    for free in (1, 2):
+        monkeypatch.setattr(FreeCores, "__call__", lambda self, free=free: free)
+        loaded.append(load(folder, device="cpu", quant="int8").model.state_dict())
+        convert(folder, tmp_path / str(free), "mistral", quant="int8")
+        written.append((tmp_path / str(free) / "consolidated.safetensors").read_bytes())
+        assert torch.get_num_threads() == 2
+    assert seen == [1] * (len(seen) // 2) + [2] * (len(seen) // 2)
+    assert written[0] == written[1]
+    assert all(torch.equal(one, loaded[1][name]) for name, one in loaded[0].items())

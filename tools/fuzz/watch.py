@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ ALLOWED = 10**9  # bytes beyond the size of a case's files
 GUARD = 3 * 10**9  # where a case is stopped, for the machine's sake
 LONGEST = 600  # characters of an error
 START = 120  # seconds for a process to be ready
+TELL = 30  # seconds for one that hangs to say where
+WHERE = signal.SIGUSR1  # has it do so
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def watch(
         for kind, number in cases:
             if process is None or ours is None:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, home, seed, limit, plant), daemon=True)
+                process = context.Process(target=_work, args=(theirs, home, seed, plant), daemon=True)
                 process.start()
                 theirs.close()
                 if _answer(ours, START) != "ready":
@@ -89,6 +92,8 @@ def watch(
             ours.send((kind, number))
             outcome = _answer(ours, limit)
             if not isinstance(outcome, Outcome):
+                if outcome is None:
+                    _tell_where(process, home)
                 process.kill()  # if it has not died
                 process.join()
                 why = "hangs" if outcome is None else f"dies of {_cause(process.exitcode)}"
@@ -111,6 +116,19 @@ def _answer(connection: Connection, limit: float) -> object:
         return False
 
 
+def _tell_where(process: BaseProcess, home: Path) -> None:
+    """Have a process that hangs print where it is. On a busy machine it may take a while until it gets to that."""
+    log, end = home / "log", time.monotonic() + TELL
+    before = now = log.stat().st_size
+    assert process.pid is not None
+    os.kill(process.pid, WHERE)
+    while time.monotonic() < end and process.is_alive():
+        time.sleep(0.2)
+        now, last = log.stat().st_size, now
+        if now == last != before:  # all of it is there
+            break
+
+
 def _cause(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
@@ -125,7 +143,7 @@ def _log(home: Path) -> str:
 # --- in the process that handles cases
 
 
-def _work(connection: Connection, home: Path, seed: int, limit: float, plant: Callable[[], None] | None) -> None:
+def _work(connection: Connection, home: Path, seed: int, plant: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     here = home / "here"
     here.mkdir(exist_ok=True)
@@ -139,6 +157,7 @@ def _work(connection: Connection, home: Path, seed: int, limit: float, plant: Ca
             stream.reconfigure(line_buffering=True)
         log.truncate(0)
         faulthandler.enable(log)
+        faulthandler.register(WHERE, log)
         for category in (UserWarning, RuntimeWarning, FutureWarning):
             warnings.simplefilter("always", category)
         tqdm.set_lock(threading.RLock())  # its own is shared by processes, and left behind by one that is killed
@@ -153,10 +172,7 @@ def _work(connection: Connection, home: Path, seed: int, limit: float, plant: Ca
                 return
             folder, rng = make_case(home, kind, seed, number)
             log.truncate(0)
-            faulthandler.dump_traceback_later(limit * 0.9, file=log)
-            outcome = _one(kind, number, folder, rng)
-            faulthandler.cancel_dump_traceback_later()
-            connection.send(outcome)
+            connection.send(_one(kind, number, folder, rng))
 
 
 def _one(kind: str, number: int, folder: Path, rng: random.Random) -> Outcome:

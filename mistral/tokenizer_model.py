@@ -1,8 +1,4 @@
-"""tokenizer.model, SentencePiece's: the first kind of tokenizer; and the tokens that were added to it.
-
-Texts are cut at added words first, as transformers and llama.cpp do, and each stretch between them is split by
-SentencePiece.
-"""
+"""tokenizer.model, read by SentencePiece, which is imported only then: the first kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -27,18 +23,20 @@ from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
 
-class SentencePieceModel:
-    """The inside of a `Tokenizer` that reads a tokenizer.model.
+class SentencePiece:
+    """A SentencePiece model, with the tokens that the files beside it add.
+
+    Args:
+        path: the file, or the one that has it inside; for messages, and what is beside it.
+        content: of a tokenizer.model that is inside another file: nothing beside it counts then. None: of `path`.
+        adds_bos: whether a text begins with bos.
+        added: words that were added to such a model, by id, which it gives to no text itself.
 
     Attributes:
-        n_words: size of the vocabulary, without the tokens that were added past it.
-        added: ids of the added tokens, by text.
-        bos_id, eos_id, pad_id: -1 where there is none.
-        adds_bos: whether a text begins with bos.
         notes: what is odd about the files, a sentence each.
 
     Raises:
-        TokenizerError: the file or one beside it is broken, or lacks bos, eos or unk.
+        TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
     """
 
     def __init__(
