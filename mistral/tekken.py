@@ -18,6 +18,12 @@ PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Control tokens of a file that lists none.
+CONTROLS_OF_2024 = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+    *("[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"),
+    *("[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
 
 
 class Tekken:
@@ -87,9 +93,14 @@ class Tekken:
 
 
 def tekken_controls(path: Path) -> dict[int, str]:
-    """Texts of the control tokens by id, as far as a tekken.json gives them; one that `tekken_words` has looked at."""
-    given = parse_json(read_limited(path).decode("utf-8")).get("special_tokens") or ()
-    return {2: "</s>"} | {token["rank"]: str(token.get("token_str")) for token in given}
+    """Texts of the control tokens by id, of a tekken.json that `tekken_words` has looked at; one that lists none has
+    those of 2024."""
+    told = parse_json(read_limited(path).decode("utf-8"))
+    spare = {i: f"<SPECIAL_{i}>" for i in range(told["config"]["default_num_special_tokens"])}
+    listed = told.get("special_tokens")
+    if listed is None:
+        return spare | dict(enumerate(CONTROLS_OF_2024))
+    return spare | {2: "</s>"} | {token["rank"]: str(token.get("token_str")) for token in listed}
 
 
 def _newer(path: Path) -> str | None:

@@ -63,19 +63,22 @@ class Tokenizer:
         self._model = model
 
     @classmethod
-    def from_sentencepiece(cls, path: Path, content: bytes, adds_bos: bool = True) -> Tokenizer:
+    def from_sentencepiece(
+        cls, path: Path, content: bytes, adds_bos: bool = True, added: Mapping[int, AddedToken] | None = None
+    ) -> Tokenizer:
         """The tokenizer that a SentencePiece model in another file is.
 
         Args:
             path: that file, for messages.
             content: of a tokenizer.model.
             adds_bos: whether a text begins with bos.
+            added: words that were added to it, by id, which it gives to no text itself.
 
         Raises:
             TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
         """
         made = cls.__new__(cls)
-        made._set(path, SentencePiece(path, content, adds_bos))
+        made._set(path, SentencePiece(path, content, adds_bos, added))
         return made
 
     @classmethod
@@ -102,12 +105,12 @@ class Tokenizer:
 
     @property
     def n_words(self) -> int:
-        """Size of the vocabulary, without tokens that were added to it."""
+        """Size of the vocabulary, without tokens that were added past it."""
         return self._model.n_words
 
     @cached_property
     def added(self) -> Mapping[str, int]:
-        """Ids past the vocabulary, by text."""
+        """Ids of the tokens that were added to the vocabulary, by text: past it, or in places of it."""
         return dict(self._model.added)
 
     @cached_property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mistral.special_tokens import (
     spaced,
 )
 from mistral.tokenizer_json import piece_bytes
+from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
 
@@ -29,12 +30,22 @@ class SentencePiece:
         path: the file, or the one that has it inside; for messages, and what is beside it.
         content: of a tokenizer.model that is inside another file: nothing beside it counts then. None: of `path`.
         adds_bos: whether a text begins with bos.
+        added: words that were added to such a model, by id, which it gives to no text itself.
+
+    Attributes:
+        notes: what is odd about the files, a sentence each.
 
     Raises:
         TokenizerError: no SentencePiece model, or one that lacks bos, eos or unk.
     """
 
-    def __init__(self, path: Path, content: bytes | None = None, adds_bos: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        content: bytes | None = None,
+        adds_bos: bool = True,
+        added: Mapping[int, AddedToken] | None = None,
+    ) -> None:
         from sentencepiece import SentencePieceProcessor
 
         self._path, self._content, self.adds_bos = path, content, adds_bos
@@ -51,15 +62,41 @@ class SentencePiece:
         if min(self.bos_id, self.eos_id, self._sp.unk_id()) < 0:
             raise TokenizerError(f"{path} has no bos, no eos or no unk: it is not one of Mistral's")
         told = read_special_tokens(path.parent) if content is None else SpecialTokens()
-        added = told.added or (read_added_tokens(path.parent) if content is None else {})
-        added = added if content is not None else as_spelled(added, path.parent)
-        self._added = {i: token for i, token in added.items() if i >= self.n_words}
+        if content is None:
+            added = as_spelled(told.added or read_added_tokens(path.parent), path.parent)
+        self._added = {
+            i: token for i, token in (added or {}).items() if i >= self.n_words or self._is_another(i, token)
+        }
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
-        words = {i: token for i, token in self._added.items() if not token.special}
-        self._as_it_stands = WordFinder({i: token for i, token in words.items() if not token.normalized})
+        self.notes = tuple(self._taken_words())
+        self._finders = lru_cache(maxsize=4)(self._make_finders)
+
+    def _is_another(self, i: int, token: AddedToken) -> bool:
+        """Whether an added token takes the place of a piece: a control token that has another name there, as fine-tunes
+        call spare ones, or a word: texts are cut at added words first, as transformers does, and then split."""
+        if self._sp.IsControl(i) or self._sp.IsUnknown(i):
+            return token.content != self._pieces[i]
+        return not self._sp.IsByte(i)
+
+    def _taken_words(self) -> Iterator[str]:
+        """A note where the files beside the model give ids of its words to other tokens, as another model's do."""
+        words = {i: self._pieces[i].replace("\u2581", " ").strip() for i in self._added if i < self.n_words}
+        taken = [i for i in words if not self._sp.IsControl(i) and words[i] != self._added[i].content.strip()]
+        if taken:
+            token, word = printable(self._added[taken[0]].content), short_repr(words[taken[0]])
+            yield (
+                f"the files beside {self._path.name} give ids of its words to added tokens, such as {taken[0]} of "
+                f"{word} to {token}: those are used, {len(taken)} in all; if they are another model's, remove them"
+            )
+
+    def _make_finders(self, kept: frozenset[str]) -> tuple[WordFinder, WordFinder | None]:
+        """What finds added words in texts, those that are `kept` as texts aside; and what finds those that are
+        normalized."""
+        words = {i: token for i, token in self._added.items() if not token.special and token.content not in kept}
         normalized = {i: token for i, token in words.items() if token.normalized}
-        self._normalized = WordFinder(normalized) if normalized else None
+        as_they_stand = WordFinder({i: token for i, token in words.items() if not token.normalized})
+        return as_they_stand, WordFinder(normalized) if normalized else None
 
     @property
     def named(self) -> dict[str, str]:
@@ -67,17 +104,22 @@ class SentencePiece:
         return {**{name: self._pieces[i] for name, i in ids.items()}, **self._names}
 
     def encode(self, s: str) -> list[int]:
+        return self._encode(s, frozenset())
+
+    def _encode(self, s: str, kept: frozenset[str]) -> list[int]:
+        """Ids of a text in which the words that are `kept` are no tokens."""
+        as_they_stand, normalized = self._finders(kept)
         ids: list[int] = []
-        for text, i in self._as_it_stands.split(s):
-            ids += [*self._encode_spaced(text), *([] if i is None else [i])]
+        for text, i in as_they_stand.split(s):
+            ids += [*self._encode_spaced(text, normalized), *([] if i is None else [i])]
         return ids
 
-    def _encode_spaced(self, text: str) -> list[int]:
+    def _encode_spaced(self, text: str, normalized: WordFinder | None) -> list[int]:
         """Ids of a text with a space in front, in which words that are normalized are found with theirs."""
-        if self._normalized is None:
+        if normalized is None:
             return self._sp.encode(text)
         ids: list[int] = []
-        for part, i in self._normalized.split(spaced(text)):
+        for part, i in normalized.split(spaced(text)):
             # The model puts a space in front, which a part has already or has not: it goes to a letter of no word.
             ids += [*self._sp.encode(self._no_word + part)[self._skipped :], *([] if i is None else [i])]
         return ids
@@ -92,13 +134,14 @@ class SentencePiece:
 
     def encode_parts(self, parts: Sequence[str | int], control: Mapping[str, int]) -> list[int]:
         """Each text is encoded by itself, with a space in front: so were the chats that such models learned from."""
+        kept = frozenset(control)
         ids: list[int] = []
         for part, before, after in zip(parts, [None, *parts], [*parts[1:], None], strict=False):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             text = part.lstrip() if self._strips(before, "rstrip") else part
-            ids += self.encode(text.rstrip() if self._strips(after, "lstrip") else text)
+            ids += self._encode(text.rstrip() if self._strips(after, "lstrip") else text, kept)
         return ids
 
     def _strips(self, part: str | int | None, side: str) -> bool:
@@ -109,7 +152,7 @@ class SentencePiece:
             return self._sp.decode(ids)
         text, run = "", []
         for i in [*ids, None]:
-            if i is not None and i < self.n_words:
+            if i is not None and i not in self._added and i < self.n_words:
                 run.append(i)
                 continue
             # A space in front is dropped at the start of a text, and only there.
@@ -124,10 +167,13 @@ class SentencePiece:
             unused = self._sp.IsControl(i) or self._sp.IsByte(i) or self._sp.IsUnknown(i)
             return None if unused else self._sp.get_score(i)
 
-        return self._pieces, [score(i) for i in range(self.n_words)]
+        places = {i: token.content for i, token in self._added.items() if i < self.n_words}
+        scores = [None if i in places else score(i) for i in range(self.n_words)]
+        return [places.get(i, piece) for i, piece in enumerate(self._pieces)], scores
 
     def token_bytes(self) -> list[bytes | None]:
-        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)}
+        silent = {i for i in range(self.n_words) if self._sp.IsControl(i) or self._sp.IsUnknown(i)} - self._added.keys()
+        silent |= {i for i, token in self._added.items() if token.special}
         added = {i: token.content.encode() for i, token in self._added.items() if not token.special}
         pieces = [piece_bytes(piece, byte=bool(self._sp.IsByte(i))) for i, piece in enumerate(self._pieces)]
         found = {**dict(enumerate(pieces)), **added}
@@ -136,10 +182,11 @@ class SentencePiece:
     def has_control(self, word: str) -> bool:
         if word in self.added:
             return self._added[self.added[word]].special
-        return self._sp.IsControl(self._sp.piece_to_id(word))
+        i = self._sp.piece_to_id(word)
+        return self._sp.IsControl(i) and i not in self._added
 
     def control_tokens(self) -> dict[str, int]:
-        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i)}
+        ids = {piece: i for i, piece in enumerate(self._pieces) if self._sp.IsControl(i) and i not in self._added}
         return {**ids, **{token.content: i for i, token in self._added.items() if token.special}}
 
     def added_tokens(self) -> dict[str, int]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral.args import ModelArgs
+from mistral.formats.adapter_experts import KEY as OF_EXPERTS
+from mistral.formats.adapter_experts import by_expert
 from mistral.formats.adapter_rows import KEY, ROWS, Rows, rows_by_module
 from mistral.formats.adapter_rows import AdapterError as AdapterError
 from mistral.formats.huggingface import NAMES, to_hf, to_mistral
@@ -36,7 +38,17 @@ KNOWN = {
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config"),
     *("megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
-    *("alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", KEY),
+    *(
+        "alpha_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+        KEY,
+        OF_EXPERTS,
+    ),
 }
 # Keys that add to a model what is no product of two matrices, unless they are empty.
 REFUSED = {
@@ -45,8 +57,9 @@ REFUSED = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which works from some tokens on",
     "use_bdlora": "BD-LoRA, whose matrices are in blocks",
     "use_qalora": "QALoRA, which pools its inputs",
-    "target_parameters": "it changes parameters that are no linear layers",
 }
+# Kinds of PEFT that change no weights, so that nothing can be merged.
+IN_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 # How B and A began, where the base stayed what it was. PiSSA, OLoRA, CorDA, LoftQ and others took something from it.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # A weight that PEFT keeps whole beside the pairs: one of modules_to_save, or what is below a changed output.
@@ -95,6 +108,7 @@ class Adapter:
         whole: names of tensors that stand in the place of the base's, by Mistral's name of the weight.
         rows: single rows that stand in the place of some of a weight's, by Mistral's name of it.
         notes: what was assumed or ignored, a sentence each.
+        experts: how many a layer has, where it changes them as one parameter; else 0.
     """
 
     path: Path
@@ -105,6 +119,7 @@ class Adapter:
     whole: dict[str, str] = field(default_factory=dict, repr=False)
     rows: dict[str, Rows] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    experts: int = 0
 
     @property
     def dora(self) -> bool:
@@ -224,7 +239,9 @@ def read_adapter(path: str | PathLike[str]) -> Adapter:
 
 def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
     notes = _check_config(config)
-    weights = _peft_weights(folder)
+    weights, known, experts = _peft_weights(folder), dict[str, str](), 0
+    if parameters := config.get(OF_EXPERTS):
+        weights, known, experts = by_expert(weights, parameters, lambda key: _rank_and_scale(config, key)[0])
     file = weights.files[0]
     pattern = r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?"
     whole, rows = _whole(weights), rows_by_module(weights.tensors, config.get(KEY), CONFIG)
@@ -245,7 +262,7 @@ def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
             raise AdapterError(
                 f"{file} changes {printable(module)} by {some_names([*names.values()])}, as PEFT does not"
             )
-        rank, scale = _rank_and_scale(config, module)
+        rank, scale = _rank_and_scale(config, known.get(module, module))
         if (magnitude := names.get("magnitude_vector")) is None and config.get("use_dora"):
             raise AdapterError(f"{CONFIG} has use_dora, but {file.name} lacks the magnitude of {printable(module)}")
         if magnitude is not None and not config.get("use_dora"):
@@ -259,7 +276,7 @@ def _read_peft(folder: Path, place: Path, config: dict[str, Any]) -> Adapter:
     _check_floats(weights, [*own.values(), *(some.name for some in single.values())])
     named = config.get("base_model_name_or_path")
     base = named if isinstance(named, str) and named else None
-    return Adapter(place, "peft", base, weights, pairs, own, single, tuple(notes))
+    return Adapter(place, "peft", base, weights, pairs, own, single, tuple(notes), experts)
 
 
 def _peft_weights(folder: Path) -> WeightFiles:
@@ -302,7 +319,8 @@ def _check_config(config: dict[str, Any]) -> list[str]:
     """Refuse what is no LoRA that can be merged exactly; notes on the rest."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{CONFIG} has peft_type {short_repr(kind)}: only LORA adapters are read here")
+        what = "use PEFT" if kind in IN_PROMPTS else "have PEFT merge it (merge_and_unload) and give what that saves"
+        raise AdapterError(f"{CONFIG} has peft_type {short_repr(kind)}: only LORA adapters are read here; {what}")
     for key, reason in REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{CONFIG} has {key}: {reason}, so it cannot be merged exactly here: use PEFT")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mistral.formats.gguf_header import GgufError, Metadata, StringArray
-from mistral.special_tokens import SpecialTokens, TokenizerError
+from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError
 from mistral.tekken import PATTERN
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import short_repr
@@ -62,7 +62,8 @@ def tokenizer_of(path: Path, metadata: Metadata) -> Tokenizer:
     """
     special = special_ids(metadata)
     if kind_of(metadata) == SENTENCEPIECE:
-        made = Tokenizer.from_sentencepiece(path, sentencepiece_model(metadata), special.add_bos is not False)
+        content, words = sentencepiece_model(metadata), words_of_the_user(metadata)
+        made = Tokenizer.from_sentencepiece(path, content, special.add_bos is not False, words)
     else:
         made = _from_byte_level(path, metadata, special)
     made.eos_ids = special.ends
@@ -185,6 +186,8 @@ def _require_different(texts: Sequence[str]) -> dict[str, int]:
 def sentencepiece_model(metadata: Metadata) -> bytes:
     """The contents of a tokenizer.model, for SentencePieceProcessor.LoadFromSerializedProto.
 
+    It splits no text into a word of the user's: see `words_of_the_user`.
+
     Raises:
         GgufError: not a SentencePiece tokenizer, or a part of it is missing.
     """
@@ -200,14 +203,10 @@ def sentencepiece_model(metadata: Metadata) -> bytes:
     if len(unknown) > 1 or unknown[0] < 0 or unknown[0] in (special.bos, special.eos):
         raise GgufError(f"the file's tokenizer has {short_repr(unknown)} as unknown tokens: exactly one is needed")
     control = {i for i in (special.bos, special.eos) if i >= 0}
-    # A word of the user's has its spaces as they are; SentencePiece looks for it where they are spelled its way.
-    known = _require_different(texts)
-    for i, kind in enumerate(types):
-        if kind == USER_DEFINED and (spelled := texts[i].replace(" ", BLANK)) not in known:
-            texts[i] = spelled
+    _require_different(texts)
     proto = bytearray()
     for i, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
-        kind = UNKNOWN if i == unknown[0] else CONTROL if i in control else kind
+        kind = UNKNOWN if i == unknown[0] else CONTROL if i in control else UNUSED if kind == USER_DEFINED else kind
         proto += _message(1, _text(1, text) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
     trainer = _number(3, 2) + _number(4, len(texts)) + _number(35, int(BYTE in types))  # BPE, size, byte fallback
     for i, number, piece in ((unknown[0], 40, 45), (special.bos, 41, 46), (special.eos, 42, 47), (special.pad, 43, 48)):
@@ -216,6 +215,19 @@ def sentencepiece_model(metadata: Metadata) -> bytes:
     collapse = metadata.get("tokenizer.ggml.remove_extra_whitespaces", False) is True
     normalizer = _text(1, "identity") + _number(3, int(prefix)) + _number(4, int(collapse)) + _number(5, 1)
     return bytes(proto + _message(2, trainer) + _message(3, normalizer))
+
+
+def words_of_the_user(metadata: Metadata) -> dict[int, AddedToken]:
+    """The words of a SentencePiece tokenizer that were added to it, by id; those that end sequences are control tokens.
+
+    A text is cut at them first, and each stretch between them split by itself, as llama.cpp and transformers do it: in
+    SentencePiece itself such a word would have a space in front, and the text behind it none.
+
+    Raises:
+        GgufError: as `special_ids`, and without tokens.
+    """
+    (texts, types), ends = _tokens(metadata), special_ids(metadata).ends
+    return {i: AddedToken(texts[i], i in ends) for i, kind in enumerate(types) if kind == USER_DEFINED}
 
 
 def _varint(number: int) -> bytes:

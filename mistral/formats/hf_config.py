@@ -61,7 +61,7 @@ HARMLESS = {
     "architectures": "a label; model_type decides",
     ASSUMED: "what was not known when it was converted",
     "attention_dropout": "training",
-    "auto_map": "code, which is never run",
+    "auto_map": "code, which is never run; a note says so",
     "bos_token_id": "the tokenizer's",
     "chunk_size_feed_forward": "an option of transformers",
     "dtype": "the weights have their own",
@@ -161,6 +161,8 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     values["head_dim"] = _head_dim(raw, values["dim"], values["n_heads"])
     if raw.get(QUANTIZATION) is not None:
         notes.append(method_of(raw[QUANTIZATION]).note)
+    if isinstance(raw.get("auto_map"), dict) and any(name.startswith("AutoModel") for name in raw["auto_map"]):
+        notes.append(f"config.json has auto_map: code of its own, which is never run: this is computed as {kind} is")
     values["sliding_window"] = _window(raw, kind, notes)
     if raw.get("tie_word_embeddings") is not None:
         values["tied_embeddings"] = raw["tie_word_embeddings"]

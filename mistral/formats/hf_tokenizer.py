@@ -76,6 +76,16 @@ def to_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def added_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer_config.json says of the tokens that were added; nothing where there are none."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    decoder = {
+        str(i): {"content": text, **flags, "special": text in tokenizer.control_tokens}
+        for text, i in sorted(tokenizer.added.items(), key=lambda pair: pair[1])
+    }
+    return {"added_tokens_decoder": decoder} if decoder else {}
+
+
 def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
     from tokenizers import Tokenizer as Theirs
     from tokenizers import decoders, models, normalizers

@@ -24,6 +24,7 @@ from mistral.formats.layouts import LAYOUTS
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.tokenizers import (
     chat_templates,
+    end_beside,
     ends_of,
     eos_ids,
     is_gguf_file,
@@ -40,6 +41,7 @@ from mistral.formats.vllm import serving
 from mistral.formats.weights import Stored, file_names
 from mistral.formats.words import text_notes
 from mistral.parameters import EMBEDDINGS, active, parameters
+from mistral.special_tokens import read_special_tokens
 from mistral.tekken import tekken_controls, tekken_words
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
@@ -206,6 +208,9 @@ def _ends(path: Path, tokenizer: dict[str, Any], vocab_size: int) -> list[dict[s
         eos = 2  # of all of them
         ends, texts = ends_of(path, None, vocab_size)[0], tekken_controls(path / tokenizer["file"])
         ends[eos] = [tokenizer["file"], *ends.get(eos, ())]
+        for i, file in end_beside(path, vocab_size).items():
+            ends[i] = [file, *ends.get(i, ())]
+            texts[i] = read_special_tokens(path).names["eos_token"]
     else:
         own = read_tokenizer(path)
         own.settle_eos(eos_ids(path, None, vocab_size)[0])

@@ -108,6 +108,12 @@ def updates(adapter: Adapter, args: ModelArgs) -> dict[str, Update]:
     if unknown := [name for name in adapter.pairs if name not in known]:
         tied = "; its output is tied to its embeddings" if unknown == ["output.weight"] else ""
         raise AdapterError(f"{adapter.path} changes {some_names(unknown)}, which the model does not have{tied}")
+    there = 0 if args.moe is None else args.moe.num_experts
+    if adapter.experts and adapter.experts != there:
+        raise AdapterError(
+            f"{adapter.path} changes {adapter.experts} experts of each layer, but the model has {there}: the adapter "
+            "is of another model"
+        )
     return {name: _update(adapter, known[name], pair) for name, pair in adapter.pairs.items()}
 
 

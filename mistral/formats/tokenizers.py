@@ -14,7 +14,7 @@ from mistral.args import ModelArgs
 from mistral.formats import gguf_tokenizer
 from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
-from mistral.special_tokens import CONFIG, NAMES, read_json
+from mistral.special_tokens import CONFIG, NAMES, read_added_tokens, read_json, read_special_tokens
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -250,12 +250,26 @@ def _named_ends(tokenizer: Tokenizer) -> dict[int, str]:
     """The same, and what names each."""
     named = tokenizer.added_tokens.get(tokenizer.named.get("eos_token", ""), -1)
     beside = _file_of_eos(tokenizer.path.parent)
+    if tokenizer.is_tekken:  # which knows nothing of what is beside it
+        return {tokenizer.eos_id: tokenizer.path.name} | end_beside(tokenizer.path.parent, tokenizer.n_words)
     if tokenizer.is_json:  # which names none itself; without a file beside it, eos_id may be from the model's files
         what = USUAL_NAME if tokenizer.guesses_eos else beside
         ends = {} if what is None else {tokenizer.eos_id: what}
     else:
         ends = ({} if beside is None else {named: beside}) | {tokenizer.eos_id: tokenizer.path.name}
     return {i: what for i, what in ends.items() if i >= 0}
+
+
+def end_beside(folder: Path, words: int) -> dict[int, str]:
+    """The eos_token that the files beside a tekken.json name, and which it may have under another name, by its id in
+    tokenizer_config.json or tokenizer.json; with the file that names it."""
+    try:
+        told = read_special_tokens(folder)
+        added = told.added or read_added_tokens(folder)
+    except TokenizerError:
+        return {}  # `broken` names the file
+    file, name = _file_of_eos(folder), told.names.get("eos_token")
+    return {i: file for i, token in added.items() if token.content == name and 2 != i < words and file is not None}
 
 
 def _file_of_eos(folder: Path) -> str | None:

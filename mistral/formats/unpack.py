@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mistral.formats.hf_tokenizer import added_tokens
 from mistral.formats.tokenizers import JSON, MORE_TEMPLATES, TEMPLATE, chat_templates, is_gguf_file
 from mistral.formats.writer import as_json
 from mistral.special_tokens import CONFIG
@@ -51,7 +52,8 @@ def _tokenizer(path: Path, tokenizer: Tokenizer, notes: list[str]) -> dict[str, 
     if name != JSON:
         if not tokenizer.adds_bos:
             notes.append(f"{name} cannot say that texts begin without bos, as {path.name} does: they will have one")
-        return {name: content}
+        beside = added_tokens(tokenizer)
+        return {name: content} | ({CONFIG: _json(beside)} if beside else {})
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokenizer.named,

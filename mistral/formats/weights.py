@@ -299,8 +299,13 @@ def check_tensors(
         parts = [
             f"{what} {some_names(names)}" for what, names in (("lack", missing), ("hold unknown", unknown)) if names
         ]
-        raise WeightsError(f"the weights in {where} {' and '.join(parts)}{wrapped(unknown)}")
+        raise WeightsError(f"the weights in {where} {' and '.join(parts)}{wrapped(unknown, missing)}")
     for name, shape in expected.items():
+        if found[name].shape != shape and 0 in found[name].shape:
+            raise WeightsError(
+                f"{name} in {where} has the shape {short_repr(list(found[name].shape))}: DeepSpeed saves such in "
+                "ZeRO-3 without its weights: run the zero_to_fp32.py of its checkpoint"
+            )
         if found[name].shape != shape:
             raise WeightsError(
                 f"{source} makes {name} {list(shape)}, but in {where} it is {short_repr(list(found[name].shape))}: "

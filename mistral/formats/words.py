@@ -11,7 +11,7 @@ from typing import Any
 
 from mistral.args import ModelArgs
 from mistral.formats.gguf_header import GgufError, read_gguf
-from mistral.formats.gguf_tokenizer import notes_on_ends
+from mistral.formats.gguf_tokenizer import BLANK, notes_on_ends
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import (
     ENDS,
@@ -19,15 +19,19 @@ from mistral.formats.tokenizers import (
     TEMPLATE,
     FolderTemplate,
     chat_templates,
+    end_beside,
     eos_ids,
     has_tokenizer,
     is_gguf_file,
     listed_templates,
     load_tokenizer,
     missing_tokens,
+    tokenizer_files,
+    tokenizer_kind,
     tokenizer_notes,
 )
 from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens, token_text
+from mistral.tekken import tekken_controls
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util.english import counted
 from mistral.util.errors import printable, short_repr
@@ -67,7 +71,7 @@ def text_notes(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> li
         return _about_a_file(folder, tokenizer)
     return [
         *_about_words(folder, tokenizer),
-        *_beside_tekken(folder, tokenizer),
+        *_beside_tekken(folder),
         *_about_ends(folder, tokenizer, vocab_size),
         *_named_in_vain(folder, tokenizer),
         *_about_templates(folder),
@@ -91,13 +95,7 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         whole, added = read_json(folder / JSON), read_added_tokens(folder)
     except TokenizerError:
         return []  # `broken` names the file
-    notes, name, model = [], tokenizer.path.name, whole.get("model")
-    words = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(words, dict | list) and len(words) != tokenizer.n_words:
-        notes.append(
-            f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
-            "another model's"
-        )
+    notes = _other_words(whole, tokenizer)
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
         notes.append(
@@ -105,6 +103,49 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
             "not used"
         )
     return notes
+
+
+def _other_words(whole: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """Where a tokenizer.json has other words, or begins texts otherwise, than the tokenizer.model beside it."""
+    name, model = tokenizer.path.name, whole.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    instead = f"remove {name} to have {JSON} read"
+    if not isinstance(words, dict | list):
+        return []
+    if len(words) != tokenizer.n_words:
+        return [
+            f"{JSON} has {counted(len(words), 'word')} and {name}, which is read, {tokenizer.n_words:,}: one is "
+            f"another model's; {instead}"
+        ]
+    pieces, scores = tokenizer.pieces()
+    ids = words if isinstance(words, dict) else {str(word[0]): i for i, word in enumerate(words) if word}
+    other = [p for i, p in enumerate(pieces) if scores[i] is not None and ids.get(p) != i]
+    if other:
+        return [
+            f"{JSON} has other ids than {name}, which is read, for {counted(len(other), 'word')} "
+            f"({some_words([p.replace(BLANK, ' ') for p in other])}): one is another model's; {instead}"
+        ]
+    begins = pieces[tokenizer.encode("a", bos=False)[0]].startswith(BLANK)
+    if begins != _begins_with_a_space(whole):
+        return [
+            f"{JSON} begins texts {'without' if begins else 'with'} a space, and {name}, which is read, "
+            f"{'with' if begins else 'without'} one: prompts have other ids in transformers; {instead}"
+        ]
+    return []
+
+
+def _begins_with_a_space(whole: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json of SentencePiece's words puts a space in front of a text, as SentencePiece does."""
+    parts: list[Any] = [whole.get("normalizer"), whole.get("pre_tokenizer")]
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        kind = part.get("type")
+        parts += [*(part.get("normalizers") or ()), *(part.get("pretokenizers") or ())]
+        older = "always" if part.get("add_prefix_space", True) else "never"
+        if kind == "Prepend" or (kind == "Metaspace" and part.get("prepend_scheme", older) != "never"):
+            return True
+    return False
 
 
 def _about_ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
@@ -120,28 +161,35 @@ def _about_ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> l
         )
     if told.get("add_eos_token") is True:
         notes.append(f"{CONFIG} has add_eos_token true, which is for training: prompts end without eos here")
-    if tokenizer is not None and (eos := token_text(told.get("eos_token"))) and not _is_token(tokenizer, eos):
+    eos = None if tokenizer is None else token_text(told.get("eos_token"))
+    if tokenizer is not None and eos and not _is_token(tokenizer, eos) and not end_beside(folder, vocab_size):
         notes.append(
             f"{CONFIG} has eos_token {short_repr(eos)}, for which the tokenizer has no token: it ends no sequence"
         )
     return notes + ([] if tokenizer is None else _about_ids(folder, tokenizer, vocab_size))
 
 
-def _beside_tekken(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
+def _beside_tekken(folder: Path) -> list[str]:
     """Where a fine-tune has tokens of its own, and the tekken.json of its base, which is read, is in the folder too."""
-    if tokenizer is None or tokenizer.kind != "tekken":
+    path = next(iter(tokenizer_files(folder)), folder)
+    if path == folder or tokenizer_kind(path) != "tekken":
         return []
     try:
         told, inside = read_special_tokens(folder).added, read_added_tokens(folder)
+        there = {**inside, **told}
+        known = set(tekken_controls(path).values()) if there else set()
+        own = chat_templates(folder)
     except TokenizerError:
         return []
-    added = [t.content for t in {**inside, **told}.values() if not tokenizer.has_control(t.content)]
+    added = [t.content for t in there.values() if t.content not in known]
     if not added:
         return []
-    instead = f"remove {tokenizer.path.name} to have {JSON} read" if (folder / JSON).is_file() else f"add its {JSON}"
+    is_whole = (folder / JSON).is_file()
+    used = "conversations have them, other texts do not" if is_whole and own else "not used"
+    instead = f"remove {path.name} to have {JSON} read" if is_whole else f"add its {JSON}"
     return [
-        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that "
-        f"{tokenizer.path.name}, which is read, has not: not used; {instead}"
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that {path.name}, "
+        f"which is read, has not: {used}; {instead}"
     ]
 
 

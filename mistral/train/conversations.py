@@ -243,9 +243,11 @@ def _by_beginnings(
         asked, answered = (template.encode_chat(messages[:n], offered) for n in (i, i + 1))
         at = len(asked)
         if answered[:at] != asked or asked[: len(marked.ids)] != marked.ids:
+            several = sum(turn.role == "assistant" for turn in turns) > 1
             raise TemplateError(
                 f"the template {template.name} writes earlier turns again, so that it is not known which ids are "
-                "answers: --template takes another one, or give a line for each answer"
+                "answers: --template takes another one, or "
+                + ("give a line for each answer" if several else "give the line as prompt and completion")
             )
         stop = next((k + 1 for k in range(at, len(answered)) if answered[k] in ends), len(answered))
         marked.add(asked[len(marked.ids) :])

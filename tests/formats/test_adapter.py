@@ -288,7 +288,8 @@ def test_what_at_run_time_cannot_be_is_refused(tmp_path: Path) -> None:
 
 AT = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
-    "IA3": ({"peft_type": "IA3"}, lambda t: None, "only LORA adapters"),
+    "IA3": ({"peft_type": "IA3"}, lambda t: None, "only LORA adapters are read here; have PEFT merge it"),
+    "prompts": ({"peft_type": "PROMPT_TUNING"}, lambda t: None, "only LORA adapters are read here; use PEFT"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, lambda t: None, "modules_to_save 'lm_head', which adapter_"),
     "lora_bias": ({"lora_bias": True}, lambda t: None, "lora_bias: it adds biases"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, lambda t: None, "began from a base that was changed"),

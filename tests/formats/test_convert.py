@@ -396,7 +396,9 @@ def test_what_a_config_says_of_tokens_is_kept_and_code_is_not(tmp_path: Path) ->
     said = {"bos_token_id": 5, "eos_token_id": [2, 7], "pad_token_id": 3, "max_position_embeddings": 99}
     config = {**config_of(tmp_path / "b"), **said, "auto_map": {"AutoModel": "evil.Model"}, "use_cache": None}
     (tmp_path / "b" / "config.json").write_text(json.dumps(config))
-    convert(tmp_path / "b", tmp_path / "c", "hf")
+    told = "config.json has auto_map: code of its own, which is never run: this is computed as mistral is"
+    assert told in convert(tmp_path / "b", tmp_path / "c", "hf").notes
+    assert told in load(tmp_path / "b", device="cpu").notes
     written = config_of(tmp_path / "c")
     assert {name: written[name] for name in said} == said
     assert "auto_map" not in written

@@ -23,6 +23,7 @@ from mistral.formats.gguf_tokenizer import (
     kind_of,
     sentencepiece_model,
     special_ids,
+    tokenizer_of,
 )
 from tests.support.folders import BUNDLED, ROOT
 from tests.support.gguf_files import tokenizer_keys, write_gguf
@@ -98,25 +99,32 @@ def test_a_space_in_front_of_the_text(tmp_path: Path) -> None:
     assert found[True].encode("king") == found[False].encode(" king") != found[False].encode("king")
 
 
-def test_tokens_that_a_user_defined(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["<|im_end|>", "two words", "\u2581x"])
+def test_words_of_the_users(word: str, tmp_path: Path) -> None:
+    """A text is cut at them, and what is between them is split as a text of its own: llama.cpp and transformers."""
     given = tokenizer_keys(BUNDLED / "tokenizer.model")
-    given["tokens"].append("<|im_end|>")
-    given["scores"].append(-1000.0)
-    for kind, found in ((4, True), (3, False)):
-        metadata = metadata_of(tmp_path, **{**given, "token_type": [*given["token_type"], kind]})
-        sp = SentencePieceProcessor()
-        sp.LoadFromSerializedProto(sentencepiece_model(metadata))
-        assert (len(given["tokens"]) - 1 in sp.encode("a <|im_end|> b")) is found
+    sp = SentencePieceProcessor(model_file=str(BUNDLED / "tokenizer.model"))
+    given["tokens"][4090], given["token_type"][4090] = word, 4
+    own = tokenizer_of(tmp_path / "m.gguf", metadata_of(tmp_path, **given))
+    for before, behind in (("say ", " then"), ("", ""), ("", "then"), ("say", "\n")):
+        text = f"{before}{word}{behind}"
+        ids = [*(sp.encode(before)), 4090, *sp.encode(behind)]
+        assert own.encode(text, bos=False) == ids
+        assert own.encode_parts([text, 2, text]) == [*ids, 2, *ids]
+        assert own.encode_parts([text], {word: 4090}).count(4090) == 0  # a word that a template alone may write
+    assert own.token_bytes()[4090] == word.encode()
+    assert own.decode([4090]) == word
+    assert own.n_words == own.n_ids == 4096
 
 
-def test_a_word_of_the_users_with_a_space(tmp_path: Path) -> None:
-    given = tokenizer_keys(BUNDLED / "tokenizer.model")
-    given["tokens"][4090], given["token_type"][4090] = "two words", 4
-    sp = SentencePieceProcessor()
-    sp.LoadFromSerializedProto(sentencepiece_model(metadata_of(tmp_path, **given)))
-    ids = sp.encode("say two words")
-    assert 4090 in ids
-    assert sp.decode(ids) == "say two words"
+def test_a_word_of_the_users_that_ends_sequences_is_a_control_token(tmp_path: Path) -> None:
+    given = {**tokenizer_keys(BUNDLED / "tokenizer.model"), "eot_token_id": 4090}
+    given["tokens"][4090], given["token_type"][4090] = "<|im_end|>", 4
+    own = tokenizer_of(tmp_path / "m.gguf", metadata_of(tmp_path, **given))
+    assert own.has_control("<|im_end|>")
+    assert own.control_tokens["<|im_end|>"] == 4090
+    assert 4090 not in own.encode("a <|im_end|> b")
+    assert own.token_bytes()[4090] is None
 
 
 def test_two_words_that_are_the_same(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,25 @@ def test_weights_under_another_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
     said = refusal(tmp_path / "hf")
     assert "or pytorch_model.bin" in said
-    assert said.endswith("; there is a safetensors file under another name: give it the release's name")
+    assert said.endswith("; there is a safetensors file under another name: rename it to one of these")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors.incomplete", "a download that did not end"),
+        ("tf_model.h5", "weights for TensorFlow or Flax: have transformers save"),
+        ("model.zip", "an archive: unpack it"),
+        ("epoch_3.ckpt", "a file of torch.save under another name: if it holds"),
+        ("optimizer.pt", None),
+        ("training_args.bin", None),
+    ],
+)
+def test_other_files_in_the_place_of_weights(tmp_path: Path, name: str, said: str | None) -> None:
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / name)
+    what = refusal(tmp_path / "hf")
+    assert f"; there is {said}" in what if said else what.endswith("or pytorch_model-00001-of-0000N.bin")
 
 
 @pytest.mark.parametrize(
@@ -400,3 +419,25 @@ def test_names_from_within_a_wrapper(tmp_path: Path, wrapper: str) -> None:
     save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
     got = load(tmp_path, device="cpu").model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def with_weights(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
+    """What is said of a folder in Hugging Face's layout whose weights were changed."""
+    convert(make_folder(tmp_path / "src"), tmp_path / "hf", "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    save_file(change(load_file(path)), path)
+    return refusal(tmp_path / "hf")
+
+
+def test_weights_that_training_programs_leave(tmp_path: Path) -> None:
+    head = {"v_head.summary.weight": torch.zeros(1, 8)}
+    assert "as TRL saves it: load it with TRL, and save its" in with_weights(tmp_path / "a", lambda t: t | head)
+    guesses = {"medusa_head.0.0.linear.weight": torch.zeros(8, 8)}
+    assert "(Medusa): give the model that" in with_weights(tmp_path / "b", lambda t: t | guesses)
+    said = with_weights(tmp_path / "c", lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"})
+    assert said.endswith(
+        "lack lm_head.weight: if the output is the table of the embeddings, the file of the "
+        'shape says "tie_word_embeddings": true'
+    )
+    said = with_weights(tmp_path / "d", lambda t: {n: torch.empty(0) for n in t})
+    assert "has the shape [0]: DeepSpeed saves such in ZeRO-3 without its weights: run the zero_to_fp32.py" in said

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as JsonFile
 
 from mistral.formats.adapter import WEIGHTS
 from mistral.formats.adapter_words import unused_of
@@ -103,9 +104,37 @@ def test_a_tokenizer_json_with_other_words(folder: Path) -> None:
     assert any(n.startswith("tokenizer.json adds 1 token (<|x|>) that tokenizer_config.json") for n in notes(folder))
     told["model"]["vocab"] = dict(list(told["model"]["vocab"].items())[:4000])
     (folder / "tokenizer.json").write_text(json.dumps(told))
-    assert "tokenizer.json has 4,000 words and tokenizer.model, which is read, 4,096: one is another model's" in notes(
-        folder
+    (note,) = [n for n in notes(folder) if "4,000 words" in n]
+    assert note == (
+        "tokenizer.json has 4,000 words and tokenizer.model, which is read, 4,096: one is another model's; remove "
+        "tokenizer.model to have tokenizer.json read"
     )
+
+
+def test_a_tokenizer_json_with_the_same_number_of_words(folder: Path) -> None:
+    told = json.loads((folder / "tokenizer.json").read_text())
+    words = told["model"]["vocab"]
+    words["\u2581king"], words["\u2581wolf"] = words["\u2581wolf"], words["\u2581king"]
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    (note,) = notes(folder)
+    assert note.startswith("tokenizer.json has other ids than tokenizer.model, which is read, for 2 words (")
+    assert inspect_folder(folder)["suspicious"] == [note]
+
+
+@pytest.mark.parametrize(("scheme", "noted"), [("never", True), ("first", False), ("always", False), (None, True)])
+def test_a_tokenizer_json_that_begins_texts_otherwise(folder: Path, scheme: str | None, noted: bool) -> None:
+    """What transformers writes where add_prefix_space is false; "first" differs for texts that begin with a space."""
+    told = json.loads((folder / "tokenizer.json").read_text())
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    told |= {"normalizer": None, "pre_tokenizer": space if scheme else None}
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    own = Tokenizer(folder / "tokenizer.model").encode("king", bos=False)
+    theirs = JsonFile.from_file(str(folder / "tokenizer.json")).encode("king", add_special_tokens=False).ids
+    assert (theirs != own) is noted
+    said = [
+        n for n in notes(folder) if n.startswith("tokenizer.json begins texts without a space, and tokenizer.model")
+    ]
+    assert len(said) == noted
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
@@ -395,6 +424,18 @@ def test_tokens_that_a_tekken_json_has_not(folder: Path) -> None:
         "tokenizer.json has 1 token (<|im_end|>) that tekken.json, which is read, has not: not used; remove "
         "tekken.json to have tokenizer.json read"
     )
+    assert note in inspect_folder(folder)["suspicious"]  # which does not read a tekken.json as a whole
+    template = "{{ messages[0].content }}<|im_end|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": template}))
+    tokenizer, said = words_of(folder, args)
+    (told,) = [note for note in said if "which is read" in note]
+    assert "which is read, has not: conversations have them, other texts do not; remove tekken.json" in told
+    assert not [note for note in said if "ends no sequence" in note]
+    assert tokenizer is not None
+    assert 20 in tokenizer.eos_ids
+    facts = inspect_folder(folder)
+    assert told in facts["suspicious"]
+    assert {"id": 20, "text": "<|im_end|>", "from": ["tokenizer_config.json"]} in facts["ends"]
 
 
 def test_a_tekken_json_of_a_later_version(folder: Path) -> None:

@@ -793,9 +793,9 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([[2]], {"top_p": math.nan}, "top_p is nan"),
     ([[2]], {"top_k": -1}, "top_k is -1"),
     ([[2]], {"min_p": 1.5}, "min_p is 1.5"),
-    ([[2]], {"stop": [""]}, "empty stop"),
-    ([[2]], {"stop": ""}, "empty stop"),
-    ([[2]], {"stop": ["x", ""]}, "empty stop"),
+    ([[2]], {"stop": [""]}, "stop has an empty text"),
+    ([[2]], {"stop": ""}, "stop has an empty text"),
+    ([[2]], {"stop": ["x", ""]}, "stop has an empty text"),
     ([[2]], {"top_logprobs": -1}, "top_logprobs is -1"),
     ([[2]], {"top_logprobs": VOCAB + 1}, f"top_logprobs is {VOCAB + 1}"),
 ]

@@ -20,7 +20,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 import mistral.tokenizer as tokenizer_module
 from mistral.chat.templates import TemplateError, find_template
 from mistral.detokenizer import Detokenizer
-from mistral.tekken import PATTERN
+from mistral.tekken import PATTERN, tekken_controls
 from mistral.tokenizer import Tokenizer, TokenizerError, encode
 from tools.fuzz.mutate import fields, join
 
@@ -542,3 +542,9 @@ def test_added_tokens_that_are_none(tmp_path: Path, added: Any) -> None:
 
 def test_a_tokenizer_in_one_line() -> None:
     assert repr(load("bundled")) == "<Tokenizer tokenizer.model: sentencepiece, 4096 words>"
+
+
+def test_control_tokens_of_a_tekken_json_without_reading_its_words() -> None:
+    for name in ("tekken_240718", "tekken_240911"):
+        path = DATA / f"{name}.json"
+        assert {text: i for i, text in tekken_controls(path).items()} == Tokenizer(path).control_tokens

@@ -270,8 +270,9 @@ def test_a_template_that_writes_earlier_turns_again_is_refused(tmp_path: Path) -
     folder = tmp_path / "folder"
     write_tokenizer(folder, KINDS[2], tmp_path, text, ())
     own = Tokenizer(folder / "tokenizer.json")
-    with pytest.raises(TemplateError, match="writes earlier turns again"):
-        mark_turns(find_template(own, folder=folder), TURNS[1:5], (), own.eos_ids)
+    for turns, instead in ((TURNS[1:5], "a line for each answer$"), (TURNS[1:3], "the line as prompt and completion$")):
+        with pytest.raises(TemplateError, match=f"writes earlier turns again.* or give {instead}"):
+            mark_turns(find_template(own, folder=folder), turns, (), own.eos_ids)
 
 
 def test_data_files_are_there() -> None:
