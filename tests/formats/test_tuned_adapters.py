@@ -96,9 +96,9 @@ def test_the_other_form_keeps_the_words(tmp_path: Path) -> None:
     for folder in (adapter, tmp_path / "native", tmp_path / "again"):
         loaded = load(base, device="cpu", adapter=str(folder))
         assert loaded.words == folder
-        with pytest.raises(TemplateError, match=r"find_template\(tokenizer, folder=loaded\.words\)"):
+        with pytest.raises(TemplateError, match=r"find_template\(tokenizer, folder=loaded\.templates\)"):
             Chat(loaded.model, loaded.tokenizer, None)
-        assert find_template(loaded.tokenizer, folder=loaded.words).name == "chat_template.jinja"
+        assert find_template(loaded.tokenizer, folder=loaded.templates).name == "chat_template.jinja"
         assert loaded.tokenizer.has_control("<|im_end|>")
     (tmp_path / "native" / "tokenizer_config.json").unlink()
     (tmp_path / "native" / "tokenizer.json").rename(tmp_path / "native" / "tokenizer.model.v3")
