@@ -134,10 +134,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _what(path: Path) -> str:
     """What a file holds that is not one value in JSON, to go behind a message."""
-    lines = [line for line in read_limited(path).splitlines() if line.strip()]
     try:
+        lines = [line for line in read_limited(path).splitlines() if line.strip()]
         values = [parse_json(line) for line in lines[:2]]
-    except ValueError:
+    except (OSError, ValueError):  # no name that a file can have, too
         return "it holds no JSON"
     if len(values) < 2:
         return "it holds no JSON"
