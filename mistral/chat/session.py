@@ -115,14 +115,16 @@ def _place(path: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    content = b""
     try:
-        told = parse_json(read_limited(path).decode("utf-8"))
+        content = read_limited(path)
+        told = parse_json(content.decode("utf-8"))
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {reason_of(error)}") from None
     except KeyTwice as error:
         raise SessionError(f"{path} {error}: mend it") from None
-    except ValueError:  # not UTF-8, not JSON, a number of thousands of digits, nested without end
-        raise SessionError(f"{path} is not a conversation: {_what(path)}") from None
+    except ValueError:  # no name of a file, not UTF-8, not JSON, a number of thousands of digits, nested without end
+        raise SessionError(f"{path} is not a conversation: {_what(content)}") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise SessionError(f"{path} is not a conversation: /save writes them")
     if type(told.get("version")) is not int or not OLDEST <= told["version"] <= VERSION:
@@ -132,9 +134,9 @@ def _read(path: Path) -> dict[str, Any]:
     return told
 
 
-def _what(path: Path) -> str:
+def _what(content: bytes) -> str:
     """What a file holds that is not one value in JSON, to go behind a message."""
-    lines = [line for line in read_limited(path).splitlines() if line.strip()]
+    lines = [line for line in content.splitlines() if line.strip()]
     try:
         values = [parse_json(line) for line in lines[:2]]
     except ValueError:
