@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class SentencePiece:
         self.added = {token.content: i for i, token in self._added.items()}
         self._names = told.names
         self.notes = tuple(self._taken_words())
-        self._finders = lru_cache(maxsize=4)(self._make_finders)
+        self._made: dict[frozenset[str], tuple[WordFinder, WordFinder | None]] = {}  # a few: one for each template
 
     def _is_another(self, i: int, token: AddedToken) -> bool:
         """Whether an added token takes the place of a piece: a control token that has another name there, as fine-tunes
@@ -90,13 +90,16 @@ class SentencePiece:
                 f"{word} to {token}: those are used, {len(taken)} in all; if they are another model's, remove them"
             )
 
-    def _make_finders(self, kept: frozenset[str]) -> tuple[WordFinder, WordFinder | None]:
+    def _finders(self, kept: frozenset[str]) -> tuple[WordFinder, WordFinder | None]:
         """What finds added words in texts, those that are `kept` as texts aside; and what finds those that are
         normalized."""
+        if kept in self._made:
+            return self._made[kept]
         words = {i: token for i, token in self._added.items() if not token.special and token.content not in kept}
         normalized = {i: token for i, token in words.items() if token.normalized}
         as_they_stand = WordFinder({i: token for i, token in words.items() if not token.normalized})
-        return as_they_stand, WordFinder(normalized) if normalized else None
+        self._made[kept] = as_they_stand, WordFinder(normalized) if normalized else None
+        return self._made[kept]
 
     @property
     def named(self) -> dict[str, str]:

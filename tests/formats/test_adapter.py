@@ -299,7 +299,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, lambda t: None, "aLoRA"),
     "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, lambda t: None, "BD-LoRA"),
     "QALoRA": ({"use_qalora": True}, lambda t: None, "QALoRA"),
-    "target_parameters": ({"target_parameters": ["w"]}, lambda t: None, "no linear layers"),
+    "target_parameters": ({"target_parameters": ["w"]}, lambda t: None, "no parameter of a mixture of experts"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, lambda t: None, "repeats layers"),
     "a new kind": ({"use_newlora": True}, lambda t: None, "'use_newlora', which is not known here"),
     "rank": ({"r": 4}, lambda t: None, "it must be rank 4 by adapter_config.json"),

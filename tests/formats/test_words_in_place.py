@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,5 @@ def test_ids_of_words_that_other_tokens_have(tmp_path: Path) -> None:
     assert note.startswith("the files beside tokenizer.model give ids of its words to added tokens, such as 4000 of '")
     assert "to <|im_end|>: those are used, 2 in all; if they are another model's, remove them" in note
     assert not Tokenizer(BUNDLED / "tokenizer.model").notes
+    again = pickle.loads(pickle.dumps(own))  # as for a process of one's own
+    assert again.encode("a<|im_end|>") == own.encode("a<|im_end|>")
