@@ -140,6 +140,7 @@ def test_a_mistake_of_many_lines_is_told_once(tmp_path: Path, lines: int, also: 
     [
         (b"", "nothing to learn from"),
         (b'{"text": "\xff"}\n', "no file of samples, a JSON object a line: line 1: it is not UTF-8 (byte 0xff)"),
+        (b"\x89PNG\n5\n\xff\x01\n", "no file of samples, a JSON object a line: line 1: it is not UTF-8 (byte 0x89)"),
     ],
 )
 def test_files_without_samples(tmp_path: Path, content: bytes, said: str) -> None:
