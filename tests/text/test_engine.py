@@ -370,6 +370,19 @@ def test_memory_that_the_cache_has_already_is_not_asked_for_again(monkeypatch: p
     assert longer.output_ids == alone(None, tuple(longer.prompt_ids), GREEDY, False, frozenset(), 0)[0]
 
 
+def test_a_cache_has_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(None)
+    each = model.args.cache_bytes(10, "float64")
+    for left, rows in ((each, 1), (3 * each - 1, 2), (3 * each, 3), (9 * each, 4)):
+        monkeypatch.setattr(memory, "available", lambda device, left=left: left)
+        engine = Engine(model, eos_ids=())
+        for _ in range(4):
+            engine.add([5] * 7, GREEDY)  # 10 positions
+        engine.step()
+        assert engine.cache is not None
+        assert len(engine.cache.lengths) == rows
+
+
 def test_rows_for_short_requests_are_as_long_as_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cache have one length, so what more rows take is counted at the length of the longest."""
     model = model_of(None)
