@@ -158,6 +158,25 @@ class Letters:
         return "".join(chr(i + 96) for i in t)
 
 
+def test_a_prompt_that_is_cancelled_half_way_leaves_nothing_in_its_row() -> None:
+    """Nobody has seen whether its numbers are NaN, and those would harm the next sequence even where it sees none."""
+    worker = Worker(poisoned(None), Letters(), rows=1, max_queue=9, chunk_size=2)
+    found: list[Event] = []
+    gone, next_one = (
+        Job(ids, GREEDY, frozenset(), found.append) for ids in ([5, 9, 6, 7, 8, 8, 8, 8, 8, 8], [3, 4, 5, 6])
+    )
+    worker.submit([gone])
+    worker._next()
+    worker._step()  # the first two of its tokens
+    worker.cancel([gone])
+    worker.submit([next_one])
+    while not (found and found[-1].last):
+        worker._next()
+        worker._step()
+        worker._hand_over()
+    assert ids_of(found) == run(Engine(poisoned(None), eos_ids=()), [[3, 4, 5, 6]])[0]
+
+
 def ids_of(events: list[Event]) -> list[int]:
     return [event.token.id for event in events if event.token is not None]
 
