@@ -159,18 +159,18 @@ class Letters:
 
 
 def test_a_prompt_that_is_cancelled_half_way_leaves_nothing_in_its_row() -> None:
-    """Nobody has seen whether its numbers are NaN, and those would harm the next sequence even where it sees none."""
-    worker = Worker(poisoned(None), Letters(), rows=1, max_queue=9, chunk_size=2)
+    """Nobody has seen whether its numbers are NaN. They would harm the row's next sequence, which reads as many slots as
+    a longer one beside it."""
+    worker = Worker(poisoned(None), Letters(), rows=2, max_queue=9, chunk_size=2)
     found: list[Event] = []
-    gone, next_one = (
-        Job(ids, GREEDY, frozenset(), found.append) for ids in ([5, 9, 6, 7, 8, 8, 8, 8, 8, 8], [3, 4, 5, 6])
-    )
-    worker.submit([gone])
-    for _ in range(3):  # six of its tokens
+    prompts = [3, 4] * 10, [5, 9, 6, 7, 8, 8, 8, 8, 8, 8], [3, 4, 5, 6]
+    beside, gone, after = (Job(ids, GREEDY, frozenset(), found.append if len(ids) == 4 else id) for ids in prompts)
+    worker.submit([beside, gone])
+    for _ in range(3):  # six of their tokens
         worker._next()
         worker._step()
     worker.cancel([gone])
-    worker.submit([next_one])
+    worker.submit([after])
     while not (found and found[-1].last):
         worker._next()
         worker._step()
