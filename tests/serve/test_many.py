@@ -159,8 +159,8 @@ class Letters:
 
 
 def test_a_prompt_that_is_cancelled_half_way_leaves_nothing_in_its_row() -> None:
-    """Nobody has seen whether its numbers are NaN. They would harm the row's next sequence, which reads as many slots as
-    a longer one beside it."""
+    """Nobody has seen whether its numbers are NaN. They would harm the row's next sequence, which reads as many slots
+    as a longer one beside it."""
     worker = Worker(poisoned(None), Letters(), rows=2, max_queue=9, chunk_size=2)
     found: list[Event] = []
     prompts = [3, 4] * 10, [5, 9, 6, 7, 8, 8, 8, 8, 8, 8], [3, 4, 5, 6]
