@@ -53,7 +53,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
 RETURN_NOTHING = (
     *("product", "through_16_bits", "widen", "rows_of", "repack", "decode"),
-    *("to_int8", "to_int4", "affine4_search", "to_affine4"),
+    *("to_int8", "affine4_search", "to_affine4"),
     *("product_many", "attend_many", "norm_rows", "rotate_rows", "gate_rows"),
 )
 ROOM = 2**20  # bytes that the library may need; it has half of that

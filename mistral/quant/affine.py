@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mistral.fast import pages
-from mistral.fast.kernels import KernelsUnavailable, library, pointer
+from mistral.fast.kernels import library, pointer
 from mistral.fast.layout import AFFINE4, GROUP, ROWS, SUPER, affine4_shapes, groups
-from mistral.fast.linear import stored
 from mistral.quant.blocks import BlockLinear, pack_affine4
+from mistral.quant.linear import source
 
 # Into how many steps a group's range is divided at first; 15 reach from its least weight to its largest.
 STARTS = (13.0, 13.3125, 13.625, 13.9375, 14.25, 14.5625, 14.875, 15.1875, 15.5)
@@ -60,12 +60,7 @@ def affine4(weight: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tens
     n, k = weight.shape
     h = torch.ones(k) if columns is None else columns.float() / columns.mean().clamp(min=1e-30).float()
     h = F.pad(h, (0, -k % GROUP)).contiguous()
-    try:
-        library()
-    except KernelsUnavailable:
-        matrix = None
-    else:
-        matrix = stored(weight)
+    matrix = source(weight)
     if matrix is None:
         parts = [_plain(rows.float(), h) for rows in weight.split(max(1, PIECE // k))]
         return pack_affine4(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -46,18 +46,6 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale
 
 
-def int4(weight: Tensor) -> Tensor:
-    """`rounding.pack(*rounding.int4(weight))`, likewise."""
-    matrix = source(weight)
-    if matrix is None:
-        return rounding.pack(*rounding.int4(weight))
-    shares = torch.tensor(rounding.SHARES)
-    packed = pages.empty(layout.int4_shape(*weight.shape), torch.uint8)
-    count, threads = ctypes.c_int64(len(shares)), ctypes.c_int64(torch.get_num_threads())
-    library().to_int4(ctypes.byref(matrix), pointer(shares), count, pointer(packed), threads)
-    return packed
-
-
 class QuantizedLinear(nn.Module):
     """Quantized weights, and products with them: [..., in_features] to [..., out_features], in x's dtype.
 
@@ -177,7 +165,7 @@ class Int4Linear(QuantizedLinear):
 
     @classmethod
     def of(cls, weight: Tensor) -> Int4Linear:
-        return cls(weight.shape[1], weight.shape[0], int4(weight))
+        return cls(weight.shape[1], weight.shape[0], rounding.pack(*rounding.int4(weight)))
 
     def matrix(self) -> Matrix | None:
         if not self.by_kernels or self.packed.device.type != "cpu":

@@ -5,7 +5,6 @@ Knows nothing about HTTP.
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ LEAST = -9999.0  # for a log-probability of minus infinity, which JSON has no wo
 
 
 def _plain(logprob: float) -> float:
-    return max(logprob, LEAST) if math.isfinite(logprob) or logprob < 0 else 0.0
+    return max(logprob, LEAST)
 
 
 @dataclass(frozen=True)

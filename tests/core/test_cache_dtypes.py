@@ -224,13 +224,13 @@ def test_what_is_not_finite_stays_so_in_int8(value: float) -> None:
 # --- float16, and what it cannot hold
 
 
-def half_model(window: Any) -> tuple[Transformer, Tensor]:
-    """A model whose keys of one token, 7, exceed 65,504 in layer 1."""
+def half_model(window: Any, matrix: str = "wk") -> tuple[Transformer, Tensor]:
+    """A model whose keys (with wv: values) of one token, 7, exceed 65,504 in layer 1."""
     model = tiny_model(tiny_args(sliding_window=window, n_layers=3))
     with torch.no_grad():
         model.tok_embeddings.weight[7] = 0
         model.tok_embeddings.weight[7, 0] = 1e4
-        model.layers[1].attention.wk.weight[:, 0] = 3e5  # type: ignore[union-attr]
+        model.layers[1].get_submodule(f"attention.{matrix}").weight[:, 0] = 3e5
     model.kept_in = {torch.float32: torch.float16}
     return model, torch.tensor([3, 4, 5, 6, 8, 7, 9, 10, 11])
 

@@ -21,7 +21,7 @@ from mistral.fast.layout import BLOCKS
 from mistral.model import Transformer
 from mistral.quant import blocks, rounding
 from mistral.quant.affine import affine4
-from mistral.quant.linear import QuantizedEmbedding, QuantizedLinear, int4, int8
+from mistral.quant.linear import QuantizedEmbedding, QuantizedLinear, int8
 from tests.fast.test_kernels import DTYPES, ROUNDED_TOLERANCE, fast_twin, make_linear
 from tests.quant.test_blocks import make_linear as make_blocks
 from tests.quant.test_blocks import raw_blocks
@@ -101,7 +101,7 @@ def sum_bound(terms: int, size: Tensor) -> Tensor:
 def record_rounding(record: Recording) -> None:
     weight = record.random(N, 300)
     for dtype in DTYPES.values():
-        for function in (int8, int4, affine4):
+        for function in (int8, affine4):
             record.exact(function, weight.to(dtype))
     for kind in BLOCKS:
         record.exact(blocks.repack, kind, raw_blocks(kind, N, K, record.generator), N, K)

@@ -175,9 +175,11 @@ def test_a_scale_of_another_position_is_noticed(slots: int) -> None:
 # --- what float16 cannot hold
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_key_beyond_float16_moves_its_layer_to_float32(window: Any, caplog: pytest.LogCaptureFixture) -> None:
-    model, ids = half_model(window)
+@pytest.mark.parametrize(("window", "matrix"), [(None, "wk"), (3, "wk"), (None, "wv")])
+def test_a_key_or_a_value_beyond_float16_moves_its_layer_to_float32(
+    window: Any, matrix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids = half_model(window, matrix)
     fast = as_kernels(FastTransformer, model, torch.float16)
     caches = [m.make_cache(1, 20) for m in (model, fast)]
     with torch.inference_mode():

@@ -97,7 +97,11 @@ def test_the_scale_is_the_one_that_the_config_means(tmp_path: Path, kind: str, l
     assert same(merged_state(folder, adapter), want)
 
 
-def test_dora_scales_rows_to_the_lengths_that_were_learned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [merge.PIECE, 100])
+def test_dora_scales_rows_to_the_lengths_that_were_learned(
+    tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "PIECE", piece)  # as large matrices are merged: some rows at a time
     tensors = peft_tensors(dora=True)
     adapter = write_peft(tmp_path / "adapter", tensors, use_dora=True)
     want = expected(random_state(), tensors, lambda layer, target: 2.0)

@@ -402,6 +402,11 @@ def test_what_a_config_says_of_tokens_is_kept_and_code_is_not(tmp_path: Path) ->
     written = config_of(tmp_path / "c")
     assert {name: written[name] for name in said} == said
     assert "auto_map" not in written
+    del config["bos_token_id"]
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "b", tmp_path / "d", "hf")
+    written = config_of(tmp_path / "d")
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, [2, 7])  # what is not said is the tokenizer's
 
 
 @pytest.mark.parametrize("to", ["mistral", "hf"])

@@ -27,6 +27,7 @@ from mistral.loader.options import LoadOptions, OptionError
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import FormatError
+from tests.formats.test_gguf_tokenizer import trained
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
 from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
@@ -228,6 +229,19 @@ def test_convert(tmp_path: Path, to: str) -> None:
     assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").read_text() == "r"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 77]
     assert (tmp_path / "out" / "tokenizer.json").is_file() is (to == "hf")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_whether_texts_begin_with_bos_is_written(tmp_path: Path, begins: bool) -> None:
+    _, written = trained("gpt-2")
+    keys = {**written, "bos_token_id": 0, "eos_token_id": 2, "add_bos_token": begins}
+    extra = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    write_gguf(tmp_path / "m.gguf", "F32", gguf_args(vocab_size=len(written["tokens"])), extra=extra)
+    convert(tmp_path / "m.gguf", tmp_path / "out", "hf")
+    source, there = (load(tmp_path / name, device="cpu").tokenizer for name in ("m.gguf", "out"))
+    assert there.encode("a king") == source.encode("a king")
+    assert (source.encode("a king")[0] == 0) == begins
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is begins
 
 
 def test_a_converted_file_is_the_same_model(tmp_path: Path) -> None:

@@ -158,6 +158,26 @@ class Letters:
         return "".join(chr(i + 96) for i in t)
 
 
+def test_a_prompt_that_is_cancelled_half_way_leaves_nothing_in_its_row() -> None:
+    """Nobody has seen whether its numbers are NaN. They would harm the row's next sequence, which reads as many slots
+    as a longer one beside it."""
+    worker = Worker(poisoned(None), Letters(), rows=2, max_queue=9, chunk_size=2)
+    found: list[Event] = []
+    prompts = [3, 4] * 10, [5, 9, 6, 7, 8, 8, 8, 8, 8, 8], [3, 4, 5, 6]
+    beside, gone, after = (Job(ids, GREEDY, frozenset(), found.append if len(ids) == 4 else id) for ids in prompts)
+    worker.submit([beside, gone])
+    for _ in range(3):  # six of their tokens
+        worker._next()
+        worker._step()
+    worker.cancel([gone])
+    worker.submit([after])
+    while not (found and found[-1].last):
+        worker._next()
+        worker._step()
+        worker._hand_over()
+    assert ids_of(found) == run(Engine(poisoned(None), eos_ids=()), [[3, 4, 5, 6]])[0]
+
+
 def ids_of(events: list[Event]) -> list[int]:
     return [event.token.id for event in events if event.token is not None]
 

@@ -96,6 +96,9 @@ def test_echo_scores_the_prompt(client: openai.OpenAI, running: Running, most: i
     assert text.startswith(prompt)
     assert (len(text) > len(prompt)) == (most > 0)
     assert offsets == sorted(offsets)
+    tokens = [x for c in choices if c.logprobs for x in c.logprobs.tokens]
+    for at, token in zip(offsets[len(want) + 1 :], tokens[len(want) + 1 :], strict=True):
+        assert text[at : at + len(token)] == token
     assert choices[-1].finish_reason == "length"
 
 
@@ -171,6 +174,9 @@ def test_a_prefix_is_not_computed_again(client: openai.OpenAI, running: Running)
     ids += made.choices[0].model_extra["token_ids"]
     longer = client.completions.create(model="mistral-bundled", prompt=[*ids, 300], max_tokens=1)
     assert longer.usage.prompt_tokens_details.cached_tokens == len(ids) - 1  # the last one was never processed
+    for _ in range(2):  # after the first, two rows hold the prompt
+        several = client.completions.create(model="mistral-bundled", prompt=ids, max_tokens=1, n=2)
+    assert several.usage.prompt_tokens_details.cached_tokens == len(ids) - 1  # of the prompt, not of each sample
     scored = client.completions.create(model="mistral-bundled", prompt="The king", max_tokens=1, echo=True, logprobs=1)
     assert scored.usage.prompt_tokens_details.cached_tokens == 0
 

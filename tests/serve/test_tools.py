@@ -151,6 +151,13 @@ def test_calls_and_their_results(client: openai.OpenAI, running: Running, says: 
     assert not stream or len(deltas) > 4  # text is not held back
 
 
+def test_an_answer_that_is_cut_behind_a_call_says_so(client: openai.OpenAI, running: Running, says: Any) -> None:
+    parts = written(running, ("time_in", "{}"))
+    says(*parts)
+    message, finish, _ = ask(client, running, False, max_tokens=len(ids_of(running.loaded.tokenizer, *parts)))
+    assert (len(message["tool_calls"]), finish) == (1, "length")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_fit_is_text_with_a_note(
     client: openai.OpenAI, running: Running, says: Any, stream: bool

@@ -19,7 +19,7 @@
 /* ---- weights in another form */
 
 #include "repack.h"   /* GGML's blocks, as files have them, to those of blocks.h */
-#include "rounding.h" /* floats to int8, and to int4 as it was at first */
+#include "rounding.h" /* floats to int8 */
 #include "affine.h"   /* floats to int4 */
 
 /* ---- a decode step */
