@@ -79,7 +79,7 @@ def test_what_the_config_says_there_is_must_be_there(
 ) -> None:
     """Without it the numbers were those of symmetric weights, or of another order, without a word."""
     folder, _ = write(tmp_path / "quantized", kind)
-    with pytest.raises(MistralError, match=f"q_proj has no {part} beside the rest: the files are incomplete"):
+    with pytest.raises(MistralError, match=f"_proj has no {part} beside the rest: the files are incomplete"):
         read_folder(told(folder, config))
 
 
