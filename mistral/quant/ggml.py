@@ -222,7 +222,7 @@ DEQUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "IQ4_XS": _iq4_xs,
 }
 
-# Types whose numbers are looked up in large tables, or are powers of 3. The `gguf` package, of ggml's authors, reads them.
+# Types whose numbers are looked up in large tables, or are powers of 3; the package of ggml's own authors reads them.
 BY_PACKAGE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
 
 
