@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mistral.formats.mapped_tensors import Progress, touch
-from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError
+from mistral.formats.weights import Reader, Stored, WeightFiles, WeightsError, require_once
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
@@ -100,20 +100,28 @@ def fused(weights: WeightFiles) -> WeightFiles:
 def _apart(
     weights: WeightFiles, renamed: dict[str, str], cuts: Callable[[str, Stored], Iterator[_Cut] | None]
 ) -> WeightFiles:
-    """The weights with a tensor for each expert in the place of stacks, and some names replaced."""
+    """The weights with a tensor for each expert in the place of stacks, and some names replaced.
+
+    Raises:
+        WeightsError: an expert or a router is there in both forms.
+    """
     tensors: dict[str, Stored] = {}
+    became: list[tuple[str, str]] = []
     readers: dict[str, Reader] = {}
     for name, stored in weights.tensors.items():
         found = cuts(name, stored)
         if found is None:
+            became.append((name, renamed.get(name, name)))
             tensors[renamed.get(name, name)] = stored
             if name in weights.readers:
                 readers[renamed.get(name, name)] = weights.readers[name]
             continue
         for cut in found:
+            became.append((name, cut.name))
             tensors[cut.name] = replace(stored, shape=cut.shape)
             if name in weights.readers:
                 readers[cut.name] = _Expert(weights.readers[name], cut)
+    require_once(became)
     return WeightFiles(weights.files, tensors, readers)
 
 

@@ -299,8 +299,9 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
 
     Raises:
         WeightsError: the file scales its rotary frequencies one by one, or cannot be read.
+        Unavailable: it has types that the gguf package reads, which is missing.
     """
-    from mistral.quant.ggml import DEQUANTIZED
+    from mistral.quant.ggml import BY_PACKAGE, DEQUANTIZED, require_package
 
     tensors: dict[str, Stored] = {}
     readers: dict[str, Reader] = {}
@@ -311,7 +312,9 @@ def open_gguf(gguf: Gguf) -> WeightFiles:
     part = Part(gguf.files[0], 0, 0, stamps[gguf.files[0]])
     for name, tensor in experts_apart(gguf.tensors).items():
         kind = tensor.kind.name
-        dtype = MAPPED.get(kind, "float32" if kind in DEQUANTIZED else "")
+        if kind in BY_PACKAGE:
+            require_package(kind)
+        dtype = MAPPED.get(kind, "float32" if kind in (*DEQUANTIZED, *BY_PACKAGE) else "")
         tensors[name] = StoredBlocks(tensor.shape, dtype, kind, kind not in MAPPED, block_bytes=tensor.nbytes)
         if not dtype:
             continue  # refused by name before anything is read

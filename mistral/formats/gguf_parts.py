@@ -13,7 +13,7 @@ from typing import Any
 
 from mistral.args import ArgsError, Moe, QueryScaling, Yarn
 from mistral.formats.gguf_header import GgufError, GgufTensor
-from mistral.formats.weights import WeightsError
+from mistral.formats.weights import WeightsError, require_once
 from mistral.util.errors import short_repr
 
 # Keys, without the architecture before them, that describe scaled positions.
@@ -80,9 +80,10 @@ def experts_apart(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
     """The tensors of a file, each stack of experts as one for each, under the names of older files.
 
     Raises:
-        WeightsError: a stack that is none of experts.
+        WeightsError: a stack that is none of experts, or one whose experts are there one by one too.
     """
     found: dict[str, GgufTensor] = {}
+    became = [(name, name) for name in tensors if STACK.fullmatch(name) is None]
     for name, tensor in tensors.items():
         stack = STACK.fullmatch(name)
         if stack is None:
@@ -94,5 +95,7 @@ def experts_apart(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
         size = tensor.nbytes // count  # whole rows of whole blocks
         for e in range(count):
             begin = tensor.begin + e * size
+            became.append((name, f"{stack[1]}.{e}.weight"))
             found[f"{stack[1]}.{e}.weight"] = replace(tensor, shape=tuple(shape), begin=begin, end=begin + size)
+    require_once(became)
     return found

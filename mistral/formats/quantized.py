@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mistral.formats.weights import FLOATS, Reader, Stored, WeightFiles, WeightsError
+from mistral.formats.weights import FLOATS, Reader, Stored, WeightFiles, WeightsError, require_once
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def dequantized(weights: WeightFiles, method: Method, source: str) -> WeightFile
         source: the file that says how they are stored.
 
     Raises:
-        WeightsError: a part is missing, or has a shape or dtype that cannot be.
+        WeightsError: a part is missing, or has a shape or dtype that cannot be; or a weight is there without them too.
     """
     ends = (*method.keys, *method.needed, *method.optional)
     modules = {
@@ -117,6 +117,8 @@ def dequantized(weights: WeightFiles, method: Method, source: str) -> WeightFile
     if bare := [n for n, t in weights.tensors.items() if t.dtype == E4M3 and n.removesuffix(".weight") not in groups]:
         raise WeightsError(f"{printable(bare[0])} is in fp8, and has no scale beside it: the files are incomplete")
     used = {name for group in groups.values() for name in group.values()}
+    plain = [(name, name) for name in weights.tensors if name not in used]
+    require_once([*plain, *((next(iter(group.values())), f"{m}.weight") for m, group in groups.items())])
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in used}
     readers: dict[str, Reader] = {name: reader for name, reader in weights.readers.items() if name not in used}
     for module, group in groups.items():

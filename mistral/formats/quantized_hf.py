@@ -110,6 +110,9 @@ def _awq(config: dict[str, Any]) -> Method:
 
 # --- GPTQ
 
+# Keys of GPTQModel's for what is computed beside the weights, or between them.
+BESIDE_GPTQ = {"rotation": "activations that are rotated", "adapter": "an adapter beside the weights"}
+
 
 def _gptq(config: dict[str, Any]) -> Method:
     bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
@@ -118,6 +121,9 @@ def _gptq(config: dict[str, Any]) -> Method:
         raise _NotReadError(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
     if _differs(config.get("dynamic")):
         raise _NotReadError("a checkpoint quantized by gptq, with bits that differ by layer (dynamic)")
+    for key, what in BESIDE_GPTQ.items():
+        if config.get(key):
+            raise _NotReadError(f"a checkpoint quantized by gptq, with {what} ({key})")
     per, one = 32 // bits, 1 if form == "gptq" else 0
     # In the order of its inputs' activations, g_idx alone tells which group an input is in.
     ordered = bool(config.get("desc_act")) and config.get("group_size") != -1
@@ -155,12 +161,19 @@ def _differs(dynamic: Any) -> bool:
 
 # --- compressed-tensors
 
+# Where transforms of weights are: they are in the files. Others are of activations, keys or queries.
+IN_WEIGHTS = ("weight_input", "weight_output")
+
 
 def _compressed(config: dict[str, Any]) -> Method:
     form, weights = _kind_of_weights(config)
     bits, kind = weights.get("num_bits"), weights.get("type")
+    if (transforms := config.get("transform_config")) and not _in_weights(transforms):
+        raise _NotReadError("a checkpoint of compressed-tensors that transforms activations too (transform_config)")
+    zeros = ("weight_zero_point",) if weights.get("symmetric") is False else ()
     if form == "pack-quantized" and kind == "int" and bits in (4, 8):
-        return _packed(bits)
+        ordered = weights.get("actorder") in ("group", "dynamic", True)
+        return _packed(bits, (*zeros, *(("weight_g_idx",) if ordered else ())))
     if form == "naive-quantized":  # the name of both before they were told apart
         form = f"{kind}-quantized"
     if (form, kind, bits) == ("float-quantized", "float", 8):
@@ -170,8 +183,17 @@ def _compressed(config: dict[str, Any]) -> Method:
         except ValueError:
             raise _NotReadError(f"compressed-tensors in fp8, in blocks of {short_repr(structure)}") from None
     if (form, kind, bits) == ("int-quantized", "int", 8):
-        return _int8()
+        return _int8(zeros)
     raise _NotReadError(f"a checkpoint of compressed-tensors, format {short_repr(form)}, {short_repr(bits)} bits")
+
+
+def _in_weights(transforms: Any) -> bool:
+    """Whether all of them are in the files already: what they did to weights, and nothing else."""
+    try:
+        places = [at["location"] for group in transforms["config_groups"].values() for at in group["apply"]]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(place in IN_WEIGHTS for place in places)
 
 
 def _kind_of_weights(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -188,10 +210,12 @@ def _kind_of_weights(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if any(kind != kinds[0] for kind in kinds):
         told = " and ".join(dict.fromkeys(f"{short_repr(form)}, {short_repr(bits)} bits" for form, bits, *_ in kinds))
         raise _NotReadError(f"a checkpoint of compressed-tensors with several kinds of weights ({told})")
-    return kinds[0][0], groups[0]["weights"]
+    first, *others = (g["weights"] for g in groups)
+    return kinds[0][0], {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
 
 
-def _packed(bits: int) -> Method:
+def _packed(bits: int, promised: tuple[str, ...]) -> Method:
+    """Words of a few bits; `promised` are the parts that the config says there are, without which others are meant."""
     per = 32 // bits
 
     def header(parts: Parts, get: Get) -> Stored:
@@ -221,12 +245,12 @@ def _packed(bits: int) -> Method:
             zeros = torch.tensor(2 ** (bits - 1), dtype=torch.int32)
         return scale[:, group] * (q - zeros)
 
-    optional = ("weight_zero_point", "weight_g_idx")
-    needed = ("weight_scale", "weight_shape")
+    optional = tuple(end for end in ("weight_zero_point", "weight_g_idx") if end not in promised)
+    needed = ("weight_scale", "weight_shape", *promised)
     return Method("compressed-tensors", ("weight_packed",), needed, optional, header, read)
 
 
-def _int8() -> Method:
+def _int8(zeros: tuple[str, ...]) -> Method:
     def header(parts: Parts, get: Get) -> Stored:
         out, inner = parts["weight"].shape
         _require(parts["weight"].dtype == "int8" and parts["weight_scale"].shape in ((), (1,), (1, 1), (out, 1)))
@@ -240,7 +264,8 @@ def _int8() -> Method:
             q -= parts["weight_zero_point"].float()
         return q * parts["weight_scale"].float()
 
-    return Method("compressed-tensors in int8", ("weight_scale",), ("weight",), ("weight_zero_point",), header, read)
+    optional = () if zeros else ("weight_zero_point",)
+    return Method("compressed-tensors in int8", ("weight_scale",), ("weight", *zeros), optional, header, read)
 
 
 # --- fp8

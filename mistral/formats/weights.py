@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -266,15 +266,43 @@ def renamed(weights: WeightFiles, new: Callable[[str], str]) -> WeightFiles:
     return WeightFiles(weights.files, tensors, {new(name): reader for name, reader in weights.readers.items()})
 
 
+def require_once(names: Iterable[tuple[str, str]]) -> None:
+    """See that no two tensors of the files stand for one weight: which of them is meant, nothing says.
+
+    Args:
+        names: of each tensor in the files, and what becomes of it; a tensor may become several.
+
+    Raises:
+        WeightsError: two become the same.
+    """
+    seen: dict[str, str] = {}
+    for stored, name in names:
+        if (other := seen.setdefault(name, stored)) != stored:
+            both = f"{printable(other)} and {printable(stored)}"
+            raise WeightsError(
+                f"the files hold one weight in two forms, {both}, and do not say which is meant: they are of two "
+                "models, or of a conversion that did not end; fetch or write them again"
+            )
+
+
 # What a model is inside of while it is trained on several devices, or compiled: transformers saves it without that.
 WRAPPER = re.compile(r"(module\.|_orig_mod\.)+")
 
 
 def unwrapped(weights: WeightFiles) -> WeightFiles:
-    """Weights that were saved from within a wrapper, under the names that they have without it."""
+    """Weights that were saved from within a wrapper, under the names that they have without it.
+
+    Raises:
+        WeightsError: two wrappers hold the same.
+    """
     if not all(WRAPPER.match(name) for name in weights.tensors):
         return weights
-    return renamed(weights, lambda name: WRAPPER.sub("", name, count=1))
+
+    def inner(name: str) -> str:
+        return WRAPPER.sub("", name, count=1)
+
+    require_once((name, inner(name)) for name in weights.tensors)
+    return renamed(weights, inner)
 
 
 def check_tensors(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mistral.fast.ggml_types import BY_NAME, IQ4_VALUES
-from mistral.util.errors import FormatError
+from mistral.util.errors import FormatError, Unavailable
 
 PIECE = 2**17  # weights widened at once: they stay in a processor's cache
 IQ4 = torch.tensor(IQ4_VALUES, dtype=torch.float32)
@@ -36,7 +37,7 @@ def dequantize(
 
     Args:
         raw: [nbytes] uint8, its blocks as they lie in the file.
-        kind: its GGML type by name, one of DEQUANTIZED.
+        kind: its GGML type by name, one of DEQUANTIZED or BY_PACKAGE.
         shape: rows first; the last size is a multiple of the type's block.
         dtype: of what is returned; fp32 is exact, others are rounded once from fp32.
         progress: told how many bytes have been widened, piece by piece.
@@ -46,10 +47,12 @@ def dequantize(
 
     Raises:
         FormatError: a type that is not read here, or bytes that do not fit the shape.
+        Unavailable: it is in BY_PACKAGE, and the gguf package is missing or too old.
     """
-    if kind not in DEQUANTIZED:
-        raise FormatError(f"weights of type {kind} are not read here: {', '.join(DEQUANTIZED)} are; use llama.cpp")
-    about, widen = BY_NAME[kind], DEQUANTIZED[kind]
+    if kind not in (*DEQUANTIZED, *BY_PACKAGE):
+        names = ", ".join((*DEQUANTIZED, *BY_PACKAGE))
+        raise FormatError(f"weights of type {kind} are not read here: {names} are; use llama.cpp")
+    about, widen = BY_NAME[kind], DEQUANTIZED.get(kind) or _by_package(kind)
     count = math.prod(shape)
     row = shape[-1] if shape else 1
     if row % about.elements or raw.numel() * about.elements != count * about.nbytes:
@@ -218,3 +221,30 @@ DEQUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
 }
+
+# Types whose numbers are looked up in large tables, or are powers of 3; the package of ggml's own authors reads them.
+BY_PACKAGE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
+
+
+def require_package(kind: str) -> None:
+    """See that the package is there which reads a type of BY_PACKAGE.
+
+    Raises:
+        Unavailable: it is missing.
+    """
+    if find_spec("gguf") is None:
+        raise Unavailable(f"weights of type {kind} are read by the gguf package: pip install gguf")
+
+
+def _by_package(kind: str) -> Callable[[Tensor], Tensor]:
+    """What widens blocks of a type in BY_PACKAGE."""
+    require_package(kind)
+    from gguf import GGMLQuantizationType, quants
+
+    def widen(blocks: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[kind]))
+        except (KeyError, NotImplementedError):
+            raise Unavailable(f"this gguf package does not read weights of type {kind}: pip install -U gguf") from None
+
+    return widen

@@ -174,3 +174,24 @@ def test_inspect_describes_it(tmp_path: Path, release: Any) -> None:
     assert "consolidated.00.pt and 2 more" in text
     assert [f["role"] for f in report["files"] if f["name"].endswith(".pt")] == ["weights"] * 3
     assert "vLLM does not read .pth files" in text
+
+
+@pytest.mark.parametrize("router", [True, False], ids=["router", "experts"])
+@pytest.mark.parametrize("form", ["first", "fused"])
+def test_experts_in_two_forms_are_refused(
+    tmp_path: Path, release: tuple[Path, Path, Any], form: str, router: bool
+) -> None:
+    """Of two that differ the last was taken, without a word."""
+    hf, later, other = release
+    source, name = (later, "consolidated.safetensors") if form == "first" else (hf, "model.safetensors")
+    apart = load_file(source / name)
+    both = stacked(apart) if form == "first" else dict(other.state_dict())
+    both |= {n: t for n, t in apart.items() if ("gate.weight" in n if router else ".experts.1.w2" in n)}
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for file in source.glob("*.json"):
+        if "index" not in file.name:
+            (folder / file.name).write_bytes(file.read_bytes())
+    save_file({n: t.clone() for n, t in both.items()}, folder / name)
+    with pytest.raises(MistralError, match=r"one weight in two forms, .*, and do not say which is meant"):
+        read_folder(folder)

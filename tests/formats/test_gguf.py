@@ -296,10 +296,10 @@ def test_rotary_factors(tmp_path: Path) -> None:
 
 
 def test_a_type_that_is_not_read(tmp_path: Path) -> None:
-    kind = GGMLQuantizationType.IQ2_XXS
-    raw = build([], [tensor("token_embd.weight", [256], int(kind), 0)]) + b"\0" * 66
+    kind = GGMLQuantizationType.Q8_K
+    raw = build([], [tensor("token_embd.weight", [256], int(kind), 0)]) + b"\0" * 292
     weights = open_gguf(read_gguf(save(tmp_path, raw)))
-    with pytest.raises(WeightsError, match="is IQ2_XXS; weights are"):
+    with pytest.raises(WeightsError, match="is Q8_K; weights are"):
         check_tensors(weights.tensors, {"token_embd.weight": (256,)}, "m.gguf", "the metadata")
 
 

@@ -14,6 +14,8 @@ from mistral.args import Moe
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.gguf import name_of, to_mistral
+from mistral.formats.gguf_header import read_gguf
+from mistral.formats.gguf_parts import experts_apart
 from mistral.util.errors import MistralError
 from tests.formats.test_gguf_layout import TOKENIZER
 from tests.support.gguf_files import gguf_args, write_gguf
@@ -82,3 +84,13 @@ def test_experts_that_are_missing_are_named(tmp_path: Path) -> None:
     make(tmp_path / "m.gguf", "F32", without=("layers.1.feed_forward.experts.3.w2.weight",))
     with pytest.raises(MistralError, match=r"lack blk\.1\.ffn_down\.3\.weight"):
         load(tmp_path / "m.gguf", device="cpu")
+
+
+def test_experts_in_two_forms_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "m.gguf", "F32")
+    tensors = read_gguf(tmp_path / "m.gguf").tensors
+    assert "blk.0.ffn_up.1.weight" in experts_apart(tensors)
+    one = tensors["blk.1.ffn_down_exps.weight"]
+    for both in (tensors | {"blk.1.ffn_down.0.weight": one}, {"blk.1.ffn_down.0.weight": one} | tensors):
+        with pytest.raises(MistralError, match=r"one weight in two forms, blk\.1\.ffn_down.* and blk\.1\.ffn_down"):
+            experts_apart(both)

@@ -24,6 +24,7 @@ from mistral.formats.inspect_text import as_text
 from mistral.formats.tokenizers import eos_ids, load_tokenizer
 from mistral.loader.load import load
 from mistral.loader.options import LoadOptions, OptionError
+from mistral.quant import ggml
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import FormatError
@@ -66,6 +67,14 @@ def test_a_file_of_each_type_loads(tmp_path: Path, kind: str) -> None:
         assert np.array_equal(state[name].float().numpy(), weight), name
     assert loaded.folder == tmp_path / "m.gguf"
     assert loaded.tokenizer.encode("The king") == Tokenizer(BUNDLED / "tokenizer.model").encode("The king")
+
+
+def test_types_of_the_gguf_package_without_it(tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_gguf(tmp_path / "m.gguf", "IQ2_S")
+    monkeypatch.setattr(ggml, "find_spec", lambda name: None)
+    done = cli("inspect", tmp_path / "m.gguf")
+    assert done.code == 2
+    assert done.err == "error: weights of type IQ2_S are read by the gguf package: pip install gguf\n"
 
 
 def test_a_folder_with_a_file_and_a_file_in_parts(tmp_path: Path) -> None:

@@ -139,3 +139,21 @@ def test_plain_weights_whose_config_still_has_them_quantized(tmp_path: Path) -> 
     said = refused(make_hf_folder(tmp_path / "a", quantization_config=told))
     assert "if the weights were merged or dequantized, remove what config.json, or a file beside it, says about" in said
     assert "another model" not in said
+
+
+def wrapped_twice(state: dict[str, Tensor]) -> None:
+    """Each weight within one wrapper, and another weight within two."""
+    plain = dict(state)
+    state.clear()
+    state |= {f"module.{name}": weight for name, weight in plain.items()}
+    state |= {f"module._orig_mod.{name}": weight + 1 for name, weight in plain.items()}
+
+
+def test_weights_of_two_wrappers_are_refused(tmp_path: Path) -> None:
+    """The last was read, without a word."""
+    said = refused(make_hf_folder(tmp_path / "a", change=wrapped_twice))
+    assert "one weight in two forms, module." in said
+    assert said.endswith(
+        "and do not say which is meant: they are of two models, or of a conversion that did not end; "
+        "fetch or write them again"
+    )

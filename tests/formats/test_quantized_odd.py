@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.huggingface import heads_of, rows_to_mistral
 from mistral.util.errors import MistralError
-from tests.formats.test_quantized_hf import GROUP, SHAPE, Q, damage, quantize, write
+from tests.formats.test_quantized_hf import GROUP, KINDS, SHAPE, Q, compressed, damage, quantize, write
 from tests.support.folders import make_folder
 from tests.support.tiny import tiny_args, tiny_model
 
@@ -50,6 +51,81 @@ def test_parts_of_quantized_weights_whose_config_says_nothing(tmp_path: Path, ki
     del raw["quantization_config"]
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(MistralError, match=r"config\.json does not say how: fetch the one that belongs to them"):
+        read_folder(folder)
+
+
+def told(folder: Path, config: dict[str, Any]) -> Path:
+    """The folder with another quantization_config."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
+    return folder
+
+
+ASYMMETRIC = {"symmetric": False}
+ORDERED = {"symmetric": True, "actorder": "group"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "part"),
+    [
+        ("packed", compressed("pack-quantized", **ASYMMETRIC), "weight_zero_point"),
+        ("int8", compressed("int-quantized", 8, **ASYMMETRIC), "weight_zero_point"),
+        ("packed", compressed("pack-quantized", **ORDERED), "weight_g_idx"),
+        ("packed", compressed("pack-quantized", actorder="dynamic"), "weight_g_idx"),
+    ],
+)
+def test_what_the_config_says_there_is_must_be_there(
+    tmp_path: Path, kind: str, config: dict[str, Any], part: str
+) -> None:
+    """Without it the numbers were those of symmetric weights, or of another order, without a word."""
+    folder, _ = write(tmp_path / "quantized", kind)
+    with pytest.raises(MistralError, match=f"_proj has no {part} beside the rest: the files are incomplete"):
+        read_folder(told(folder, config))
+
+
+def test_groups_of_modules_may_differ_in_what_they_have(tmp_path: Path) -> None:
+    """One group with zero points and one without: each module has what it has."""
+    folder, _ = write(tmp_path / "quantized", "packed")
+    config = compressed("pack-quantized", **ASYMMETRIC)
+    config["config_groups"]["group_1"] = compressed("pack-quantized", symmetric=True)["config_groups"]["group_0"]
+    assert read_folder(told(folder, config)).args
+    folder, _ = write(tmp_path / "other", "packed, zero points")
+    assert read_folder(told(folder, compressed("pack-quantized", **ASYMMETRIC))).args
+
+
+def transform(*places: str) -> dict[str, Any]:
+    apply = [{"targets": ["re:.*down_proj"], "location": place} for place in places]
+    return {"config_groups": {"R4": {"type": "hadamard", "apply": apply}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "what"),
+    [
+        ("packed", {"transform_config": transform("weight_input", "input")}, "transforms activations too"),
+        ("fp8", {"transform_config": transform("k_cache", "q_attn")}, "transforms activations too"),
+        ("packed", {"transform_config": "R4"}, "transforms activations too"),
+        ("GPTQ", {"rotation": "hadamard"}, r"activations that are rotated \(rotation\)"),
+        ("GPTQ", {"adapter": {"name": "lora", "path": "eora"}}, r"an adapter beside the weights \(adapter\)"),
+    ],
+)
+def test_what_is_computed_besides_is_refused(tmp_path: Path, kind: str, more: dict[str, Any], what: str) -> None:
+    """Weights that go with rotated activations are another model's without the rotation."""
+    folder, _ = write(tmp_path / "quantized", kind)
+    config = KINDS[kind][0]
+    with pytest.raises(MistralError, match=f"{what}.*, which is not read here: give the one it was made from"):
+        read_folder(told(folder, config | more))
+    for harmless in ({"transform_config": transform("weight_input", "weight_output")}, {"transform_config": {}}):
+        read_folder(told(folder, config | harmless))
+    read_folder(told(folder, config | {"rotation": None, "adapter": None}))
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "packed"])
+def test_a_weight_that_is_there_quantized_and_plain_is_refused(tmp_path: Path, kind: str) -> None:
+    folder, meant = write(tmp_path / "quantized", kind)
+    damage(folder, lambda s: s.update({f"{Q}.weight": meant[f"{Q}.weight"].half()}))
+    with pytest.raises(
+        MistralError, match=r"one weight in two forms, .*q_proj\.weight and .*q_proj\..*, and do not say"
+    ):
         read_folder(folder)
 
 

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType
 
 from mistral.fast.ggml_types import BY_NAME, REMOVED, TYPES
 from mistral.quant import ggml
-from mistral.quant.ggml import DEQUANTIZED, dequantize
-from mistral.util.errors import FormatError
+from mistral.quant.ggml import BY_PACKAGE, DEQUANTIZED, dequantize
+from mistral.util.errors import FormatError, Unavailable
 
 # Where the fp16 scales of a block lie.
 HALVES = {
@@ -114,9 +114,37 @@ def test_other_dtypes_are_rounded_once_from_fp32() -> None:
         assert torch.equal(dequantize(raw, "Q4_K", (4, WIDTH), dtype), fp32.to(dtype))
 
 
+@pytest.mark.parametrize("name", BY_PACKAGE)
+def test_types_that_the_gguf_package_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any bytes, in pieces that do not divide them, and from a place where no number may begin."""
+    kind, rows = BY_NAME[name], 5
+    raw = np.random.default_rng(0).integers(0, 256, (rows, 3 * kind.nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, GGMLQuantizationType[name])
+        monkeypatch.setattr(ggml, "PIECE", 4 * kind.elements)
+        shifted = torch.from_numpy(np.concatenate([np.zeros(1, np.uint8), raw.reshape(-1)]))[1:]
+        found = dequantize(shifted, name, expected.shape)
+    assert len(np.unique(expected)) > 20
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+def test_without_the_gguf_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="weights of type IQ3_S are read by the gguf package: pip install gguf"):
+        dequantize(torch.zeros(110, dtype=torch.uint8), "IQ3_S", (256,))
+    monkeypatch.undo()
+
+    def old(*_: object) -> np.ndarray:
+        raise NotImplementedError
+
+    monkeypatch.setattr(gguf.quants, "dequantize", old)
+    with pytest.raises(Unavailable, match=r"does not read weights of type IQ3_S: pip install -U gguf"):
+        dequantize(torch.zeros(110, dtype=torch.uint8), "IQ3_S", (256,))
+
+
 def test_refused_by_name() -> None:
-    with pytest.raises(FormatError, match="IQ2_XXS are not read here: F32, F16"):
-        dequantize(torch.zeros(66, dtype=torch.uint8), "IQ2_XXS", (256,))
+    with pytest.raises(FormatError, match="Q8_K are not read here: F32, F16"):
+        dequantize(torch.zeros(292, dtype=torch.uint8), "Q8_K", (256,))
     for shape in ((2, 32), (64,), (32, 1), (0,)):
         with pytest.raises(FormatError, match="18 bytes of type Q4_0 are no tensor"):
             dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_0", shape)

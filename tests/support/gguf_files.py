@@ -30,6 +30,10 @@ SCALES = {
     "Q6_K": (208,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "IQ1_M": (),  # in four high halves of bytes
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
 }
 
 
@@ -134,6 +138,9 @@ def random_blocks(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndar
     scale = np.float16(2e-5 if kind.name == "Q6_K" else 1e-4)  # signed factors of 8 bits: weights of ordinary size
     for at in SCALES[kind.name]:
         raw[:, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+    if kind.name == "IQ1_M":
+        for i in range(4):
+            raw[:, 49 + 2 * i] = raw[:, 49 + 2 * i] & 15 | (int(scale.view(np.uint16)) >> 4 * i & 15) << 4
     return raw.reshape(*shape[:-1], -1)
 
 
