@@ -30,7 +30,7 @@ class Detokenizer:
         self._held = ""  # U+FFFD of bytes that can no longer complete a character
         recent = self._recent(context, 2 * self.CONTEXT + 3)
         self._ids, text = self._window(recent, self._decode(recent))
-        self._told = len(_whole(text))
+        self._told = len(whole_characters(text))
         self._fresh = 0
         self._pending = len(text) > self._told
 
@@ -74,7 +74,7 @@ class Detokenizer:
         self._ids.append(token)
         self._fresh += 1
         text = self._decode(self._ids)
-        whole = _whole(text)
+        whole = whole_characters(text)
         self._pending = len(whole) < len(text)
         piece = whole[self._told :]
         if piece:
@@ -88,7 +88,7 @@ class Detokenizer:
         """Keep the last ids alone. What they leave behind of broken bytes is held, as its text is certain."""
         self._ids, end = self._window(self._ids, text)
         waiting = max(0, len(text) - self._told)
-        live = min(self.PARTIAL, len(end) - len(_whole(end)), waiting)
+        live = min(self.PARTIAL, len(end) - len(whole_characters(end)), waiting)
         self._held += "\ufffd" * (waiting - live)
         self._told, self._fresh = len(end) - live, 0
 
@@ -100,7 +100,7 @@ class Detokenizer:
         return piece
 
 
-def _whole(text: str) -> str:
+def whole_characters(text: str) -> str:
     """A text without U+FFFD at its end, where bytes of a character may be missing."""
     return text.rstrip("\ufffd")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mistral.chat.messages import ToolCall
 from mistral.chat.tools import Part, ToolReader, Unread
-from mistral.detokenizer import Detokenizer
+from mistral.detokenizer import Detokenizer, whole_characters
 from mistral.grammar import Constraint
 from mistral.sampling_params import SamplingParams
 from mistral.serve.protocol import Asked, Served
@@ -132,7 +132,8 @@ class Choice:
 
     def _echo(self, piece: Piece) -> None:
         tokenizer, ids, request = self._served.tokenizer, self.job.prompt_ids, self.job.request
-        piece.text = tokenizer.decode(ids) if self._prompt is None else self._prompt
+        # Bytes at its end that may be part of a character come with what is generated.
+        piece.text = whole_characters(tokenizer.decode(ids) if self._prompt is None else self._prompt)
         self._length = len(piece.text)
         if self._asked.logprobs is None or request is None:
             return

@@ -330,8 +330,10 @@ def make_app(
 
     guards = [Middleware(Counted), Middleware(HostGuard, hosts=hosts, origins=cors)]
     if cors:
-        headers = ["Authorization", "Content-Type"]
-        guards.append(Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=headers))
+        # Any header, as OpenAI's client has some of its own; and pages of the internet may ask a server that is not.
+        free = {"allow_origins": list(cors), "allow_methods": ["*"], "allow_headers": ["*"]}
+        told = {"expose_headers": ["Retry-After"], "allow_private_network": True}
+        guards.append(Middleware(CORSMiddleware, **free, **told))
     if api_key is not None:
         guards.append(Middleware(KeyGuard, key=api_key))
 

@@ -66,8 +66,14 @@ def test_pages_from_elsewhere_may_not_ask_unless_they_are_named(client: httpx.Cl
     named = client.get("/v1/models", headers={"Origin": PAGE})
     assert named.headers["access-control-allow-origin"] == PAGE
     asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
-    asked["Access-Control-Request-Headers"] = "authorization,content-type"
-    assert httpx.options(f"{running.url}/v1/completions", headers=asked, timeout=60).status_code == 200
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang,x-stainless-os"  # OpenAI's
+    asked["Access-Control-Request-Private-Network"] = "true"  # a page of the internet asks a machine beside the browser
+    may = httpx.options(f"{running.url}/v1/completions", headers=asked, timeout=60)
+    assert may.status_code == 200
+    assert "x-stainless-os" in may.headers["access-control-allow-headers"]
+    assert may.headers["access-control-allow-private-network"] == "true"
+    assert named.headers["access-control-expose-headers"] == "Retry-After"  # which its client waits for
+    assert httpx.options(f"{running.url}/v1/models", headers={**asked, "Origin": "https://evil.example"}).status_code == 403
     form = client.post("/v1/completions", content='{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert form.status_code == 415
 

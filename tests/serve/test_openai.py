@@ -102,6 +102,24 @@ def test_echo_scores_the_prompt(client: openai.OpenAI, running: Running, most: i
     assert choices[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [0, 2])
+def test_the_echo_of_ids_that_end_within_a_character(
+    client: openai.OpenAI, running: Running, most: int, stream: bool
+) -> None:
+    """What is generated may complete it: its bytes are no character of the echo, and come once."""
+    ids = running.loaded.tokenizer.encode("a🙂")[:-1]
+    asked = {"prompt": ids, "max_tokens": most, "temperature": 0, "echo": True, "logprobs": 0}
+    got = client.completions.create(model="mistral-bundled", stream=stream, **asked)
+    choices = [c.choices[0] for c in got] if stream else [got.choices[0]]
+    text = "".join(c.text for c in choices)
+    shown = running.loaded.tokenizer.decode(ids)
+    assert (text.startswith(shown), text.count("\ufffd")) == (True, shown.count("\ufffd"))
+    offsets = [x for c in choices if c.logprobs for x in c.logprobs.text_offset]
+    assert len(offsets) == len(ids) + most
+    assert offsets[len(ids) - 3 : len(ids)] == [1, 1, 1]  # of the bytes, behind the "a"
+
+
 def test_prompt_logprobs_as_vllm_has_them(client: openai.OpenAI, running: Running) -> None:
     extra = {"prompt_logprobs": 3}
     got = client.completions.create(model="mistral-bundled", prompt="The king was", max_tokens=1, extra_body=extra)

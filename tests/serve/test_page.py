@@ -127,6 +127,107 @@ def test_what_fails_leaves_what_there_was(asked: Page) -> None:
     asked.run("$('question').value = ''")
 
 
+def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
+    """Also one that is off the steps of its arrows; while Settings are closed a browser would refuse to send it."""
+    page.run("$('clear').click(); $('question').value = ''; $('max_tokens').value = 3; $('seed').value = 1")
+    page.run("$('top_p').value = '0.93'; $('min_p').value = '0.005'; $('question').focus()")
+    page.type("Who is there?")
+    page.click("$('send')")
+    page.wait("!running && turns.length === 2 && turns[1].tokens.length === 3")
+    for field, text, why in (
+        ("temperature", "1e", "Temperature is not a number"),
+        ("seed", "9007199254740993", "Seed must be a whole number below 2**53"),
+        ("max_tokens", "2.5", "Most tokens must be a whole number below 2**53"),
+    ):
+        page.run(f"$('settings').open = true; window.was = $('{field}').value; $('{field}').select(); $('{field}').focus()")
+        page.type(text)
+        page.run("$('settings').open = false; $('question').value = 'And then?'; send(); 0")
+        page.wait("!running")
+        assert page.run("[$('status').textContent, turns.length, $('question').value]") == [why, 2, "And then?"]
+        assert page.run("document.activeElement.id") == field
+        page.run(f"$('{field}').value = window.was; $('settings').open = false; 0")
+    page.run("$('top_p').value = 0.8; $('min_p').value = 0; $('question').value = ''; 0")
+
+
+def test_a_question_waits_until_it_is_known_what_is_served(page: Page) -> None:
+    """As raw text, without the template, a model would answer it worse, and nobody would see why."""
+    page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; window.real = window.fetch")
+    page.run("window.asked = []; window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0")
+    ask(page, "Who is there?", 3)
+    page.wait("!running && turns.length === 2")
+    page.run("window.fetch = window.real; 0")
+    assert page.run("asked.slice(0, 2)") == ["/v1/models", "/v1/chat/completions"]
+
+
+def test_another_model_at_the_same_address(page: Page) -> None:
+    """The first question is refused, as it was for the other one; the next one is answered."""
+    page.run("$('clear').click(); $('model').dataset.id = 'gone'; 0")
+    ask(page, "Who is there?", 3)
+    page.wait("!running && $('status').textContent.includes(\"'gone' is not here\")")
+    page.press("Enter")
+    page.wait("!running && turns.length === 2")
+
+
+FAKE = """
+window.real = window.fetch;
+window.fetch = async (u, ...a) => String(u).endsWith('completions') ? new Response(new ReadableStream({start: c => {
+  window.send_part = text => c.enqueue(new TextEncoder().encode(text));
+  window.end_parts = () => c.close();
+}})) : real(u, ...a);
+window.part = (text, finish) => 'data: ' + JSON.stringify({choices: [{index: 0, finish_reason: finish || null,
+  delta: {content: text}, logprobs: {content: [{token: text, bytes: [...new TextEncoder().encode(text)], logprob: -1,
+  top_logprobs: []}]}}]}) + '\\r\\n\\r\\n';
+0
+"""
+
+
+def test_an_answer_that_is_cut_off_does_not_look_whole(page: Page) -> None:
+    page.run("$('clear').click()")
+    page.run(FAKE)
+    ask(page, "Who is there?")
+    page.wait("typeof send_part === 'function'")
+    page.run("send_part(part('The king')); end_parts()")
+    page.wait("!running")
+    page.run("window.fetch = window.real; delete window.send_part; 0")
+    assert page.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
+
+
+def test_who_hears_the_page_hears_each_line_once(page: Page) -> None:
+    page.call("Accessibility.enable")
+    found = page.call("Accessibility.getFullAXTree")["nodes"]
+    names = {node["name"]["value"] for node in found if node["role"].get("value") == "textbox"}
+    assert "Message" in names
+    page.run("$('clear').click()")
+    page.run(FAKE)
+    ask(page, "Who is there?")
+    page.wait("typeof send_part === 'function'")
+    assert page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].every(b => b.disabled)")
+    page.run("for (const text of ['The', ' king.\\n', 'And', ' his', ' son.']) send_part(part(text)); 0")
+    page.wait("$('spoken').children.length === 1")
+    page.run("send_part(part(' End.', 'stop')); send_part('data: [DONE]\\r\\n')")
+    page.wait("!running")
+    page.run("window.fetch = window.real; delete window.send_part; 0")
+    heard = page.run("[...$('spoken').children].map(p => p.textContent)")
+    assert heard[:2] == ["The king.\n", "And his son. End."]
+    assert [text.partition(" ")[2][:6] for text in heard[2:]] == ["tokens"]
+    live = "[...document.querySelectorAll('[aria-live], [role=status], [role=log]')].map(e => e.id)"
+    assert page.run(live) == ["spoken"]
+    assert not page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].some(b => b.disabled)")
+
+
+def test_a_long_answer_is_not_laid_out_at_each_token(page: Page) -> None:
+    page.run("$('clear').click()")
+    page.run(FAKE)
+    ask(page, "Who is there?")
+    page.wait("typeof send_part === 'function'")
+    page.run("window.grown = 0; window.at_first = grow; grow = turn => { grown += 1; at_first(turn); }; 0")
+    page.run("for (let i = 0; i < 1500; i++) send_part(part(' ' + i)); send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
+    page.wait("!running")
+    page.run("window.fetch = window.real; delete window.send_part; grow = window.at_first; 0")
+    assert page.run("document.querySelectorAll('.token').length") == 1501
+    assert page.run("grown") < 750
+
+
 def test_characters_of_several_tokens_and_scripts_from_right_to_left(page: Page) -> None:
     assert page.run(r"bytesOf('bytes:\\xf0\\x9f')") == [0xF0, 0x9F]
     assert page.run("bytesOf('é')") == [0xC3, 0xA9]
