@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 
 from mistral.adapters import find_adapter
-from mistral.chat.messages import Message, TemplateError
+from mistral.chat.messages import Message, TemplateError, behind
 from mistral.chat.templates import Template, check_effort, ends_of
 from mistral.chat.thinking import add_thought
 from mistral.detokenizer import Detokenizer
@@ -38,7 +38,8 @@ class Chat:
         model: the model.
         tokenizer: decodes.
         template: says what surrounds a turn.
-        system: the system prompt; "" is none. A `Message` may have thoughts in it.
+        system: the system prompt; "" is none. A `Message` may have thoughts in it, and one without text is an empty
+            prompt, for templates that have a prompt of their own where there is none.
         effort: `reasoning_effort`, for templates that have a place for it.
         adapter: the one that answers are computed with, as `stream` takes it.
         chunk_size: see `stream`.
@@ -99,11 +100,11 @@ class Chat:
     @property
     def system(self) -> str:
         """The system prompt, without thoughts."""
-        return self._system.content
+        return "" if self._system is None else self._system.content
 
     @property
-    def system_message(self) -> Message:
-        """The system prompt."""
+    def system_message(self) -> Message | None:
+        """The system prompt, if there is one; it may be empty."""
         return self._system
 
     @property
@@ -225,7 +226,7 @@ class Chat:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation behind the system prompt."""
-        return self.template.encode_chat([self._system, *messages], effort=self.effort)
+        return self.template.encode_chat(behind(self._system, messages), effort=self.effort)
 
     def _answer(
         self,
@@ -319,14 +320,14 @@ class Chat:
         self.messages.clear()
 
     def set_system(self, system: str | Message) -> None:
-        """Change the system prompt, for the conversation so far too; "" is none.
+        """Change the system prompt, for the conversation so far too; "" is none, an empty `Message` an empty prompt.
 
         Raises:
             TemplateError: the template has no place for one.
         """
         message = _system_message(system)
         self._end_answer()
-        self.template.encode_chat([message, Message("user", "")])
+        self.template.encode_chat(behind(message, [Message("user", "")]))
         self._system = message
 
 
@@ -339,8 +340,10 @@ def _take_back(answer: Message, end: str) -> None:
         answer.content = answer.content.removesuffix(end)
 
 
-def _system_message(given: str | Message) -> Message:
-    return given if isinstance(given, Message) else Message("system", _text(given, "a system prompt"))
+def _system_message(given: str | Message) -> Message | None:
+    if isinstance(given, Message):
+        return given
+    return Message("system", given) if _text(given, "a system prompt") else None
 
 
 def _text(given: object, what: str) -> str:

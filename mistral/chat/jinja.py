@@ -53,13 +53,24 @@ class JinjaTemplate:
 
         Thoughts are given to the template in the first form that it mentions (parts of the content, a field). Whether
         it writes them is its own affair: many leave out those of earlier answers.
+
+        The template is given the messages as they are, as transformers does it; neighbours of one role are joined only
+        where it refuses them.
         """
         if effort is not None and effort not in self.efforts:
             has = f"is one of {', '.join(EFFORTS)}" if self.efforts else "has no place in the template: leave it out"
             raise TemplateError(f"reasoning_effort {has}")
-        found = joined(checked(messages))
+        found = checked(messages)
         if self.tool_form is None and (tools or any(m.tool_calls or m.role == TOOL for m in found)):
             raise TemplateError(f"the template of {self.source} has no place for tools: leave them out")
+        try:
+            return self._encode(found, tools, effort)
+        except TemplateError:
+            if len(as_one := joined(found)) == len(found):
+                raise
+            return self._encode(as_one, tools, effort)
+
+    def _encode(self, found: Sequence[Message], tools: Sequence[Tool], effort: str | None) -> list[int]:
         told = [self._told(message) for message in found]
         definitions = [dict(tool.definition) for tool in tools]
         apart = self._unused(json.dumps([told, definitions], ensure_ascii=False))

@@ -95,7 +95,7 @@ def from_chunks(role: str, chunks: Sequence[str | Thought]) -> Message:
 
 
 def checked(messages: Sequence[Message]) -> list[Message]:
-    """The messages, without system messages that are empty.
+    """The messages, in a list. An empty system prompt is one: a template may have another for where there is none.
 
     Raises:
         TemplateError: none, an unknown role, or text that is not valid Unicode.
@@ -115,7 +115,7 @@ def checked(messages: Sequence[Message]) -> list[Message]:
         calls = (text for call in message.tool_calls for text in (call.name, call.arguments, call.id))
         for text in (message.content, message.name or "", message.tool_call_id or "", *calls, *thoughts):
             valid(text)
-    return [m for m in messages if m.role != "system" or m.content or m.thinking]
+    return list(messages)
 
 
 def joined(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[Message]:
@@ -139,6 +139,11 @@ def _as_one(one: Message, two: Message) -> Message:
         return replace(one, content=made.content, thinking=made.thinking, ids=None, tool_calls=calls)
     texts = [text for text in (one.content, two.content) if text or not calls]
     return replace(one, content=BETWEEN.join(texts), ids=None, tool_calls=calls)
+
+
+def behind(system: Message | None, messages: Sequence[Message]) -> list[Message]:
+    """The messages, behind a system prompt if there is one."""
+    return [*messages] if system is None else [system, *messages]
 
 
 def valid(text: object) -> str:

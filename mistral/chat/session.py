@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat.conversation import Chat
-from mistral.chat.messages import ROLES, Message, TemplateError, Thought
+from mistral.chat.messages import ROLES, Message, TemplateError, Thought, behind
 from mistral.chat.templates import check_effort
 from mistral.request import GenerationError
 from mistral.sampling_params import SamplingError, SamplingParams
@@ -25,6 +25,7 @@ from mistral.util.parsed import KeyTwice, parse_json
 
 FORMAT, VERSION = "mistral conversation", 2
 OLDEST = 1  # had a list of turns: question, answer (ids), text
+EMPTY_SYSTEM = "system_is_empty"  # in a file: its system prompt is there, and has no text
 # Fields of SamplingParams that are kept: all but the seed, which is the conversation's, n, which is 1, and functions.
 PARAMS = tuple(f.name for f in fields(SamplingParams) if f.name not in ("seed", "n", "logits_processor"))
 
@@ -56,7 +57,7 @@ def save(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         "model": model,
         "template": chat.template.name,
         "system": chat.system,
-        **_thinking(chat.system_message),
+        **_of_system(chat.system_message),
         **({} if chat.effort is None else {"reasoning_effort": chat.effort}),
         "seed": chat.seed,
         "answers": chat.answers,
@@ -95,14 +96,14 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
         )
     try:
         seed, answers = _of(told, "seed", int), _of(told, "answers", int)
-        system = Message("system", _of(told, "system", str), thinking=_thoughts(told))
+        system = _system(told)
         effort = None if told.get("reasoning_effort") is None else _of(told, "reasoning_effort", str)
         messages = _messages(told, chat.model.args.vocab_size)
         params = _params(told, chat.params)
         check_effort(chat.template, effort)
         chat.check(params)
-        chat.template.encode_chat([system, *messages, Message("user", "")], effort=effort)
-        chat.set_system(system)
+        chat.template.encode_chat(behind(system, [*messages, Message("user", "")]), effort=effort)
+        chat.set_system("" if system is None else system)
     except (TypeError, SamplingError, GenerationError, TemplateError) as error:
         raise SessionError(f"{source} is a broken conversation: {error}") from None
     chat.seed, chat.answers, chat.messages = seed, answers, messages
@@ -168,6 +169,19 @@ def _entry(message: Message) -> dict[str, Any]:
 def _thinking(message: Message) -> dict[str, Any]:
     """The thoughts of a message, if it has any."""
     return {"thinking": [asdict(thought) for thought in message.thinking]} if message.thinking else {}
+
+
+def _of_system(message: Message | None) -> dict[str, Any]:
+    """What the text of a system prompt does not tell: its thoughts, and whether there is one that is empty."""
+    if message is None:
+        return {}
+    return _thinking(message) if message.content or message.thinking else {EMPTY_SYSTEM: True}
+
+
+def _system(told: dict[str, Any]) -> Message | None:
+    system = Message("system", _of(told, "system", str), thinking=_thoughts(told))
+    there = system.content or system.thinking or (EMPTY_SYSTEM in told and _of(told, EMPTY_SYSTEM, bool))
+    return system if there else None
 
 
 def _thoughts(entry: dict[str, Any]) -> tuple[Thought, ...]:

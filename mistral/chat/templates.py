@@ -61,7 +61,8 @@ class Template(Protocol):
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
     ) -> list[int]:
         """Ids of a conversation, bos included where it belongs, up to where the model writes the next answer (after
-        an answer that comes last: up to its end). Neighbours of one role are joined by an empty line.
+        an answer that comes last: up to its end). Neighbours of one role are joined by an empty line, in Jinja where
+        the template refuses them.
 
         Args:
             tools: functions that the model may call.
@@ -271,7 +272,7 @@ class MistralCommon:
         self.check_thoughts(messages)
         found, system = joined(messages, ("user", "assistant")), None
         if not self._system_in_place:
-            system = BETWEEN.join(m.content for m in found if m.role == "system") or None
+            system = BETWEEN.join(m.content for m in found if m.role == "system" and m.content) or None
             found = [m for m in found if m.role != "system"]
             if not found or found[0].role != "user":
                 found.insert(0, Message("user", ""))
@@ -293,7 +294,7 @@ class MistralCommon:
             elif message.role == "assistant":
                 ids += [*self._answer(message), self._tokenizer.eos_id]
             else:
-                ids += self._instruct.encode_system_message(SystemMessage(content=for_mistral_common(message)))[0]
+                ids += self._instruct.encode_system_message(SystemMessage(content=for_mistral_common(message) or ""))[0]
         return ids
 
     def check_thoughts(self, messages: Sequence[Message]) -> None:
@@ -396,7 +397,7 @@ class MistralLite:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
     ) -> list[int]:
         check_effort(self, effort)
-        messages = checked(messages)
+        messages = [m for m in checked(messages) if m.role != "system" or m.content or m.thinking]
         ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
         if any(message.thinking for message in messages):
             raise TemplateError("MistralLite has no place for thoughts: leave them out")

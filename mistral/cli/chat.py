@@ -102,7 +102,7 @@ def _converse(
         echo_err(f"note: this chat template is the {whose} own; --template takes one of Mistral's instead")
     note_if_assumed(template, loaded.tokenizer)
     more = {"params": params, "chunk_size": chunk_size, "effort": options.reasoning_effort}
-    chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message(), **more)
+    chat = Chat(loaded.model, loaded.tokenizer, template, system=options.system_message() or "", **more)
     only = next(iter(adapters.values())) if len(adapters) == 1 else None
 
     @cache

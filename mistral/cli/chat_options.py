@@ -68,8 +68,8 @@ class ChatOptions:
     def shows_thoughts(self) -> bool:
         return self.thinking != "hide"
 
-    def system_message(self) -> Message:
-        """The system prompt; empty where there is none.
+    def system_message(self) -> Message | None:
+        """The system prompt, which may be empty; None where none was given.
 
         Raises:
             UsageError, TemplateError: the file cannot be read, or a thought in it has no end.
@@ -78,7 +78,7 @@ class ChatOptions:
         from mistral.chat.thinking import split_system
 
         if self.system_file is None:
-            return Message("system", self.system or "")
+            return None if self.system is None else Message("system", self.system)
         path = Path(os.path.expanduser(self.system_file))
         try:
             return split_system(read_limited(path, 1_000_000).decode("utf-8-sig").strip("\n"))

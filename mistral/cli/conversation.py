@@ -159,7 +159,11 @@ class Conversation:
     def _system(self, rest: str) -> None:
         if rest:
             self._chat.set_system("" if rest == "-" else rest)
-        echo_err(f"system prompt: {self._chat.system or 'none'}", asked=not rest)
+        echo_err(f"system prompt: {self._system_told()}", asked=not rest)
+
+    def _system_told(self) -> str:
+        there = self._chat.system_message is not None
+        return self._chat.system or ("empty" if there else "none")
 
     def _adapter(self, rest: str) -> None:
         beside = self._chat.model.adapters
@@ -197,7 +201,7 @@ class Conversation:
 
     def _show(self, rest: str) -> None:
         echo_err(self._settings(), asked=True)
-        echo_err(f"system prompt: {self._chat.system or 'none'}", asked=True)
+        echo_err(f"system prompt: {self._system_told()}", asked=True)
         for message in self._chat.messages:
             if self._thinking:
                 thoughts = Thoughts(shown=True)

@@ -260,10 +260,10 @@ def as_ids(asked: list[PromptLine], loaded: Loaded, template: Template | None, c
         return [one.prompt if one.suffix is None else of_suffix.encode_fim(one.prompt, one.suffix) for one in asked]
     if any(one.suffix is not None or not isinstance(one.prompt, str) for one in asked):
         raise UsageError("--instruct takes questions: each prompt must be text, without a suffix")
-    from mistral.chat.messages import Message
+    from mistral.chat.messages import Message, behind
 
     system, effort = chat.system_message(), chat.reasoning_effort
-    return [template.encode_chat([system, Message("user", one.prompt)], effort=effort) for one in asked]
+    return [template.encode_chat(behind(system, [Message("user", one.prompt)]), effort=effort) for one in asked]
 
 
 def note_if_instruct(loaded: Loaded, chat: ChatOptions | None = None) -> None:

@@ -161,7 +161,7 @@ def _written(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dic
     if not in_place:
         system = BETWEEN.join(turn.content for turn in turns if turn.role == "system" and turn.content) or None
         turns = [turn for turn in turns if turn.role != "system"]
-    turns = _joined([turn for turn in turns if turn.role != "system" or turn.content or turn.thinking])
+    turns = _joined(turns)
     users = [i for i, turn in enumerate(turns) if turn.role == "user"]
     if not users:
         raise TemplateError("a conversation needs a message of the user")
@@ -176,7 +176,7 @@ def _written(template: MistralCommon, turns: Sequence[Turn], tools: Sequence[dic
             said = UserMessage(content=message.content)
             marked.add(instruct.encode_user_message(said, offered, *where, system_prompt=system, **settings)[0])
         elif message.role == "system":
-            marked.add(instruct.encode_system_message(SystemMessage(content=for_mistral_common(message)))[0])
+            marked.add(instruct.encode_system_message(SystemMessage(content=for_mistral_common(message) or ""))[0])
         elif message.role == TOOL:
             marked.add(instruct.encode_tool_message(tool_messages.result(message), before)[0])
         else:
@@ -240,6 +240,8 @@ def _by_beginnings(
     for i, turn in enumerate(turns):
         if turn.role != "assistant" or not turn.weight:  # one that is not learned may be written in any way
             continue
+        if i and turns[i - 1].role == "assistant":  # what the template writes between them would be taken for learned
+            raise TemplateError("two answers follow each other: make them one, or give what is asked between them")
         asked, answered = (template.encode_chat(messages[:n], offered) for n in (i, i + 1))
         at = len(asked)
         if answered[:at] != asked or asked[: len(marked.ids)] != marked.ids:

@@ -178,8 +178,29 @@ def test_words_that_only_the_template_may_write(scratch: Path) -> None:
     assert [i for i in ids if i >= 4096] == [4096, 4098, 4097, 4096]
 
 
-def test_neighbours_of_one_role_are_joined(scratch: Path) -> None:
-    ours, _ = both(scratch, "strict v1", "sentencepiece")  # which would refuse them
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "v7-tekken"])
+def test_messages_are_given_as_they_are(scratch: Path, name: str) -> None:
+    """Neighbours of one role, and a system prompt without text, which a template may take instead of its own."""
+    ours, reference = both(scratch, name, "tekken")
+    empty, two = Message("system", ""), [Message("user", "A"), Message("user", "B")]
+    answers = [Message("assistant", "x"), Message("assistant", "y"), Message("user", "C")]
+    for messages in (two, [*two, *answers], [empty, two[0]], [empty, *two, *answers]):
+        if name == "v7-tekken" and len(messages) > 2:
+            continue  # transformers' reference refuses them
+        assert ours.encode_chat(messages) == ids_of(reference, messages)
+
+
+def test_an_empty_system_prompt_takes_the_place_of_a_templates_own(scratch: Path, tmp_path: Path) -> None:
+    text = "{% if messages[0].role != 'system' %}You are kind.{% endif %}" + CHATML
+    write_tokenizer(tmp_path / "own", "sentencepiece", scratch, text, ADDED)
+    words = Tokenizer(tmp_path / "own" / "tokenizer.json")
+    template = find_template(words, folder=tmp_path / "own")
+    assert "kind" in words.decode(template.encode_chat(talk("Hi")))
+    assert "kind" not in words.decode(template.encode_chat([Message("system", ""), *talk("Hi")]))
+
+
+def test_neighbours_of_one_role_are_joined_where_the_template_refuses_them(scratch: Path) -> None:
+    ours, _ = both(scratch, "strict v1", "sentencepiece")
     two = [Message("user", "A"), Message("user", "B"), Message("assistant", "x"), Message("assistant", "y")]
     assert ours.encode_chat([*two, Message("user", "C")]) == ours.encode_chat(talk("A\n\nB", "x\n\ny", "C"))
 

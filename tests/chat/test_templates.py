@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mistral.chat.messages import Message, TemplateError
+from mistral.chat.messages import Message, TemplateError, behind
 from mistral.chat.remembered import remember
 from mistral.chat.templates import find_template
 from mistral.formats.folder import BUNDLED
@@ -50,7 +50,7 @@ def tokenizer(version: str) -> Tokenizer:
 
 def answered(version: str, system: str, *turns: tuple[str, str | None]) -> list[Message]:
     """Answers as the ids of their texts, as a model may have generated them."""
-    messages = [Message("system", system)]
+    messages = [Message("system", system)] if system else []
     for question, answer in turns:
         messages.append(Message("user", question))
         if answer is not None:
@@ -60,7 +60,8 @@ def answered(version: str, system: str, *turns: tuple[str, str | None]) -> list[
 
 def talk(*texts: str, system: str = "") -> list[Message]:
     """User and assistant in turn."""
-    return [Message("system", system), *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))]
+    turns = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return behind(Message("system", system) if system else None, turns)
 
 
 @pytest.mark.parametrize("version", FILES)
@@ -159,13 +160,22 @@ ROLES = st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, m
 
 @pytest.mark.parametrize("version", FILES)
 @settings(max_examples=40)
-@given(roles=ROLES, texts=st.lists(TEXT.map(str.strip), min_size=8, max_size=8))
-def test_roles_in_any_order_are_mistral_commons(version: str, roles: list[str], texts: list[str]) -> None:
+@given(roles=ROLES, texts=st.lists(TEXT.map(str.strip), min_size=8, max_size=8), empty=st.sets(st.integers(0, 7)))
+@example(roles=["system"], texts=["a"] * 8, empty={0})
+@example(roles=["system", "system"], texts=["a"] * 8, empty={0})
+def test_roles_in_any_order_are_mistral_commons(
+    version: str, roles: list[str], texts: list[str], empty: set[int]
+) -> None:
+    """A system prompt may be empty: since v7 it is written all the same."""
     from mistral_common.protocol.instruct import messages as theirs
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
     kinds = {"system": theirs.SystemMessage, "user": theirs.UserMessage, "assistant": theirs.AssistantMessage}
     roles = [*roles, "user"]
+    texts = [
+        "" if i in empty and role == "system" else text
+        for i, (role, text) in enumerate(zip(roles, texts, strict=False))
+    ]
     want_of = [kinds[role](content=text) for role, text in zip(roles, texts, strict=False)]
     if any(pair == ("assistant", "system") for pair in pairwise(roles)):
         return  # refused there; here it is written as the version writes a system prompt
