@@ -12,6 +12,7 @@ from typing import Any
 from mistral.args import ModelArgs
 from mistral.formats.gguf_header import GgufError, read_gguf
 from mistral.formats.gguf_tokenizer import BLANK, notes_on_ends
+from mistral.formats.hf_tokenizer import begins_with_a_space
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import (
     ENDS,
@@ -125,8 +126,8 @@ def _other_words(whole: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
             f"{JSON} has other ids than {name}, which is read, for {counted(len(other), 'word')} "
             f"({some_names([p.replace(BLANK, ' ') for p in other])}): one is another model's; {instead}"
         ]
-    begins = pieces[tokenizer.encode("a", bos=False)[0]].startswith(BLANK)
-    if begins != _begins_with_a_space(whole):
+    begins = begins_with_a_space(tokenizer)
+    if begins != _json_begins_with_a_space(whole):
         return [
             f"{JSON} begins texts {'without' if begins else 'with'} a space, and {name}, which is read, "
             f"{'with' if begins else 'without'} one: prompts have other ids in transformers; {instead}"
@@ -134,7 +135,7 @@ def _other_words(whole: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def _begins_with_a_space(whole: dict[str, Any]) -> bool:
+def _json_begins_with_a_space(whole: dict[str, Any]) -> bool:
     """Whether a tokenizer.json of SentencePiece's words puts a space in front of a text, as SentencePiece does."""
     parts: list[Any] = [whole.get("normalizer"), whole.get("pre_tokenizer")]
     for part in parts:
