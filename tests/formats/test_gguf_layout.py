@@ -29,6 +29,7 @@ from mistral.util import memory
 from mistral.util.errors import FormatError
 from mistral.util.memory import OutOfMemory
 from tests.formats.test_gguf_tokenizer import trained
+from tests.loader.test_load import needs_kernels
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
 from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
@@ -113,6 +114,7 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     assert not any("rounded" in note for note in loaded.notes)
 
 
+@needs_kernels
 def test_blocks_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_gguf(tmp_path / "m.gguf")
     size = (tmp_path / "m.gguf").stat().st_size
