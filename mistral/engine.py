@@ -53,7 +53,7 @@ class Engine:
 
     Args:
         model: the model.
-        eos_ids: ids that end a sequence when they are generated, for requests that bring none of their own.
+        eos_ids: ids that end a sequence when they are generated, for requests without ids of their own.
         chunk_size: the most prompt tokens of a sequence in a step; None: `step_tokens` of all of them.
         score_prompts: also keep the log-probabilities of the prompts' tokens, for requests that do not say.
         rows: the most sequences in a step; None: `args.max_batch_size`, or no limit.
@@ -297,11 +297,11 @@ class Engine:
         assert self.cache is not None
         guessing = self._guess()
         began = time.perf_counter()
-        pieces = self._next_inputs()
-        ids = torch.tensor([i for piece in pieces for i in piece], device=self.model.device)
+        inputs = self._next_inputs()
+        ids = torch.tensor([i for its in inputs for i in its], device=self.model.device)
         continued = (r.row for r in self._rows if r is not None and r.prefilling and not r.score)
         prompts = frozenset(row for row in continued if row is not None)
-        plan = replace(self.cache.plan([len(piece) for piece in pieces]), prompts=prompts)
+        plan = replace(self.cache.plan([len(its) for its in inputs]), prompts=prompts)
         with self._adapted(self._rows, plan.seqlens):
             h = self.model.step(ids, plan, self.cache)
         self.cache.commit(plan)
@@ -309,13 +309,13 @@ class Engine:
         choosing: list[int] = []
         ready: list[Request] = []
         end = 0
-        for request, piece in zip(list(self._rows), pieces, strict=True):
-            begin, end = end, end + len(piece)
+        for request, its in zip(list(self._rows), inputs, strict=True):
+            begin, end = end, end + len(its)
             if request is None:
                 continue
             if request.score and request.prefilling:
                 self._score(request, h[begin:end])
-            request.num_computed += len(piece)
+            request.num_computed += len(its)
             if request.prefilling or request.finish:
                 continue
             if request.params.max_tokens:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Adjacent sequences that bring the same number of tokens to a step: a rectangle.
+    """Adjacent sequences that contribute equally many tokens to a step: a rectangle.
 
     Args:
         rows: the sequences, as a slice of the batch.
@@ -43,7 +43,7 @@ class Plan:
         positions: [T] absolute positions of the packed tokens, int64, on the CPU.
         device_positions: the same on the model's device.
         device_origins: [B] int64, on the model's device.
-        runs: the sequences that bring tokens, grouped.
+        runs: the sequences that contribute tokens, grouped.
         prompts: the sequences whose tokens are a prompt that is only to be continued: nobody asked for its numbers,
             and a model that was loaded for it may round them (see `fast.prompt`).
         memo: what an attention backend derived from these facts, kept for the next layer.

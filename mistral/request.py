@@ -48,6 +48,7 @@ class Request:
         prompt_top: for each of them the most likely tokens and their log-probabilities, `params.top_logprobs` of them.
         finish: "stop" (an eos id, or stopped from outside), "length" or "error"; None until it has ended.
         error: why it could not go on.
+        changes: what it changes in its logits; made with its first token, None once it has ended.
         adapter: the name of the one that it is computed with; "" is none.
         arrived: how many requests its engine had been given before.
     """
@@ -116,7 +117,7 @@ class Token:
 
 
 class Draft(Protocol):
-    """What guesses the next tokens of requests, so that a step may bring several. No output depends on it.
+    """What guesses the next tokens of requests, so that a step may give several. No output depends on it.
 
     A guess that turns out as the token that the request generates anyhow saves it a step; the others are forgotten.
     """

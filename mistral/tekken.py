@@ -124,12 +124,14 @@ def tekken_words(path: Path) -> int:
     """
     try:
         raw = parse_json(read_limited(path).decode("utf-8"))
-        config, given = raw["config"], raw.get("special_tokens") or ()
+        config, given = raw["config"], raw.get("special_tokens")
+        if not isinstance(given, list | None):
+            raise TypeError("special_tokens is no list")
         words, special = config["default_vocab_size"], config["default_num_special_tokens"]
         counted = type(words) is type(special) is int and 0 < special <= words - special <= len(raw["vocab"])
         # The first words are the bytes; the first ids are those of the special tokens, which may be left out.
-        sane = counted and words - special >= 256 and all(type(t["rank"]) is int for t in given)
-        sane = sane and all(0 <= t["rank"] < special for t in given)
+        sane = counted and words - special >= 256
+        sane = sane and all(type(t["rank"]) is int and 0 <= t["rank"] < special for t in given or ())
         pattern = config.get("pattern")
     except KeyTwice as error:
         raise TokenizerError(f"{path} {error}: fetch it again") from None

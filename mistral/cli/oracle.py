@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mistral.formats.folder import Folder
+    from mistral.oracle.sides import Side
     from mistral.tokenizer import TokenizerLike
 
 # What is measured is the folder as it is read: its window and its adapter may be given, how it runs may not.
@@ -171,23 +172,12 @@ def compare(
         from mistral.loader.runtime import DTYPES
         from mistral.oracle import comparison
         from mistral.oracle.compare import compare as compare_sides
-        from mistral.oracle.sides import FolderSide, side
 
-    key = key_of(key_env)
-    first = side(a, model, options, key)
-    adapted = bool(options.adapter) and isinstance(first, FolderSide)
-    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options, key)]
+    sides, found = _sides(a, b, model, key_of(key_env), options)
     for one in sides:
         if one.prompts is not None:
             _require_random(full, seed, f"{one.name} has its own")
-    if options.adapter and not any(isinstance(s, FolderSide) and s.adapted for s in sides):
-        raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
-    if options.cache_dtype not in (None, "auto") and not any(isinstance(s, FolderSide) for s in sides):
-        raise UsageError("--cache_dtype is measured on a folder or a .gguf file, and neither side is one")
-    prompts = None
-    if file is not None:
-        folders = [s for s in sides if isinstance(s, FolderSide)]
-        prompts = _read_prompts(file, folders[0].found if folders else None)
+    prompts = None if file is None else _read_prompts(file, found)
     report = compare_sides(
         *sides,
         compute=DTYPES[dtype],
@@ -324,6 +314,23 @@ def trace(
     count = sum(map(len, prompts))
     what = f"{counted(names, 'activation')} of {counted(count, 'id')}"
     terminal.echo_err(f"wrote {written}: {what}, {written.stat().st_size / 1e6:.1f} MB")
+
+
+def _sides(
+    a: str, b: str, model: str | None, key: str | None, options: LoadOptions
+) -> tuple[list[Side], Folder | None]:
+    """What two words of `compare` mean, and the first folder of the two; an adapter is for that one alone."""
+    from mistral.oracle.sides import FolderSide, side
+
+    first = side(a, model, options, key)
+    adapted = bool(options.adapter) and isinstance(first, FolderSide)
+    sides = [first, side(b, model, replace(options, adapter=()) if adapted else options, key)]
+    folders = [one for one in sides if isinstance(one, FolderSide)]
+    if options.adapter and not any(one.adapted for one in folders):
+        raise UsageError("--adapter is for a folder or a .gguf file, and neither side is one")
+    if options.cache_dtype not in (None, "auto") and not folders:
+        raise UsageError("--cache_dtype is measured on a folder or a .gguf file, and neither side is one")
+    return sides, folders[0].found if folders else None
 
 
 def _prompts(found: Folder, file: str | None, full: bool, seed: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Decode steps on a GPU: layers compiled by PyTorch, a step captured once and replayed as one launch.
 
 What is captured reads and writes tensors at fixed places only. Host ints choose what is replayed, by the number of rows
-and a bucket of slots; before that ids, positions and angles are copied to their places. Rows that bring nothing take
+and a bucket of slots; before that ids, positions and angles are copied to their places. Rows that add nothing take
 part, keep what they hold, and are left out of the result. Compiling joins what lies between two products into one
 launch; it is done once for all layers, and takes some seconds.
 """
@@ -83,7 +83,7 @@ class FixedStore:
 
 
 def fixed(q: Tensor, k: Tensor, v: Tensor, store: Any, plan: object) -> Tensor:
-    """An `Attend` over a `FixedStore`: the keys of rows that bring a token are written, then all rows look."""
+    """An `Attend` over a `FixedStore`: the keys of rows that contribute a token are written, then all rows look."""
     row = torch.arange(len(q), device=q.device)
     slots, active = store.places.positions % store.capacity, store.places.active[:, None, None]
     for storage, new in ((store.k, k), (store.v, v)):

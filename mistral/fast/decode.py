@@ -1,6 +1,6 @@
 """A decode step in one call: a few tokens, one of each sequence or several that were guessed, and all layers.
 
-Steps that bring more, or run elsewhere than on a CPU in fp32, take the way of the plain Transformer.
+Steps that have more, or run elsewhere than on a CPU in fp32, take the way of the plain Transformer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens, so that a decode step may bring several: speculation (arXiv 2211.17192, 2304.04487).
+"""Guesses of the next tokens, so that a decode step may give several: speculation (arXiv 2211.17192, 2304.04487).
 
 A token is sampled from the model's own logits with the request's own random number, and a guess is right if it is that
 token: what is generated is what plain decoding gives. How many are guessed follows from what came of
@@ -104,7 +104,7 @@ def how_many(costs: Costs, tokens: int, rate: float, most: int, each: float = 0.
 
     Args:
         costs: of steps.
-        tokens: that the step brings anyhow, each of which gives one.
+        tokens: that the step has anyhow, each of which gives one.
         rate: share of guesses that are right.
         most: guesses that there are.
         each: seconds that making a guess takes.

@@ -15,11 +15,11 @@ from torch import Tensor
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.formats.writer import save_tensors
 from mistral.util.errors import FormatError
-from mistral.util.files import real_path, reason_of, regular, write_atomic
+from mistral.util.files import reason_of, regular, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-    """Write a file; it appears complete, and takes the place of one of that name only then.
+    """Write a file; it appears complete, and takes the place of one of that name only then. Returns its path, as given.
 
     Args:
         facts: anything JSON has; each a string of JSON in the file's metadata.
@@ -30,7 +30,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Ma
     metadata = {name: as_json(value) for name, value in facts.items()}
     with write_atomic(path) as beside:
         save_tensors(beside, tensors, metadata)
-    return real_path(path)
+    return Path(os.path.expanduser(path))
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -154,7 +154,7 @@ class Choice:
         return fields
 
     def prompt_logprobs(self) -> list[Any] | None:
-        """As vLLM has them: for each token of the prompt the likeliest ones and itself, by id; None for the first."""
+        """As vLLM has them: for each token of the prompt the most likely ones and itself, by id; None for the first."""
         request, most = self.job.request, self._asked.prompt_logprobs
         if most is None or request is None:
             return None

@@ -70,8 +70,12 @@ class Job:
         tell: called with each event, in the worker's thread unless `Worker.deliver` is another.
         adapter: as `Engine.add` takes it.
         cached: tokens of the prompt that a row held already.
+        cancelled: whether its client has gone.
+        stopped: whether a stop string has ended its text.
         taken: tokens that its text has, of those that were generated.
-        request: the engine's, once it has a row.
+        row: of the cache; -1 before it has one.
+        began: when it was made, in seconds of `time.monotonic`.
+        request, text: the engine's request, and what of its text may be shown, once it has a row.
     """
 
     prompt_ids: list[int]

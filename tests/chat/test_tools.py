@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -40,12 +41,11 @@ def called(version: str, *, several: bool = True) -> list[Message]:
     return [*talk, *results, Message("assistant", "It is sunny."), Message("user", "And now?")]
 
 
-def theirs(messages: list[Message], source: Path) -> list[int]:
-    """The ids that mistral-common itself gives."""
+def theirs(messages: list[Message], reference: Any) -> list[int]:
+    """The ids that mistral-common itself gives, by its tokenizer."""
     from mistral_common.protocol.instruct import messages as m
     from mistral_common.protocol.instruct import tool_calls as t
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     def one(message: Message) -> object:
         if message.role == "tool":
@@ -60,19 +60,20 @@ def theirs(messages: list[Message], source: Path) -> list[int]:
 
     offered = [t.Tool.from_openai(definition) for definition in DEFINITIONS]
     request = ChatCompletionRequest(messages=[one(message) for message in messages], tools=offered)
-    return MistralTokenizer.from_file(source).encode_chat_completion(request).tokens
+    return reference.encode_chat_completion(request).tokens
 
 
 @pytest.mark.parametrize("version", ["v2", "v3", "v7", "tekken_240911", "v11", "v13", "v15"])
-@pytest.mark.parametrize("upto", [2, 4, 7])
-def test_conversations_with_tools_are_mistral_commons(tmp_path: Path, version: str, upto: int) -> None:
+def test_conversations_with_tools_are_mistral_commons(tmp_path: Path, version: str) -> None:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
     words = later(version, tmp_path) if version in ("v11", "v13", "v15") else tokenizer(version)
-    template = find_template(words)
+    template, reference = find_template(words), MistralTokenizer.from_file(words.path)
     messages = called(version, several=version != "v2")
-    upto += upto == 4 and version != "v2"
     for message in messages:
         message.name = "time_in" if message.role == "tool" else None
-    assert template.encode_chat(messages[:upto], TOOLS) == theirs(messages[:upto], words.path)
+    for upto in (2, 4 if version == "v2" else 5, 7):  # a question, results, the next question
+        assert template.encode_chat(messages[:upto], TOOLS) == theirs(messages[:upto], reference)
 
 
 def test_what_versions_have_no_place_for() -> None:

@@ -66,6 +66,21 @@ def test_the_kernels_keep_the_bits_that_buffers_do(dtype: torch.dtype, values: l
         torch.testing.assert_close(got_scale, want[2].view(1), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_round_every_tie_as_buffers_do(dtype: torch.dtype) -> None:
+    """Half way between any two neighbours, and the floats beside that place; the last is where infinity begins."""
+    there = torch.arange(0x7C01 if dtype == torch.float16 else 0x7F81, dtype=torch.int16).view(dtype).float()
+    there[-1] = 2 * there[-2] - there[-3]  # what would follow the largest number, were there more
+    ties = (there[:-1].double() + there[1:].double()).div(2).float()
+    ties = ties[ties.isfinite()]
+    around = [ties, *(torch.nextafter(ties, torch.tensor(end)) for end in (0.0, torch.inf))]
+    x = torch.cat([*around, *(-t for t in around)])
+    got = torch.empty(len(x), dtype=dtype)
+    kind, size = ctypes.c_int64(CACHE_KINDS[dtype]), ctypes.c_int64(len(x))
+    library().keep(kind, pointer(x), size, pointer(got), None)
+    assert torch.equal(got.view(torch.int16), x.to(dtype).view(torch.int16))
+
+
 # --- what is read
 
 

@@ -36,6 +36,7 @@ from mistral.util.errors import ConvertError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import PARAMS, ROOT, make_folder, random_state, write_params, write_weights
 from tests.support.tiny import TOLERANCE, distance, ragged, whole
+from tests.support.tokenizer_json import small_tekken
 from tests.support.writing import memory_of_convert
 
 LENS = [33, 1, 6, 21]
@@ -286,20 +287,23 @@ TEXTS = ("Hello world", "  two  spaces ", "Once upon a time", "na\u00efve \U0001
 
 
 @pytest.mark.parametrize(
-    "kind", ["bundled", "v3", "tekken", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("v2", "v7"))]
+    "kind",
+    ["bundled", "v3", "small tekken", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("v2", "v7", "tekken"))],
 )
 def test_ids_in_transformers(tmp_path: Path, kind: str) -> None:
     """A folder without tokenizer.json: AutoTokenizer gives our ids, bos and the first word included."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("tokenizers", reason="needs tokenizers")
     common = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
-    vocab = {"bundled": 4096, "tekken": 131072}.get(kind, 32768)
+    vocab = {"bundled": 4096, "tekken": 131072, "small tekken": 6000}.get(kind, 32768)
     src = make_folder(tmp_path / "a", tokenizer=kind == "bundled", vocab_size=vocab)
     if kind.startswith("v"):
         (file,) = common.glob(f"mistral_instruct_tokenizer_2*.model.{kind}")
         shutil.copy(file, src / f"tokenizer.model.{kind}")
     elif kind == "tekken":
         shutil.copy(common / "tekken_240718.json", src / "tekken.json")
+    elif kind == "small tekken":
+        small_tekken(src / "tekken.json")
     made = "tokenizer.json and tokenizer_config.json were made from "
     assert any(note.startswith(made) for note in convert(src, tmp_path / "b", "hf", instruct=True).notes)
     for name in ("tokenizer.model", f"tokenizer.model.{kind}", "tekken.json"):

@@ -28,7 +28,9 @@ from mistral.quant import ggml
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import FormatError
+from mistral.util.memory import OutOfMemory
 from tests.formats.test_gguf_tokenizer import trained
+from tests.loader.test_load import needs_kernels
 from tests.support.commands import Command, in_process
 from tests.support.folders import BUNDLED
 from tests.support.gguf_files import SCALES, gguf_args, tokenizer_keys, write_gguf
@@ -119,6 +121,19 @@ def test_weights_that_do_not_fit_in_float32_are_rounded(tmp_path: Path, monkeypa
     loaded = load(tmp_path / "m.gguf", device="cpu", quant="none")
     assert loaded.model.state_dict()["layers.1.attention.wq.weight"].dtype == torch.float32
     assert not any("rounded" in note for note in loaded.notes)
+
+
+@needs_kernels
+def test_blocks_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_gguf(tmp_path / "m.gguf")
+    size = (tmp_path / "m.gguf").stat().st_size
+    for left, fits in ((size // 2, False), (2 * size, True)):
+        monkeypatch.setattr(memory, "available", lambda device, left=left: left)
+        if fits:
+            assert load(tmp_path / "m.gguf", device="cpu").runtime.blocks
+        else:
+            with pytest.raises(OutOfMemory, match=r"^the weights in Q8_0 need .* left: use "):
+                load(tmp_path / "m.gguf", device="cpu")
 
 
 def test_quantized_again(tmp_path: Path) -> None:

@@ -544,6 +544,8 @@ def test_words_of_a_tekken_are_those_of_mistral_common(tmp_path: Path) -> None:
         {**tekken(), "config": None},
         {**tekken(), "config": {}},
         {**tekken(), "vocab": 3096},
+        {**tekken(), "special_tokens": False},
+        {**tekken(), "special_tokens": 0},
         {},
         [],
         "{",

@@ -17,7 +17,7 @@ from mistral.chat.templates import TemplateError, find_template
 from mistral.formats.broken import broken_notes
 from mistral.formats.folder import BUNDLED
 from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
-from mistral.formats.tokenizers import chat_templates, ends_of, eos_ids, load_tokenizer, tokenizer_files
+from mistral.formats.tokenizers import chat_templates, end_beside, ends_of, eos_ids, load_tokenizer, tokenizer_files
 from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.special_tokens import read_json
@@ -115,6 +115,13 @@ def test_ends_that_cannot_be_are_notes(tmp_path: Path, value: Any) -> None:
     (note,) = broken_notes(tmp_path)
     assert note.startswith("generation_config.json holds no JSON object")
     assert note.endswith("whether it ends sequences, and with what, is unknown")
+
+
+def test_an_end_beside_a_tekken_json_is_an_id_of_the_model(tmp_path: Path) -> None:
+    told = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"9000": {"content": "<|im_end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    assert end_beside(tmp_path, 9001) == {9000: "tokenizer_config.json"}
+    assert end_beside(tmp_path, 9000) == {}
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])

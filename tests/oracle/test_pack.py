@@ -126,9 +126,11 @@ def folder(tmp_path):
     return make_folder(tmp_path / "model", sliding_window=5, tokenizer=True)
 
 
-def test_a_pack_of_a_folder(folder, tmp_path, capsys):
+def test_a_pack_of_a_folder(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "x.safetensors"
-    assert cli.main(["pack", str(folder), "-o", str(out), "--top", "3"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pack", str(folder), "-o", "x.safetensors", "--top", "3"]) == 0
+    assert "wrote x.safetensors: 4 prompts, " in capsys.readouterr().err  # by the name that was given
     told = pack.read(out)
     assert [len(p) for p in told.prompts] == [40, 1, 9, 23]
     assert told.top_ids.shape == (73, 3)

@@ -330,10 +330,11 @@ def test_full_rolls_the_real_window(folder, capsys):
     assert len({row["window"] for row in report["rows"]}) == 1
 
 
-def test_the_command_fails_where_the_model_is_wrong(folder, capsys, monkeypatch):
+def test_the_command_fails_where_the_model_is_wrong(tmp_path, capsys, monkeypatch):
     """A mistake in the library, not in the truth."""
     import mistral.attention
 
+    folder = make_folder(tmp_path / "model", vocab_size=61, sliding_window=[None, 5], tokenizer=False)
     right = mistral.window.visible
     monkeypatch.setattr(mistral.attention, "visible", lambda q, k, w: right(q, k, w and w - 1))
     assert cli.main(["verify", str(folder)]) == 1
