@@ -127,6 +127,8 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
             the model.
     """
     require_tokenizer(loaded.tokenizer)
+    if name == "":
+        raise UsageError("--name is empty; give what clients call the model, or omit it")
     release = None if loaded.release is None else loaded.release.template
     found, why = None, ""
     try:

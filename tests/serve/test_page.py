@@ -139,7 +139,7 @@ def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
         ("seed", "9007199254740993", "Seed must be a whole number below 2**53"),
         ("max_tokens", "2.5", "Most tokens must be a whole number below 2**53"),
     ):
-        page.run(f"$('settings').open = true; window.was = $('{field}').value; $('{field}').select(); $('{field}').focus()")
+        page.run(f"$('settings').open = true; window.was = $('{field}').value; $('{field}').select(); 0")
         page.type(text)
         page.run("$('settings').open = false; $('question').value = 'And then?'; send(); 0")
         page.wait("!running")
@@ -151,8 +151,10 @@ def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
 
 def test_a_question_waits_until_it_is_known_what_is_served(page: Page) -> None:
     """As raw text, without the template, a model would answer it worse, and nobody would see why."""
-    page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; window.real = window.fetch")
-    page.run("window.asked = []; window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0")
+    page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; 0")
+    page.run(
+        "window.real = window.fetch; window.asked = []; window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0"
+    )
     ask(page, "Who is there?", 3)
     page.wait("!running && turns.length === 2")
     page.run("window.fetch = window.real; 0")
@@ -181,51 +183,49 @@ window.part = (text, finish) => 'data: ' + JSON.stringify({choices: [{index: 0, 
 """
 
 
-def test_an_answer_that_is_cut_off_does_not_look_whole(page: Page) -> None:
+@pytest.fixture
+def fed(page: Page) -> Iterator[Page]:
+    """A page that has asked, and takes what `send_part` sends for the answer."""
     page.run("$('clear').click()")
     page.run(FAKE)
     ask(page, "Who is there?")
     page.wait("typeof send_part === 'function'")
-    page.run("send_part(part('The king')); end_parts()")
-    page.wait("!running")
+    yield page
     page.run("window.fetch = window.real; delete window.send_part; 0")
-    assert page.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
 
 
-def test_who_hears_the_page_hears_each_line_once(page: Page) -> None:
-    page.call("Accessibility.enable")
-    found = page.call("Accessibility.getFullAXTree")["nodes"]
+def test_an_answer_that_is_cut_off_does_not_look_whole(fed: Page) -> None:
+    fed.run("send_part(part('The king')); end_parts()")
+    fed.wait("!running")
+    assert fed.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
+
+
+def test_who_hears_the_page_hears_each_line_once(fed: Page) -> None:
+    fed.call("Accessibility.enable")
+    found = fed.call("Accessibility.getFullAXTree")["nodes"]
     names = {node["name"]["value"] for node in found if node["role"].get("value") == "textbox"}
     assert "Message" in names
-    page.run("$('clear').click()")
-    page.run(FAKE)
-    ask(page, "Who is there?")
-    page.wait("typeof send_part === 'function'")
-    assert page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].every(b => b.disabled)")
-    page.run("for (const text of ['The', ' king.\\n', 'And', ' his', ' son.']) send_part(part(text)); 0")
-    page.wait("$('spoken').children.length === 1")
-    page.run("send_part(part(' End.', 'stop')); send_part('data: [DONE]\\r\\n')")
-    page.wait("!running")
-    page.run("window.fetch = window.real; delete window.send_part; 0")
-    heard = page.run("[...$('spoken').children].map(p => p.textContent)")
+    assert fed.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].every(b => b.disabled)")
+    fed.run("for (const text of ['The', ' king.\\n', 'And', ' his', ' son.']) send_part(part(text)); 0")
+    fed.wait("$('spoken').children.length === 1")
+    fed.run("send_part(part(' End.', 'stop')); send_part('data: [DONE]\\r\\n')")
+    fed.wait("!running")
+    heard = fed.run("[...$('spoken').children].map(p => p.textContent)")
     assert heard[:2] == ["The king.\n", "And his son. End."]
     assert [text.partition(" ")[2][:6] for text in heard[2:]] == ["tokens"]
     live = "[...document.querySelectorAll('[aria-live], [role=status], [role=log]')].map(e => e.id)"
-    assert page.run(live) == ["spoken"]
-    assert not page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].some(b => b.disabled)")
+    assert fed.run(live) == ["spoken"]
+    assert not fed.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].some(b => b.disabled)")
 
 
-def test_a_long_answer_is_not_laid_out_at_each_token(page: Page) -> None:
-    page.run("$('clear').click()")
-    page.run(FAKE)
-    ask(page, "Who is there?")
-    page.wait("typeof send_part === 'function'")
-    page.run("window.grown = 0; window.at_first = grow; grow = turn => { grown += 1; at_first(turn); }; 0")
-    page.run("for (let i = 0; i < 1500; i++) send_part(part(' ' + i)); send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
-    page.wait("!running")
-    page.run("window.fetch = window.real; delete window.send_part; grow = window.at_first; 0")
-    assert page.run("document.querySelectorAll('.token').length") == 1501
-    assert page.run("grown") < 750
+def test_a_long_answer_is_not_laid_out_at_each_token(fed: Page) -> None:
+    fed.run("window.grown = 0; window.at_first = grow; grow = turn => { grown += 1; at_first(turn); }; 0")
+    fed.run("for (let i = 0; i < 1500; i++) send_part(part(' ' + i)); 0")
+    fed.run("send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
+    fed.wait("!running")
+    fed.run("grow = window.at_first; 0")
+    assert fed.run("document.querySelectorAll('.token').length") == 1501
+    assert fed.run("grown") < 750
 
 
 def test_characters_of_several_tokens_and_scripts_from_right_to_left(page: Page) -> None:
