@@ -152,9 +152,8 @@ def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
 def test_a_question_waits_until_it_is_known_what_is_served(page: Page) -> None:
     """As raw text, without the template, a model would answer it worse, and nobody would see why."""
     page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; 0")
-    page.run(
-        "window.real = window.fetch; window.asked = []; window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0"
-    )
+    page.run("window.real = window.fetch; window.asked = []; 0")
+    page.run("window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0")
     ask(page, "Who is there?", 3)
     page.wait("!running && turns.length === 2")
     page.run("window.fetch = window.real; 0")
