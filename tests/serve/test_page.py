@@ -175,9 +175,9 @@ window.fetch = async (u, ...a) => String(u).endsWith('completions') ? new Respon
   window.send_part = text => c.enqueue(new TextEncoder().encode(text));
   window.end_parts = () => c.close();
 }})) : real(u, ...a);
-window.part = (text, finish) => 'data: ' + JSON.stringify({choices: [{index: 0, finish_reason: finish || null,
-  delta: {content: text}, logprobs: {content: [{token: text, bytes: [...new TextEncoder().encode(text)], logprob: -1,
-  top_logprobs: []}]}}]}) + '\\r\\n\\r\\n';
+window.part = (text, finish, kind) => 'data: ' + JSON.stringify({choices: [{index: 0, finish_reason: finish || null,
+  delta: {[kind || 'content']: text}, logprobs: {content: [
+    {token: text, bytes: [...new TextEncoder().encode(text)], logprob: -1, top_logprobs: []}]}}]}) + '\\r\\n\\r\\n';
 0
 """
 
@@ -191,6 +191,51 @@ def fed(page: Page) -> Iterator[Page]:
     page.wait("typeof send_part === 'function'")
     yield page
     page.run("window.fetch = window.real; delete window.send_part; 0")
+
+
+def reload(page: Page) -> None:
+    page.run("window.before = true")
+    page.call("Page.reload")
+    page.wait(
+        "!window.before && document.querySelector('h1') && document.querySelector('h1').textContent !== 'Loading'"
+    )
+
+
+def test_a_reload_keeps_what_there_was(asked: Page) -> None:
+    was = asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))")
+    ends = asked.run("turns.map(t => t.end)")
+    asked.run("$('system').value = 'Be <b>kind</b>.'; $('min_p').value = '0.005'; 0")
+    asked.run("$('question').value = 'And'; $('key').value = 'x'")
+    reload(asked)
+    assert asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))") == was
+    assert asked.run("['system', 'min_p', 'question', 'key'].map(id => $(id).value)") == [
+        "Be <b>kind</b>.",
+        "0.005",
+        "And",
+        "",
+    ]
+    asked.run("$('system').value = ''; $('min_p').value = 0; $('question').value = ''; 0")
+    ask(asked, "And then?", 3)
+    asked.wait("!running && turns.length === 4 && turns[3].tokens.length === 3")
+    assert asked.run("turns.slice(0, 2).map(t => t.end)") == ends
+    asked.run("$('clear').click()")
+    reload(asked)
+    assert asked.run("turns.length") == 0
+
+
+def test_a_reload_within_an_answer(fed: Page) -> None:
+    """What has come of it stays; where nothing has, the question is back where it was typed."""
+    reload(fed)
+    assert fed.run("[turns.length, $('question').value]") == [0, "Who is there?"]
+    fed.run(FAKE)
+    fed.press("Enter")
+    fed.wait("typeof send_part === 'function'")
+    fed.run("send_part(part('The king', null)); send_part(part('Hm.', null, 'reasoning_content')); 0")
+    fed.wait("turns[1].thought")
+    reload(fed)
+    assert fed.run("turns.map(t => t.content)") == ["Who is there?", "The king"]
+    assert fed.run("document.querySelector('.assistant .thought').textContent") == "Hm."
+    fed.run("window.real = window.fetch")
 
 
 def test_an_answer_that_is_cut_off_does_not_look_whole(fed: Page) -> None:
