@@ -86,35 +86,17 @@ def batch(
         1, rows=rows, max_positions=max_positions, chunk_size=chunk_size, workers=workers, attempts=attempts
     )
     flags.require_at_least(1, concurrency=concurrency, timeout=timeout)
-    if engine is not None:
-        given = _given(
-            model=model,
-            rows=rows,
-            max_positions=max_positions,
-            name=name,
-            template=template,
-            chunk_size=chunk_size,
-            ray=ray,
-        )
-        if given or options != LoadOptions():
-            what = ", ".join(given) or "options of how a model is loaded"
-            raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
-    elif given := _given(key_env=key_env, concurrency=concurrency, attempts=attempts, timeout=timeout):
-        raise UsageError(f"{given[0]} is about a server: add --engine and its address, or omit it")
-    if not ray and _given(workers=workers):
-        raise UsageError("--workers is about a Ray cluster: add --ray, or omit it")
-    if ray and options.parallel > 1:
-        raise UsageError("--ray gives each worker all of the model, and --parallel divides it: omit one of them")
+    ours = _given(model=model, rows=rows, max_positions=max_positions, name=name, template=template)
+    ours += _given(chunk_size=chunk_size, ray=ray)
+    theirs = _given(key_env=key_env, concurrency=concurrency, attempts=attempts, timeout=timeout)
+    _require_one_way(engine, ray, options, ours, theirs, _given(workers=workers))
     from mistral.batch import inputs
     from mistral.batch.settings import EngineSettings
 
     files = inputs.find_inputs(input, output)
     settings = None
     if engine is None:
-        folder = default_folder(model)
-        if folder is not None and os.path.exists(folder):
-            folder = os.path.abspath(folder)  # workers may be elsewhere
-        settings = EngineSettings(folder, options, rows, max_positions, name, template, chunk_size)
+        settings = EngineSettings(_folder(model), options, rows, max_positions, name, template, chunk_size)
     # Where only the workers of a cluster have the folder, the first of their answers shows which model it is.
     known = settings if settings is not None and not (ray and settings.is_elsewhere) else None
 
@@ -127,6 +109,35 @@ def batch(
         partial(open_model, model, replace(options, max_batch_size=rows)),
         lambda load: answer(files, output, retry, known, settings is None, partial(runner, load)),
     )
+
+
+def _require_one_way(
+    engine: str | None, ray: bool, options: LoadOptions, ours: list[str], theirs: list[str], of_cluster: list[str]
+) -> None:
+    """Refuse flags of one way to answer beside those of another.
+
+    Args:
+        engine, ray, options: as `batch` has them: which way it is.
+        ours, theirs, of_cluster: flags that were given and are about a model here, a server, a Ray cluster.
+
+    Raises:
+        UsageError: some do not go together.
+    """
+    if engine is not None and (ours or options != LoadOptions()):
+        what = ", ".join(ours) or "options of how a model is loaded"
+        raise UsageError(f"--engine asks a server, which has its own model: {what} cannot go with it")
+    if engine is None and theirs:
+        raise UsageError(f"{theirs[0]} is about a server: add --engine and its address, or omit it")
+    if of_cluster and not ray:
+        raise UsageError(f"{of_cluster[0]} is about a Ray cluster: add --ray, or omit it")
+    if ray and options.parallel > 1:
+        raise UsageError("--ray gives each worker all of the model, and --parallel divides it: omit one of them")
+
+
+def _folder(model: str | None) -> str | None:
+    """The folder of a model as workers elsewhere find it too."""
+    folder = default_folder(model)
+    return os.path.abspath(folder) if folder is not None and os.path.exists(folder) else folder
 
 
 def _given(**values: object) -> list[str]:

@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mistral.request import BrokenLogits
 from mistral.serve import guard
@@ -281,6 +281,57 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return error_answer(as_api_error(error))
 
 
+class Counted:
+    """Counts answers by path and status; a path that is not ours counts as one, whatever it is."""
+
+    def __init__(self, app: ASGIApp, answered: Counter[tuple[str, int]], paths: Collection[str]) -> None:
+        self._app, self._answered, self._paths = app, answered, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._paths else "other"
+                self._answered[path, message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+def _routes(server: Server) -> list[Route]:
+    return [
+        Route("/", server.page),
+        Route("/health", server.health),
+        Route("/metrics", server.metrics),
+        Route("/openapi.json", server.openapi),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.model),
+        Route("/v1/completions", server.completions, methods=["POST"]),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/embeddings", server.embeddings, methods=["POST"]),
+        Route("/tokenize", server.tokenize, methods=["POST"]),
+        Route("/detokenize", server.detokenize, methods=["POST"]),
+    ]
+
+
+def _guards(hosts: Collection[str] | None, api_key: str | None, cors: Collection[str]) -> list[Middleware]:
+    """What a request passes before it is answered, in this order. For the arguments see `make_app`."""
+    guards = [Middleware(HostGuard, hosts=hosts, origins=cors)]
+    if cors:
+        guards.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(cors),
+                allow_methods=["*"],
+                allow_headers=["*"],  # OpenAI's client has some of its own
+                allow_private_network=True,  # a page of the internet may ask a server that is not there
+                expose_headers=["Retry-After"],
+            )
+        )
+    if api_key is not None:
+        guards.append(Middleware(KeyGuard, key=api_key))
+    return guards
+
+
 def make_app(
     served: Served,
     worker: Worker,
@@ -298,44 +349,9 @@ def make_app(
         cors: origins of pages that may ask.
     """
     server = Server(served, worker)
-    routes = [
-        Route("/", server.page),
-        Route("/health", server.health),
-        Route("/metrics", server.metrics),
-        Route("/openapi.json", server.openapi),
-        Route("/v1/models", server.models),
-        Route("/v1/models/{name:path}", server.model),
-        Route("/v1/completions", server.completions, methods=["POST"]),
-        Route("/v1/chat/completions", server.chat, methods=["POST"]),
-        Route("/v1/embeddings", server.embeddings, methods=["POST"]),
-        Route("/tokenize", server.tokenize, methods=["POST"]),
-        Route("/detokenize", server.detokenize, methods=["POST"]),
-    ]
+    routes = _routes(server)
     paths = {route.path for route in routes}
-
-    class Counted:
-        """Counts answers by path and status; a path that is not ours counts as one, whatever it is."""
-
-        def __init__(self, app: Any) -> None:
-            self._app = app
-
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            async def counted(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    path = scope["path"] if scope["path"] in paths else "other"
-                    server.answered[path, message["status"]] += 1
-                await send(message)
-
-            await self._app(scope, receive, counted)
-
-    guards = [Middleware(Counted), Middleware(HostGuard, hosts=hosts, origins=cors)]
-    if cors:
-        # Any header, as OpenAI's client has some of its own; and pages of the internet may ask a server that is not.
-        free = {"allow_origins": list(cors), "allow_methods": ["*"], "allow_headers": ["*"]}
-        told = {"expose_headers": ["Retry-After"], "allow_private_network": True}
-        guards.append(Middleware(CORSMiddleware, **free, **told))
-    if api_key is not None:
-        guards.append(Middleware(KeyGuard, key=api_key))
+    counted = Middleware(Counted, answered=server.answered, paths=paths)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -348,7 +364,7 @@ def make_app(
     kinds: tuple[type[Exception], ...] = (ApiError, MistralError, HTTPException, Gone, ClientDisconnect, Exception)
     return Starlette(
         routes=routes,
-        middleware=guards,
+        middleware=[counted, *_guards(hosts, api_key, cors)],
         lifespan=lifespan,
         exception_handlers=dict.fromkeys(kinds, _on_error),
     )

@@ -277,6 +277,43 @@ def _conversation(given: Mapping[str, Any], served: Served, tools: Sequence[Tool
     return ids
 
 
+def _params(given: Mapping[str, Any], served: Served, logprobs: int | None, most: int) -> SamplingParams:
+    """How each prompt is continued: with `most` tokens, and as many alternatives as `logprobs` and the body ask for.
+
+    Raises:
+        ApiError: a value that cannot be.
+    """
+    settings = {name: given[name] for name in SAMPLING if name in given}
+    if settings.get("top_k") == -1:  # as vLLM says all
+        settings["top_k"] = 0
+    try:
+        return SamplingParams(
+            **{"temperature": 1.0, "top_p": 1.0, **settings},
+            max_tokens=most,
+            stop=given.get("stop", ()),
+            logit_bias=_bias(given.get("logit_bias", {}), served),
+            top_logprobs=max(logprobs or 0, given.get("prompt_logprobs") or 0),
+        )
+    except MistralError as error:  # whose message begins with the field
+        field = str(error).partition(" ")[0]
+        raise ApiError(str(error), field if field in given else None) from None
+
+
+def _check_room(longest: int, most: int, served: Served, prompt: str) -> None:
+    """Refuse what has more positions than the model has here; `prompt` is the field that prompts are in.
+
+    Raises:
+        ApiError: it has.
+    """
+    if longest + max(0, most - 1) > served.context:
+        raise ApiError(
+            f"a prompt of {longest} token{'s' * (longest != 1)} and {most} to generate are more than the "
+            f"{served.context} positions that this model has here: shorten the prompt, or lower max_tokens",
+            "max_tokens" if longest <= served.context else prompt,
+            code="context_length_exceeded",
+        )
+
+
 def _asked(
     given: dict[str, Any],
     served: Served,
@@ -293,29 +330,9 @@ def _asked(
         if is_int(given.get(name)):
             _at_most(name, given[name], 0, min(MOST_LOGPROBS, served.vocab_size))
     usage = _usage(given)
-    settings = {name: given[name] for name in SAMPLING if name in given}
-    if settings.get("top_k") == -1:  # as vLLM says all
-        settings["top_k"] = 0
-    try:
-        params = SamplingParams(
-            **{"temperature": 1.0, "top_p": 1.0, **settings},
-            max_tokens=most,
-            stop=given.get("stop", ()),
-            logit_bias=_bias(given.get("logit_bias", {}), served),
-            top_logprobs=max(logprobs or 0, given.get("prompt_logprobs") or 0),
-        )
-    except MistralError as error:  # whose message begins with the field
-        field = str(error).partition(" ")[0]
-        raise ApiError(str(error), field if field in given else None) from None
+    params = _params(given, served, logprobs, most)
     _at_most("n", params.n * len(prompts), 1, MOST_PROMPTS)
-    longest = max(map(len, prompts))
-    if longest + max(0, most - 1) > served.context:
-        raise ApiError(
-            f"a prompt of {longest} token{'s' * (longest != 1)} and {most} to generate are more than the "
-            f"{served.context} positions that this model has here: shorten the prompt, or lower max_tokens",
-            "max_tokens" if longest <= served.context else "messages" if chat else "prompt",
-            code="context_length_exceeded",
-        )
+    _check_room(max(map(len, prompts)), most, served, "messages" if chat else "prompt")
     return Asked(
         chat,
         prompts,

@@ -10,7 +10,7 @@ from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from socket import AF_INET, AF_INET6, create_server, getaddrinfo
+from socket import AF_INET, AF_INET6, create_server, getaddrinfo, has_dualstack_ipv6
 from socket import socket as Socket
 from urllib.parse import urlsplit
 
@@ -61,7 +61,8 @@ class Listen:
         """
         family = AF_INET6 if ":" in self.host else AF_INET
         try:
-            return create_server((self.host.strip("[]"), self.port), family=family)
+            both = self.host.strip("[]") == "::" and has_dualstack_ipv6()  # every address, of either kind
+            return create_server((self.host.strip("[]"), self.port), family=family, dualstack_ipv6=both)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
             raise UsageError(f"{self.host}:{self.port} cannot be listened on: {reason}") from None
@@ -127,6 +128,8 @@ def served_of(loaded: Loaded, *, rows: int, most: int | None, name: str | None, 
             the model.
     """
     require_tokenizer(loaded.tokenizer)
+    if name == "":
+        raise UsageError("--name is empty; give what clients call the model, or omit it")
     release = None if loaded.release is None else loaded.release.template
     found, why = None, ""
     try:

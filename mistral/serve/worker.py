@@ -179,8 +179,9 @@ class Worker:
             if len(self._waiting) + len(jobs) > self.max_queue + free:
                 wait = max(0, len(self._waiting) - free)
                 these = f", and this request asks for {len(jobs)}" if len(jobs) > 1 else ""
-                waiting = f"{counted(wait, 'continuation')} {'waits' if wait == 1 else 'wait'}"
-                raise Busy(f"{waiting} already, of {self.max_queue} that may{these}: try again later")
+                waiting = f"{counted(wait, 'continuation')} {'waits' if wait == 1 else 'wait'} already, of "
+                full = f"{waiting}{self.max_queue} that may" if self.max_queue else "no row is free, and none may wait"
+                raise Busy(f"{full}{these}: try again later")
             self._waiting.extend(jobs)
             self._changed.notify()
 

@@ -76,3 +76,5 @@ def test_names_that_meet_are_refused(tmp_path: Path) -> None:
     loaded = load(base, device="cpu", adapter=f"base={write_native(tmp_path / 'x')}", adapter_mode="runtime")
     with pytest.raises(UsageError, match="the model and an adapter are both called base: give --name"):
         served_of(loaded, rows=1, most=None, name=None, template=None)
+    with pytest.raises(UsageError, match="--name is empty"):
+        served_of(loaded, rows=1, most=None, name="", template=None)

@@ -20,7 +20,7 @@ from mistral.serve.app import _Stream
 from mistral.serve.settings import Listen, model_name
 from mistral.util.errors import UsageError
 from tests.support.folders import make_folder
-from tests.support.serving import Running, as_sent, connected, serving, soon
+from tests.support.serving import Running, as_sent, connected, free_port, serving, soon
 from tools.fuzz.bodies import make_body, violation
 
 KEY = "a-long-secret"
@@ -73,9 +73,17 @@ def test_pages_from_elsewhere_may_not_ask_unless_they_are_named(client: httpx.Cl
     assert "x-stainless-os" in may.headers["access-control-allow-headers"]
     assert may.headers["access-control-allow-private-network"] == "true"
     assert named.headers["access-control-expose-headers"] == "Retry-After"  # which its client waits for
-    assert httpx.options(f"{running.url}/v1/models", headers={**asked, "Origin": "https://evil.example"}).status_code == 403
+    asked["Origin"] = "https://evil.example"
+    assert httpx.options(f"{running.url}/v1/completions", headers=asked, timeout=60).status_code == 403
     form = client.post("/v1/completions", content='{"prompt": "a"}', headers={"Content-Type": "text/plain"})
     assert form.status_code == 415
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 on this machine")
+def test_every_address_of_this_machine_is_also_the_old_ones() -> None:
+    listen = Listen.of("::", free_port(), KEY, [], [])
+    with listen.socket(), socket.create_connection(("127.0.0.1", listen.port), timeout=60):
+        pass
 
 
 def test_another_method_is_told_which_there_are(client: httpx.Client) -> None:

@@ -77,6 +77,9 @@ def test_a_full_queue_says_try_again(tmp_path: Path) -> None:
         too_many = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "n": 3}, timeout=60)
         assert (too_many.status_code, too_many.json()["error"]["param"]) == (400, "n")
         assert running.worker.busy == (1, 1)
+        running.worker.max_queue = 0
+        none = httpx.post(f"{running.url}/v1/completions", json=LONG, timeout=60)
+        assert "no row is free, and none may wait: try again later" in none.text
 
 
 # NaN: the engine, then the worker.

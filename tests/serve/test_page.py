@@ -139,7 +139,7 @@ def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
         ("seed", "9007199254740993", "Seed must be a whole number below 2**53"),
         ("max_tokens", "2.5", "Most tokens must be a whole number below 2**53"),
     ):
-        page.run(f"$('settings').open = true; window.was = $('{field}').value; $('{field}').select(); $('{field}').focus()")
+        page.run(f"$('settings').open = true; window.was = $('{field}').value; $('{field}').select(); 0")
         page.type(text)
         page.run("$('settings').open = false; $('question').value = 'And then?'; send(); 0")
         page.wait("!running")
@@ -151,8 +151,9 @@ def test_a_setting_is_sent_as_it_is_or_refused(page: Page) -> None:
 
 def test_a_question_waits_until_it_is_known_what_is_served(page: Page) -> None:
     """As raw text, without the template, a model would answer it worse, and nobody would see why."""
-    page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; window.real = window.fetch")
-    page.run("window.asked = []; window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0")
+    page.run("$('clear').click(); delete $('model').dataset.id; delete $('model').dataset.chat; 0")
+    page.run("window.real = window.fetch; window.asked = []; 0")
+    page.run("window.fetch = (u, ...a) => { asked.push(String(u)); return real(u, ...a); }; 0")
     ask(page, "Who is there?", 3)
     page.wait("!running && turns.length === 2")
     page.run("window.fetch = window.real; 0")
@@ -174,58 +175,101 @@ window.fetch = async (u, ...a) => String(u).endsWith('completions') ? new Respon
   window.send_part = text => c.enqueue(new TextEncoder().encode(text));
   window.end_parts = () => c.close();
 }})) : real(u, ...a);
-window.part = (text, finish) => 'data: ' + JSON.stringify({choices: [{index: 0, finish_reason: finish || null,
-  delta: {content: text}, logprobs: {content: [{token: text, bytes: [...new TextEncoder().encode(text)], logprob: -1,
-  top_logprobs: []}]}}]}) + '\\r\\n\\r\\n';
+window.part = (text, finish, kind) => 'data: ' + JSON.stringify({choices: [{index: 0, finish_reason: finish || null,
+  delta: {[kind || 'content']: text}, logprobs: {content: [
+    {token: text, bytes: [...new TextEncoder().encode(text)], logprob: -1, top_logprobs: []}]}}]}) + '\\r\\n\\r\\n';
 0
 """
 
 
-def test_an_answer_that_is_cut_off_does_not_look_whole(page: Page) -> None:
+@pytest.fixture
+def fed(page: Page) -> Iterator[Page]:
+    """A page that has asked, and takes what `send_part` sends for the answer."""
     page.run("$('clear').click()")
     page.run(FAKE)
     ask(page, "Who is there?")
     page.wait("typeof send_part === 'function'")
-    page.run("send_part(part('The king')); end_parts()")
-    page.wait("!running")
+    yield page
     page.run("window.fetch = window.real; delete window.send_part; 0")
-    assert page.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
 
 
-def test_who_hears_the_page_hears_each_line_once(page: Page) -> None:
-    page.call("Accessibility.enable")
-    found = page.call("Accessibility.getFullAXTree")["nodes"]
+def reload(page: Page) -> None:
+    page.run("window.before = true")
+    page.call("Page.reload")
+    page.wait(
+        "!window.before && document.querySelector('h1') && document.querySelector('h1').textContent !== 'Loading'"
+    )
+
+
+def test_a_reload_keeps_what_there_was(asked: Page) -> None:
+    was = asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))")
+    ends = asked.run("turns.map(t => t.end)")
+    asked.run("$('system').value = 'Be <b>kind</b>.'; $('min_p').value = '0.005'; 0")
+    asked.run("$('question').value = 'And'; $('key').value = 'x'")
+    reload(asked)
+    assert asked.run("JSON.stringify(turns.map(t => [t.role, t.content]))") == was
+    assert asked.run("['system', 'min_p', 'question', 'key'].map(id => $(id).value)") == [
+        "Be <b>kind</b>.",
+        "0.005",
+        "And",
+        "",
+    ]
+    asked.run("$('system').value = ''; $('min_p').value = 0; $('question').value = ''; 0")
+    ask(asked, "And then?", 3)
+    asked.wait("!running && turns.length === 4 && turns[3].tokens.length === 3")
+    assert asked.run("turns.slice(0, 2).map(t => t.end)") == ends
+    asked.run("$('clear').click()")
+    reload(asked)
+    assert asked.run("turns.length") == 0
+
+
+def test_a_reload_within_an_answer(fed: Page) -> None:
+    """What has come of it stays; where nothing has, the question is back where it was typed."""
+    reload(fed)
+    assert fed.run("[turns.length, $('question').value]") == [0, "Who is there?"]
+    fed.run(FAKE)
+    fed.press("Enter")
+    fed.wait("typeof send_part === 'function'")
+    fed.run("send_part(part('The king', null)); send_part(part('Hm.', null, 'reasoning_content')); 0")
+    fed.wait("turns[1].thought")
+    reload(fed)
+    assert fed.run("turns.map(t => t.content)") == ["Who is there?", "The king"]
+    assert fed.run("document.querySelector('.assistant .thought').textContent") == "Hm."
+    fed.run("window.real = window.fetch")
+
+
+def test_an_answer_that_is_cut_off_does_not_look_whole(fed: Page) -> None:
+    fed.run("send_part(part('The king')); end_parts()")
+    fed.wait("!running")
+    assert fed.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
+
+
+def test_who_hears_the_page_hears_each_line_once(fed: Page) -> None:
+    fed.call("Accessibility.enable")
+    found = fed.call("Accessibility.getFullAXTree")["nodes"]
     names = {node["name"]["value"] for node in found if node["role"].get("value") == "textbox"}
     assert "Message" in names
-    page.run("$('clear').click()")
-    page.run(FAKE)
-    ask(page, "Who is there?")
-    page.wait("typeof send_part === 'function'")
-    assert page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].every(b => b.disabled)")
-    page.run("for (const text of ['The', ' king.\\n', 'And', ' his', ' son.']) send_part(part(text)); 0")
-    page.wait("$('spoken').children.length === 1")
-    page.run("send_part(part(' End.', 'stop')); send_part('data: [DONE]\\r\\n')")
-    page.wait("!running")
-    page.run("window.fetch = window.real; delete window.send_part; 0")
-    heard = page.run("[...$('spoken').children].map(p => p.textContent)")
+    assert fed.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].every(b => b.disabled)")
+    fed.run("for (const text of ['The', ' king.\\n', 'And', ' his', ' son.']) send_part(part(text)); 0")
+    fed.wait("$('spoken').children.length === 1")
+    fed.run("send_part(part(' End.', 'stop')); send_part('data: [DONE]\\r\\n')")
+    fed.wait("!running")
+    heard = fed.run("[...$('spoken').children].map(p => p.textContent)")
     assert heard[:2] == ["The king.\n", "And his son. End."]
     assert [text.partition(" ")[2][:6] for text in heard[2:]] == ["tokens"]
     live = "[...document.querySelectorAll('[aria-live], [role=status], [role=log]')].map(e => e.id)"
-    assert page.run(live) == ["spoken"]
-    assert not page.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].some(b => b.disabled)")
+    assert fed.run(live) == ["spoken"]
+    assert not fed.run("[$('send'), $('clear'), ...document.querySelectorAll('article button')].some(b => b.disabled)")
 
 
-def test_a_long_answer_is_not_laid_out_at_each_token(page: Page) -> None:
-    page.run("$('clear').click()")
-    page.run(FAKE)
-    ask(page, "Who is there?")
-    page.wait("typeof send_part === 'function'")
-    page.run("window.grown = 0; window.at_first = grow; grow = turn => { grown += 1; at_first(turn); }; 0")
-    page.run("for (let i = 0; i < 1500; i++) send_part(part(' ' + i)); send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
-    page.wait("!running")
-    page.run("window.fetch = window.real; delete window.send_part; grow = window.at_first; 0")
-    assert page.run("document.querySelectorAll('.token').length") == 1501
-    assert page.run("grown") < 750
+def test_a_long_answer_is_not_laid_out_at_each_token(fed: Page) -> None:
+    fed.run("window.grown = 0; window.at_first = grow; grow = turn => { grown += 1; at_first(turn); }; 0")
+    fed.run("for (let i = 0; i < 1500; i++) send_part(part(' ' + i)); 0")
+    fed.run("send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
+    fed.wait("!running")
+    fed.run("grow = window.at_first; 0")
+    assert fed.run("document.querySelectorAll('.token').length") == 1501
+    assert fed.run("grown") < 750
 
 
 def test_characters_of_several_tokens_and_scripts_from_right_to_left(page: Page) -> None:
