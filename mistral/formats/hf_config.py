@@ -147,8 +147,11 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     """
     raw = text_config(raw)
     kind = raw.get("model_type")
-    if kind == "llama" and "num_attention_heads" in raw:  # before grouped heads there was no key for them
-        raw = {"num_key_value_heads": raw["num_attention_heads"], **raw}
+    if kind == "llama" and raw.get("num_key_value_heads") is None and "num_attention_heads" in raw:
+        raw = {
+            **raw,
+            "num_key_value_heads": raw["num_attention_heads"],
+        }  # before grouped heads there was no key for them
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
@@ -240,7 +243,13 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
         raise ParamsError(f"config.json: {len(types)} layer_types for {raw['num_hidden_layers']} layers")
     if window is None and "sliding_attention" in types:
         raise ParamsError("config.json: layer_types has sliding_attention, but sliding_window is null")
-    return [known[t] for t in types]
+    windows = [known[t] for t in types]
+    if kind == "mixtral" and None in windows and window is not None:
+        notes.append(
+            f"config.json has layer_types, by which {windows.count(None)} of {len(windows)} layers have no window: "
+            "transformers gives all layers of a mixtral the window"
+        )
+    return windows
 
 
 # Keys of a config.json that say nothing about shape and stay true of the converted model.

@@ -424,7 +424,16 @@ def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, 
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
     args, notes = hf.config_to_args(config(model_type=kind, **experts, **changes))
     assert args.windows == windows
-    assert not notes
+    mixed = kind == "mixtral" and None in windows and changes.get("sliding_window", 5) is not None
+    assert len(notes) == mixed
+    assert all(note.endswith("transformers gives all layers of a mixtral the window") for note in notes)
+
+
+def test_null_key_heads_of_a_llama_are_as_many_as_query_heads() -> None:
+    args, _ = hf.config_to_args(config(model_type="llama", num_key_value_heads=None))
+    assert args.n_kv_heads == args.n_heads == 4
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    assert transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=None).num_key_value_heads == 4
 
 
 @pytest.mark.parametrize(
