@@ -30,6 +30,7 @@ TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE)
 BLANK = "\u2581"  # how SentencePiece spells a space
 SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
 KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
+NONE = ("no_vocab", "none")  # kinds by which llama.cpp knows a file without words
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def _from_byte_level(path: Path, metadata: Metadata, special: SpecialIds) -> Tok
     return Tokenizer.from_tokenizers(path, theirs, SpecialTokens(names, frozenset(names.values())), notes)
 
 
+def is_there(metadata: Metadata) -> bool:
+    """Whether a file has a tokenizer of any kind: some are written without, for whoever has ids."""
+    return metadata.get("tokenizer.ggml.model", NONE[0]) not in NONE
+
+
 def kind_of(metadata: Metadata) -> str:
     """ "sentencepiece" or "byte-level".
 
@@ -98,7 +104,7 @@ def kind_of(metadata: Metadata) -> str:
         GgufError: no tokenizer, or one of another kind.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model is None:
+    if not is_there(metadata):
         raise GgufError("the file has no tokenizer: put tokenizer.model, tekken.json or tokenizer.json beside it")
     if not isinstance(model, str) or model not in KINDS:
         raise GgufError(f"the file's tokenizer is of kind {short_repr(model)}; {' and '.join(KINDS)} are read here")

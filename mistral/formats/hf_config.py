@@ -249,7 +249,13 @@ def _window(raw: dict[str, Any], kind: str, notes: list[str]) -> Any:
         raise ParamsError(f"config.json: {len(types)} layer_types for {raw['num_hidden_layers']} layers")
     if window is None and "sliding_attention" in types:
         raise ParamsError("config.json: layer_types has sliding_attention, but sliding_window is null")
-    return [known[t] for t in types]
+    windows = [known[t] for t in types]
+    if kind == "mixtral" and None in windows and window is not None:
+        notes.append(
+            f"config.json has layer_types, by which {windows.count(None)} of {len(windows)} layers have no window: "
+            "transformers gives all layers of a mixtral the window"
+        )
+    return windows
 
 
 # Keys of a config.json that say nothing about shape and stay true of the converted model.

@@ -94,7 +94,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model has any tokenizer, readable or not."""
-    return is_gguf_file(folder) or bool(tokenizer_files(folder))
+    if not is_gguf_file(folder):
+        return bool(tokenizer_files(folder))
+    try:
+        inside = gguf_tokenizer.is_there(read_gguf(folder).metadata)
+    except GgufError:
+        inside = True  # reading it says what is wrong
+    return inside or bool(tokenizer_files(folder.parent))
 
 
 def is_gguf_file(path: Path) -> bool:

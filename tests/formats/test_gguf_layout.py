@@ -22,10 +22,11 @@ from mistral.formats.folder import read_folder
 from mistral.formats.inspect import inspect_folder
 from mistral.formats.inspect_text import as_text
 from mistral.formats.tokenizers import eos_ids, load_tokenizer
+from mistral.generate import complete
 from mistral.loader.load import load
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.quant import ggml
-from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
 from mistral.util import memory
 from mistral.util.errors import FormatError
 from mistral.util.memory import OutOfMemory
@@ -197,10 +198,32 @@ def test_v1_without_a_template(tmp_path: Path) -> None:
     assert found == find_template(bundled).encode_chat(asked)
 
 
+@pytest.mark.parametrize("kind", [None, "no_vocab", "none"])
+def test_a_file_without_a_tokenizer_takes_ids(tmp_path: Path, cli: Command, kind: str | None) -> None:
+    """As a folder without one does."""
+    file = tmp_path / "m.gguf"
+    write_gguf(file, args=gguf_args(vocab_size=4096), extra={"tokenizer.ggml.model": kind})
+    loaded = load(file, device="cpu")
+    assert loaded.tokenizer is None
+    assert NO_TOKENIZER in loaded.notes
+    assert complete([[1, 5, 9]], loaded.model, None, max_tokens=3)[0].text == ""
+    (tmp_path / "ids.jsonl").write_text("[1, 5, 9]\n")
+    done = cli("complete", file, "--file", tmp_path / "ids.jsonl", "--json", "--max_tokens", 3, "--temperature", 0)
+    assert len(json.loads(done.text)["tokens"]) == 3
+    refused = cli("complete", file, "The king")
+    assert refused.code == 2
+    assert "no tokenizer" in refused.err.splitlines()[-1]
+    assert "no tokenizer" in inspect_folder(file)["tokenizer"]["error"]
+    for to in ("hf", "mistral"):
+        converted = convert(file, tmp_path / to, to)
+        assert not list((tmp_path / to).glob("*token*"))
+        assert load(tmp_path / to, device="cpu").tokenizer is None, converted.notes
+
+
 def test_a_tokenizer_beside_it(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", args=gguf_args(vocab_size=4096))
     with pytest.raises(TokenizerError, match="the file has no tokenizer: put tokenizer.model"):
-        load(tmp_path / "m.gguf")
+        load_tokenizer(tmp_path / "m.gguf", 4096)
     os.symlink(BUNDLED / "tokenizer.model", tmp_path / "tokenizer.model")
     loaded = load(tmp_path / "m.gguf", device="cpu")
     assert loaded.tokenizer.path == tmp_path / "tokenizer.model"

@@ -424,7 +424,9 @@ def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, 
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
     args, notes = hf.config_to_args(config(model_type=kind, **experts, **changes))
     assert args.windows == windows
-    assert not notes
+    mixed = kind == "mixtral" and None in windows and changes.get("sliding_window", 5) is not None
+    assert len(notes) == mixed
+    assert all(note.endswith("transformers gives all layers of a mixtral the window") for note in notes)
 
 
 @pytest.mark.parametrize(

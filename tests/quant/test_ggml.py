@@ -121,7 +121,7 @@ def test_types_that_the_gguf_package_reads(name: str, monkeypatch: pytest.Monkey
     raw = np.random.default_rng(0).integers(0, 256, (rows, 3 * kind.nbytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(raw, GGMLQuantizationType[name])
-        monkeypatch.setattr(ggml, "PIECE", 4 * kind.elements)
+        monkeypatch.setattr(ggml, "SMALL_PIECE", 4 * kind.elements)
         shifted = torch.from_numpy(np.concatenate([np.zeros(1, np.uint8), raw.reshape(-1)]))[1:]
         found = dequantize(shifted, name, expected.shape)
     assert len(np.unique(expected)) > 20
