@@ -176,7 +176,7 @@ class JinjaTemplate:
         try:
             return str(
                 self._compiled.render(
-                    **self._tokenizer.named,
+                    **self._tokenizer.named_in_templates,
                     **({} if effort is None else {"reasoning_effort": effort}),
                     messages=told,
                     tools=tools,

@@ -205,6 +205,32 @@ def test_neighbours_of_one_role_are_joined_where_the_template_refuses_them(scrat
     assert ours.encode_chat([*two, Message("user", "C")]) == ours.encode_chat(talk("A\n\nB", "x\n\ny", "C"))
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_special_tokens_that_a_folder_says_there_are_none_of(
+    scratch: Path, tmp_path: Path, kind: str, listed: bool
+) -> None:
+    """Conversions and bases have `"bos_token": null`; a template is given what transformers gives it."""
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "none", "sentencepiece", scratch, tokenizer_class=kind)
+    asked = "{{ bos_token }}|{{ eos_token }}|{{ bos_token is defined }}{{ eos_token is defined }}"
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": asked}
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    if listed:  # then transformers does not read the names beside it
+        config["added_tokens_decoder"] = {"1": {"content": "<s>", "special": True}}
+    for change in ({}, {"bos_token": None}, {"eos_token": None}, {"bos_token": "missing"}):
+        told = {**config, **names, **change}
+        told = {name: value for name, value in told.items() if value != "missing"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(told))
+        template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+        reference = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": "a"}], tokenize=False
+        )
+        assert template._render([{"role": "user", "content": "a"}]) == reference, change
+
+
 @pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.model.v3", "tekken.json"])
 def test_on_mistrals_own_tokenizers(scratch: Path, tmp_path: Path, source: str) -> None:
     """No tokenizer.json beside them: the texts between control tokens are encoded one by one."""
