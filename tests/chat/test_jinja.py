@@ -165,6 +165,23 @@ def test_halves_do_not_join_with_what_the_template_writes(scratch: Path) -> None
         assert words.decode(ids) == f"<{text}>{text}"
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_an_end_that_is_found_as_its_file_says(scratch: Path, tmp_path: Path, special: bool) -> None:
+    """transformers 4 wrote `normalized` for what `add_tokens` was given; naming such a token as the end changes no id."""
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "end", "sentencepiece", scratch, CHATML, eos_token="<|im_end|>")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": special}
+    words = ("<|im_start|>", "<|im_end|>")
+    raw["added_tokens"] += [{"id": 4096 + i, "content": word, **flags} for i, word in enumerate(words)]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+    reference = AutoTokenizer.from_pretrained(folder)
+    for n in (1, 3, 5):
+        assert template.encode_chat(talk(*TALK[:n])) == ids_of(reference, talk(*TALK[:n]))
+
+
 def test_words_that_only_the_template_may_write(scratch: Path) -> None:
     """Added, not special, and yet the frame of a turn."""
     folder = write_tokenizer(scratch / "plain", "sentencepiece", scratch, CHATML)
