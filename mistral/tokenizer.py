@@ -214,7 +214,7 @@ class Tokenizer:
 
     @property
     def named_in_templates(self) -> Mapping[str, str]:
-        """The same as chat templates are given them: without those that tokenizer_config.json says there are none of."""
+        """The same as chat templates are given them: without those of which tokenizer_config.json has none."""
         return {name: text for name, text in self.named.items() if name not in self._model.unnamed}
 
     def has_control(self, word: str) -> bool:

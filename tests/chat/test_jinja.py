@@ -167,7 +167,7 @@ def test_halves_do_not_join_with_what_the_template_writes(scratch: Path) -> None
 
 @pytest.mark.parametrize("special", [False, True])
 def test_an_end_that_is_found_as_its_file_says(scratch: Path, tmp_path: Path, special: bool) -> None:
-    """transformers 4 wrote `normalized` for what `add_tokens` was given; naming such a token as the end changes no id."""
+    """transformers 4 wrote `normalized` for what `add_tokens` was given; a token that is the end is found so too."""
     from transformers import AutoTokenizer
 
     folder = write_tokenizer(tmp_path / "end", "sentencepiece", scratch, CHATML, eos_token="<|im_end|>")
