@@ -22,6 +22,7 @@ WHOLE = "tokenizer.json"
 LETTER, SPACE = re.compile(r"\w"), re.compile(r"\s+")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
+NAMELESS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes of transformers; others have <s> and </s>
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -93,12 +94,14 @@ class SpecialTokens:
         special: texts of all control tokens that the files name.
         added: tokens by id, those of the vocabulary proper perhaps among them.
         add_bos: whether a text should begin with bos; None where no file says so.
+        unnamed: those of NAMED that a chat template is not given, as in transformers: by the files there are none.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     special: frozenset[str] = frozenset()
     added: dict[int, AddedToken] = field(default_factory=dict)
     add_bos: bool | None = None
+    unnamed: frozenset[str] = frozenset()
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
@@ -135,7 +138,19 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
             added[int(key)] = AddedToken(text, token.get("special") is True or text in special, **flags)
     special.update(token.content for token in added.values() if token.special)
     add_bos = config.get("add_bos_token")
-    return SpecialTokens(names, frozenset(special), added, add_bos if isinstance(add_bos, bool) else None)
+    add_bos = add_bos if isinstance(add_bos, bool) else None
+    return SpecialTokens(names, frozenset(special), added, add_bos, _unnamed(config, named))
+
+
+def _unnamed(config: dict[str, Any], named: dict[str, Any]) -> frozenset[str]:
+    """Of NAMED, what transformers takes for none: null in tokenizer_config.json, or not there where the class has no
+    names of its own. It reads special_tokens_map.json only where the other file lists no tokens."""
+    if not config:
+        return frozenset()
+    beside = {} if "added_tokens_decoder" in config else named
+    nameless = config.get("tokenizer_class") in NAMELESS
+    absent = (key for key in NAMED if config.get(key) is None and (key in config or nameless))
+    return frozenset(key for key in absent if not token_text(beside.get(key)))
 
 
 def read_added_tokens(folder: Path) -> dict[int, AddedToken]:

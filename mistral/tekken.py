@@ -61,6 +61,7 @@ class Tekken:
         return bool(self._tekken.is_special(word))
 
     added: Mapping[str, int] = MappingProxyType({})
+    unnamed: frozenset[str] = frozenset()
 
     @property
     def named(self) -> dict[str, str]:

@@ -209,8 +209,13 @@ class Tokenizer:
 
     @property
     def named(self) -> Mapping[str, str]:
-        """Texts of bos_token and eos_token (unk_token, pad_token), as chat templates ask for them."""
+        """Texts of bos_token and eos_token (unk_token, pad_token)."""
         return self._model.named
+
+    @property
+    def named_in_templates(self) -> Mapping[str, str]:
+        """The same as chat templates are given them: without those of which tokenizer_config.json has none."""
+        return {name: text for name, text in self.named.items() if name not in self._model.unnamed}
 
     def has_control(self, word: str) -> bool:
         """Whether a control token, such as "[INST]", has an id of its own."""

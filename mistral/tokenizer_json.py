@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mistral.special_tokens import AddedToken, SpecialTokens, TokenizerError, read_special_tokens
+from mistral.special_tokens import FLAGS, AddedToken, SpecialTokens, TokenizerError, read_special_tokens
 from mistral.tekken import PATTERN
 from mistral.util.errors import printable
 from mistral.util.files import read_limited
@@ -63,7 +63,7 @@ class JsonTokenizer:
             i: token.content for i, token in self._tok.get_added_tokens_decoder().items() if token.special
         }
         self.bos_id, self.eos_id, self.pad_id = (self._named(told, n) for n in ("bos_token", "eos_token", "pad_token"))
-        self._names = told.names
+        self._names, self.unnamed = told.names, told.unnamed
         self.guesses_eos = "eos_token" not in told.names
         self._begin(told)
         self._check_pattern()
@@ -101,7 +101,7 @@ class JsonTokenizer:
         from tokenizers import AddedToken as TheirToken
 
         def theirs(token: AddedToken) -> Any:
-            flags = {n: getattr(token, n) for n in ("lstrip", "rstrip", "normalized", "single_word")}
+            flags = {n: getattr(token, n) for n in FLAGS}
             return TheirToken(token.content, special=token.special, **flags)
 
         known = {token.content: token for token in self._tok.get_added_tokens_decoder().values()}
@@ -116,8 +116,8 @@ class JsonTokenizer:
         for content in sorted(told.special):
             there = known.get(content)
             if self._tok.token_to_id(content) is not None and not (there and there.special):
-                kept = {n: getattr(there, n) for n in ("lstrip", "rstrip", "single_word")} if there else {}
-                self._tok.add_special_tokens([TheirToken(content, special=True, normalized=False, **kept)])
+                kept = {n: getattr(there, n) for n in FLAGS} if there else {"normalized": False}
+                self._tok.add_special_tokens([TheirToken(content, special=True, **kept)])
 
     def _named(self, told: SpecialTokens, name: str) -> int:
         if name in told.names:

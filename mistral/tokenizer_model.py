@@ -68,7 +68,7 @@ class SentencePiece:
             i: token for i, token in (added or {}).items() if i >= self.n_words or self._is_another(i, token)
         }
         self.added = {token.content: i for i, token in self._added.items()}
-        self._names = told.names
+        self._names, self.unnamed = told.names, told.unnamed
         self.notes = tuple(self._taken_words())
         self._made: dict[frozenset[str], tuple[WordFinder, WordFinder | None]] = {}  # a few: one for each template
 

@@ -34,17 +34,27 @@ class JinjaTemplate:
         name: what it is called.
         source: where it is from, as people are shown it.
         fim: encodes for fill-in-the-middle, which templates in Jinja do not describe.
+        with_tools: makes the template that conversations with tools are written in, where that is another one.
 
     Raises:
         TemplateError: it is no Jinja, or jinja2 is missing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text: str, *, name: str, source: str, fim: Fim) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        name: str,
+        source: str,
+        fim: Fim,
+        with_tools: Callable[[], JinjaTemplate] | None = None,
+    ) -> None:
         self.name, self.source = name, source
         self._tokenizer = tokenizer
         self._compiled = _compile(text, source)
         self._text = text
-        self._fim = fim
+        self._fim, self._make_with_tools = fim, with_tools
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
@@ -60,9 +70,13 @@ class JinjaTemplate:
         if effort is not None and effort not in self.efforts:
             has = f"is one of {', '.join(EFFORTS)}" if self.efforts else "has no place in the template: leave it out"
             raise TemplateError(f"reasoning_effort {has}")
+        if tools and self._with_tools is not None:
+            return self._with_tools.encode_chat(messages, tools, effort)
         found = checked(messages)
-        if self.tool_form is None and (tools or any(m.tool_calls or m.role == TOOL for m in found)):
-            raise TemplateError(f"the template of {self.source} has no place for tools: leave them out")
+        if self._own_form is None and (tools or any(m.tool_calls or m.role == TOOL for m in found)):
+            alone = "calls and results without tools: give tools"
+            what = "tools: leave them out" if self._make_with_tools is None else alone
+            raise TemplateError(f"the template of {self.source} has no place for {what}")
         try:
             return self._encode(found, tools, effort)
         except TemplateError:
@@ -132,8 +146,16 @@ class JinjaTemplate:
         return next(c for c in map(chr, range(0xE000, 0x110000)) if not any(c in text for text in (self._text, *texts)))
 
     @cached_property
+    def _with_tools(self) -> JinjaTemplate | None:
+        return None if self._make_with_tools is None else self._make_with_tools()
+
+    @property
     def tool_form(self) -> Form | None:
-        """How calls are written, by what the template mentions."""
+        """How calls are written, by what the template mentions that conversations with tools are written in."""
+        return self._own_form if self._with_tools is None else self._with_tools.tool_form
+
+    @cached_property
+    def _own_form(self) -> Form | None:
         if not re.search(r"\btools\b", self._text):
             return None
         if CALLS in self._text:
@@ -154,7 +176,7 @@ class JinjaTemplate:
         try:
             return str(
                 self._compiled.render(
-                    **self._tokenizer.named,
+                    **self._tokenizer.named_in_templates,
                     **({} if effort is None else {"reasoning_effort": effort}),
                     messages=told,
                     tools=tools,

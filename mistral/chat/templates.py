@@ -16,7 +16,7 @@ from mistral.chat.jinja import JinjaTemplate
 from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
 from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import Form, Tool
-from mistral.formats.tokenizers import JSON, FolderTemplate, chat_templates, why_version
+from mistral.formats.tokenizers import JSON, WITH_TOOLS, FolderTemplate, chat_templates, why_version
 from mistral.thinking import ThoughtIds
 from mistral.tokenizer import Tokenizer, require_tokenizer
 from mistral.util.arguments import path_of, require_kind
@@ -116,7 +116,7 @@ def find_template(
         choices = ", ".join([*NAMES, *map(printable, own)])
         raise TemplateError(f"no template is called {short_repr(name)}: {choices}, or a file that ends in .jinja")
     if "default" in own:
-        return _of_folder(tokenizer, own["default"], folder, own["default"].file)
+        return _of_folder(tokenizer, own["default"], folder, own["default"].file, own.get(WITH_TOOLS))
     if own:
         raise TemplateError(f"the folder has several templates and no default: --template {' or '.join(own)}")
     if release is not None and (release == "mistrallite" or tokenizer.is_json):
@@ -175,13 +175,19 @@ def _read(name: str) -> FolderTemplate:
 
 
 def _of_folder(
-    tokenizer: Tokenizer, found: FolderTemplate, folder: str | os.PathLike[str] | None, source: str
-) -> Template:
+    tokenizer: Tokenizer,
+    found: FolderTemplate,
+    folder: str | os.PathLike[str] | None,
+    source: str,
+    with_tools: FolderTemplate | None = None,
+) -> JinjaTemplate:
     """A template in Jinja. Such templates are written for the folder's tokenizer.json, if it has one."""
     path = None if folder is None else Path(folder) / JSON
     its_own = tokenizer if path is None or path == tokenizer.path or not path.is_file() else Tokenizer(path)
     name = found.file if found.name == "default" else found.name
-    return JinjaTemplate(its_own, found.text, name=name, source=source, fim=partial(_fim, tokenizer))
+    other = None if with_tools is None else partial(_of_folder, its_own, with_tools, folder, with_tools.file)
+    fim = partial(_fim, tokenizer)
+    return JinjaTemplate(its_own, found.text, name=name, source=source, fim=fim, with_tools=other)
 
 
 def _fim(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:

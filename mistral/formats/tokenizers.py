@@ -22,6 +22,7 @@ from mistral.util.files import read_limited
 
 JSON = "tokenizer.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+WITH_TOOLS = "tool_use"  # of several templates, the one for conversations with tools; so it is in transformers
 ENDS = ("generation_config.json", "config.json")  # files that name the end of sequence, the tokenizer aside
 USUAL_NAME = "its usual name"  # what names an end where no file does
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what the first may suggest besides

@@ -18,6 +18,7 @@ from mistral.formats.tokenizers import (
     ENDS,
     JSON,
     TEMPLATE,
+    WITH_TOOLS,
     FolderTemplate,
     chat_templates,
     end_beside,
@@ -252,7 +253,8 @@ def _about_templates(folder: Path) -> list[str]:
     if isinstance(listed, str) and not listed.strip() and default is None:
         notes.append(f"the chat template in {CONFIG} is empty: it counts as none")
     if others := [name for name in own if name != "default"] if default is not None else []:
-        notes.append(f"more chat templates: {some_names(others)}; --template takes one of them")
+        told = [f"{name} (used where tools are given)" if name == WITH_TOOLS else name for name in others]
+        notes.append(f"more chat templates: {some_names(told)}; --template takes one of them")
     if (folder / OF_PROCESSORS).is_file():
         instead = "" if own else f"; a template for text is in {TEMPLATE} or {CONFIG}"
         notes.append(f"{OF_PROCESSORS} is not read: it is for models that see images{instead}")

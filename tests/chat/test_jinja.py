@@ -165,6 +165,23 @@ def test_halves_do_not_join_with_what_the_template_writes(scratch: Path) -> None
         assert words.decode(ids) == f"<{text}>{text}"
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_an_end_that_is_found_as_its_file_says(scratch: Path, tmp_path: Path, special: bool) -> None:
+    """transformers 4 wrote `normalized` for what `add_tokens` was given; a token that is the end is found so too."""
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "end", "sentencepiece", scratch, CHATML, eos_token="<|im_end|>")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": special}
+    words = ("<|im_start|>", "<|im_end|>")
+    raw["added_tokens"] += [{"id": 4096 + i, "content": word, **flags} for i, word in enumerate(words)]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+    reference = AutoTokenizer.from_pretrained(folder)
+    for n in (1, 3, 5):
+        assert template.encode_chat(talk(*TALK[:n])) == ids_of(reference, talk(*TALK[:n]))
+
+
 def test_words_that_only_the_template_may_write(scratch: Path) -> None:
     """Added, not special, and yet the frame of a turn."""
     folder = write_tokenizer(scratch / "plain", "sentencepiece", scratch, CHATML)
@@ -203,6 +220,32 @@ def test_neighbours_of_one_role_are_joined_where_the_template_refuses_them(scrat
     ours, _ = both(scratch, "strict v1", "sentencepiece")
     two = [Message("user", "A"), Message("user", "B"), Message("assistant", "x"), Message("assistant", "y")]
     assert ours.encode_chat([*two, Message("user", "C")]) == ours.encode_chat(talk("A\n\nB", "x\n\ny", "C"))
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_special_tokens_that_a_folder_says_there_are_none_of(
+    scratch: Path, tmp_path: Path, kind: str, listed: bool
+) -> None:
+    """Conversions and bases have `"bos_token": null`; a template is given what transformers gives it."""
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(tmp_path / "none", "sentencepiece", scratch, tokenizer_class=kind)
+    asked = "{{ bos_token }}|{{ eos_token }}|{{ bos_token is defined }}{{ eos_token is defined }}"
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": asked}
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    if listed:  # then transformers does not read the names beside it
+        config["added_tokens_decoder"] = {"1": {"content": "<s>", "special": True}}
+    for change in ({}, {"bos_token": None}, {"eos_token": None}, {"bos_token": "missing"}):
+        told = {**config, **names, **change}
+        told = {name: value for name, value in told.items() if value != "missing"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(told))
+        template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+        reference = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": "a"}], tokenize=False
+        )
+        assert template._render([{"role": "user", "content": "a"}]) == reference, change
 
 
 @pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.model.v3", "tekken.json"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mistral.chat.conversation import Chat
+from mistral.chat.messages import Message
 from mistral.chat.session import SessionError
 from mistral.chat.session import load as load_session
 from mistral.chat.session import save as save_session
@@ -56,6 +57,30 @@ def test_a_conversation_goes_on_as_it_would_have(loaded: Any, tmp_path: Path, te
     assert replace(other.params, seed=None) == replace(chat.params, seed=None)
     assert [ask(chat, q) for q in ("And?", "So?")] == [ask(other, q) for q in ("And?", "So?")]
     assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_no_system_prompt_and_an_empty_one(loaded: Any, tmp_path: Path) -> None:
+    """They differ where a template has a prompt of its own, and stay what they are in a file."""
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% if messages[0].role != 'system' %}Be kind.{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    template = find_template(loaded.tokenizer, name=str(own))
+    path, lengths = tmp_path / "chat.json", []
+    for system, told in (("", None), (Message("system", ""), Message("system", ""))):
+        chat = Chat(loaded.model, loaded.tokenizer, template, system=system, max_tokens=2)
+        assert (chat.system, chat.system_message) == ("", told)
+        ask(chat, "Hi")
+        lengths.append(chat.prefilled_tokens)
+        save_session(chat, path, MODEL)
+        other = Chat(loaded.model, loaded.tokenizer, template, system="Another.", max_tokens=2)
+        load_session(other, path, MODEL)
+        assert other.system_message == told
+    assert lengths[0] > lengths[1]
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"system_is_empty": 1}))
+    with pytest.raises(SessionError, match="system_is_empty is 1"):
+        load_session(chat, path, MODEL)
 
 
 def test_written_whole_or_not_at_all(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from mistral.chat.templates import find_template
 from mistral.chat.tools import MARKERS, Form, Part, Tool, ToolError, ToolReader, Unread
 from mistral.tokenizer import Tokenizer
 from tests.chat.test_templates import later, tokenizer
-from tests.support.tokenizer_json import write_tokenizer
+from tests.support.tokenizer_json import CHATML, write_tokenizer
 
 WEATHER = {
     "type": "object",
@@ -261,6 +261,33 @@ def test_a_folders_template_gets_tools(tmp_path: Path) -> None:
     ids = template.encode_chat(asked, [Tool({"type": "function", "function": typed})])
     assert [i for i in ids if i in control.values()].count(control["<|im_end|>"]) == 4
     assert ids.count(control["<|im_start|>"]) == 5
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    """Hermes 2 Pro has two: one for conversations, and "tool_use", which transformers takes where tools are given."""
+    import transformers
+
+    listed = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": HERMES}]
+    added = ("<|im_start|>", "<|im_end|>")
+    folder = write_tokenizer(tmp_path / "pro", "byte level", tmp_path, listed, added, bos_token="<|endoftext|>")
+    template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = called("hermes")
+    for tools, definitions in ((TOOLS, DEFINITIONS), ((), None)):
+        told = [{"role": m.role, "content": m.content} for m in messages[:2]]
+        want = reference.apply_chat_template(told, tools=definitions, add_generation_prompt=True, return_dict=False)
+        assert template.encode_chat(messages[:2], tools) == want
+    assert (template.tool_form, template.name) == ("tags", "tokenizer_config.json")
+    assert len(template.encode_chat(messages, TOOLS)) > 100
+    with pytest.raises(TemplateError, match="no place for calls and results without tools"):
+        template.encode_chat(messages)
+    # A broken one is of no consequence until there are tools.
+    listed[1]["template"] = "{% for"
+    folder = write_tokenizer(tmp_path / "broken", "byte level", tmp_path, listed, added, bos_token="<|endoftext|>")
+    template = find_template(Tokenizer(folder / "tokenizer.json"), folder=folder)
+    assert template.encode_chat(messages[:2])
+    with pytest.raises(TemplateError, match="tokenizer_config.json"):
+        template.encode_chat(messages[:2], TOOLS)
 
 
 def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:

@@ -402,7 +402,11 @@ def test_the_system_prompt_that_a_model_is_published_with(cli: Command, thinker:
         without, used = cli(*words), cli(*words, "--system_file", file)
         assert f"--system_file {file} uses it" in without.err
         assert "--system_file" not in used.err
-        think = Tokenizer(thinker / "tekken.json").control_tokens["[THINK]"]
+        control = Tokenizer(thinker / "tekken.json").control_tokens
+        begins = control["[SYSTEM_PROMPT]"]
+        assert begins not in json.loads(without.text)["prompt_tokens"]
+        assert begins in json.loads(cli(*words, "--system", "").text)["prompt_tokens"]  # a prompt, without text
+        think = control["[THINK]"]
         assert (
             think in json.loads(used.text)["prompt_tokens"],
             think in json.loads(without.text)["prompt_tokens"],

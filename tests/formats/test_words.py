@@ -85,7 +85,9 @@ def test_two_templates(folder: Path) -> None:
 def test_templates_that_are_not_the_one(folder: Path) -> None:
     listed = [{"name": name, "template": TEMPLATE} for name in ("default", "tool_use", "rag")]
     put(folder / "tokenizer_config.json", chat_template=listed)
-    assert notes(folder) == ["more chat templates: tool_use, rag; --template takes one of them"]
+    assert notes(folder) == [
+        "more chat templates: tool_use (used where tools are given), rag; --template takes one of them"
+    ]
     put(folder / "tokenizer_config.json", chat_template=" ")
     assert notes(folder) == ["the chat template in tokenizer_config.json is empty: it counts as none"]
     assert inspect_folder(folder)["template"]["name"] == "v1"

@@ -94,6 +94,17 @@ def test_templates_of_folders(text: str, tmp_path: Path) -> None:
         assert own.decode(ids[:-1]).strip() == answer
 
 
+def test_messages_of_a_sample_are_given_as_they_are(tmp_path: Path) -> None:
+    """As in a chat: an empty system prompt is one, and neighbours are turns of their own. Two answers are refused."""
+    template, own = hermes(tmp_path, CHATML)
+    turns = [Turn("system", ""), Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c", 1.0)]
+    marked = mark_turns(template, turns, (), own.eos_ids)
+    assert marked.ids == template.encode_chat([turn.message for turn in turns])
+    assert marked.ids.count(own.control_tokens["<|im_start|>"]) == 4
+    with pytest.raises(TemplateError, match="two answers follow each other"):
+        mark_turns(template, [*turns, Turn("assistant", "d", 1.0)], (), own.eos_ids)
+
+
 def test_mistrallite() -> None:
     own = tokenizer("v1")
     template = find_template(own, name="mistrallite")
