@@ -113,6 +113,21 @@ _MARKS = (
 )
 
 
+def spelled_out(name: str) -> str:
+    """The name of a file as text that any file or picture can hold: bytes that are no UTF-8 as in \\udcf6."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextmanager
+def by_utf8_name(path: Path) -> Iterator[Path]:
+    """A path to a file that is there, for libraries which open none with a name of other bytes, as Linux may have."""
+    if spelled_out(str(path)) == str(path):
+        yield path
+        return
+    with open(path, "rb", opener=regular) as file:
+        yield Path(f"/dev/fd/{file.fileno()}")
+
+
 def decode_text(data: bytes, what: str) -> str:
     """Text from bytes: UTF-8, or what a byte order mark says, which is no part of the text. Line ends stay.
 
