@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mistral.util.errors import FormatError, short_repr
+from mistral.util.errors import FormatError, UsageError, short_repr
 
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
 POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves in a file's place
@@ -126,6 +126,40 @@ def by_utf8_name(path: Path) -> Iterator[Path]:
         return
     with open(path, "rb", opener=regular) as file:
         yield Path(f"/dev/fd/{file.fileno()}")
+
+
+def lock(descriptor: int, told: str) -> None:
+    """Keep an open file or folder from all others that ask for the same, until it is closed.
+
+    Without effect on Windows, and on file systems that have no locks.
+
+    Raises:
+        UsageError: another program has it, in the words of `told`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(told) from None
+    except OSError:
+        return
+
+
+@contextmanager
+def locked_folder(path: Path, told: str) -> Iterator[None]:
+    """Around what writes into a folder alone; see `lock`."""
+    if os.name == "nt":  # which opens no folders
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        lock(descriptor, told)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def decode_text(data: bytes, what: str) -> str:
