@@ -20,7 +20,7 @@ from mistral.special_tokens import (
 )
 from mistral.tokenizer_json import piece_bytes
 from mistral.util.errors import printable, short_repr
-from mistral.util.files import read_limited
+from mistral.util.files import by_utf8_name, read_limited
 
 
 class SentencePiece:
@@ -202,7 +202,8 @@ class SentencePiece:
         except ImportError:
             raise TokenizerError("templates need mistral-common: pip install mistral-common") from None
         if self._content is None:
-            return SentencePieceTokenizer(str(self._path), tokenizer_version=TokenizerVersion(version))
+            with by_utf8_name(self._path) as path:
+                return SentencePieceTokenizer(str(path), tokenizer_version=TokenizerVersion(version))
         with tempfile.TemporaryDirectory() as folder:  # it reads files alone
             path = Path(folder) / "tokenizer.model"
             path.write_bytes(self._content)

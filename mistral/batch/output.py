@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from mistral.batch.lines import Answered
 from mistral.util.errors import FormatError, UsageError, short_repr
-from mistral.util.files import reason_of, write_atomic
+from mistral.util.files import lock, reason_of, write_atomic
 
 OURS = "fp_mistral_"  # begins a system_fingerprint that this library's engine has put into an answer
 SYNC = 1.0  # seconds after which what was written is made to survive a power cut
@@ -138,21 +138,8 @@ def _locked(path: str) -> Iterator[BinaryIO]:
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise FormatError(f"{path} cannot be written: it is there, and no file that a batch could be continued in")
-        _lock(file, path)
+        lock(file.fileno(), f"{path}: another batch writes to it")
         yield file
-
-
-def _lock(file: BinaryIO, path: str) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing keeps two batches from one file there
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{path}: another batch writes to it") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _read(path: str) -> Earlier:

@@ -112,12 +112,15 @@ class _Closed(io.TextIOBase):
 
 
 def _speak_utf8() -> None:
-    """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere."""
+    """Read and write UTF-8 whatever the locale: model text has any character, and pipes the same everywhere.
+
+    Names of files may have other bytes, which come out as they are, so that what reads stdout finds the file.
+    """
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as we run)
     if sys.stdout is None:
         sys.stdout = _Closed()
-    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             try:
                 stream.reconfigure(encoding="utf-8", errors=errors)

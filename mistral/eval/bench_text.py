@@ -11,7 +11,7 @@ from mistral.eval.bench import Row
 from mistral.util import memory
 from mistral.util.english import counted
 from mistral.util.errors import UsageError
-from mistral.util.files import write_atomic
+from mistral.util.files import spelled_out, write_atomic
 
 
 def as_json(report: dict[str, Any]) -> str:
@@ -90,7 +90,8 @@ def plot(report: dict[str, Any], path: str) -> None:
 
     rows = [Row(**row) for row in report["rows"]]
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(report["model"], 110)), fontsize=9)
+    title = "\n".join(textwrap.wrap(spelled_out(report["model"]), 110))
+    figure.suptitle(title, fontsize=9, parse_math=False)  # a name may have any $
     figure.supxlabel(_machine(report), fontsize=8)
     for axes, what in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
         mine = sorted(

@@ -8,7 +8,7 @@ from typing import Any
 
 from mistral.eval.position import ByContext
 from mistral.eval.reach import NOTICEABLE, Reach
-from mistral.util.files import write_atomic
+from mistral.util.files import spelled_out, write_atomic
 
 DISTANCE = "distance of the changed token, tokens"
 
@@ -126,7 +126,7 @@ def _figure(report: dict[str, Any], columns: int, size: tuple[float, float]) -> 
     axes = figure.subplots(1, columns, squeeze=False)[0]
     n = f"n = {report['n']}, " if report["n"] is not None else ""
     title = f"{report['task']}: {report['model']}\n{n}seed {report['seed']}; {report['machine']}"
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(spelled_out(title), fontsize=9, parse_math=False)  # a name may have any $
     return figure, list(axes)
 
 

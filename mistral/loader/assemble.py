@@ -56,7 +56,7 @@ def assemble_adapted(adapted: Adapted, division: Division | None, options: LoadO
         raise OptionError(f"parallel {options.parallel} is for {those}: omit it")
     found, run, blocks = _resolved(found, options, division is not None)
     run = replace(run, notes=(*run.notes, *of_division, *adapted.notes), adapter=adapted.text)
-    run = replace(reported(found, run, blocks), mixed=mixed(found, run, blocks))
+    run = replace(reported(found, options, run, blocks), mixed=mixed(found, run, blocks))
     require_memory(found, run, blocks)
     model, run = _without_weights(found.args, run, division, bool(adapted.beside))
     if division is not None:

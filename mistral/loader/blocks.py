@@ -34,14 +34,16 @@ def kept_blocks(found: Folder, options: LoadOptions, run: Runtime) -> dict[str, 
     return multiplied_as_they_are(found.weights, found.args)
 
 
-def reported(found: Folder, run: Runtime, kept: dict[str, str]) -> Runtime:
-    """The runtime with what is known of blocks: which types stay, and a note on those that do not."""
+def reported(found: Folder, options: LoadOptions, run: Runtime, kept: dict[str, str]) -> Runtime:
+    """The runtime with what is known of blocks: which types stay, and notes: on those that do not, or where there are
+    none and it was asked to dequantize them."""
     if kept:
         types = [name for name, _ in Counter(kept.values()).most_common()]
         run = replace(run, blocks=tuple(types))
     rest = Counter(t.dtype_name for n, t in found.tensors.items() if t.widened and n not in kept)
     if not rest or found.layout is not LAYOUTS["gguf"]:
-        return run
+        idle = "quant none has no effect: it is for the blocks of few bits of a GGUF file, and there are none"
+        return replace(run, notes=(*run.notes, idle)) if options.quant == "none" else run
     what = ", ".join(f"{count} tensors of {name}" for name, count in rest.most_common())
     to = str(run.weights).removeprefix("torch.") if run.quant is None else run.quant
     return replace(run, notes=(*run.notes, f"blocks of few bits dequantized to {to}: {what}"))

@@ -227,12 +227,14 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         raise OptionError(f"no device is called {device!r}: cpu, cuda, cuda:1 or mps") from None
     if place.type not in ("cpu", "cuda", "mps"):
         raise OptionError(f"device {device!r} is not supported: cpu, cuda, cuda:1 or mps")
+    if place.type != "cuda" and place.index:  # PyTorch itself takes any number, and knows one such device
+        raise OptionError(f"device {str(device)!r} asked for, but there is one {place.type} device: {place.type}")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         reason = f"sees {torch.cuda.device_count()} of them" if torch.version.cuda else "was built without CUDA"
         raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} {reason}")
     if place.type == "mps" and not torch.backends.mps.is_available():
         raise OptionError(f"device {device!r} asked for, but PyTorch {torch.__version__} sees no Apple GPU")
-    return place
+    return torch.device("cpu") if place.type == "cpu" else place  # cpu:0 is the same
 
 
 def own_gpu(rank: int = 0) -> torch.device:

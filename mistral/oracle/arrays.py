@@ -15,7 +15,7 @@ from torch import Tensor
 from mistral.formats.safetensors_header import HeaderError, read_header
 from mistral.formats.writer import save_tensors
 from mistral.util.errors import FormatError
-from mistral.util.files import reason_of, regular, write_atomic
+from mistral.util.files import by_utf8_name, reason_of, regular, write_atomic
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
@@ -63,7 +63,8 @@ def read(path: Path, format_name: str, versions: tuple[int, ...]) -> tuple[dict[
     from safetensors.torch import load_file
 
     try:
-        return load_file(path), facts
+        with by_utf8_name(path) as named:
+            return load_file(named), facts
     except SafetensorError as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
     except OSError as error:

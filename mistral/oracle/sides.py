@@ -34,6 +34,7 @@ from mistral.oracle.trace import names
 from mistral.parameters import OUTPUT
 from mistral.tokenizer import Tokenizer
 from mistral.util.errors import FormatError
+from mistral.util.files import by_utf8_name
 from mistral.util.network import behind_v1
 
 AS_IT_IS = LoadOptions()
@@ -175,7 +176,8 @@ def _arrays(path: Path) -> dict[str, Tensor]:
                 return {name: _tensor(opened[name]) for name in wanted}
         from safetensors.torch import load_file
 
-        return load_file(path)
+        with by_utf8_name(path) as named:
+            return load_file(named)
     except Exception as error:  # numpy and safetensors raise what their zip and JSON readers happen to raise
         raise FormatError(f"{path} cannot be read as arrays: {' '.join(str(error).split())[:200]}") from None
 

@@ -23,6 +23,7 @@ from mistral.tokenizer import require_tokenizer
 from mistral.util import memory
 from mistral.util.english import did_you_mean
 from mistral.util.errors import MistralError, Unavailable, UsageError, printable, short_repr
+from mistral.util.files import spelled_out
 
 log = logging.getLogger("mistral")
 LONGEST = 1 << 20  # positions of a sequence where neither training nor memory sets a limit
@@ -180,7 +181,7 @@ def model_name(folder: Path) -> str:
     if folder.resolve() == BUNDLED.resolve():
         return "mistral-bundled"
     cached = [part for part in folder.parts if part.startswith("models--")]
-    return cached[-1].removeprefix("models--").replace("--", "/") if cached else folder.resolve().name
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else spelled_out(folder.resolve().name)
 
 
 def run(loaded: Loaded, served: Served, listen: Listen, *, rows: int, max_queue: int, chunk_size: int | None) -> None:

@@ -18,7 +18,7 @@ from mistral.train.loop import Loop
 from mistral.train.setup import Setup
 from mistral.train.state import BEST, STATE, Progress
 from mistral.util.english import counted
-from mistral.util.files import write_atomic
+from mistral.util.files import spelled_out, write_atomic
 
 CARD = "README.md"
 
@@ -61,7 +61,7 @@ def finish(setup: Setup, loop: Loop, history: Log, found: Samples, merge: bool, 
     facts = _facts(setup, loop, found, ends, evals)
     text = card(out.resolve().name, setup.base_name, not setup.options.full, facts, setup.options, command)
     with write_atomic(out / CARD) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(spelled_out(text), encoding="utf-8")
     for name in (STATE, BEST):
         (out / name).unlink(missing_ok=True)
     notes = tuple(dict.fromkeys(note for note in setup.notes if note not in setup.noted))

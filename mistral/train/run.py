@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from mistral.train.setup import Setup
 from mistral.train.state import STATE
 from mistral.util.english import counted
 from mistral.util.errors import FormatError, UsageError
+from mistral.util.files import locked_folder
 from mistral.util.memory import as_text
 
 
@@ -89,12 +91,11 @@ def finetune(
     identity = {**_identity(setup, found, steps), **names}
     loop = Loop(model, weights, samples, held, schedule, steps, options, place, identity, on_report, should_stop, ranks)
     loop.require_a_loss()
-    if ranks.first:
-        _make(place)
-    history = loop.go(resume)
-    if not ranks.first:
-        return Finished(place, loop.progress, (math.nan, math.nan), None, ())
-    return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
+    with _made(place, resume) if ranks.first else nullcontext():
+        history = loop.go(resume)
+        if not ranks.first:
+            return Finished(place, loop.progress, (math.nan, math.nan), None, ())
+        return finish(setup, loop, history, found, merge, _command(setup, data, out, merge, eval_data))
 
 
 def _check(setup: Setup, merge: bool, eval_data: bool) -> None:
@@ -137,14 +138,23 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UsageError(f"no such folder: {out.absolute().parent}, in which to make {out.name}")
 
 
-def _make(out: Path) -> None:
-    """Make the folder of results; one that is gone on with loses what a kill left half written."""
+@contextmanager
+def _made(out: Path, resume: bool) -> Iterator[None]:
+    """Make the folder of results, and have it alone; one that is gone on with loses what a kill left half written.
+
+    Raises:
+        UsageError: another run writes into it, or has done so meanwhile.
+    """
     try:
         out.mkdir(exist_ok=True)
-        for half in out.glob(".*.part"):
-            half.unlink()
     except OSError as error:
         raise FormatError(f"{out} cannot be made: {error.strerror}") from None
+    with locked_folder(out, f"{out}: another finetune writes into it: wait for it, or give another folder"):
+        _check_out(out, resume)
+        for half in out.glob(".*.part"):
+            with suppress(OSError):
+                half.unlink()
+        yield
 
 
 def _tell(

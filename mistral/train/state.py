@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mistral.formats import writer
 from mistral.util.errors import FormatError, short_repr
-from mistral.util.files import write_atomic
+from mistral.util.files import by_utf8_name, write_atomic
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 
@@ -82,7 +82,7 @@ def load_state(
     if not path.is_file():
         raise StateError(f"no {path.name} in {path.parent}, from which to go on: omit --resume")
     try:
-        with safe_open(path, framework="pt") as file:
+        with by_utf8_name(path) as named, safe_open(named, framework="pt") as file:
             meta = file.metadata() or {}
             progress, had = Progress(**json.loads(meta["progress"])), json.loads(meta["run"])
             differs = [key for key in {**had, **run} if had.get(key) != json.loads(json.dumps(run.get(key)))]
@@ -134,7 +134,8 @@ def load_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        with by_utf8_name(path) as named:
+            tensors = load_file(named)
         with torch.no_grad():
             for name, w in weights.items():
                 w.copy_(tensors[name])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mistral.util.errors import FormatError, short_repr
+from mistral.util.errors import FormatError, UsageError, short_repr
 
 MOST = 40_000_000  # bytes; the largest, a tekken.json, has 20 MB
 POINTER = b"version https://git-lfs"  # how the text begins that Git LFS leaves in a file's place
@@ -111,6 +111,55 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+
+def spelled_out(name: str) -> str:
+    """The name of a file as text that any file or picture can hold: bytes that are no UTF-8 as in \\udcf6."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextmanager
+def by_utf8_name(path: Path) -> Iterator[Path]:
+    """A path to a file that is there, for libraries which open none with a name of other bytes, as Linux may have."""
+    if spelled_out(str(path)) == str(path):
+        yield path
+        return
+    with open(path, "rb", opener=regular) as file:
+        yield Path(f"/dev/fd/{file.fileno()}")
+
+
+def lock(descriptor: int, told: str) -> None:
+    """Keep an open file or folder from all others that ask for the same, until it is closed.
+
+    Without effect on Windows, and on file systems that have no locks.
+
+    Raises:
+        UsageError: another program has it, in the words of `told`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(told) from None
+    except OSError:
+        return
+
+
+@contextmanager
+def locked_folder(path: Path, told: str) -> Iterator[None]:
+    """Around what writes into a folder alone; see `lock`."""
+    if os.name == "nt":  # which opens no folders
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        lock(descriptor, told)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def decode_text(data: bytes, what: str) -> str:

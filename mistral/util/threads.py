@@ -6,10 +6,22 @@ small products take ten times as long as with one thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 
 from mistral.util.cores import FREE_CORES
+
+
+@cache
+def _one_in_children() -> None:
+    """From here on a process that is forked has one thread: OpenMP takes this one's for its own, which are not there,
+    and a step would wait for them for ever."""
+    import torch
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class Sharing:
@@ -37,6 +49,8 @@ class Sharing:
         self.few = now < self._most
         if now != before:
             torch.set_num_threads(now)
+        if now > 1:
+            _one_in_children()
         try:
             yield
         finally:

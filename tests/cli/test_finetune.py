@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from mistral.util.files import locked_folder
 from tests.support.commands import Command, in_process
 from tests.support.folders import make_folder
 
@@ -70,3 +72,14 @@ def test_mistakes_are_one_line(run: Command, data: Path, tmp_path: Path) -> None
     data.write_text('{"text": "a"}\n{"text": 1}\n', encoding="utf-8")
     assert run(*base, out).error == f"{data}:2: text must be a text, not 1"
     assert not out.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without locks of folders")
+def test_two_runs_into_one_folder(run: Command, data: Path, tmp_path: Path) -> None:
+    """The second one would write over the files of the first, and take its half-written ones away."""
+    folder, out = make_folder(tmp_path / "base"), tmp_path / "out"
+    out.mkdir()
+    words = ("finetune", folder, "--data", data, "--out", out, "--seq_len", 64, "--steps", 1)
+    with locked_folder(out, "the first"):
+        assert "another finetune writes into it" in run(*words).err
+    assert run(*words).text == f"{out}\n"

@@ -110,6 +110,17 @@ def test_executions_that_cannot_be(folder: Path, options: dict[str, Any], messag
         load(folder, **{"device": "cpu", **options})
 
 
+def test_there_is_one_cpu_device(folder: Path) -> None:
+    with pytest.raises(OptionError, match="device 'cpu:3' asked for, but there is one cpu device: cpu"):
+        load(folder, device="cpu:3")
+    assert load(folder, device="cpu:0").runtime.device == torch.device("cpu")
+
+
+def test_nothing_to_dequantize_is_a_note(folder: Path) -> None:
+    assert any("quant none has no effect" in note for note in load(folder, quant="none").notes)
+    assert not any("quant" in note for note in load(folder).notes)
+
+
 def test_threads_are_set_at_load(folder: Path) -> None:
     before = torch.get_num_threads()
     try:

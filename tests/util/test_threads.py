@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,3 +135,26 @@ def test_loading_and_converting_leave_cores_to_others_and_give_the_same_bits(
     assert seen == [1] * (len(seen) // 2) + [2] * (len(seen) // 2)
     assert written[0] == written[1]
     assert all(torch.equal(one, loaded[1][name]) for name, one in loaded[0].items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_forked_process_does_not_wait_for_threads_that_are_not_there() -> None:
+    """In a process of its own: the hook stays, and the failure is that it never ends."""
+    words = """
+import os, warnings
+import torch
+from mistral.util.threads import Sharing
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+sharing, x = Sharing(lambda: 2), torch.ones(600, 600)
+with sharing():
+    x @ x
+child = os.fork()
+with sharing():
+    x @ x
+if child == 0:
+    os._exit(10 + torch.get_num_threads())
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11
+assert torch.get_num_threads() == 2
+"""
+    subprocess.run([sys.executable, "-c", words], check=True, timeout=120)
