@@ -327,6 +327,17 @@ def test_it_fits(asked: Page, tmp_path: Path, width: int, height: int, dark: boo
     asked.size(1200, 800)
 
 
+def test_a_short_context_leaves_room_for_a_question(page: Page, running: Running) -> None:
+    with serving(rows=1, most=60) as short:
+        come(page, short)
+        assert page.run("$('max_tokens').value") == "30"
+        page.run("$('question').focus()")
+        page.type("Who is there?")
+        page.press("Enter")
+        page.wait("!running && turns.length === 2")
+    come(page, running)
+
+
 def test_a_key_is_asked_for(page: Page, running: Running) -> None:
     with serving(rows=1, api_key="secret") as closed:
         page.call("Page.navigate", url=closed.url)
