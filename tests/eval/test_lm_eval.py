@@ -130,21 +130,27 @@ def test_generated_texts_are_those_of_hf(ours: MistralLM, theirs: HFLM) -> None:
 def test_over_http_the_numbers_are_the_same(folder: Path, ours: MistralLM) -> None:
     pairs = [pair for pair in PAIRS if pair[1]][:-1]
     want = ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    texts = [(LONG[:2500],), (KING,), ("x",)]
+    rolled = ours.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
     with serving(folder, dtype="float32") as running:
-        http = LocalCompletionsAPI(
-            model=running.served.name,
-            base_url=f"{running.url}/v1/completions",
-            tokenizer_backend="huggingface",
-            tokenizer=str(folder),
-            add_bos_token=True,
-            max_length=MAX_LENGTH,
-            batch_size=3,
-        )
+        settings = {
+            "model": running.served.name,
+            "base_url": f"{running.url}/v1/completions",
+            "tokenizer_backend": "huggingface",
+            "tokenizer": str(folder),
+            "max_length": MAX_LENGTH,
+            "batch_size": 3,
+        }
+        http = LocalCompletionsAPI(**settings, add_bos_token=True)
+        settings["max_length"] += 2  # of which lm-eval leaves two free here
+        rolling = LocalCompletionsAPI(**settings)  # which puts a bos of its own in front of a text
+        again = rolling.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
         got = http.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
         asked = [(KING, {"until": ["."], "max_gen_toks": 20})]
         text = http.generate_until(instances("generate_until", asked), disable_tqdm=True)
     assert [flag for _, flag in got] == [flag for _, flag in want]
     assert [logprob for logprob, _ in got] == pytest.approx([logprob for logprob, _ in want], abs=2e-4)
+    assert again == pytest.approx(rolled, rel=1e-5)
     assert text == ours.generate_until(instances("generate_until", asked), disable_tqdm=True)
 
 
@@ -187,13 +193,13 @@ def test_conversations_have_the_ids_of_their_template(ours: MistralLM) -> None:
     for upto, asks in ((1, True), (2, False)):
         text = ours.apply_chat_template(talk[:upto], add_generation_prompt=asks)
         ids = ours.tok_encode(text)
-        want = ours._template().encode_chat([Message(one["role"], one["content"]) for one in talk[:upto]])
+        want = ours._template.encode_chat([Message(one["role"], one["content"]) for one in talk[:upto]])
         assert ids == (want if asks else want[:-1])
         context, continuation = ours._encode_pair(text, " of the land")
         assert context == ids
         assert ours._tokens.decode(continuation).strip() == "of the land"
     assert ours.tokenizer_name
-    assert ours.chat_template(True) == ours._template().name
+    assert ours.chat_template(True) == ours._template.name
 
 
 def test_what_cannot_be_is_refused(ours: MistralLM) -> None:

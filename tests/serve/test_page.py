@@ -244,6 +244,20 @@ def test_an_answer_that_is_cut_off_does_not_look_whole(fed: Page) -> None:
     assert fed.run("[turns[1].content, $('status').textContent]") == ["The king", "the server has gone before the end"]
 
 
+def test_who_has_scrolled_up_stays_there(fed: Page) -> None:
+    fed.run("for (let i = 0; i < 200; i++) send_part(part('Line\\n')); 0")
+    fed.wait("document.querySelectorAll('.token').length === 200")
+    assert fed.run("low($('log')) && $('log').scrollTop > 1000")  # it follows
+    fed.run("$('log').scrollTop = 100; send_part(part('.', 'stop') + 'data: [DONE]\\n'); 0")
+    fed.wait("!running")
+    assert fed.run("$('log').scrollTop") == 100
+    ask(fed, "And then?")
+    assert fed.run("low($('log'))")
+    fed.press("Escape")
+    fed.run("end_parts()")
+    fed.wait("!running")
+
+
 def test_who_hears_the_page_hears_each_line_once(fed: Page) -> None:
     fed.call("Accessibility.enable")
     found = fed.call("Accessibility.getFullAXTree")["nodes"]
@@ -325,6 +339,17 @@ def test_it_fits(asked: Page, tmp_path: Path, width: int, height: int, dark: boo
     asked.run("$('shade').checked || $('shade').click(); document.querySelectorAll('.token')[9].focus()")
     asked.picture(Path(os.environ.get("PICTURES", tmp_path)) / f"chat-{width}.png")
     asked.size(1200, 800)
+
+
+def test_a_short_context_leaves_room_for_a_question(page: Page, running: Running) -> None:
+    with serving(rows=1, most=60) as short:
+        come(page, short)
+        assert page.run("$('max_tokens').value") == "30"
+        page.run("$('question').focus()")
+        page.type("Who is there?")
+        page.press("Enter")
+        page.wait("!running && turns.length === 2")
+    come(page, running)
 
 
 def test_a_key_is_asked_for(page: Page, running: Running) -> None:
