@@ -82,7 +82,7 @@ def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def _awq(config: dict[str, Any]) -> Method:
-    version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
+    version, bits = str(_format(config, "version") or "gemm").lower(), config.get("bits", config.get("w_bit"))
     if version != "gemm" or bits != 4:
         raise _NotReadError(f"a checkpoint quantized by awq, version {short_repr(version)}, {short_repr(bits)} bits")
 
@@ -115,7 +115,7 @@ BESIDE_GPTQ = {"rotation": "activations that are rotated", "adapter": "an adapte
 
 
 def _gptq(config: dict[str, Any]) -> Method:
-    bits, form = config.get("bits"), config.get("checkpoint_format") or "gptq"
+    bits, form = config.get("bits"), _format(config) or "gptq"
     form = "marlin" if config.get("is_marlin_format") else form
     if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
         raise _NotReadError(f"a checkpoint quantized by gptq, format {short_repr(form)}, {short_repr(bits)} bits")
@@ -152,6 +152,18 @@ def _gptq(config: dict[str, Any]) -> Method:
 
     needed = ("qzeros", "scales", "g_idx") if ordered else ("qzeros", "scales")
     return Method("GPTQ", ("qweight",), needed, ("bias",) if ordered else ("g_idx", "bias"), header, read)
+
+
+def _format(config: dict[str, Any], *older: str) -> Any:
+    """How words are packed: what the file says, by whatever of the names that programs have for it; None for nothing.
+
+    In another format zeros are other numbers, and nothing in the tensors tells.
+    """
+    given = {key: config[key] for key in (*older, "checkpoint_format", "format") if config.get(key) is not None}
+    if len({str(value).lower() for value in given.values()}) > 1:
+        told = " and ".join(f"{key} {short_repr(value)}" for key, value in given.items())
+        raise _NotReadError(f"a checkpoint of two formats, {told}")
+    return next(iter(given.values()), None)
 
 
 def _differs(dynamic: Any) -> bool:

@@ -119,6 +119,23 @@ def test_what_is_computed_besides_is_refused(tmp_path: Path, kind: str, more: di
     read_folder(told(folder, config | {"rotation": None, "adapter": None}))
 
 
+@pytest.mark.parametrize("kind", ["GPTQ", "GPTQ v2", "AWQ"])
+def test_each_name_of_the_format_is_read(tmp_path: Path, kind: str) -> None:
+    """GPTQ's zeros are one less than in its version 2: by a name that was not looked at, all weights were wrong."""
+    folder, _ = write(tmp_path / "quantized", kind)
+    want = read_folder(folder).weights
+    config = KINDS[kind][0]
+    form = config.get("checkpoint_format", config.get("version", "gptq"))
+    plain = {key: value for key, value in config.items() if key not in ("checkpoint_format", "version")}
+    for names in (("format",), ("checkpoint_format",), ("checkpoint_format", "format")):
+        found = read_folder(told(folder, plain | dict.fromkeys(names, form))).weights
+        assert all(torch.equal(found.get(name), want.get(name)) for name in want.tensors), names
+    with pytest.raises(MistralError, match="a checkpoint of two formats, checkpoint_format '.*' and format 'gptq_v3'"):
+        read_folder(told(folder, plain | {"checkpoint_format": form, "format": "gptq_v3"}))
+    with pytest.raises(MistralError, match=r"quantized by .* 'gemv'"):
+        read_folder(told(folder, plain | {"format": "gemv"}))
+
+
 @pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "packed"])
 def test_a_weight_that_is_there_quantized_and_plain_is_refused(tmp_path: Path, kind: str) -> None:
     folder, meant = write(tmp_path / "quantized", kind)
