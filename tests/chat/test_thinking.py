@@ -165,6 +165,8 @@ def test_thoughts_of_requests() -> None:
     assert of_part({"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}) == Thought("a")
     for other in ({"type": "text", "text": "a"}, {"type": "thinking"}, {"type": "thinking", "thinking": "a", "b": 1}):
         assert of_part(other) is None
+    for part in ({"type": "text", "text": 5}, {"type": "text", "text": None}, {"type": "reference", "text": "a"}, "a"):
+        assert of_part({"type": "thinking", "thinking": [{"type": "text", "text": "a"}, part]}) is None  # not dropped
 
 
 def test_what_is_inside() -> None:
