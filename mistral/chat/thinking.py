@@ -76,9 +76,18 @@ def of_part(part: Mapping[str, Any]) -> Thought | None:
     if part.get("type") != "thinking" or part.keys() - {"type", "thinking", "closed"}:
         return None
     text, closed = part.get("thinking"), part.get("closed", True)
-    if isinstance(text, list) and all(isinstance(p, dict) and p.keys() == {"type", "text"} for p in text):
-        text = "".join(p["text"] if isinstance(p["text"], str) else "" for p in text)
+    if isinstance(text, list) and all(_is_text(p) for p in text):
+        text = "".join(p["text"] for p in text)
     return Thought(text, closed=closed) if isinstance(text, str) and isinstance(closed, bool) else None
+
+
+def _is_text(part: object) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    )
 
 
 def for_mistral_common(message: Message) -> Any:

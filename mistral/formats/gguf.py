@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from mistral.formats.gguf_parts import EXPERTS, SCALING, YARN, experts_apart, ex
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
-from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
+from mistral.parameters import OUTPUT, parameters
 from mistral.util.english import some_names
 from mistral.util.errors import short_repr
 from mistral.util.files import stamp_of
@@ -382,9 +383,9 @@ def multiplied_as_they_are(weights: WeightFiles, args: ModelArgs) -> dict[str, s
     }
 
 
-def is_tied(weights: WeightFiles) -> bool:
-    """Whether the output matrix is the embeddings: a file without one, by GGUF's names."""
-    return name_of(OUTPUT) not in weights.tensors and name_of(EMBEDDINGS) in weights.tensors
+def is_tied(names: Collection[str]) -> bool:
+    """Whether the output matrix is the embeddings: where there is none among the tensors of a file, by GGUF's names."""
+    return name_of(OUTPUT) not in names
 
 
 def ignored(gguf: Gguf) -> list[str]:

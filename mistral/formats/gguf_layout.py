@@ -42,11 +42,11 @@ class GgufLayout(Layout):
 
     def read_config(self, path: Path) -> dict[str, Any]:
         found = _read(path)
-        tied = gguf.name_of(gguf.OUTPUT) not in found.tensors
         words = found.metadata.get("tokenizer.ggml.tokens")
         key = f"{found.metadata.get('general.architecture')}.vocab_size"
         size = {key: words.count} if isinstance(words, StringArray) else {}
-        return {**size, **found.metadata, **_ids(found.metadata), TIED: tied, NOTES: gguf.ignored(found)}
+        more = {TIED: gguf.is_tied(found.tensors), NOTES: gguf.ignored(found)}
+        return {**size, **found.metadata, **_ids(found.metadata), **more}
 
     def to_args(self, raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelArgs, list[str]]:
         metadata = {key: value for key, value in raw.items() if "." in key}

@@ -14,7 +14,7 @@ from mistral.chat import session
 from mistral.chat.conversation import Chat
 from mistral.chat.messages import Message, TemplateError, Thought, ToolCall, from_chunks
 from mistral.chat.templates import find_template
-from mistral.chat.thinking import of_field, of_part, split_system
+from mistral.chat.thinking import add_thought, of_field, of_part, split_system
 from mistral.loader.load import load
 from mistral.thinking import ThoughtIds, ThoughtReader
 from mistral.tokenizer import Tokenizer
@@ -165,6 +165,15 @@ def test_thoughts_of_requests() -> None:
     assert of_part({"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}) == Thought("a")
     for other in ({"type": "text", "text": "a"}, {"type": "thinking"}, {"type": "thinking", "thinking": "a", "b": 1}):
         assert of_part(other) is None
+    for part in ({"type": "text", "text": 5}, {"type": "text", "text": None}, {"type": "reference", "text": "a"}, "a"):
+        assert of_part({"type": "thinking", "thinking": [{"type": "text", "text": "a"}, part]}) is None  # not dropped
+
+
+def test_a_thought_that_comes_within_an_answer_keeps_its_place() -> None:
+    message = from_chunks("assistant", [Thought("Hm"), "Hello."])
+    add_thought(message, "So")
+    add_thought(message, ", well", closed=True)
+    assert message.thinking == (Thought("Hm"), Thought("So, well", len("Hello.")))
 
 
 def test_what_is_inside() -> None:

@@ -43,7 +43,7 @@ def golden() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def state(gguf: Gguf) -> dict[str, torch.Tensor]:
     weights = open_gguf(gguf)
-    args, _ = args_of(gguf.metadata, tied=is_tied(weights))
+    args, _ = args_of(gguf.metadata, tied=is_tied(weights.tensors))
     assert args.tied_embeddings
     return {name: weights.get(name_of(name)) for name in parameters(args)}
 

@@ -434,6 +434,11 @@ def test_windows(kind: str, changes: dict[str, Any], windows: tuple[int | None, 
     [
         ({"rope_theta": 1e6}, 1e6, "given in config.json"),
         ({"rope_theta": 10000}, 1e4, "given in config.json"),
+        (
+            {"rope_theta": ..., "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+            1e6,
+            "absent from config.json, which means 1e6 to transformers",
+        ),
         ({"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None}, 1e6, "given in config.json"),
         ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6}}, 1e6, "given in config.json"),
         ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}, 1e6, "given in config.json"),
@@ -451,8 +456,8 @@ def test_theta(changes: dict[str, Any], theta: float, rule: str) -> None:
     assert rule in args.theta_rule
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     given = config(**changes)
-    del given["model_type"]
-    assert transformers.MistralConfig(**given).rope_parameters["rope_theta"] == theta
+    theirs = {"mistral": transformers.MistralConfig, "mixtral": transformers.MixtralConfig}[given.pop("model_type")]
+    assert theirs(**given).rope_parameters["rope_theta"] == theta
 
 
 def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:

@@ -44,7 +44,7 @@ BY = [pytest.param("kernels", marks=pytest.mark.skipif(not built(), reason="no k
 @pytest.fixture(params=BY)
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr(affine, "stored", lambda weight: None)
+        monkeypatch.setattr(affine, "source", lambda weight: None)
     return request.param
 
 
