@@ -32,7 +32,19 @@ SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
 KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
 # llama.cpp ends a text at these wherever a file has them (src/llama-vocab.cpp), whatever eos_token_id it names.
 ENDS_BY_NAME = frozenset(
-    ["</s>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<EOT>", "_<EOT>", "<eos>"]
+    [
+        "</s>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "_<EOT>",
+        "<eos>",
+    ]
 )
 
 
