@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mistral.chat.messages import TOOL, Message, TemplateError, Thought, ToolCall, checked, joined
+from mistral.chat.messages import TOOL, Message, TemplateError, Thought, ToolCall, checked, joined, with_something
 from mistral.chat.thinking import FIELDS, ids_of
 from mistral.chat.tools import ARGS, CALLS, OPEN, Form, Tool
 from mistral.formats.jinja import NotJinja, compile_template
@@ -64,8 +64,8 @@ class JinjaTemplate:
         Thoughts are given to the template in the first form that it mentions (parts of the content, a field). Whether
         it writes them is its own affair: many leave out those of earlier answers.
 
-        The template is given the messages as they are, as transformers does it; neighbours of one role are joined only
-        where it refuses them.
+        The template is given the messages as they are, as transformers does it. Only where it refuses them a system
+        prompt without text is left out, and neighbours of one role are joined.
         """
         if effort is not None and effort not in self.efforts:
             has = f"is one of {', '.join(EFFORTS)}" if self.efforts else "has no place in the template: leave it out"
@@ -80,9 +80,9 @@ class JinjaTemplate:
         try:
             return self._encode(found, tools, effort)
         except TemplateError:
-            if len(as_one := joined(found)) == len(found):
+            if len(simpler := joined(with_something(found))) == len(found) or not simpler:
                 raise
-            return self._encode(as_one, tools, effort)
+            return self._encode(simpler, tools, effort)
 
     def _encode(self, found: Sequence[Message], tools: Sequence[Tool], effort: str | None) -> list[int]:
         told = [self._told(message) for message in found]

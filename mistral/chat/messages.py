@@ -118,6 +118,11 @@ def checked(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
+def with_something(messages: Sequence[Message]) -> list[Message]:
+    """The messages without system prompts that are empty, for templates that have no place for one."""
+    return [m for m in messages if m.role != "system" or m.content or m.thinking]
+
+
 def joined(messages: Sequence[Message], roles: Sequence[str] = ROLES) -> list[Message]:
     """The messages, with neighbours of one role as one message: roles need not alternate."""
     found: list[Message] = []

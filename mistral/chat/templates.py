@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from mistral.chat import remembered, tool_messages
 from mistral.chat.jinja import JinjaTemplate
-from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid
+from mistral.chat.messages import BETWEEN, TOOL, Message, TemplateError, checked, joined, valid, with_something
 from mistral.chat.thinking import for_mistral_common
 from mistral.chat.tools import Form, Tool
 from mistral.formats.tokenizers import JSON, WITH_TOOLS, FolderTemplate, chat_templates, why_version
@@ -62,7 +62,7 @@ class Template(Protocol):
     ) -> list[int]:
         """Ids of a conversation, bos included where it belongs, up to where the model writes the next answer (after
         an answer that comes last: up to its end). Neighbours of one role are joined by an empty line, in Jinja where
-        the template refuses them.
+        the template refuses them; there a system prompt without text is left out too.
 
         Args:
             tools: functions that the model may call.
@@ -403,7 +403,7 @@ class MistralLite:
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), effort: str | None = None
     ) -> list[int]:
         check_effort(self, effort)
-        messages = [m for m in checked(messages) if m.role != "system" or m.content or m.thinking]
+        messages = with_something(checked(messages))
         ids, eos = [self._tokenizer.bos_id], self._tokenizer.eos_id
         if any(message.thinking for message in messages):
             raise TemplateError("MistralLite has no place for thoughts: leave them out")

@@ -31,6 +31,22 @@ BLANK = "\u2581"  # how SentencePiece spells a space
 SENTENCEPIECE, BYTE_LEVEL = "sentencepiece", "byte-level"
 KINDS = {"llama": SENTENCEPIECE, "gpt2": BYTE_LEVEL}
 NONE = ("no_vocab", "none")  # kinds by which llama.cpp knows a file without words
+# llama.cpp ends a text at these wherever a file has them (src/llama-vocab.cpp), whatever eos_token_id it names.
+ENDS_BY_NAME = frozenset(
+    [
+        "</s>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "_<EOT>",
+        "<eos>",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,8 @@ class SpecialIds:
 
     Args:
         bos, eos, unk, pad: -1 where there is none.
-        ends: all ids that the file names as an end: of a text, of a turn, of a message.
+        ends: all ids that the file names as an end (of a text, of a turn, of a message), and those of control tokens
+            that are one by their names, at which llama.cpp ends too.
         add_bos: whether a text begins with bos; None where the file does not say.
     """
 
@@ -133,9 +150,21 @@ def special_ids(metadata: Metadata) -> SpecialIds:
         named("bos", 1 if usual else -1),
         named("eos", 2 if usual else -1),
     )
-    ends = frozenset({eos, named("eot"), named("eom")} - {-1})
+    ends = frozenset({eos, named("eot"), named("eom")} - {-1}) | _ends_by_name(metadata)
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     return SpecialIds(bos, eos, unk, named("padding"), ends, add_bos if isinstance(add_bos, bool) else None)
+
+
+def _ends_by_name(metadata: Metadata) -> frozenset[int]:
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not (isinstance(tokens, StringArray) and isinstance(types, array) and len(types) == tokens.count <= MOST_TOKENS):
+        return frozenset()  # whoever needs the tokens refuses them
+    try:
+        texts = tokens.decode()
+    except GgufError:
+        return frozenset()
+    named = (i for i, text in enumerate(texts) if text in ENDS_BY_NAME)
+    return frozenset(i for i in named if types[i] in (CONTROL, USER_DEFINED))
 
 
 def notes_on_ends(metadata: Metadata) -> list[str]:

@@ -31,6 +31,8 @@ MORE_SAMPLING = (
     *("max_new_tokens", "min_new_tokens", "min_length", "stop_strings", "bad_words_ids", "force_words_ids"),
     *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias"),
     *("no_repeat_ngram_size", "encoder_repetition_penalty", "typical_p", "num_beams", "penalty_alpha"),
+    *("epsilon_cutoff", "eta_cutoff", "top_h", "exponential_decay_length_penalty", "encoder_no_repeat_ngram_size"),
+    *("guidance_scale", "token_healing", "dola_layers", "watermarking_config"),
 )
 # Values of a config.json that stand there without being meant.
 USUAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}

@@ -219,7 +219,11 @@ def test_an_empty_system_prompt_takes_the_place_of_a_templates_own(scratch: Path
 def test_neighbours_of_one_role_are_joined_where_the_template_refuses_them(scratch: Path) -> None:
     ours, _ = both(scratch, "strict v1", "sentencepiece")
     two = [Message("user", "A"), Message("user", "B"), Message("assistant", "x"), Message("assistant", "y")]
-    assert ours.encode_chat([*two, Message("user", "C")]) == ours.encode_chat(talk("A\n\nB", "x\n\ny", "C"))
+    plain = ours.encode_chat(talk("A\n\nB", "x\n\ny", "C"))
+    assert ours.encode_chat([*two, Message("user", "C")]) == plain
+    assert ours.encode_chat([Message("system", ""), *two, Message("user", "C")]) == plain  # as some clients always send
+    with pytest.raises(TemplateError, match="refuses the conversation"):
+        ours.encode_chat([Message("system", "")])
 
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])

@@ -114,7 +114,7 @@ def test_a_tokenizer_json_of_a_file_has_its_space_in_front(prefix: bool, tmp_pat
         assert theirs.decode(ids) == words
 
 
-@pytest.mark.parametrize("word", ["<|im_end|>", "two words", "\u2581x"])
+@pytest.mark.parametrize("word", ["<|im_start|>", "two words", "\u2581x"])
 def test_words_of_the_users(word: str, tmp_path: Path) -> None:
     """A text is cut at them, and what is between them is split as a text of its own: llama.cpp and transformers."""
     given = tokenizer_keys(BUNDLED / "tokenizer.model")
@@ -324,6 +324,21 @@ def test_special_ids() -> None:
     metadata |= {"tokenizer.ggml.bos_token_id": 2**32 - 1}
     found = special_ids(metadata)
     assert (found.bos, found.eos, found.unk, found.pad, found.add_bos) == (-1, -1, -1, -1, None)
+
+
+@pytest.mark.parametrize("kind", [3, 4], ids=["control", "of the user"])
+def test_tokens_that_end_texts_by_their_names(tmp_path: Path, kind: int) -> None:
+    """llama.cpp ends at them whatever eos_token_id says: a file of ChatML ends at </s> too, and the other way round."""
+    given = {**tokenizer_keys(BUNDLED / "tokenizer.model"), "eos_token_id": 4089}
+    given["tokens"][4089:4092], given["token_type"][4089:4092] = (
+        ["<|done|>", "<|im_end|>", "<|im_start|>"],
+        [3, kind, 3],
+    )
+    own = tokenizer_of(tmp_path / "m.gguf", metadata_of(tmp_path, **given))
+    assert own.eos_ids == {2, 4089, 4090}
+    assert 4090 not in own.encode("a <|im_end|> b")
+    given["token_type"][4090] = 1  # a word of the vocabulary proper
+    assert tokenizer_of(tmp_path / "m.gguf", metadata_of(tmp_path, **given)).eos_ids == {2, 4089}
 
 
 def test_ends_are_a_set(tmp_path: Path) -> None:

@@ -331,6 +331,14 @@ def test_sampling_of_a_config_json(folder: Path) -> None:
     assert suggested_sampling(folder)[1] in load(folder).notes
 
 
+def test_what_else_changes_texts_and_is_suggested(folder: Path) -> None:
+    asked = {"epsilon_cutoff": 0.1, "guidance_scale": 1.5, "exponential_decay_length_penalty": [5, 1.1]}
+    put(folder / "generation_config.json", **asked, eta_cutoff=0.0, token_healing=False, num_beams=1)
+    assert suggested_sampling(folder) == [
+        f"generation_config.json suggests {', '.join(asked)}, which is not used: give what you want of it"
+    ]
+
+
 def test_an_eos_that_is_no_token(folder: Path) -> None:
     """A fine-tune's template may end turns with what nobody added to the vocabulary."""
     put(folder / "tokenizer_config.json", eos_token="<|im_end|>")
