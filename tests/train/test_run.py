@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mistral.cli.finetune import _Line, _Stop
 from mistral import load
+from mistral.cli.finetune import _Line, _Stop
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.weights import WeightsError

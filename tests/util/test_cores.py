@@ -19,9 +19,7 @@ class Machine:
         self.now = self.others = self.own = self.lower = self.waited = 0.0
         self.counts = True
 
-    def passes(
-        self, seconds: float, others: float, own: float = 0.0, lower: float = 0.0, waited: float = 0.0
-    ) -> None:
+    def passes(self, seconds: float, others: float, own: float = 0.0, lower: float = 0.0, waited: float = 0.0) -> None:
         self.now += seconds
         self.lower += lower * seconds
         self.waited += waited * seconds
