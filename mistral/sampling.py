@@ -104,7 +104,7 @@ def _draw_from_head(probs: Tensor, uniform: Tensor, params: SamplingParams) -> t
         The tokens, and of which rows they are what `_draw` would choose: [R] int64, [R] bool.
     """
     head, ids = _head(probs)
-    least = head[:, -1:].clone()  # no token that is not in the head is more likely
+    least = head[:, -1:]  # no token that is not in the head is more likely
     in_order = (head > least) | (least == 0)  # of equal ones some may not be in the head
     cumulative = head.cumsum(-1)
     total = probs.cumsum(-1)[:, -1:]  # in the order of ids, in float64 until it is rounded

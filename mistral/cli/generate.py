@@ -216,18 +216,16 @@ def _constrained(params: SamplingParams, schema: dict[str, Any], loaded: Loaded)
 
 def _in_order(ended: Iterable[tuple[int, Completion]], prompts: int, n: int) -> Iterator[tuple[Completion, int]]:
     """Each completion, and the index of its prompt, as soon as those before it have ended too."""
-    from tqdm import tqdm
-
-    count = prompts * n
-    bar = tqdm(ended, total=count, desc="prompts", unit="prompt", delay=2, disable=None, leave=False)
     early: dict[int, Completion] = {}
     turn = 0
-    for index, result in bar:
-        early[index * n + result.sample] = result
-        while turn in early:
-            with bar.external_write_mode():
-                yield early.pop(turn), turn // n
-            turn += 1
+    with terminal.Bar("completing", "text", prompts * n) as bar:
+        for index, result in ended:
+            bar.update(1)
+            early[index * n + result.sample] = result
+            while turn in early:
+                with bar.aside():
+                    yield early.pop(turn), turn // n
+                turn += 1
 
 
 def _as_json(index: int, result: Completion, params: SamplingParams) -> str:

@@ -23,9 +23,9 @@ from mistral.formats.huggingface import NAMES, to_hf, to_mistral
 from mistral.formats.layout import ParamsError, read_object
 from mistral.formats.pth import open_pth
 from mistral.formats.text_inside import VISION, alone
-from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors, some_names
+from mistral.formats.weights import FLOATS, WeightFiles, open_safetensors
 from mistral.parameters import EMBEDDINGS, OUTPUT
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import printable, short_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's

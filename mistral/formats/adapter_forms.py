@@ -34,11 +34,10 @@ from mistral.formats.layouts import WRITABLE
 from mistral.formats.merge import updates
 from mistral.formats.mistral import to_args
 from mistral.formats.tokenizers import JSON
-from mistral.formats.weights import some_names
 from mistral.formats.writer import as_json, save_tensors, write_text
 from mistral.parameters import parameters
 from mistral.special_tokens import CONFIG as OF_TOKENIZER
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import ConvertError, MistralError
 from mistral.util.files import folder_atomic
 

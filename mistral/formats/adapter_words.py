@@ -11,7 +11,6 @@ from mistral.args import ModelArgs
 from mistral.formats.adapter import Adapter, AdapterError
 from mistral.formats.tokenizers import FolderTemplate, chat_templates, has_tokenizer, read_tokenizer, suggested_sampling
 from mistral.formats.widen import widened
-from mistral.formats.words import some_words
 from mistral.special_tokens import (
     ADDED,
     CONFIG,
@@ -22,7 +21,7 @@ from mistral.special_tokens import (
     token_text,
 )
 from mistral.tokenizer import Tokenizer, TokenizerError
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 
 
 def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | None, list[str]]:
@@ -60,7 +59,7 @@ def own_words(adapter: Adapter, base: Path, args: ModelArgs) -> tuple[Path | Non
     if wrong := [word for word in rowless if word != own.named.get("pad_token")]:
         no_rows = "is no row" if len(wrong) == 1 else "are no rows"
         raise AdapterError(
-            f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_words(wrong)}) for which there "
+            f"{folder} has a tokenizer with {counted(len(wrong), 'token')} ({some_names(wrong)}) for which there "
             f"{no_rows}: the tables have {vocab_size:,}, and the adapter has none with more. Save it again with them "
             f"(PEFT: save_embedding_layers=True), or give its file {adapter.weights.files[0].name} to use it with the "
             f"base's own words{left_over(folder, wrong)}"
@@ -84,14 +83,14 @@ def own_template(adapter: Adapter, base: Path) -> FolderTemplate | None:
 def _unused_tokens(adapter: Path, base: Path) -> list[str]:
     """A note on tokens that an adapter's folder names without a tokenizer, and that its base does not have."""
     more = more_words(adapter, base) if adapter.is_dir() else []
-    what = f"{counted(len(more), 'added token')} ({some_words(more)})"
+    what = f"{counted(len(more), 'added token')} ({some_names(more)})"
     return [f"adapter {adapter} has {what} that {base.name} does not have: not used"] if more else []
 
 
 def _taken(own: Tokenizer, more: list[str], folder: Path, base: Path) -> str:
     """What of an adapter's folder is used."""
     words = (
-        f", which has {counted(len(more), 'token')} ({some_words(more)}) that {base.name} does not have" if more else ""
+        f", which has {counted(len(more), 'token')} ({some_names(more)}) that {base.name} does not have" if more else ""
     )
     template = chat_templates(folder).get("default")
     if template is not None:
@@ -131,7 +130,7 @@ def left_over(folder: Path, words: list[str]) -> str:
     named = {token.content if isinstance(token, AddedToken) else token_text(token) for token in told}
     if not read_json(folder / ADDED).keys() >= set(words) or named & set(words):
         return ""
-    return f"; nothing but {ADDED} there names {some_words(words)}: if it is left over from before, remove it"
+    return f"; nothing but {ADDED} there names {some_names(words)}: if it is left over from before, remove it"
 
 
 def more_words(adapter: Path, base: Path) -> list[str]:
@@ -165,7 +164,7 @@ def unused_of(adapter: Path, base: Path) -> list[str]:
     if template is not None:
         what.append(f"a chat template ({template.file}; --template takes a file)")
     if more:
-        what.append(f"{counted(len(more), 'added token')} ({some_words(more)})")
+        what.append(f"{counted(len(more), 'added token')} ({some_names(more)})")
     if not what:
         return []
     return [f"adapter {adapter} has {' and '.join(what)} that {base.name} does not have: not used"]

@@ -22,11 +22,12 @@ from mistral.formats.layouts import NATIVE
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import JSON, TEMPLATE, chat_templates, eos_ids, listed_ids, own_ends
 from mistral.formats.unpack import GENERATION
-from mistral.formats.weights import dtype_name, some_names
+from mistral.formats.weights import dtype_name
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
 from mistral.special_tokens import CONFIG
 from mistral.tokenizer import Tokenizer, TokenizerError
+from mistral.util.english import some_names
 
 
 def tokenizer_of(folder: Folder) -> tuple[Tokenizer | None, list[str]]:

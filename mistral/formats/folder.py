@@ -18,9 +18,9 @@ from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.layouts import LAYOUTS, find_layout
 from mistral.formats.quantized import ACTIVATIONS
 from mistral.formats.releases import identify
-from mistral.formats.weights import GONE, Stored, WeightFiles, WeightsError, check_tensors, file_names, some_names
+from mistral.formats.weights import GONE, Stored, WeightFiles, WeightsError, check_tensors, file_names
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import FormatError, printable
 from mistral.util.files import unwritten
 from mistral.util.memory import as_text

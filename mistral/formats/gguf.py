@@ -21,6 +21,7 @@ from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.releases import COMPARED, PARTS, RELEASES, Release, identify
 from mistral.formats.weights import PART, Reader, Stored, WeightFiles, WeightsError
 from mistral.parameters import EMBEDDINGS, OUTPUT, parameters
+from mistral.util.english import some_names
 from mistral.util.errors import short_repr
 from mistral.util.files import stamp_of
 
@@ -386,4 +387,4 @@ def is_tied(weights: WeightFiles) -> bool:
 def ignored(gguf: Gguf) -> list[str]:
     """What is in the files and not used, a sentence each."""
     unused = [name for name in gguf.tensors if ROPE_FREQS.fullmatch(name)]
-    return [f"{', '.join(unused[:3])} ignored: factors of rotary frequencies, all 1"] if unused else []
+    return [f"{some_names(unused)} ignored: factors of rotary frequencies, all 1"] if unused else []

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral.fast.ggml_types import REMOVED, TYPES, GgmlType
+from mistral.util.english import some_names
 from mistral.util.errors import FormatError, short_repr
 from mistral.util.files import regular
 
@@ -152,10 +153,8 @@ def _only(folder: Path) -> Path:
     found = sorted(p for p in folder.glob("*.gguf") if not p.name.startswith("mmproj"))
     models = {match["stem"] if (match := PART.fullmatch(p.name)) else p.name: p for p in reversed(found)}
     if len(models) != 1:
-        names = ", ".join(short_repr(p.name) for p in found[:3])
-        what = (
-            f"several models ({names}{', ...' if len(found) > 3 else ''}): give one file" if found else "no .gguf file"
-        )
+        names = some_names([p.name for p in found])
+        what = f"several models ({names}): give one file" if found else "no .gguf file"
         raise GgufError(f"{folder} holds {what}")
     return next(iter(models.values()))
 

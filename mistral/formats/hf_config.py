@@ -147,17 +147,17 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     """
     raw = text_config(raw)
     kind = raw.get("model_type")
-    if kind == "llama" and "num_attention_heads" in raw:  # before grouped heads there was no key for them
-        raw = {"num_key_value_heads": raw["num_attention_heads"], **raw}
+    grouped = raw.get("num_key_value_heads", None if kind == "llama" else ...)
+    if grouped is None and "num_attention_heads" in raw:  # before grouped heads there was no key for them, or null
+        raw = {**raw, "num_key_value_heads": raw["num_attention_heads"]}
     if kind not in MODEL_TYPES:
         what = ELSEWHERE.get(kind, f"a model of type {short_repr(kind)}") if isinstance(kind, str) else "no model_type"
         raise ParamsError(f"config.json describes {what}: use transformers or vLLM")
-    _check_keys(raw, kind)
+    notes = _check_keys(raw, kind)
     missing = [key for key in SHAPE if key not in raw]
     if missing:
         raise ParamsError(f"config.json lacks {', '.join(missing)}")
     values = {ours: raw[theirs] for theirs, ours in SHAPE.items()}
-    notes: list[str] = []
     values["head_dim"] = _head_dim(raw, values["dim"], values["n_heads"])
     if raw.get(QUANTIZATION) is not None:
         notes.append(method_of(raw[QUANTIZATION]).note)
@@ -176,8 +176,12 @@ def config_to_args(raw: dict[str, Any], max_batch_size: int = 0) -> tuple[ModelA
     return replace(args, max_batch_size=max_batch_size), notes  # the caller's; its errors are not the file's
 
 
-def _check_keys(raw: dict[str, Any], kind: str) -> None:
-    """Refuse keys that mean something which this model does not have, and those that nobody knows."""
+def _check_keys(raw: dict[str, Any], kind: str) -> list[str]:
+    """Refuse keys that mean something which this model does not have, and those that nobody knows.
+
+    Returns a note on unknown ones that are null: what is absent changes no number.
+    """
+    absent: list[str] = []
     for key, value in raw.items():
         if key in ONLY:
             if value not in ONLY[key]:
@@ -194,10 +198,15 @@ def _check_keys(raw: dict[str, Any], kind: str) -> None:
                 raise ParamsError(
                     f"config.json has {key!r}: {what}, which is not read here: give the one it was made from"
                 )
-        elif key not in (*HARMLESS, *HANDLED, *SHAPE, *(MIXTRAL if kind == "mixtral" else ())):
+        elif key in (*HARMLESS, *HANDLED, *SHAPE, *(MIXTRAL if kind == "mixtral" else ())):
+            continue
+        elif value is None:
+            absent.append(short_repr(key))
+        else:
             raise ParamsError(
                 f"config.json has {short_repr(key)}, which no supported release has: remove it if it changes nothing"
             )
+    return [f"config.json has {', '.join(absent)}, unknown here and null: ignored"] if absent else []
 
 
 def _head_dim(raw: dict[str, Any], dim: Any, heads: Any) -> Any:

@@ -15,8 +15,8 @@ from mistral.formats.weights import (
     numbered_parts,
     open_safetensors,
     parts_among,
-    some_names,
 )
+from mistral.util.english import some_names
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 from mistral.util.parsed import KeyTwice, parse_json
@@ -86,7 +86,7 @@ def find_hf_weights(folder: Path) -> WeightFiles:
         return form.open(parts)
     names = " or ".join(f"{form.single}, or {form.stem}-00001-of-0000N{form.end}," for form in FORMS).rstrip(",")
     inside = _weights_inside(folder)
-    there = f"; there are some in {', '.join(map(printable, inside[:3]))} there: give that folder" if inside else ""
+    there = f"; there are some in {some_names(inside)} there: give that folder" if inside else ""
     raise WeightsError(f"no weights in {folder}: expected {names}{there}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mistral.formats.gguf_tokenizer import BLANK
 from mistral.special_tokens import FLAGS
 from mistral.tekken import PATTERN
 from mistral.tokenizer import Tokenizer
@@ -107,11 +108,19 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
             byte_fallback=True,
         )
     )
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    blanks, texts = normalizers.Replace(" ", BLANK), [decoders.Replace(BLANK, " "), decoders.ByteFallback()]
+    if begins_with_a_space(tokenizer):
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), blanks])
+        made.decoder = decoders.Sequence([*texts, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        made.normalizer, made.decoder = blanks, decoders.Sequence([*texts, decoders.Fuse()])
     return made
+
+
+def begins_with_a_space(tokenizer: Tokenizer) -> bool:
+    """Whether a SentencePiece tokenizer puts a space in front of a text."""
+    pieces, _ = tokenizer.pieces()
+    return pieces[tokenizer.encode("a", bos=False)[0]].startswith(BLANK)
 
 
 def _from_tekken(tokenizer: Tokenizer) -> Any:

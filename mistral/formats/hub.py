@@ -22,7 +22,7 @@ from mistral.formats.elsewhere import kind_of
 from mistral.formats.layout import Layout
 from mistral.formats.layouts import LAYOUTS
 from mistral.util import memory
-from mistral.util.english import counted
+from mistral.util.english import some_names
 from mistral.util.errors import Unavailable, UsageError
 
 log = logging.getLogger("mistral")
@@ -259,8 +259,7 @@ def _unsupported(repo: str, names: Collection[str]) -> str:
     expected = "expected consolidated.safetensors with params.json, or model.safetensors with config.json"
     if what := kind_of(names):
         return f"{repo} has no weights that are read here ({expected}), but {what}"
-    shown = ", ".join(sorted(names)[:3]) + (f" and {counted(len(names) - 3, 'more file')}" if len(names) > 3 else "")
-    return f"{repo} is no model that is read here: {expected}, but it has {shown or 'no files'}"
+    return f"{repo} is no model that is read here: {expected}, but it has {some_names(sorted(names)) or 'no files'}"
 
 
 # --- what went wrong

@@ -16,10 +16,9 @@ from mistral.formats.layouts import LAYOUTS
 from mistral.formats.merge import release_named
 from mistral.formats.tokenizers import chat_templates, has_tokenizer, read_tokenizer
 from mistral.formats.widen import TABLES
-from mistral.formats.words import some_words
 from mistral.tokenizer import TokenizerError
 from mistral.util import memory
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import MistralError
 
 
@@ -81,7 +80,7 @@ def _vocabulary(found: Adapter, notes: list[str]) -> dict[str, Any] | None:
     if not rows and not words:
         return None
     if rows and (lost := [word for word in words if ids.get(word, 0) >= rows and word != own.named.get("pad_token")]):
-        has = f"{counted(len(lost), 'token')} ({some_words(lost)})"
+        has = f"{counted(len(lost), 'token')} ({some_names(lost)})"
         notes.append(f"its tokenizer has {has} for which it has no row: refused{left_over(folder, lost)}")
     beyond = None if before is None else [word for word in words if ids.get(word, 0) >= before]
     told = {"rows": rows or None, "base_rows": before, "tokenizer": file, "words": words, "template": template}
@@ -104,7 +103,7 @@ def _base_rows(base: str | None) -> tuple[int | None, Path | None]:
 
 def _of_vocabulary(told: dict[str, Any]) -> str:
     rows, before, words = told["rows"], told["base_rows"], told["words"]
-    shown = f"{counted(len(words), 'word')} ({some_words(words)})" if words else "no words"
+    shown = f"{counted(len(words), 'word')} ({some_names(words)})" if words else "no words"
     of = f"{told['tokenizer']} beside it adds {shown}" if told["tokenizer"] else "no tokenizer is beside it"
     chat = f", with the chat template {told['template']}" if told["template"] else ""
     if rows is None:

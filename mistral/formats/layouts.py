@@ -9,7 +9,7 @@ from mistral.formats.gguf_layout import GgufLayout
 from mistral.formats.huggingface import HuggingFaceLayout
 from mistral.formats.layout import Layout, ParamsError
 from mistral.formats.mistral import MistralLayout
-from mistral.util.errors import printable
+from mistral.util.english import some_names
 
 # Mistral's own: the names of tensors and the order of rows that the model has.
 NATIVE = MistralLayout()
@@ -47,9 +47,7 @@ def _models_inside(path: Path) -> str:
     inside = sorted(config.parent for layout in LAYOUTS.values() for config in _within(path, layout.config))
     if not inside:
         return ""
-    shown = ", ".join(printable(folder.relative_to(path).as_posix()) for folder in inside[:3])
-    if len(inside) > 3:
-        shown += ", .."
+    shown = some_names([folder.relative_to(path).as_posix() for folder in inside])
     return f"; within it there is {shown}: give {'that' if len(inside) == 1 else 'one of them'}"
 
 

@@ -15,10 +15,10 @@ from mistral.formats.huggingface import rows_to_mistral
 from mistral.formats.layout import read_object
 from mistral.formats.release import Release
 from mistral.formats.releases import RELEASES, identify
-from mistral.formats.weights import Reader, Stored, WeightFiles, file_names, some_names
+from mistral.formats.weights import Reader, Stored, WeightFiles, file_names
 from mistral.formats.widen import TABLES, Transposed, WithRows, one_table, same_lora, still_tied, widened
 from mistral.parameters import EMBEDDINGS, OUTPUT, Parameter, parameters
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import printable, short_repr
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mistral.formats.gguf_header import GgufError, is_gguf, read_gguf
 from mistral.formats.releases import Release
 from mistral.special_tokens import CONFIG, NAMES, read_added_tokens, read_json, read_special_tokens
 from mistral.tokenizer import Tokenizer, TokenizerError
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.errors import printable, short_repr
 from mistral.util.files import read_limited
 
@@ -158,10 +158,9 @@ def tokenizer_notes(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> list
         names = ", ".join(path.name for path in others)
         notes.append(f"several tokenizers: {tokenizer.path.name} is read, {names} ignored; remove what is wrong")
     if beyond := [text for text, i in tokenizer.added.items() if i >= vocab_size]:
-        named = ", ".join(printable(text) for text in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
         notes.append(
-            f"the model has no weights for {counted(len(beyond), 'added token')} of its tokenizer ({named}): "
-            "what has one is refused"
+            f"the model has no weights for {counted(len(beyond), 'added token')} of its tokenizer "
+            f"({some_names(beyond)}): what has one is refused"
         )
     return [*notes, *eos_ids(folder, tokenizer, vocab_size)[1]]
 

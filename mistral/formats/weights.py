@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from mistral.formats.elsewhere import wrapped
 from mistral.formats.mapped_tensors import Part, Progress
 from mistral.formats.safetensors_header import HeaderError, read_header
+from mistral.util.english import some_names
 from mistral.util.errors import FormatError, printable, short_repr
 from mistral.util.files import regular, stamp_of
 
@@ -321,12 +322,6 @@ def check_tensors(
 
 def _either(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def some_names(names: list[str], most: int = 3) -> str:
-    """The first of some names for people, and how many more there are."""
-    shown = ", ".join(map(printable, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

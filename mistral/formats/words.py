@@ -12,6 +12,7 @@ from typing import Any
 from mistral.args import ModelArgs
 from mistral.formats.gguf_header import GgufError, read_gguf
 from mistral.formats.gguf_tokenizer import BLANK, notes_on_ends
+from mistral.formats.hf_tokenizer import begins_with_a_space
 from mistral.formats.releases import identify
 from mistral.formats.tokenizers import (
     ENDS,
@@ -33,8 +34,8 @@ from mistral.formats.tokenizers import (
 from mistral.special_tokens import ADDED, CONFIG, read_added_tokens, read_json, read_special_tokens, token_text
 from mistral.tekken import tekken_controls
 from mistral.tokenizer import NO_TOKENIZER, Tokenizer, TokenizerError
-from mistral.util.english import counted
-from mistral.util.errors import printable, short_repr
+from mistral.util.english import counted, some_names
+from mistral.util.errors import short_repr
 from mistral.util.files import read_limited
 
 OF_PROCESSORS = "chat_template.json"  # what transformers reads for models that see images, and not for text
@@ -99,7 +100,7 @@ def _about_words(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
     unread = [t.content for i, t in added.items() if i >= tokenizer.n_words and t.content not in tokenizer.added]
     if unread:
         notes.append(
-            f"{JSON} adds {counted(len(unread), 'token')} ({some_words(unread)}) that {CONFIG} and {ADDED} do not: "
+            f"{JSON} adds {counted(len(unread), 'token')} ({some_names(unread)}) that {CONFIG} and {ADDED} do not: "
             "not used"
         )
     return notes
@@ -123,10 +124,10 @@ def _other_words(whole: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
     if other:
         return [
             f"{JSON} has other ids than {name}, which is read, for {counted(len(other), 'word')} "
-            f"({some_words([p.replace(BLANK, ' ') for p in other])}): one is another model's; {instead}"
+            f"({some_names([p.replace(BLANK, ' ') for p in other])}): one is another model's; {instead}"
         ]
-    begins = pieces[tokenizer.encode("a", bos=False)[0]].startswith(BLANK)
-    if begins != _begins_with_a_space(whole):
+    begins = begins_with_a_space(tokenizer)
+    if begins != _json_begins_with_a_space(whole):
         return [
             f"{JSON} begins texts {'without' if begins else 'with'} a space, and {name}, which is read, "
             f"{'with' if begins else 'without'} one: prompts have other ids in transformers; {instead}"
@@ -134,7 +135,7 @@ def _other_words(whole: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def _begins_with_a_space(whole: dict[str, Any]) -> bool:
+def _json_begins_with_a_space(whole: dict[str, Any]) -> bool:
     """Whether a tokenizer.json of SentencePiece's words puts a space in front of a text, as SentencePiece does."""
     parts: list[Any] = [whole.get("normalizer"), whole.get("pre_tokenizer")]
     for part in parts:
@@ -188,7 +189,7 @@ def _beside_tekken(folder: Path) -> list[str]:
     used = "conversations have them, other texts do not" if is_whole and own else "not used"
     instead = f"remove {path.name} to have {JSON} read" if is_whole else f"add its {JSON}"
     return [
-        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_words(added)}) that {path.name}, "
+        f"{JSON if inside else CONFIG} has {counted(len(added), 'token')} ({some_names(added)}) that {path.name}, "
         f"which is read, has not: {used}; {instead}"
     ]
 
@@ -208,7 +209,7 @@ def _named_in_vain(folder: Path, tokenizer: Tokenizer | None) -> list[str]:
         return []
     return [
         f"the files beside {tokenizer.path.name} name {counted(len(lacking), 'special token')} "
-        f"({some_words(lacking)}) for which it has no token: text here, new ids in transformers"
+        f"({some_names(lacking)}) for which it has no token: text here, new ids in transformers"
     ]
 
 
@@ -251,7 +252,7 @@ def _about_templates(folder: Path) -> list[str]:
     if isinstance(listed, str) and not listed.strip() and default is None:
         notes.append(f"the chat template in {CONFIG} is empty: it counts as none")
     if others := [name for name in own if name != "default"] if default is not None else []:
-        notes.append(f"more chat templates: {some_words(others)}; --template takes one of them")
+        notes.append(f"more chat templates: {some_names(others)}; --template takes one of them")
     if (folder / OF_PROCESSORS).is_file():
         instead = "" if own else f"; a template for text is in {TEMPLATE} or {CONFIG}"
         notes.append(f"{OF_PROCESSORS} is not read: it is for models that see images{instead}")
@@ -271,8 +272,3 @@ def _default(told: Any) -> str | None:
     named = {one.get("name"): one.get("template") for one in listed_templates(told) if isinstance(one, dict)}
     text = named.get("default")
     return text if isinstance(text, str) else None
-
-
-def some_words(names: list[str]) -> str:
-    """Words or names for people: the first few."""
-    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")

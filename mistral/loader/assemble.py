@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from mistral.fast.layout import stored_as
 from mistral.formats.folder import Folder
-from mistral.formats.weights import some_names
 from mistral.loader.adapted import Adapted, put_adapters, with_adapters
 from mistral.loader.blocks import kept_blocks, load_blocks, put_blocks, reported
 from mistral.loader.options import LoadOptions, OptionError
 from mistral.loader.sizes import kept_dtype, loses, mixed, narrower, require_memory, too_wide
 from mistral.parameters import Parameter, parameters
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 from mistral.util.flat import flat
 from mistral.util.progress import Bar
 from mistral.util.threads import Sharing

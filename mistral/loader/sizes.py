@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from mistral.fast.layout import bytes_of
 from mistral.formats.folder import Folder
-from mistral.formats.weights import Stored, some_names
+from mistral.formats.weights import Stored
 from mistral.loader.blocks import blocks_bytes
 from mistral.parameters import parameters
 from mistral.util import memory
-from mistral.util.english import counted
+from mistral.util.english import counted, some_names
 
 if TYPE_CHECKING:
     import torch

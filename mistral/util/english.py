@@ -1,10 +1,11 @@
-"""English in messages: how many of what, and which known name a word may have been meant as. Runs without torch."""
+"""English in messages: how many of what, some of many, and which known name a word may have been meant as. No torch."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from mistral.util.errors import printable
 from mistral.util.other_names import called_here, is_elsewhere
 
 
@@ -15,6 +16,12 @@ def counted(count: int, one: str, several: str = "") -> str:
         one, several: the noun; without `several` its plural is `one` with an s.
     """
     return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, each printable, and how many more there are, as in "a, b, c and 2 more"."""
+    shown = ", ".join(map(printable, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -47,6 +48,10 @@ class Bar:
     def update(self, more: int) -> None:
         """So much more is done."""
         self(self._done + more, self._total)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """While open, no bar is on the screen: what is printed has a line of its own."""
+        return nullcontext() if self._bar is None else self._bar.external_write_mode()
 
     def close(self) -> None:
         """Take a bar away that has not come to its end."""

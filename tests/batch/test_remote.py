@@ -172,22 +172,25 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert _retry_after(formatdate(time.time() - 60)) == 0
 
 
+KILLS = 3
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
 def test_killed_again_and_again_every_line_is_there_once(tmp_path: Path) -> None:
-    """Six times of tools/batch_kills.py's hundred."""
+    """Three times of tools/batch_kills.py's hundred."""
     lines = [request(f"r{i}", f"p{i}" * 500) for i in range(400)]
     path, out = write_lines(tmp_path / "in", *lines), tmp_path / "out"
     kills, length = 0, 0
 
     def reply(number: int, body: dict[str, Any]) -> Reply:
         time.sleep(0.01)
-        while len(server.asked) > 64 * (kills + 1) and kills < 6:  # a kill that comes late finds work left
+        while len(server.asked) > 64 * (kills + 1) and kills < KILLS:  # a kill that comes late finds work left
             time.sleep(0.01)
         return well(number, body)
 
     with pretending(reply) as server:
         command = [sys.executable, "-m", "main", "batch", str(path), str(out), "--engine", server.url]
-        while kills < 6:
+        while kills < KILLS:
             process = subprocess.Popen(
                 [*command, "--concurrency", "4"], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
             )

@@ -214,6 +214,11 @@ def test_a_conversation_keeps_its_thoughts_apart_and_in_the_prompt(thinker: Any,
     assert other.messages == chat.messages
 
 
+def test_the_end_of_a_thought_is_not_the_beginning_of_the_answer(thinker: Any) -> None:
+    """What may have become a stop string is held back, and comes while it is still thought."""
+    assert ask(chat_of(thinker, stop=(f"{THOUGHT[-2:]}!",)), "Why?") == (THOUGHT, ANSWER)
+
+
 def test_a_thought_that_is_broken_off_goes_on(thinker: Any) -> None:
     whole = chat_of(thinker)
     ask(whole, "Why?")

@@ -25,6 +25,7 @@ from mistral.formats.folder import BUNDLED
 from mistral.generate import complete, generate
 from mistral.loader.load import load
 from mistral.sampling_params import SamplingParams
+from mistral.util import progress
 from mistral.util.errors import UsageError
 from tests.support.commands import ENVIRONMENT, Command, in_process
 from tests.support.folders import ROOT, make_folder, make_parrot
@@ -420,6 +421,19 @@ def test_samples_of_prompts_come_in_order(cli: Command, tiny: Path, tmp_path: Pa
     assert len({tuple(e["tokens"]) for e in entries[:3]}) == 3
     shown = cli("complete", tiny, "Hello", *words[4:]).text
     assert shown == "".join(f"{e['text']}\n{SEPARATOR}\n" for e in entries[:3])
+
+
+def test_prompts_that_take_long_are_counted_on_stderr(
+    cli: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"Hello"\n"Good"\n')
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    words = ("complete", tiny, "--file", file, "--n", 2, *SHORT)
+    assert [f"completing: {n} of 4 texts" for n in (1, 2, 3)] == [
+        line for line in cli(*words).err.splitlines() if "completing" in line
+    ]
+    assert "completing" not in cli(*words, "--quiet").err
 
 
 def test_json_with_the_likeliest(cli: Command, parrot: Path) -> None:

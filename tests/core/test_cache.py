@@ -244,3 +244,12 @@ def test_a_cache_made_in_inference_mode_works_outside() -> None:
     with torch.no_grad():
         model(torch.tensor([3]), [1], cache)
     assert cache.lengths == [3]
+
+
+def test_storage_that_nobody_reserved_seldom_moves() -> None:
+    """Its capacity is doubled, so that a text of n tokens, one at a time, moves some 2 n of them in all."""
+    cache, found = RollingBufferCache(tiny_args(sliding_window=None), 1), []
+    for _ in range(1025):
+        cache.commit(cache.plan([1]))
+        found.append(cache.layers[0].capacity)
+    assert sorted(set(found)) == [256, 512, 1024, 2048]

@@ -20,7 +20,7 @@ from mistral.generate import complete, stream
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
 from mistral.model import Transformer
-from mistral.request import Draft, Request
+from mistral.request import BrokenLogits, Draft, Request
 from mistral.sampling_params import SamplingParams
 from tests.support.folders import make_folder
 from tests.support.tiny import ragged, tiny_args, tiny_model
@@ -183,6 +183,34 @@ def test_bits_are_those_of_plain_decoding(window: Any) -> None:
         want = run(bitwise, None, prompts, **params)
         for draft in (NgramDraft(cheap()), ModelDraft(tiny_model(plain.args, seed=5, scale=1.9), cheap())):
             assert run(bitwise, lambda draft=draft: draft, prompts, **params) == want
+
+
+class Always:
+    """A draft that guesses the same two ids whatever came before."""
+
+    def propose(self, requests: Sequence[Request], most: Sequence[int]) -> list[list[int]]:
+        return [[1, 2]] * len(requests)
+
+    def learn(self, requests: Sequence[Request], guessed: Sequence[int], right: Sequence[int], seconds: float) -> None:
+        pass
+
+
+def test_a_request_that_breaks_with_guesses_left_ends_alone() -> None:
+    model = copy.deepcopy(tiny_model(tiny_args(vocab_size=61), seed=5))
+    with torch.no_grad():
+        model.tok_embeddings.weight[9] = float("nan")
+    found = {}
+    for draft in (Always, None):
+        model.draft = draft
+        engine = Engine(model, eos_ids=())
+        to, away = (SamplingParams(max_tokens=8, temperature=0, logit_bias=((9, bias),)) for bias in (100.0, -100.0))
+        broken, other = engine.add([3, 4], to), engine.add([5, 6], away)
+        while not engine.done:
+            engine.step()
+        assert (broken.output_ids, type(broken.error)) == ([9], BrokenLogits)
+        found[draft] = other.output_ids
+    assert found[Always] == found[None]
+    assert len(found[None]) == 8
 
 
 def test_text_ends_at_its_stop_string_although_a_step_gave_more() -> None:

@@ -241,7 +241,9 @@ def test_a_member_in_fp8_is_transformers(tmp_path: Path, kind: str) -> None:
 WITH_TEKKEN = [r for r in RELEASES if r.tokenizer_file == "tekken.json"]
 CHATS = {r.name: r.template for r in WITH_TEKKEN if r.template.partition("-")[0] in LATER}
 
-FEW = [pytest.param(name, marks=[pytest.mark.long] if i > 2 else []) for i, name in enumerate(CHATS)]
+# The first of each version, and the other ones of it.
+FIRST = {template: name for name, template in reversed(CHATS.items())}
+FEW = [pytest.param(name, marks=[] if name in FIRST.values() else [pytest.mark.long]) for name in CHATS]
 
 
 def scaled_down(release: str, folder: Path, words: bool = True) -> Path:

@@ -161,7 +161,7 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "mmproj-m.gguf").write_bytes(b"GGUF")
     assert read_gguf(tmp_path).files == (tmp_path / "m.gguf",)
     write_gguf(tmp_path / "n.gguf")
-    with pytest.raises(GgufError, match=r"several models \('m.gguf', 'n.gguf'\): give one file"):
+    with pytest.raises(GgufError, match=r"several models \(m.gguf, n.gguf\): give one file"):
         read_gguf(tmp_path)
     with pytest.raises(GgufError, match="no-such.gguf cannot be read: No such file"):
         read_gguf(tmp_path / "no-such.gguf")

@@ -25,6 +25,7 @@ from mistral.formats.gguf_tokenizer import (
     special_ids,
     tokenizer_of,
 )
+from mistral.formats.hf_tokenizer import to_tokenizer_json
 from tests.support.folders import BUNDLED, ROOT
 from tests.support.gguf_files import tokenizer_keys, write_gguf
 
@@ -97,6 +98,20 @@ def test_a_space_in_front_of_the_text(tmp_path: Path) -> None:
         sp.LoadFromSerializedProto(sentencepiece_model(metadata))
         found[prefix] = sp
     assert found[True].encode("king") == found[False].encode(" king") != found[False].encode("king")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_json_of_a_file_has_its_space_in_front(prefix: bool, tmp_path: Path) -> None:
+    metadata = metadata_of(tmp_path, **tokenizer_keys(BUNDLED / "tokenizer.model"), add_space_prefix=prefix)
+    own, sp = tokenizer_of(tmp_path / "m.gguf", metadata), SentencePieceProcessor()
+    sp.LoadFromSerializedProto(sentencepiece_model(metadata))
+    text = to_tokenizer_json(own)
+    assert text is not None
+    theirs = Tokenizer.from_str(text)
+    for words in ("king", " king", "  two kings ", "永🙂 x", ""):
+        ids = sp.encode(words)
+        assert theirs.encode(words, add_special_tokens=False).ids == ids == own.encode(words, bos=False)
+        assert theirs.decode(ids) == words
 
 
 @pytest.mark.parametrize("word", ["<|im_end|>", "two words", "\u2581x"])

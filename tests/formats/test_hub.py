@@ -357,7 +357,7 @@ def test_forbidden(hub: Hub) -> None:
             "a PEFT adapter, not a model: give its base model",
         ),
         ("params.json consolidated.00.pth consolidated.01.pth", ".pth files in several parts"),
-        ("a b c d e", "it has a, b, c and 2 more files"),
+        ("a b c d e", "it has a, b, c and 2 more"),
         ("model.safetensors README.md", "it has README.md, model.safetensors"),
         ("config.json model-00001-of-00002.safetensors", "it has config.json, model-00001-of-00002.safetensors"),
         ("", "it has no files"),

@@ -459,6 +459,23 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
     assert hf.config_to_args(config())[0].head_dim == 8
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_null_key_value_heads_are_as_many_as_query_heads(kind: str) -> None:
+    assert hf.config_to_args(config(model_type=kind, num_key_value_heads=None))[0].n_kv_heads == 4
+    assert hf.config_to_args(config(model_type=kind))[0].n_kv_heads == 2
+    if kind == "llama":
+        assert hf.config_to_args(config(model_type=kind, num_key_value_heads=...))[0].n_kv_heads == 4
+    else:  # transformers would take 8, whatever the query heads are
+        with pytest.raises(ParamsError, match="lacks num_key_value_heads"):
+            hf.config_to_args(config(num_key_value_heads=...))
+
+
+def test_an_unknown_key_that_is_null_is_noted() -> None:
+    args, notes = hf.config_to_args(config(vision_config=None, attn_temperature_tuning=None))
+    assert args == hf.config_to_args(config())[0]
+    assert "config.json has 'vision_config', 'attn_temperature_tuning', unknown here and null: ignored" in notes
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -508,7 +525,7 @@ def test_head_dim_that_is_not_there_is_a_share_of_the_width() -> None:
         ({"sliding_window": "5"}, "sliding_window is '5'; it must be a whole number"),
         ({"hidden_size": ...}, "lacks hidden_size"),
         ({"rms_norm_eps": ..., "vocab_size": ...}, "lacks rms_norm_eps, vocab_size"),
-        ({"num_key_value_heads": None}, "num_key_value_heads is None; it must be a whole number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it must be a whole number"),
         ({"head_dim": ..., "hidden_size": 25}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": ..., "num_attention_heads": 0}, "has no head_dim, and hidden_size is no multiple"),
         ({"head_dim": 0}, "head_dim is 0"),

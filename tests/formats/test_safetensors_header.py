@@ -235,7 +235,7 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 2), "bb": torch.zeros(5, dtype=torch.bfloat16), "c": torch.zeros(0)}, path)
     good = path.read_bytes()
     refused = taken = 0
-    for _ in range(4000):
+    for _ in range(1200):
         raw = bytearray(good)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(raw))
@@ -248,8 +248,8 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path) -> None:
         else:
             taken += 1
             assert library_takes(path) or any(e.dtype not in BITS for e in found.values()), raw
-    assert refused > 1000
-    assert taken > 100
+    assert refused > 300
+    assert taken > 30
 
 
 MEMORY = """

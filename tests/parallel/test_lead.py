@@ -177,6 +177,7 @@ def test_a_batch_over_two_ranks(tmp_path: Path, command: Command) -> None:
     assert command("batch", path, tmp_path / "x", "--ray", "--parallel", 2).error.startswith("--ray gives each worker")
 
 
+@pytest.mark.long
 def test_a_conversation_over_two_ranks(command: Command) -> None:
     """Turns that are answered again, taken back and continued: the others' keys follow."""
     typed = "Tell me of the king.\n/retry\nAnd then?\n/undo\nAnd who?\n/continue\n"

@@ -58,7 +58,7 @@ class Build:
     def build(self, to: Path) -> Path:
         """The program that replays calls."""
         names = " ".join(f"X({name})" for name in kernels.RETURN_NOTHING)
-        words = [self.compiler, "-O1", f"-march={self.march}", *FLAGS, f"-DFUNCTIONS={names}", "-o", str(to)]
+        words = [self.compiler, "-Og", f"-march={self.march}", *FLAGS, f"-DFUNCTIONS={names}", "-o", str(to)]
         done = subprocess.run([*words, str(kernels.SOURCE), str(REPLAY), "-lm"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return to

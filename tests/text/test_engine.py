@@ -353,6 +353,56 @@ def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pyt
     assert engine.done
 
 
+def test_memory_that_the_cache_has_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(None)
+    each = model.args.cache_bytes(1, "float64")
+    engine = Engine(model, eos_ids=())
+
+    def left(device: object) -> int:
+        return 50 * each - (0 if engine.cache is None else engine.cache.nbytes)
+
+    monkeypatch.setattr(memory, "available", left)
+    engine.add([5] * 27, GREEDY)  # 30 positions, so that 20 are left
+    engine.step()
+    longer = engine.add([6] * 37, GREEDY)  # 40: the cache's own and 10 more
+    while not engine.done:
+        engine.step()
+    assert longer.output_ids == alone(None, tuple(longer.prompt_ids), GREEDY, False, frozenset(), 0)[0]
+
+
+def test_a_cache_has_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(None)
+    each = model.args.cache_bytes(10, "float64")
+    for left, rows in ((each, 1), (3 * each - 1, 2), (3 * each, 3), (9 * each, 4)):
+        monkeypatch.setattr(memory, "available", lambda device, left=left: left)
+        engine = Engine(model, eos_ids=())
+        for _ in range(4):
+            engine.add([5] * 7, GREEDY)  # 10 positions
+        engine.step()
+        assert engine.cache is not None
+        assert len(engine.cache.lengths) == rows
+
+
+def test_rows_for_short_requests_are_as_long_as_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a cache have one length, so what more rows take is counted at the length of the longest."""
+    model = model_of(None)
+    each = model.args.cache_bytes(1, "float64")
+    engine = Engine(model, eos_ids=())
+
+    def left(device: object) -> int:
+        return 80 * each - (0 if engine.cache is None else engine.cache.nbytes)
+
+    monkeypatch.setattr(memory, "available", left)
+    engine.add([5] * 27, GREEDY)  # 30 positions: two such rows fit, and three do not
+    engine.step()
+    short = [engine.add([i], GREEDY) for i in (6, 7)]
+    while not engine.done:
+        engine.step()
+        assert left(None) >= 0
+    for request in short:
+        assert request.output_ids == alone(None, tuple(request.prompt_ids), GREEDY, False, frozenset(), 0)[0]
+
+
 # A cache of the caller's.
 
 

@@ -46,8 +46,12 @@ def test_a_bar_at_a_terminal_and_no_lines(
     assert bar._bar.n == 1
     bar.update(1)
     assert bar._bar.n == 2
+    with mock.patch.object(bar._bar, "external_write_mode") as mode, bar.aside():
+        mode.return_value.__enter__.assert_called_once()
     bar(3, 3)
     assert bar._bar is None
+    with bar.aside():
+        pass
     assert lines == []
 
 
