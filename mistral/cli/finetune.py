@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,8 @@ def finetune(
     A line of the file is {"messages": [..]}, as OpenAI and mistral-finetune have it, of which answers are learned, or
     {"text": ..}, of which all is, or {"prompt": .., "completion": ..}. All lines are checked before anything else. OUT
     gets the adapter as PEFT and vLLM read it (--adapter OUT uses it) and in mistral-finetune's form, or with --full the
-    model; log.jsonl, loss.svg and a card. Ctrl-C saves: the same command with --resume goes on, on a CPU bit for bit.
+    model; log.jsonl, loss.svg and a card. Ctrl-C, SIGTERM and a closed terminal save: the same command with --resume
+    goes on, on a CPU bit for bit.
 
     Args:
         data: a file of JSON lines
@@ -103,21 +103,31 @@ def finetune(
 
 
 class _Stop:
-    """Ctrl-C while training: the first saves after the step that is running, a second one stops at once."""
+    """Ctrl-C while training: the first saves after the step that is running, a second one stops at once.
+
+    So does SIGTERM, as at the end of a session, and a terminal that is closed, unless it is not to be heard (nohup).
+    They may come several times, for one reason.
+    """
 
     def __init__(self, line: _Line) -> None:
         self.asked = self.at_once = False
         self._line = line
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
-        self._before = signal.signal(signal.SIGINT, self._hit)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number is not None and (name == "SIGINT" or signal.getsignal(number) is signal.SIG_DFL):
+                self._before[number] = signal.signal(number, self._hit)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _hit(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number != signal.SIGINT:
+            return
         if self.asked:
             self.at_once = True
             raise KeyboardInterrupt
@@ -144,7 +154,7 @@ class _Line:
     def end(self) -> None:
         """Have what is printed next begin a line of its own, where a bar is shown."""
         if self._bar is not None and not self._bar.disable:
-            print(file=sys.stderr, flush=True)
+            terminal.echo_err("", asked=True)  # where the terminal has gone, training goes on to its save
 
     def report(self, report: Report) -> None:
         from tqdm import tqdm

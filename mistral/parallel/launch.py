@@ -137,7 +137,13 @@ def _start(ranks: int, port: int, target: Callable[..., Any], args: Any) -> list
 def _other(
     rank: int, ranks: int, port: int, failure: Connection, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    """What another rank than the first does: the same, and nothing is printed."""
+    """What another rank than the first does: the same, and nothing is printed.
+
+    What ends a whole group of processes is for the first rank to act on, which may save first; this one ends with it.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for as long as we run)
     try:

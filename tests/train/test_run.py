@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mistral import load
+from mistral.cli.finetune import _Line, _Stop
 from mistral.formats.convert import convert
 from mistral.formats.folder import read_folder
 from mistral.formats.weights import WeightsError
@@ -333,6 +334,30 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, data: Path, tmp_path: 
     assert "--resume goes on" in said
     assert "Traceback" not in said
     assert (tmp_path / "out" / STATE).is_file()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_ends_a_session_asks_for_a_save_as_ctrl_c_does(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """It may come twice for one reason, as from the shell and from the system; under nohup it is not heard."""
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip("a system without it")
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with _Stop(_Line()) as stop:
+            assert not stop.asked
+            signal.raise_signal(number)
+            assert stop.asked
+            signal.raise_signal(number)
+            assert not stop.at_once
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with _Stop(_Line()) as stop:
+            signal.raise_signal(number)
+            assert not stop.asked
+    finally:
+        signal.signal(number, before)
+    assert "--resume goes on" in capfd.readouterr().err
 
 
 def test_it_stops_where_evaluations_get_worse_and_keeps_the_best(folder: Path, data: Path, tmp_path: Path) -> None:
