@@ -125,7 +125,7 @@ class JinjaTemplate:
                 {k: self._set_apart(v, apart) if k in texts and k == part["type"] else v for k, v in part.items()}
                 for part in content
             ]
-        told |= {name: self._set_apart(told[name], apart) for name in FIELDS if name in told}
+        told |= {name: self._set_apart(told[name], apart) for name in (*FIELDS, "name") if name in told}
 
     def encode_fim(self, prefix: str, suffix: str) -> list[int]:
         return self._fim(prefix, suffix)

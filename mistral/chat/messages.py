@@ -58,7 +58,8 @@ class Message:
         ids: of an answer, as the model generated it, without the end of sequence; None where only the text is known.
             Mistral's own templates use them as they are; a Jinja template is rendered from texts.
         tool_calls: of an answer, what it wants called.
-        tool_call_id, name: of a result, the call and the function it is of.
+        tool_call_id: of a result, the call that it is of.
+        name: of a result, the function; of others, who speaks, which only a Jinja template can write.
     """
 
     role: str

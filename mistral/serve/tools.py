@@ -174,9 +174,9 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         role, content = given.get("role"), given.get("content", "")
         if role != "assistant" and message.get("content") is None:  # an answer may be calls, or a thought, alone
             raise ApiError(f"{where} has no content", "messages")
-        known = {"assistant": ("tool_calls", "tool_call_error", *FIELDS), TOOL: ("tool_call_id", "name")}
+        known = {"assistant": ("tool_calls", "tool_call_error", *FIELDS), TOOL: ("tool_call_id",)}
         for name in given:
-            if name not in ("role", "content", *(known.get(role, ()) if isinstance(role, str) else ())):
+            if name not in ("role", "content", "name", *(known.get(role, ()) if isinstance(role, str) else ())):
                 raise ApiError(f"{where} has {short_repr(name)}, which is not supported: leave it out", "messages")
         chunks = [_part(part, where, role) for part in content] if isinstance(content, list) else [content]
         thought = of_field(given)

@@ -165,6 +165,16 @@ def test_halves_do_not_join_with_what_the_template_writes(scratch: Path) -> None
         assert words.decode(ids) == f"<{text}>{text}"
 
 
+def test_who_speaks_is_given_to_the_template_and_stays_text(scratch: Path, tmp_path: Path) -> None:
+    text = "{{ bos_token }}{% for m in messages %}<{{ m['name'] }}>{{ m['content'] }}{% endfor %}"
+    words = Tokenizer(write_tokenizer(tmp_path, "sentencepiece", scratch, text, ADDED) / "tokenizer.json")
+    template, control = find_template(words, folder=tmp_path), set(words.control_tokens.values())
+    for name in ("Ada", "s", "/s", "|im_end|", "<s>"):
+        ids = template.encode_chat([Message("user", "Hi", name=name)])
+        assert [i for i in ids if i in control] == [1], name
+        assert words.decode(ids) == f"<{name}>Hi"
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_an_end_that_is_found_as_its_file_says(scratch: Path, tmp_path: Path, special: bool) -> None:
     """transformers 4 wrote `normalized` for what `add_tokens` was given; a token that is the end is found so too."""

@@ -322,6 +322,19 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
         client.completions.create(model="gpt-4", prompt="a")
 
 
+def test_who_speaks_may_be_named(running: Running) -> None:
+    """Mistral's own templates have no place for it."""
+    told = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Hm"}
+    ids = []
+    for names in ({}, {"name": "Ada"}):
+        messages = [{**message, **names} for message in told]
+        answer = httpx.post(f"{running.url}/tokenize", json={"messages": messages}, timeout=60)
+        ids.append(answer.json()["tokens"])
+    assert ids[0] == ids[1]
+    bad = httpx.post(f"{running.url}/tokenize", json={"messages": [{**told[0], "name": 5}]}, timeout=60)
+    assert bad.json()["error"]["param"] == "messages"
+
+
 def test_embeddings_are_refused_in_one_line(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="was not trained to embed"):
         client.embeddings.create(model="mistral-bundled", input="a")
