@@ -52,6 +52,14 @@ def chatml(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_word_of_the_users_that_is_an_end_by_its_name_is_no_text(chatml: Path) -> None:
+    """llama.cpp makes a control token of it, so a text that has it does not end there; the ids are its own."""
+    own = load_tokenizer(chatml, 4096)
+    assert own.eos_ids == {2, 4090}
+    start, end = [1, 261, 4034, 4091, 4034, 271], [63, 127, 310, 98, 679, 127, 65, 4052]
+    assert own.encode("a <|im_start|> b<|im_end|>c") == start + end
+
+
 def test_a_conversation_in_words_of_the_users(chatml: Path) -> None:
     own = load_tokenizer(chatml, 4096)
     pieces = own.encode_parts([4091, "user\nWho? ", 4090, "\n", 4091, "assistant\n"], {"a": 4090, "b": 4091})
@@ -77,7 +85,8 @@ def test_words_of_the_users_are_converted(to: str, chatml: Path, tmp_path: Path)
         assert of_transformers(tmp_path / "out", asked) == find_template(own, folder=chatml).encode_chat(
             [Message("user", "Who?")]
         )
-        assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == own.encode(text)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs(text, split_special_tokens=True)["input_ids"] == own.encode(text)
 
 
 def renamed(folder: Path) -> tuple[int, int]:
