@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.util.errors import FormatError, UsageError
-from mistral.util.files import reason_of, write_atomic
+from mistral.util.files import lock, reason_of, write_atomic
 
 CONFIDENCE = 1.959963984540054  # standard deviations of 95%
 
@@ -51,6 +51,7 @@ class ResultFile:
 
     Raises:
         FormatError: the file is another one, was made with other settings, or cannot be written.
+        UsageError: another evaluation writes to it.
     """
 
     def __init__(self, path: str | None, header: dict[str, Any]) -> None:
@@ -58,21 +59,27 @@ class ResultFile:
         self._file: int | None = None
         self._path = path
         if path is not None:
-            if Path(path).exists():
-                self._read(path, header)
-            else:
+            if not Path(path).exists():
                 with write_atomic(path) as beside:
                     beside.write_text(f"{json.dumps(header)}\n", encoding="utf-8")
+            try:
+                self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            except OSError as error:
+                raise FormatError(f"{path} cannot be written: {reason_of(error)}") from None
+            try:
+                lock(self._file, f"{path}: another evaluation writes to it: wait for it, or give another file")
+                self._read(path, header)
+            except BaseException:
+                self.close()
+                raise
         self.resumed = len(self.found)
 
     def add(self, result: Result) -> None:
         """Keep a result; in the file, its whole line or nothing of it survives a kill."""
         self.found[result.group, result.index] = result
-        if self._path is None:
+        if self._file is None:
             return
         try:
-            if self._file is None:
-                self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
             line = f"{json.dumps(asdict(result), ensure_ascii=False)}\n".encode("utf-8", "surrogatepass")
             if os.write(self._file, line) != len(line):
                 raise OSError(0, "the disk is full")
@@ -81,7 +88,7 @@ class ResultFile:
             raise FormatError(f"{self._path} cannot be written: {reason_of(error)}") from None
 
     def close(self) -> None:
-        """Close the file; nothing is left to write."""
+        """Close the file; results from here on stay in memory."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

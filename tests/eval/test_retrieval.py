@@ -272,6 +272,19 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
 # --- the command
 
 
+@pytest.mark.skipif(os.name == "nt", reason="without locks there")
+def test_two_evaluations_do_not_write_to_one_file(tmp_path: Path) -> None:
+    path, header = str(tmp_path / "results.jsonl"), {"task": "passkey"}
+    first = ResultFile(path, header)
+    with pytest.raises(UsageError, match="another evaluation writes to it"):
+        ResultFile(path, header)
+    first.add(Result("g", 0, 5, "a", "a", True))
+    first.close()
+    again = ResultFile(path, header)
+    assert again.resumed == 1
+    again.close()
+
+
 def test_right_answers_are_counted(cli: Command, tmp_path: Path) -> None:
     """A model that says 7 whatever it reads."""
     parrot = make_parrot(tmp_path / "parrot", "7\n")
