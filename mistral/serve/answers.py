@@ -194,6 +194,7 @@ class Answer:
                 thoughts = served.chats().thought_ids if asked.chat else None
                 marks = () if thoughts is None else (thoughts.begin, thoughts.end)
                 job.markers = {*marks, *(asked.tools.markers if asked.tools else ())}
+                job.adapter = asked.adapter
                 self.choices.append(Choice(index, job, asked, served, text))
         self._words = Numbers(served.words) if asked.return_tokens_as_token_ids else served.words
         self._head = {

@@ -137,8 +137,6 @@ class Server:
 
         answer = Answer(asked, self.served, tell)
         jobs = [choice.job for choice in answer.choices]
-        for job in jobs:
-            job.adapter = asked.adapter
         if len(jobs) > self.worker.rows + self.worker.max_queue:
             raise ApiError(f"{len(jobs)} continuations are more than this server queues: ask for fewer", "n")
         self.worker.submit(jobs)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from mistral import complete, load
 from tests.support.adapters import peft_tensors, write_peft
 from tests.support.batches import answers, by_name, request, write_lines
 from tests.support.commands import ENVIRONMENT, Command, in_process
@@ -114,6 +115,24 @@ def test_another_model_of_the_same_name_does_not_go_on(tmp_path: Path, cli: Comm
     assert cli(*adapted, lora).code == 0
     assert "or with other adapters" in cli(*adapted, other).error
     assert "or with other adapters" in cli(*adapted, lora, "--adapter", other).error
+
+
+def test_each_line_has_the_adapter_that_its_model_names(tmp_path: Path, cli: Command) -> None:
+    base = make_folder(tmp_path / "base", sliding_window=9)
+    places = {name: write_peft(tmp_path / name, peft_tensors(seed=seed)) for seed, name in enumerate(("one", "two"))}
+    prompt, asked = list(range(5, 28)), {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    want = {}
+    for name, adapter in (("base", None), *places.items()):
+        alone = load(base, device="cpu", adapter=adapter)
+        want[name] = complete([prompt], alone.model, alone.tokenizer, max_tokens=6, temperature=0)[0].tokens
+    assert len(set(map(tuple, want.values()))) == 3
+    lines = [request(f"{name} {i}", prompt=prompt, model=name, **asked) for i in range(2) for name in want]
+    path, out = write_lines(tmp_path / "in", *lines), tmp_path / "out"
+    chosen = [word for name, place in places.items() for word in ("--adapter", f"{name}={place}")]
+    assert cli("batch", path, out, "--model", base, *chosen).code == 0
+    for line, answered in by_name(out).items():
+        body, name = answered["response"]["body"], line.split()[0]
+        assert (body["model"], body["choices"][0]["token_ids"]) == (name, want[name])
 
 
 def test_flags_of_one_way_do_not_go_with_another(tmp_path: Path, cli: Command) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
-def request(custom_id: str, prompt: str = "The king", url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+def request(
+    custom_id: str, prompt: str | list[int] = "The king", url: str = "/v1/completions", **body: Any
+) -> dict[str, Any]:
     """A line's fields."""
     what = {"prompt": prompt} if url == "/v1/completions" else {"messages": [{"role": "user", "content": prompt}]}
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {**what, **body}}
