@@ -173,10 +173,10 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
 
 
 def as_spelled(added: dict[int, AddedToken], folder: Path) -> dict[int, AddedToken]:
-    """Added tokens for a SentencePiece model in a folder: where the tokenizer.json beside it puts no space in front of
-    texts, a normalized one is found as it stands."""
-    normalizer = json.dumps(read_json(folder / WHOLE).get("normalizer"))
-    if not (folder / WHOLE).is_file() or '"Prepend"' in normalizer:
+    """Added tokens for a SentencePiece model in a folder: a normalized one is found as it stands, unless a
+    tokenizer.json beside it puts a space in front of texts. (Without that file the flag does nothing in transformers.)
+    """
+    if '"Prepend"' in json.dumps(read_json(folder / WHOLE).get("normalizer")):
         return added
     return {i: replace(token, normalized=False) for i, token in added.items()}
 

@@ -151,10 +151,15 @@ def complete(
 def _print_all(loaded: Loaded, prompts: Sequence[Any], params: list[SamplingParams], json: bool, **how: Any) -> None:
     """Continue prompts, and print what came of each, in their order.
 
+    At Ctrl-C those that have ended are printed as JSON, which names their prompts, and a line says how many there are.
+
     Args:
         params: of each prompt; all have one n.
         json: as JSON lines, with scores of prompts of which nothing is generated.
         how: goes to `generate.completions`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
     """
     from mistral.generate import completions, encode_prompts
 
@@ -162,11 +167,22 @@ def _print_all(loaded: Loaded, prompts: Sequence[Any], params: list[SamplingPara
     noted = terminal.note_length(loaded, max(map(len, ids)))
     bar = terminal.Bar("prompt", "token") if len(ids) == 1 else None
     ended = completions(ids, loaded.model, loaded.tokenizer, params=params, progress=bar, score=json, **how)
-    longest = 0
-    for result, index in _in_order(ended, len(ids), params[0].n):
-        longest = max(longest, len(result.prompt_tokens) + len(result.tokens))
-        text = _as_json(index, result, params[index]) if json else f"{result.text}\n{SEPARATOR}"
-        terminal.write(f"{text}\n")
+    longest = printed = 0
+    early: dict[int, Completion] = {}
+    try:
+        for result, index in _in_order(ended, len(ids), params[0].n, early):
+            longest = max(longest, len(result.prompt_tokens) + len(result.tokens))
+            text = _as_json(index, result, params[index]) if json else f"{result.text}\n{SEPARATOR}"
+            terminal.write(f"{text}\n")
+            printed += 1
+    except KeyboardInterrupt:
+        for place in sorted(early) if json else ():
+            index = place // params[0].n
+            terminal.write(f"{_as_json(index, early.pop(place), params[index])}\n")
+            printed += 1
+        behind = f"; {len(early):,} more had ended, behind one that had not (--json prints those too)" if early else ""
+        terminal.echo_err(f"interrupted: {printed:,} of {len(ids) * params[0].n:,} texts are printed{behind}")
+        raise
     if not noted:
         terminal.note_length(loaded, longest)
 
@@ -214,9 +230,14 @@ def _constrained(params: SamplingParams, schema: dict[str, Any], loaded: Loaded)
     return replace(params, logits_processor=grammar.constraint())
 
 
-def _in_order(ended: Iterable[tuple[int, Completion]], prompts: int, n: int) -> Iterator[tuple[Completion, int]]:
-    """Each completion, and the index of its prompt, as soon as those before it have ended too."""
-    early: dict[int, Completion] = {}
+def _in_order(
+    ended: Iterable[tuple[int, Completion]], prompts: int, n: int, early: dict[int, Completion]
+) -> Iterator[tuple[Completion, int]]:
+    """Each completion, and the index of its prompt, as soon as those before it have ended too.
+
+    Args:
+        early: where those are meanwhile that have ended before one in front of them, by their place.
+    """
     turn = 0
     with terminal.Bar("completing", "text", prompts * n) as bar:
         for index, result in ended:

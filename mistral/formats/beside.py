@@ -15,7 +15,7 @@ import torch
 
 from mistral.formats.folder import Folder
 from mistral.formats.hf_template import to_chat_template
-from mistral.formats.hf_tokenizer import to_tokenizer_config, to_tokenizer_json
+from mistral.formats.hf_tokenizer import as_found, to_tokenizer_config, to_tokenizer_json
 from mistral.formats.instruct import why_instruct
 from mistral.formats.layout import Layout, ParamsError, read_object
 from mistral.formats.layouts import NATIVE
@@ -25,7 +25,7 @@ from mistral.formats.unpack import GENERATION
 from mistral.formats.weights import dtype_name
 from mistral.formats.words import words_of
 from mistral.formats.writer import PlannedTensor, as_json
-from mistral.special_tokens import CONFIG
+from mistral.special_tokens import CONFIG, read_json
 from mistral.tokenizer import Tokenizer, TokenizerError
 from mistral.util.english import some_names
 
@@ -117,6 +117,9 @@ def for_transformers(folder: Folder, tokenizer: Tokenizer | None, notes: list[st
     notes.append(
         f"{' and '.join(texts)} {were} made from {tokenizer.path.name}, so that transformers gives the same ids"
     )
+    if CONFIG not in texts and (changed := as_found(read_json(folder.words / CONFIG), tokenizer)):
+        texts[CONFIG] = as_json(changed)
+        notes.append(f"added tokens in {CONFIG} are no longer normalized, which did nothing without {JSON}")
     return texts | _chat_template(folder, tokenizer, notes, instruct)
 
 

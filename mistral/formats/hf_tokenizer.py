@@ -77,6 +77,21 @@ def to_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def as_found(told: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """A tokenizer_config.json for a folder that had no tokenizer.json and gets one; None where it stays as it is.
+
+    Without that file `normalized` does nothing in transformers; with it such a token is found behind a space alone.
+    """
+    listed = told.get("added_tokens_decoder")
+    found = {i: t for i, t in listed.items() if isinstance(t, dict)} if isinstance(listed, dict) else {}
+    changed = {
+        i: {**token, "normalized": False}
+        for i, token in found.items()
+        if token.get("normalized") is not False and token.get("content") in tokenizer.flags
+    }
+    return {**told, "added_tokens_decoder": {**found, **changed}} if changed else None
+
+
 def added_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a tokenizer_config.json says of the tokens that were added; nothing where there are none."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)

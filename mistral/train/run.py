@@ -19,7 +19,7 @@ from mistral.model import Transformer
 from mistral.train import needs
 from mistral.train.data import Sample, Samples
 from mistral.train.finish import CARD, Finished, finish
-from mistral.train.log import LOG
+from mistral.train.log import LOG, read_log
 from mistral.train.loop import Loop, Report
 from mistral.train.options import TrainOptions
 from mistral.train.packing import Schedule, pack, split
@@ -131,11 +131,19 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UsageError(f"the run in {out} is finished: give another folder for a new one")
     if resume and not (out / STATE).is_file():
         raise UsageError(f"no {STATE} in {out}, from which to go on: omit --resume")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(not _of_a_start(path) for path in out.iterdir()):
         go_on = "; --resume goes on with the run in it" if (out / STATE).is_file() else ""
         raise UsageError(f"{out} is there already and not empty: give another folder{go_on}")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"no such folder: {out.absolute().parent}, in which to make {out.name}")
+
+
+def _of_a_start(path: Path) -> bool:
+    """Whether it is a file of a run that was killed before its first save, of which there is nothing to go on from."""
+    if path.name == LOG and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return len(read_log(path)) >= len(lines) - 1 and (not lines or lines[0].startswith('{"step"'))
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextmanager

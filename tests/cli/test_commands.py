@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -421,6 +422,36 @@ def test_samples_of_prompts_come_in_order(cli: Command, tiny: Path, tmp_path: Pa
     assert len({tuple(e["tokens"]) for e in entries[:3]}) == 3
     shown = cli("complete", tiny, "Hello", *words[4:]).text
     assert shown == "".join(f"{e['text']}\n{SEPARATOR}\n" for e in entries[:3])
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+def test_ctrl_c_loses_no_text_that_has_ended(
+    json_lines: bool, cli: Command, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of four prompts never ends: what came behind it is printed by its index, or counted."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"Hello"\n"Good"\n"The king"\n"He"\n')
+    words = ("complete", tiny, "--file", file, "--max_tokens", 3, "--temperature", 0, *["--json"] * json_lines)
+    whole = cli(*words).text.splitlines(keepends=True)
+    completions = mistral.generate.completions
+
+    def interrupted(*given: Any, **how: Any) -> Iterator[Any]:
+        found = dict(completions(*given, **how))
+        for index in (0, 3, 2):
+            yield index, found[index]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mistral.generate.completions", interrupted)
+    done = cli(*words)
+    assert done.code == 130
+    if json_lines:
+        assert done.out == "".join(whole[i] for i in (0, 2, 3))
+        assert "interrupted: 3 of 4 texts are printed\n" in done.err
+    else:
+        assert "".join(whole).startswith(done.out)
+        assert done.out.count(SEPARATOR) == 1
+        more = "2 more had ended, behind one that had not (--json prints those too)"
+        assert f"interrupted: 1 of 4 texts are printed; {more}\n" in done.err
 
 
 def test_prompts_that_take_long_are_counted_on_stderr(

@@ -49,6 +49,22 @@ def test_from_samples_to_an_answer(run: Command, data: Path, tmp_path: Path) -> 
     assert merged.text == answered.text
 
 
+def test_a_run_that_was_killed_before_its_first_save_begins_again(run: Command, data: Path, tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "base"), tmp_path / "out"
+    words = ("finetune", folder, "--data", data, "--out", out, "--steps", 1, "--lora", 2)
+    out.mkdir()
+    (out / ".state.safetensors.5.part").write_bytes(b"half")
+    for log in ('{"time": "now"}\n', "mine\n", '{"step": 1}\nmine\nmine\n'):
+        (out / "log.jsonl").write_text(log)
+        assert "is there already and not empty" in run(*words).error
+    (out / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step"')
+    assert "omit --resume" in run(*words, "--resume").error
+    assert run(*words).code == 0
+    assert {path.name for path in out.iterdir()} >= {"adapter_model.safetensors", "README.md", "log.jsonl"}
+    assert not list(out.glob(".*"))
+    assert "9.0" not in (out / "log.jsonl").read_text()
+
+
 def test_mistakes_are_one_line(run: Command, data: Path, tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "base"), tmp_path / "out"
     base = ("finetune", folder, "--data", data, "--out")

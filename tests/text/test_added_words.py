@@ -51,6 +51,7 @@ def test_ids_are_those_of_tokenizers(flags: tuple[dict[str, bool], ...], texts: 
     from tokenizers import Tokenizer as Theirs
 
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(plain(), encoding="utf-8")  # or `normalized` does nothing
         ours = Tokenizer(with_words(Path(folder), *flags))
     theirs = Theirs.from_str(plain())
     theirs.encode_special_tokens = True
@@ -63,7 +64,7 @@ def test_ids_are_those_of_tokenizers(flags: tuple[dict[str, bool], ...], texts: 
 
 @pytest.mark.parametrize("flag", [*FLAGS, "none given"])
 def test_a_converted_folder_gives_transformers_the_same_ids(tmp_path: Path, flag: str) -> None:
-    """As the note says; `normalized` is true where a file gives no flags."""
+    """As the note says; without a tokenizer.json in the source a word is found everywhere, normalized or not."""
     transformers = pytest.importorskip("transformers")
     flags = {} if flag == "none given" else {name: name == flag for name in FLAGS}
     base = make_folder(tmp_path / "base", vocab_size=4160)
@@ -71,8 +72,11 @@ def test_a_converted_folder_gives_transformers_the_same_ids(tmp_path: Path, flag
     written = convert(base, tmp_path / "hf", "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert any("tokenizer.json was made from tokenizer.model, so that" in note for note in written.notes)
+    there = Tokenizer(tmp_path / "hf" / "tokenizer.model")
     for text in ("a <w> b", "a<w>b", "x  <w>  y\n<w> z qking", " <w>", "qkings"):
-        assert ours.encode(text) == theirs(text).input_ids
+        assert ours.encode(text) == theirs(text).input_ids == there.encode(text)
+    assert 4096 in ours.encode("a\n<w>b") or flag == "single_word"
+    assert any("no longer normalized" in note for note in written.notes) == (flag in ("normalized", "none given"))
 
 
 def test_words_in_a_conversation_are_those_of_a_text(tmp_path: Path) -> None:
