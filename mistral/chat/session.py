@@ -89,7 +89,7 @@ def load(chat: Chat, path: str | os.PathLike[str], model: str) -> None:
     source = _place(path)
     told = _read(source)
     if told.get("model") != model:
-        raise SessionError(f"{source} is a conversation with another model")
+        raise SessionError(f"{source} is a conversation with another model, or with another adapter of this one")
     if told.get("template") != chat.template.name:
         raise SessionError(
             f"{source} was written with template {short_repr(told.get('template'))}, and this is {chat.template.name}"

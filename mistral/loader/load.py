@@ -224,7 +224,8 @@ def _same_words(one: TokenizerLike | None, other: TokenizerLike | None) -> bool:
     """Whether two tokenizers mean the same by each id; where one is missing, nothing says that they do not."""
     if not isinstance(one, Tokenizer) or not isinstance(other, Tokenizer):
         return True
-    return one.n_words == other.n_words and all(one.decode([i]) == other.decode([i]) for i in range(one.n_words))
+    words = one.n_words
+    return words == other.n_words and one.token_bytes()[:words] == other.token_bytes()[:words]
 
 
 def windowed(found: Folder, options: LoadOptions) -> Folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mistral.engine import Engine
 from mistral.fast.bitwise import BitwiseTransformer
 from mistral.fast.draft import LONGEST, SHORTEST, STALE, STEP_COST, Costs, NgramDraft, Rate, how_many
 from mistral.fast.draft_model import ModelDraft
+from mistral.formats.convert import convert
 from mistral.generate import complete, stream
 from mistral.loader.load import load
 from mistral.loader.options import OptionError
@@ -243,6 +245,21 @@ def test_loading_with_a_draft(tmp_path: Path) -> None:
     assert "small, 0.0 M parameters" in loaded.describe()
     with pytest.raises(OptionError, match="cannot guess for this model: its vocabulary is another one"):
         load(folder, device="cpu", draft=str(tmp_path / "other"))
+
+
+def test_a_draft_has_the_same_words_in_another_kind_of_file(tmp_path: Path) -> None:
+    """A tokenizer.json made from the tokenizer.model: what it writes for <unk> and a byte alone is another text."""
+    folder = make_folder(tmp_path / "large", vocab_size=4096)
+    convert(folder, tmp_path / "small", "hf")
+    (tmp_path / "small" / "tokenizer.model").unlink()
+    assert load(folder, device="cpu", draft=str(tmp_path / "small")).model.draft is not None
+    file = tmp_path / "small" / "tokenizer.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    words = told["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    file.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(OptionError, match="or other words"):
+        load(folder, device="cpu", draft=str(tmp_path / "small"))
 
 
 def test_what_a_step_costs_is_corrected() -> None:
