@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -324,15 +324,21 @@ def test_positions_grow_for_longer_requests(window: int | None) -> None:
         assert request.output_ids == alone(window, tuple(request.prompt_ids), request.params, False, frozenset(), 0)[0]
 
 
-def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_room(positions: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Callable[[object], int]]:
+    """An engine on a machine that has memory for so many positions of its cache, and what of that is left."""
     model = model_of(None)
     each = model.args.cache_bytes(1, "float64")
     engine = Engine(model, eos_ids=())
 
     def left(device: object) -> int:
-        return 50 * each - (0 if engine.cache is None else engine.cache.nbytes)
+        return positions * each - (0 if engine.cache is None else engine.cache.nbytes)
 
     monkeypatch.setattr(memory, "available", left)
+    return engine, left
+
+
+def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, left = with_room(50, monkeypatch)
     first = engine.add([5] * 7, GREEDY)  # 10 positions
     engine.step()
     second = engine.add([6] * 37, GREEDY)  # 40: two rows of that do not fit
@@ -354,14 +360,7 @@ def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pyt
 
 
 def test_memory_that_the_cache_has_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(None)
-    each = model.args.cache_bytes(1, "float64")
-    engine = Engine(model, eos_ids=())
-
-    def left(device: object) -> int:
-        return 50 * each - (0 if engine.cache is None else engine.cache.nbytes)
-
-    monkeypatch.setattr(memory, "available", left)
+    engine, _ = with_room(50, monkeypatch)
     engine.add([5] * 27, GREEDY)  # 30 positions, so that 20 are left
     engine.step()
     longer = engine.add([6] * 37, GREEDY)  # 40: the cache's own and 10 more
@@ -385,14 +384,7 @@ def test_a_cache_has_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rows_for_short_requests_are_as_long_as_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cache have one length, so what more rows take is counted at the length of the longest."""
-    model = model_of(None)
-    each = model.args.cache_bytes(1, "float64")
-    engine = Engine(model, eos_ids=())
-
-    def left(device: object) -> int:
-        return 80 * each - (0 if engine.cache is None else engine.cache.nbytes)
-
-    monkeypatch.setattr(memory, "available", left)
+    engine, left = with_room(80, monkeypatch)
     engine.add([5] * 27, GREEDY)  # 30 positions: two such rows fit, and three do not
     engine.step()
     short = [engine.add([i], GREEDY) for i in (6, 7)]
