@@ -382,6 +382,16 @@ def test_a_cache_has_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(engine.cache.lengths) == rows
 
 
+def test_a_row_more_takes_no_more_than_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = with_room(50, monkeypatch)
+    first = engine.add([5] * 17, GREEDY)  # 20 positions, so that 30 are left
+    engine.step()
+    second = engine.add([6] * 17, GREEDY)  # 40 for both: 20 more than there are
+    engine.step()
+    assert first.finish is None
+    assert second.num_computed == 17
+
+
 def test_rows_for_short_requests_are_as_long_as_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cache have one length, so what more rows take is counted at the length of the longest."""
     engine, left = with_room(80, monkeypatch)
