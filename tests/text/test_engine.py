@@ -359,10 +359,15 @@ def test_whoever_does_not_fit_beside_others_waits_and_then_runs(monkeypatch: pyt
     assert engine.done
 
 
-def test_memory_that_the_cache_has_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_memory_that_the_cache_has_already_is_not_asked_for_again(
+    beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, _ = with_room(50, monkeypatch)
     engine.add([5] * 27, GREEDY)  # 30 positions, so that 20 are left
     engine.step()
+    while not (beside or engine.done):
+        engine.step()
     longer = engine.add([6] * 37, GREEDY)  # 40: the cache's own and 10 more
     while not engine.done:
         engine.step()
